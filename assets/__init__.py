@@ -1,0 +1,1 @@
+"""The embedded models, as ordinary diffusers checkpoints."""

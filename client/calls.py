@@ -1,0 +1,138 @@
+"""The requests that a client can make, before any connection exists; the sync and async clients only send them."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Concatenate, ParamSpec, TypeVar
+
+from ..protocol.errors import InvalidRequest
+from ..protocol.messages import OutputFormat
+from .pictures import Picture, encode_pictures
+
+P = ParamSpec("P")
+S = TypeVar("S")
+R = TypeVar("R")
+
+GRACE_S = 30.0
+"""Seconds beyond a request's own time limit in which its 504 may arrive."""
+
+LOOK_S = 10.0
+"""Seconds that a GET may take: it asks for what the server knows already."""
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One HTTP request. ``timeout_s`` is the request's own limit, when it has one."""
+
+    method: str
+    path: str
+    body: Mapping[str, Any] | None = None
+    timeout_s: float | None = None
+
+    def streaming(self) -> Call:
+        """The same request, to be answered with server-sent events."""
+        return replace(self, body={**(self.body or {}), "stream": True})
+
+    @property
+    def headers(self) -> dict[str, str]:
+        return {} if self.body is None else {"content-type": "application/json"}
+
+    @property
+    def content(self) -> bytes | None:
+        """The body as JSON. Raises ``InvalidRequest`` for values that JSON does not have."""
+        if self.body is None:
+            return None
+        try:
+            return json.dumps(self.body, allow_nan=False).encode()
+        except (TypeError, ValueError) as error:
+            raise InvalidRequest(f"The request cannot be written as JSON: {error}.") from None
+
+    def read_timeout(self, default: float | None) -> float | None:
+        """Seconds to wait for the server's next bytes: ``default``, or longer when the request may take longer."""
+        if default is None:
+            return None
+        if self.method == "GET":
+            return min(default, LOOK_S)
+        return default if self.timeout_s is None else max(default, self.timeout_s + GRACE_S)
+
+
+HEALTH = Call("GET", "/health")
+SERVER_INFO = Call("GET", "/server_info")
+MODEL_INFO = Call("GET", "/model_info")
+
+
+def generate(
+    prompt: str | Sequence[str],
+    *,
+    negative_prompt: str | None = None,
+    width: int | None = None,
+    height: int | None = None,
+    num_frames: int | None = None,
+    fps: int | None = None,
+    steps: int | None = None,
+    num_inference_steps: int | None = None,
+    guidance_scale: float | None = None,
+    true_cfg_scale: float | None = None,
+    seed: int | Sequence[int] | None = None,
+    n: int | None = None,
+    image: Picture | Sequence[Picture] | None = None,
+    lora: Sequence[Mapping[str, Any]] | None = None,
+    output_format: OutputFormat | None = None,
+    preview_every: int | None = None,
+    deterministic: bool | None = None,
+    priority: int | None = None,
+    timeout_s: float | None = None,
+    extra: Mapping[str, Any] | None = None,
+    **pipeline_arguments: Any,
+) -> Call:
+    """The request for pictures or clips. What is ``None`` is left to the server; ``steps`` is short for
+    ``num_inference_steps``; every further argument goes to the pipeline's own ``__call__``."""
+    if steps is not None and num_inference_steps is not None:
+        raise InvalidRequest("`steps` and `num_inference_steps` are the same: give one of them.", field="steps")
+    fields: dict[str, Any] = {
+        "prompt": prompt if isinstance(prompt, str) else list(prompt),
+        "negative_prompt": negative_prompt,
+        "width": width,
+        "height": height,
+        "num_frames": num_frames,
+        "fps": fps,
+        "num_inference_steps": num_inference_steps if steps is None else steps,
+        "guidance_scale": guidance_scale,
+        "true_cfg_scale": true_cfg_scale,
+        "seed": list(seed) if isinstance(seed, Sequence) else seed,
+        "n": n,
+        "image": None if image is None else encode_pictures(image),
+        "lora": None if lora is None else [dict(adapter) for adapter in lora],
+        "output_format": output_format,
+        "preview_every": preview_every,
+        "deterministic": deterministic,
+        "priority": priority,
+        "timeout_s": timeout_s,
+        "extra": {**(extra or {}), **pipeline_arguments} or None,
+    }
+    body = {name: value for name, value in fields.items() if value is not None}
+    return Call("POST", "/generate", body, timeout_s)
+
+
+def with_arguments_of(
+    build: Callable[P, Call],
+) -> Callable[[Callable[[S, Call], R]], Callable[Concatenate[S, P], R]]:
+    """Give a method that takes a :class:`Call` the arguments of ``build``, so that they are written down once."""
+
+    def decorate(method: Callable[[S, Call], R]) -> Callable[Concatenate[S, P], R]:
+        @functools.wraps(method)
+        def send(self: S, /, *args: P.args, **kwargs: P.kwargs) -> R:
+            return method(self, build(*args, **kwargs))
+
+        arguments = inspect.signature(build)
+        owner = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
+        vars(send)["__signature__"] = inspect.signature(method).replace(
+            parameters=[owner, *arguments.parameters.values()]
+        )
+        return send
+
+    return decorate

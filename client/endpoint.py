@@ -1,0 +1,133 @@
+"""One server as a client knows it: how requests are addressed to it and what its answers mean.
+
+Everything that the sync and the async client have in common; they add only the sending.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from time import monotonic
+from typing import Any
+
+import httpx
+
+from ..protocol.errors import SafelightError, Unavailable
+from .calls import Call
+from .errors import ConnectionLost, decode, error_from_event, error_from_reply
+from .event_stream import EventDecoder, ServerSentEvent
+from .results import Event, Generation, Health, Preview, Progress, Queued, Result
+from .retry import Retries
+
+DEFAULT_URL = "http://127.0.0.1:30000"
+
+DEFAULT_TIMEOUT_S = 660.0
+"""Longer than a server's own default limit, so that it is the server who says that a request took too long."""
+
+CONNECT_S = 10.0
+
+LOOK_EVERY_S = 0.25
+
+
+@dataclass(frozen=True, slots=True)
+class Endpoint:
+    """``url`` without a scheme is taken as http. ``timeout`` is how many seconds a reply's next bytes may take."""
+
+    url: str = DEFAULT_URL
+    api_key: str | None = field(default=None, repr=False)
+    timeout: float | None = DEFAULT_TIMEOUT_S
+    retries: Retries = Retries()
+
+    def settings(self) -> dict[str, Any]:
+        """Arguments for the constructor of httpx's clients."""
+        return {
+            "base_url": self.base_url,
+            "headers": {"authorization": f"Bearer {self.api_key}"} if self.api_key else {},
+            "trust_env": not self.on_this_machine,  # a proxy that the environment names does not reach our loopback
+        }
+
+    @property
+    def base_url(self) -> str:
+        url = self.url if "://" in self.url else f"http://{self.url}"
+        return url.rstrip("/")
+
+    @property
+    def on_this_machine(self) -> bool:
+        host = httpx.URL(self.base_url).host
+        try:
+            return ipaddress.ip_address(host).is_loopback
+        except ValueError:
+            return host == "localhost"
+
+    def request(self, http: httpx.Client | httpx.AsyncClient, call: Call) -> httpx.Request:
+        timeout = httpx.Timeout(call.read_timeout(self.timeout), connect=CONNECT_S)
+        return http.build_request(
+            call.method, call.path, content=call.content, headers=call.headers, timeout=timeout
+        )
+
+    def error(self, response: httpx.Response) -> SafelightError:
+        """The exception for ``response``, which is no success and was read."""
+        return error_from_reply(response.status_code, response.headers, response.content)
+
+    def generation(self, content: bytes | str) -> Generation:
+        generation: Generation = decode(content, Generation, self.base_url)
+        return generation
+
+    def document(self, content: bytes) -> dict[str, Any]:
+        document: dict[str, Any] = decode(content, dict[str, Any], self.base_url)
+        return document
+
+    def events(self) -> EventReader:
+        return EventReader(self)
+
+
+_EVENTS: dict[str, type[Queued | Progress | Preview]] = {"queued": Queued, "progress": Progress, "preview": Preview}
+
+
+class EventReader:
+    """Turns the chunks of one streamed reply into typed events."""
+
+    def __init__(self, endpoint: Endpoint) -> None:
+        self._endpoint = endpoint
+        self._decoder = EventDecoder()
+        self._finished = False
+
+    def feed(self, chunk: bytes) -> Iterator[Event]:
+        """The events that ``chunk`` completes. Raises what an ``error`` event says."""
+        for event in self._decoder.feed(chunk):
+            yield from self._read(event)
+
+    def close(self) -> None:
+        """Raises ``ConnectionLost`` when the stream ended before its result."""
+        if not self._finished:
+            raise ConnectionLost(f"The stream from {self._endpoint.base_url} ended before its result.")
+
+    def _read(self, event: ServerSentEvent) -> Iterator[Event]:
+        """Events with a name that is not known are passed over: a newer server may send them."""
+        if event.name == "error":
+            raise error_from_event(event.data)
+        if event.name == "result":
+            self._finished = True
+            yield Result(self._endpoint.generation(event.data))
+        elif kind := _EVENTS.get(event.name):
+            yield decode(event.data, kind, self._endpoint.base_url)
+
+
+class ReadyWait:
+    """Waiting for a server: tells what it waits for, whenever that changes, and gives up in time."""
+
+    def __init__(self, timeout: float, on_change: Callable[[str], None] | None) -> None:
+        self._timeout = timeout
+        self._deadline = monotonic() + timeout
+        self._on_change = on_change
+        self._reason: str | None = None
+
+    def pause(self, health: Health) -> float:
+        """Seconds until the next look at a server that is not ready. Raises ``Unavailable`` when time is up."""
+        if monotonic() + LOOK_EVERY_S > self._deadline:
+            raise Unavailable(f"The server was not ready after {self._timeout:g} s: {health.reason}")
+        if health.reason != self._reason and self._on_change:
+            self._on_change(health.reason)
+        self._reason = health.reason
+        return LOOK_EVERY_S

@@ -1,0 +1,48 @@
+"""How outputs show themselves in a notebook: a picture as ``<img>``, a clip as ``<video>``, a tensor as words."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Sequence
+from html import escape
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .results import Generation, Output
+
+SMALL = 256
+"""Pictures narrower than this many pixels are enlarged to it, with their pixels kept square and sharp."""
+
+
+def element(output: Output) -> str:
+    """The HTML element that shows ``output``, with its bytes inside."""
+    if output.format == "pt":
+        return f"<code>{escape(repr(output))}</code>"
+    width = max(output.width, SMALL)
+    style = "image-rendering: pixelated" if output.width < SMALL else ""
+    data = base64.b64encode(output.data).decode()
+    if output.format == "mp4":
+        source = f"data:video/mp4;base64,{data}"
+        return f'<video src="{source}" width="{width}" style="{style}" controls loop autoplay muted playsinline></video>'
+    return f'<img src="data:image/{output.format};base64,{data}" width="{width}" style="{style}" alt="{output!r}">'
+
+
+def gallery(generation: Generation) -> str:
+    """All outputs side by side, each over its seed, and one line about the request."""
+    figures = "".join(
+        f'<figure style="margin: 0">{element(output)}<figcaption>seed {output.seed}</figcaption></figure>'
+        for output in generation.outputs
+    )
+    about = (
+        f"{escape(generation.model)}, weights {escape(generation.weight_version)}, {generation.steps} steps, "
+        f"{generation.timings.total_s:.2f} s"
+    )
+    return f'<div style="display: flex; flex-wrap: wrap; gap: 8px">{figures}</div><small>{about}</small>'
+
+
+def bundle(text: str, html: str, outputs: Sequence[Output]) -> dict[str, str]:
+    """A MIME bundle; a single PNG is added as itself, for front ends that show no HTML."""
+    found = {"text/plain": text, "text/html": html}
+    if len(outputs) == 1 and outputs[0].format == "png":
+        found["image/png"] = base64.b64encode(outputs[0].data).decode()
+    return found

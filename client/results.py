@@ -1,0 +1,137 @@
+"""What a server answers, typed: a generation and its outputs, and the events of a stream.
+
+Pictures arrive as base64 in JSON; decoding these classes gives their bytes. In a notebook they show themselves.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from ..protocol.messages import OutputFormat, Timings
+from . import notebook
+from .pictures import open_picture
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+STILL_FORMATS = {".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg", ".webp": "webp"}
+"""File suffix to the format of a picture."""
+
+FORMATS = {**STILL_FORMATS, ".mp4": "mp4", ".pt": "pt"}
+"""File suffix to ``output_format``."""
+
+
+class Output(msgspec.Struct, frozen=True):
+    """One picture, clip or tensor, encoded as ``format``. Sizes are in pixels, ``fps`` in frames a second."""
+
+    data: bytes = msgspec.field(name="b64")
+    format: OutputFormat
+    seed: int
+    width: int
+    height: int
+    num_frames: int | None = None
+    fps: int | None = None
+
+    @property
+    def image(self) -> Image:
+        """The picture. Raises ``ValueError`` for a clip or a tensor."""
+        if self.format not in STILL_FORMATS.values():
+            raise ValueError(f"an output of format {self.format} is no picture; write it to a file with save()")
+        return open_picture(self.data)
+
+    def save(self, path: str | Path) -> Path:
+        """Write this output to ``path``; a picture is converted when the suffix names another picture format."""
+        path = Path(path)
+        wanted = STILL_FORMATS.get(path.suffix.lower(), self.format)
+        if wanted == self.format or self.format not in STILL_FORMATS.values():
+            path.write_bytes(self.data)
+        else:
+            self.image.convert("RGB").save(path, format=wanted, quality=95)
+        return path
+
+    def __repr__(self) -> str:
+        clip = "" if self.num_frames is None else f", {self.num_frames} frames at {self.fps} fps"
+        return f"Output({self.format}, {self.width}x{self.height}{clip}, seed {self.seed}, {len(self.data)} bytes)"
+
+    def _repr_png_(self) -> bytes | None:
+        return self.data if self.format == "png" else None
+
+    def _repr_html_(self) -> str:
+        return notebook.element(self)
+
+    def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, str]:
+        return notebook.bundle(repr(self), self._repr_html_(), [self])
+
+
+class Generation(msgspec.Struct, frozen=True):
+    """The answer to one request: its outputs in the order of prompts and seeds, and the weights that made them."""
+
+    id: str
+    model: str
+    weight_version: str
+    outputs: tuple[Output, ...]
+    timings: Timings
+    steps: int
+
+    @property
+    def image(self) -> Image:
+        """The first output's picture."""
+        return self.outputs[0].image
+
+    def _repr_html_(self) -> str:
+        return notebook.gallery(self)
+
+    def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, str]:
+        return notebook.bundle(repr(self), self._repr_html_(), self.outputs)
+
+
+class Queued(msgspec.Struct, frozen=True):
+    """The request was accepted; ``position`` requests are ahead of it."""
+
+    position: int
+
+
+class Progress(msgspec.Struct, frozen=True):
+    """Output ``output`` has finished ``step`` of ``steps`` denoising steps."""
+
+    output: int
+    step: int
+    steps: int
+
+
+class Preview(msgspec.Struct, frozen=True):
+    """What output ``output`` looks like after ``step`` steps, as a JPEG."""
+
+    output: int
+    step: int
+    steps: int
+    data: bytes = msgspec.field(name="b64")
+
+    @property
+    def image(self) -> Image:
+        return open_picture(self.data)
+
+    def __repr__(self) -> str:
+        return f"Preview(output {self.output}, step {self.step} of {self.steps}, {len(self.data)} bytes)"
+
+    def _repr_jpeg_(self) -> bytes:
+        return self.data
+
+
+class Result(msgspec.Struct, frozen=True):
+    """The last event of a stream that ended well."""
+
+    generation: Generation
+
+
+Event = Queued | Progress | Preview | Result
+
+
+class Health(msgspec.Struct, frozen=True):
+    """``ready`` once a replica has finished a real forward; ``reason`` says in a line what is missing until then."""
+
+    ready: bool
+    reason: str

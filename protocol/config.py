@@ -1,0 +1,162 @@
+"""Every option of a server, once: typed, documented, and settable by flag, environment variable or file.
+
+Precedence, highest first: flag, environment (``SAFELIGHT_<OPTION>``), file, default. The launcher reads them here and
+sends the result to its child processes as one line of JSON on their standard input.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import msgspec
+from msgspec import Meta
+
+from .errors import StartFailed
+
+ENVIRONMENT_PREFIX = "SAFELIGHT_"
+
+
+class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The options of one server. ``docs/configuration.md`` is generated from this class."""
+
+    model: Annotated[str, Meta(description="A directory with a diffusers pipeline, a hub id, or `shapes`")] = "shapes"
+    served_model_name: Annotated[
+        str | None, Meta(description="The name that clients see; the last part of `model` when not given")
+    ] = None
+    host: Annotated[str, Meta(description="The address to listen on")] = "127.0.0.1"
+    port: Annotated[int, Meta(ge=0, le=65535, description="The port to listen on; 0 takes a free one")] = 30000
+    api_key: Annotated[
+        str | None, Meta(description="When given, every route but the health checks asks for it as a bearer token")
+    ] = None
+    device: Annotated[
+        Literal["auto", "cpu", "cuda"], Meta(description="Where the model runs; auto takes CUDA when there is one")
+    ] = "auto"
+    dtype: Annotated[
+        Literal["auto", "float32", "bfloat16", "float16"],
+        Meta(description="The weights' dtype; auto is float32 on a CPU and bfloat16 on a GPU"),
+    ] = "auto"
+    replicas: Annotated[int, Meta(ge=1, le=64, description="Copies of the model, each in a process of its own")] = 1
+    threads: Annotated[
+        int, Meta(ge=0, le=1024, description="CPU threads of each replica; 0 divides the cores among them")
+    ] = 0
+    batching: Annotated[
+        Literal["auto", "merged", "interleaved", "serial"],
+        Meta(description="How requests share forwards; auto lets the self-test at load decide"),
+    ] = "auto"
+    max_batch: Annotated[int, Meta(ge=1, le=4096, description="Calls that may meet in one forward")] = 16
+    max_batch_tokens: Annotated[
+        int, Meta(ge=1, description="Positions (tokens or latent pixels) that may meet in one forward")
+    ] = 65536
+    prompt_cache_mb: Annotated[
+        int, Meta(ge=0, description="Megabytes of prompt embeddings that each replica keeps; 0 keeps none")
+    ] = 256
+    max_running: Annotated[
+        int, Meta(ge=1, le=4096, description="Outputs in progress at once in one replica; later ones wait in the queue")
+    ] = 32
+    max_queue: Annotated[
+        int, Meta(ge=1, description="Requests that may wait; one more is answered with 429 and Retry-After")
+    ] = 256
+    max_outputs: Annotated[int, Meta(ge=1, le=4096, description="Outputs that one request may ask for")] = 64
+    max_steps: Annotated[int, Meta(ge=1, description="Denoising steps that one request may ask for")] = 1000
+    max_pixels: Annotated[int, Meta(ge=1, description="Width times height that one output may have")] = 16_777_216
+    max_frames: Annotated[int, Meta(ge=1, description="Frames that one video may have")] = 1024
+    max_prompt_chars: Annotated[int, Meta(ge=1, description="Characters that one prompt may have")] = 10_000
+    max_body_mb: Annotated[int, Meta(ge=1, description="Megabytes that a request's body may have")] = 64
+    request_timeout_s: Annotated[
+        float, Meta(gt=0, description="Seconds after which a request without a `timeout_s` of its own gets a 504")
+    ] = 600.0
+    start_timeout_s: Annotated[
+        float, Meta(gt=0, description="Seconds that a replica may take to load before the start counts as failed")
+    ] = 1800.0
+    stall_timeout_s: Annotated[
+        float, Meta(gt=0, description="Seconds without a sign of life after which a ready replica counts as stalled")
+    ] = 120.0
+    grace_s: Annotated[float, Meta(ge=0, description="Seconds that running requests get to finish after SIGTERM")] = (
+        30.0
+    )
+    log_level: Annotated[
+        Literal["debug", "info", "warning", "error"], Meta(description="The least important lines to log")
+    ] = "info"
+    log_format: Annotated[
+        Literal["text", "json"], Meta(description="Log lines for people, or one JSON object a line")
+    ] = "text"
+
+
+class Option(msgspec.Struct, frozen=True):
+    """One field of :class:`Config`, as flags, documentation and environment need it."""
+
+    name: str
+    annotation: Any
+    default: Any
+    description: str
+
+    @property
+    def flag(self) -> str:
+        return "--" + self.name.replace("_", "-")
+
+    @property
+    def variable(self) -> str:
+        return ENVIRONMENT_PREFIX + self.name.upper()
+
+
+def options() -> list[Option]:
+    """Every option, in the order of the class."""
+    found = []
+    for field in msgspec.structs.fields(Config):
+        base, meta = field.type.__origin__, field.type.__metadata__[0]
+        found.append(Option(field.name, base, field.default, meta.description))
+    return found
+
+
+def load_config(
+    flags: Mapping[str, Any], environment: Mapping[str, str] | None = None, file: Path | None = None
+) -> Config:
+    """The configuration from ``flags`` over ``environment`` over ``file`` (TOML).
+
+    Raises ``StartFailed`` that names the option and what it may be.
+    """
+    known = {option.name for option in options()}
+    values: dict[str, Any] = _read_file(file) if file else {}
+    for key, text in (environment or {}).items():
+        name = key.removeprefix(ENVIRONMENT_PREFIX).lower()
+        if key.startswith(ENVIRONMENT_PREFIX) and name in known:
+            values[name] = text
+    values.update(flags)
+    try:
+        return msgspec.convert(values, Config, strict=False)
+    except msgspec.ValidationError as error:
+        raise StartFailed(f"A configuration value cannot be used: {error}.") from None
+
+
+def _read_file(file: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(file.read_text())
+    except FileNotFoundError:
+        raise StartFailed(f"The configuration file {file} does not exist.") from None
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise StartFailed(f"The configuration file {file} cannot be read as TOML: {error}.") from None
+
+
+class ChildConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """What the launcher writes to a scheduler's or worker's standard input as its first line.
+
+    The pipe then stays open: its end tells the child that the launcher is gone. ``replica`` is ``None`` for the
+    scheduler. The sockets lie in ``directory`` (mode 0700).
+    """
+
+    config: Config
+    directory: str
+    replica: int | None = None
+
+    @property
+    def frontend(self) -> str:
+        """Where the scheduler's socket for the server is bound."""
+        return f"ipc://{self.directory}/frontend"
+
+    @property
+    def backend(self) -> str:
+        """Where the scheduler's socket for the workers is bound."""
+        return f"ipc://{self.directory}/backend"

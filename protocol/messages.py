@@ -1,0 +1,245 @@
+"""Every message between server, scheduler and worker.
+
+The life of one request in messages::
+
+    server ──Generate──▶ scheduler ──Generate──▶ worker
+    server ◀──Queued, Started, Progress, Preview, then Result or Failed── (in this order)
+    server ──Cancel──▶ scheduler ──Cancel──▶ worker
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import msgspec
+
+from .codec import Buffer, Codec
+from .errors import ErrorInfo
+
+OutputFormat = Literal["png", "jpeg", "webp", "mp4", "pt"]
+BatchingMode = Literal["merged", "interleaved", "serial"]
+
+
+class Sample(msgspec.Struct, frozen=True):
+    """One output to make: a prompt and the seed of its generator."""
+
+    prompt: str
+    seed: int
+
+
+class Generate(msgspec.Struct, tag=True, frozen=True, kw_only=True):
+    """Make ``samples``. ``None`` leaves a value to the pipeline's own default."""
+
+    request_id: str
+    samples: list[Sample]
+    negative_prompt: str | None = None
+    width: int | None = None
+    height: int | None = None
+    num_frames: int | None = None
+    fps: int | None = None
+    num_inference_steps: int | None = None
+    guidance_scale: float | None = None
+    true_cfg_scale: float | None = None
+    output_format: OutputFormat = "png"
+    deterministic: bool = False
+    preview_every: int = 0
+    progress: bool = False
+    extra: dict[str, Any] = {}
+    priority: int = 0
+    timeout_s: float | None = None
+
+
+class Cancel(msgspec.Struct, tag=True, frozen=True):
+    """Stop a request's work at its next boundary. A request that is unknown or done is ignored."""
+
+    request_id: str
+
+
+class ReplicaExited(msgspec.Struct, tag=True, frozen=True):
+    """The supervisor saw a replica's process end; ``message`` says how."""
+
+    replica: int
+    message: str
+
+
+class Queued(msgspec.Struct, tag=True, frozen=True):
+    """The request was accepted; ``position`` requests are ahead of it."""
+
+    request_id: str
+    position: int
+
+
+class Started(msgspec.Struct, tag=True, frozen=True):
+    """The request was given to a replica, after ``queue_s`` seconds."""
+
+    request_id: str
+    replica: int
+    queue_s: float
+
+
+class Progress(msgspec.Struct, tag=True, frozen=True):
+    """Output ``output`` of the request has finished ``step`` of ``steps`` denoising steps."""
+
+    request_id: str
+    output: int
+    step: int
+    steps: int
+
+
+class Preview(msgspec.Struct, tag=True, frozen=True):
+    """What output ``output`` looks like after ``step`` steps, as a JPEG."""
+
+    request_id: str
+    output: int
+    step: int
+    steps: int
+    image: Buffer
+
+
+class Output(msgspec.Struct, frozen=True):
+    """One finished picture, clip or tensor, encoded as ``format``."""
+
+    data: Buffer
+    format: OutputFormat
+    seed: int
+    width: int
+    height: int
+    num_frames: int | None = None
+    fps: int | None = None
+
+
+class Timings(msgspec.Struct, frozen=True):
+    """Seconds, of the request's slowest output; ``total_s`` is measured where the request entered that process."""
+
+    queue_s: float
+    encode_s: float
+    denoise_s: float
+    decode_s: float
+    total_s: float
+
+
+class Result(msgspec.Struct, tag=True, frozen=True):
+    """All outputs of a request, in the order of its samples."""
+
+    request_id: str
+    outputs: list[Output]
+    timings: Timings
+    steps: int
+    weight_version: str
+
+
+class Failed(msgspec.Struct, tag=True, frozen=True):
+    """The request ended without a result."""
+
+    request_id: str
+    error: ErrorInfo
+
+
+class Parameter(msgspec.Struct, frozen=True):
+    """One argument of the pipeline's ``__call__`` that a request may set.
+
+    ``types`` are JSON types ("int", "float", "str", "bool", "list", "dict", "null"); ``default`` is the pipeline's own.
+    """
+
+    types: list[str]
+    default: Any = None
+
+
+class Batching(msgspec.Struct, frozen=True):
+    """How requests share forwards, and what the self-test saw that decided it."""
+
+    mode: BatchingMode
+    reason: str
+
+
+class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
+    """What a replica serves. Sizes are in pixels; ``parameters`` maps a component to its number of parameters."""
+
+    model: str
+    path: str
+    pipeline: str
+    kind: Literal["image", "video"]
+    device: str
+    dtype: str
+    parameters: dict[str, int]
+    arguments: dict[str, Parameter]
+    size_multiple: int
+    default_width: int | None = None
+    default_height: int | None = None
+    default_num_frames: int | None = None
+    default_fps: int | None = None
+    supports_preview: bool = True
+    batching: Batching
+    weight_version: str
+
+
+class ReplicaStats(msgspec.Struct, frozen=True):
+    """Counters since the replica's start. ``calls / forwards`` is how many calls met in a forward."""
+
+    running: int = 0
+    forwards: int = 0
+    calls: int = 0
+    outputs: int = 0
+    cancelled: int = 0
+    failed: int = 0
+
+
+class ReplicaLoading(msgspec.Struct, tag=True, frozen=True):
+    """A worker is alive and at ``stage`` of its start."""
+
+    replica: int
+    pid: int
+    stage: str
+
+
+class ReplicaReady(msgspec.Struct, tag=True, frozen=True):
+    """A worker has loaded its model and finished the self-test's real forwards: it takes requests."""
+
+    replica: int
+    pid: int
+    model: ModelInfo
+
+
+class ReplicaFailed(msgspec.Struct, tag=True, frozen=True):
+    """A worker cannot start; the message is for the person who started the server."""
+
+    replica: int
+    message: str
+
+
+class Heartbeat(msgspec.Struct, tag=True, frozen=True):
+    """Sent by a worker's loop about every second while it turns."""
+
+    replica: int
+    stats: ReplicaStats
+
+
+class ReplicaStatus(msgspec.Struct, frozen=True, kw_only=True):
+    """The scheduler's view of a replica. ``state`` is the reason that ``/health`` gives."""
+
+    replica: int
+    state: Literal["starting", "ready", "failed", "lost", "stalled"]
+    message: str
+    pid: int | None = None
+    outstanding: int = 0
+    stats: ReplicaStats = ReplicaStats()
+    model: ModelInfo | None = None
+
+
+class Status(msgspec.Struct, tag=True, frozen=True):
+    """Pushed to the server whenever a replica changes state, and about every second."""
+
+    queued: int
+    running: int
+    replicas: list[ReplicaStatus]
+
+
+ToScheduler = Generate | Cancel | ReplicaExited
+FromScheduler = Queued | Started | Progress | Preview | Result | Failed | Status
+ToWorker = Generate | Cancel
+FromWorker = ReplicaLoading | ReplicaReady | ReplicaFailed | Heartbeat | Progress | Preview | Result | Failed
+
+TO_SCHEDULER: Codec[ToScheduler] = Codec(ToScheduler)
+FROM_SCHEDULER: Codec[FromScheduler] = Codec(FromScheduler)
+TO_WORKER: Codec[ToWorker] = Codec(ToWorker)
+FROM_WORKER: Codec[FromWorker] = Codec(FromWorker)

@@ -1,0 +1,51 @@
+"""``python -m safelight.scheduler``: reads its configuration from standard input and schedules until SIGTERM."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+from types import FrameType
+
+import zmq
+
+from ..protocol.child import read_child_config
+from ..protocol.logs import configure_logging
+from .loop import Loop
+
+logger = logging.getLogger(__name__)
+
+
+def main() -> int:
+    """Run until a signal. Returns the exit status."""
+    signal.signal(signal.SIGTERM, _leave)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the launcher too, which first lets requests finish
+    child = read_child_config()
+    configure_logging(child.config, "scheduler")
+    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+    try:
+        Loop(child, context).run()
+    except zmq.ZMQError as error:
+        logger.error("the scheduler's sockets in %s do not work: %s", child.directory, error)
+    except Exception:
+        logger.exception("the scheduler ends because of a fault of its own")
+    finally:
+        context.destroy(linger=0)
+    return 1
+
+
+def _leave(signum: int, frame: FrameType | None) -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    raise SystemExit(0)
+
+
+if __name__ == "__main__":
+    try:
+        status = main()
+    except SystemExit as end:
+        status = int(end.code or 0)
+    logging.shutdown()
+    sys.stderr.flush()
+    # Not sys.exit: the interpreter would abort because the launcher watch is inside a read of standard input.
+    os._exit(status)

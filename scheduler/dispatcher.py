@@ -1,0 +1,263 @@
+"""Who runs, and when: admission, priority, dispatch, cancellation, deadlines, and what the loss of a replica means.
+
+Every decision is made here, from messages and an explicit ``now`` (seconds of one monotonic clock), without a socket;
+what is to be sent is left in an outbox. Three things hold after each event:
+
+- an accepted request gets ``Queued`` and then exactly one of ``Result`` and ``Failed``;
+- a request waits only while some replica is ready, so nobody waits for a restart;
+- a replica's outstanding outputs are those that its worker has not answered for yet.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections import deque
+from dataclasses import dataclass, field
+
+from msgspec.structs import replace
+
+from ..protocol.config import Config
+from ..protocol.errors import (
+    ClientGone,
+    DeadlinePassed,
+    InvalidRequest,
+    QueueFull,
+    SafelightError,
+    Unavailable,
+)
+from ..protocol.messages import (
+    Cancel,
+    Failed,
+    FromScheduler,
+    FromWorker,
+    Generate,
+    Heartbeat,
+    Preview,
+    Progress,
+    Queued,
+    ReplicaExited,
+    ReplicaFailed,
+    ReplicaLoading,
+    ReplicaReady,
+    Result,
+    Started,
+    Status,
+    ToScheduler,
+    ToWorker,
+)
+from .queue import Queue, by_deadline, by_turn
+from .replicas import Replica, Replicas
+from .request import Request
+
+logger = logging.getLogger(__name__)
+
+STATUS_INTERVAL_S = 1.0
+
+RETRY_UNAVAILABLE_S = 5.0
+"""When it is worth asking again while no replica is ready: a worker needs seconds to load."""
+
+REMEMBERED_DURATIONS = 32
+
+
+@dataclass
+class Outbox:
+    """Messages to send, in order."""
+
+    to_server: list[FromScheduler] = field(default_factory=list)
+    to_replicas: list[tuple[int, ToWorker]] = field(default_factory=list)
+
+
+class Dispatcher:
+    """Owns every request and every replica's state."""
+
+    def __init__(self, config: Config) -> None:
+        self._config = config
+        self._replicas = Replicas(config.replicas)
+        self._live: dict[str, Request] = {}  # accepted, and not answered yet
+        self._waiting = Queue(by_turn, config.max_queue)
+        self._deadlines = Queue(by_deadline)
+        self._arrivals = 0
+        self._durations: deque[float] = deque(maxlen=REMEMBERED_DURATIONS)
+        self._pushed = self._replicas.states()
+        self._status_due = -math.inf
+        self._outbox = Outbox()
+
+    def take_outbox(self) -> Outbox:
+        outbox, self._outbox = self._outbox, Outbox()
+        return outbox
+
+    def greet(self) -> None:
+        """A server has connected: tell it the status at the next turn."""
+        self._status_due = -math.inf
+
+    def next_turn(self) -> float:
+        """When :meth:`turn` has something to do if nothing happens before."""
+        first = self._deadlines.first
+        return min(self._status_due, first.deadline) if first else self._status_due
+
+    def turn(self, now: float) -> None:
+        """Do what time alone makes due, and report changes of state."""
+        self._replicas.check_stalls(now, self._config.stall_timeout_s)
+        self._settle(now)
+        states = self._replicas.states()
+        if now >= self._status_due or states != self._pushed:
+            self._pushed, self._status_due = states, now + STATUS_INTERVAL_S
+            self._outbox.to_server.append(self.status())
+
+    def status(self) -> Status:
+        waiting = len(self._waiting)
+        return Status(queued=waiting, running=len(self._live) - waiting, replicas=self._replicas.status())
+
+    def from_server(self, message: ToScheduler, now: float) -> None:
+        match message:
+            case Generate():
+                self._admit(message, now)
+            case Cancel(request_id=request_id):
+                if request := self._live.get(request_id):
+                    self._stop(request, ClientGone("The client went away."))
+            case ReplicaExited(replica=number, message=why):
+                if replica := self._replicas.get(number):
+                    self._lose(replica, replica.exited(why), f"was lost ({why}) and will come back")
+        self._settle(now)
+
+    def from_worker(self, number: int, message: FromWorker, now: float) -> None:
+        """Handle what the worker of replica ``number`` sent."""
+        replica = self._replicas.get(number)
+        if replica is None or not _speaks_for(number, message):
+            logger.warning("dropped %s: replica %d may not send it", type(message).__name__, number)
+            return
+        match message:
+            case ReplicaLoading(pid=pid, stage=stage):
+                self._lose(replica, replica.loading(pid, stage, now), "was lost and is starting again")
+            case ReplicaReady(pid=pid, model=model):
+                self._lose(replica, replica.ready(pid, model, now), "was lost and has come back")
+            case ReplicaFailed(message=why):
+                self._lose(replica, replica.failed(why), f"failed ({why})")
+            case Heartbeat(stats=stats):
+                replica.heartbeat(stats)
+            case Progress() | Preview():
+                if self._running_on(number, message.request_id):
+                    self._outbox.to_server.append(message)
+            case Result() | Failed():
+                self._answer(replica, message, now)
+        replica.sign_of_life(now)
+        self._settle(now)
+
+    def _admit(self, generate: Generate, now: float) -> None:
+        if refusal := self._refusal(generate):
+            self._outbox.to_server.append(Failed(generate.request_id, refusal.info()))
+            return
+        timeout_s = self._config.request_timeout_s if generate.timeout_s is None else generate.timeout_s
+        request = Request(generate, self._arrivals, now, now + timeout_s)
+        self._arrivals += 1
+        self._live[request.id] = request
+        self._deadlines.add(request)
+        self._outbox.to_server.append(Queued(request.id, self._waiting.add(request)))
+
+    def _refusal(self, generate: Generate) -> SafelightError | None:
+        """Why ``generate`` cannot be accepted, if it cannot."""
+        request_id, timeout_s = generate.request_id, generate.timeout_s
+        if request_id in self._live or self._replicas.holds(request_id):
+            return InvalidRequest(f"The request id {request_id!r} is in use by another request.", field="request_id")
+        if not generate.samples:
+            return InvalidRequest("The request asks for no output; ask for at least one.", field="samples")
+        if timeout_s is not None and not timeout_s > 0:  # NaN too, which no order could hold
+            return InvalidRequest(f"timeout_s is {timeout_s}; it must be more than 0 seconds.", field="timeout_s")
+        if not self._replicas.any_ready:
+            return self._no_replica()
+        if self._waiting.is_full:
+            retry_after_s = self._retry_after_s()
+            return QueueFull(
+                f"{len(self._waiting)} requests wait already, and no more may. Ask again in {retry_after_s:.0f} s.",
+                retry_after_s=retry_after_s,
+            )
+        return None
+
+    def _retry_after_s(self) -> float:
+        """A recent request's mean seconds on a replica: by then, all that runs now has made room in the queue."""
+        mean = sum(self._durations) / len(self._durations) if self._durations else 1.0
+        return float(max(1, math.ceil(mean)))
+
+    def _no_replica(self) -> Unavailable:
+        return Unavailable(f"No replica is ready: {self._replicas.reasons()}.", retry_after_s=RETRY_UNAVAILABLE_S)
+
+    def _settle(self, now: float) -> None:
+        """Bring the requests in line with the time and with the replicas."""
+        while (first := self._deadlines.first) and first.deadline <= now:
+            self._expire(first, now)
+        if not self._replicas.any_ready:
+            while first := self._waiting.first:
+                self._fail(first, self._no_replica())
+        while (first := self._waiting.first) and self._dispatch(first, now):
+            pass
+
+    def _dispatch(self, request: Request, now: float) -> bool:
+        """Give the first in the queue to the least loaded replica.
+
+        Nobody behind may pass it while it does not fit, else small requests would keep a large one out for ever.
+        """
+        replica = self._replicas.least_loaded()
+        if replica is None or not replica.has_room(request.outputs, self._config.max_running):
+            return False
+        self._waiting.remove(request)
+        request.start(replica.number, now)
+        replica.hold(request.id, request.outputs)
+        self._outbox.to_server.append(Started(request.id, replica.number, request.queue_s(now)))
+        self._outbox.to_replicas.append((replica.number, request.generate))
+        return True
+
+    def _answer(self, replica: Replica, message: Result | Failed, now: float) -> None:
+        """A worker is done with a request: make room, and forward the answer unless the server has one already."""
+        replica.release(message.request_id)
+        request = self._running_on(replica.number, message.request_id)
+        if request is None:
+            return
+        if isinstance(message, Result):
+            queue_s = request.queue_s(now)
+            self._durations.append(now - request.arrived - queue_s)
+            timings = replace(message.timings, queue_s=queue_s, total_s=queue_s + message.timings.total_s)
+            message = replace(message, timings=timings)
+        self._forget(request)
+        self._outbox.to_server.append(message)
+
+    def _expire(self, request: Request, now: float) -> None:
+        queue_s, total_s = request.queue_s(now), request.deadline - request.arrived
+        where = "waiting" if request.replica is None else f"after {queue_s:.1f} s of waiting"
+        self._stop(request, DeadlinePassed(f"The request's {total_s:g} s ran out {where}. Give it a longer timeout_s."))
+
+    def _stop(self, request: Request, error: SafelightError) -> None:
+        """Fail ``request`` now. A worker that has it holds it until it answers the ``Cancel``."""
+        if request.replica is not None:
+            self._outbox.to_replicas.append((request.replica, Cancel(request.id)))
+        self._fail(request, error)
+
+    def _lose(self, replica: Replica, request_ids: list[str], how: str) -> None:
+        """Fail the requests that were lost with a replica's process; some of them had an answer before."""
+        for request_id in request_ids:
+            if request := self._running_on(replica.number, request_id):
+                message = f"Replica {replica.number}, which worked on this request, {how}. Send the request again."
+                self._fail(request, Unavailable(message, retry_after_s=RETRY_UNAVAILABLE_S))
+
+    def _fail(self, request: Request, error: SafelightError) -> None:
+        self._forget(request)
+        self._outbox.to_server.append(Failed(request.id, error.info()))
+
+    def _forget(self, request: Request) -> None:
+        del self._live[request.id]
+        self._deadlines.remove(request)
+        if request.replica is None:
+            self._waiting.remove(request)
+
+    def _running_on(self, number: int, request_id: str) -> Request | None:
+        request = self._live.get(request_id)
+        return request if request is not None and request.replica == number else None
+
+
+def _speaks_for(number: int, message: FromWorker) -> bool:
+    """Whether a message that names a replica names the one whose socket it came from."""
+    match message:
+        case ReplicaLoading() | ReplicaReady() | ReplicaFailed() | Heartbeat():
+            return message.replica == number
+        case _:
+            return True

@@ -1,0 +1,173 @@
+"""The replicas: which incarnation of each is alive, whether it takes work, and how much it holds."""
+
+from __future__ import annotations
+
+import logging
+from typing import Literal
+
+from ..protocol.messages import ModelInfo, ReplicaStats, ReplicaStatus
+
+logger = logging.getLogger(__name__)
+
+State = Literal["starting", "ready", "failed", "lost", "stalled"]
+
+
+class Replica:
+    """One replica through all its incarnations (processes, told apart by their pid).
+
+    A replica *holds* a request from its dispatch until the worker answers with ``Result`` or ``Failed``, also when the
+    server was told of its end long before: what is held occupies the worker. The transitions that end an incarnation
+    return the ids of the requests that were lost with it.
+    """
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+        self.state: State = "starting"
+        self.message = "waiting for its process"
+        self.pid: int | None = None
+        self.model: ModelInfo | None = None
+        self.stats = ReplicaStats()
+        self.outstanding = 0
+        self._held: dict[str, int] = {}
+        self._last_sign = 0.0
+        self._exited = False  # the exit of `pid` was reported
+        self._exits_due = 0  # exits of earlier incarnations that were not reported yet
+
+    def loading(self, pid: int, stage: str, now: float) -> list[str]:
+        """A worker is at ``stage`` of its start."""
+        if self._is_dead(pid):
+            return []
+        lost = self._meet(pid, now)
+        self._become("starting", stage)
+        return lost
+
+    def ready(self, pid: int, model: ModelInfo, now: float) -> list[str]:
+        """A worker takes requests from now on."""
+        if self._is_dead(pid):
+            return []
+        lost = self._meet(pid, now)
+        self.model = model
+        self._become("ready", "ready")
+        return lost
+
+    def failed(self, message: str) -> list[str]:
+        """A worker says that it cannot start."""
+        self._become("failed", message)
+        return self._drop_held()
+
+    def exited(self, message: str) -> list[str]:
+        """The supervisor saw a process end: the current one, unless an earlier one's end is still to be reported."""
+        if self._exits_due:
+            self._exits_due -= 1
+            return []
+        if self.state != "failed" or self._exited:  # a worker's own reason says more than its exit status
+            self._become("lost", message)
+        self._exited = True
+        return self._drop_held()
+
+    def sign_of_life(self, now: float) -> None:
+        """The worker sent anything at all."""
+        self._last_sign = now
+        if self.state == "stalled":
+            self._become("ready", "ready")
+
+    def heartbeat(self, stats: ReplicaStats) -> None:
+        if not self._exited:
+            self.stats = stats
+
+    def check_stall(self, now: float, stall_timeout_s: float) -> None:
+        """Give a ready replica no more work after ``stall_timeout_s`` seconds of silence."""
+        if self.state == "ready" and now - self._last_sign >= stall_timeout_s:
+            self._become("stalled", f"no sign of life for {now - self._last_sign:.0f} s")
+
+    def hold(self, request_id: str, outputs: int) -> None:
+        assert request_id not in self._held, f"replica {self.number} already holds request {request_id}"
+        self._held[request_id] = outputs
+        self.outstanding += outputs
+
+    def holds(self, request_id: str) -> bool:
+        return request_id in self._held
+
+    def release(self, request_id: str) -> None:
+        """The worker is done with a request; one that it does not hold (any more) is ignored."""
+        self.outstanding -= self._held.pop(request_id, 0)
+
+    def has_room(self, outputs: int, max_running: int) -> bool:
+        """Whether ``outputs`` fit under the cap; more than the cap are allowed when they are alone."""
+        return self.outstanding == 0 or self.outstanding + outputs <= max_running
+
+    def status(self) -> ReplicaStatus:
+        return ReplicaStatus(
+            replica=self.number,
+            state=self.state,
+            message=self.message,
+            pid=self.pid,
+            outstanding=self.outstanding,
+            stats=self.stats,
+            model=self.model,
+        )
+
+    def _is_dead(self, pid: int) -> bool:
+        """Whether this is a last message of a process whose exit was reported before it was read."""
+        return self._exited and pid == self.pid
+
+    def _meet(self, pid: int, now: float) -> list[str]:
+        """Note a sign of life of process ``pid``; a new pid means that the one before is gone."""
+        self._last_sign = now
+        if pid == self.pid:
+            return []
+        if self.pid is not None and not self._exited:
+            self._exits_due += 1
+        self.pid, self.model, self.stats, self._exited = pid, None, ReplicaStats(), False
+        return self._drop_held()
+
+    def _drop_held(self) -> list[str]:
+        lost = list(self._held)
+        self._held.clear()
+        self.outstanding = 0
+        return lost
+
+    def _become(self, state: State, message: str) -> None:
+        if (state, message) != (self.state, self.message):
+            level = logging.WARNING if state in ("failed", "lost", "stalled") else logging.INFO
+            logger.log(level, "replica %d (pid %s) is %s: %s", self.number, self.pid, state, message)
+        self.state, self.message = state, message
+
+
+class Replicas:
+    """All replicas of the server, numbered from 0."""
+
+    def __init__(self, count: int) -> None:
+        self._replicas = [Replica(number) for number in range(count)]
+
+    def get(self, number: int) -> Replica | None:
+        return self._replicas[number] if 0 <= number < len(self._replicas) else None
+
+    @property
+    def any_ready(self) -> bool:
+        return any(replica.state == "ready" for replica in self._replicas)
+
+    def least_loaded(self) -> Replica | None:
+        """The ready replica with the fewest outstanding outputs."""
+        ready = (replica for replica in self._replicas if replica.state == "ready")
+        return min(ready, key=lambda replica: replica.outstanding, default=None)
+
+    def holds(self, request_id: str) -> bool:
+        return any(replica.holds(request_id) for replica in self._replicas)
+
+    def check_stalls(self, now: float, stall_timeout_s: float) -> None:
+        for replica in self._replicas:
+            replica.check_stall(now, stall_timeout_s)
+
+    def reasons(self) -> str:
+        """Why each replica is not ready, in one sentence for an error's message."""
+        return "; ".join(
+            f"replica {replica.number} is {replica.state}: {replica.message}" for replica in self._replicas
+        )
+
+    def states(self) -> list[tuple[State, str, int | None, ModelInfo | None]]:
+        """What makes a status worth pushing when it changes."""
+        return [(replica.state, replica.message, replica.pid, replica.model) for replica in self._replicas]
+
+    def status(self) -> list[ReplicaStatus]:
+        return [replica.status() for replica in self._replicas]

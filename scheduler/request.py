@@ -1,0 +1,38 @@
+"""A request as the scheduler keeps it, from its arrival to its terminal message."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..protocol.messages import Generate
+
+
+@dataclass(slots=True, eq=False)
+class Request:
+    """What the server asked for, and where that stands. Times are seconds of one monotonic clock."""
+
+    generate: Generate
+    number: int
+    """Counts arrivals: the order among requests of equal priority."""
+    arrived: float
+    deadline: float
+    replica: int | None = None
+    """The replica that it was given to; ``None`` while it waits."""
+    started: float | None = None
+
+    @property
+    def id(self) -> str:
+        return self.generate.request_id
+
+    @property
+    def outputs(self) -> int:
+        return len(self.generate.samples)
+
+    def start(self, replica: int, now: float) -> None:
+        assert self.replica is None, f"request {self.id} was started twice"
+        self.replica = replica
+        self.started = now
+
+    def queue_s(self, now: float) -> float:
+        """Seconds spent waiting, up to the start or, before it, up to ``now``."""
+        return (now if self.started is None else self.started) - self.arrived

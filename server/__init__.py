@@ -1,0 +1,1 @@
+"""The HTTP server, which also starts and supervises the other processes. It never imports torch."""

@@ -1,0 +1,103 @@
+"""The outermost layer of every request: its id, its log line, its metrics, and the answer to what was raised."""
+
+from __future__ import annotations
+
+import logging
+import re
+import time
+import uuid
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.requests import ClientDisconnect
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from ..protocol.errors import ClientGone, Internal, SafelightError
+from ..protocol.logs import request_id_var
+from .metrics import Metrics
+from .replies import error_reply
+
+_SANE_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]{0,127}")
+
+log = logging.getLogger(__name__)
+
+
+class ExchangeMiddleware:
+    """Wraps each HTTP request in an :class:`Exchange`."""
+
+    def __init__(self, app: ASGIApp, *, metrics: Metrics) -> None:
+        self._app = app
+        self._metrics = metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            await Exchange(self._metrics, scope, receive, send).run(self._app)
+        else:
+            await self._app(scope, receive, send)
+
+
+class Exchange:
+    """One request and its answer."""
+
+    def __init__(self, metrics: Metrics, scope: Scope, receive: Receive, send: Send) -> None:
+        self._metrics = metrics
+        self._scope = scope
+        self._receive = receive
+        self._send = send
+        self._started_at = time.perf_counter()
+        self._status: int | None = None
+        self._complete = False
+        self._client_gone = False
+        self._id = Headers(scope=scope).get("x-request-id", "")
+        if not _SANE_ID.fullmatch(self._id):
+            self._id = uuid.uuid4().hex
+
+    async def run(self, app: ASGIApp) -> None:
+        request_id_var.set(self._id)  # each request is a task of its own, so this reaches nothing else
+        try:
+            await self._answer(app)
+        finally:
+            self._account()
+
+    async def _answer(self, app: ASGIApp) -> None:
+        error: SafelightError
+        try:
+            await app(self._scope, self._watched_receive, self._stamped_send)
+            return
+        except SafelightError as raised:
+            error = raised
+        except ClientDisconnect:
+            error = ClientGone("The client went away while it sent its request.")
+        except Exception:  # noqa: BLE001 - the edge of every request
+            log.exception("the request failed by a fault of the server")
+            error = Internal("The server made a mistake; its log has the details under this request id.")
+        if self._status is None:
+            await error_reply(error.info())(self._scope, self._watched_receive, self._stamped_send)
+        elif not self._client_gone:
+            log.error("the answer was cut off: %s", error.message)
+
+    async def _watched_receive(self) -> Message:
+        message = await self._receive()
+        if message["type"] == "http.disconnect" and not self._complete:
+            self._client_gone = True
+        return message
+
+    async def _stamped_send(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            self._status = message["status"]
+            MutableHeaders(scope=message)["X-Request-Id"] = self._id
+        await self._send(message)
+        if message["type"] == "http.response.body" and not message.get("more_body", False):
+            self._complete = True
+
+    def _account(self) -> None:
+        status = 499 if self._client_gone or self._status is None else self._status
+        seconds = time.perf_counter() - self._started_at
+        route = _route_of(self._scope)
+        self._metrics.count_request(route, status, seconds)
+        log.info("%s %s %d %.1f ms", self._scope["method"], route, status, 1000 * seconds)
+
+
+def _route_of(scope: Scope) -> str:
+    """The route's own path, or "unmatched": a label, and a log line, with nothing in it that a client wrote."""
+    route = scope.get("route")
+    return "unmatched" if route is None else str(route.path)

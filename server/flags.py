@@ -1,0 +1,91 @@
+"""The command line of the server: one flag for each option, made from the options themselves."""
+
+from __future__ import annotations
+
+import argparse
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, NoReturn
+
+from ..protocol.config import Config, Option, load_config, options
+from ..protocol.errors import StartFailed
+
+GROUPS: dict[str, tuple[str, ...]] = {
+    "model": ("model", "served_model_name", "device", "dtype"),
+    "HTTP": ("host", "port", "api_key", "max_body_mb"),
+    "replicas": ("replicas", "threads", "start_timeout_s", "stall_timeout_s", "grace_s"),
+    "batching and queue": (
+        "batching", "max_batch", "max_batch_tokens", "max_running", "max_queue", "request_timeout_s",
+    ),
+    "what one request may ask for": (
+        "max_outputs", "max_steps", "max_pixels", "max_frames", "max_prompt_chars",
+    ),
+    "log": ("log_level", "log_format"),
+}  # fmt: skip
+"""Where ``--help`` shows each option; one that is not named here is shown under "other"."""
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise StartFailed(f"The command line cannot be read: {message}; see `{self.prog} --help`.")
+
+
+def read_config(arguments: Sequence[str], environment: Mapping[str, str]) -> Config:
+    """The configuration from the command line over ``environment`` over the file that ``--config`` names.
+
+    Raises ``StartFailed`` that names the flag or the value; ``SystemExit`` for ``--help``.
+    """
+    given = vars(make_parser().parse_args(arguments))
+    file: Path | None = given.pop("config", None)
+    if (positional := given.pop("MODEL", None)) is not None:
+        if "model" in given:
+            raise StartFailed(f"The model is given twice, as {positional!r} and with --model; leave one of them out.")
+        given["model"] = positional
+    return load_config(given, environment, file)
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """A parser whose namespace holds just the flags that were given."""
+    parser = _Parser(
+        prog="python -m safelight.server",
+        description="Serve a diffusion model over HTTP.",
+        epilog="Every flag can also be set as an environment variable, SAFELIGHT_ and its name in capitals, "
+        "or in the file that --config names. A flag wins over the environment, and that over the file.",
+        argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
+    )
+    parser.add_argument("MODEL", nargs="?", help="the same as --model")
+    parser.add_argument("--config", type=Path, metavar="FILE", help="a TOML file with options")
+    remaining = {option.name: option for option in options()}
+    for title, names in GROUPS.items():
+        group = parser.add_argument_group(title)
+        for name in names:
+            _add_flag(group, remaining.pop(name))
+    if remaining:
+        group = parser.add_argument_group("other")
+        for option in remaining.values():
+            _add_flag(group, option)
+    return parser
+
+
+def _add_flag(group: argparse._ArgumentGroup, option: Option) -> None:
+    annotation = _without_none(option.annotation)
+    default = "" if option.default is None else f" (default: {option.default})"
+    help_text = (option.description + default).replace("%", "%%")
+    if annotation is bool:
+        group.add_argument(option.flag, dest=option.name, action=argparse.BooleanOptionalAction, help=help_text)
+    elif typing.get_origin(annotation) is Literal:
+        group.add_argument(option.flag, dest=option.name, choices=typing.get_args(annotation), help=help_text)
+    else:
+        metavar = {int: "N", float: "X"}.get(annotation, "TEXT")
+        group.add_argument(option.flag, dest=option.name, metavar=metavar, help=help_text)
+
+
+def _without_none(annotation: Any) -> Any:
+    """``X`` for ``X | None``."""
+    if typing.get_origin(annotation) in (types.UnionType, typing.Union):
+        members = [member for member in typing.get_args(annotation) if member is not types.NoneType]
+        return members[0] if len(members) == 1 else annotation
+    return annotation

@@ -1,0 +1,48 @@
+"""Whether the process is up, and whether it can serve."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import APIRouter, Response
+
+from ..protocol.errors import Unavailable
+from ..protocol.messages import ReplicaStatus
+from .replies import error_reply, json_reply
+from .service import Service
+
+
+def routes(service: Service) -> APIRouter:
+    router = APIRouter(tags=["health"])
+
+    @router.get("/liveness", summary="200 while this process is up")
+    async def liveness() -> Response:
+        return json_reply({"status": "alive"})
+
+    @router.get("/health", summary="200 when a replica has finished a real forward and answers")
+    @router.get("/health_generate", summary="The same as /health")
+    async def health() -> Response:
+        return _health(service)
+
+    return router
+
+
+def _health(service: Service) -> Response:
+    replicas = service.link.status.replicas
+    reasons = {"replicas": [_reason(replica) for replica in replicas]}
+    if not service.link.answers and replicas:
+        return _unavailable("The scheduler does not answer.", status="unavailable", **reasons)
+    if any(replica.state == "ready" for replica in replicas):
+        return json_reply({"status": "ok", **reasons})
+    starting = all(replica.state == "starting" for replica in replicas)
+    told = "; ".join(f"replica {replica.replica} is {replica.state}: {replica.message}" for replica in replicas)
+    message = f"No replica is ready: {told or 'they are starting'}."
+    return _unavailable(message, status="starting" if starting else "unavailable", **reasons)
+
+
+def _reason(replica: ReplicaStatus) -> dict[str, Any]:
+    return {"replica": replica.replica, "state": replica.state, "message": replica.message}
+
+
+def _unavailable(message: str, **beside: Any) -> Response:
+    return error_reply(Unavailable(message).info(), **beside)

@@ -1,0 +1,72 @@
+"""The listening socket, and uvicorn under our own signals."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import socket
+from collections.abc import Iterator
+
+import uvicorn
+from starlette.types import ASGIApp
+
+from ..protocol.errors import StartFailed
+
+_BACKLOG = 2048
+_IDLE_S = 30  # longer than clients keep idle connections, so that it is the client who closes them
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A listening socket. Raises ``StartFailed`` that says why there is none."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    except OSError as error:
+        raise StartFailed(f"The address {host!r} cannot be resolved ({error.strerror}); give another --host.") from None
+    listener = socket.socket(family, kind, protocol)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+        listener.listen(_BACKLOG)
+    except OSError as error:
+        listener.close()
+        raise StartFailed(
+            f"Port {port} on {host} cannot be used ({error.strerror}); stop what uses it or give another --port "
+            "(0 takes a free one)."
+        ) from None
+    listener.setblocking(False)
+    return listener
+
+
+def url_of(listener: socket.socket) -> str:
+    """Where a client on this machine reaches ``listener``."""
+    host, port = listener.getsockname()[:2]
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+class HttpServer(uvicorn.Server):
+    """uvicorn, which leaves the signals to the launcher, and so the exit status too."""
+
+    def __init__(self, app: ASGIApp, *, grace_s: float) -> None:
+        config = uvicorn.Config(
+            app,
+            lifespan="off",
+            ws="none",
+            access_log=False,
+            log_config=None,
+            log_level="warning",
+            server_header=False,
+            timeout_keep_alive=_IDLE_S,
+            # The launcher ends what still runs after the grace time; the rest is for those replies to be written.
+            timeout_graceful_shutdown=math.ceil(grace_s) + 2,
+        )
+        super().__init__(config)
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+    def stop(self, *, at_once: bool = False) -> None:
+        """Accept nothing more and end when the running requests have; or at once."""
+        self.should_exit = True
+        self.force_exit = self.force_exit or at_once

@@ -1,0 +1,64 @@
+"""What this server is and serves."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+from fastapi import APIRouter, Response
+
+from .. import __version__
+from ..protocol.errors import Unavailable
+from ..protocol.messages import ModelInfo, ReplicaStatus
+from .replies import json_reply
+from .service import Service
+
+
+def routes(service: Service) -> APIRouter:
+    router = APIRouter(tags=["information"])
+
+    @router.get("/server_info", summary="Version, configuration, replicas, and how requests share forwards")
+    async def server_info() -> Response:
+        return json_reply(_server_info(service))
+
+    @router.get("/model_info", summary="The model, its sizes, and the arguments that `extra` may hold")
+    async def model_info() -> Response:
+        return json_reply(msgspec.to_builtins(_model(service)))
+
+    @router.get("/get_weight_version", summary="The version of the weights that serve now")
+    async def get_weight_version() -> Response:
+        return json_reply({"weight_version": _model(service).weight_version})
+
+    return router
+
+
+def _model(service: Service) -> ModelInfo:
+    model = service.link.model()
+    if model is None:
+        raise Unavailable("The model is still loading.")
+    return model
+
+
+def _server_info(service: Service) -> dict[str, Any]:
+    config: dict[str, Any] = msgspec.to_builtins(service.config)
+    del config["api_key"]
+    status = service.link.status
+    models = {replica.model.model: replica.model for replica in status.replicas if replica.model is not None}
+    model = service.link.model()
+    return {
+        "version": __version__,
+        "uptime_s": round(service.uptime_s, 3),
+        "config": config,
+        "models": [msgspec.to_builtins(model) for model in models.values()],
+        "batching": None if model is None else msgspec.to_builtins(model.batching),
+        "queued": status.queued,
+        "running": status.running,
+        "replicas": [_replica(replica) for replica in status.replicas],
+    }
+
+
+def _replica(replica: ReplicaStatus) -> dict[str, Any]:
+    """The scheduler's view of it, with the model by name alone."""
+    told: dict[str, Any] = msgspec.to_builtins(replica)
+    told["model"] = None if replica.model is None else replica.model.model
+    return told

@@ -1,0 +1,126 @@
+"""``python -m safelight.server``: checks, starts every process, serves, and leaves nothing behind."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import shutil
+import signal
+import socket
+import sys
+import tempfile
+from collections.abc import Sequence
+
+from ..protocol.config import ChildConfig, Config
+from ..protocol.errors import StartFailed, Unavailable
+from ..protocol.logs import configure_logging
+from ..protocol.messages import ModelInfo, Status
+from .app import create_app
+from .checkpoint import check_model
+from .flags import read_config
+from .http_server import HttpServer, listen, url_of
+from .scheduler_link import SchedulerLink
+from .service import Service
+from .supervisor import Supervisor
+
+WRONG_START = 2
+"""Exit status when the server was asked for something that cannot be."""
+
+FAILED = 1
+"""Exit status when a process was lost that the server cannot go on without."""
+
+INTERRUPTED = 130
+"""Exit status after a second signal, which ends everything at once."""
+
+_LONGEST_DIRECTORY = 80  # a unix socket's path has at most 107 bytes
+
+log = logging.getLogger(__name__)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a server until it is told to stop. Returns the exit status."""
+    try:
+        config = read_config(sys.argv[1:] if arguments is None else arguments, os.environ)
+        configure_logging(config, "server")
+        check_model(config.model)
+        listener = listen(config.host, config.port)
+    except StartFailed as error:
+        print(error.message, file=sys.stderr)
+        return WRONG_START
+    with listener:
+        return asyncio.run(_in_own_directory(config, listener))
+
+
+async def _in_own_directory(config: Config, listener: socket.socket) -> int:
+    directory = tempfile.mkdtemp(prefix="safelight-")  # mode 0700: the sockets in it are nobody else's
+    if len(directory) > _LONGEST_DIRECTORY:
+        os.rmdir(directory)
+        directory = tempfile.mkdtemp(prefix="safelight-", dir="/tmp")
+    try:
+        async with SchedulerLink(ChildConfig(config=config, directory=directory).frontend) as link:
+            return await Launch(config, directory, link, listener).run()
+    finally:
+        shutil.rmtree(directory, ignore_errors=True)
+
+
+class Launch:
+    """One run of a server, from the first process's start to the last one's end."""
+
+    def __init__(self, config: Config, directory: str, link: SchedulerLink, listener: socket.socket) -> None:
+        self._config = config
+        self._link = link
+        self._listener = listener
+        self._supervisor = Supervisor(config, directory, link)
+        self._http = HttpServer(create_app(Service(config, link)), grace_s=config.grace_s)
+        self._interrupted = False
+
+    async def run(self) -> int:
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._on_signal, number)
+        serving = asyncio.create_task(self._http.serve(sockets=[self._listener]))
+        supervision = asyncio.create_task(self._supervisor.run())
+        announcement = asyncio.create_task(self._announce())
+        try:
+            await asyncio.wait({serving, supervision}, return_when=asyncio.FIRST_COMPLETED)
+            if supervision.done():
+                return await self._give_up(supervision, serving)
+            await serving
+            return INTERRUPTED if self._interrupted else 0
+        finally:
+            for task in (announcement, supervision):
+                task.cancel()
+            await asyncio.gather(announcement, supervision, return_exceptions=True)
+            await self._supervisor.stop(at_once=self._interrupted)
+
+    def _on_signal(self, number: signal.Signals) -> None:
+        if self._http.should_exit:
+            self._interrupted = True
+            self._http.stop(at_once=True)
+            return
+        log.info("%s: stopping; running requests get %g s to finish", number.name, self._config.grace_s)
+        self._http.stop()
+        asyncio.get_running_loop().call_later(
+            self._config.grace_s, self._link.abandon_all, Unavailable("The server was stopped.")
+        )
+
+    async def _announce(self) -> None:
+        log.info("listening on %s", url_of(self._listener))
+        model = await self._link.status_where(_first_ready)
+        print(f"ready: {url_of(self._listener)} serves {model.model}", flush=True)
+
+    async def _give_up(self, supervision: asyncio.Task[None], serving: asyncio.Task[None]) -> int:
+        """End the server because ``supervision`` did; tell why, also to the clients that wait."""
+        try:
+            await supervision
+        except StartFailed as error:
+            print(error.message, file=sys.stderr)
+        self._link.abandon_all(Unavailable("The server lost a process that it needs, and stops."))
+        self._http.stop()
+        await serving
+        return FAILED
+
+
+def _first_ready(status: Status) -> ModelInfo | None:
+    return next((replica.model for replica in status.replicas if replica.state == "ready"), None)

@@ -1,0 +1,217 @@
+"""What one request may ask for: ranges from the configuration, and what the model can do."""
+
+from __future__ import annotations
+
+import secrets
+from dataclasses import dataclass
+from typing import Any
+
+from ..protocol.config import Config
+from ..protocol.errors import InvalidRequest
+from ..protocol.messages import Generate, ModelInfo, OutputFormat, Parameter, Sample
+from .schemas import GenerateBody, near
+
+FORMATS: dict[str, tuple[OutputFormat, ...]] = {"image": ("png", "jpeg", "webp", "pt"), "video": ("mp4", "pt")}
+"""The formats of each kind of model, the default first."""
+
+_LONGEST_TIMEOUT_S = 7 * 24 * 3600.0
+_SEEDS = 2**63
+_PIPELINE_FIELDS = (
+    "negative_prompt", "width", "height", "num_frames", "num_inference_steps", "guidance_scale", "true_cfg_scale",
+)  # fmt: skip
+_SCHEDULES = ("timesteps", "sigmas")  # arguments whose length is a number of steps
+
+
+@dataclass(frozen=True)
+class Range:
+    """The values from ``low`` to ``high``, both included."""
+
+    low: float
+    high: float
+
+    def check(self, name: str, value: float, field: str | None = None) -> None:
+        if not self.low <= value <= self.high:
+            low, high = (f"{bound:.0f}" if bound == int(bound) else f"{bound:g}" for bound in (self.low, self.high))
+            raise InvalidRequest(f"{name} must be between {low} and {high}, not {value}.", field=field or name)
+
+
+def ranges(config: Config) -> dict[str, Range]:
+    """What each numeric field may be, whatever the model."""
+    return {
+        "width": Range(1, config.max_pixels),
+        "height": Range(1, config.max_pixels),
+        "num_frames": Range(1, config.max_frames),
+        "fps": Range(1, 240),
+        "num_inference_steps": Range(1, config.max_steps),
+        "guidance_scale": Range(0, 1000),
+        "true_cfg_scale": Range(0, 1000),
+        "n": Range(1, config.max_outputs),
+        "num_outputs_per_prompt": Range(1, config.max_outputs),
+        "priority": Range(-1_000_000, 1_000_000),
+        "timeout_s": Range(0.001, _LONGEST_TIMEOUT_S),
+        "preview_every": Range(0, config.max_steps),
+    }
+
+
+def check_ranges(body: GenerateBody, config: Config) -> None:
+    """Raise ``InvalidRequest`` for what no model may be asked for."""
+    if body.image is not None:
+        raise InvalidRequest("image inputs are not supported by this version.", field="image")
+    if body.lora is not None:
+        raise InvalidRequest("LoRA adapters are not supported by this version.", field="lora")
+    for name, allowed in ranges(config).items():
+        if (value := getattr(body, name)) is not None:
+            allowed.check(name, value)
+    if body.num_outputs_per_prompt is not None and "n" in body.model_fields_set and body.n != outputs_per_prompt(body):
+        raise InvalidRequest("n and num_outputs_per_prompt are the same, and were given different values.", field="n")
+    total = len(body.prompt) * outputs_per_prompt(body)
+    if total > config.max_outputs:
+        raise InvalidRequest(
+            f"A request may have between 1 and {config.max_outputs} outputs; {len(body.prompt)} prompts "
+            f"with n = {outputs_per_prompt(body)} make {total}.",
+            field="prompt" if len(body.prompt) > config.max_outputs else "n",
+        )
+    _check_texts(body, config)
+    _check_seeds(body)
+    if body.preview_every and not body.stream:
+        raise InvalidRequest("preview_every needs stream = true.", field="preview_every")
+
+
+def check_model(body: GenerateBody, model: ModelInfo, config: Config) -> None:
+    """Raise ``InvalidRequest`` for what this model cannot do."""
+    for name in _PIPELINE_FIELDS:
+        if getattr(body, name) is not None and name not in model.arguments:
+            raise InvalidRequest(f"{model.pipeline} does not take {name}; leave it out.", field=name)
+    if body.fps is not None and "num_frames" not in model.arguments:
+        raise InvalidRequest(f"{model.pipeline} makes no videos, so it does not take fps; leave it out.", field="fps")
+    _check_size(body, model, config)
+    if body.preview_every and not model.supports_preview:
+        raise InvalidRequest(
+            f"Previews are not available for {model.pipeline}; preview_every must be 0.", field="preview_every"
+        )
+    if body.output_format is not None and body.output_format not in FORMATS[model.kind]:
+        raise InvalidRequest(
+            f"output_format must be one of {', '.join(FORMATS[model.kind])} for a model that makes {model.kind}s.",
+            field="output_format",
+        )
+    for name, value in body.extra.items():
+        _check_extra(name, value, model, config)
+
+
+def to_message(body: GenerateBody, request_id: str, output_format: OutputFormat, config: Config) -> Generate:
+    """The checked ``body`` as the scheduler takes it, with a seed for every output."""
+    per_prompt = outputs_per_prompt(body)
+    return Generate(
+        request_id=request_id,
+        samples=[
+            Sample(prompt, seed)
+            for prompt, seed in zip(
+                (prompt for prompt in body.prompt for _ in range(per_prompt)), _seeds(body), strict=True
+            )
+        ],
+        negative_prompt=body.negative_prompt,
+        width=body.width,
+        height=body.height,
+        num_frames=body.num_frames,
+        fps=body.fps,
+        num_inference_steps=body.num_inference_steps,
+        guidance_scale=body.guidance_scale,
+        true_cfg_scale=body.true_cfg_scale,
+        output_format=output_format,
+        deterministic=body.deterministic,
+        preview_every=body.preview_every,
+        progress=body.stream,
+        extra=body.extra,
+        priority=body.priority,
+        timeout_s=config.request_timeout_s if body.timeout_s is None else body.timeout_s,
+    )
+
+
+def outputs_per_prompt(body: GenerateBody) -> int:
+    return body.n if body.num_outputs_per_prompt is None else body.num_outputs_per_prompt
+
+
+def _seeds(body: GenerateBody) -> list[int]:
+    """One seed for each output, prompt by prompt."""
+    prompts, n = len(body.prompt), outputs_per_prompt(body)
+    first = body.seed
+    if first is None:
+        first = [secrets.randbelow(2**32 - n) for _ in range(prompts)]
+    elif len(first) == 1:
+        first = first * prompts
+    if len(first) == prompts:
+        return [seed + i for seed in first for i in range(n)]
+    return first
+
+
+def _check_seeds(body: GenerateBody) -> None:
+    if body.seed is None:
+        return
+    prompts, n = len(body.prompt), outputs_per_prompt(body)
+    lengths = sorted({1, prompts, prompts * n})
+    if len(body.seed) not in lengths:
+        raise InvalidRequest(
+            f"seed must be one integer or a list of {' or '.join(map(str, lengths))} "
+            f"for {prompts} prompts with n = {n}, not of {len(body.seed)}.",
+            field="seed",
+        )
+    for seed in (min(body.seed), max(_seeds(body))):
+        if not 0 <= seed < _SEEDS:
+            raise InvalidRequest(
+                f"seed must be between 0 and {_SEEDS - 1}, counted up to the last output; {seed} is not.", field="seed"
+            )
+
+
+def _check_texts(body: GenerateBody, config: Config) -> None:
+    texts = [("prompt", prompt) for prompt in body.prompt]
+    texts += [("negative_prompt", body.negative_prompt)] if body.negative_prompt is not None else []
+    texts += [(f"extra.{name}", value) for name, value in body.extra.items() if isinstance(value, str)]
+    for field, text in texts:
+        if len(text) > config.max_prompt_chars:
+            raise InvalidRequest(
+                f"{field} must have between 0 and {config.max_prompt_chars} characters, not {len(text)}.", field=field
+            )
+
+
+def _check_size(body: GenerateBody, model: ModelInfo, config: Config) -> None:
+    multiple = model.size_multiple
+    for name, value in (("width", body.width), ("height", body.height)):
+        if value is not None and (value < multiple or value % multiple):
+            raise InvalidRequest(
+                f"{name} must be a multiple of {multiple} between {multiple} and {config.max_pixels // multiple}, "
+                f"not {value}.",
+                field=name,
+            )
+    width, height = body.width or model.default_width, body.height or model.default_height
+    if (body.width or body.height) and width * height > config.max_pixels:
+        raise InvalidRequest(
+            f"width x height must be between {multiple * multiple} and {config.max_pixels} pixels; "
+            f"{width} x {height} are {width * height}.",
+            field="width" if body.width else "height",
+        )
+
+
+def _check_extra(name: str, value: Any, model: ModelInfo, config: Config) -> None:
+    shown = name[:100]
+    field = f"extra.{shown}"
+    if name in GenerateBody.model_fields:
+        raise InvalidRequest(f"{shown} is a field of the request itself; give it there, not in extra.", field=field)
+    parameter = model.arguments.get(name)
+    if parameter is None:
+        known = model.arguments.keys() - GenerateBody.model_fields.keys()
+        raise InvalidRequest(f"{model.pipeline} has no argument {shown!r}; {near(name, known)}", field=field)
+    if not _fits(value, parameter):
+        raise InvalidRequest(
+            f"{field} must be of type {' or '.join(parameter.types)}, not {_type_of(value)}.", field=field
+        )
+    if name in _SCHEDULES and isinstance(value, list):
+        Range(1, config.max_steps).check(f"The length of {field}", len(value), field)
+
+
+def _fits(value: Any, parameter: Parameter) -> bool:
+    kind = _type_of(value)
+    return kind in parameter.types or (kind == "int" and "float" in parameter.types)
+
+
+def _type_of(value: Any) -> str:
+    return "null" if value is None else type(value).__name__

@@ -1,0 +1,87 @@
+"""Prometheus metrics: what was asked for over HTTP, and what the scheduler last said about queue and replicas."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import prometheus_client
+from fastapi import APIRouter, Response
+from prometheus_client import CollectorRegistry, Counter, Histogram
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from .scheduler_link import SchedulerLink
+
+_SECONDS = (0.005, 0.02, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0)
+
+_REPLICA_COUNTERS = {
+    "forwards": "Forwards that the replica has run since its start",
+    "calls": "Calls of pipelines to components that these forwards answered",
+    "outputs": "Outputs that the replica has finished since its start",
+    "cancelled": "Requests whose work was cancelled in the replica since its start",
+    "failed": "Requests that failed in the replica since its start",
+}
+
+
+class Metrics:
+    """The metrics of one server, in a registry of their own."""
+
+    def __init__(self, link: SchedulerLink) -> None:
+        self._registry = CollectorRegistry()
+        self._requests = Counter(
+            "safelight_requests",
+            "HTTP requests that ended; status 499 counts clients that went away before their answer",
+            ("route", "status"),
+            registry=self._registry,
+        )
+        self._seconds = Histogram(
+            "safelight_request_seconds",
+            "Seconds from a request's first line to its answer's last byte",
+            ("route",),
+            buckets=_SECONDS,
+            registry=self._registry,
+        )
+        self._outputs = Counter("safelight_outputs", "Outputs sent to clients", registry=self._registry)
+        self._registry.register(_SchedulerCollector(link))
+
+    def count_request(self, route: str, status: int, seconds: float) -> None:
+        self._requests.labels(route, str(status)).inc()
+        self._seconds.labels(route).observe(seconds)
+
+    def count_outputs(self, number: int) -> None:
+        self._outputs.inc(number)
+
+    def exposition(self) -> bytes:
+        """Everything in Prometheus's text format."""
+        return prometheus_client.generate_latest(self._registry)
+
+
+class _SchedulerCollector(Collector):
+    """Reads the scheduler's last status when it is asked, so there is no second copy of it."""
+
+    def __init__(self, link: SchedulerLink) -> None:
+        self._link = link
+
+    def collect(self) -> Iterator[Metric]:
+        status = self._link.status
+        yield GaugeMetricFamily("safelight_queued_requests", "Requests that wait in the queue", status.queued)
+        yield GaugeMetricFamily("safelight_running_requests", "Requests that replicas work on", status.running)
+        up = GaugeMetricFamily("safelight_replica_up", "1 while the replica takes requests", labels=["replica"])
+        for replica in status.replicas:
+            up.add_metric([str(replica.replica)], float(replica.state == "ready"))
+        yield up
+        for name, description in _REPLICA_COUNTERS.items():
+            family = CounterMetricFamily(f"safelight_replica_{name}", description, labels=["replica"])
+            for replica in status.replicas:
+                family.add_metric([str(replica.replica)], getattr(replica.stats, name))
+            yield family
+
+
+def routes(metrics: Metrics) -> APIRouter:
+    router = APIRouter(tags=["information"])
+
+    @router.get("/metrics", summary="Metrics in Prometheus's text format")
+    async def read_metrics() -> Response:
+        return Response(metrics.exposition(), media_type=prometheus_client.CONTENT_TYPE_LATEST)
+
+    return router

@@ -1,0 +1,173 @@
+"""The server's end of the socket to the scheduler: sends requests, hands each one its events, keeps the last status."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import Callable, Iterator
+from typing import Self, TypeVar
+
+import msgspec
+import zmq
+import zmq.asyncio
+
+from ..protocol import messages
+from ..protocol.errors import ErrorInfo, SafelightError, Unavailable, from_info
+from ..protocol.messages import (
+    FROM_SCHEDULER,
+    TO_SCHEDULER,
+    Cancel,
+    Failed,
+    Generate,
+    ModelInfo,
+    Preview,
+    Progress,
+    Queued,
+    Result,
+    Started,
+    Status,
+)
+
+T = TypeVar("T")
+Event = Queued | Started | Progress | Preview | Result | Failed
+
+EVENTS_KEPT = 32
+"""Events that a request may have unread; beyond it, progress and previews are dropped, so a slow reader costs little."""
+
+STATUS_FRESH_S = 10.0
+"""A scheduler that has said nothing for longer than this does not count as answering."""
+
+_RETRY_AFTER_S = 5.0
+
+log = logging.getLogger(__name__)
+
+
+class Subscription:
+    """The events of one request, in order."""
+
+    def __init__(self, request_id: str) -> None:
+        self.request_id = request_id
+        self.ended = False
+        self._events: asyncio.Queue[Event] = asyncio.Queue()
+
+    def deliver(self, event: Event) -> None:
+        if isinstance(event, Progress | Preview) and self._events.qsize() >= EVENTS_KEPT:
+            return
+        self.ended = self.ended or isinstance(event, Result | Failed)
+        self._events.put_nowait(event)
+
+    async def next(self) -> Queued | Started | Progress | Preview | Result:
+        """The next event. Raises the request's own error when it failed."""
+        event = await self._events.get()
+        if isinstance(event, Failed):
+            raise from_info(event.error)
+        return event
+
+    async def result(self) -> Result:
+        while not isinstance(event := await self.next(), Result):
+            pass
+        return event
+
+
+class SchedulerLink:
+    """An asynchronous context: the connection to the scheduler at ``address``."""
+
+    def __init__(self, address: str) -> None:
+        self._address = address
+        self._context = zmq.asyncio.Context()
+        self._socket = self._context.socket(zmq.DEALER)
+        # Without marks neither side drops or waits. What can pile up is bounded by the scheduler's own queue.
+        self._socket.set_hwm(0)
+        self._socket.setsockopt(zmq.LINGER, 0)
+        self._socket.setsockopt(zmq.RECONNECT_IVL, 20)
+        self._subscriptions: dict[str, Subscription] = {}
+        self._status = Status(0, 0, [])
+        self._status_at = float("-inf")
+        self._news = asyncio.Event()
+        self._refusal: ErrorInfo | None = None
+
+    async def __aenter__(self) -> Self:
+        self._socket.connect(self._address)
+        self.send(Cancel(""))  # a hello: the scheduler now knows where to send its status
+        self._receiving = asyncio.create_task(self._receive())
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self._receiving.cancel()
+        await asyncio.gather(self._receiving, return_exceptions=True)
+        self._context.destroy(linger=0)
+
+    @property
+    def status(self) -> Status:
+        """What the scheduler said last."""
+        return self._status
+
+    @property
+    def answers(self) -> bool:
+        return time.monotonic() - self._status_at < STATUS_FRESH_S
+
+    async def status_where(self, find: Callable[[Status], T | None]) -> T:
+        """Wait for a status in which ``find`` finds something, and return that."""
+        while (found := find(self._status)) is None:
+            await self._news.wait()
+        return found
+
+    def model(self) -> ModelInfo | None:
+        """What a replica serves: a ready one if any is, else one that was."""
+        models = [(replica.state == "ready", replica.model) for replica in self._status.replicas]
+        known = [(ready, model) for ready, model in models if model is not None]
+        return max(known, key=lambda entry: entry[0])[1] if known else None
+
+    def ready_model(self) -> ModelInfo:
+        """What the ready replicas serve. Raises ``Unavailable`` with every replica's reason when none is ready."""
+        for replica in self._status.replicas:
+            if replica.state == "ready" and replica.model is not None:
+                return replica.model
+        reasons = "; ".join(
+            f"replica {replica.replica} is {replica.state}: {replica.message}" for replica in self._status.replicas
+        )
+        raise Unavailable(f"No replica is ready: {reasons or 'they are starting'}.", retry_after_s=_RETRY_AFTER_S)
+
+    def send(self, message: messages.ToScheduler) -> None:
+        if not self._socket.closed:
+            self._socket.send_multipart(TO_SCHEDULER.encode(message))  # never waits: the socket has no mark
+
+    @contextlib.contextmanager
+    def submit(self, message: Generate) -> Iterator[Subscription]:
+        """Send ``message`` and receive its events. Leaving before the end cancels the request."""
+        if self._refusal is not None:
+            raise from_info(self._refusal)
+        assert message.request_id not in self._subscriptions, "request ids are unique"
+        subscription = self._subscriptions[message.request_id] = Subscription(message.request_id)
+        self.send(message)
+        try:
+            yield subscription
+        finally:
+            del self._subscriptions[message.request_id]
+            if not subscription.ended:
+                self.send(Cancel(message.request_id))
+
+    def abandon_all(self, error: SafelightError) -> None:
+        """End every request, and each later one, with ``error``."""
+        self._refusal = error.info()
+        for subscription in self._subscriptions.values():
+            if not subscription.ended:
+                self.send(Cancel(subscription.request_id))
+                subscription.deliver(Failed(subscription.request_id, self._refusal))
+
+    async def _receive(self) -> None:
+        while True:
+            frames = await self._socket.recv_multipart(copy=False)
+            try:
+                event = FROM_SCHEDULER.decode([frame.buffer for frame in frames])
+            except msgspec.MsgspecError:
+                log.exception("a message from the scheduler cannot be read")
+                continue
+            if isinstance(event, Status):
+                self._status, self._status_at = event, time.monotonic()
+                self._news.set()
+                self._news = asyncio.Event()
+            elif subscription := self._subscriptions.get(event.request_id):
+                subscription.deliver(event)

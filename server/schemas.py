@@ -1,0 +1,151 @@
+"""The body of ``POST /generate``: its fields and their types, and what is told about a body that is none.
+
+Types are checked here and exactly (``true`` is no integer, ``"4"`` is no number); ranges, and what the model can do,
+are checked in :mod:`.limits`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import typing
+from collections.abc import Collection
+from typing import Annotated, Any
+
+import orjson
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, WithJsonSchema
+from pydantic_core import ErrorDetails
+
+from ..protocol.errors import InvalidRequest, Malformed, SafelightError
+from ..protocol.messages import OutputFormat
+
+_MOST_ITEMS = 4096  # no configuration allows more outputs, so no list may be longer
+
+
+def _as_list(value: Any) -> Any:
+    return value if isinstance(value, list) else [value]
+
+
+def _one_or_list(item: str) -> WithJsonSchema:
+    return WithJsonSchema({"anyOf": [{"type": item}, {"type": "array", "items": {"type": item}}]})
+
+
+Prompts = Annotated[list[str], Field(min_length=1, max_length=_MOST_ITEMS), BeforeValidator(_as_list)]
+Seeds = Annotated[list[int], Field(min_length=1, max_length=_MOST_ITEMS), BeforeValidator(_as_list)]
+
+
+class GenerateBody(BaseModel):
+    """What to make. Everything but the prompt has a default, most of them the pipeline's own."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+    prompt: Annotated[Prompts, _one_or_list("string")] = Field(
+        description="What to show; a list makes one result per prompt"
+    )
+    negative_prompt: str | None = Field(None, description="What not to show, where the pipeline takes it")
+    width: int | None = Field(None, description="In pixels; a multiple of the model's `size_multiple`")
+    height: int | None = Field(None, description="In pixels; a multiple of the model's `size_multiple`")
+    num_frames: int | None = Field(None, description="Frames of a video")
+    fps: int | None = Field(None, description="Frames per second of a video")
+    num_inference_steps: int | None = Field(None, description="Denoising steps")
+    guidance_scale: float | None = Field(None, description="How strongly the prompt guides")
+    true_cfg_scale: float | None = Field(None, description="Guidance with a negative prompt, for distilled models")
+    seed: Annotated[Seeds, _one_or_list("integer")] | None = Field(
+        None,
+        description="Output i of n uses seed + i; a list has one per prompt, or one per output; "
+        "chosen at random and returned when omitted",
+    )
+    n: int = Field(1, description="Outputs per prompt")
+    num_outputs_per_prompt: int | None = Field(None, description="The same as `n`")
+    image: Any = Field(None, description="Not supported by this version")
+    lora: Any = Field(None, description="Not supported by this version")
+    priority: int = Field(0, description="Requests of a higher priority run first")
+    timeout_s: float | None = Field(None, description="Seconds after which the request ends with a 504")
+    output_format: OutputFormat | None = Field(None, description="png for pictures and mp4 for videos when omitted")
+    stream: bool = Field(False, description="Answer with server-sent events: queued, progress, preview, result, error")
+    preview_every: int = Field(0, description="While streaming, a decoded preview each so many steps")
+    deterministic: bool = Field(False, description="Run its forwards alone: bitwise what diffusers gives for this seed")
+    extra: dict[str, Any] = Field({}, description="Further arguments of the pipeline; see `arguments` in /model_info")
+
+
+def parse_generate(body: bytes) -> GenerateBody:
+    """The fields in ``body``, whatever its content type says.
+
+    Raises ``Malformed`` for what is no JSON object with these fields and types, ``InvalidRequest`` for a wrong choice.
+    """
+    try:
+        value = orjson.loads(body)
+    except orjson.JSONDecodeError as error:
+        raise Malformed(f"The body cannot be read as JSON: {error}.") from None
+    if not isinstance(value, dict):
+        raise Malformed(f"The body must be a JSON object, not {_json_type(value)}.")
+    try:
+        return GenerateBody.model_validate({name: _as_written(item) for name, item in value.items()})
+    except ValidationError as error:
+        raise _explain(error.errors(include_url=False)[0]) from None
+
+
+def near(name: str, known: Collection[str]) -> str:
+    """What ``name`` may have been meant to be, as the end of a sentence."""
+    close = difflib.get_close_matches(name[:100], known, n=3, cutoff=0.6)
+    return f"did you mean {' or '.join(close)}?" if close else f"known are {', '.join(sorted(known)) or 'none'}."
+
+
+def _as_written(value: Any) -> Any:
+    """Undo that orjson reads an integer beyond 64 bits as a float: it is out of range, not of a wrong type."""
+    if isinstance(value, list):
+        return [_as_written(item) for item in value]
+    return int(value) if isinstance(value, float) and abs(value) >= 2**63 else value
+
+
+def _explain(error: ErrorDetails) -> SafelightError:
+    field = str(error["loc"][0])
+    place = field + "".join(f"[{part}]" for part in error["loc"][1:])
+    match error["type"]:
+        case "extra_forbidden":
+            shown = field[:100]
+            return Malformed(f"There is no field {shown!r}; {near(field, GenerateBody.model_fields)}", field=shown)
+        case "missing":
+            return Malformed(f"The field {field} is required.", field=field)
+        case "literal_error" if isinstance(error["input"], str):
+            return InvalidRequest(f"{place} must be one of {', '.join(_choices(field))}.", field=field)
+        case "too_short" | "too_long":
+            return InvalidRequest(f"{field} must have between 1 and {_MOST_ITEMS} elements.", field=field)
+        case kind:
+            expected = _EXPECTED.get(kind, "something else")
+            if field in ("prompt", "seed") and len(error["loc"]) > 1:
+                expected += f", or {field} a list of them"
+            return Malformed(f"{place} must be {expected}, not {_json_type(error['input'])}.", field=field)
+
+
+_EXPECTED = {
+    "int_type": "an integer",
+    "float_type": "a number",
+    "finite_number": "a finite number",
+    "bool_type": "true or false",
+    "string_type": "a string",
+    "dict_type": "an object",
+    "literal_error": "a string",
+}
+"""What pydantic's kinds of error expected, in JSON's words."""
+
+
+def _choices(field: str) -> tuple[str, ...]:
+    assert field == "output_format", "the only field with choices"
+    choices: tuple[str, ...] = typing.get_args(OutputFormat)
+    return choices
+
+
+def _json_type(value: Any) -> str:
+    match value:
+        case None:
+            return "null"
+        case bool():
+            return "a boolean"
+        case int() | float():
+            return "a number"
+        case str():
+            return "a string"
+        case list():
+            return "a list"
+        case _:
+            return "an object"

@@ -1,0 +1,108 @@
+"""Starts the scheduler and the workers, and keeps the workers running."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from typing import Literal
+
+from ..protocol.config import ChildConfig, Config
+from ..protocol.errors import StartFailed
+from ..protocol.messages import ReplicaExited, Status
+from .child_process import ChildProcess
+from .scheduler_link import SchedulerLink
+
+_REPORT_S = 2.0  # how long a dead worker's own words may still be on their way through the scheduler
+_LONGEST_DELAY_S = 30.0
+
+log = logging.getLogger(__name__)
+
+
+class Supervisor:
+    """The child processes of one server."""
+
+    def __init__(self, config: Config, directory: str, link: SchedulerLink) -> None:
+        self._config = config
+        self._directory = directory
+        self._link = link
+        self._children: set[ChildProcess] = set()
+
+    async def run(self) -> None:
+        """Start everything and supervise it. Ends only by ``StartFailed``, or by being cancelled.
+
+        Raised when the scheduler ends, and when a replica's very first start fails.
+        """
+        tasks = [asyncio.create_task(self._watch_scheduler())]
+        tasks += [asyncio.create_task(self._keep_replica(number)) for number in range(self._config.replicas)]
+        try:
+            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            done.pop().result()
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def stop(self, *, at_once: bool = False) -> None:
+        """End the workers, then the scheduler, so that what the workers still say is heard."""
+        workers = {child for child in self._children if child.name != "scheduler"}
+        for group in (workers, self._children - workers):
+            await asyncio.gather(*(child.stop(at_once=at_once) for child in group))
+        self._children.clear()
+
+    async def _watch_scheduler(self) -> None:
+        scheduler = await self._start("scheduler")
+        raise StartFailed(f"The scheduler {await scheduler.wait()}, so the server stops; the log above says more.")
+
+    async def _keep_replica(self, number: int) -> None:
+        was_ready, delay = False, 0.0
+        while True:
+            worker = await self._start("worker", number)
+            problem = await self._becomes_ready(worker, number)
+            if problem is None:
+                was_ready, delay = True, 0.0
+                problem = f"The process of replica {number} {await worker.wait()}."
+            elif not was_ready:
+                raise StartFailed(problem)
+            await worker.stop()
+            self._children.discard(worker)
+            self._link.send(ReplicaExited(number, problem))
+            log.error("%s It is started again in %g s.", problem, delay)
+            await asyncio.sleep(delay)
+            delay = min(_LONGEST_DELAY_S, max(1.0, 2 * delay))
+
+    async def _start(self, program: Literal["scheduler", "worker"], replica: int | None = None) -> ChildProcess:
+        child = await ChildProcess.start(
+            program, ChildConfig(config=self._config, directory=self._directory, replica=replica)
+        )
+        self._children.add(child)
+        log.info("started %s with process id %d", child.name, child.pid)
+        return child
+
+    async def _becomes_ready(self, worker: ChildProcess, number: int) -> str | None:
+        """Wait until the worker is ready; otherwise says in a sentence why it is not."""
+
+        def outcome(status: Status) -> str | None:
+            for replica in status.replicas:
+                if replica.replica == number and replica.state == "failed":
+                    return replica.message
+                if replica.replica == number and replica.state == "ready" and replica.pid == worker.pid:
+                    return ""
+            return None
+
+        reported = asyncio.create_task(self._link.status_where(outcome))
+        ended = asyncio.create_task(worker.wait())
+        try:
+            limit = self._config.start_timeout_s
+            await asyncio.wait({reported, ended}, timeout=limit, return_when=asyncio.FIRST_COMPLETED)
+            if ended.done():
+                await asyncio.wait({reported}, timeout=_REPORT_S)
+            if reported.done():
+                return reported.result() or None
+            if ended.done():
+                return f"The process of replica {number} {ended.result()} while it started; the log above says more."
+            return (
+                f"Replica {number} was not ready after {limit:g} s; raise --start-timeout-s if the model needs longer."
+            )
+        finally:
+            reported.cancel()
+            ended.cancel()

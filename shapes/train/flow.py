@@ -1,0 +1,166 @@
+"""Stage three: rectified flow from noise to encoded scenes, given a caption; text encoders learn along.
+
+The pipeline pads T5's input without masking it, so the model meets many padded lengths here, mostly short ones.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import CLIPTokenizer, T5Tokenizer
+
+from ..captions import Caption, sample_caption
+from .latents import Latents
+from .model import TextToVelocity, new_model, optimizers
+from .run import Report, Run, load, one_cycle, save
+from .text import TEXT_TOKENS, clip_tokenizer, t5_tokenizer
+
+LEARNING_RATE = 1e-3
+EMA_DECAY = 0.999
+TOKENS = 64 * (64 + 16)
+"""Tokens a step, image and text together; a longer text makes a smaller batch."""
+
+LENGTHS: tuple[tuple[int, float], ...] = ((16, 0.68), (32, 0.26), (64, 0.03), (128, 0.02), (512, 0.01))
+"""Padded lengths of T5's input and how often each is used. The full caption takes 13 tokens."""
+
+CHECKPOINT_EVERY = 200
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """One step's data: `clean` [B, 64, 64] float32, `shown` [B, 64] bool, the captions and their padded length."""
+
+    clean: Tensor
+    shown: Tensor
+    captions: tuple[Caption, ...]
+    length: int
+
+
+def draw_batch(latents: Latents, generator: torch.Generator, tokens: int = TOKENS) -> Batch:
+    """A padded length, then as many scenes as fit `tokens`, each with a caption of its own."""
+    shares = torch.tensor([share for _, share in LENGTHS])
+    length = LENGTHS[int(torch.multinomial(shares, 1, generator=generator))][0]
+    count = max(1, tokens // (latents.tokens.shape[1] + length))
+    rows = torch.randint(len(latents.scenes), (count,), generator=generator)
+    captions = tuple(sample_caption(latents.scenes[row], generator) for row in rows.tolist())
+    return Batch(latents.tokens[rows].float(), latents.shown[rows], captions, length)
+
+
+def draw_sigmas(count: int, generator: torch.Generator) -> Tensor:
+    """Noise levels [count] in (0, 1): logit-normal (Esser et al., 2024), moved towards noise as the sampler's are."""
+    return torch.sigmoid(0.3 + 1.1 * torch.randn(count, generator=generator))
+
+
+def weights(batch: Batch) -> Tensor:
+    """What each token's error counts, [B, 64], mean about 1 to 2 a picture.
+
+    The tokens that show the shape count as much together as all tokens together, however small the shape. Where
+    the caption leaves place or size open all tokens count the same: there the weights would favour one outcome.
+    """
+    shown = batch.shown.float()
+    share = shown.mean(dim=1, keepdim=True).clamp(min=1 / shown.shape[1])
+    placed = torch.tensor([float(caption.places) for caption in batch.captions])
+    return 1.0 + placed[:, None] * shown / share
+
+
+def tokenize(clip: CLIPTokenizer, t5: T5Tokenizer, texts: list[str], length: int) -> tuple[Tensor, Tensor]:
+    """Ids for CLIP [B, 32] and for T5 [B, length], padded as `FluxPipeline` pads them."""
+    clip_ids = clip(texts, padding="max_length", max_length=TEXT_TOKENS, truncation=True, return_tensors="pt")
+    t5_ids = t5(texts, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
+    return clip_ids.input_ids, t5_ids.input_ids
+
+
+class FlowTraining:
+    """The state of the stage: the model, its moving average, and the optimizers."""
+
+    def __init__(self, run: Run, latents: Latents, steps: int, model: TextToVelocity, tokens: int = TOKENS) -> None:
+        self._run, self._latents, self._steps, self._tokens = run, latents, steps, tokens
+        self._clip, self._t5 = clip_tokenizer(), t5_tokenizer()
+        self._model = model.to(run.device)
+        self.average = copy.deepcopy(self._model).requires_grad_(False)
+        self._optimizers = optimizers(self._model, LEARNING_RATE)
+        self._rates = [optimizer.param_groups[0]["lr"] for optimizer in self._optimizers]
+        self.start = self._resume()
+
+    def step(self, step: int) -> float:
+        """One step of optimisation; returns the unweighted mean squared error of the velocity."""
+        generator = self._run.generator("flow", step)
+        batch = draw_batch(self._latents, generator, self._tokens)
+        loss, error = self._loss(batch, generator)
+        self._set_rates(step)
+        for optimizer in self._optimizers:
+            optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self._model.parameters(), 1.0)
+        for optimizer in self._optimizers:
+            optimizer.step()
+        self._follow(step)
+        return float(error)
+
+    def _loss(self, batch: Batch, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        device = self._run.device
+        noise = torch.randn(batch.clean.shape, generator=generator)
+        sigma = draw_sigmas(len(noise), generator)
+        noisy = torch.lerp(batch.clean, noise, sigma[:, None, None])
+        ids = tokenize(self._clip, self._t5, [caption.text for caption in batch.captions], batch.length)
+        clip_ids, t5_ids = (part.to(device) for part in ids)
+        with torch.autocast(device.type, torch.bfloat16):
+            velocity = self._model(noisy.to(device), sigma.to(device), clip_ids, t5_ids)
+        error = (velocity.float() - (noise - batch.clean).to(device)).square().mean(dim=2)
+        return (error * weights(batch).to(device)).mean(), error.detach().mean()
+
+    def _set_rates(self, step: int) -> None:
+        factor = one_cycle(step, self._steps, flat=0.4)
+        for optimizer, rate in zip(self._optimizers, self._rates, strict=True):
+            for group in optimizer.param_groups:
+                group["lr"] = rate * factor
+
+    def _follow(self, step: int) -> None:
+        """Moves the average towards the model, faster at first (Karras et al., 2022, use the same ramp-up)."""
+        decay = min(EMA_DECAY, (1 + step) / (10 + step))
+        for average, current in zip(self.average.parameters(), self._model.parameters(), strict=True):
+            average.lerp_(current.detach(), 1 - decay)
+
+    def save(self, step: int) -> None:
+        """Writes the checkpoint after `step` steps."""
+        state = {
+            "step": step,
+            "model": self._model.state_dict(),
+            "average": self.average.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in self._optimizers],
+        }
+        save(self._run.checkpoint("flow"), state)
+
+    def _resume(self) -> int:
+        state = load(self._run.checkpoint("flow"), self._run.device)
+        if state is None:
+            return 0
+        self._model.load_state_dict(state["model"])
+        self.average.load_state_dict(state["average"])
+        for optimizer, stored in zip(self._optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(stored)
+        return int(state["step"])
+
+
+def train(
+    run: Run,
+    latents: Latents,
+    steps: int,
+    look: Callable[[TextToVelocity, int], str],
+    model: TextToVelocity | None = None,
+    tokens: int = TOKENS,
+) -> TextToVelocity:
+    """Trains, or resumes, the model; returns its moving average. `look` is shown that average now and then."""
+    training = FlowTraining(run, latents, steps, model or new_model(run.seed), tokens)
+    report = Report("flow", training.start, steps)
+    for step in report.steps():
+        error = training.step(step)
+        report.update(step, mse=error)
+        if (step + 1) % CHECKPOINT_EVERY == 0 or step + 1 == steps:
+            training.save(step + 1)
+            report.note(look(training.average, step + 1))
+    return training.average

@@ -1,0 +1,114 @@
+"""Tokenizers and text encoders as FLUX has them, CLIP for the pooled vector and T5 for the sequence, in miniature.
+
+Each word of a caption is one token. Other words fall apart into letters, so any prompt can be tokenized; both
+tokenizers fold capitals into small letters, and both do it with what their own file formats can keep.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import string
+import tempfile
+from pathlib import Path
+
+import sentencepiece
+from sentencepiece import sentencepiece_model_pb2
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel, T5Tokenizer
+
+from ..captions import vocabulary
+
+TEXT_TOKENS = 32
+"""Longest prompt, in tokens, that either tokenizer keeps; also the padded length of CLIP's input."""
+
+WIDTH = 128
+"""Hidden size of both text encoders."""
+
+LETTERS = (*string.ascii_lowercase, *string.digits, *",.!?;:'-")
+"""What words outside the vocabulary are spelled with."""
+
+
+def clip_tokenizer() -> CLIPTokenizer:
+    """CLIP's byte-pair tokenizer, with merges learned until each word of the vocabulary is one token."""
+    learner = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
+    learner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    trainer = trainers.BpeTrainer(
+        vocab_size=4096,
+        min_frequency=1,
+        special_tokens=["<|startoftext|>", "<|endoftext|>"],
+        end_of_word_suffix="</w>",
+        show_progress=False,
+    )
+    learner.train_from_iterator([*vocabulary(), *LETTERS], trainer)
+    merges = [tuple(pair) for pair in json.loads(learner.to_str())["model"]["merges"]]
+    return CLIPTokenizer(vocab=learner.get_vocab(), merges=merges, model_max_length=TEXT_TOKENS)
+
+
+def t5_tokenizer() -> T5Tokenizer:
+    """T5's unigram tokenizer: a whole word is the likely reading, letters are a costly way out."""
+    special = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0)]
+    words = [(f"▁{word}", -1.0) for word in vocabulary()]
+    letters = [(letter, -10.0) for letter in ("▁", *LETTERS)]
+    return T5Tokenizer(
+        vocab=special + words + letters,
+        _spm_precompiled_charsmap=_lowercase_charsmap(),
+        extra_ids=0,
+        model_max_length=TEXT_TOKENS,
+    )
+
+
+def _lowercase_charsmap() -> bytes:
+    """A to Z onto a to z, as sentencepiece compiles it: the one normalizer that T5's file format restores."""
+    rules = "".join(f"{ord(letter):X}\t{ord(letter.lower()):X}\n" for letter in string.ascii_uppercase)
+    written = io.BytesIO()
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "lowercase.tsv"
+        path.write_text(rules)
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(["a plain sentence to learn nothing from"] * 4),
+            model_writer=written,
+            vocab_size=40,
+            hard_vocab_limit=False,
+            normalization_rule_tsv=str(path),
+            minloglevel=2,
+        )
+    model = sentencepiece_model_pb2.ModelProto()
+    model.ParseFromString(written.getvalue())
+    return bytes(model.normalizer_spec.precompiled_charsmap)
+
+
+def new_clip(tokenizer: CLIPTokenizer, width: int = WIDTH) -> CLIPTextModel:
+    """An untrained CLIP text encoder: ids [B, 32] to a pooled vector [B, width]."""
+    config = CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=width,
+        intermediate_size=2 * width,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=TEXT_TOKENS,
+        projection_dim=width,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return CLIPTextModel(config)
+
+
+def new_t5(tokenizer: T5Tokenizer, width: int = WIDTH) -> T5EncoderModel:
+    """An untrained T5 encoder: ids [B, L] to a sequence [B, L, width]. Padding is attended to, as FLUX does."""
+    config = T5Config(
+        vocab_size=len(tokenizer),
+        d_model=width,
+        d_kv=width // 4,
+        d_ff=2 * width,
+        num_layers=2,
+        num_heads=4,
+        dropout_rate=0.0,
+        feed_forward_proj="gated-gelu",
+        is_encoder_decoder=False,
+        use_cache=False,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    return T5EncoderModel(config)

@@ -1,0 +1,64 @@
+"""Tiny random-weight forms of diffusers pipelines, as ordinary checkpoints on disk.
+
+`save("flux", directory)` writes one; `DiffusionPipeline.from_pretrained` loads it; `FAMILIES["flux"].call` are
+the keyword arguments of a quick call. Nothing is downloaded.
+"""
+
+import tempfile
+from pathlib import Path
+
+from .animatediff import ANIMATEDIFF
+from .auraflow import AURAFLOW
+from .chroma import CHROMA
+from .cogvideox import COGVIDEOX
+from .family import Family
+from .flux import FLUX
+from .flux2 import FLUX2, FLUX2_KV
+from .hunyuan import HUNYUAN_IMAGE, HUNYUAN_VIDEO
+from .ltx import LTX
+from .lumina2 import LUMINA2
+from .pixart import PIXART
+from .qwenimage import QWENIMAGE
+from .sana import SANA
+from .sd3 import SD3, SD3_PAG
+from .stable_diffusion import SD15, SD15_PAG, SDXL
+from .wan import WAN
+from .zimage import ZIMAGE
+
+__all__ = ["FAMILIES", "Family", "save"]
+
+_IMAGE = (FLUX, SD3, ZIMAGE, QWENIMAGE, SDXL, SD15, PIXART, SANA, FLUX2, CHROMA, AURAFLOW, LUMINA2)
+_VIDEO = (WAN, LTX, COGVIDEOX, HUNYUAN_VIDEO)
+_TROUBLESOME = (SD15_PAG, SD3_PAG, HUNYUAN_IMAGE, FLUX2_KV, ANIMATEDIFF)
+
+FAMILIES: dict[str, Family] = {family.name: family for family in (*_IMAGE, *_VIDEO, *_TROUBLESOME)}
+"""All tiny families by name."""
+
+
+def save(name: str, directory: Path) -> Path:
+    """Build the family's pipeline and save it as `directory / name`, unless it is there already.
+
+    The checkpoint appears in one rename, so a directory that exists is complete, also when several processes
+    save at once.
+
+    Returns:
+        The checkpoint's directory.
+    """
+    target = directory / name
+    if target.exists():
+        return target
+    directory.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=directory, prefix=f".{name}-") as scratch:
+        checkpoint = Path(scratch) / name
+        FAMILIES[name].build().save_pretrained(checkpoint, safe_serialization=True)
+        _publish(checkpoint, target)
+    return target
+
+
+def _publish(checkpoint: Path, target: Path) -> None:
+    """Move the checkpoint to its place; whoever comes second leaves the first one's there."""
+    try:
+        checkpoint.rename(target)
+    except OSError:
+        if not target.exists():
+            raise

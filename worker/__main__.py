@@ -1,0 +1,20 @@
+"""``python -m safelight.worker``: one replica, started by the launcher with its configuration on standard input."""
+
+from __future__ import annotations
+
+import sys
+
+from ..protocol.child import read_child_config
+from ..protocol.logs import configure_logging
+
+
+def main() -> int:
+    child = read_child_config()
+    configure_logging(child.config, f"worker-{child.replica}")
+    from .replica import Replica  # imports torch: after the pipe to the launcher is watched
+
+    return Replica(child).run()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

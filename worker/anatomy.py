@@ -1,0 +1,142 @@
+"""What a call's arguments are made of: which leaves have a row per sample, and which are shared by all rows.
+
+The *primary* argument is the first that is a tensor with dimensions or a list of tensors; its first dimension (or its
+length) is the number of rows. Every other leaf then plays one of four roles:
+
+========  ====================================================  ==============================
+role      what it is                                            in a merged call
+========  ====================================================  ==============================
+batched   a tensor whose first dimension is the rows            concatenated along it
+scalar    a tensor without dimensions (a timestep)              expanded to the rows, then concatenated
+listed    a list with one element per row                       extended
+shared    anything else (position ids, flags)                   equal in all calls, passed once
+========  ====================================================  ==============================
+"""
+
+from __future__ import annotations
+
+import enum
+import hashlib
+from collections.abc import Hashable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils import _pytree as pytree
+from torch.utils.weak import WeakIdKeyDictionary
+
+from .call import Call
+
+MERGEABLE_METHODS = frozenset({"__call__", "forward", "encode", "decode", "get_text_features", "get_image_features"})
+"""Methods whose rows are independent by the conventions of diffusers and transformers. Others run alone."""
+
+
+class Role(enum.Enum):
+    BATCHED = enum.auto()
+    SCALAR = enum.auto()
+    LISTED = enum.auto()
+    SHARED = enum.auto()
+
+
+@dataclass(slots=True, eq=False)
+class Anatomy:
+    """A call's arguments, taken apart. Two calls with the same ``key`` can meet in one forward.
+
+    ``positions`` is the work in the primary argument: rows times tokens, or rows times latent pixels.
+    """
+
+    leaves: list[Any]
+    spec: pytree.TreeSpec
+    roles: list[Role]
+    rows: int
+    positions: int
+    listed: bool
+    key: Hashable
+
+
+class Anatomist:
+    """Takes calls apart; remembers the content digests of the shared tensors that it has seen."""
+
+    def __init__(self) -> None:
+        self._digests: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+    def dissect(self, call: Call) -> Anatomy | None:
+        """The anatomy of ``call``, or ``None`` when it has no rows to merge by."""
+        primary = _primary(call)
+        if primary is None or call.method not in MERGEABLE_METHODS:
+            return None
+        listed = isinstance(primary, list)
+        rows = len(primary)
+        tree = (call.args, call.kwargs)
+        leaves, spec = pytree.tree_flatten(tree, is_leaf=lambda node: is_row_list(node, rows, listed))
+        roles = [_role(leaf, rows) for leaf in leaves]
+        marks = tuple(self._mark(leaf, role) for leaf, role in zip(leaves, roles, strict=True))
+        return Anatomy(leaves, spec, roles, rows, _positions(primary), listed, (call.name, spec, marks))
+
+    def _mark(self, leaf: Any, role: Role) -> Hashable:
+        """What must be equal in two calls for this leaf to merge."""
+        if role is Role.BATCHED:
+            return (role, leaf.dtype, leaf.device, tuple(leaf.shape[1:]))
+        if role is Role.SCALAR:
+            return (role, leaf.dtype, leaf.device)
+        if role is Role.LISTED:
+            return (role, leaf[0].dtype, leaf[0].ndim) if isinstance(leaf[0], torch.Tensor) else (role, repr(leaf[0]))
+        if isinstance(leaf, torch.Tensor):
+            return (role, leaf.dtype, leaf.device, tuple(leaf.shape), self._digest(leaf))
+        return (role, type(leaf), leaf if isinstance(leaf, str | int | float | bool | None) else id(leaf))
+
+    def _digest(self, tensor: torch.Tensor) -> bytes:
+        known = self._digests[tensor] if tensor in self._digests else None  # noqa: SIM401  # its get() is untyped
+        if known is None or known[0] != tensor._version:
+            known = (tensor._version, digest(tensor))
+            self._digests[tensor] = known
+        found: bytes = known[1]
+        return found
+
+
+def digest(tensor: torch.Tensor) -> bytes:
+    """A digest of the tensor's bytes (not of its shape or dtype)."""
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    return hashlib.blake2b(flat.view(torch.uint8).numpy().data, digest_size=16).digest()
+
+
+def is_row_list(node: Any, rows: int, listed: bool) -> bool:
+    """Whether ``node`` is a list with an element per row, and no container of other things.
+
+    Where the primary argument is itself a list, so is every list of tensors of that length; where it is a tensor, a
+    list of tensors has its rows inside (ControlNet residuals), and only a list of equal plain values counts.
+    """
+    if not isinstance(node, list) or len(node) != rows or rows == 0:
+        return False
+    if all(isinstance(element, torch.Tensor) for element in node):
+        return listed
+    plain = not any(isinstance(leaf, torch.Tensor) for leaf in pytree.tree_leaves(node))
+    return plain and all(element == node[0] for element in node)
+
+
+def _primary(call: Call) -> torch.Tensor | list[torch.Tensor] | None:
+    for value in (*call.args, *call.kwargs.values()):
+        if isinstance(value, torch.Tensor) and value.ndim > 0:
+            return value
+        if isinstance(value, list) and value and all(isinstance(element, torch.Tensor) for element in value):
+            return value
+    return None
+
+
+def _role(leaf: Any, rows: int) -> Role:
+    if isinstance(leaf, list):
+        return Role.LISTED
+    if isinstance(leaf, torch.Tensor):
+        if leaf.ndim == 0:
+            return Role.SCALAR
+        if leaf.shape[0] == rows:
+            return Role.BATCHED
+    return Role.SHARED
+
+
+def _positions(primary: torch.Tensor | list[torch.Tensor]) -> int:
+    if isinstance(primary, list):
+        return sum(element.numel() // max(1, element.shape[0] if element.ndim > 2 else 1) for element in primary)
+    if primary.ndim == 3:
+        return primary.shape[0] * primary.shape[1]
+    return primary.numel() // max(1, primary.shape[1] if primary.ndim > 3 else 1)

@@ -1,0 +1,61 @@
+"""A pipeline call as a coroutine: it runs until it calls a component, and waits there for the hub."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from greenlet import greenlet
+
+from .call import Call
+
+
+class Cancelled(BaseException):
+    """Raised into a coroutine whose result nobody wants any more. No pipeline's ``except Exception`` stops it."""
+
+
+class Coroutine:
+    """Runs ``body`` in a greenlet.
+
+    ``alone`` keeps its calls out of merged forwards. When it ends, ``done`` is called with it, in the hub's greenlet;
+    then exactly one of ``result`` and ``error`` says how.
+    """
+
+    def __init__(self, body: Callable[[], Any], done: Callable[[Coroutine], None], *, alone: bool = False) -> None:
+        self._greenlet = greenlet(body)
+        self._done = done
+        self.alone = alone
+        self.result: Any = None
+        self.error: BaseException | None = None
+
+    @property
+    def finished(self) -> bool:
+        return bool(self._greenlet.dead)
+
+    def start(self) -> Call | None:
+        """Run to the first call; ``None`` when the body ended without one."""
+        return self._advance(self._greenlet.switch)
+
+    def resume(self, value: Any) -> Call | None:
+        """Return ``value`` from the call that the coroutine waits in, and run to its next one."""
+        return self._advance(lambda: self._greenlet.switch(value))
+
+    def throw(self, error: BaseException) -> Call | None:
+        """Raise ``error`` from the call that the coroutine waits in. It ends, unless the pipeline handles the error."""
+        return self._advance(lambda: self._greenlet.throw(error))
+
+    def _advance(self, switch: Callable[[], Any]) -> Call | None:
+        try:
+            value = switch()
+        except BaseException as error:  # whatever the pipeline raised is this request's outcome
+            if isinstance(error, KeyboardInterrupt | SystemExit):
+                raise
+            self.error = error
+            self._done(self)
+            return None
+        if not self.finished:
+            assert isinstance(value, Call), "a coroutine hands over nothing but calls"
+            return value
+        self.result = value
+        self._done(self)
+        return None

@@ -1,0 +1,202 @@
+"""The hub: which calls of which coroutines form the next forward.
+
+Calls wait in the order in which they became ready. The first in line chooses the forward's kind, and every later one
+with the same key joins it, up to the caps. A coroutine's next call goes to the end of the line, so that kinds take
+turns and none starves.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ..protocol.messages import BatchingMode
+from .anatomy import Anatomist, Anatomy
+from .call import Call
+from .coroutine import Cancelled, Coroutine
+from .merging import NotSplittable, merge, split
+from .prompt_cache import PromptCache
+
+log = logging.getLogger(__name__)
+
+STARTS_PER_TURN = 2
+"""A start runs a coroutine up to its first call while everybody else waits, so few are done between two forwards."""
+
+
+@dataclass(slots=True)
+class Counters:
+    """Since the hub was made: component calls answered, and forwards that it took."""
+
+    calls: int = 0
+    forwards: int = 0
+
+
+@dataclass(slots=True, eq=False)
+class Waiting:
+    """A coroutine at its call. Without an ``anatomy`` the call can only be made alone."""
+
+    coroutine: Coroutine
+    call: Call
+    anatomy: Anatomy | None
+
+
+@dataclass(slots=True)
+class Outcome:
+    """What a call returned or raised."""
+
+    value: Any = None
+    error: Exception | None = None
+
+
+class Hub:
+    """Runs coroutines. Everything happens in the caller's greenlet, in :meth:`turn`."""
+
+    def __init__(
+        self, *, max_batch: int, max_tokens: int, mode: BatchingMode = "merged", cache: PromptCache | None = None
+    ) -> None:
+        self.max_batch = max_batch
+        self.max_tokens = max_tokens
+        self.mode: BatchingMode = mode
+        self.counters = Counters()
+        self.unmergeable: dict[str, str] = {}
+        """Calls that run alone, by name, and why."""
+        self.merged_names: set[str] = set()
+        """Calls that have met in a forward, by name."""
+        self._cache = cache
+        self._anatomist = Anatomist()
+        self._starting: deque[Coroutine] = deque()
+        self._waiting: deque[Waiting] = deque()
+        self._active: set[Coroutine] = set()
+        self._cancelled: set[Coroutine] = set()
+
+    @property
+    def busy(self) -> bool:
+        return bool(self._starting or self._waiting)
+
+    def start(self, coroutine: Coroutine) -> None:
+        """Run ``coroutine`` from one of the next turns on."""
+        self._starting.append(coroutine)
+
+    def cancel(self, coroutine: Coroutine) -> None:
+        """End ``coroutine`` where it waits; it hears of it as :class:`Cancelled`. A finished one is left alone.
+
+        One that is being served by the forward in hand ends when its turn to go on comes.
+        """
+        if coroutine.finished or coroutine in self._cancelled:
+            return
+        self._cancelled.add(coroutine)
+        if coroutine in self._starting:
+            self._starting.remove(coroutine)
+            self._continue(coroutine, coroutine.throw(Cancelled()))
+        for waiting in [w for w in self._waiting if w.coroutine is coroutine]:
+            self._waiting.remove(waiting)
+            self._continue(coroutine, coroutine.throw(Cancelled()))
+
+    def turn(self) -> None:
+        """Start a few coroutines, then make one forward and let those that it served run to their next call."""
+        for _ in range(min(STARTS_PER_TURN, len(self._starting))):
+            if self.mode == "serial" and self._active:
+                break
+            coroutine = self._starting.popleft()
+            self._active.add(coroutine)
+            self._continue(coroutine, coroutine.start())
+        if self._waiting:
+            group = self._next_group()
+            for waiting, outcome in zip(group, self._forward(group), strict=True):
+                self._continue(waiting.coroutine, self._answer(waiting.coroutine, outcome))
+
+    def _answer(self, coroutine: Coroutine, outcome: Outcome) -> Call | None:
+        if coroutine in self._cancelled:
+            return coroutine.throw(Cancelled())
+        return coroutine.throw(outcome.error) if outcome.error else coroutine.resume(outcome.value)
+
+    def _continue(self, coroutine: Coroutine, call: Call | None) -> None:
+        """Put the coroutine's next call into the line; one that the prompt cache knows is answered at once."""
+        while call is not None and coroutine not in self._cancelled:
+            cached = self._cache.get(call, exact=coroutine.alone) if self._cache else None
+            if cached is None:
+                break
+            call = coroutine.resume(cached)
+        if call is None:
+            self._active.discard(coroutine)
+            self._cancelled.discard(coroutine)
+            return
+        mergeable = self.mode == "merged" and not coroutine.alone and call.name not in self.unmergeable
+        anatomy = self._anatomist.dissect(call) if mergeable else None
+        self._waiting.append(Waiting(coroutine, call, anatomy))
+
+    def _next_group(self) -> list[Waiting]:
+        """The first in line and all that may join it, taken out of the line."""
+        first = self._waiting[0]
+        group = [first]
+        if first.anatomy is not None:
+            positions = first.anatomy.positions
+            for other in list(self._waiting)[1:]:
+                if len(group) == self.max_batch:
+                    break
+                if other.anatomy is None or other.anatomy.key != first.anatomy.key:
+                    continue
+                if positions + other.anatomy.positions <= self.max_tokens:
+                    group.append(other)
+                    positions += other.anatomy.positions
+        taken = set(map(id, group))
+        self._waiting = deque(waiting for waiting in self._waiting if id(waiting) not in taken)
+        return group
+
+    def _forward(self, group: list[Waiting]) -> list[Outcome]:
+        self.counters.calls += len(group)
+        if len(group) > 1:
+            outcomes = self._merged(group)
+            if outcomes is not None:
+                return outcomes
+        return [self._alone(waiting.call) for waiting in group]
+
+    def _alone(self, call: Call) -> Outcome:
+        self.counters.forwards += 1
+        try:
+            value = call.run()
+        except Exception as error:  # noqa: BLE001  # goes to the coroutine that made the call
+            return Outcome(error=error)
+        if self._cache:
+            self._cache.put(call, value, exact=True)
+        return Outcome(value)
+
+    def _merged(self, group: list[Waiting]) -> list[Outcome] | None:
+        """One forward for the group; ``None`` when it cannot be had, and the calls must be made one by one."""
+        parts = [waiting.anatomy for waiting in group if waiting.anatomy is not None]
+        name = group[0].call.name
+        try:
+            args, kwargs = merge(parts)
+            values = split(group[0].call.function(*args, **kwargs), parts)
+        except NotSplittable as reason:
+            self._never_merge_again(name, f"its output cannot be divided: {reason}")
+            return None
+        except torch.OutOfMemoryError:
+            log.warning("%s ran out of memory with %d calls in a forward; they run one by one", name, len(group))
+            return None
+        except Exception:  # one of the calls, or the merge: alone, each shows which
+            log.warning("a forward of %d calls to %s failed; they run one by one", len(group), name, exc_info=True)
+            return self._one_by_one(group, name)
+        self.counters.forwards += 1
+        self.merged_names.add(name)
+        for waiting, value in zip(group, values, strict=True):
+            if self._cache:
+                self._cache.put(waiting.call, value, exact=False)
+        return [Outcome(value) for value in values]
+
+    def _one_by_one(self, group: list[Waiting], name: str) -> list[Outcome]:
+        outcomes = [self._alone(waiting.call) for waiting in group]
+        if not any(outcome.error for outcome in outcomes):
+            self._never_merge_again(name, "a merged forward failed where each call alone did not")
+        return outcomes
+
+    def _never_merge_again(self, name: str, reason: str) -> None:
+        log.warning("calls to %s run alone from now on: %s", name, reason)
+        self.unmergeable[name] = reason
+        for waiting in self._waiting:
+            if waiting.call.name == name:
+                waiting.anatomy = None

@@ -1,0 +1,216 @@
+"""Requests in progress: each becomes a coroutine per output, and all their outputs become one result."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+import traceback
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from queue import SimpleQueue
+
+import torch
+
+from ..protocol.codec import Buffer
+from ..protocol.errors import ClientGone, Internal, InvalidRequest, SafelightError
+from ..protocol.messages import Failed, FromWorker, Generate, Output, Preview, Progress, ReplicaStats, Result, Timings
+from .coroutine import Coroutine
+from .encoding import encode, encode_image, to_uint8
+from .hub import Hub
+from .model import Model
+from .preview import preview
+from .sample import SampleRun
+from .steps import Step
+
+log = logging.getLogger(__name__)
+
+_INPUT_ERRORS = (TypeError, ValueError, AttributeError, KeyError, IndexError, RuntimeError, NotImplementedError)
+
+
+@dataclass(slots=True, eq=False)
+class Job:
+    """A request, its samples and the outputs that are ready so far."""
+
+    request: Generate
+    samples: list[SampleRun] = field(default_factory=list)
+    outputs: dict[int, Output] = field(default_factory=dict)
+
+
+@dataclass(slots=True, eq=False)
+class _Encoded:
+    """An encoding thread's answer: an output or a preview, or the error in its place."""
+
+    job: Job
+    index: int
+    output: Output | None = None
+    preview: Preview | None = None
+    error: SafelightError | None = None
+
+
+class Jobs:
+    """Starts, cancels and finishes requests. ``send`` takes the messages for the scheduler.
+
+    Encoding runs in threads; :meth:`collect` takes in what they have finished, after they have called ``wake``.
+    """
+
+    def __init__(
+        self, model: Model, hub: Hub, send: Callable[[FromWorker], None], wake: Callable[[], None] = lambda: None
+    ) -> None:
+        self._model = model
+        self._hub = hub
+        self._send = send
+        self._wake = wake
+        self._jobs: dict[str, Job] = {}
+        self._threads = ThreadPoolExecutor(max(1, (os.cpu_count() or 2) // 2), thread_name_prefix="encode")
+        self._encoded: SimpleQueue[_Encoded] = SimpleQueue()
+        self._outputs = self._cancelled = self._failed = 0
+
+    def stats(self) -> ReplicaStats:
+        counters = self._hub.counters
+        return ReplicaStats(
+            running=sum(len(job.samples) - len(job.outputs) for job in self._jobs.values()),
+            forwards=counters.forwards,
+            calls=counters.calls,
+            outputs=self._outputs,
+            cancelled=self._cancelled,
+            failed=self._failed,
+        )
+
+    def submit(self, request: Generate) -> None:
+        """Start every sample of ``request``."""
+        job = Job(request)
+        self._jobs[request.request_id] = job
+        for index in range(len(request.samples)):
+            sample = SampleRun(self._model, request, index, self._stepped, lambda done: self._finished(job, done))
+            job.samples.append(sample)
+            self._hub.start(sample.coroutine)
+
+    def cancel(self, request_id: str) -> None:
+        """Stop the request's work where it stands. An unknown or finished request is ignored."""
+        job = self._jobs.get(request_id)
+        if job is not None:
+            self._cancelled += 1
+            self._end(job, Failed(request_id, ClientGone("the request was cancelled").info()))
+
+    def collect(self) -> None:
+        """Take in finished encodings, and send the results and previews that they complete."""
+        while not self._encoded.empty():
+            encoded = self._encoded.get()
+            job = encoded.job
+            if self._jobs.get(job.request.request_id) is not job:
+                continue
+            if encoded.error is not None:
+                self._fail(job, encoded.error)
+            elif encoded.preview is not None:
+                self._send(encoded.preview)
+            elif encoded.output is not None:
+                job.outputs[encoded.index] = encoded.output
+                self._outputs += 1
+                if len(job.outputs) == len(job.samples):
+                    self._end(job, self._result(job))
+
+    def close(self) -> None:
+        self._threads.shutdown(cancel_futures=True)
+
+    def _end(self, job: Job, message: Result | Failed) -> None:
+        del self._jobs[job.request.request_id]
+        for sample in job.samples:
+            self._hub.cancel(sample.coroutine)
+        self._send(message)
+
+    def _fail(self, job: Job, error: SafelightError) -> None:
+        self._failed += 1
+        self._end(job, Failed(job.request.request_id, error.info()))
+
+    def _stepped(self, sample: SampleRun, step: Step) -> None:
+        request = sample.request
+        if request.progress:
+            self._send(Progress(request.request_id, sample.index, step.number, step.total))
+        if request.preview_every and step.number % request.preview_every == 0 and step.number < step.total:
+            self._start_preview(sample, step)
+
+    def _start_preview(self, sample: SampleRun, step: Step) -> None:
+        job = self._jobs[sample.request.request_id]
+
+        def finished(coroutine: Coroutine) -> None:
+            if coroutine.error is not None:
+                log.warning("a preview failed", exc_info=coroutine.error, extra=_in(job))
+                return
+            picture = coroutine.result if coroutine.result.ndim == 3 else coroutine.result[0]
+            self._threads.submit(self._encode_preview, job, sample.index, step, picture)
+
+        self._hub.start(preview(self._model, sample.arguments(), step.clean_estimate(), finished))
+
+    def _finished(self, job: Job, sample: SampleRun) -> None:
+        if self._jobs.get(job.request.request_id) is not job:
+            return
+        error = sample.coroutine.error
+        if error is None:
+            self._threads.submit(self._encode_output, job, sample)
+        else:
+            log.error("output %d failed", sample.index, exc_info=error, extra=_in(job))
+            self._fail(job, _explain(error, sample))
+
+    def _encode_output(self, job: Job, sample: SampleRun) -> None:
+        request, pixels = job.request, sample.pixels
+        encoded = _Encoded(job, sample.index)
+        fps = (request.fps or self._model.default_fps) if pixels.ndim == 4 else None
+        try:
+            if not torch.isfinite(pixels).all():
+                raise Internal("the model produced values that are not finite")
+            data = Buffer(encode(pixels, request.output_format, fps))
+            height, width = pixels.shape[-2:]
+            frames = pixels.shape[0] if pixels.ndim == 4 else None
+            encoded.output = Output(data, request.output_format, sample.seed, width, height, frames, fps)
+        except SafelightError as error:
+            encoded.error = error
+        except Exception:
+            log.exception("encoding output %d failed", sample.index, extra=_in(job))
+            encoded.error = Internal("the output could not be encoded")
+        self._encoded.put(encoded)
+        self._wake()
+
+    def _encode_preview(self, job: Job, index: int, step: Step, picture: torch.Tensor) -> None:
+        image = Buffer(encode_image(to_uint8(picture), "jpeg"))
+        message = Preview(job.request.request_id, index, step.number, step.total, image)
+        self._encoded.put(_Encoded(job, index, preview=message))
+        self._wake()
+
+    def _result(self, job: Job) -> Result:
+        outputs = [job.outputs[index] for index in range(len(job.samples))]
+        steps = max(sample.steps for sample in job.samples)
+        return Result(job.request.request_id, outputs, _timings(job), steps, self._model.weight_version)
+
+
+def _in(job: Job) -> dict[str, str]:
+    return {"request_id": job.request.request_id}
+
+
+def _timings(job: Job) -> Timings:
+    """Of the sample that took longest to denoise; the rest of the request's time is its first sample's wait."""
+    now = time.perf_counter()
+    clocks = [sample.clock for sample in job.samples]
+    submitted = min(clock.submitted for clock in clocks)
+    started = min(clock.started or now for clock in clocks)
+    first = min(clock.first_denoise or now for clock in clocks)
+    last = max(clock.last_step or now for clock in clocks)
+    return Timings(0.0, max(0.0, first - started), max(0.0, last - first), max(0.0, now - last), now - submitted)
+
+
+def _explain(error: BaseException, sample: SampleRun) -> SafelightError:
+    """The error as its sender may see it.
+
+    Text comes through only from a pipeline's own ``check_inputs``, which is written for its caller. An error before
+    the first step of a request with ``extra`` is taken for the doing of those arguments.
+    """
+    if isinstance(error, SafelightError):
+        return error
+    frames = [frame.name for frame in traceback.extract_tb(error.__traceback__)]
+    if isinstance(error, ValueError | TypeError) and "check_inputs" in frames:
+        return InvalidRequest(f"the pipeline refuses these arguments: {error}")
+    if sample.request.extra and sample.steps == 0 and isinstance(error, _INPUT_ERRORS):
+        names = ", ".join(sorted(sample.request.extra))
+        return InvalidRequest(f"the pipeline could not use these arguments: {names}", field="extra")
+    return Internal("generation failed; the server's log has the details under this request's id")

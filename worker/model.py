@@ -1,0 +1,167 @@
+"""The model that a replica serves: its pipeline, loaded, and what can be asked of it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from diffusers import DiffusionPipeline
+from diffusers.utils import logging as diffusers_logging
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.utils import logging as transformers_logging
+
+from ..protocol.config import Config
+from ..protocol.errors import StartFailed
+from ..protocol.messages import Batching, ModelInfo, Parameter
+from ..protocol.models import resolve_model
+from .arguments import call_arguments
+from .sizes import Sizes, denoiser_config, find_sizes
+
+log = logging.getLogger(__name__)
+
+INITIAL_VERSION = "0"
+"""The weight version of a checkpoint as it was loaded."""
+
+_DEFAULT_FPS = 16
+
+
+@dataclass(slots=True)
+class Model:
+    """A loaded pipeline with its facts. ``defaults`` are arguments passed where a request gives none."""
+
+    name: str
+    path: str
+    pipeline: DiffusionPipeline
+    device: torch.device
+    dtype: torch.dtype
+    kind: Literal["image", "video"]
+    arguments: dict[str, Parameter]
+    sizes: Sizes
+    defaults: dict[str, Any]
+    output_type: Literal["pt", "np"] = "pt"
+    weight_version: str = INITIAL_VERSION
+
+    @property
+    def default_fps(self) -> int | None:
+        if self.kind == "image":
+            return None
+        rate = self.arguments.get("frame_rate")
+        return int(rate.default) if rate is not None and rate.default else _DEFAULT_FPS
+
+    def info(self, batching: Batching, supports_preview: bool) -> ModelInfo:
+        frames = self.arguments.get("num_frames")
+        return ModelInfo(
+            model=self.name,
+            path=self.path,
+            pipeline=type(self.pipeline).__name__,
+            kind=self.kind,
+            device=str(self.device),
+            dtype=str(self.dtype).removeprefix("torch."),
+            parameters=_count_parameters(self.pipeline),
+            arguments=self.arguments,
+            size_multiple=self.sizes.multiple,
+            default_width=self.sizes.width,
+            default_height=self.sizes.height,
+            default_num_frames=frames.default if frames is not None else None,
+            default_fps=self.default_fps,
+            supports_preview=supports_preview,
+            batching=batching,
+            weight_version=self.weight_version,
+        )
+
+
+def load_model(config: Config) -> Model:
+    """Load the configured pipeline onto its device.
+
+    Raises ``StartFailed`` with one sentence for the operator when the checkpoint cannot be loaded.
+    """
+    diffusers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()
+    path = str(resolve_model(config.model))
+    device = _device(config)
+    dtype = _dtype(config, device)
+    pipeline = _load_pipeline(path, dtype)
+    pipeline.to(device)
+    pipeline.set_progress_bar_config(disable=True)
+    _forget_caches(pipeline)
+    arguments = call_arguments(type(pipeline))
+    sizes = find_sizes(pipeline, arguments)
+    return Model(
+        name=config.served_model_name or config.model.rstrip("/").rsplit("/", 1)[-1],
+        path=path,
+        pipeline=pipeline,
+        device=device,
+        dtype=dtype,
+        kind="video" if "num_frames" in arguments else "image",
+        arguments=arguments,
+        sizes=sizes,
+        defaults=sizes.overrides | _text_length(pipeline, arguments) | _binning(pipeline, arguments),
+    )
+
+
+def _load_pipeline(path: str, dtype: torch.dtype) -> DiffusionPipeline:
+    try:
+        return DiffusionPipeline.from_pretrained(path, torch_dtype=dtype, use_safetensors=True)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, RuntimeError) as error:
+        log.exception("loading %s failed", path)
+        what = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise StartFailed(
+            f"The model {path} could not be loaded as a diffusers pipeline ({type(error).__name__}: {what}); "
+            "check that `DiffusionPipeline.from_pretrained` loads it from safetensors files."
+        ) from error
+
+
+def _device(config: Config) -> torch.device:
+    available = torch.cuda.is_available()
+    if config.device == "cuda" and not available:
+        raise StartFailed("--device cuda was asked for, but torch finds no CUDA device; use --device cpu or auto.")
+    return torch.device("cuda" if available and config.device != "cpu" else "cpu")
+
+
+def _dtype(config: Config, device: torch.device) -> torch.dtype:
+    if config.dtype == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    found: torch.dtype = getattr(torch, config.dtype)
+    return found
+
+
+def _forget_caches(pipeline: DiffusionPipeline) -> None:
+    """Language models as text encoders return a key-value cache that no pipeline reads; leave it out.
+
+    It is large, cannot be cut into rows, and does not change the other outputs.
+    """
+    for component in pipeline.components.values():
+        if isinstance(component, PreTrainedModel):
+            for config in (component.config, component.config.get_text_config()):
+                if getattr(config, "use_cache", False) and not getattr(config, "is_encoder_decoder", False):
+                    config.use_cache = False
+
+
+def _text_length(pipeline: DiffusionPipeline, arguments: Mapping[str, Parameter]) -> dict[str, int]:
+    """The pipeline's default text length, cut to what the model's tokenizers say that they were made for."""
+    parameter = arguments.get("max_sequence_length")
+    if parameter is None or not isinstance(parameter.default, int):
+        return {}
+    names = ("tokenizer_3", "tokenizer_2", "tokenizer")
+    tokenizer = next((t for name in names if (t := getattr(pipeline, name, None)) is not None), None)
+    longest = getattr(tokenizer, "model_max_length", None)
+    if not isinstance(longest, int) or longest >= parameter.default:
+        return {}
+    return {"max_sequence_length": longest}
+
+
+def _binning(pipeline: DiffusionPipeline, arguments: Mapping[str, Parameter]) -> dict[str, bool]:
+    """Leave out the rounding to known aspect ratios where there is no table of them for the model's size."""
+    sizes_with_a_table = (16, 32, 64, 128, 256)
+    if "use_resolution_binning" not in arguments or denoiser_config(pipeline).get("sample_size") in sizes_with_a_table:
+        return {}
+    return {"use_resolution_binning": False}
+
+
+def _count_parameters(pipeline: DiffusionPipeline) -> dict[str, int]:
+    modules = {name: part for name, part in pipeline.components.items() if isinstance(part, nn.Module)}
+    return {name: sum(p.numel() for p in module.parameters()) for name, module in modules.items()}

@@ -1,0 +1,52 @@
+"""A decoded preview of an unfinished sample, by the pipeline's own code.
+
+The pipeline is called once more, for a single step whose denoiser answers with zeros and whose scheduler arrives at
+the estimate that the real sample has reached. What follows in the pipeline (unpacking, scaling, decoding) is then just
+what it does with its own latents.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from diffusers.utils import BaseOutput
+from torch.utils import _pytree as pytree
+
+from .call import Call, cross
+from .coroutine import Coroutine
+from .fork import fork, schedulers
+from .model import Model
+from .sample import first_output
+from .sizes import DENOISERS
+from .steps import answer_steps
+
+_SCHEDULE = ("num_inference_steps", "timesteps", "sigmas")
+
+
+def preview(
+    model: Model, arguments: dict[str, Any], latents: torch.Tensor, done: Callable[[Coroutine], None]
+) -> Coroutine:
+    """A coroutine whose result is the picture [C, H, W] or clip [F, C, H, W] that ``latents`` decode to.
+
+    ``arguments`` are those of the sample's own call; ``latents`` are as its scheduler's ``step`` returns them.
+    """
+
+    def body() -> torch.Tensor:
+        pipeline = fork(model.pipeline, _cross_without_denoiser)
+        for scheduler in schedulers(pipeline):
+            answer_steps(scheduler, latents)
+        once = {name: value for name, value in arguments.items() if name not in _SCHEDULE}
+        return first_output(pipeline(**once, num_inference_steps=1))
+
+    return Coroutine(body, done)
+
+
+def _cross_without_denoiser(call: Call) -> Any:
+    if call.component not in DENOISERS or call.method != "__call__":
+        return cross(call)
+    values = (*call.args, *call.kwargs.values())
+    primary = next(v for v in values if isinstance(v, list) or (isinstance(v, torch.Tensor) and v.ndim > 0))
+    zeros = pytree.tree_map(torch.zeros_like, primary)
+    return (zeros,) if call.kwargs.get("return_dict") is False else BaseOutput(sample=zeros)

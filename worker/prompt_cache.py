@@ -1,0 +1,90 @@
+"""Text encoders' outputs, kept by their exact inputs, so that a repeated prompt is encoded once."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Hashable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils import _pytree as pytree
+
+from .anatomy import digest
+from .call import Call
+
+
+@dataclass(slots=True)
+class _Entry:
+    value: Any
+    size: int
+    exact: bool
+
+
+class PromptCache:
+    """Least-recently-used outputs of components named ``text_encoder…``, at most ``capacity`` bytes.
+
+    An entry is *exact* when it comes from a forward of its own, bitwise what the component returns for this input. Who
+    asks for exact entries gets no others. Values are cloned on the way in and out, so that a pipeline may write to
+    what it was given.
+    """
+
+    def __init__(self, capacity: int) -> None:
+        self._capacity = capacity
+        self._entries: OrderedDict[Hashable, _Entry] = OrderedDict()
+        self._size = 0
+
+    def get(self, call: Call, *, exact: bool) -> Any | None:
+        """The kept output for ``call``, or ``None``."""
+        key = _key(call)
+        entry = self._entries.get(key) if key is not None else None
+        if entry is None or (exact and not entry.exact):
+            return None
+        self._entries.move_to_end(key)
+        return _cloned(entry.value)
+
+    def put(self, call: Call, value: Any, *, exact: bool) -> None:
+        """Keep ``value``, unless it holds anything but tensors, an exact one is there, or it is larger than all."""
+        key = _key(call)
+        leaves = pytree.tree_leaves(value)
+        if key is None or not all(isinstance(leaf, torch.Tensor | None) for leaf in leaves):
+            return
+        size = sum(leaf.nbytes for leaf in leaves if leaf is not None)
+        known = self._entries.get(key)
+        if size > self._capacity or (known is not None and known.exact):
+            return
+        self._drop(key)
+        self._entries[key] = _Entry(_cloned(value), size, exact)
+        self._size += size
+        while self._size > self._capacity:
+            self._drop(next(iter(self._entries)))
+
+    def clear(self) -> None:
+        """Forget everything; needed whenever a text encoder's weights change."""
+        self._entries.clear()
+        self._size = 0
+
+    def _drop(self, key: Hashable) -> None:
+        entry = self._entries.pop(key, None)
+        if entry is not None:
+            self._size -= entry.size
+
+
+def _cloned(value: Any) -> Any:
+    return pytree.tree_map_only(torch.Tensor, torch.Tensor.clone, value)
+
+
+def _key(call: Call) -> Hashable | None:
+    """The call's name and the content of its arguments; ``None`` for calls that are not to be kept."""
+    if not call.component.startswith("text_encoder") or call.method not in ("__call__", "forward"):
+        return None
+    leaves, spec = pytree.tree_flatten((call.args, call.kwargs))
+    marks: list[Hashable] = []
+    for leaf in leaves:
+        if isinstance(leaf, torch.Tensor):
+            marks.append((tuple(leaf.shape), leaf.dtype, leaf.device, digest(leaf)))
+        elif isinstance(leaf, str | int | float | bool | None):
+            marks.append((type(leaf), leaf))
+        else:
+            return None
+    return (call.name, spec, tuple(marks))

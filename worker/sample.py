@@ -1,0 +1,105 @@
+"""One output: the pipeline's call for one prompt and seed, and what is seen of it on the way."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers.utils import BaseOutput
+
+from ..protocol.messages import Generate
+from .call import Call, cross
+from .coroutine import Coroutine
+from .fork import fork, schedulers
+from .model import Model
+from .sizes import DENOISERS
+from .steps import Step, watch_steps
+
+_REQUEST_FIELDS = (
+    "negative_prompt", "width", "height", "num_frames", "num_inference_steps", "guidance_scale", "true_cfg_scale",
+)  # fmt: skip
+
+
+@dataclass(slots=True)
+class Clock:
+    """Moments of a sample's life, in seconds of ``time.perf_counter``."""
+
+    submitted: float = field(default_factory=time.perf_counter)
+    started: float | None = None
+    first_denoise: float | None = None
+    last_step: float | None = None
+
+
+class SampleRun:
+    """Sample ``index`` of ``request`` as a coroutine.
+
+    ``stepped`` hears of each denoising step, inside the coroutine; ``done`` of its end, in the hub.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        request: Generate,
+        index: int,
+        stepped: Callable[[SampleRun, Step], None],
+        done: Callable[[SampleRun], None],
+    ) -> None:
+        self.request = request
+        self.index = index
+        self.seed = request.samples[index].seed
+        self.clock = Clock()
+        self.steps = 0
+        self._model = model
+        self._stepped = stepped
+        self.coroutine = Coroutine(self._run, lambda _: done(self), alone=request.deterministic)
+
+    @property
+    def pixels(self) -> torch.Tensor:
+        """The finished output: float in [0, 1], [C, H, W] or [F, C, H, W]."""
+        found: torch.Tensor = self.coroutine.result
+        return found
+
+    def arguments(self) -> dict[str, Any]:
+        """The keyword arguments of the pipeline's call, with a fresh generator."""
+        request, model = self.request, self._model
+        given = {name: getattr(request, name) for name in _REQUEST_FIELDS if getattr(request, name) is not None}
+        if request.fps is not None and "frame_rate" in model.arguments:
+            given["frame_rate"] = request.fps
+        return {
+            **model.defaults,
+            **given,
+            **request.extra,
+            "prompt": request.samples[self.index].prompt,
+            "generator": torch.Generator("cpu").manual_seed(self.seed),
+            "output_type": model.output_type,
+        }
+
+    def _run(self) -> torch.Tensor:
+        self.clock.started = time.perf_counter()
+        pipeline = fork(self._model.pipeline, self._cross)
+        for scheduler in schedulers(pipeline):
+            watch_steps(scheduler, self._saw)
+        return first_output(pipeline(**self.arguments()))
+
+    def _cross(self, call: Call) -> Any:
+        if self.clock.first_denoise is None and call.component.split(".")[0] in DENOISERS:
+            self.clock.first_denoise = time.perf_counter()
+        return cross(call)
+
+    def _saw(self, step: Step) -> None:
+        self.steps = step.number
+        self.clock.last_step = time.perf_counter()
+        self._stepped(self, step)
+
+
+def first_output(output: BaseOutput) -> torch.Tensor:
+    """The first picture [C, H, W] or clip [F, C, H, W] of a pipeline's output, float in [0, 1]."""
+    found = next(output[name] for name in ("images", "frames", "image") if name in output)[0]
+    if isinstance(found, torch.Tensor):
+        return found
+    array = torch.from_numpy(np.ascontiguousarray(found))
+    return array.movedim(-1, -3)

@@ -1,0 +1,86 @@
+"""Sizes that a pipeline takes: the multiple that width and height must have, and what it makes when none are given."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from diffusers import DiffusionPipeline
+
+from ..protocol.messages import Parameter
+
+DENOISERS = ("transformer", "transformer_2", "unet", "prior", "decoder")
+"""Components that are called once or more in every denoising step, in the order in which they are looked for."""
+
+_SPATIAL_FACTORS = ("vae_scale_factor_spatial", "vae_spatial_compression_ratio", "vae_scale_factor")
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """Pixels. ``overrides`` are the defaults that have to be passed, as the pipeline's own do not fit this model."""
+
+    multiple: int
+    width: int | None
+    height: int | None
+    overrides: dict[str, int]
+
+
+def find_sizes(pipeline: DiffusionPipeline, arguments: Mapping[str, Parameter]) -> Sizes:
+    """Read the sizes from the pipeline's attributes and its components' configurations."""
+    multiple = _multiple(pipeline)
+    width, height = arguments.get("width"), arguments.get("height")
+    if width is None or height is None:
+        return Sizes(multiple, None, None, {})
+    if width.default is not None:
+        return Sizes(multiple, width.default, height.default, {})
+    own = _default_side(pipeline)
+    trained = _trained_side(pipeline)
+    if trained is not None and trained != own:
+        return Sizes(multiple, trained, trained, {"width": trained, "height": trained})
+    return Sizes(multiple, own, own, {})
+
+
+def denoiser_config(pipeline: DiffusionPipeline) -> Mapping[str, Any]:
+    """The configuration of the component that denoises; empty when there is none by a known name."""
+    return _config(pipeline, DENOISERS)
+
+
+def _config(pipeline: DiffusionPipeline, names: tuple[str, ...]) -> Mapping[str, Any]:
+    for name in names:
+        component = getattr(pipeline, name, None)
+        if component is not None:
+            found: Mapping[str, Any] = component.config
+            return found
+    return {}
+
+
+def _spatial_factor(pipeline: DiffusionPipeline) -> int:
+    values = (getattr(pipeline, name, None) for name in _SPATIAL_FACTORS)
+    return next((int(value) for value in values if isinstance(value, int)), 8)
+
+
+def _multiple(pipeline: DiffusionPipeline) -> int:
+    """The least common multiple of what the latents' patches and the pipeline's own image processor need."""
+    patch = denoiser_config(pipeline).get("patch_size", 1)
+    patch = patch[-1] if isinstance(patch, list | tuple) else patch
+    processor = getattr(pipeline, "image_processor", None) or getattr(pipeline, "video_processor", None)
+    step = processor.config.get("vae_scale_factor", 1) if processor is not None else 1
+    return math.lcm(_spatial_factor(pipeline) * (patch if isinstance(patch, int) else 1), int(step))
+
+
+def _default_side(pipeline: DiffusionPipeline) -> int | None:
+    side = getattr(pipeline, "default_sample_size", None) or denoiser_config(pipeline).get("sample_size")
+    return side * _spatial_factor(pipeline) if isinstance(side, int) else None
+
+
+def _trained_side(pipeline: DiffusionPipeline) -> int | None:
+    """The VAE's training size, for denoisers whose configuration names none.
+
+    FluxPipeline and its kin assume 128 latent pixels a side in code; for FLUX.1 that equals its VAE's ``sample_size``.
+    """
+    if "sample_size" in denoiser_config(pipeline):
+        return None
+    side = _config(pipeline, ("vae",)).get("sample_size")
+    return side if isinstance(side, int) and hasattr(pipeline, "default_sample_size") else None

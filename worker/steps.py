@@ -1,0 +1,73 @@
+"""Denoising steps, seen at the one place where every pipeline takes them: its scheduler's ``step``."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """The ``number``-th of ``total`` steps was taken: from ``sample`` to ``prev_sample`` by ``model_output``."""
+
+    number: int
+    total: int
+    scheduler: SchedulerMixin
+    model_output: torch.Tensor
+    sample: torch.Tensor
+    result: Any
+
+    @property
+    def prev_sample(self) -> torch.Tensor:
+        sample: torch.Tensor
+        sample = self.result[0] if isinstance(self.result, tuple) else self.result.prev_sample
+        return sample
+
+    def clean_estimate(self) -> torch.Tensor:
+        """What the sample would be without its noise, as far as this step knows: x0, or else the next sample."""
+        estimate = getattr(self.result, "pred_original_sample", None)
+        if isinstance(estimate, torch.Tensor):
+            return estimate
+        sigmas = getattr(self.scheduler, "sigmas", None)
+        flow = type(self.scheduler).__name__.startswith("FlowMatch")
+        if flow and sigmas is not None and self.number < len(sigmas) and self.model_output.shape == self.sample.shape:
+            sigma: torch.Tensor = sigmas[self.number - 1].to(self.sample.device)
+            return self.sample - sigma * self.model_output
+        return self.prev_sample
+
+
+def watch_steps(scheduler: SchedulerMixin, seen: Callable[[Step], None]) -> None:
+    """Call ``seen`` after each step of ``scheduler``, which must be a fork's own copy."""
+    take_step = scheduler.step
+    number = 0
+
+    @functools.wraps(take_step)  # keeps the signature, which pipelines inspect
+    def step(model_output: torch.Tensor, timestep: Any, sample: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        nonlocal number
+        result = take_step(model_output, timestep, sample, *args, **kwargs)
+        number += 1
+        seen(Step(number, len(scheduler.timesteps), scheduler, model_output, sample, result))
+        return result
+
+    scheduler.step = step
+
+
+def answer_steps(scheduler: SchedulerMixin, sample: torch.Tensor) -> None:
+    """Make every step of ``scheduler`` arrive at ``sample``, whatever it is given."""
+
+    @functools.wraps(scheduler.step)
+    def step(*args: Any, return_dict: bool = True, **kwargs: Any) -> Any:
+        return _Arrived(sample, sample) if return_dict else (sample,)
+
+    scheduler.step = step
+
+
+@dataclass(frozen=True, slots=True)
+class _Arrived:
+    prev_sample: torch.Tensor
+    pred_original_sample: torch.Tensor
