@@ -37,13 +37,14 @@ class Endpoint:
     url: str = DEFAULT_URL
     api_key: str | None = field(default=None, repr=False)
     timeout: float | None = DEFAULT_TIMEOUT_S
-    retries: Retries = Retries()
+    retries: Retries = field(default_factory=Retries)
 
     def settings(self) -> dict[str, Any]:
         """Arguments for the constructor of httpx's clients."""
         return {
             "base_url": self.base_url,
             "headers": {"authorization": f"Bearer {self.api_key}"} if self.api_key else {},
+            "limits": httpx.Limits(max_connections=None, max_keepalive_connections=32),  # it is the server that queues
             "trust_env": not self.on_this_machine,  # a proxy that the environment names does not reach our loopback
         }
 
@@ -62,13 +63,21 @@ class Endpoint:
 
     def request(self, http: httpx.Client | httpx.AsyncClient, call: Call) -> httpx.Request:
         timeout = httpx.Timeout(call.read_timeout(self.timeout), connect=CONNECT_S)
-        return http.build_request(
-            call.method, call.path, content=call.content, headers=call.headers, timeout=timeout
-        )
+        return http.build_request(call.method, call.path, content=call.content, headers=call.headers, timeout=timeout)
 
     def error(self, response: httpx.Response) -> SafelightError:
         """The exception for ``response``, which is no success and was read."""
         return error_from_reply(response.status_code, response.headers, response.content)
+
+    def health(self, response: httpx.Response) -> Health:
+        """What ``response`` to :data:`calls.HEALTH` says; it is an answer with a 503 too."""
+        if response.status_code == httpx.codes.OK:
+            self.document(response.content)
+            return Health(True, "ready")
+        error = self.error(response)
+        if isinstance(error, Unavailable):
+            return Health(False, error.message)
+        raise error
 
     def generation(self, content: bytes | str) -> Generation:
         generation: Generation = decode(content, Generation, self.base_url)
@@ -117,17 +126,17 @@ class EventReader:
 class ReadyWait:
     """Waiting for a server: tells what it waits for, whenever that changes, and gives up in time."""
 
-    def __init__(self, timeout: float, on_change: Callable[[str], None] | None) -> None:
+    def __init__(self, timeout: float, on_change: Callable[[Health], None] | None) -> None:
         self._timeout = timeout
         self._deadline = monotonic() + timeout
         self._on_change = on_change
-        self._reason: str | None = None
+        self._last: Health | None = None
 
     def pause(self, health: Health) -> float:
         """Seconds until the next look at a server that is not ready. Raises ``Unavailable`` when time is up."""
         if monotonic() + LOOK_EVERY_S > self._deadline:
             raise Unavailable(f"The server was not ready after {self._timeout:g} s: {health.reason}")
-        if health.reason != self._reason and self._on_change:
-            self._on_change(health.reason)
-        self._reason = health.reason
+        if health != self._last and self._on_change:
+            self._on_change(health)
+        self._last = health
         return LOOK_EVERY_S

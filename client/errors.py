@@ -73,7 +73,9 @@ def error_from_reply(status: int, headers: Mapping[str, str], content: bytes) ->
 def error_from_event(data: str) -> SafelightError:
     """The exception for an ``error`` event of a stream."""
     body = _read_body(data.encode())
-    return Internal(f"The server sent an error that cannot be read: {data[:200]}") if body is None else error_from_body(body)
+    if body is None:
+        return Internal(f"The server sent an error that cannot be read: {data[:200]}")
+    return error_from_body(body)
 
 
 def error_from_body(body: _Body, status: int = 500) -> SafelightError:
@@ -125,10 +127,7 @@ def _of_status(status: int) -> type[SafelightError]:
 
 
 def _read_body(content: bytes) -> _Body | None:
-    for kind in (_Envelope, _Body):
-        try:
-            found = msgspec.json.decode(content, type=kind)
-        except msgspec.DecodeError:
-            continue
-        return found.error if isinstance(found, _Envelope) else found
-    return None
+    try:
+        return msgspec.json.decode(content, type=_Envelope).error
+    except msgspec.DecodeError:
+        return None

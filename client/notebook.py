@@ -22,8 +22,8 @@ def element(output: Output) -> str:
     style = "image-rendering: pixelated" if output.width < SMALL else ""
     data = base64.b64encode(output.data).decode()
     if output.format == "mp4":
-        source = f"data:video/mp4;base64,{data}"
-        return f'<video src="{source}" width="{width}" style="{style}" controls loop autoplay muted playsinline></video>'
+        look = f'width="{width}" style="{style}" controls loop autoplay muted playsinline'
+        return f'<video src="data:video/mp4;base64,{data}" {look}></video>'
     return f'<img src="data:image/{output.format};base64,{data}" width="{width}" style="{style}" alt="{output!r}">'
 
 

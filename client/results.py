@@ -135,3 +135,5 @@ class Health(msgspec.Struct, frozen=True):
 
     ready: bool
     reason: str
+    answers: bool = True
+    """Whether anything answered at all."""

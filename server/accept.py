@@ -15,7 +15,7 @@ MEDIA_TYPES: dict[OutputFormat, str] = {
     "mp4": "video/mp4",
     "pt": "application/octet-stream",
 }
-JSON = "application/json"
+_JSON = ("application/json", "application/*", "*/*")
 
 
 def choose(
@@ -23,34 +23,47 @@ def choose(
 ) -> tuple[bool, OutputFormat]:
     """Whether to answer with the file itself, and the format to make.
 
-    ``wanted`` is the request's ``output_format``. Raises ``InvalidRequest`` when the header accepts nothing that can
-    be answered.
+    ``wanted`` is the request's ``output_format``. A file goes only to those who name one: everybody's ``*/*`` means
+    JSON. Raises ``InvalidRequest`` when the header names only files that this request cannot make.
     """
     ranges = _parse(accept or "*/*")
-    formats = (wanted,) if wanted is not None else FORMATS[kind]
-    ranked = sorted(formats, key=lambda format: _quality(MEDIA_TYPES[format], ranges, named=True), reverse=True)
-    best = ranked[0]
-    file_quality, json_quality = _quality(MEDIA_TYPES[best], ranges, named=True), _quality(JSON, ranges)
-    if file_quality > 0 and file_quality >= json_quality:
+    possible = [wanted] if wanted is not None else [format for format in FORMATS[kind] if format != "pt"]
+    best = max(possible, key=lambda format: _quality(_covering(format), ranges))
+    quality, json_quality = _quality(_covering(best), ranges), _quality(_JSON, ranges)
+    if quality > 0 and quality >= json_quality:
         return True, best
-    if json_quality > 0 or not any(_is_media(pattern) and quality > 0 for pattern, quality in ranges):
-        return False, formats[0]
-    possible = ", ".join([JSON, *(MEDIA_TYPES[format] for format in formats)])
-    raise InvalidRequest(f"The Accept header takes nothing that this request can make: {possible}.", field="Accept")
+    if json_quality == 0 and any(pattern.startswith(("image/", "video/")) for pattern, q in ranges if q > 0):
+        types = ", ".join(MEDIA_TYPES[format] for format in possible)
+        raise InvalidRequest(f"The Accept header names no type that this request can make: {types}, {_JSON[0]}.")
+    return False, possible[0]
+
+
+def _covering(format: OutputFormat) -> tuple[str, ...]:
+    """The media ranges that ask for a file of ``format``, the most specific first."""
+    media_type = MEDIA_TYPES[format]
+    return (media_type,) if format == "pt" else (media_type, media_type.partition("/")[0] + "/*")
+
+
+def _quality(patterns: tuple[str, ...], ranges: list[tuple[str, float]]) -> float:
+    """The quality by the first of ``patterns`` that the header has, 0 when it has none."""
+    for pattern in patterns:
+        qualities = [quality for given, quality in ranges if given == pattern]
+        if qualities:
+            return max(qualities)
+    return 0.0
 
 
 def _parse(header: str) -> list[tuple[str, float]]:
     """The media ranges in ``header`` with their qualities; parameters other than q are not looked at."""
     ranges = []
-    for part in header.split(","):
-        pattern, *parameters = (piece.strip().lower() for piece in part.split(";"))
+    for part in header.lower().split(","):
+        pattern, *parameters = (piece.strip() for piece in part.split(";"))
         quality = 1.0
         for parameter in parameters:
             name, _, value = parameter.partition("=")
             if name.strip() == "q":
                 quality = _number(value)
-        if pattern:
-            ranges.append((pattern, quality))
+        ranges.append((pattern, quality))
     return ranges
 
 
@@ -59,22 +72,3 @@ def _number(text: str) -> float:
         return min(1.0, max(0.0, float(text)))
     except ValueError:
         return 0.0
-
-
-def _quality(media_type: str, ranges: list[tuple[str, float]], *, named: bool = False) -> float:
-    """The quality of ``media_type`` by the most specific range that covers it; ``named`` leaves out ``*/*``.
-
-    Everybody's ``*/*`` means JSON: a file is sent only to those who ask for one.
-    """
-    patterns = [media_type, media_type.partition("/")[0] + "/*"]
-    if media_type == JSON or not named:
-        patterns.append("*/*")
-    for pattern in patterns:
-        qualities = [quality for range_, quality in ranges if range_ == pattern]
-        if qualities:
-            return max(qualities)
-    return 0.0
-
-
-def _is_media(pattern: str) -> bool:
-    return pattern.startswith(("image/", "video/")) or pattern == MEDIA_TYPES["pt"]

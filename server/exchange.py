@@ -67,7 +67,7 @@ class Exchange:
             error = raised
         except ClientDisconnect:
             error = ClientGone("The client went away while it sent its request.")
-        except Exception:  # noqa: BLE001 - the edge of every request
+        except Exception:  # the edge of every request
             log.exception("the request failed by a fault of the server")
             error = Internal("The server made a mistake; its log has the details under this request id.")
         if self._status is None:

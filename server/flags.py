@@ -17,7 +17,8 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "HTTP": ("host", "port", "api_key", "max_body_mb"),
     "replicas": ("replicas", "threads", "start_timeout_s", "stall_timeout_s", "grace_s"),
     "batching and queue": (
-        "batching", "max_batch", "max_batch_tokens", "max_running", "max_queue", "request_timeout_s",
+        "batching", "max_batch", "max_batch_tokens", "prompt_cache_mb", "max_running", "max_queue",
+        "request_timeout_s",
     ),
     "what one request may ask for": (
         "max_outputs", "max_steps", "max_pixels", "max_frames", "max_prompt_chars",

@@ -30,7 +30,7 @@ def _check_key(header: str | None, api_key: str) -> None:
     scheme, _, token = (header or "").partition(" ")
     if scheme.lower() != "bearer" or not token.strip():
         raise Unauthorized("This server asks for an API key; send it as `Authorization: Bearer KEY`.")
-    if not hmac.compare_digest(token.strip().encode(), api_key.encode()):
+    if not hmac.compare_digest(token.strip().encode("latin-1"), api_key.encode()):
         raise Forbidden("The API key is not the one that this server was started with.")
 
 

@@ -29,20 +29,16 @@ def routes(service: Service) -> APIRouter:
 
 def _health(service: Service) -> Response:
     replicas = service.link.status.replicas
-    reasons = {"replicas": [_reason(replica) for replica in replicas]}
-    if not service.link.answers and replicas:
-        return _unavailable("The scheduler does not answer.", status="unavailable", **reasons)
+    reasons = [_reason(replica) for replica in replicas]
+    if replicas and not service.link.answers:
+        error = Unavailable("The scheduler does not answer.")
+        return error_reply(error.info(), status="unavailable", replicas=reasons)
     if any(replica.state == "ready" for replica in replicas):
-        return json_reply({"status": "ok", **reasons})
+        return json_reply({"status": "ok", "replicas": reasons})
     starting = all(replica.state == "starting" for replica in replicas)
-    told = "; ".join(f"replica {replica.replica} is {replica.state}: {replica.message}" for replica in replicas)
-    message = f"No replica is ready: {told or 'they are starting'}."
-    return _unavailable(message, status="starting" if starting else "unavailable", **reasons)
+    error = service.link.unavailable()
+    return error_reply(error.info(), status="starting" if starting else "unavailable", replicas=reasons)
 
 
 def _reason(replica: ReplicaStatus) -> dict[str, Any]:
     return {"replica": replica.replica, "state": replica.state, "message": replica.message}
-
-
-def _unavailable(message: str, **beside: Any) -> Response:
-    return error_reply(Unavailable(message).info(), **beside)

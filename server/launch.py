@@ -33,6 +33,7 @@ FAILED = 1
 INTERRUPTED = 130
 """Exit status after a second signal, which ends everything at once."""
 
+_LAST_REPLIES_S = 2.0  # for the clients that are told that the server gives up
 _LONGEST_DIRECTORY = 80  # a unix socket's path has at most 107 bytes
 
 log = logging.getLogger(__name__)
@@ -118,6 +119,7 @@ class Launch:
             print(error.message, file=sys.stderr)
         self._link.abandon_all(Unavailable("The server lost a process that it needs, and stops."))
         self._http.stop()
+        asyncio.get_running_loop().call_later(_LAST_REPLIES_S, lambda: self._http.stop(at_once=True))
         await serving
         return FAILED
 

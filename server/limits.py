@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +20,8 @@ _SEEDS = 2**63
 _PIPELINE_FIELDS = (
     "negative_prompt", "width", "height", "num_frames", "num_inference_steps", "guidance_scale", "true_cfg_scale",
 )  # fmt: skip
+_EXTRA_VALUES = 10_000
+_EXTRA_DEPTH = 32
 _SCHEDULES = ("timesteps", "sigmas")  # arguments whose length is a number of steps
 
 
@@ -96,6 +99,7 @@ def check_model(body: GenerateBody, model: ModelInfo, config: Config) -> None:
         )
     for name, value in body.extra.items():
         _check_extra(name, value, model, config)
+    _check_bulk(body.extra)
 
 
 def to_message(body: GenerateBody, request_id: str, output_format: OutputFormat, config: Config) -> Generate:
@@ -182,8 +186,10 @@ def _check_size(body: GenerateBody, model: ModelInfo, config: Config) -> None:
                 f"not {value}.",
                 field=name,
             )
-    width, height = body.width or model.default_width, body.height or model.default_height
-    if (body.width or body.height) and width * height > config.max_pixels:
+    if body.width is None and body.height is None:
+        return  # what the model makes by itself is not the request's doing
+    width, height = body.width or model.default_width or multiple, body.height or model.default_height or multiple
+    if width * height > config.max_pixels:
         raise InvalidRequest(
             f"width x height must be between {multiple * multiple} and {config.max_pixels} pixels; "
             f"{width} x {height} are {width * height}.",
@@ -206,6 +212,24 @@ def _check_extra(name: str, value: Any, model: ModelInfo, config: Config) -> Non
         )
     if name in _SCHEDULES and isinstance(value, list):
         Range(1, config.max_steps).check(f"The length of {field}", len(value), field)
+
+
+def _check_bulk(extra: dict[str, Any]) -> None:
+    """Messages are written recursively, and pipelines look at what they get: so neither deep nor many values."""
+    level: list[Any] = [extra]
+    seen = depth = 0
+    while level:
+        seen, depth = seen + len(level), depth + 1
+        if seen > _EXTRA_VALUES or depth > _EXTRA_DEPTH:
+            raise InvalidRequest(
+                f"extra may hold between 0 and {_EXTRA_VALUES} values, nested at most {_EXTRA_DEPTH} deep.",
+                field="extra",
+            )
+        level = [item for value in level if isinstance(value, list | dict) for item in _items(value)]
+
+
+def _items(value: list[Any] | dict[str, Any]) -> Iterable[Any]:
+    return value.values() if isinstance(value, dict) else value
 
 
 def _fits(value: Any, parameter: Parameter) -> bool:

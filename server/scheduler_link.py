@@ -34,7 +34,7 @@ T = TypeVar("T")
 Event = Queued | Started | Progress | Preview | Result | Failed
 
 EVENTS_KEPT = 32
-"""Events that a request may have unread; beyond it, progress and previews are dropped, so a slow reader costs little."""
+"""Events that a request may have unread; beyond it progress and previews are dropped, so a slow reader costs little."""
 
 STATUS_FRESH_S = 10.0
 """A scheduler that has said nothing for longer than this does not count as answering."""
@@ -125,10 +125,14 @@ class SchedulerLink:
         for replica in self._status.replicas:
             if replica.state == "ready" and replica.model is not None:
                 return replica.model
+        raise self.unavailable()
+
+    def unavailable(self) -> Unavailable:
+        """That no replica is ready, and why each is not."""
         reasons = "; ".join(
-            f"replica {replica.replica} is {replica.state}: {replica.message}" for replica in self._status.replicas
+            f"replica {replica.replica} is {replica.state} ({replica.message})" for replica in self._status.replicas
         )
-        raise Unavailable(f"No replica is ready: {reasons or 'they are starting'}.", retry_after_s=_RETRY_AFTER_S)
+        return Unavailable(f"No replica is ready: {reasons or 'they are starting'}.", retry_after_s=_RETRY_AFTER_S)
 
     def send(self, message: messages.ToScheduler) -> None:
         if not self._socket.closed:

@@ -29,8 +29,9 @@ def _one_or_list(item: str) -> WithJsonSchema:
     return WithJsonSchema({"anyOf": [{"type": item}, {"type": "array", "items": {"type": item}}]})
 
 
-Prompts = Annotated[list[str], Field(min_length=1, max_length=_MOST_ITEMS), BeforeValidator(_as_list)]
-Seeds = Annotated[list[int], Field(min_length=1, max_length=_MOST_ITEMS), BeforeValidator(_as_list)]
+_ITEMS = Field(min_length=1, max_length=_MOST_ITEMS, fail_fast=True)
+Prompts = Annotated[list[str], _ITEMS, BeforeValidator(_as_list)]
+Seeds = Annotated[list[int], _ITEMS, BeforeValidator(_as_list)]
 
 
 class GenerateBody(BaseModel):
@@ -81,7 +82,7 @@ def parse_generate(body: bytes) -> GenerateBody:
     try:
         return GenerateBody.model_validate({name: _as_written(item) for name, item in value.items()})
     except ValidationError as error:
-        raise _explain(error.errors(include_url=False)[0]) from None
+        raise _explain(error.errors(include_url=False)[0], value) from None
 
 
 def near(name: str, known: Collection[str]) -> str:
@@ -93,13 +94,18 @@ def near(name: str, known: Collection[str]) -> str:
 def _as_written(value: Any) -> Any:
     """Undo that orjson reads an integer beyond 64 bits as a float: it is out of range, not of a wrong type."""
     if isinstance(value, list):
-        return [_as_written(item) for item in value]
-    return int(value) if isinstance(value, float) and abs(value) >= 2**63 else value
+        return [int(item) if _is_beyond(item) else item for item in value]
+    return int(value) if _is_beyond(value) else value
 
 
-def _explain(error: ErrorDetails) -> SafelightError:
+def _is_beyond(value: Any) -> bool:
+    return isinstance(value, float) and abs(value) >= 2**63
+
+
+def _explain(error: ErrorDetails, body: dict[str, Any]) -> SafelightError:
     field = str(error["loc"][0])
-    place = field + "".join(f"[{part}]" for part in error["loc"][1:])
+    index = error["loc"][1:] if isinstance(body.get(field), list) else ()
+    place = field + "".join(f"[{part}]" for part in index)
     match error["type"]:
         case "extra_forbidden":
             shown = field[:100]
@@ -112,8 +118,8 @@ def _explain(error: ErrorDetails) -> SafelightError:
             return InvalidRequest(f"{field} must have between 1 and {_MOST_ITEMS} elements.", field=field)
         case kind:
             expected = _EXPECTED.get(kind, "something else")
-            if field in ("prompt", "seed") and len(error["loc"]) > 1:
-                expected += f", or {field} a list of them"
+            if len(error["loc"]) > 1 and not index:
+                expected += " or a list of them"
             return Malformed(f"{place} must be {expected}, not {_json_type(error['input'])}.", field=field)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from greenlet import greenlet
+from greenlet import getcurrent, greenlet
 
 from .call import Call
 
@@ -34,6 +34,8 @@ class Coroutine:
 
     def start(self) -> Call | None:
         """Run to the first call; ``None`` when the body ended without one."""
+        # not the greenlet that made this coroutine: that may be another coroutine (a sample that wants a preview)
+        self._greenlet.parent = getcurrent()
         return self._advance(self._greenlet.switch)
 
     def resume(self, value: Any) -> Call | None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections import deque
+from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +20,7 @@ from .anatomy import Anatomist, Anatomy
 from .call import Call
 from .coroutine import Cancelled, Coroutine
 from .merging import NotSplittable, merge, split
-from .prompt_cache import PromptCache
+from .prompt_cache import PromptCache, prompt_key
 
 log = logging.getLogger(__name__)
 
@@ -37,11 +38,15 @@ class Counters:
 
 @dataclass(slots=True, eq=False)
 class Waiting:
-    """A coroutine at its call. Without an ``anatomy`` the call can only be made alone."""
+    """A coroutine at its call. Without an ``anatomy`` the call can only be made alone.
+
+    A call with a ``prompt`` is a text encoder's; two with the same one have the same answer.
+    """
 
     coroutine: Coroutine
     call: Call
     anatomy: Anatomy | None
+    prompt: Hashable | None
 
 
 @dataclass(slots=True)
@@ -115,54 +120,55 @@ class Hub:
         return coroutine.throw(outcome.error) if outcome.error else coroutine.resume(outcome.value)
 
     def _continue(self, coroutine: Coroutine, call: Call | None) -> None:
-        """Put the coroutine's next call into the line; one that the prompt cache knows is answered at once."""
-        while call is not None and coroutine not in self._cancelled:
-            cached = self._cache.get(call, exact=coroutine.alone) if self._cache else None
-            if cached is None:
-                break
-            call = coroutine.resume(cached)
+        """Put the coroutine's next call into the line, if it made one."""
         if call is None:
             self._active.discard(coroutine)
             self._cancelled.discard(coroutine)
             return
         mergeable = self.mode == "merged" and not coroutine.alone and call.name not in self.unmergeable
         anatomy = self._anatomist.dissect(call) if mergeable else None
-        self._waiting.append(Waiting(coroutine, call, anatomy))
+        self._waiting.append(Waiting(coroutine, call, anatomy, prompt_key(call) if self._cache else None))
 
     def _next_group(self) -> list[Waiting]:
         """The first in line and all that may join it, taken out of the line."""
-        first = self._waiting[0]
-        group = [first]
-        if first.anatomy is not None:
-            positions = first.anatomy.positions
-            for other in list(self._waiting)[1:]:
-                if len(group) == self.max_batch:
-                    break
-                if other.anatomy is None or other.anatomy.key != first.anatomy.key:
-                    continue
-                if positions + other.anatomy.positions <= self.max_tokens:
-                    group.append(other)
-                    positions += other.anatomy.positions
-        taken = set(map(id, group))
-        self._waiting = deque(waiting for waiting in self._waiting if id(waiting) not in taken)
+        group = [self._waiting.popleft()]
+        first = group[0].anatomy
+        if first is None or self._cached(group[0]) is not None:
+            return group
+        positions, prompts, left = first.positions, {group[0].prompt}, deque[Waiting]()
+        for other in self._waiting:
+            part = other.anatomy
+            asked_already = other.prompt is not None and other.prompt in prompts
+            joins = part is not None and part.key == first.key and not asked_already
+            if (
+                part is None
+                or not joins
+                or len(group) == self.max_batch
+                or positions + part.positions > self.max_tokens
+            ):
+                left.append(other)
+                continue
+            group.append(other)
+            positions += part.positions
+            prompts.add(other.prompt)
+        self._waiting = left
         return group
 
     def _forward(self, group: list[Waiting]) -> list[Outcome]:
         self.counters.calls += len(group)
-        if len(group) > 1:
-            outcomes = self._merged(group)
-            if outcomes is not None:
-                return outcomes
-        return [self._alone(waiting.call) for waiting in group]
+        outcomes = self._merged(group) if len(group) > 1 else None
+        return outcomes if outcomes is not None else [self._alone(waiting) for waiting in group]
 
-    def _alone(self, call: Call) -> Outcome:
+    def _alone(self, waiting: Waiting) -> Outcome:
+        cached = self._cached(waiting)
+        if cached is not None:
+            return Outcome(cached)
         self.counters.forwards += 1
         try:
-            value = call.run()
+            value = waiting.call.run()
         except Exception as error:  # noqa: BLE001  # goes to the coroutine that made the call
             return Outcome(error=error)
-        if self._cache:
-            self._cache.put(call, value, exact=True)
+        self._keep(waiting, value, exact=True)
         return Outcome(value)
 
     def _merged(self, group: list[Waiting]) -> list[Outcome] | None:
@@ -184,15 +190,23 @@ class Hub:
         self.counters.forwards += 1
         self.merged_names.add(name)
         for waiting, value in zip(group, values, strict=True):
-            if self._cache:
-                self._cache.put(waiting.call, value, exact=False)
+            self._keep(waiting, value, exact=False)
         return [Outcome(value) for value in values]
 
     def _one_by_one(self, group: list[Waiting], name: str) -> list[Outcome]:
-        outcomes = [self._alone(waiting.call) for waiting in group]
+        outcomes = [self._alone(waiting) for waiting in group]
         if not any(outcome.error for outcome in outcomes):
             self._never_merge_again(name, "a merged forward failed where each call alone did not")
         return outcomes
+
+    def _cached(self, waiting: Waiting) -> Any | None:
+        if self._cache is None or waiting.prompt is None:
+            return None
+        return self._cache.get(waiting.prompt, exact=waiting.coroutine.alone)
+
+    def _keep(self, waiting: Waiting, value: Any, *, exact: bool) -> None:
+        if self._cache is not None and waiting.prompt is not None:
+            self._cache.put(waiting.prompt, value, exact=exact)
 
     def _never_merge_again(self, name: str, reason: str) -> None:
         log.warning("calls to %s run alone from now on: %s", name, reason)

@@ -105,7 +105,7 @@ def load_model(config: Config) -> Model:
 
 def _load_pipeline(path: str, dtype: torch.dtype) -> DiffusionPipeline:
     try:
-        return DiffusionPipeline.from_pretrained(path, torch_dtype=dtype, use_safetensors=True)
+        return DiffusionPipeline.from_pretrained(path, dtype=dtype, use_safetensors=True)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, RuntimeError) as error:
         log.exception("loading %s failed", path)
         what = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -34,18 +34,16 @@ class PromptCache:
         self._entries: OrderedDict[Hashable, _Entry] = OrderedDict()
         self._size = 0
 
-    def get(self, call: Call, *, exact: bool) -> Any | None:
-        """The kept output for ``call``, or ``None``."""
-        key = _key(call)
+    def get(self, key: Hashable, *, exact: bool) -> Any | None:
+        """The output kept under ``key`` (of :func:`prompt_key`), or ``None``."""
         entry = self._entries.get(key) if key is not None else None
         if entry is None or (exact and not entry.exact):
             return None
         self._entries.move_to_end(key)
         return _cloned(entry.value)
 
-    def put(self, call: Call, value: Any, *, exact: bool) -> None:
+    def put(self, key: Hashable, value: Any, *, exact: bool) -> None:
         """Keep ``value``, unless it holds anything but tensors, an exact one is there, or it is larger than all."""
-        key = _key(call)
         leaves = pytree.tree_leaves(value)
         if key is None or not all(isinstance(leaf, torch.Tensor | None) for leaf in leaves):
             return
@@ -74,8 +72,8 @@ def _cloned(value: Any) -> Any:
     return pytree.tree_map_only(torch.Tensor, torch.Tensor.clone, value)
 
 
-def _key(call: Call) -> Hashable | None:
-    """The call's name and the content of its arguments; ``None`` for calls that are not to be kept."""
+def prompt_key(call: Call) -> Hashable | None:
+    """A text encoder's name and the content of its arguments; ``None`` for calls that are not to be kept."""
     if not call.component.startswith("text_encoder") or call.method not in ("__call__", "forward"):
         return None
     leaves, spec = pytree.tree_flatten((call.args, call.kwargs))

@@ -1,0 +1,114 @@
+"""The client for asyncio. Cancelling a call closes its connection, and that stops the work on the server."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import aclosing
+from typing import Any, Self
+
+import httpx
+
+from ..protocol.errors import DeadlinePassed, SafelightError, Unavailable
+from . import calls
+from .calls import Call
+from .endpoint import DEFAULT_TIMEOUT_S, DEFAULT_URL, Endpoint, ReadyWait
+from .errors import transport_errors
+from .results import Event, Generation, Health
+from .retry import Retries
+
+
+class AsyncClient:
+    """:class:`Client` for asyncio, with the same arguments and methods."""
+
+    def __init__(
+        self,
+        base_url: str = DEFAULT_URL,
+        *,
+        api_key: str | None = None,
+        timeout: float | None = DEFAULT_TIMEOUT_S,
+        retries: Retries = Retries(),  # noqa: B008 - frozen
+    ) -> None:
+        self._endpoint = Endpoint(base_url, api_key, timeout, retries)
+        self._http = httpx.AsyncClient(**self._endpoint.settings())
+
+    @property
+    def base_url(self) -> str:
+        return self._endpoint.base_url
+
+    @calls.with_arguments_of(calls.generate)
+    async def generate(self, call: Call) -> Generation:
+        """:meth:`Client.generate`, awaited."""
+        return self._endpoint.generation(await self._fetch(call))
+
+    @calls.with_arguments_of(calls.generate)
+    def stream(self, call: Call) -> AsyncIterator[Event]:
+        """:meth:`Client.stream` for ``async for``; in ``contextlib.aclosing``, leaving it stops the work."""
+        return self._events(call.streaming())
+
+    async def info(self) -> dict[str, Any]:
+        """:meth:`Client.info`, awaited."""
+        return self._endpoint.document(await self._fetch(calls.SERVER_INFO))
+
+    async def model_info(self) -> dict[str, Any]:
+        """:meth:`Client.model_info`, awaited."""
+        return self._endpoint.document(await self._fetch(calls.MODEL_INFO))
+
+    async def health(self) -> Health:
+        """:meth:`Client.health`, awaited."""
+        with transport_errors(self.base_url):
+            return self._endpoint.health(await self._http.send(self._endpoint.request(self._http, calls.HEALTH)))
+
+    async def wait_until_ready(self, timeout: float = 600.0, on_change: Callable[[Health], None] | None = None) -> None:
+        """:meth:`Client.wait_until_ready`, awaited."""
+        wait = ReadyWait(timeout, on_change)
+        while not (health := await self._look()).ready:
+            await asyncio.sleep(wait.pause(health))
+
+    async def aclose(self) -> None:
+        await self._http.aclose()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.aclose()
+
+    async def _look(self) -> Health:
+        try:
+            return await self.health()
+        except (Unavailable, DeadlinePassed) as error:
+            return Health(False, error.message, answers=False)
+
+    async def _fetch(self, call: Call) -> bytes:
+        async with aclosing(await self._open(call)) as response:
+            with transport_errors(self.base_url):
+                return await response.aread()
+
+    async def _events(self, call: Call) -> AsyncIterator[Event]:
+        reader = self._endpoint.events()
+        async with aclosing(await self._open(call)) as response:
+            with transport_errors(self.base_url):
+                async for chunk in response.aiter_bytes():
+                    for event in reader.feed(chunk):
+                        yield event
+        reader.close()
+
+    async def _open(self, call: Call) -> httpx.Response:
+        """A reply that is a success, its body not read yet; after as many attempts as the retries allow."""
+        attempts = self._endpoint.retries.begin()
+        while True:
+            try:
+                return await self._attempt(call)
+            except SafelightError as error:
+                pause = attempts.pause_after(error)
+            await asyncio.sleep(pause)
+
+    async def _attempt(self, call: Call) -> httpx.Response:
+        with transport_errors(self.base_url):
+            response = await self._http.send(self._endpoint.request(self._http, call), stream=True)
+            if response.is_success:
+                return response
+            async with aclosing(response):
+                await response.aread()
+        raise self._endpoint.error(response)

@@ -1,0 +1,240 @@
+"""``safelight``: the command line. Nothing here imports torch; what computes is the server."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from .. import __version__
+from ..protocol.errors import InvalidRequest, SafelightError
+from .endpoint import DEFAULT_TIMEOUT_S, DEFAULT_URL
+from .errors import Unreachable
+from .private_server import SERVER_PROGRAM, PrivateServer
+from .results import FORMATS, Generation, Output, Result
+from .sync_client import Client
+from .terminal import GenerationView, server_table
+
+PREVIEW_EVERY = 2
+"""Steps between two previews of ``--preview``."""
+
+READY_S = 1800.0
+"""Seconds that a server may take to become ready; a large model is read from a slow disk."""
+
+app = typer.Typer(
+    name="safelight",
+    help="Serve diffusion models, and draw with them.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Url = Annotated[
+    str | None, typer.Option(envvar="SAFELIGHT_URL", help=f"Where the server is; {DEFAULT_URL} when not given.")
+]
+ApiKey = Annotated[
+    str | None, typer.Option(envvar="SAFELIGHT_API_KEY", show_envvar=True, help="The key that the server asks for.")
+]
+
+
+def main() -> None:
+    """The program ``safelight``: what goes wrong is one sentence on standard error, and status 1."""
+    try:
+        app()
+    except (SafelightError, OSError) as error:
+        _notes().print(str(error), style="red", markup=False, highlight=False, soft_wrap=True)
+        sys.exit(1)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        print(f"safelight {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None: ...
+
+
+@app.command(
+    context_settings={
+        "allow_extra_args": True,
+        "allow_interspersed_args": False,
+        "ignore_unknown_options": True,
+        "help_option_names": [],
+    },
+    help="Serve a model; `safelight serve --help` lists the server's own options.",
+    options_metavar="[MODEL] [OPTIONS]",
+)
+def serve(context: typer.Context) -> None:
+    """This process becomes the server, so its signals and its exit status are the server's."""
+    os.execv(SERVER_PROGRAM[0], [*SERVER_PROGRAM, *context.args])
+
+
+@app.command(help="Draw what PROMPT says, with a running server or, where there is none, with one of its own.")
+def generate(
+    prompt: Annotated[str, typer.Argument(help="What to show.", show_default=False)],
+    output: Annotated[
+        Path,
+        typer.Option("--output", "-o", help="The file to write; its suffix says the format. With -n: out-0.png, …"),
+    ] = Path("out"),
+    url: Url = None,
+    api_key: ApiKey = None,
+    model: Annotated[
+        str | None, typer.Option("--model", "-m", help="What a server of its own serves; a running one must serve it.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Chosen, and printed, when not given.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Denoising steps.")] = None,
+    width: Annotated[int | None, typer.Option(help="In pixels.")] = None,
+    height: Annotated[int | None, typer.Option(help="In pixels.")] = None,
+    n: Annotated[int, typer.Option("-n", min=1, help="How many, of as many seeds.")] = 1,
+    negative_prompt: Annotated[str | None, typer.Option(help="What not to show.")] = None,
+    guidance_scale: Annotated[float | None, typer.Option(help="How strongly the prompt guides.")] = None,
+    num_frames: Annotated[int | None, typer.Option(help="Frames of a video.")] = None,
+    fps: Annotated[int | None, typer.Option(help="Frames a second of a video.")] = None,
+    deterministic: Annotated[bool, typer.Option("--deterministic", help="Share no forward with others.")] = False,
+    extra: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=JSON", help="A further argument of the pipeline; may be given several times."),
+    ] = None,
+    preview: Annotated[bool, typer.Option("--preview", help="Show the picture in the terminal as it forms.")] = False,
+    timeout: Annotated[float, typer.Option(help="Seconds that the server may be silent.")] = DEFAULT_TIMEOUT_S,
+) -> None:
+    notes = _notes()
+    output_format = _format_of(output)
+    request: dict[str, Any] = {
+        "seed": seed,
+        "steps": steps,
+        "width": width,
+        "height": height,
+        "n": n,
+        "negative_prompt": negative_prompt,
+        "guidance_scale": guidance_scale,
+        "num_frames": num_frames,
+        "fps": fps,
+        "deterministic": deterministic,
+        "output_format": output_format,
+        "preview_every": PREVIEW_EVERY if preview and notes.is_terminal else None,
+        "extra": dict(_extra_argument(text) for text in extra or ()),
+    }
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with _ready_client(notes, url, api_key, timeout, model) as client:
+        generation = _draw(client, notes, prompt, request)
+    _save(generation, output)
+
+
+@app.command(help="Show what a server serves, how it batches, and how busy it is.")
+def info(
+    url: Url = None,
+    api_key: ApiKey = None,
+    as_json: Annotated[bool, typer.Option("--json", help="As JSON, for programs.")] = False,
+) -> None:
+    with Client(url or DEFAULT_URL, api_key=api_key) as client:
+        found = client.info()
+    if as_json:
+        print(json.dumps(found, indent=2))
+    else:
+        Console().print(server_table(client.base_url, found))
+
+
+def _notes() -> Console:
+    """Where everything is said that is not a result."""
+    return Console(stderr=True)
+
+
+def _format_of(output: Path) -> str | None:
+    """The format that the suffix names; with no suffix, the server's choice."""
+    if output.suffix and output.suffix.lower() not in FORMATS:
+        raise InvalidRequest(f"{output} cannot be written: use a name that ends in one of {', '.join(FORMATS)}.")
+    return FORMATS.get(output.suffix.lower())
+
+
+def _extra_argument(text: str) -> tuple[str, Any]:
+    """``name=value`` as name and value; a value that is no JSON is a string."""
+    name, equals, value = text.partition("=")
+    if not name or not equals:
+        raise InvalidRequest(f"--extra takes NAME=JSON, and {text!r} is not that.")
+    try:
+        return name, json.loads(value)
+    except json.JSONDecodeError:
+        return name, value
+
+
+@contextmanager
+def _ready_client(
+    notes: Console, url: str | None, api_key: str | None, timeout: float, model: str | None
+) -> Iterator[Client]:
+    """A client of the server that runs or, when none was named and none answers, of a private one for ``model``."""
+    with Client(url or DEFAULT_URL, api_key=api_key, timeout=timeout) as client:
+        try:
+            client.health()
+        except Unreachable:
+            if url is not None:
+                raise
+        else:
+            with notes.status("waiting for the server") as status:
+                client.wait_until_ready(READY_S, lambda health: status.update(health.reason))
+            _check_model(client, model)
+            yield client
+            return
+    with _private_client(notes, api_key, timeout, model) as client:
+        yield client
+
+
+@contextmanager
+def _private_client(notes: Console, api_key: str | None, timeout: float, model: str | None) -> Iterator[Client]:
+    with PrivateServer(model) as server:
+        with notes.status("starting a server for this picture") as status:
+            client = Client(server.url, api_key=api_key, timeout=timeout)
+            server.wait_until_ready(client, READY_S, lambda health: status.update(health.reason))
+        with client:
+            yield client
+
+
+def _check_model(client: Client, wanted: str | None) -> None:
+    if wanted is None:
+        return
+    served = client.model_info()
+    if wanted not in (served["model"], served["path"]) and Path(wanted).absolute() != Path(served["path"]).absolute():
+        raise InvalidRequest(
+            f"The server at {client.base_url} serves {served['model']}, not {wanted}: leave out --model, "
+            f"or start another one with `safelight serve {wanted} --port …` and name it with --url."
+        )
+
+
+def _draw(client: Client, notes: Console, prompt: str, request: dict[str, Any]) -> Generation:
+    with GenerationView(notes, request["n"]) as view:
+        for event in client.stream(prompt, **request):
+            if isinstance(event, Result):
+                return event.generation
+            view.show(event)
+    raise AssertionError("a stream ends with its result or an error")
+
+
+def _save(generation: Generation, output: Path) -> None:
+    """Write every output and tell of each its path, size, seed and time."""
+    out = Console(soft_wrap=True, highlight=False)
+    for index, made in enumerate(generation.outputs):
+        path = _numbered(output, made, index if len(generation.outputs) > 1 else None)
+        made.save(path)
+        out.print(
+            f"{path}  {made.width}x{made.height}  seed {made.seed}  {generation.timings.total_s:.2f} s", markup=False
+        )
+
+
+def _numbered(output: Path, made: Output, index: int | None) -> Path:
+    suffix = output.suffix or next(suffix for suffix, name in FORMATS.items() if name == made.format)
+    number = "" if index is None else f"-{index}"
+    return output.with_name(f"{output.stem}{number}{suffix}")

@@ -1,0 +1,102 @@
+"""A server for one command: a child process on a free port, gone when the command is."""
+
+from __future__ import annotations
+
+import re
+import signal
+import subprocess
+import sys
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future
+from threading import Thread
+from types import FrameType
+from typing import IO, Self
+
+from ..protocol.errors import StartFailed
+from .results import Health
+from .sync_client import Client
+
+SERVER_PROGRAM = (sys.executable, "-P", "-m", "safelight.server")
+"""How a server is started. ``-P``: what lies in the current folder does not take the place of installed modules."""
+
+_LISTENING = re.compile(r"listening on (http://\S+)")
+_LOG_LINE = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d")
+_STOP_S = 45.0
+_LINES_KEPT = 200
+
+
+class PrivateServer:
+    """A context in which a server for ``model`` runs; ``None`` serves what the environment or the default says."""
+
+    def __init__(self, model: str | None) -> None:
+        place = ("--host", "127.0.0.1", "--port", "0", "--log-level", "info", "--log-format", "text")
+        self._command = [*SERVER_PROGRAM, *([] if model is None else [model]), *place]
+        self._listening: Future[str] = Future()
+        self._tail: deque[str] = deque(maxlen=_LINES_KEPT)
+
+    def __enter__(self) -> Self:
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, _exit_on)  # so that the context is left, and the server stopped, then too
+        self._process = subprocess.Popen(
+            self._command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            process_group=0,  # Ctrl-C is for this process, which closes its requests first and then stops the server
+        )
+        assert self._process.stdout is not None, "asked for above"
+        Thread(target=self._read, args=(self._process.stdout,), daemon=True, name="server-output").start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.terminate()
+        try:
+            self._process.wait(_STOP_S)
+        except (subprocess.TimeoutExpired, KeyboardInterrupt):
+            self._process.terminate()  # the second signal ends a server at once
+            self._wait_or_kill()
+
+    @property
+    def url(self) -> str:
+        """Where it listens, once it does. Raises ``StartFailed`` with what the server said when it ended instead."""
+        return self._listening.result()
+
+    def wait_until_ready(self, client: Client, timeout: float, on_change: Callable[[Health], None]) -> None:
+        """``client.wait_until_ready``, which also ends, with ``StartFailed``, when the server does."""
+
+        def check(health: Health) -> None:
+            if not health.answers:
+                self._wait_or_kill()
+                raise self._failure()
+            on_change(health)
+
+        client.wait_until_ready(timeout, check)
+
+    def _read(self, output: IO[str]) -> None:
+        for line in output:
+            self._tail.append(line.strip())
+            if not self._listening.done() and (found := _LISTENING.search(line)):
+                self._listening.set_result(found[1])
+        if not self._listening.done():
+            self._process.wait()
+            self._listening.set_exception(self._failure())
+
+    def _failure(self) -> StartFailed:
+        """What the server said last: a sentence of its own if there is one, for its log is for other readers."""
+        lines = [line for line in self._tail if line]
+        said = [line for line in lines if not _LOG_LINE.match(line)]
+        return StartFailed((said or lines or [f"The server ended with status {self._process.returncode}."])[-1])
+
+    def _wait_or_kill(self) -> None:
+        try:
+            self._process.wait(_STOP_S)
+        except (subprocess.TimeoutExpired, KeyboardInterrupt):
+            self._process.kill()
+            self._process.wait()
+
+
+def _exit_on(number: int, frame: FrameType | None) -> None:
+    sys.exit(128 + number)

@@ -1,0 +1,125 @@
+"""The client for ordinary programs and notebooks."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from typing import Any, Self
+
+import httpx
+
+from ..protocol.errors import DeadlinePassed, SafelightError, Unavailable
+from . import calls
+from .calls import Call
+from .endpoint import DEFAULT_TIMEOUT_S, DEFAULT_URL, Endpoint, ReadyWait
+from .errors import transport_errors
+from .results import Event, Generation, Health
+from .retry import Retries
+
+
+class Client:
+    """A connection to the server at ``base_url``; safe to share between threads.
+
+    ``timeout`` is how many seconds a reply's next bytes may take. Every method raises the errors of
+    :mod:`safelight.protocol.errors`, and :class:`Unreachable` when nothing answers.
+    """
+
+    def __init__(
+        self,
+        base_url: str = DEFAULT_URL,
+        *,
+        api_key: str | None = None,
+        timeout: float | None = DEFAULT_TIMEOUT_S,
+        retries: Retries = Retries(),  # noqa: B008 - frozen
+    ) -> None:
+        self._endpoint = Endpoint(base_url, api_key, timeout, retries)
+        self._http = httpx.Client(**self._endpoint.settings())
+
+    @property
+    def base_url(self) -> str:
+        return self._endpoint.base_url
+
+    @calls.with_arguments_of(calls.generate)
+    def generate(self, call: Call) -> Generation:
+        """Make pictures or clips from ``prompt`` and wait for them.
+
+        ``steps`` is short for ``num_inference_steps``; what is left out is the server's to choose, and arguments that
+        are not named here go to the pipeline's own ``__call__``.
+        """
+        return self._endpoint.generation(self._fetch(call))
+
+    @calls.with_arguments_of(calls.generate)
+    def stream(self, call: Call) -> Iterator[Event]:
+        """The arguments of :meth:`generate`; its events as they come, the last one a :class:`Result`.
+
+        Dropping the iterator closes the connection, and that stops the work.
+        """
+        return self._events(call.streaming())
+
+    def info(self) -> dict[str, Any]:
+        """``/server_info``: version, configuration, replicas, and how requests share forwards."""
+        return self._endpoint.document(self._fetch(calls.SERVER_INFO))
+
+    def model_info(self) -> dict[str, Any]:
+        """``/model_info``: the model, its sizes, and the arguments that its pipeline takes."""
+        return self._endpoint.document(self._fetch(calls.MODEL_INFO))
+
+    def health(self) -> Health:
+        """Whether the server can serve now. Raises when nothing answers."""
+        with transport_errors(self.base_url):
+            return self._endpoint.health(self._http.send(self._endpoint.request(self._http, calls.HEALTH)))
+
+    def wait_until_ready(self, timeout: float = 600.0, on_change: Callable[[Health], None] | None = None) -> None:
+        """Return once the server can serve. ``on_change`` hears what is waited for.
+
+        Raises ``Unavailable`` after ``timeout`` seconds.
+        """
+        wait = ReadyWait(timeout, on_change)
+        while not (health := self._look()).ready:
+            time.sleep(wait.pause(health))
+
+    def close(self) -> None:
+        self._http.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _look(self) -> Health:
+        try:
+            return self.health()
+        except (Unavailable, DeadlinePassed) as error:
+            return Health(False, error.message, answers=False)
+
+    def _fetch(self, call: Call) -> bytes:
+        with closing(self._open(call)) as response, transport_errors(self.base_url):
+            return response.read()
+
+    def _events(self, call: Call) -> Iterator[Event]:
+        reader = self._endpoint.events()
+        with closing(self._open(call)) as response, transport_errors(self.base_url):
+            for chunk in response.iter_bytes():
+                yield from reader.feed(chunk)
+        reader.close()
+
+    def _open(self, call: Call) -> httpx.Response:
+        """A reply that is a success, its body not read yet; after as many attempts as the retries allow."""
+        attempts = self._endpoint.retries.begin()
+        while True:
+            try:
+                return self._attempt(call)
+            except SafelightError as error:
+                pause = attempts.pause_after(error)
+            time.sleep(pause)
+
+    def _attempt(self, call: Call) -> httpx.Response:
+        with transport_errors(self.base_url):
+            response = self._http.send(self._endpoint.request(self._http, call), stream=True)
+            if response.is_success:
+                return response
+            with closing(response):
+                response.read()
+        raise self._endpoint.error(response)

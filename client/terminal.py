@@ -1,0 +1,102 @@
+"""A request in the terminal: a bar over its steps, the picture as it forms, and tables about a server."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Self
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.style import Style
+from rich.table import Table
+from rich.text import Text
+
+from . import results
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+PICTURE_COLUMNS = 48
+
+
+class GenerationView:
+    """A context that shows the events of one request of ``outputs`` outputs, and leaves nothing behind."""
+
+    def __init__(self, console: Console, outputs: int) -> None:
+        self._outputs = outputs
+        self._done: dict[int, int] = {}
+        self._bar = Progress(
+            SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+        )
+        self._task = self._bar.add_task("asking", total=None)
+        self._live = Live(self._bar, console=console, transient=True) if console.is_terminal else None
+
+    def __enter__(self) -> Self:
+        if self._live:
+            self._live.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._live:
+            self._live.stop()
+
+    def show(self, event: results.Event) -> None:
+        match event:
+            case results.Queued(position=position):
+                self._bar.update(self._task, description=f"waiting behind {position}" if position else "starting")
+            case results.Progress(output=output, step=step, steps=steps):
+                self._done[output] = step
+                self._bar.update(
+                    self._task,
+                    description="drawing",
+                    completed=sum(self._done.values()),
+                    total=steps * self._outputs,
+                )
+            case results.Preview(output=0) if self._live:
+                self._live.update(Group(blocks(event.image), self._bar))
+
+
+def blocks(picture: Image, columns: int = PICTURE_COLUMNS) -> Text:
+    """``picture`` in half blocks: each character is two pixels, one above the other."""
+    rows = max(1, round(columns * picture.height / picture.width / 2))
+    small = picture.convert("RGB").resize((columns, 2 * rows))
+    text = Text(no_wrap=True, end="")
+    for y in range(0, 2 * rows, 2):
+        for x in range(columns):
+            above, below = (_hex(small.getpixel((x, y + half))) for half in (0, 1))
+            text.append("▀", Style(color=above, bgcolor=below))
+        text.append("\n")
+    return text
+
+
+def _hex(pixel: Any) -> str:  # Any: Pillow's pixel may be of any mode; this one is RGB
+    red, green, blue = pixel
+    return f"#{red:02x}{green:02x}{blue:02x}"
+
+
+def server_table(url: str, info: dict[str, Any]) -> Table:
+    """``/server_info`` as a person wants to read it."""
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    table.add_row("server", f"{url}, version {info['version']}, up {info['uptime_s']:.0f} s")
+    for model in info["models"]:
+        size = sum(model["parameters"].values()) / 1e6
+        table.add_row("model", f"{model['model']} ({model['pipeline']}, {size:,.1f} M parameters)")
+        table.add_row("runs on", f"{model['device']}, {model['dtype']}")
+        table.add_row("draws", f"{model['default_width']}x{model['default_height']} when not told otherwise")
+        table.add_row("weights", model["weight_version"])
+    if batching := info["batching"]:
+        table.add_row("batching", f"{batching['mode']}: {batching['reason']}")
+    table.add_row("queue", f"{info['queued']} waiting, {info['running']} running")
+    for replica in info["replicas"]:
+        table.add_row(f"replica {replica['replica']}", _replica(replica))
+    return table
+
+
+def _replica(replica: dict[str, Any]) -> str:
+    stats = replica["stats"]
+    text = f"{replica['state']}, {replica['outstanding']} requests, {stats['outputs']} outputs made"
+    if stats["forwards"]:
+        text += f", {stats['calls'] / stats['forwards']:.1f} calls a forward"
+    return text if replica["state"] == "ready" else f"{text}: {replica['message']}"

@@ -1,0 +1,39 @@
+"""The HTTP application: every route, and the layers around them."""
+
+from __future__ import annotations
+
+from fastapi import FastAPI, Request, Response
+from starlette.exceptions import HTTPException
+
+from .. import __version__
+from ..protocol.errors import ErrorInfo
+from . import generate, health, information, metrics
+from .exchange import ExchangeMiddleware
+from .gate import ApiKeyMiddleware, BodyLimitMiddleware
+from .replies import error_reply
+from .service import Service
+
+_CODES = {404: "not_found", 405: "method_not_allowed"}
+
+
+def create_app(service: Service) -> FastAPI:
+    """The application of ``service``. A request goes through the layers from the last one added to the first."""
+    app = FastAPI(title="Safelight", version=__version__, redirect_slashes=False)
+    app.add_exception_handler(HTTPException, _http_error)
+    app.add_middleware(BodyLimitMiddleware, limit=service.config.max_body_mb * 1_000_000)
+    app.add_middleware(ApiKeyMiddleware, api_key=service.config.api_key)
+    app.add_middleware(ExchangeMiddleware, metrics=service.metrics)
+    app.include_router(generate.routes(service))
+    app.include_router(health.routes(service))
+    app.include_router(information.routes(service))
+    app.include_router(metrics.routes(service.metrics))
+    return app
+
+
+async def _http_error(request: Request, error: Exception) -> Response:
+    """What the router itself refuses: unknown paths and methods."""
+    assert isinstance(error, HTTPException)
+    status = error.status_code
+    told = {404: "There is no such route", 405: f"This route does not take {request.method}"}
+    message = f"{told.get(status, error.detail)}; /docs lists the routes."
+    return error_reply(ErrorInfo(_CODES.get(status, "invalid_request"), message, status), error.headers)

@@ -1,0 +1,65 @@
+"""``POST /generate``."""
+
+from __future__ import annotations
+
+import itertools
+import time
+
+from fastapi import APIRouter, Request, Response
+
+from ..protocol.errors import InvalidRequest
+from ..protocol.logs import request_id_var
+from ..protocol.messages import Generate, Result
+from . import accept
+from .disconnect import while_connected
+from .event_stream import EventStream
+from .limits import check_model, check_ranges, to_message
+from .representation import Reply
+from .schemas import GenerateBody, parse_generate
+from .service import Service
+
+_OPENAPI = {
+    "requestBody": {"required": True, "content": {"application/json": {"schema": GenerateBody.model_json_schema()}}}
+}
+
+
+def routes(service: Service) -> APIRouter:
+    router = APIRouter(tags=["generation"])
+    numbers = itertools.count(1)
+
+    @router.post("/generate", summary="Make pictures or videos from a prompt", openapi_extra=_OPENAPI)
+    async def generate(request: Request) -> Response:
+        started_at = time.perf_counter()
+        body = parse_generate(await request.body())
+        check_ranges(body, service.config)
+        model = service.link.ready_model()
+        check_model(body, model, service.config)
+        as_file, output_format = accept.choose(request.headers.get("accept"), body.output_format, model.kind)
+        # Clients may send one id twice; what travels is unique, and begins with what they sent.
+        message = to_message(body, f"{request_id_var.get()}.{next(numbers)}", output_format, service.config)
+
+        def finish(result: Result) -> Reply:
+            service.metrics.count_outputs(len(result.outputs))
+            return Reply(request_id_var.get(), model.model, result, time.perf_counter() - started_at)
+
+        async def finish_event(result: Result) -> bytes:
+            return await finish(result).as_json()
+
+        if body.stream:
+            return EventStream(service.link, message, finish_event)
+        if as_file and len(message.samples) != 1:
+            raise InvalidRequest(
+                f"An answer of the type {accept.MEDIA_TYPES[output_format]} holds one output, and this request makes "
+                f"{len(message.samples)}; accept application/json, or ask for one."
+            )
+        reply = finish(await while_connected(request.receive, _result(service, message)))
+        if as_file:
+            return reply.as_file()
+        return Response(await reply.as_json(), media_type="application/json")
+
+    return router
+
+
+async def _result(service: Service, message: Generate) -> Result:
+    with service.link.submit(message) as events:
+        return await events.result()

@@ -1,0 +1,85 @@
+"""A finished request as its client wants it: as JSON, or as the file itself with the rest in headers."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+from typing import Any
+from urllib.parse import quote
+
+import msgspec
+import orjson
+from fastapi import Response
+
+from ..protocol.codec import Buffer
+from ..protocol.messages import Output, Result
+from .accept import MEDIA_TYPES
+
+_OFF_THE_LOOP = 256 * 1024
+"""From this size on, base64 and JSON are made in a thread, so that other requests do not wait for them."""
+
+
+class Reply:
+    """``result`` under the request's own id, with ``total_s`` as the client saw it."""
+
+    def __init__(self, request_id: str, model: str, result: Result, total_s: float) -> None:
+        self._id = request_id
+        self._model = model
+        self._result = result
+        self._timings = msgspec.structs.replace(result.timings, total_s=total_s)
+
+    async def as_json(self) -> bytes:
+        if sum(len(output.data) for output in self._result.outputs) > _OFF_THE_LOOP:
+            return await asyncio.to_thread(self._as_json)
+        return self._as_json()
+
+    def as_file(self) -> Response:
+        """The only output itself."""
+        (output,) = self._result.outputs
+        return Response(bytes(output.data), headers=self._headers(output), media_type=MEDIA_TYPES[output.format])
+
+    def _as_json(self) -> bytes:
+        reply = {
+            "id": self._id,
+            "model": self._model,
+            "weight_version": self._result.weight_version,
+            "outputs": [_output(output) for output in self._result.outputs],
+            "timings": msgspec.to_builtins(self._timings),
+            "steps": self._result.steps,
+        }
+        return orjson.dumps(reply)
+
+    def _headers(self, output: Output) -> dict[str, str]:
+        values: dict[str, Any] = {
+            "id": self._id,
+            "model": self._model,
+            "weight-version": self._result.weight_version,
+            "seed": output.seed,
+            "steps": self._result.steps,
+            "width": output.width,
+            "height": output.height,
+            "num-frames": output.num_frames,
+            "fps": output.fps,
+        }
+        values |= {name.replace("_", "-"): f"{s:.6f}" for name, s in msgspec.structs.asdict(self._timings).items()}
+        return {
+            f"X-Safelight-{name}": quote(str(value), safe="/:.,+@ ")  # a header takes no other language and no line end
+            for name, value in values.items()
+            if value is not None
+        }
+
+
+def base64_of(data: Buffer) -> str:
+    return base64.b64encode(data.data).decode("ascii")
+
+
+def _output(output: Output) -> dict[str, Any]:
+    return {
+        "b64": base64_of(output.data),
+        "format": output.format,
+        "seed": output.seed,
+        "width": output.width,
+        "height": output.height,
+        "num_frames": output.num_frames,
+        "fps": output.fps,
+    }

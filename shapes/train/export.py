@@ -1,0 +1,36 @@
+"""Stage four: the trained parts as a `FluxPipeline` checkpoint, as any FLUX checkpoint is laid out."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline
+
+from .latents import Latents
+from .model import TextToVelocity
+from .text import clip_tokenizer, t5_tokenizer
+
+
+def pipeline(vae: AutoencoderKL, model: TextToVelocity, latents: Latents) -> FluxPipeline:
+    """The parts as a pipeline, sharing their weights. The scheduler is FLUX.1-dev's, with its dynamic shift."""
+    vae.register_to_config(shift_factor=latents.shift, scaling_factor=latents.scale)
+    built = FluxPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
+        vae=vae,
+        text_encoder=model.clip.eval(),
+        tokenizer=clip_tokenizer(),
+        text_encoder_2=model.t5.eval(),
+        tokenizer_2=t5_tokenizer(),
+        transformer=model.transformer.eval(),
+    )
+    built.set_progress_bar_config(disable=True)
+    return built
+
+
+def export(vae: AutoencoderKL, model: TextToVelocity, latents: Latents, folder: Path, dtype: torch.dtype) -> None:
+    """Writes the checkpoint in `dtype`; the parts given stay as they are."""
+    built = pipeline(copy.deepcopy(vae), copy.deepcopy(model), latents)
+    built.to(dtype)
+    built.save_pretrained(folder, safe_serialization=True)

@@ -1,0 +1,29 @@
+"""Fixtures of the worker's tests: tiny models, saved once, loaded through the worker's own loader."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from safelight.protocol.config import Config
+from safelight.tests.tiny import save
+from safelight.worker.model import Model, load_model
+
+
+@pytest.fixture(autouse=True)
+def _like_the_worker() -> Iterator[None]:
+    """One thread, and gradients off, as in the replica's process."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with torch.no_grad():
+        yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Model]:
+    """Loads a family's tiny model, each time anew."""
+    directory: Path = tmp_path_factory.mktemp("tiny")
+    return lambda name: load_model(Config(model=str(save(name, directory)), device="cpu"))

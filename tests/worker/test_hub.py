@@ -1,0 +1,195 @@
+"""The hub's promises: who runs together, who waits for whom, and who fails alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from safelight.protocol.messages import BatchingMode
+from safelight.worker.call import Call, cross
+from safelight.worker.coroutine import Cancelled, Coroutine
+from safelight.worker.hub import Hub
+
+
+class Doubler:
+    """A component that doubles its rows and writes down how many it saw at once."""
+
+    def __init__(self) -> None:
+        self.forwards: list[list[float]] = []
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        if bool((x < 0).any()):
+            raise ValueError("negative")
+        self.forwards.append([float(row[0]) for row in x])
+        return x * 2
+
+
+def hub(*, max_batch: int = 16, max_tokens: int = 10**6, mode: BatchingMode = "merged") -> Hub:
+    return Hub(max_batch=max_batch, max_tokens=max_tokens, mode=mode)
+
+
+def request(component: Callable[..., Any], value: float, steps: int, width: int = 2, alone: bool = False) -> Coroutine:
+    """A coroutine that calls ``component`` ``steps`` times with a row of ``value`` and keeps what comes back."""
+
+    def body() -> list[float]:
+        rows = [torch.full((1, width), value) for _ in range(steps)]
+        return [float(cross(Call("transformer", "__call__", component, (row,), {}))[0, 0]) for row in rows]
+
+    return Coroutine(body, lambda _: None, alone=alone)
+
+
+def drain(running: Hub) -> None:
+    while running.busy:
+        running.turn()
+
+
+def test_requests_that_start_later_join_the_forwards_of_those_that_run() -> None:
+    component, running = Doubler(), hub()
+    first = request(component, 1.0, 4)
+    running.start(first)
+    running.turn()
+    running.turn()
+    second = request(component, 5.0, 2)
+    running.start(second)
+    drain(running)
+    assert (first.result, second.result) == ([2.0] * 4, [10.0] * 2)
+    assert component.forwards == [[1.0], [1.0], [1.0, 5.0], [1.0, 5.0]]
+
+
+def test_no_shape_starves_while_another_keeps_coming() -> None:
+    component, running = Doubler(), hub()
+    narrow = [request(component, 1.0, 10) for _ in range(2)]
+    wide = request(component, 9.0, 10, width=3)
+    for coroutine in [*narrow, wide]:
+        running.start(coroutine)
+    drain(running)
+    kinds = [values[0] for values in component.forwards]
+    assert 9.0 in kinds[:3]
+    longest_wait = max(len(run) for run in "".join("w" if k == 9.0 else "n" for k in kinds[:20]).split("w"))
+    assert longest_wait <= 2
+
+
+def test_more_calls_than_fit_take_turns_so_that_all_advance_alike() -> None:
+    component, running = Doubler(), hub(max_batch=2)
+    for value in (1.0, 2.0, 3.0):
+        running.start(request(component, value, 6))
+    drain(running)
+    assert all(len(values) <= 2 for values in component.forwards)
+    for end in range(2, 8):
+        served = [sum(values.count(value) for values in component.forwards[:end]) for value in (1.0, 2.0, 3.0)]
+        assert max(served) - min(served) <= 2, "one for taking turns, one for the start a turn later"
+
+
+def test_the_token_budget_caps_a_forward_but_never_stops_a_single_call() -> None:
+    component, running = Doubler(), hub(max_tokens=5)
+    for value in (1.0, 2.0, 3.0):
+        running.start(request(component, value, 1, width=2))
+    running.start(request(component, 4.0, 1, width=50))
+    drain(running)
+    assert sorted(map(len, component.forwards)) == [1, 1, 2]
+
+
+def test_a_request_that_raises_inside_a_batch_fails_alone() -> None:
+    component, running = Doubler(), hub()
+    good, bad, other = request(component, 1.0, 3), request(component, -1.0, 3), request(component, 2.0, 3)
+    for coroutine in (good, bad, other):
+        running.start(coroutine)
+    drain(running)
+    assert isinstance(bad.error, ValueError)
+    assert (good.result, other.result) == ([2.0] * 3, [4.0] * 3)
+    assert running.unmergeable == {}
+
+
+def test_a_component_that_only_takes_one_row_is_called_row_by_row_from_then_on() -> None:
+    seen: list[int] = []
+
+    def single(x: torch.Tensor) -> torch.Tensor:
+        seen.append(len(x))
+        if len(x) > 1:
+            raise RuntimeError("one row only")
+        return x + 1
+
+    running = hub()
+    both = [request(single, 1.0, 3), request(single, 2.0, 3)]
+    for coroutine in both:
+        running.start(coroutine)
+    drain(running)
+    assert [c.result for c in both] == [[2.0] * 3, [3.0] * 3]
+    assert "transformer" in running.unmergeable
+    assert seen.count(2) == 1
+
+
+def test_deterministic_requests_share_no_forward() -> None:
+    component, running = Doubler(), hub()
+    for value, alone in ((1.0, True), (2.0, False), (3.0, True), (4.0, False)):
+        running.start(request(component, value, 2, alone=alone))
+    drain(running)
+    assert all(values in ([1.0], [3.0], [2.0], [4.0], [2.0, 4.0]) for values in component.forwards)
+
+
+@pytest.mark.parametrize("mode", ["interleaved", "serial"])
+def test_modes_without_merging_never_merge(mode: BatchingMode) -> None:
+    component, running = Doubler(), hub(mode=mode)
+    for value in (1.0, 2.0):
+        running.start(request(component, value, 2))
+    drain(running)
+    expected = {"interleaved": [[1.0], [2.0], [1.0], [2.0]], "serial": [[1.0], [1.0], [2.0], [2.0]]}
+    assert component.forwards == expected[mode]
+
+
+def test_a_cancelled_request_makes_no_further_call_and_its_neighbour_goes_on() -> None:
+    component, running = Doubler(), hub()
+    doomed, survivor = request(component, 1.0, 100), request(component, 2.0, 5)
+    running.start(doomed)
+    running.start(survivor)
+    running.turn()
+    running.cancel(doomed)
+    drain(running)
+    assert isinstance(doomed.error, Cancelled)
+    assert survivor.result == [4.0] * 5
+    assert sum(values.count(1.0) for values in component.forwards) == 1
+
+
+def test_a_request_cancelled_by_its_neighbour_in_the_same_forward_still_ends() -> None:
+    component, running = Doubler(), hub()
+    doomed = request(component, 2.0, 100)
+    first = Coroutine(
+        lambda: cross(Call("transformer", "__call__", component, (torch.ones(1, 2),), {})),
+        lambda _: running.cancel(doomed),
+    )
+    running.start(first)
+    running.start(doomed)
+    drain(running)
+    assert isinstance(doomed.error, Cancelled)
+    assert component.forwards == [[1.0, 2.0]]
+
+
+def test_a_request_cancelled_before_it_began_never_begins() -> None:
+    component, running = Doubler(), hub()
+    coroutine = request(component, 1.0, 1)
+    running.start(coroutine)
+    running.cancel(coroutine)
+    drain(running)
+    assert component.forwards == []
+    assert coroutine.finished
+
+
+def test_a_pipeline_that_catches_every_exception_cannot_survive_its_cancellation() -> None:
+    component, running = Doubler(), hub()
+
+    def stubborn() -> str:
+        try:
+            cross(Call("transformer", "__call__", component, (torch.ones(1, 2),), {}))
+        except Exception:  # noqa: BLE001  # the point of this test
+            return "caught"
+        return "not cancelled"
+
+    coroutine = Coroutine(stubborn, lambda _: None)
+    running.start(coroutine)
+    running.start(request(component, 2.0, 3))
+    running.turn()
+    running.cancel(coroutine)
+    drain(running)
+    assert coroutine.result != "caught"

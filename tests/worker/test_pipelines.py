@@ -1,0 +1,118 @@
+"""Diffusers pipelines behind the boundary, beside the same pipelines called plainly."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+import pytest
+import torch
+from safelight.protocol.config import Config
+from safelight.protocol.messages import BatchingMode, Generate, Sample
+from safelight.tests.tiny import FAMILIES
+from safelight.worker.hub import Hub
+from safelight.worker.model import Model
+from safelight.worker.prompt_cache import PromptCache
+from safelight.worker.sample import SampleRun, first_output
+from safelight.worker.self_test import SelfTest
+
+PROMPTS = ["a red circle", "two blue squares on a white table", "a star", "a red circle", "one heart", "a red circle"]
+SERIAL = {"sd15_pag", "sd3_pag"}
+"""Pipelines that swap the shared modules' attention processors during a call."""
+
+JSON_FAMILIES = [name for name in FAMILIES if name != "flux2_kv"]  # its call takes a picture
+
+
+def request(name: str, index: int, **changes: Any) -> Generate:
+    """Request ``index`` of a mixed load: prompts, seeds and steps all differ."""
+    fields = {field.name for field in msgspec.structs.fields(Generate)}
+    call = dict(FAMILIES[name].call) | {"num_inference_steps": 2 + index % 2}
+    given = {key: value for key, value in call.items() if key in fields}
+    extra = {key: value for key, value in call.items() if key not in fields}
+    sample = Sample(PROMPTS[index], seed=100 + index)
+    return msgspec.structs.replace(Generate(request_id=str(index), samples=[sample], extra=extra, **given), **changes)
+
+
+def plain(model: Model, asked: Generate) -> torch.Tensor:
+    """What the unmodified pipeline returns for the request."""
+    arguments = SampleRun(model, asked, 0, lambda *_: None, lambda _: None).arguments()
+    return first_output(model.pipeline(**arguments))
+
+
+def through_hub(model: Model, hub: Hub, requests: list[Generate]) -> list[torch.Tensor]:
+    runs = [SampleRun(model, asked, 0, lambda *_: None, lambda _: None) for asked in requests]
+    for run in runs:
+        hub.start(run.coroutine)
+    while hub.busy:
+        hub.turn()
+    for run in runs:
+        if run.coroutine.error:
+            raise run.coroutine.error
+    return [run.pixels for run in runs]
+
+
+def new_hub(mode: BatchingMode = "merged", cache: PromptCache | None = None) -> Hub:
+    return Hub(max_batch=16, max_tokens=10**6, mode=mode, cache=cache)
+
+
+@pytest.mark.parametrize("name", JSON_FAMILIES)
+def test_a_request_through_the_boundary_is_bitwise_what_diffusers_gives(
+    name: str, tiny_model: Callable[[str], Model]
+) -> None:
+    model = tiny_model(name)
+    asked = request(name, 1)
+    expected = plain(model, asked)
+    assert torch.equal(through_hub(model, new_hub(), [asked])[0], expected)
+
+
+@pytest.mark.parametrize("name", JSON_FAMILIES)
+def test_six_mixed_requests_together_are_what_each_is_alone(name: str, tiny_model: Callable[[str], Model]) -> None:
+    model = tiny_model(name)
+    verdict = SelfTest(model, Config()).run()
+    assert verdict.batching.mode == ("serial" if name in SERIAL else "merged"), verdict.batching.reason
+    requests = [request(name, index) for index in range(6)]
+    expected = [plain(model, asked) for asked in requests]
+    hub = new_hub(verdict.batching.mode)
+    hub.unmergeable.update(verdict.unmergeable)
+    together = through_hub(model, hub, requests)
+    worst = max((a - b).abs().max().item() for a, b in zip(expected, together, strict=True))
+    assert worst <= (0.0 if name in SERIAL else 1e-4)
+    if name not in SERIAL:
+        assert hub.counters.forwards < hub.counters.calls
+
+
+@pytest.mark.parametrize("name", ["flux", "wan", "zimage"])
+def test_deterministic_requests_are_bitwise_among_merged_neighbours_and_cached_prompts(
+    name: str, tiny_model: Callable[[str], Model]
+) -> None:
+    model = tiny_model(name)
+    hub = new_hub(cache=PromptCache(2**20))
+    through_hub(model, hub, [request(name, index) for index in range(6)])
+    requests = [request(name, index, deterministic=index == 3) for index in range(6)]
+    assert torch.equal(through_hub(model, hub, requests)[3], plain(model, requests[3]))
+
+
+def test_a_pipeline_that_swaps_processors_on_shared_modules_is_found_out(tiny_model: Callable[[str], Model]) -> None:
+    verdict = SelfTest(tiny_model("sd15_pag"), Config()).run()
+    assert verdict.batching.mode == "serial"
+    assert "state" in verdict.batching.reason
+
+
+def test_batching_can_be_chosen_by_hand(tiny_model: Callable[[str], Model]) -> None:
+    for mode in ("serial", "interleaved"):
+        verdict = SelfTest(tiny_model("flux"), Config(batching=mode)).run()
+        assert verdict.batching.mode == mode
+
+
+def test_a_prompt_is_encoded_once_for_a_group_of_outputs(tiny_model: Callable[[str], Model]) -> None:
+    model = tiny_model("flux")
+    asked = request("flux", 0)
+    outputs = [Sample("a red circle", seed) for seed in range(4)]
+    requests = [msgspec.structs.replace(asked, samples=[sample]) for sample in outputs]
+    counted = {}
+    for cache in (None, PromptCache(2**20)):
+        hub = new_hub("interleaved", cache)
+        through_hub(model, hub, requests)
+        counted[cache is None] = hub.counters.forwards
+    assert counted[True] - counted[False] == 2 * 3, "two text encoders, for three of the four outputs"
