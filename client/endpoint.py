@@ -15,7 +15,7 @@ import httpx
 
 from ..protocol.errors import SafelightError, Unavailable
 from .calls import Call
-from .errors import ConnectionLost, decode, error_from_event, error_from_reply
+from .errors import ConnectionLost, decode, error_from_event, error_from_reply, message_of
 from .event_stream import EventDecoder, ServerSentEvent
 from .results import Event, Generation, Health, Preview, Progress, Queued, Result
 from .retry import Retries
@@ -74,10 +74,9 @@ class Endpoint:
         if response.status_code == httpx.codes.OK:
             self.document(response.content)
             return Health(True, "ready")
-        error = self.error(response)
-        if isinstance(error, Unavailable):
-            return Health(False, error.message)
-        raise error
+        if response.status_code == httpx.codes.SERVICE_UNAVAILABLE:
+            return Health(False, message_of(response.content) or "The server answered 503 without saying why.")
+        raise self.error(response)
 
     def generation(self, content: bytes | str) -> Generation:
         generation: Generation = decode(content, Generation, self.base_url)

@@ -87,14 +87,18 @@ def error_from_body(body: _Body, status: int = 500) -> SafelightError:
     return _of_status(status)(message, field=body.field, retry_after_s=body.retry_after_s)
 
 
+def message_of(content: bytes) -> str | None:
+    """What an error reply says, without the request's id."""
+    body = _read_body(content)
+    return None if body is None else body.message
+
+
 def retry_after(value: str | None) -> float | None:
     """Seconds in a ``Retry-After`` header, which holds seconds or a date (RFC 9110, 10.2.3); None for anything else."""
     if value is None:
         return None
-    try:
-        return max(float(value), 0.0)
-    except ValueError:
-        pass
+    if value.isascii() and value.isdigit():
+        return float(value)
     try:
         return max((parsedate_to_datetime(value) - datetime.now(UTC)).total_seconds(), 0.0)
     except (ValueError, TypeError):  # no date, or a date without a zone

@@ -1,4 +1,4 @@
-"""A server for one command: a child process on a free port, gone when the command is."""
+"""A server for one command: a child process, gone when the command is."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from threading import Thread
 from types import FrameType
@@ -27,11 +27,14 @@ _LINES_KEPT = 200
 
 
 class PrivateServer:
-    """A context in which a server for ``model`` runs; ``None`` serves what the environment or the default says."""
+    """A context in which a server for ``model`` runs; ``None`` serves what the environment or the default says.
 
-    def __init__(self, model: str | None) -> None:
-        place = ("--host", "127.0.0.1", "--port", "0", "--log-level", "info", "--log-format", "text")
-        self._command = [*SERVER_PROGRAM, *([] if model is None else [model]), *place]
+    With port 0 it takes a free one.
+    """
+
+    def __init__(self, model: str | None, *, port: int = 0, program: Sequence[str] = SERVER_PROGRAM) -> None:
+        place = ("--host", "127.0.0.1", "--port", str(port), "--log-level", "info", "--log-format", "text")
+        self._command = [*program, *([] if model is None else [model]), *place]
         self._listening: Future[str] = Future()
         self._tail: deque[str] = deque(maxlen=_LINES_KEPT)
 

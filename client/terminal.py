@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Self
 
+from rich.color import Color
 from rich.console import Console, Group
 from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.segment import Segment, Segments
 from rich.style import Style
 from rich.table import Table
-from rich.text import Text
 
 from . import results
 
@@ -56,22 +57,21 @@ class GenerationView:
                 self._live.update(Group(blocks(event.image), self._bar))
 
 
-def blocks(picture: Image, columns: int = PICTURE_COLUMNS) -> Text:
+def blocks(picture: Image, columns: int = PICTURE_COLUMNS) -> Segments:
     """``picture`` in half blocks: each character is two pixels, one above the other."""
     rows = max(1, round(columns * picture.height / picture.width / 2))
     small = picture.convert("RGB").resize((columns, 2 * rows))
-    text = Text(no_wrap=True, end="")
+    segments = []
     for y in range(0, 2 * rows, 2):
         for x in range(columns):
-            above, below = (_hex(small.getpixel((x, y + half))) for half in (0, 1))
-            text.append("▀", Style(color=above, bgcolor=below))
-        text.append("\n")
-    return text
+            above, below = (_colour(small.getpixel((x, y + half))) for half in (0, 1))
+            segments.append(Segment("▀", Style(color=above, bgcolor=below)))
+        segments.append(Segment.line())
+    return Segments(segments)
 
 
-def _hex(pixel: Any) -> str:  # Any: Pillow's pixel may be of any mode; this one is RGB
-    red, green, blue = pixel
-    return f"#{red:02x}{green:02x}{blue:02x}"
+def _colour(pixel: Any) -> Color:  # Any: Pillow's pixel may be of any mode; this one is RGB
+    return Color.from_rgb(*pixel)
 
 
 def server_table(url: str, info: dict[str, Any]) -> Table:

@@ -58,11 +58,16 @@ class Codec(Generic[M]):
 
     def decode(self, frames: Sequence[bytes | memoryview]) -> M:
         """The message in ``frames``. Raises ``msgspec.DecodeError`` for anything that is none of the union's."""
+        if not frames:
+            raise msgspec.DecodeError("no frames")
 
         def from_frame_number(kind: type, value: Any) -> Any:  # Any: msgspec's own hook signature
             if kind is not Buffer or not isinstance(value, int) or not 0 < value < len(frames):
                 raise msgspec.ValidationError("a buffer that no frame holds")
             return Buffer(frames[value])
 
-        message: M = msgspec.msgpack.decode(frames[0], type=self._messages, dec_hook=from_frame_number)
+        try:
+            message: M = msgspec.msgpack.decode(frames[0], type=self._messages, dec_hook=from_frame_number)
+        except (UnicodeDecodeError, RecursionError) as error:
+            raise msgspec.DecodeError(f"not a message: {type(error).__name__}") from None
         return message

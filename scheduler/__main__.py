@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import signal
 import sys
 from types import FrameType
@@ -18,7 +17,7 @@ logger = logging.getLogger(__name__)
 
 
 def main() -> int:
-    """Run until a signal. Returns the exit status."""
+    """Run until SIGTERM, whose ``SystemExit`` has status 0. Returns the status of a failure."""
     signal.signal(signal.SIGTERM, _leave)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the launcher too, which first lets requests finish
     child = read_child_config()
@@ -41,11 +40,4 @@ def _leave(signum: int, frame: FrameType | None) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        status = main()
-    except SystemExit as end:
-        status = int(end.code or 0)
-    logging.shutdown()
-    sys.stderr.flush()
-    # Not sys.exit: the interpreter would abort because the launcher watch is inside a read of standard input.
-    os._exit(status)
+    sys.exit(main())

@@ -29,7 +29,8 @@ class ChildProcess:
     @classmethod
     async def start(cls, program: Literal["scheduler", "worker"], config: ChildConfig) -> Self:
         process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-m", f"{__package__.rpartition('.')[0]}.{program}"),
+            # -P: what lies in the current folder does not take the place of installed modules.
+            *(sys.executable, "-P", "-m", f"{__package__.rpartition('.')[0]}.{program}"),
             stdin=asyncio.subprocess.PIPE,
             stdout=_STANDARD_ERROR,  # the launcher's own standard output is left to its few lines
             start_new_session=True,  # so that Ctrl-C in a terminal reaches the launcher alone

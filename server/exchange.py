@@ -18,6 +18,8 @@ from .replies import error_reply
 
 _SANE_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]{0,127}")
 
+_POLLED = frozenset({"/liveness", "/health", "/health_generate", "/metrics"})  # every few seconds, by machines
+
 log = logging.getLogger(__name__)
 
 
@@ -94,7 +96,8 @@ class Exchange:
         seconds = time.perf_counter() - self._started_at
         route = _route_of(self._scope)
         self._metrics.count_request(route, status, seconds)
-        log.info("%s %s %d %.1f ms", self._scope["method"], route, status, 1000 * seconds)
+        level = logging.DEBUG if route in _POLLED else logging.INFO
+        log.log(level, "%s %s %d %.1f ms", self._scope["method"], route, status, 1000 * seconds)
 
 
 def _route_of(scope: Scope) -> str:

@@ -56,6 +56,7 @@ class HttpServer(uvicorn.Server):
             log_config=None,
             log_level="warning",
             server_header=False,
+            proxy_headers=False,  # nothing here depends on who the client is
             timeout_keep_alive=_IDLE_S,
             # The launcher ends what still runs after the grace time; the rest is for those replies to be written.
             timeout_graceful_shutdown=math.ceil(grace_s) + 2,

@@ -49,8 +49,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except StartFailed as error:
         print(error.message, file=sys.stderr)
         return WRONG_START
-    with listener:
-        return asyncio.run(_in_own_directory(config, listener))
+    try:
+        with listener:
+            return asyncio.run(_in_own_directory(config, listener))
+    except StartFailed as error:
+        print(error.message, file=sys.stderr)  # last of all, so that it is what the reader sees
+        return FAILED
 
 
 async def _in_own_directory(config: Config, listener: socket.socket) -> int:
@@ -77,6 +81,7 @@ class Launch:
         self._interrupted = False
 
     async def run(self) -> int:
+        """Serve until a signal. Returns the exit status; raises ``StartFailed`` when a needed process was lost."""
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._on_signal, number)
@@ -86,7 +91,8 @@ class Launch:
         try:
             await asyncio.wait({serving, supervision}, return_when=asyncio.FIRST_COMPLETED)
             if supervision.done():
-                return await self._give_up(supervision, serving)
+                await self._give_up(serving)
+                supervision.result()
             await serving
             return INTERRUPTED if self._interrupted else 0
         finally:
@@ -111,17 +117,12 @@ class Launch:
         model = await self._link.status_where(_first_ready)
         print(f"ready: {url_of(self._listener)} serves {model.model}", flush=True)
 
-    async def _give_up(self, supervision: asyncio.Task[None], serving: asyncio.Task[None]) -> int:
-        """End the server because ``supervision`` did; tell why, also to the clients that wait."""
-        try:
-            await supervision
-        except StartFailed as error:
-            print(error.message, file=sys.stderr)
+    async def _give_up(self, serving: asyncio.Task[None]) -> None:
+        """End the HTTP server, and tell the clients that wait."""
         self._link.abandon_all(Unavailable("The server lost a process that it needs, and stops."))
         self._http.stop()
         asyncio.get_running_loop().call_later(_LAST_REPLIES_S, lambda: self._http.stop(at_once=True))
         await serving
-        return FAILED
 
 
 def _first_ready(status: Status) -> ModelInfo | None:

@@ -138,14 +138,9 @@ class Hub:
         positions, prompts, left = first.positions, {group[0].prompt}, deque[Waiting]()
         for other in self._waiting:
             part = other.anatomy
+            fits = part is not None and part.key == first.key and positions + part.positions <= self.max_tokens
             asked_already = other.prompt is not None and other.prompt in prompts
-            joins = part is not None and part.key == first.key and not asked_already
-            if (
-                part is None
-                or not joins
-                or len(group) == self.max_batch
-                or positions + part.positions > self.max_tokens
-            ):
+            if part is None or not fits or asked_already or len(group) == self.max_batch:
                 left.append(other)
                 continue
             group.append(other)

@@ -5,6 +5,7 @@ The pipeline pads T5's input without masking it, so the model meets many padded 
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,13 +16,13 @@ from transformers import CLIPTokenizer, T5Tokenizer
 
 from ..captions import Caption, sample_caption
 from .latents import Latents
-from .model import TextToVelocity, new_model, optimizers
+from .model import TextToVelocity, WideAttention, new_model, optimizers
 from .run import Report, Run, load, one_cycle, save
 from .text import TEXT_TOKENS, clip_tokenizer, t5_tokenizer
 
 LEARNING_RATE = 1e-3
 EMA_DECAY = 0.999
-TOKENS = 64 * (64 + 16)
+TOKENS = 48 * (64 + 16)
 """Tokens a step, image and text together; a longer text makes a smaller batch."""
 
 LENGTHS: tuple[tuple[int, float], ...] = ((16, 0.68), (32, 0.26), (64, 0.03), (128, 0.02), (512, 0.01))
@@ -108,7 +109,8 @@ class FlowTraining:
         noisy = torch.lerp(batch.clean, noise, sigma[:, None, None])
         ids = tokenize(self._clip, self._t5, [caption.text for caption in batch.captions], batch.length)
         clip_ids, t5_ids = (part.to(device) for part in ids)
-        with torch.autocast(device.type, torch.bfloat16):
+        attention = WideAttention() if device.type == "cpu" else contextlib.nullcontext()
+        with torch.autocast(device.type, torch.bfloat16), attention:
             velocity = self._model(noisy.to(device), sigma.to(device), clip_ids, t5_ids)
         error = (velocity.float() - (noise - batch.clean).to(device)).square().mean(dim=2)
         return (error * weights(batch).to(device)).mean(), error.detach().mean()

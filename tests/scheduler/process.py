@@ -5,6 +5,8 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
+from collections.abc import Callable
 from typing import Any, Generic, TypeVar
 
 import msgspec
@@ -60,10 +62,11 @@ class Peer(Generic[Sent, Received]):
         """The next message. Raises ``zmq.Again`` when none comes."""
         return self._receives.decode(self.socket.recv_multipart())
 
-    def expect(self, kind: type[M]) -> M:
-        """The next message of one kind, after any number of others."""
-        while not isinstance(message := self.receive(), kind):
-            pass
+    def expect(self, kind: type[M], where: Callable[[M], bool] = lambda message: True) -> M:
+        """The next message of one kind for which ``where`` holds, after any number of others."""
+        give_up = time.monotonic() + PATIENCE_S
+        while not (isinstance(message := self.receive(), kind) and where(message)):
+            assert time.monotonic() < give_up, f"no such {kind.__name__} came"
         return message
 
     def close(self) -> None:
@@ -73,10 +76,11 @@ class Peer(Generic[Sent, Received]):
 class Scheduler:
     """A running ``python -m safelight.scheduler`` and the directory of its sockets."""
 
-    def __init__(self, config: Config) -> None:
-        self.directory = tempfile.mkdtemp(prefix="safelight-")  # mode 0700, and short: a socket's path has a limit
+    def __init__(self, config: Config, directory: str | None = None) -> None:
+        # mkdtemp's directories have mode 0700, and are short: a socket's path has a limit.
+        self.directory = directory or tempfile.mkdtemp(prefix="safelight-")
         self.child = ChildConfig(config=config, directory=self.directory)
-        self._log = open(os.path.join(self.directory, "log"), "w+b")  # noqa: SIM115  # closed in close()
+        self._log = tempfile.TemporaryFile()  # noqa: SIM115  # open as long as the process
         self._peers: list[Peer[Any, Any]] = []
         command = [sys.executable, "-m", "safelight.scheduler"]
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stderr=self._log)
@@ -93,8 +97,8 @@ class Scheduler:
         server.expect(Status)
         return server
 
-    def worker(self, number: int = 0) -> Peer[FromWorker, ToWorker]:
-        worker = Peer(self.child.backend, FROM_WORKER, TO_WORKER, identity=b"replica-%d" % number)
+    def worker(self, identity: bytes = b"replica-0") -> Peer[FromWorker, ToWorker]:
+        worker = Peer(self.child.backend, FROM_WORKER, TO_WORKER, identity)
         self._peers.append(worker)
         return worker
 
@@ -102,14 +106,12 @@ class Scheduler:
         """Replica 0's worker, and the server knows that it is ready."""
         worker = self.worker()
         worker.send(ReplicaReady(0, pid, MODEL))
-        while server.expect(Status).replicas[0].pid != pid:
-            pass
+        server.expect(Status, lambda status: status.replicas[0].pid == pid)
         return worker
 
     def log(self) -> str:
-        self._log.flush()
-        with open(self._log.name, encoding="utf-8") as log:
-            return log.read()
+        """What the scheduler has logged so far."""
+        return os.pread(self._log.fileno(), 1 << 20, 0).decode()
 
     def close(self) -> None:
         for peer in self._peers:

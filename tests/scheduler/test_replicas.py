@@ -204,9 +204,12 @@ def test_each_change_of_state_is_pushed_and_otherwise_a_status_each_second() -> 
     stage.wait(0.0)
     stage.wait(0.5)
     assert len(stage.statuses()) == 1
-    for change in (lambda: stage.worker(0, ReplicaLoading(0, 10, "loading the vae")), stage.ready, stage.exited):
-        change()
-        stage.wait(0.01)
+    stage.worker(0, ReplicaLoading(0, 10, "loading the vae"))
+    stage.wait(0.01)
+    stage.ready()
+    stage.wait(0.01)
+    stage.exited()
+    stage.wait(0.01)
     states = [status.replicas[0].state for status in stage.statuses()]
     assert states == ["starting", "starting", "ready", "lost"]
     stage.wait(0.5)

@@ -1,0 +1,59 @@
+# Safelight's commands. `make` alone lists them. Everything happens in .venv, which the first of them makes.
+
+PYTHON ?= python3.11 python3.12 python3.13 python3# names to try, in this order
+DISK_MB ?= 4000# that the environment needs
+PROMPT ?= a small yellow star at the top left on a black background
+PORT ?=
+MODEL ?=
+ARGS ?=
+
+ENVIRONMENT := .venv/.installed
+BIN := .venv/bin
+SUITABLE := import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))
+
+export PROMPT
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint format serve clean
+
+help: ## list these commands
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' Makefile
+
+demo: $(ENVIRONMENT) ## draw a picture: PROMPT="…" for another one, PORT=… for a port of your choice
+	@$(BIN)/python examples/demo.py "$$PROMPT" $(if $(PORT),--port $(PORT))
+
+test: $(ENVIRONMENT) ## run the tests: ARGS="tests/client -q" for some of them
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(ENVIRONMENT) ## check style, format and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	@mkdir -p build/mypy && ln -sfn ../.. build/mypy/safelight
+	MYPYPATH=build/mypy $(BIN)/mypy
+
+format: $(ENVIRONMENT) ## put the code into the common format
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+serve: $(ENVIRONMENT) ## start a server: MODEL=…, PORT=…, ARGS="--replicas 2"
+	@exec $(BIN)/safelight serve $(MODEL) $(if $(PORT),--port $(PORT)) $(ARGS)
+
+clean: ## remove what was built and cached; .venv and outputs stay
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
+
+# mypy and pip see the repository's root as the package `safelight`: pip by pyproject.toml, mypy by a link in build/.
+$(ENVIRONMENT): pyproject.toml constraints.txt
+	@python=$$(for name in $(PYTHON); do "$$name" -c '$(SUITABLE)' 2>/dev/null && { echo "$$name"; break; }; done); \
+	if [ -z "$$python" ]; then \
+		echo "Python 3.11 or newer with its venv module is missing: install it (apt install python3-venv, brew install python@3.11) or name it with PYTHON=…."; exit 1; \
+	fi; \
+	free=$$(df -Pk . | awk 'NR == 2 {print int($$4 / 1024)}'); \
+	if [ ! -e .venv ] && [ "$$free" -lt $(DISK_MB) ]; then \
+		echo "The disk has $$free MB left here and the environment needs $(DISK_MB): make room, or clone to another disk."; exit 1; \
+	fi; \
+	echo "Making .venv with $$("$$python" --version); this happens once and downloads what torch needs."; \
+	"$$python" -m venv .venv && $(BIN)/python -m pip install -c constraints.txt -e '.[dev,train]' || { \
+		echo "The packages could not be installed, for the reason that pip gives above: mend that and run make again."; exit 1; \
+	}
+	@touch $@

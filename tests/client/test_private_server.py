@@ -1,0 +1,105 @@
+"""The server that `safelight generate` starts for itself."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+from safelight.client import Client, Health
+from safelight.client.private_server import PrivateServer
+from safelight.protocol.errors import StartFailed
+
+LISTENER = """
+import http.server, signal, sys
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(503); self.end_headers()
+    def log_message(self, *_): pass
+server = http.server.HTTPServer(("127.0.0.1", 0), Handler)
+print(f"2026-01-01 00:00:00 INFO listening on http://127.0.0.1:{server.server_port}", flush=True)
+"""
+
+
+@pytest.fixture(autouse=True)
+def _keep_signal_handlers() -> Iterator[None]:
+    kept = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+    yield
+    for number, handler in kept.items():
+        signal.signal(number, handler)
+
+
+def played(tmp_path: Path, program: str) -> PrivateServer:
+    """A private server whose program is ``program`` instead."""
+    path = tmp_path / "program.py"
+    path.write_text(program)
+    return PrivateServer(None, program=(sys.executable, str(path)))
+
+
+def test_a_start_that_fails_is_told_in_the_servers_own_words(tmp_path: Path) -> None:
+    started = time.monotonic()
+    with PrivateServer(str(tmp_path / "nothing")) as server, pytest.raises(StartFailed, match="nothing"):
+        _ = server.url
+    assert time.monotonic() - started < 20
+
+
+def test_a_server_that_ends_while_it_loads_is_not_waited_for(tmp_path: Path) -> None:
+    program = LISTENER + "server.handle_request(); print('The checkpoint lacks a file.'); sys.exit(1)"
+    with (
+        played(tmp_path, program) as server,
+        Client(server.url) as client,
+        pytest.raises(StartFailed, match="lacks a file"),
+    ):
+        server.wait_until_ready(client, 60, lambda health: None)
+
+
+def test_what_it_waits_for_is_told(tmp_path: Path) -> None:
+    heard: list[Health] = []
+    program = LISTENER + "server.handle_request(); sys.exit('over')"
+    with (
+        played(tmp_path, program) as server,
+        Client(server.url) as client,
+        pytest.raises(StartFailed, match="over"),
+    ):
+        server.wait_until_ready(client, 60, heard.append)
+    assert [health.ready for health in heard] == [False]
+
+
+def test_it_is_stopped_by_sigterm_and_waited_for(tmp_path: Path) -> None:
+    marker = tmp_path / "stopped"
+    program = (
+        LISTENER + f"signal.signal(signal.SIGTERM, lambda *_: (open({str(marker)!r}, 'w'), sys.exit(0)))\n"
+        "server.serve_forever()"
+    )
+    with played(tmp_path, program) as server:
+        assert server.url.startswith("http://127.0.0.1:")
+        time.sleep(0.5)  # for the handler
+    assert marker.exists()
+
+
+def test_a_great_deal_of_output_does_not_stop_it(tmp_path: Path) -> None:
+    program = LISTENER + "print('x' * 200 * 4096, flush=True)\nserver.handle_request()\nsys.exit(0)"
+    with played(tmp_path, program) as server, Client(server.url) as client:
+        assert not client.health().ready
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+def test_no_server_outlives_the_command_that_is_stopped(tmp_path: Path, number: signal.Signals) -> None:
+    (tmp_path / "server.py").write_text(LISTENER + "server.serve_forever()")
+    command = (
+        "import sys, time\nfrom safelight.client.private_server import PrivateServer\n"
+        f"server = PrivateServer(None, program=[sys.executable, {str(tmp_path / 'server.py')!r}])\n"
+        "with server:\n    print(server.url, flush=True)\n    time.sleep(60)"
+    )
+    process = subprocess.Popen([sys.executable, "-c", command], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    assert process.stdout is not None
+    assert process.stdout.readline()
+    (child,) = psutil.Process(process.pid).children()
+    process.send_signal(number)
+    process.wait(20)
+    assert not child.is_running()

@@ -1,0 +1,44 @@
+"""What the terminal shows while a request runs."""
+
+from __future__ import annotations
+
+import io
+
+from PIL import Image
+from rich.console import Console
+from safelight.client import Preview, Progress, Queued
+from safelight.client.terminal import GenerationView, blocks
+
+from .played_server import png
+
+
+def events_shown(*, terminal: bool) -> str:
+    file = io.StringIO()
+    console = Console(file=file, force_terminal=terminal, width=100)
+    with GenerationView(console, outputs=2) as view:
+        view.show(Queued(3))
+        for output in (0, 1):
+            view.show(Progress(output, 2, 4))
+        view.show(Preview(0, 2, 4, png()))
+        if view._live:
+            view._live.refresh()
+    return file.getvalue()
+
+
+def test_a_terminal_shows_the_steps_of_all_outputs_and_the_picture() -> None:
+    text = events_shown(terminal=True)
+    assert "4/8" in text
+    assert "▀" in text
+
+
+def test_a_pipe_gets_nothing() -> None:
+    assert events_shown(terminal=False) == ""
+
+
+def test_a_half_block_holds_the_pixel_above_and_the_one_below() -> None:
+    picture = Image.new("RGB", (2, 2))
+    for x, y, colour in ((0, 0, "red"), (1, 0, "lime"), (0, 1, "blue"), (1, 1, "white")):
+        picture.paste(colour, (x, y, x + 1, y + 1))
+    segments = blocks(picture, columns=2).segments
+    assert [segment.text for segment in segments] == ["▀", "▀", "\n"]
+    assert [str(segment.style) for segment in segments[:2]] == ["#ff0000 on #0000ff", "#00ff00 on #ffffff"]

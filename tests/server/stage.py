@@ -1,0 +1,64 @@
+"""The HTTP side alone, over a real port, with a played scheduler behind it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import tempfile
+import time
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+from safelight.protocol.config import Config
+from safelight.protocol.messages import FromScheduler, Generate, Status
+from safelight.server.app import create_app
+from safelight.server.http_server import HttpServer, listen, url_of
+from safelight.server.scheduler_link import SchedulerLink
+from safelight.server.service import Service
+
+from .played_scheduler import PlayedScheduler, finished, ready
+
+
+@dataclass
+class Stage:
+    client: httpx.AsyncClient
+    scheduler: PlayedScheduler
+    link: SchedulerLink
+    url: str
+
+    async def until(self, condition: Callable[[], object], timeout_s: float = 5) -> None:
+        deadline = time.monotonic() + timeout_s
+        while not condition():
+            assert time.monotonic() < deadline, "it did not happen"
+            await asyncio.sleep(0.005)
+
+    async def metric(self, line: str) -> float:
+        """The value of the metric that is written as ``line``; 0 when there is none."""
+        text = (await self.client.get("/metrics")).text
+        return next((float(row.rpartition(" ")[2]) for row in text.splitlines() if row.startswith(line + " ")), 0.0)
+
+
+@contextlib.asynccontextmanager
+async def stage(
+    config: Config | None = None,
+    *,
+    answer: Callable[[Generate], list[FromScheduler]] = finished,
+    status: Status | None = None,
+) -> AsyncIterator[Stage]:
+    """``status`` is what the scheduler says first; a ready replica if not given."""
+    config = config or Config()
+    with tempfile.TemporaryDirectory(prefix="stage-") as directory, listen("127.0.0.1", 0) as listener:
+        async with PlayedScheduler(Path(directory), answer) as scheduler, SchedulerLink(scheduler.address) as link:
+            http = HttpServer(create_app(Service(config, link)), grace_s=0)
+            serving = asyncio.create_task(http.serve(sockets=[listener]))
+            url = url_of(listener)
+            async with httpx.AsyncClient(base_url=url, timeout=20) as client:
+                played = Stage(client, scheduler, link, url)
+                await played.until(lambda: scheduler.received)
+                await scheduler.say(status or ready())
+                await played.until(lambda: link.answers)
+                yield played
+            http.stop()
+            await serving

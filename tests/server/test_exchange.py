@@ -1,0 +1,150 @@
+"""What holds on every route: ids, the shape of errors, the key, the limit on bodies, the log."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import AsyncIterator
+
+import pytest
+from safelight.protocol.config import Config
+from safelight.server.generate import GenerateBody
+
+from .stage import stage
+
+pytestmark = pytest.mark.anyio
+
+KEYED = Config(api_key="sécret")
+SMALL = Config(max_body_mb=1)
+
+
+async def test_a_sane_request_id_is_kept_and_logged(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "safelight")
+    async with stage() as played:
+        reply = await played.client.post("/generate", json={"prompt": 1}, headers={"X-Request-Id": "job-7:a.b_c"})
+    assert reply.headers["x-request-id"] == "job-7:a.b_c"
+    assert reply.json()["error"]["request_id"] == "job-7:a.b_c"
+    assert any("POST /generate 422" in record.getMessage() for record in caplog.records)
+
+
+@pytest.mark.parametrize("sent", ["", "a b", "-x", "x" * 129, "a\tb", "é"])
+async def test_another_request_id_is_replaced(sent: str) -> None:
+    async with stage() as played:
+        reply = await played.client.get("/liveness", headers={"X-Request-Id": sent.encode("latin-1")})
+    assert len(reply.headers["x-request-id"]) == 32
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status", "code"),
+    [
+        ("GET", "/nothing", 404, "not_found"),
+        ("POST", "/generate/", 404, "not_found"),
+        ("GET", "/generate", 405, "method_not_allowed"),
+        ("DELETE", "/health", 405, "method_not_allowed"),
+    ],
+)
+async def test_unknown_routes_and_methods_answer_in_the_contract_s_shape(
+    method: str, path: str, status: int, code: str
+) -> None:
+    async with stage() as played:
+        reply = await played.client.request(method, path)
+    assert reply.status_code == status
+    error = reply.json()["error"]
+    assert (error["code"], error["field"], error["request_id"]) == (code, None, reply.headers["x-request-id"])
+    assert ("allow" in reply.headers) == (status == 405)
+
+
+async def test_a_fault_of_ours_is_a_500_without_the_exception_s_text(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def break_(*_: object) -> None:
+        raise RuntimeError("CUDA out of secrets")
+
+    monkeypatch.setattr("safelight.server.generate.check_ranges", break_)
+    async with stage() as played:
+        reply = await played.client.post("/generate", json={"prompt": "a"})
+    assert reply.status_code == 500
+    assert reply.json()["error"]["code"] == "internal"
+    assert "secrets" not in reply.text
+    assert "CUDA out of secrets" in caplog.text
+
+
+@pytest.mark.parametrize("path", ["/server_info", "/metrics", "/docs", "/nothing", "/generate"])
+@pytest.mark.parametrize(
+    ("header", "status", "code"),
+    [
+        (None, 401, "unauthorized"),
+        ("", 401, "unauthorized"),
+        ("sécret", 401, "unauthorized"),
+        ("Basic sécret", 401, "unauthorized"),
+        ("Bearer", 401, "unauthorized"),
+        ("Bearer secret", 403, "forbidden"),
+    ],
+)
+async def test_a_key_is_asked_for(path: str, header: str | None, status: int, code: str) -> None:
+    headers = {} if header is None else {"Authorization": header.encode()}
+    async with stage(KEYED) as played:
+        reply = await played.client.get(path, headers=headers)
+    assert (reply.status_code, reply.json()["error"]["code"]) == (status, code)
+    assert ("www-authenticate" in reply.headers) == (status == 401)
+
+
+async def test_the_right_key_opens_and_health_needs_none() -> None:
+    async with stage(KEYED) as played:
+        headers = {"Authorization": "bearer sécret".encode()}
+        assert (await played.client.get("/server_info", headers=headers)).status_code == 200
+        for path in ("/liveness", "/health", "/health_generate"):
+            assert (await played.client.get(path)).status_code == 200
+
+
+async def test_an_announced_body_over_the_limit_is_refused_before_it_is_sent() -> None:
+    sent = 0
+
+    async def body() -> AsyncIterator[bytes]:
+        nonlocal sent
+        for _ in range(1000):
+            sent += 1
+            yield bytes(100_000)
+
+    async with stage(SMALL) as played:
+        headers = {"Content-Length": "100000000"}
+        request = played.client.build_request("POST", "/generate", content=body(), headers=headers)
+        reply = await played.client.send(request)
+    assert (reply.status_code, reply.json()["error"]["code"]) == (413, "body_too_large")
+    assert "1 MB" in reply.json()["error"]["message"]
+
+
+async def test_a_body_of_unknown_length_is_cut_off_at_the_limit() -> None:
+    async def body() -> AsyncIterator[bytes]:
+        for _ in range(100):
+            yield bytes(100_000)
+
+    async with stage(SMALL) as played:
+        reply = await played.client.post("/generate", content=body())
+        after = await played.client.post("/generate", json={"prompt": "a"})
+    assert reply.status_code == 413
+    assert after.status_code == 200
+
+
+async def test_a_body_of_just_the_limit_is_read() -> None:
+    body = b'{"prompt": "a"}'.ljust(1_000_000)
+    async with stage(SMALL) as played:
+        assert (await played.client.post("/generate", content=body)).status_code == 200
+        assert (await played.client.post("/generate", content=body + b" ")).status_code == 413
+
+
+async def test_the_documentation_shows_the_body_s_fields() -> None:
+    async with stage() as played:
+        schema = (await played.client.get("/openapi.json")).json()
+    body = schema["paths"]["/generate"]["post"]["requestBody"]["content"]["application/json"]["schema"]
+    assert body["properties"].keys() == GenerateBody.model_fields.keys()
+    assert all("description" in field for field in body["properties"].values())
+    assert body["required"] == ["prompt"]
+
+
+async def test_requests_are_counted_by_route_and_status_with_no_text_from_clients() -> None:
+    async with stage() as played:
+        await played.client.post("/generate", json={"prompt": "a"})
+        await played.client.get('/no"thing%0A')
+        assert await played.metric('safelight_requests_total{route="/generate",status="200"}') == 1
+        assert await played.metric('safelight_requests_total{route="unmatched",status="404"}') == 1
+        assert await played.metric('safelight_request_seconds_count{route="/generate"}') == 1

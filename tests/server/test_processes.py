@@ -1,0 +1,209 @@
+"""The server and its real child processes: how they start, what they survive, and that they leave nothing behind."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import socket
+import stat
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+import httpx
+import psutil
+import pytest
+from safelight.tests.live import LiveServer
+
+QUICK = {"prompt": "a red circle", "num_inference_steps": 1, "width": 32, "height": 32}
+ENDLESS = {**QUICK, "num_inference_steps": 1000, "width": 256, "height": 256}
+
+
+@pytest.fixture
+def scratch(tmp_path: Path) -> Iterator[Path]:
+    """A directory for temporary files, which has to be empty again in the end."""
+    directory = tmp_path / "t"
+    directory.mkdir()
+    yield directory
+    assert [entry.name for entry in directory.iterdir() if entry.name.startswith("safelight")] == []
+
+
+@pytest.fixture
+def asking() -> Iterator[ThreadPoolExecutor]:
+    with ThreadPoolExecutor(4) as threads:
+        yield threads
+
+
+def ask(server: LiveServer, body: dict[str, object]) -> httpx.Response:
+    return httpx.post(f"{server.url}/generate", json=body, timeout=60)
+
+
+def ask_and_wait_until_it_runs(
+    server: LiveServer, threads: ThreadPoolExecutor, body: dict[str, object]
+) -> Future[httpx.Response]:
+    asked = threads.submit(ask, server, body)
+    server.wait_for(lambda: running(server) or None, 30)
+    return asked
+
+
+def running(server: LiveServer) -> int:
+    count: int = httpx.get(f"{server.url}/server_info").json()["running"]
+    return count
+
+
+def wait_until_gone(server: LiveServer, timeout_s: float) -> None:
+    deadline = time.monotonic() + timeout_s
+    while server.survivors():
+        assert time.monotonic() < deadline, server.survivors()
+        time.sleep(0.05)
+
+
+def start(*arguments: object) -> tuple[subprocess.CompletedProcess[str], float]:
+    started = time.monotonic()
+    command = [sys.executable, "-P", "-m", "safelight.server", *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    return done, time.monotonic() - started
+
+
+def test_a_wrong_start_is_one_sentence_on_standard_error_and_status_2(tmp_path: Path) -> None:
+    pickled = tmp_path / "pickled"
+    (pickled / "unet").mkdir(parents=True)
+    (pickled / "unet" / "config.json").write_text("{}")
+    (pickled / "unet" / "model.bin").write_bytes(b"")
+    (pickled / "model_index.json").write_text(json.dumps({"unet": ["diffusers", "UNet2DConditionModel"]}))
+    for arguments, told in [
+        ((tmp_path / "nothing",), "does not exist"),
+        ((tmp_path,), "model_index.json"),
+        ((pickled,), "only pickled weights"),
+        (("--port", "x"), "port"),
+        (("--no-such-flag",), "--no-such-flag"),
+    ]:
+        done, seconds = start(*arguments)
+        assert done.returncode == 2
+        assert told in done.stderr
+        assert done.stderr.count("\n") == 1
+        assert done.stdout == ""
+        assert seconds < 5
+
+
+def test_a_port_in_use_is_told_before_anything_is_loaded(tiny_flux: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        done, seconds = start(tiny_flux, "--port", port)
+    assert done.returncode == 2
+    assert f"Port {port} on 127.0.0.1 cannot be used" in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert seconds < 5
+
+
+def test_a_model_that_cannot_be_loaded_ends_the_server_with_the_worker_s_sentence(
+    tiny_flux: Path, tmp_path: Path, scratch: Path
+) -> None:
+    broken = shutil.copytree(tiny_flux, tmp_path / "broken")
+    index = json.loads((broken / "model_index.json").read_text())
+    (broken / "model_index.json").write_text(json.dumps({**index, "_class_name": "NoSuchPipeline"}))
+    with LiveServer(broken, temporary=scratch) as server:
+        server.wait_for(lambda: server.children().get("worker"), 10)
+        assert server.wait_exit(60) == 1
+        assert str(broken) in server.log.splitlines()[-1]
+        wait_until_gone(server, 5)
+
+
+def test_a_worker_that_is_not_ready_in_time_ends_the_server(tiny_flux: Path, scratch: Path) -> None:
+    with LiveServer(tiny_flux, ["--start-timeout-s", "0.5"], temporary=scratch) as server:
+        assert server.wait_exit(30) == 1
+        assert "--start-timeout-s" in server.log.splitlines()[-1]
+        wait_until_gone(server, 5)
+
+
+def test_it_answers_while_it_starts_and_sigterm_then_ends_it_with_status_0(tiny_flux: Path, scratch: Path) -> None:
+    with LiveServer(tiny_flux, temporary=scratch) as server:
+        health = httpx.get(f"{server.url}/health")
+        assert (health.status_code, health.json()["status"]) == (503, "starting")
+        assert httpx.get(f"{server.url}/liveness").status_code == 200
+        assert ask(server, QUICK).status_code == 503
+        server.wait_for(lambda: server.children().get("worker"), 10)
+        assert server.stop() == 0
+        wait_until_gone(server, 0.5)
+
+
+def test_the_life_of_a_server(tiny_flux: Path, scratch: Path, asking: ThreadPoolExecutor) -> None:
+    """One after the other, because each start costs seconds: ready, serve, lose the worker, serve again, stop."""
+    with LiveServer(tiny_flux, ["--grace-s", "20"], temporary=scratch) as server:
+        server.wait_ready()
+        assert server.output == f"ready: {server.url} serves flux\n"
+        assert server.url.startswith("http://127.0.0.1:")
+        _check_privacy(server, scratch)
+        assert ask(server, QUICK).status_code == 200
+
+        asked = ask_and_wait_until_it_runs(server, asking, ENDLESS)
+        worker = server.children()["worker"]
+        killed_at = time.monotonic()
+        worker.kill()
+        reply = asked.result()
+        assert time.monotonic() - killed_at < 5
+        assert (reply.status_code, reply.json()["error"]["code"]) == (503, "unavailable")
+        assert "retry-after" in reply.headers
+        assert httpx.get(f"{server.url}/health").status_code == 503
+        server.wait_ready()
+        assert ask(server, QUICK).status_code == 200
+        assert server.children()["worker"].pid != worker.pid
+
+        asked = ask_and_wait_until_it_runs(server, asking, {**ENDLESS, "num_inference_steps": 30})
+        assert server.stop() == 0
+        assert asked.result().status_code == 200, "what runs may finish"
+        wait_until_gone(server, 0.5)
+
+
+def _check_privacy(server: LiveServer, scratch: Path) -> None:
+    (directory,) = scratch.glob("safelight-*")
+    assert stat.S_IMODE(directory.stat().st_mode) == 0o700
+    assert {entry.name for entry in directory.iterdir()} == {"frontend", "backend"}
+    for process in (psutil.Process(server.pid), *server.children().values()):
+        listening = [c.laddr for c in process.net_connections("inet") if c.status == psutil.CONN_LISTEN]
+        assert all(address.ip == "127.0.0.1" for address in listening)
+        assert len(listening) == (process.pid == server.pid), "only the server listens on a port"
+
+
+def test_what_outlasts_the_grace_time_gets_a_503(tiny_flux: Path, scratch: Path, asking: ThreadPoolExecutor) -> None:
+    with LiveServer(tiny_flux, ["--grace-s", "0.5"], temporary=scratch) as server:
+        server.wait_ready()
+        asked = ask_and_wait_until_it_runs(server, asking, ENDLESS)
+        stopped_at = time.monotonic()
+        assert server.stop() == 0
+        assert time.monotonic() - stopped_at < 5
+        assert asked.result().status_code == 503
+
+
+def test_a_second_ctrl_c_stops_at_once(tiny_flux: Path, scratch: Path, asking: ThreadPoolExecutor) -> None:
+    with LiveServer(tiny_flux, ["--grace-s", "60"], temporary=scratch) as server:
+        server.wait_ready()
+        asked = ask_and_wait_until_it_runs(server, asking, ENDLESS)
+        server.signal(signal.SIGINT)
+        server.wait_for_line("SIGINT: stopping")
+        server.signal(signal.SIGINT)
+        assert server.wait_exit(3) == 130
+        wait_until_gone(server, 0.5)
+        assert asked.exception() is not None or asked.result().status_code == 503
+
+
+@pytest.mark.parametrize("victim", ["server", "scheduler"])
+def test_kill_9_of_the_server_or_the_scheduler_leaves_nothing_running(
+    victim: str, tiny_flux: Path, scratch: Path
+) -> None:
+    with LiveServer(tiny_flux, temporary=scratch) as server:
+        server.wait_ready()
+        if victim == "server":
+            server.signal(signal.SIGKILL)
+            assert server.wait_exit(10) == -signal.SIGKILL
+        else:
+            server.children()["scheduler"].kill()
+            assert server.wait_exit(10) == 1
+            assert "The scheduler was killed by SIGKILL" in server.log.splitlines()[-1]
+        wait_until_gone(server, 10)
