@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import re
 import time
@@ -11,7 +12,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from ..protocol.errors import ClientGone, Internal, SafelightError
+from ..protocol.errors import ClientGone, Internal, SafelightError, Unavailable
 from ..protocol.logs import request_id_var
 from .metrics import Metrics
 from .replies import error_reply
@@ -69,6 +70,8 @@ class Exchange:
             error = raised
         except ClientDisconnect:
             error = ClientGone("The client went away while it sent its request.")
+        except asyncio.CancelledError:  # uvicorn stops and waits no longer; there is nothing outside to tell
+            error = Unavailable("The server was stopped.")
         except Exception:  # the edge of every request
             log.exception("the request failed by a fault of the server")
             error = Internal("The server made a mistake; its log has the details under this request id.")

@@ -102,15 +102,15 @@ class Launch:
             await self._supervisor.stop(at_once=self._interrupted)
 
     def _on_signal(self, number: signal.Signals) -> None:
+        stopped = Unavailable("The server was stopped.")
         if self._http.should_exit:
             self._interrupted = True
+            self._link.abandon_all(stopped)
             self._http.stop(at_once=True)
             return
         log.info("%s: stopping; running requests get %g s to finish", number.name, self._config.grace_s)
         self._http.stop()
-        asyncio.get_running_loop().call_later(
-            self._config.grace_s, self._link.abandon_all, Unavailable("The server was stopped.")
-        )
+        asyncio.get_running_loop().call_later(self._config.grace_s, self._link.abandon_all, stopped)
 
     async def _announce(self) -> None:
         log.info("listening on %s", url_of(self._listener))

@@ -12,7 +12,7 @@ from PIL import Image
 
 from ..captions import caption
 from ..judge import judge
-from ..scene import Scene, sample_scenes
+from ..scene import PICTURE, Scene, sample_scenes
 from .text import TEXT_TOKENS
 
 SEED = 20_000
@@ -20,9 +20,11 @@ SEED = 20_000
 
 
 def draw(pipeline: FluxPipeline, prompts: list[str], seed: int, steps: int = 28) -> NDArray[np.float32]:
-    """Pictures of `prompts` with the pipeline's defaults: [B, 128, 128, 3] in [0, 1]. Noise is drawn on the CPU."""
+    """Pictures of `prompts` with the pipeline's other defaults: [B, 128, 128, 3] in [0, 1]. Noise is drawn on the CPU."""
     pictures: NDArray[np.float32] = pipeline(
         prompt=prompts,
+        height=PICTURE,
+        width=PICTURE,
         num_inference_steps=steps,
         max_sequence_length=TEXT_TOKENS,
         generator=torch.Generator().manual_seed(seed),

@@ -19,6 +19,7 @@ import psutil
 import pytest
 from safelight.tests.live import LiveServer
 
+FLAGS = ("--threads", "1")  # two threads that wait for one busy core are slower than one
 QUICK = {"prompt": "a red circle", "num_inference_steps": 1, "width": 32, "height": 32}
 ENDLESS = {**QUICK, "num_inference_steps": 1000, "width": 256, "height": 256}
 
@@ -108,7 +109,7 @@ def test_a_model_that_cannot_be_loaded_ends_the_server_with_the_worker_s_sentenc
     broken = shutil.copytree(tiny_flux, tmp_path / "broken")
     index = json.loads((broken / "model_index.json").read_text())
     (broken / "model_index.json").write_text(json.dumps({**index, "_class_name": "NoSuchPipeline"}))
-    with LiveServer(broken, temporary=scratch) as server:
+    with LiveServer(broken, FLAGS, temporary=scratch) as server:
         server.wait_for(lambda: server.children().get("worker"), 10)
         assert server.wait_exit(60) == 1
         assert str(broken) in server.log.splitlines()[-1]
@@ -116,14 +117,14 @@ def test_a_model_that_cannot_be_loaded_ends_the_server_with_the_worker_s_sentenc
 
 
 def test_a_worker_that_is_not_ready_in_time_ends_the_server(tiny_flux: Path, scratch: Path) -> None:
-    with LiveServer(tiny_flux, ["--start-timeout-s", "0.5"], temporary=scratch) as server:
+    with LiveServer(tiny_flux, [*FLAGS, "--start-timeout-s", "0.5"], temporary=scratch) as server:
         assert server.wait_exit(30) == 1
         assert "--start-timeout-s" in server.log.splitlines()[-1]
         wait_until_gone(server, 5)
 
 
 def test_it_answers_while_it_starts_and_sigterm_then_ends_it_with_status_0(tiny_flux: Path, scratch: Path) -> None:
-    with LiveServer(tiny_flux, temporary=scratch) as server:
+    with LiveServer(tiny_flux, FLAGS, temporary=scratch) as server:
         health = httpx.get(f"{server.url}/health")
         assert (health.status_code, health.json()["status"]) == (503, "starting")
         assert httpx.get(f"{server.url}/liveness").status_code == 200
@@ -135,7 +136,7 @@ def test_it_answers_while_it_starts_and_sigterm_then_ends_it_with_status_0(tiny_
 
 def test_the_life_of_a_server(tiny_flux: Path, scratch: Path, asking: ThreadPoolExecutor) -> None:
     """One after the other, because each start costs seconds: ready, serve, lose the worker, serve again, stop."""
-    with LiveServer(tiny_flux, ["--grace-s", "20"], temporary=scratch) as server:
+    with LiveServer(tiny_flux, [*FLAGS, "--grace-s", "20"], temporary=scratch) as server:
         server.wait_ready()
         assert server.output == f"ready: {server.url} serves flux\n"
         assert server.url.startswith("http://127.0.0.1:")
@@ -172,7 +173,7 @@ def _check_privacy(server: LiveServer, scratch: Path) -> None:
 
 
 def test_what_outlasts_the_grace_time_gets_a_503(tiny_flux: Path, scratch: Path, asking: ThreadPoolExecutor) -> None:
-    with LiveServer(tiny_flux, ["--grace-s", "0.5"], temporary=scratch) as server:
+    with LiveServer(tiny_flux, [*FLAGS, "--grace-s", "0.5"], temporary=scratch) as server:
         server.wait_ready()
         asked = ask_and_wait_until_it_runs(server, asking, ENDLESS)
         stopped_at = time.monotonic()
@@ -182,7 +183,7 @@ def test_what_outlasts_the_grace_time_gets_a_503(tiny_flux: Path, scratch: Path,
 
 
 def test_a_second_ctrl_c_stops_at_once(tiny_flux: Path, scratch: Path, asking: ThreadPoolExecutor) -> None:
-    with LiveServer(tiny_flux, ["--grace-s", "60"], temporary=scratch) as server:
+    with LiveServer(tiny_flux, [*FLAGS, "--grace-s", "60"], temporary=scratch) as server:
         server.wait_ready()
         asked = ask_and_wait_until_it_runs(server, asking, ENDLESS)
         server.signal(signal.SIGINT)
@@ -197,7 +198,7 @@ def test_a_second_ctrl_c_stops_at_once(tiny_flux: Path, scratch: Path, asking: T
 def test_kill_9_of_the_server_or_the_scheduler_leaves_nothing_running(
     victim: str, tiny_flux: Path, scratch: Path
 ) -> None:
-    with LiveServer(tiny_flux, temporary=scratch) as server:
+    with LiveServer(tiny_flux, FLAGS, temporary=scratch) as server:
         server.wait_ready()
         if victim == "server":
             server.signal(signal.SIGKILL)

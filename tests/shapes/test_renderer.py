@@ -72,7 +72,9 @@ def test_sampling_leaves_no_value_out_and_never_hides_a_shape() -> None:
     assert all(scene.colour != scene.background for scene in scenes)
 
 
-@pytest.mark.parametrize("words", [("red", "blob", "small", "center", "blue"), ("red", "star", "small", "center", "red")])
+@pytest.mark.parametrize(
+    "words", [("red", "blob", "small", "center", "blue"), ("red", "star", "small", "center", "red")]
+)
 def test_a_scene_that_cannot_be_drawn_is_refused(words: tuple[str, str, str, str, str]) -> None:
     with pytest.raises(ValueError, match="expected one of|cannot be seen"):
         Scene(*words)

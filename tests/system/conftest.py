@@ -1,0 +1,24 @@
+"""Fixtures of the tests that run the whole system: a real server with its scheduler and workers, over real sockets."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from safelight.tests.live import LiveServer
+from safelight.tests.tiny import save
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The directory of a family's tiny checkpoint."""
+    directory: Path = tmp_path_factory.mktemp("tiny")
+    return lambda name: save(name, directory)
+
+
+@pytest.fixture(scope="module")
+def flux(checkpoint: Callable[[str], Path]) -> Iterator[LiveServer]:
+    """A ready server of the tiny FLUX, for the tests of one module that leave it as it was."""
+    with LiveServer(checkpoint("flux"), ["--threads", "1"]) as server:
+        yield server.wait_ready()

@@ -1,0 +1,60 @@
+"""The whole system beside plain diffusers: nothing between the socket and the pipeline may change a bit."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from safelight.tests.live import LiveServer
+
+from .asking import ask, ask_together, body, load_plain, picture, plain, stats
+
+FAMILIES = ["flux", "sd3", "zimage", "qwenimage", "wan", "ltx", "sdxl", "pixart", "sana"]
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """As many threads as the server's worker has: the sums of a matrix product depend on it."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_solo_requests_are_bitwise_diffusers_and_merged_ones_are_close(
+    family: str, checkpoint: Callable[[str], Path]
+) -> None:
+    pipeline = load_plain(checkpoint(family))
+    bodies = [body(family, index) for index in range(6)]
+    expected = [plain(pipeline, asked) for asked in bodies]
+    with LiveServer(checkpoint(family), ["--threads", "1"]) as server:
+        server.wait_ready()
+        assert torch.equal(picture(ask(server.url, bodies[1])), expected[1]), "alone"
+        answers = ask_together(server.url, bodies)
+        assert torch.equal(picture(ask(server.url, bodies[0] | {"deterministic": True})), expected[0]), "deterministic"
+        time.sleep(1.5)  # the counters travel once a second
+        counted = stats(server.url)
+    worst = max((picture(a.json()) - e).abs().max().item() for a, e in zip(answers, expected, strict=True))
+    assert worst <= 1e-4
+    assert counted["forwards"] < counted["calls"]
+
+
+def test_a_seed_gives_the_same_picture_beside_a_cancelled_neighbour_and_after_a_restart(
+    checkpoint: Callable[[str], Path],
+) -> None:
+    asked = body("flux", 1, deterministic=True)
+    seen = []
+    for _ in range(2):
+        with LiveServer(checkpoint("flux"), ["--threads", "1"]) as server:
+            server.wait_ready()
+            seen.append(picture(ask(server.url, asked)))
+            doomed = body("flux", 2, num_inference_steps=900, timeout_s=0.4)
+            answers = ask_together(server.url, [doomed, asked, doomed])
+            assert [answer.status_code for answer in answers] == [504, 200, 504]
+            seen += [picture(answers[1].json()), picture(ask(server.url, asked))]
+            assert server.stop() == 0
+    assert all(torch.equal(seen[0], other) for other in seen[1:])

@@ -1,0 +1,58 @@
+"""`docs/structure.md` lists the modules that there are, and imports go the way it says."""
+
+from __future__ import annotations
+
+import ast
+import runpy
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+MAY_IMPORT = {
+    "protocol": set(),
+    "server": {"protocol"},
+    "scheduler": {"protocol"},
+    "worker": {"protocol"},
+    "client": {"protocol"},
+    "shapes": set(),
+}
+
+
+def test_the_page_is_what_the_modules_are_now() -> None:
+    page = runpy.run_path(str(ROOT / "docs" / "generate_structure.py"))
+    made: str = page["document"]()
+    assert made == page["PAGE"].read_text(encoding="utf-8"), "run `python docs/generate_structure.py`"
+
+
+@pytest.mark.parametrize("room", MAY_IMPORT)
+def test_a_room_imports_only_what_the_design_allows(room: str) -> None:
+    for path in (ROOT / room).rglob("*.py"):
+        depth = len(path.relative_to(ROOT).parts) - 1
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and node.level > depth:
+                other = (node.module or "").split(".")[0]
+                assert other in {"", *MAY_IMPORT[room]}, f"{path} imports {other}"
+            if isinstance(node, ast.Import | ast.ImportFrom):
+                names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else [node.module or ""]
+                assert not any(
+                    name.split(".")[0] == "safelight" for name in names if node.__dict__.get("level", 0) == 0
+                )
+
+
+@pytest.mark.parametrize("room", ["protocol", "server", "scheduler", "client"])
+def test_only_the_worker_imports_torch(room: str) -> None:
+    for path in (ROOT / room).rglob("*.py"):
+        text = path.read_text(encoding="utf-8")
+        assert not any(
+            line.strip().startswith(("import torch", "from torch", "import diffusers")) for line in text.splitlines()
+        )
+
+
+def test_nothing_is_unpickled() -> None:
+    for room in MAY_IMPORT:
+        for path in (ROOT / room).rglob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+                if isinstance(node, ast.Import | ast.ImportFrom):
+                    names = {alias.name for alias in node.names} | {getattr(node, "module", None) or ""}
+                    assert not names & {"pickle", "cloudpickle", "dill", "marshal"}, path
