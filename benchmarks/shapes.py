@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from diffusers import FluxPipeline
-
+from PIL import Image
 from safelight.shapes import Scene, Verdict, caption, judge, sample_scenes
 
 from .machine import describe
@@ -27,6 +27,7 @@ CHECKPOINT = ROOT / "assets" / "shapes"
 RESULTS = ROOT / "benchmarks" / "results" / "shapes.json"
 BEGIN, END = "<!-- figures: begin -->", "<!-- figures: end -->"
 BATCH = 50
+PROMPT = "a small yellow star at the top left on a black background"
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,13 +49,24 @@ def load(folder: Path, dtype: torch.dtype) -> FluxPipeline:
     return pipeline
 
 
-def drawn(pipeline: FluxPipeline, scenes: list[Scene], seed: int, length: int) -> Iterator[Verdict]:
+def pictures(
+    pipeline: FluxPipeline, prompts: list[str], noise: list[torch.Generator], length: int
+) -> list[Image.Image]:
+    """Pictures of the trained size; steps and guidance are the pipeline's defaults."""
+    side = pipeline.vae.config.sample_size
+    drawn: list[Image.Image] = pipeline(
+        prompts, height=side, width=side, max_sequence_length=length, generator=noise
+    ).images
+    return drawn
+
+
+def verdicts_on(pipeline: FluxPipeline, scenes: list[Scene], seed: int, length: int) -> Iterator[Verdict]:
     """The judge's verdict on each scene's picture; picture i starts from noise seeded with `seed` + i."""
     for start in range(0, len(scenes), BATCH):
         part = scenes[start : start + BATCH]
         noise = [torch.Generator().manual_seed(seed + start + i) for i in range(len(part))]
         prompts = [caption(scene) for scene in part]
-        for picture in pipeline(prompts, generator=noise, max_sequence_length=length, output_type="pil").images:
+        for picture in pictures(pipeline, prompts, noise, length):
             yield judge(picture)
 
 
@@ -77,11 +89,7 @@ def seconds(pipeline: FluxPipeline, length: int, repeats: int = 7) -> float:
     taken = []
     for seed in range(repeats + 1):
         began = time.perf_counter()
-        pipeline(
-            "a small yellow star at the top left on a black background",
-            generator=torch.Generator().manual_seed(seed),
-            max_sequence_length=length,
-        )
+        pictures(pipeline, [PROMPT], [torch.Generator().manual_seed(seed)], length)
         taken.append(time.perf_counter() - began)
     return statistics.median(taken[1:])
 
@@ -90,7 +98,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     """Everything that is reported, ready for JSON."""
     pipeline = load(options.checkpoint, torch.float32)
     scenes = sample_scenes(options.count, torch.Generator().manual_seed(options.seed))
-    verdicts = list(drawn(pipeline, scenes, options.seed * 1_000_000, options.length))
+    verdicts = list(verdicts_on(pipeline, scenes, options.seed * 1_000_000, options.length))
     speed = {"float32": seconds(pipeline, options.length)}
     speed["bfloat16"] = seconds(load(options.checkpoint, torch.bfloat16), options.length)
     return {
@@ -120,8 +128,11 @@ def table(result: dict[str, Any]) -> str:
             "",
             f"{result['prompts']} random full prompts (seed {result['seed']}), 28 steps, 128×128, float32, "
             f"`max_sequence_length={result['max_sequence_length']}`.",
-            "All five right, by shape and by size: " + ", ".join(f"{name} {value:.1f} %" for name, value in groups) + ".",
-            f"One picture, median: {speed}; {machine['cores']} cores of {machine['processor']}, torch {machine['torch']}.",
+            "",
+            "All five right, by shape and by size: " + ", ".join(f"{name} {value:.1f} %" for name, value in groups),
+            "",
+            f"One picture, median: {speed}.",
+            f"Machine: {machine['cores']} cores, {machine['processor']}, torch {machine['torch']}.",
         )
     )
 

@@ -67,8 +67,8 @@ def tell(generation: Generation, prompt: str, path: Path, seconds: float) -> Non
 def in_words(verdict: Verdict) -> str:
     """What the judge sees, as a caption where it is sure of everything."""
     seen = (verdict.colour, verdict.shape, verdict.size, verdict.position, verdict.background)
-    if None in seen:
-        return "not sure: " + ", ".join(word or "?" for word in seen)
+    if not verdict.clear:
+        return f"is sure of {', '.join(word for word in seen if word) or 'nothing'} only"
     return f"sees {caption(Scene(*(word or '' for word in seen)))}"
 
 

@@ -11,6 +11,8 @@ import socket
 import sys
 import tempfile
 from collections.abc import Sequence
+from types import FrameType
+from typing import NoReturn
 
 from ..protocol.config import ChildConfig, Config
 from ..protocol.errors import StartFailed, Unavailable
@@ -41,6 +43,8 @@ log = logging.getLogger(__name__)
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a server until it is told to stop. Returns the exit status."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, _leave)  # until there is something to stop
     try:
         config = read_config(sys.argv[1:] if arguments is None else arguments, os.environ)
         configure_logging(config, "server")
@@ -123,6 +127,10 @@ class Launch:
         self._http.stop()
         asyncio.get_running_loop().call_later(_LAST_REPLIES_S, lambda: self._http.stop(at_once=True))
         await serving
+
+
+def _leave(number: int, frame: FrameType | None) -> NoReturn:
+    sys.exit(0)
 
 
 def _first_ready(status: Status) -> ModelInfo | None:

@@ -83,10 +83,8 @@ class Supervisor:
 
         def outcome(status: Status) -> str | None:
             for replica in status.replicas:
-                if replica.replica == number and replica.state == "failed":
-                    return replica.message
-                if replica.replica == number and replica.state == "ready" and replica.pid == worker.pid:
-                    return ""
+                if replica.replica == number and replica.pid == worker.pid and replica.state in ("ready", "failed"):
+                    return "" if replica.state == "ready" else replica.message
             return None
 
         reported = asyncio.create_task(self._link.status_where(outcome))

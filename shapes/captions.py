@@ -55,4 +55,4 @@ def sample_caption(scene: Scene, generator: torch.Generator) -> Caption:
 def vocabulary() -> tuple[str, ...]:
     """Every word a caption can contain, sorted."""
     names = " ".join((*COLOURS, *SHAPES, *SIZES, *POSITIONS))
-    return tuple(sorted(set(names.split()) | set("a an at in on the background".split())))
+    return tuple(sorted({*names.split(), "a", "an", "at", "in", "on", "the", "background"}))

@@ -20,11 +20,12 @@ import psutil
 
 T = TypeVar("T")
 
+_AT_ONCE_S = 10.0
 _LISTENING = re.compile(r"listening on (http://\S+)")
 
 
 class LiveServer:
-    """``python -m safelight.server`` on a free port, as a context that ends with every process gone.
+    """``python -m safelight.server`` on a free port, as a context that ends at once, with every process gone.
 
     ``flags`` are further command line flags. Entering waits until the server listens; :meth:`wait_ready` until it
     serves. ``log`` and ``output`` are what it wrote so far to standard error (its children too) and standard output.
@@ -138,12 +139,19 @@ class LiveServer:
         self._process.send_signal(number)
 
     def stop(self, *, at_once: bool = False, timeout_s: float = 60) -> int:
-        """End the server: with SIGTERM as an operator would or, ``at_once``, without its consent."""
+        """End the server with SIGTERM, or ``at_once`` with a second one, which leaves running requests no time.
+
+        Whatever that does not end is killed. Returns the server's exit status.
+        """
         self.children()
-        if self._process.poll() is None and not at_once:
+        deadline = time.monotonic() + (_AT_ONCE_S if at_once else timeout_s)
+        if self._process.poll() is None:
             self._process.terminate()
+        while self._process.poll() is None and time.monotonic() < deadline:
             with contextlib.suppress(subprocess.TimeoutExpired):
-                self._process.wait(timeout_s)
+                self._process.wait(0.2)
+            if at_once and self._process.poll() is None:
+                self._process.terminate()
         if self._process.poll() is None:
             self._process.kill()
         for process in self.survivors():

@@ -20,7 +20,7 @@ SEED = 20_000
 
 
 def draw(pipeline: FluxPipeline, prompts: list[str], seed: int, steps: int = 28) -> NDArray[np.float32]:
-    """Pictures of `prompts` with the pipeline's other defaults: [B, 128, 128, 3] in [0, 1]. Noise is drawn on the CPU."""
+    """Pictures of `prompts` with the pipeline's other defaults: [B, 128, 128, 3] in [0, 1]; noise from the CPU."""
     pictures: NDArray[np.float32] = pipeline(
         prompt=prompts,
         height=PICTURE,

@@ -53,7 +53,13 @@ class WideAttention(TorchFunctionMode):
         if func is not torch.nn.functional.scaled_dot_product_attention:
             return func(*args, **kwargs)
         with torch.autocast("cpu", enabled=False):
-            return func(*(part.float() if isinstance(part, Tensor) else part for part in args), **kwargs)
+            return func(*(_wide(part) for part in args), **{name: _wide(part) for name, part in kwargs.items()})
+
+
+def _wide(argument: Any) -> Any:
+    """A bfloat16 tensor as float32; anything else, a mask of booleans for one, as it is."""
+    narrow = isinstance(argument, Tensor) and argument.dtype == torch.bfloat16
+    return argument.float() if narrow else argument
 
 
 def image_ids(device: torch.device) -> Tensor:
@@ -120,5 +126,3 @@ def _block_matrices(transformer: FluxTransformer2DModel) -> list[nn.Parameter]:
         for name, parameter in transformer.named_parameters()
         if parameter.ndim == 2 and "transformer_blocks" in name and "norm" not in name
     ]
-
-

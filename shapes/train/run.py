@@ -67,7 +67,13 @@ class Report:
         self._stage, self._start, self._steps = stage, start, steps
         self._console = Console()
         self._began = self._last_line = time.monotonic()
-        columns = (TextColumn(stage), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
+        columns = (
+            TextColumn(stage),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.description}"),
+        )
         self._bar = Progress(*columns, console=self._console, disable=not self._console.is_terminal)
         self._task = self._bar.add_task("", total=steps, completed=start)
 

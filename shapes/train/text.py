@@ -7,14 +7,15 @@ tokenizers fold capitals into small letters, and both do it with what their own 
 from __future__ import annotations
 
 import io
-import json
 import string
 import tempfile
+from collections import Counter
+from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 
 import sentencepiece
 from sentencepiece import sentencepiece_model_pb2
-from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel, T5Tokenizer
 
 from ..captions import vocabulary
@@ -25,24 +26,48 @@ TEXT_TOKENS = 32
 WIDTH = 128
 """Hidden size of both text encoders."""
 
+WORD_END = "</w>"
+"""What CLIP's byte pairs mark the end of a word with."""
+
 LETTERS = (*string.ascii_lowercase, *string.digits, *",.!?;:'-")
 """What words outside the vocabulary are spelled with."""
 
 
 def clip_tokenizer() -> CLIPTokenizer:
-    """CLIP's byte-pair tokenizer, with merges learned until each word of the vocabulary is one token."""
-    learner = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
-    learner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    trainer = trainers.BpeTrainer(
-        vocab_size=4096,
-        min_frequency=1,
-        special_tokens=["<|startoftext|>", "<|endoftext|>"],
-        end_of_word_suffix="</w>",
-        show_progress=False,
-    )
-    learner.train_from_iterator([*vocabulary(), *LETTERS], trainer)
-    merges = [tuple(pair) for pair in json.loads(learner.to_str())["model"]["merges"]]
-    return CLIPTokenizer(vocab=learner.get_vocab(), merges=merges, model_max_length=TEXT_TOKENS)
+    """CLIP's byte-pair tokenizer, with merges until each word of the vocabulary is one token."""
+    words = [*vocabulary(), *LETTERS]
+    alphabet = sorted({letter for word in words for letter in word})
+    merges = _merges(words)
+    pieces = [*alphabet, *(f"{letter}{WORD_END}" for letter in alphabet), *("".join(pair) for pair in merges)]
+    tokens = ["<|startoftext|>", "<|endoftext|>", *dict.fromkeys(pieces)]
+    vocab = {token: index for index, token in enumerate(tokens)}
+    return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=TEXT_TOKENS)
+
+
+def _merges(words: Sequence[str]) -> list[tuple[str, str]]:
+    """Byte-pair merges in their order (Sennrich et al., 2016): the commonest pair first, of equals the first by name.
+
+    Written out because the trainer of `tokenizers` breaks ties at random, and token ids must not change from one
+    process to the next.
+    """
+    split = [[*word[:-1], word[-1] + WORD_END] for word in words]
+    merges: list[tuple[str, str]] = []
+    while counts := Counter(pair for pieces in split for pair in pairwise(pieces)):
+        best = min(counts, key=lambda pair: (-counts[pair], pair))
+        split = [_merged(pieces, best) for pieces in split]
+        merges.append(best)
+    return merges
+
+
+def _merged(pieces: list[str], pair: tuple[str, str]) -> list[str]:
+    """The pieces with every occurrence of `pair`, from the left, made one."""
+    result: list[str] = []
+    for piece in pieces:
+        if result and (result[-1], piece) == pair:
+            result[-1] += piece
+        else:
+            result.append(piece)
+    return result
 
 
 def t5_tokenizer() -> T5Tokenizer:

@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator
 
 import pytest
 from safelight.protocol.config import Config
-from safelight.server.generate import GenerateBody
+from safelight.server.schemas import GenerateBody
 
 from .stage import stage
 
@@ -29,7 +29,7 @@ async def test_a_sane_request_id_is_kept_and_logged(caplog: pytest.LogCaptureFix
 @pytest.mark.parametrize("sent", ["", "a b", "-x", "x" * 129, "a\tb", "é"])
 async def test_another_request_id_is_replaced(sent: str) -> None:
     async with stage() as played:
-        reply = await played.client.get("/liveness", headers={"X-Request-Id": sent.encode("latin-1")})
+        reply = await played.client.get("/liveness", headers={b"X-Request-Id": sent.encode("latin-1")})
     assert len(reply.headers["x-request-id"]) == 32
 
 
@@ -81,7 +81,7 @@ async def test_a_fault_of_ours_is_a_500_without_the_exception_s_text(
     ],
 )
 async def test_a_key_is_asked_for(path: str, header: str | None, status: int, code: str) -> None:
-    headers = {} if header is None else {"Authorization": header.encode()}
+    headers = {} if header is None else {b"Authorization": header.encode()}
     async with stage(KEYED) as played:
         reply = await played.client.get(path, headers=headers)
     assert (reply.status_code, reply.json()["error"]["code"]) == (status, code)
@@ -90,7 +90,7 @@ async def test_a_key_is_asked_for(path: str, header: str | None, status: int, co
 
 async def test_the_right_key_opens_and_health_needs_none() -> None:
     async with stage(KEYED) as played:
-        headers = {"Authorization": "bearer sécret".encode()}
+        headers = {b"Authorization": "bearer sécret".encode()}
         assert (await played.client.get("/server_info", headers=headers)).status_code == 200
         for path in ("/liveness", "/health", "/health_generate"):
             assert (await played.client.get(path)).status_code == 200

@@ -91,6 +91,16 @@ def test_a_wrong_start_is_one_sentence_on_standard_error_and_status_2(tmp_path: 
         assert seconds < 5
 
 
+def test_a_signal_before_there_is_anything_to_stop_leaves_nothing(scratch: Path, tiny_flux: Path) -> None:
+    for delay in (0.0, 0.3, 0.5, 0.7):
+        server = LiveServer(tiny_flux, FLAGS, temporary=scratch)
+        time.sleep(delay)
+        server.signal(signal.SIGTERM)
+        assert server.wait_exit(10) in (0, -signal.SIGTERM)
+        assert "Traceback" not in server.log
+        wait_until_gone(server, 5)
+
+
 def test_a_port_in_use_is_told_before_anything_is_loaded(tiny_flux: Path) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
@@ -170,6 +180,20 @@ def _check_privacy(server: LiveServer, scratch: Path) -> None:
         listening = [c.laddr for c in process.net_connections("inet") if c.status == psutil.CONN_LISTEN]
         assert all(address.ip == "127.0.0.1" for address in listening)
         assert len(listening) == (process.pid == server.pid), "only the server listens on a port"
+
+
+def test_a_replica_that_cannot_come_back_is_tried_until_it_can(tiny_flux: Path, tmp_path: Path, scratch: Path) -> None:
+    model = shutil.copytree(tiny_flux, tmp_path / "model")
+    with LiveServer(model, FLAGS, temporary=scratch) as server:
+        server.wait_ready()
+        model.rename(tmp_path / "away")
+        server.children()["worker"].kill()
+        server.wait_for_line("It is started again in 1 s")
+        server.wait_for_line("It is started again in 2 s")
+        assert httpx.get(f"{server.url}/health").json()["replicas"][0]["state"] != "ready"
+        (tmp_path / "away").rename(model)
+        server.wait_ready()
+        assert ask(server, QUICK).status_code == 200
 
 
 def test_what_outlasts_the_grace_time_gets_a_503(tiny_flux: Path, scratch: Path, asking: ThreadPoolExecutor) -> None:

@@ -6,12 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import CLIPTokenizer, T5Tokenizer
-
 from safelight.shapes import Scene, caption, describe, sample_scenes
 from safelight.shapes.captions import EMPTY_SHARE, PARTIAL_SHARE, sample_caption, vocabulary
 from safelight.shapes.scene import COLOURS, POSITIONS, SHAPES, SIZES
 from safelight.shapes.train.text import TEXT_TOKENS, clip_tokenizer, t5_tokenizer
+from transformers import CLIPTokenizer, T5Tokenizer
 
 STAR = Scene("yellow", "star", "small", "top left", "black")
 SQUARE = Scene("orange", "square", "large", "center", "blue")

@@ -9,11 +9,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch import Tensor
-
 from safelight.shapes import Scene, judge, render, sample_scenes
 from safelight.shapes.judge import Picture
 from safelight.shapes.templates import blur
+from torch import Tensor
 
 COUNT = 250
 SCENES = sample_scenes(COUNT, torch.Generator().manual_seed(11))

@@ -7,8 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import FluxPipeline
-from torch import Tensor
-
 from safelight.shapes import sample_scenes
 from safelight.shapes.captions import Caption
 from safelight.shapes.train import flow, vae
@@ -17,9 +15,10 @@ from safelight.shapes.train.flow import Batch, draw_batch, weights
 from safelight.shapes.train.latents import Latents, encode_scenes, pack
 from safelight.shapes.train.model import TextToVelocity, image_ids, new_model
 from safelight.shapes.train.run import Run, one_cycle
+from torch import Tensor
 
 STEPS = 3
-TOKENS = 2 * (64 + 16)
+TOKENS = 4 * (64 + 16)
 
 
 def run_in(folder: Path, seed: int = 0) -> Run:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -36,7 +35,7 @@ def test_solo_requests_are_bitwise_diffusers_and_merged_ones_are_close(
         assert torch.equal(picture(ask(server.url, bodies[1])), expected[1]), "alone"
         answers = ask_together(server.url, bodies)
         assert torch.equal(picture(ask(server.url, bodies[0] | {"deterministic": True})), expected[0]), "deterministic"
-        time.sleep(1.5)  # the counters travel once a second
+        server.wait_for(lambda: stats(server.url)["outputs"] == 8 or None, 10)
         counted = stats(server.url)
     worst = max((picture(a.json()) - e).abs().max().item() for a, e in zip(answers, expected, strict=True))
     assert worst <= 1e-4

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import signal
-import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -42,11 +41,11 @@ def test_a_client_that_goes_away_stops_its_work_and_is_counted(flux: LiveServer)
     before = metric(flux.url, "safelight_requests_total", status="499")
     steps_seen(flux.url, 3)
     flux.wait_for(lambda: metric(flux.url, "safelight_requests_total", status="499") == before + 1 or None, 5)
-    flux.wait_for(lambda: stats(flux.url)["running"] == 0 or None, 5)
+    flux.wait_for(lambda: stats(flux.url)["cancelled"] or None, 5)
     calls = stats(flux.url)["calls"]
+    assert calls < LONG / 2
     time.sleep(2.5)
     assert stats(flux.url)["calls"] == calls, "the worker went on for nobody"
-    assert stats(flux.url)["cancelled"] >= 1
 
 
 def test_a_deadline_is_a_504_and_stops_the_work(flux: LiveServer) -> None:
@@ -58,7 +57,7 @@ def test_a_deadline_is_a_504_and_stops_the_work(flux: LiveServer) -> None:
 def test_a_request_that_raises_inside_a_batch_fails_alone(flux: LiveServer) -> None:
     good = [body("flux", index, num_inference_steps=12) for index in range(3)]
     bad = body("flux", 3, num_inference_steps=12)
-    bad["extra"] |= {"joint_attention_kwargs": {"ip_hidden_states": 5}}
+    bad["extra"] |= {"joint_attention_kwargs": {"ip_adapter_image_embeds": [5]}}  # raises inside the transformer
     worse = body("flux", 4, num_inference_steps=3)
     worse["extra"] |= {"sigmas": ["one", "two", "three"]}
     alone = [picture(ask(flux.url, asked)) for asked in good]
@@ -98,9 +97,8 @@ def test_two_replicas_share_the_load_and_outlive_each_other(checkpoint: Callable
         server.wait_for(lambda: len(ready_replicas(server)) == 2 or None, 120)
         answers = ask_together(server.url, [body("flux", index % 6, num_inference_steps=60) for index in range(8)])
         assert [answer.status_code for answer in answers] == [200] * 8
-        time.sleep(1.5)
-        outputs = [r["stats"]["outputs"] for r in httpx.get(f"{server.url}/server_info").json()["replicas"]]
-        assert min(outputs) >= 3, outputs
+        server.wait_for(lambda: sum(outputs(server)) == 8 or None, 10)
+        assert min(outputs(server)) >= 3
         server.children()["worker"].kill()
         server.wait_for(lambda: len(ready_replicas(server)) == 1 or None, 10)
         assert httpx.get(f"{server.url}/health").status_code == 200
@@ -110,6 +108,10 @@ def test_two_replicas_share_the_load_and_outlive_each_other(checkpoint: Callable
 def ready_replicas(server: LiveServer) -> list[int]:
     replicas = httpx.get(f"{server.url}/server_info").json()["replicas"]
     return [replica["replica"] for replica in replicas if replica["state"] == "ready"]
+
+
+def outputs(server: LiveServer) -> list[int]:
+    return [replica["stats"]["outputs"] for replica in httpx.get(f"{server.url}/server_info").json()["replicas"]]
 
 
 def test_a_full_queue_is_a_429_that_says_when_to_come_back(checkpoint: Callable[[str], Path]) -> None:
@@ -128,20 +130,22 @@ def test_a_full_queue_is_a_429_that_says_when_to_come_back(checkpoint: Callable[
 def test_a_higher_priority_goes_first(checkpoint: Callable[[str], Path]) -> None:
     finished: list[str] = []
 
-    def one(url: str, name: str, priority: int) -> None:
-        ask(url, body("flux", num_inference_steps=150, priority=priority))
+    def one(url: str, name: str, priority: int, steps: int) -> None:
+        ask(url, body("flux", num_inference_steps=steps, priority=priority))
         finished.append(name)
 
-    with LiveServer(checkpoint("flux"), ["--threads", "1", "--max-running", "1"]) as server:
+    with (
+        LiveServer(checkpoint("flux"), ["--threads", "1", "--max-running", "1"]) as server,
+        ThreadPoolExecutor() as pool,
+    ):
         server.wait_ready()
-        threads = []
-        for name, priority in (("first", 0), ("low", 0), ("high", 5)):
-            threads.append(threading.Thread(target=one, args=(server.url, name, priority)))
-            threads[-1].start()
-            server.wait_for(lambda: metric(server.url, "safelight_running") >= 1 or None, 10)
-            time.sleep(0.2)
-        for thread in threads:
-            thread.join()
+        futures = [pool.submit(one, server.url, "first", 0, LONG)]
+        server.wait_for(lambda: metric(server.url, "safelight_running") == 1 or None, 10)
+        for waiting, (name, priority) in enumerate((("low", 0), ("high", 5)), start=1):
+            futures.append(pool.submit(one, server.url, name, priority, 5))
+            server.wait_for(lambda waiting=waiting: metric(server.url, "safelight_queued") == waiting or None, 10)
+        for future in futures:
+            future.result()
     assert finished == ["first", "high", "low"]
 
 
@@ -179,7 +183,7 @@ def test_sigterm_finishes_what_runs(checkpoint: Callable[[str], Path], tmp_path:
         ({"prompt": []}, 400, "prompt"),
         ({"prompt": "x" * 20_000}, 400, "prompt"),
         ({"timeout_s": 0}, 400, "timeout_s"),
-        ({"output_format": "gif"}, 422, "output_format"),
+        ({"output_format": "gif"}, 400, "output_format"),
         ({"output_format": "mp4"}, 400, "output_format"),
         ({"stepz": 4}, 422, "stepz"),
         ({"extra": {"nonsense": 1}}, 400, "extra.nonsense"),
