@@ -104,6 +104,9 @@ class Launch:
                 task.cancel()
             await asyncio.gather(announcement, supervision, return_exceptions=True)
             await self._supervisor.stop(at_once=self._interrupted)
+            for number in (signal.SIGTERM, signal.SIGINT):
+                loop.remove_signal_handler(number)
+                signal.signal(number, signal.SIG_IGN)  # one more of them must not spoil the exit status now
 
     def _on_signal(self, number: signal.Signals) -> None:
         stopped = Unavailable("The server was stopped.")

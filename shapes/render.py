@@ -113,7 +113,7 @@ def coverage(shapes: Sequence[str], placement: Placement, size: int = PICTURE) -
         radius = placement.radius[rows, None, None]
         x = (pixels[None, None, :] - placement.x[rows, None, None]) / radius
         y = (pixels[None, :, None] - placement.y[rows, None, None]) / radius
-        distance = DISTANCES[shape](*torch.broadcast_tensors(x, y)) * radius * (size / PICTURE)
+        distance = DISTANCES[shape](x.expand(-1, size, size), y.expand(-1, size, size)) * radius * (size / PICTURE)
         result[rows] = (0.5 - distance).clamp(0.0, 1.0)
     return result
 

@@ -144,14 +144,13 @@ class LiveServer:
         Whatever that does not end is killed. Returns the server's exit status.
         """
         self.children()
-        deadline = time.monotonic() + (_AT_ONCE_S if at_once else timeout_s)
         if self._process.poll() is None:
             self._process.terminate()
-        while self._process.poll() is None and time.monotonic() < deadline:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                self._process.wait(0.2)
-            if at_once and self._process.poll() is None:
-                self._process.terminate()
+            time.sleep(0.1 if at_once else 0)
+        if at_once and self._process.poll() is None:
+            self._process.terminate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(_AT_ONCE_S if at_once else timeout_s)
         if self._process.poll() is None:
             self._process.kill()
         for process in self.survivors():

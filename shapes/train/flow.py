@@ -52,8 +52,14 @@ def draw_batch(latents: Latents, generator: torch.Generator, tokens: int = TOKEN
 
 
 def draw_sigmas(count: int, generator: torch.Generator) -> Tensor:
-    """Noise levels [count] in (0, 1): logit-normal (Esser et al., 2024), moved towards noise as the sampler's are."""
-    return torch.sigmoid(0.3 + 1.1 * torch.randn(count, generator=generator))
+    """Noise levels [count] in (0, 1), logit-normal (Esser et al., 2024) around two centres.
+
+    Three directions of a token's 64 hold nine tenths of its variance: its colour. So layout is decided where little
+    of the picture is left, between 0.7 and 1, and outlines below; two thirds of the draws go to the first.
+    """
+    layout = torch.rand(count, generator=generator) < 2 / 3
+    normal = torch.randn(count, generator=generator)
+    return torch.sigmoid(torch.where(layout, 2.0 + normal, 0.2 + 1.1 * normal))
 
 
 def weights(batch: Batch) -> Tensor:
@@ -95,7 +101,7 @@ class FlowTraining:
         self._set_rates(step)
         for optimizer in self._optimizers:
             optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        torch.autograd.backward(loss)
         torch.nn.utils.clip_grad_norm_(self._model.parameters(), 1.0)
         for optimizer in self._optimizers:
             optimizer.step()

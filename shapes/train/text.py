@@ -15,7 +15,6 @@ from itertools import pairwise
 from pathlib import Path
 
 import sentencepiece
-from sentencepiece import sentencepiece_model_pb2
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel, T5Tokenizer
 
 from ..captions import vocabulary
@@ -98,9 +97,40 @@ def _lowercase_charsmap() -> bytes:
             normalization_rule_tsv=str(path),
             minloglevel=2,
         )
-    model = sentencepiece_model_pb2.ModelProto()
-    model.ParseFromString(written.getvalue())
-    return bytes(model.normalizer_spec.precompiled_charsmap)
+    normalizer_spec = _field(written.getvalue(), 3)
+    return _field(normalizer_spec, 2)
+
+
+def _field(message: bytes, number: int) -> bytes:
+    """The bytes of a length-delimited field of a protocol buffer, whose other fields are so or single numbers.
+
+    The numbers are those of sentencepiece_model.proto: `ModelProto.normalizer_spec` is 3, in it
+    `precompiled_charsmap` is 2. Raises ValueError where the field is missing.
+    """
+    at = 0
+    while at < len(message):
+        key, at = _varint(message, at)
+        value, after = _varint(message, at)
+        if key & 7 == 5:  # four bytes, a float
+            at += 4
+        elif key & 7 == 0:
+            at = after
+        elif key >> 3 == number:
+            return message[after : after + value]
+        else:
+            at = after + value
+    raise ValueError(f"the sentencepiece model has no field {number}; is this sentencepiece older than 0.2?")
+
+
+def _varint(message: bytes, at: int) -> tuple[int, int]:
+    """A variable-length number and where the next thing begins."""
+    value = shift = 0
+    while True:
+        value |= (message[at] & 127) << shift
+        shift += 7
+        at += 1
+        if message[at - 1] < 128:
+            return value, at
 
 
 def new_clip(tokenizer: CLIPTokenizer, width: int = WIDTH) -> CLIPTextModel:

@@ -109,7 +109,7 @@ def _step(run: Run, vae: AutoencoderKL, optimizer: torch.optim.Optimizer, step: 
         group["lr"] = LEARNING_RATE * one_cycle(step, steps)
     loss, absolute = reconstruction_loss(vae, pictures, noise)
     optimizer.zero_grad(set_to_none=True)
-    loss.backward()
+    torch.autograd.backward(loss)
     torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
     optimizer.step()
     return float(absolute)

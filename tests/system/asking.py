@@ -21,7 +21,7 @@ def body(family: str, index: int = 0, **changes: Any) -> dict[str, Any]:
     """Request ``index`` of a mixed load, answered as an exact tensor: prompt, seed and steps differ."""
     call = dict(FAMILIES[family].call) | {"num_inference_steps": 2 + index % 2}
     asked: dict[str, Any] = {name: value for name, value in call.items() if name in FIELDS}
-    # an empty list where the family's call has none: both switch Sana's long instruction off, and JSON types are checked
+    # JSON types are checked: an empty list where the call has none, which switches off Sana's instruction just as well
     asked["extra"] = {name: [] if value is None else value for name, value in call.items() if name not in FIELDS}
     return asked | {"prompt": PROMPTS[index], "seed": 100 + index, "output_format": "pt"} | changes
 
