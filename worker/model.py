@@ -99,7 +99,7 @@ def load_model(config: Config) -> Model:
         kind="video" if "num_frames" in arguments else "image",
         arguments=arguments,
         sizes=sizes,
-        defaults=sizes.overrides | _text_length(pipeline, arguments) | _binning(pipeline, arguments),
+        defaults=sizes.overrides | default_text_length(pipeline, arguments) | _binning(pipeline, arguments),
     )
 
 
@@ -141,15 +141,12 @@ def _forget_caches(pipeline: DiffusionPipeline) -> None:
                     config.use_cache = False
 
 
-def _text_length(pipeline: DiffusionPipeline, arguments: Mapping[str, Parameter]) -> dict[str, int]:
-    """The pipeline's default text length, cut to what the model's tokenizers say that they were made for."""
+def default_text_length(pipeline: DiffusionPipeline, arguments: Mapping[str, Parameter]) -> dict[str, int]:
+    """The pipeline's default text length, cut to the longest text that any of the model's tokenizers is made for."""
     parameter = arguments.get("max_sequence_length")
-    if parameter is None or not isinstance(parameter.default, int):
-        return {}
-    names = ("tokenizer_3", "tokenizer_2", "tokenizer")
-    tokenizer = next((t for name in names if (t := getattr(pipeline, name, None)) is not None), None)
-    longest = getattr(tokenizer, "model_max_length", None)
-    if not isinstance(longest, int) or longest >= parameter.default:
+    limits = [getattr(part, "model_max_length", None) for part in pipeline.components.values()]
+    longest = max((limit for limit in limits if isinstance(limit, int)), default=None)
+    if parameter is None or not isinstance(parameter.default, int) or longest is None or longest >= parameter.default:
         return {}
     return {"max_sequence_length": longest}
 
