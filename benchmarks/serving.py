@@ -26,6 +26,7 @@ from typing import Any
 import httpx
 import torch
 from diffusers import DiffusionPipeline
+
 from safelight.benchmarks.machine import describe
 from safelight.benchmarks.models import save_mid_size
 

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from diffusers import FluxPipeline
 from PIL import Image
+
 from safelight.shapes import Scene, Verdict, caption, judge, sample_scenes
 
 from .machine import describe

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import msgspec
+
 from safelight.protocol.config import Config, Option, options
 
 PAGE = Path(__file__).with_name("configuration.md")

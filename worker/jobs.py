@@ -31,16 +31,22 @@ _INPUT_ERRORS = (TypeError, ValueError, AttributeError, KeyError, IndexError, Ru
 
 @dataclass(slots=True, eq=False)
 class Job:
-    """A request, its samples and the outputs that are ready so far."""
+    """A request, its samples, and the outputs that are ready so far. It is done when no preview is owed either."""
 
     request: Generate
     samples: list[SampleRun] = field(default_factory=list)
     outputs: dict[int, Output] = field(default_factory=dict)
+    previews: list[Coroutine] = field(default_factory=list)
+    previews_owed: int = 0
+
+    @property
+    def done(self) -> bool:
+        return len(self.outputs) == len(self.samples) and not self.previews_owed
 
 
 @dataclass(slots=True, eq=False)
 class _Encoded:
-    """An encoding thread's answer: an output or a preview, or the error in its place."""
+    """An encoding thread's answer: an output or its error, or else a preview or ``None`` for one that failed."""
 
     job: Job
     index: int
@@ -103,21 +109,24 @@ class Jobs:
                 continue
             if encoded.error is not None:
                 self._fail(job, encoded.error)
-            elif encoded.preview is not None:
-                self._send(encoded.preview)
-            elif encoded.output is not None:
+                continue
+            if encoded.output is not None:
                 job.outputs[encoded.index] = encoded.output
                 self._outputs += 1
-                if len(job.outputs) == len(job.samples):
-                    self._end(job, self._result(job))
+            else:
+                job.previews_owed -= 1
+                if encoded.preview is not None:
+                    self._send(encoded.preview)
+            if job.done:
+                self._end(job, self._result(job))
 
     def close(self) -> None:
         self._threads.shutdown(cancel_futures=True)
 
     def _end(self, job: Job, message: Result | Failed) -> None:
         del self._jobs[job.request.request_id]
-        for sample in job.samples:
-            self._hub.cancel(sample.coroutine)
+        for coroutine in [*(sample.coroutine for sample in job.samples), *job.previews]:
+            self._hub.cancel(coroutine)
         self._send(message)
 
     def _fail(self, job: Job, error: SafelightError) -> None:
@@ -135,13 +144,20 @@ class Jobs:
         job = self._jobs[sample.request.request_id]
 
         def finished(coroutine: Coroutine) -> None:
-            if coroutine.error is not None:
+            job.previews.remove(coroutine)
+            if isinstance(coroutine.error, Exception):
                 log.warning("a preview failed", exc_info=coroutine.error, extra=_in(job))
+            if coroutine.error is not None:
+                self._encoded.put(_Encoded(job, sample.index))
+                self._wake()
                 return
             picture = coroutine.result if coroutine.result.ndim == 3 else coroutine.result[0]
             self._threads.submit(self._encode_preview, job, sample.index, step, picture)
 
-        self._hub.start(preview(self._model, sample.arguments(), step.clean_estimate(), finished))
+        coroutine = preview(self._model, sample.arguments(), step.clean_estimate(), finished)
+        job.previews.append(coroutine)
+        job.previews_owed += 1
+        self._hub.start(coroutine)
 
     def _finished(self, job: Job, sample: SampleRun) -> None:
         if self._jobs.get(job.request.request_id) is not job:
@@ -173,9 +189,13 @@ class Jobs:
         self._wake()
 
     def _encode_preview(self, job: Job, index: int, step: Step, picture: torch.Tensor) -> None:
-        image = Buffer(encode_image(to_uint8(picture), "jpeg"))
-        message = Preview(job.request.request_id, index, step.number, step.total, image)
-        self._encoded.put(_Encoded(job, index, preview=message))
+        encoded = _Encoded(job, index)
+        try:
+            image = Buffer(encode_image(to_uint8(picture), "jpeg"))
+            encoded.preview = Preview(job.request.request_id, index, step.number, step.total, image)
+        except Exception:
+            log.exception("encoding a preview failed", extra=_in(job))
+        self._encoded.put(encoded)
         self._wake()
 
     def _result(self, job: Job) -> Result:

@@ -4,6 +4,7 @@ import asyncio
 from typing import Any
 
 import pytest
+
 from safelight.client import AsyncClient, Client, Event, Generation, Retries
 
 from .played_server import Draw, PlayedServer

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+
 from safelight.client import AsyncClient, Client, InvalidRequest
 from safelight.client.calls import GRACE_S, HEALTH, generate
 from safelight.client.endpoint import DEFAULT_TIMEOUT_S, Endpoint

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from PIL import Image
+
 from safelight import __version__
 
 from .played_server import PlayedServer, Reply, error_reply, event, event_reply, generation, json_reply

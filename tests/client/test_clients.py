@@ -7,6 +7,7 @@ import base64
 import threading
 
 import pytest
+
 from safelight.client import (
     AsyncClient,
     Client,

@@ -7,6 +7,7 @@ import itertools
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from safelight.client.event_stream import EventDecoder, ServerSentEvent
 
 STREAM = (

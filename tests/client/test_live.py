@@ -16,6 +16,7 @@ from pathlib import Path
 import psutil
 import pytest
 from PIL import Image
+
 from safelight.client import AsyncClient, Client, InvalidRequest, Preview, Progress, Queued, Result
 from safelight.tests.live import LiveServer
 from safelight.tests.tiny import save

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+
 from safelight.client import Client, Health
 from safelight.client.private_server import PrivateServer
 from safelight.protocol.errors import StartFailed

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+
 from safelight.client import Generation, Internal, Output, Preview
 from safelight.client.endpoint import Endpoint
 

@@ -6,6 +6,7 @@ import io
 
 from PIL import Image
 from rich.console import Console
+
 from safelight.client import Preview, Progress, Queued
 from safelight.client.terminal import GenerationView, blocks
 

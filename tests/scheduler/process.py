@@ -11,6 +11,7 @@ from typing import Any, Generic, TypeVar
 
 import msgspec
 import zmq
+
 from safelight.protocol.codec import Codec
 from safelight.protocol.config import ChildConfig, Config
 from safelight.protocol.messages import (

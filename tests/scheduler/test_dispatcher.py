@@ -3,6 +3,7 @@
 import math
 
 import pytest
+
 from safelight.protocol.codec import Buffer
 from safelight.protocol.config import Config
 from safelight.protocol.errors import Internal

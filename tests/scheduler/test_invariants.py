@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
 from safelight.protocol.config import Config
 from safelight.protocol.messages import (
     Cancel,

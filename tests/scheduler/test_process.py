@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 
 import pytest
+
 from safelight.protocol.child import ORPHANED
 from safelight.protocol.codec import Buffer
 from safelight.protocol.config import Config

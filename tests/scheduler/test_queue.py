@@ -1,6 +1,7 @@
 """The order in which requests run and expire."""
 
 import pytest
+
 from safelight.scheduler.queue import Queue, by_deadline, by_turn
 from safelight.scheduler.request import Request
 from safelight.tests.scheduler.stage import generate

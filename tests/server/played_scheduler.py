@@ -9,6 +9,7 @@ from typing import Self
 
 import zmq
 import zmq.asyncio
+
 from safelight.protocol.codec import Buffer
 from safelight.protocol.messages import (
     FROM_SCHEDULER,

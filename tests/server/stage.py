@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
+
 from safelight.protocol.config import Config
 from safelight.protocol.messages import FromScheduler, Generate, Status
 from safelight.server.app import create_app

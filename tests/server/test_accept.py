@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 import pytest
+
 from safelight.protocol.errors import InvalidRequest
 from safelight.protocol.messages import OutputFormat
 from safelight.server.accept import choose

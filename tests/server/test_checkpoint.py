@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
 from safelight.protocol.errors import StartFailed
 from safelight.protocol.models import resolve_model
 from safelight.server.checkpoint import check_directory, check_model

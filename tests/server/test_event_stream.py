@@ -8,6 +8,7 @@ import json
 
 import httpx
 import pytest
+
 from safelight.protocol.codec import Buffer
 from safelight.protocol.errors import Unavailable
 from safelight.protocol.messages import Failed, FromScheduler, Generate, Preview, Progress, Queued

@@ -6,6 +6,7 @@ import logging
 from collections.abc import AsyncIterator
 
 import pytest
+
 from safelight.protocol.config import Config
 from safelight.server.schemas import GenerateBody
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+
 from safelight.protocol.config import options
 from safelight.protocol.errors import StartFailed
 from safelight.server.flags import GROUPS, make_parser, read_config

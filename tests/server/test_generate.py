@@ -11,6 +11,7 @@ import httpx
 import msgspec
 import psutil
 import pytest
+
 from safelight.protocol.codec import Buffer
 from safelight.protocol.errors import DeadlinePassed, InvalidRequest, QueueFull, SafelightError
 from safelight.protocol.messages import Failed, Preview, Queued, Status

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import msgspec
 import pytest
+
 from safelight import __version__
 from safelight.protocol.config import Config
 from safelight.protocol.messages import ReplicaStats, ReplicaStatus, Status

@@ -17,6 +17,7 @@ from pathlib import Path
 import httpx
 import psutil
 import pytest
+
 from safelight.tests.live import LiveServer
 
 FLAGS = ("--threads", "1")  # two threads that wait for one busy core are slower than one

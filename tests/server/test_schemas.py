@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 
 import pytest
+
 from safelight.protocol.config import Config
 from safelight.protocol.errors import InvalidRequest, Malformed
 from safelight.protocol.messages import Generate

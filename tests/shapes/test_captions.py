@@ -6,11 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import CLIPTokenizer, T5Tokenizer
+
 from safelight.shapes import Scene, caption, describe, sample_scenes
 from safelight.shapes.captions import EMPTY_SHARE, PARTIAL_SHARE, sample_caption, vocabulary
 from safelight.shapes.scene import COLOURS, POSITIONS, SHAPES, SIZES
 from safelight.shapes.train.text import TEXT_TOKENS, clip_tokenizer, t5_tokenizer
-from transformers import CLIPTokenizer, T5Tokenizer
 
 STAR = Scene("yellow", "star", "small", "top left", "black")
 SQUARE = Scene("orange", "square", "large", "center", "blue")
@@ -72,6 +73,11 @@ def test_files_do_not_change_the_ids(tokenizer: CLIPTokenizer | T5Tokenizer, tmp
     assert loaded.model_max_length == TEXT_TOKENS
     for text in (caption(STAR), "", "A Small yellow STAR!", "a zebra, 3 of them"):
         assert loaded(text).input_ids == tokenizer(text).input_ids
+
+
+def test_building_a_tokenizer_again_does_not_change_the_ids(tokenizer: CLIPTokenizer | T5Tokenizer) -> None:
+    again = clip_tokenizer() if isinstance(tokenizer, CLIPTokenizer) else t5_tokenizer()
+    assert again.get_vocab() == tokenizer.get_vocab()
 
 
 def test_capitals_do_not_make_other_words(tokenizer: CLIPTokenizer | T5Tokenizer) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import FluxPipeline
+
 from safelight.shapes import caption, judge, sample_scenes
 from safelight.shapes.train.text import clip_tokenizer, t5_tokenizer
 

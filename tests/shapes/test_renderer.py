@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from safelight.shapes import Scene, render, sample_scenes
 from safelight.shapes.render import DISTANCES, JITTER_CENTRE, JITTER_RADIUS, coverage, place
 from safelight.shapes.scene import COLOURS, POSITIONS, SHAPES, SIZES

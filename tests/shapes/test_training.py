@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import FluxPipeline
+from torch import Tensor
+
 from safelight.shapes import sample_scenes
 from safelight.shapes.captions import Caption
 from safelight.shapes.train import flow, vae
@@ -15,7 +17,6 @@ from safelight.shapes.train.flow import Batch, draw_batch, weights
 from safelight.shapes.train.latents import Latents, encode_scenes, pack
 from safelight.shapes.train.model import TextToVelocity, image_ids, new_model
 from safelight.shapes.train.run import Run, one_cycle
-from torch import Tensor
 
 STEPS = 3
 TOKENS = 4 * (64 + 16)

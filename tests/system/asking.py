@@ -10,8 +10,9 @@ from typing import Any
 import httpx
 import torch
 from diffusers import DiffusionPipeline
-from safelight.tests.tiny import FAMILIES
 from safetensors.torch import load
+
+from safelight.tests.tiny import FAMILIES
 
 FIELDS = ("width", "height", "num_frames", "num_inference_steps", "guidance_scale", "true_cfg_scale", "negative_prompt")
 PROMPTS = ("a red circle", "two blue squares on a white table", "a star", "a red circle", "one heart", "a green cross")

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+
 from safelight.tests.live import LiveServer
 from safelight.tests.tiny import save
 

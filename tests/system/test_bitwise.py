@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from safelight.tests.live import LiveServer
 
 from .asking import ask, ask_together, body, load_plain, picture, plain, stats

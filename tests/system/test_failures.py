@@ -11,6 +11,7 @@ from pathlib import Path
 import httpx
 import pytest
 import torch
+
 from safelight.tests.live import LiveServer
 
 from .asking import ask, ask_together, body, picture, stats

@@ -9,8 +9,9 @@ import numpy.typing as npt
 import pytest
 import torch
 from diffusers import DiffusionPipeline
-from safelight.tests.tiny import FAMILIES, save, tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from safelight.tests.tiny import FAMILIES, save, tokenizers
 
 Picture = npt.NDArray[np.float32]
 

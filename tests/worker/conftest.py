@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from safelight.protocol.config import Config
 from safelight.tests.tiny import save
 from safelight.worker.model import Model, load_model

@@ -10,9 +10,10 @@ import pytest
 import torch
 from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
+from safetensors.torch import load
+
 from safelight.protocol.errors import InvalidRequest
 from safelight.worker.encoding import encode, to_uint8
-from safetensors.torch import load
 
 
 def pixels(*shape: int) -> torch.Tensor:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from safelight.protocol.messages import BatchingMode
 from safelight.worker.call import Call, cross
 from safelight.worker.coroutine import Cancelled, Coroutine

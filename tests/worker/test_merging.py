@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from safelight.worker.anatomy import Anatomist, Anatomy
 from safelight.worker.call import Call
 from safelight.worker.merging import NotSplittable, merge, split

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import diffusers
 import pytest
 import torch
+
 from safelight.protocol.config import Config
 from safelight.protocol.errors import StartFailed
 from safelight.worker.arguments import call_arguments

@@ -8,6 +8,7 @@ from typing import Any
 import msgspec
 import pytest
 import torch
+
 from safelight.protocol.config import Config
 from safelight.protocol.messages import BatchingMode, Generate, Sample
 from safelight.tests.tiny import FAMILIES

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+
 from safelight.worker.call import Call
 from safelight.worker.prompt_cache import PromptCache, prompt_key
 
