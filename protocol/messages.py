@@ -109,7 +109,10 @@ class Output(msgspec.Struct, frozen=True):
 
 
 class Timings(msgspec.Struct, frozen=True):
-    """Seconds, of the request's slowest output; ``total_s`` is measured where the request entered that process."""
+    """Seconds; of several outputs, from the first one's begin to the last one's end of each phase.
+
+    ``total_s`` is measured where the request entered that process.
+    """
 
     queue_s: float
     encode_s: float
@@ -138,11 +141,13 @@ class Failed(msgspec.Struct, tag=True, frozen=True):
 class Parameter(msgspec.Struct, frozen=True):
     """One argument of the pipeline's ``__call__`` that a request may set.
 
-    ``types`` are JSON types ("int", "float", "str", "bool", "list", "dict", "null"); ``default`` is the pipeline's own.
+    ``types`` are JSON types ("int", "float", "str", "bool", "list", "dict", "null"); ``default`` is the pipeline's own,
+    and ``maximum`` the largest value that makes sense for this model, where one is known.
     """
 
     types: list[str]
     default: Any = None
+    maximum: int | None = None
 
 
 class Batching(msgspec.Struct, frozen=True):

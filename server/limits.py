@@ -210,6 +210,8 @@ def _check_extra(name: str, value: Any, model: ModelInfo, config: Config) -> Non
         raise InvalidRequest(
             f"{field} must be of type {' or '.join(parameter.types)}, not {_type_of(value)}.", field=field
         )
+    if parameter.maximum is not None and isinstance(value, int):
+        Range(1, parameter.maximum).check(field, value, field)
     if name in _SCHEDULES and isinstance(value, list):
         Range(1, config.max_steps).check(f"The length of {field}", len(value), field)
 

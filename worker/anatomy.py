@@ -26,6 +26,7 @@ from torch.utils import _pytree as pytree
 from torch.utils.weak import WeakIdKeyDictionary
 
 from .call import Call
+from .sizes import DENOISERS
 
 MERGEABLE_METHODS = frozenset({"__call__", "forward", "encode", "decode", "get_text_features", "get_image_features"})
 """Methods whose rows are independent by the conventions of diffusers and transformers. Others run alone."""
@@ -70,13 +71,16 @@ class Anatomist:
         tree = (call.args, call.kwargs)
         leaves, spec = pytree.tree_flatten(tree, is_leaf=lambda node: is_row_list(node, rows, listed))
         roles = [_role(leaf, rows) for leaf in leaves]
-        marks = tuple(self._mark(leaf, role) for leaf, role in zip(leaves, roles, strict=True))
+        places = _position_ids(call)
+        marks = tuple(self._mark(leaf, role, id(leaf) in places) for leaf, role in zip(leaves, roles, strict=True))
         return Anatomy(leaves, spec, roles, rows, _positions(primary), listed, (call.name, spec, marks))
 
-    def _mark(self, leaf: Any, role: Role) -> Hashable:
+    def _mark(self, leaf: Any, role: Role, places: bool) -> Hashable:
         """What must be equal in two calls for this leaf to merge."""
         if role is Role.BATCHED:
-            return (role, leaf.dtype, leaf.device, tuple(leaf.shape[1:]))
+            # denoisers read the position ids of the first row for all rows (FLUX.2 does)
+            content = self._digest(leaf) if places else None
+            return (role, leaf.dtype, leaf.device, tuple(leaf.shape[1:]), content)
         if role is Role.SCALAR:
             return (role, leaf.dtype, leaf.device)
         if role is Role.LISTED:
@@ -98,6 +102,13 @@ def digest(tensor: torch.Tensor) -> bytes:
     """A digest of the tensor's bytes (not of its shape or dtype)."""
     flat = tensor.detach().cpu().contiguous().reshape(-1)
     return hashlib.blake2b(flat.view(torch.uint8).numpy().data, digest_size=16).digest()
+
+
+def _position_ids(call: Call) -> set[int]:
+    """The ``id()`` of the tensors that tell a denoiser where its tokens lie (``img_ids``, ``txt_ids``)."""
+    if call.component.split(".")[0] not in DENOISERS:
+        return set()
+    return {id(value) for name, value in call.kwargs.items() if name.endswith("ids")}
 
 
 def is_row_list(node: Any, rows: int, listed: bool) -> bool:

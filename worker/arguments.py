@@ -21,18 +21,8 @@ _JSON_TYPES: dict[Any, str] = {
     dict: "dict",
     type(None): "null",
 }
-_OURS = frozenset(
-    {
-        "self",
-        "prompt",
-        "generator",
-        "output_type",
-        "return_dict",
-        "latents",
-        "num_images_per_prompt",
-        "num_videos_per_prompt",
-    }
-)
+_OURS = frozenset({"self", "prompt", "generator", "output_type", "return_dict", "latents"})
+_OUR_ENDINGS = ("_embeds", "_mask", "_embeddings", "_per_prompt")
 """Arguments that Safelight itself sets, or that are no JSON."""
 
 
@@ -42,7 +32,7 @@ def call_arguments(pipeline: type[DiffusionPipeline]) -> dict[str, Parameter]:
     annotations = _annotations(pipeline)
     found = {}
     for name, parameter in signature.parameters.items():
-        if name in _OURS or name.startswith("callback") or name.endswith(("_embeds", "_mask", "_embeddings")):
+        if name in _OURS or name.startswith("callback") or name.endswith(_OUR_ENDINGS):
             continue
         json_types = _json_types(annotations.get(name), parameter.default)
         if json_types - {"null"} and parameter.kind is not inspect.Parameter.VAR_KEYWORD:

@@ -34,8 +34,6 @@ class Coroutine:
 
     def start(self) -> Call | None:
         """Run to the first call; ``None`` when the body ended without one."""
-        # not the greenlet that made this coroutine: that may be another coroutine (a sample that wants a preview)
-        self._greenlet.parent = getcurrent()
         return self._advance(self._greenlet.switch)
 
     def resume(self, value: Any) -> Call | None:
@@ -47,17 +45,27 @@ class Coroutine:
         return self._advance(lambda: self._greenlet.throw(error))
 
     def _advance(self, switch: Callable[[], Any]) -> Call | None:
+        # not the greenlet that made this coroutine: that may be another coroutine (a sample that wants a preview)
+        self._greenlet.parent = getcurrent()
         try:
             value = switch()
         except BaseException as error:  # whatever the pipeline raised is this request's outcome
             if isinstance(error, KeyboardInterrupt | SystemExit):
                 raise
             self.error = error
-            self._done(self)
+            self._end()
             return None
         if not self.finished:
             assert isinstance(value, Call), "a coroutine hands over nothing but calls"
             return value
         self.result = value
-        self._done(self)
+        self._end()
         return None
+
+    def _end(self) -> None:
+        done, self._done = self._done, _nobody  # lets go of the request, whose outputs are large
+        done(self)
+
+
+def _nobody(_: Coroutine) -> None:
+    """Who hears of a coroutine's end after its end."""

@@ -28,6 +28,10 @@ STARTS_PER_TURN = 2
 """A start runs a coroutine up to its first call while everybody else waits, so few are done between two forwards."""
 
 
+MOST_KINDS_APART = 1000
+"""Kinds of calls that are remembered as failing when merged; then they are forgotten, and tried again."""
+
+
 @dataclass(slots=True)
 class Counters:
     """Since the hub was made: component calls answered, and forwards that it took."""
@@ -71,6 +75,8 @@ class Hub:
         """Calls that run alone, by name, and why."""
         self.merged_names: set[str] = set()
         """Calls that have met in a forward, by name."""
+        self._apart: set[Hashable] = set()
+        self._token_caps: dict[str, int] = {}
         self._cache = cache
         self._anatomist = Anatomist()
         self._starting: deque[Coroutine] = deque()
@@ -103,8 +109,9 @@ class Hub:
 
     def turn(self) -> None:
         """Start a few coroutines, then make one forward and let those that it served run to their next call."""
-        for _ in range(min(STARTS_PER_TURN, len(self._starting))):
-            if self.mode == "serial" and self._active:
+        for _ in range(STARTS_PER_TURN):
+            # looked at anew each time: a coroutine that fails at once may cancel others that wait to start
+            if not self._starting or (self.mode == "serial" and self._active):
                 break
             coroutine = self._starting.popleft()
             self._active.add(coroutine)
@@ -125,20 +132,32 @@ class Hub:
             self._active.discard(coroutine)
             self._cancelled.discard(coroutine)
             return
+        self._waiting.append(self._examined(coroutine, call))
+
+    def _examined(self, coroutine: Coroutine, call: Call) -> Waiting:
+        """The call with what decides its company. One that cannot be examined runs alone, and says so once."""
         mergeable = self.mode == "merged" and not coroutine.alone and call.name not in self.unmergeable
-        anatomy = self._anatomist.dissect(call) if mergeable else None
-        self._waiting.append(Waiting(coroutine, call, anatomy, prompt_key(call) if self._cache else None))
+        try:
+            anatomy = self._anatomist.dissect(call) if mergeable else None
+            if anatomy is not None and anatomy.key in self._apart:
+                anatomy = None
+            return Waiting(coroutine, call, anatomy, prompt_key(call) if self._cache else None)
+        except Exception:  # arguments of any kind come by here, and the loop serves everybody
+            log.warning("the arguments of %s cannot be compared", call.name, exc_info=True)
+            self._never_merge_again(call.name, "its arguments cannot be compared")
+            return Waiting(coroutine, call, None, None)
 
     def _next_group(self) -> list[Waiting]:
         """The first in line and all that may join it, taken out of the line."""
         group = [self._waiting.popleft()]
         first = group[0].anatomy
-        if first is None or self._cached(group[0]) is not None:
+        if first is None or self._is_cached(group[0]):
             return group
+        most = min(self.max_tokens, self._token_caps.get(group[0].call.name, self.max_tokens))
         positions, prompts, left = first.positions, {group[0].prompt}, deque[Waiting]()
         for other in self._waiting:
             part = other.anatomy
-            fits = part is not None and part.key == first.key and positions + part.positions <= self.max_tokens
+            fits = part is not None and part.key == first.key and positions + part.positions <= most
             asked_already = other.prompt is not None and other.prompt in prompts
             if part is None or not fits or asked_already or len(group) == self.max_batch:
                 left.append(other)
@@ -151,8 +170,10 @@ class Hub:
 
     def _forward(self, group: list[Waiting]) -> list[Outcome]:
         self.counters.calls += len(group)
-        outcomes = self._merged(group) if len(group) > 1 else None
-        return outcomes if outcomes is not None else [self._alone(waiting) for waiting in group]
+        if len(group) == 1:
+            return [self._alone(group[0])]
+        outcomes = self._merged(group)
+        return self._one_by_one(group) if outcomes is None else outcomes
 
     def _alone(self, waiting: Waiting) -> Outcome:
         cached = self._cached(waiting)
@@ -177,22 +198,30 @@ class Hub:
             self._never_merge_again(name, f"its output cannot be divided: {reason}")
             return None
         except torch.OutOfMemoryError:
-            log.warning("%s ran out of memory with %d calls in a forward; they run one by one", name, len(group))
+            self._token_caps[name] = max(1, sum(part.positions for part in parts) // 2)
+            log.warning("%d calls to %s are too many for the memory; fewer meet from now on", len(group), name)
             return None
         except Exception:  # one of the calls, or the merge: alone, each shows which
             log.warning("a forward of %d calls to %s failed; they run one by one", len(group), name, exc_info=True)
-            return self._one_by_one(group, name)
+            return None
         self.counters.forwards += 1
         self.merged_names.add(name)
         for waiting, value in zip(group, values, strict=True):
             self._keep(waiting, value, exact=False)
         return [Outcome(value) for value in values]
 
-    def _one_by_one(self, group: list[Waiting], name: str) -> list[Outcome]:
+    def _one_by_one(self, group: list[Waiting]) -> list[Outcome]:
+        """After a merged forward failed. If each call alone does well, calls of just this kind stay apart."""
         outcomes = [self._alone(waiting) for waiting in group]
-        if not any(outcome.error for outcome in outcomes):
-            self._never_merge_again(name, "a merged forward failed where each call alone did not")
+        anatomy, name = group[0].anatomy, group[0].call.name
+        if anatomy is not None and name not in self._token_caps and not any(outcome.error for outcome in outcomes):
+            if len(self._apart) == MOST_KINDS_APART:
+                self._apart.clear()
+            self._apart.add(anatomy.key)
         return outcomes
+
+    def _is_cached(self, waiting: Waiting) -> bool:
+        return self._cache is not None and self._cache.holds(waiting.prompt, exact=waiting.coroutine.alone)
 
     def _cached(self, waiting: Waiting) -> Any | None:
         if self._cache is None or waiting.prompt is None:

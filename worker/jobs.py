@@ -14,9 +14,8 @@ from queue import SimpleQueue
 import torch
 
 from ..protocol.codec import Buffer
-from ..protocol.errors import ClientGone, Internal, InvalidRequest, SafelightError
+from ..protocol.errors import ClientGone, Internal, InvalidRequest, SafelightError, Unavailable
 from ..protocol.messages import Failed, FromWorker, Generate, Output, Preview, Progress, ReplicaStats, Result, Timings
-from .coroutine import Coroutine
 from .encoding import encode, encode_image, to_uint8
 from .hub import Hub
 from .model import Model
@@ -25,6 +24,8 @@ from .sample import SampleRun
 from .steps import Step
 
 log = logging.getLogger(__name__)
+
+_MEMORY_RETRY_S = 5.0
 
 _INPUT_ERRORS = (TypeError, ValueError, AttributeError, KeyError, IndexError, RuntimeError, NotImplementedError)
 
@@ -36,7 +37,6 @@ class Job:
     request: Generate
     samples: list[SampleRun] = field(default_factory=list)
     outputs: dict[int, Output] = field(default_factory=dict)
-    previews: list[Coroutine] = field(default_factory=list)
     previews_owed: int = 0
 
     @property
@@ -46,7 +46,7 @@ class Job:
 
 @dataclass(slots=True, eq=False)
 class _Encoded:
-    """An encoding thread's answer: an output or its error, or else a preview or ``None`` for one that failed."""
+    """An encoding thread's answer: an output or its error, or else a preview, ``None`` where it failed."""
 
     job: Job
     index: int
@@ -105,7 +105,7 @@ class Jobs:
         while not self._encoded.empty():
             encoded = self._encoded.get()
             job = encoded.job
-            if self._jobs.get(job.request.request_id) is not job:
+            if self._gone(job):
                 continue
             if encoded.error is not None:
                 self._fail(job, encoded.error)
@@ -125,8 +125,8 @@ class Jobs:
 
     def _end(self, job: Job, message: Result | Failed) -> None:
         del self._jobs[job.request.request_id]
-        for coroutine in [*(sample.coroutine for sample in job.samples), *job.previews]:
-            self._hub.cancel(coroutine)
+        for sample in job.samples:
+            self._hub.cancel(sample.coroutine)
         self._send(message)
 
     def _fail(self, job: Job, error: SafelightError) -> None:
@@ -138,39 +138,36 @@ class Jobs:
         if request.progress:
             self._send(Progress(request.request_id, sample.index, step.number, step.total))
         if request.preview_every and step.number % request.preview_every == 0 and step.number < step.total:
-            self._start_preview(sample, step)
+            self._preview(sample, step)
 
-    def _start_preview(self, sample: SampleRun, step: Step) -> None:
+    def _preview(self, sample: SampleRun, step: Step) -> None:
         job = self._jobs[sample.request.request_id]
-
-        def finished(coroutine: Coroutine) -> None:
-            job.previews.remove(coroutine)
-            if isinstance(coroutine.error, Exception):
-                log.warning("a preview failed", exc_info=coroutine.error, extra=_in(job))
-            if coroutine.error is not None:
-                self._encoded.put(_Encoded(job, sample.index))
-                self._wake()
-                return
-            picture = coroutine.result if coroutine.result.ndim == 3 else coroutine.result[0]
-            self._threads.submit(self._encode_preview, job, sample.index, step, picture)
-
-        coroutine = preview(self._model, sample.arguments(), step.clean_estimate(), finished)
-        job.previews.append(coroutine)
+        try:
+            pixels = preview(self._model, sample.arguments(), step.clean_estimate())
+        except Exception:
+            log.exception("a preview failed", extra=_in(job))
+            return
         job.previews_owed += 1
-        self._hub.start(coroutine)
+        self._threads.submit(self._encode_preview, job, sample.index, step, pixels if pixels.ndim == 3 else pixels[0])
 
     def _finished(self, job: Job, sample: SampleRun) -> None:
-        if self._jobs.get(job.request.request_id) is not job:
+        if self._gone(job):
             return
-        error = sample.coroutine.error
+        error, pixels = sample.coroutine.error, sample.coroutine.result
+        sample.coroutine.error = sample.coroutine.result = None  # they are large, and the job may live on for long
         if error is None:
-            self._threads.submit(self._encode_output, job, sample)
+            self._threads.submit(self._encode_output, job, sample, pixels)
         else:
             log.error("output %d failed", sample.index, exc_info=error, extra=_in(job))
             self._fail(job, _explain(error, sample))
 
-    def _encode_output(self, job: Job, sample: SampleRun) -> None:
-        request, pixels = job.request, sample.pixels
+    def _gone(self, job: Job) -> bool:
+        return self._jobs.get(job.request.request_id) is not job
+
+    def _encode_output(self, job: Job, sample: SampleRun, pixels: torch.Tensor) -> None:
+        if self._gone(job):
+            return
+        request = job.request
         encoded = _Encoded(job, sample.index)
         fps = (request.fps or self._model.default_fps) if pixels.ndim == 4 else None
         try:
@@ -209,7 +206,7 @@ def _in(job: Job) -> dict[str, str]:
 
 
 def _timings(job: Job) -> Timings:
-    """Of the sample that took longest to denoise; the rest of the request's time is its first sample's wait."""
+    """From the first sample's start to the first denoiser call of any, to the last step of any, to now."""
     now = time.perf_counter()
     clocks = [sample.clock for sample in job.samples]
     submitted = min(clock.submitted for clock in clocks)
@@ -227,6 +224,8 @@ def _explain(error: BaseException, sample: SampleRun) -> SafelightError:
     """
     if isinstance(error, SafelightError):
         return error
+    if isinstance(error, torch.OutOfMemoryError):
+        return Unavailable("the replica has not enough memory for this request", retry_after_s=_MEMORY_RETRY_S)
     frames = [frame.name for frame in traceback.extract_tb(error.__traceback__)]
     if isinstance(error, ValueError | TypeError) and "check_inputs" in frames:
         return InvalidRequest(f"the pipeline refuses these arguments: {error}")

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import msgspec
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.utils import logging as diffusers_logging
@@ -19,6 +20,7 @@ from ..protocol.errors import StartFailed
 from ..protocol.messages import Batching, ModelInfo, Parameter
 from ..protocol.models import resolve_model
 from .arguments import call_arguments
+from .module_state import ModuleState
 from .sizes import Sizes, denoiser_config, find_sizes
 
 log = logging.getLogger(__name__)
@@ -27,6 +29,12 @@ INITIAL_VERSION = "0"
 """The weight version of a checkpoint as it was loaded."""
 
 _DEFAULT_FPS = 16
+
+_NO_LIMIT = 100_000
+"""Transformers writes a number far beyond this one where a tokenizer has no limit."""
+
+_LONGEST_TEXT = 4096
+"""Tokens, for pipelines that name no default and tokenizers that name no limit."""
 
 
 @dataclass(slots=True)
@@ -44,6 +52,8 @@ class Model:
     defaults: dict[str, Any]
     output_type: Literal["pt", "np"] = "pt"
     weight_version: str = INITIAL_VERSION
+    pristine: ModuleState | None = None
+    """What the modules are restored to after each request; only for pipelines that change them."""
 
     @property
     def default_fps(self) -> int | None:
@@ -84,11 +94,10 @@ def load_model(config: Config) -> Model:
     path = str(resolve_model(config.model))
     device = _device(config)
     dtype = _dtype(config, device)
-    pipeline = _load_pipeline(path, dtype)
-    pipeline.to(device)
+    pipeline = _load_pipeline(path, dtype, device)
     pipeline.set_progress_bar_config(disable=True)
     _forget_caches(pipeline)
-    arguments = call_arguments(type(pipeline))
+    arguments = _bounded(call_arguments(type(pipeline)), pipeline, config)
     sizes = find_sizes(pipeline, arguments)
     return Model(
         name=config.served_model_name or config.model.rstrip("/").rsplit("/", 1)[-1],
@@ -103,10 +112,10 @@ def load_model(config: Config) -> Model:
     )
 
 
-def _load_pipeline(path: str, dtype: torch.dtype) -> DiffusionPipeline:
+def _load_pipeline(path: str, dtype: torch.dtype, device: torch.device) -> DiffusionPipeline:
     try:
-        return DiffusionPipeline.from_pretrained(path, dtype=dtype, use_safetensors=True)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, RuntimeError) as error:
+        return DiffusionPipeline.from_pretrained(path, dtype=dtype, use_safetensors=True).to(device)
+    except Exception as error:  # the libraries raise errors of every kind; each ends this start, with its own words
         log.exception("loading %s failed", path)
         what = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise StartFailed(
@@ -143,12 +152,28 @@ def _forget_caches(pipeline: DiffusionPipeline) -> None:
 
 def default_text_length(pipeline: DiffusionPipeline, arguments: Mapping[str, Parameter]) -> dict[str, int]:
     """The pipeline's default text length, cut to the longest text that any of the model's tokenizers is made for."""
-    parameter = arguments.get("max_sequence_length")
-    limits = [getattr(part, "model_max_length", None) for part in pipeline.components.values()]
-    longest = max((limit for limit in limits if isinstance(limit, int)), default=None)
+    parameter, longest = arguments.get("max_sequence_length"), _longest_text(pipeline)
     if parameter is None or not isinstance(parameter.default, int) or longest is None or longest >= parameter.default:
         return {}
     return {"max_sequence_length": longest}
+
+
+def _longest_text(pipeline: DiffusionPipeline) -> int | None:
+    """Tokens that the most capable of the model's tokenizers is made for; ``None`` when none says."""
+    limits = [getattr(part, "model_max_length", None) for part in pipeline.components.values()]
+    return max((limit for limit in limits if isinstance(limit, int) and limit < _NO_LIMIT), default=None)
+
+
+def _bounded(arguments: dict[str, Parameter], pipeline: DiffusionPipeline, config: Config) -> dict[str, Parameter]:
+    """Arguments with a maximum where a larger value would only cost time and memory."""
+    bounded = dict(arguments)
+    for name, parameter in arguments.items():
+        if name.endswith("num_inference_steps"):
+            bounded[name] = msgspec.structs.replace(parameter, maximum=config.max_steps)
+        if name == "max_sequence_length":
+            longest = max(parameter.default or 0, _longest_text(pipeline) or 0) or _LONGEST_TEXT
+            bounded[name] = msgspec.structs.replace(parameter, maximum=longest)
+    return bounded
 
 
 def _binning(pipeline: DiffusionPipeline, arguments: Mapping[str, Parameter]) -> dict[str, bool]:

@@ -7,7 +7,6 @@ what it does with its own latents.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,7 +14,6 @@ from diffusers.utils import BaseOutput
 from torch.utils import _pytree as pytree
 
 from .call import Call, cross
-from .coroutine import Coroutine
 from .fork import fork, schedulers
 from .model import Model
 from .sample import first_output
@@ -25,22 +23,17 @@ from .steps import answer_steps
 _SCHEDULE = ("num_inference_steps", "timesteps", "sigmas")
 
 
-def preview(
-    model: Model, arguments: dict[str, Any], latents: torch.Tensor, done: Callable[[Coroutine], None]
-) -> Coroutine:
-    """A coroutine whose result is the picture [C, H, W] or clip [F, C, H, W] that ``latents`` decode to.
+def preview(model: Model, arguments: dict[str, Any], latents: torch.Tensor) -> torch.Tensor:
+    """The picture [C, H, W] or clip [F, C, H, W] that ``latents`` decode to, float in [0, 1].
 
-    ``arguments`` are those of the sample's own call; ``latents`` are as its scheduler's ``step`` returns them.
+    Runs in the caller's coroutine, so a sample waits for its own previews and nobody else does. ``arguments`` are those
+    of the sample's own call; ``latents`` are as its scheduler's ``step`` returns them.
     """
-
-    def body() -> torch.Tensor:
-        pipeline = fork(model.pipeline, _cross_without_denoiser)
-        for scheduler in schedulers(pipeline):
-            answer_steps(scheduler, latents)
-        once = {name: value for name, value in arguments.items() if name not in _SCHEDULE}
-        return first_output(pipeline(**once, num_inference_steps=1))
-
-    return Coroutine(body, done)
+    pipeline = fork(model.pipeline, _cross_without_denoiser)
+    for scheduler in schedulers(pipeline):
+        answer_steps(scheduler, latents)
+    once = {name: value for name, value in arguments.items() if name not in _SCHEDULE}
+    return first_output(pipeline(**once, num_inference_steps=1))
 
 
 def _cross_without_denoiser(call: Call) -> Any:

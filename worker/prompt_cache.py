@@ -34,13 +34,17 @@ class PromptCache:
         self._entries: OrderedDict[Hashable, _Entry] = OrderedDict()
         self._size = 0
 
+    def holds(self, key: Hashable, *, exact: bool) -> bool:
+        """Whether :meth:`get` would find a value."""
+        entry = self._entries.get(key)
+        return entry is not None and (entry.exact or not exact)
+
     def get(self, key: Hashable, *, exact: bool) -> Any | None:
         """The output kept under ``key`` (of :func:`prompt_key`), or ``None``."""
-        entry = self._entries.get(key) if key is not None else None
-        if entry is None or (exact and not entry.exact):
+        if not self.holds(key, exact=exact):
             return None
         self._entries.move_to_end(key)
-        return _cloned(entry.value)
+        return _cloned(self._entries[key].value)
 
     def put(self, key: Hashable, value: Any, *, exact: bool) -> None:
         """Keep ``value``, unless it holds anything but tensors, an exact one is there, or it is larger than all."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -11,6 +12,7 @@ import numpy as np
 import torch
 from diffusers.utils import BaseOutput
 
+from ..protocol.logs import request_id_var
 from ..protocol.messages import Generate
 from .call import Call, cross
 from .coroutine import Coroutine
@@ -57,12 +59,6 @@ class SampleRun:
         self._stepped = stepped
         self.coroutine = Coroutine(self._run, lambda _: done(self), alone=request.deterministic)
 
-    @property
-    def pixels(self) -> torch.Tensor:
-        """The finished output: float in [0, 1], [C, H, W] or [F, C, H, W]."""
-        found: torch.Tensor = self.coroutine.result
-        return found
-
     def arguments(self) -> dict[str, Any]:
         """The keyword arguments of the pipeline's call, with a fresh generator."""
         request, model = self.request, self._model
@@ -72,18 +68,23 @@ class SampleRun:
         return {
             **model.defaults,
             **given,
-            **request.extra,
+            **copy.deepcopy(request.extra),  # a pipeline may write to it
             "prompt": request.samples[self.index].prompt,
             "generator": torch.Generator("cpu").manual_seed(self.seed),
             "output_type": model.output_type,
         }
 
     def _run(self) -> torch.Tensor:
+        request_id_var.set(self.request.request_id)  # of this coroutine's own context
         self.clock.started = time.perf_counter()
         pipeline = fork(self._model.pipeline, self._cross)
         for scheduler in schedulers(pipeline):
             watch_steps(scheduler, self._saw)
-        return first_output(pipeline(**self.arguments()))
+        try:
+            return first_output(pipeline(**self.arguments()))
+        finally:
+            if self._model.pristine is not None:
+                self._model.pristine.restore()
 
     def _cross(self, call: Call) -> Any:
         if self.clock.first_denoise is None and call.component.split(".")[0] in DENOISERS:
@@ -101,5 +102,5 @@ def first_output(output: BaseOutput) -> torch.Tensor:
     found = next(output[name] for name in ("images", "frames", "image") if name in output)[0]
     if isinstance(found, torch.Tensor):
         return found
-    array = torch.from_numpy(np.ascontiguousarray(found))
-    return array.movedim(-1, -3)
+    array = torch.from_numpy(np.ascontiguousarray(found)).movedim(-1, -3)
+    return array if array.is_floating_point() else array / 255

@@ -16,8 +16,10 @@ import torch
 from ..protocol.config import Config
 from ..protocol.errors import StartFailed
 from ..protocol.messages import Batching, BatchingMode, Generate, Sample
+from .coroutine import Coroutine
 from .hub import Hub
 from .model import Model
+from .module_state import ModuleState
 from .preview import preview
 from .sample import SampleRun
 from .steps import Step
@@ -61,15 +63,23 @@ class SelfTest:
 
     def run(self) -> Verdict:
         """Decide how requests share forwards. Raises ``StartFailed`` when the pipeline does not run at all."""
+        pristine = ModuleState(self._model.pipeline)
+        verdict = self._judge()
+        if verdict.batching.mode == "serial":
+            pristine.restore()  # the test itself may have left its traces
+            self._model.pristine = pristine
+        return verdict
+
+    def _judge(self) -> Verdict:
         self._report("self-test: requests apart")
         apart = self._first_runs()
         supports_preview = self._preview_matches(apart[-1])
         if self._config.batching == "serial":
-            return Verdict(Batching("serial", "chosen by --batching"), {}, False)
-        if not _same(apart, self._apart("serial")):
+            return self._serial("chosen by --batching")
+        if not _same(apart, self._attempt(self._hub("serial"))):
             return self._serial("its pictures are not determined by the request's seed, so nothing can be compared")
         self._report("self-test: requests interleaved")
-        if not _same(apart, self._pictures(self._hub("interleaved"))):
+        if not _same(apart, self._attempt(self._hub("interleaved"))):
             return self._serial("it keeps a request's state in objects that requests share")
         if self._config.batching == "interleaved":
             return Verdict(Batching("interleaved", "chosen by --batching"), {}, supports_preview)
@@ -78,16 +88,23 @@ class SelfTest:
 
     def _together(self, apart: list[torch.Tensor], supports_preview: bool) -> Verdict:
         hub = self._hub("merged")
-        together = self._pictures(hub)
-        if self._close(apart, together):
+        if self._close(apart, self._attempt(hub)):
             return self._merged_verdict(hub, supports_preview)
         for name in sorted(hub.merged_names):
             hub = self._hub("merged")
             hub.unmergeable[name] = "merged, it changes the picture"
-            if self._close(apart, self._pictures(hub)):
+            if self._close(apart, self._attempt(hub)):
                 return self._merged_verdict(hub, supports_preview)
         reason = "its calls cannot be merged: requests together differ from the same ones apart"
         return Verdict(Batching("interleaved", reason), {}, supports_preview)
+
+    def _attempt(self, hub: Hub) -> list[torch.Tensor]:
+        """The pictures on ``hub``; none when the pipeline does not survive this way of running."""
+        try:
+            return self._pictures(hub)
+        except _SampleFailed as failed:
+            log.info("a request of the self-test failed", exc_info=failed.error)
+            return []
 
     def _merged_verdict(self, hub: Hub, supports_preview: bool) -> Verdict:
         if hub.counters.forwards == hub.counters.calls:
@@ -146,7 +163,7 @@ class SelfTest:
         for run in runs:
             if run.coroutine.error is not None:
                 raise _SampleFailed(run.coroutine.error)
-        return [run.pixels.float().cpu() for run in runs]
+        return [run.coroutine.result.float().cpu() for run in runs]
 
     def _request(self, index: int) -> Generate:
         takes = self._model.arguments
@@ -167,8 +184,9 @@ class SelfTest:
         """Whether a preview of the last request's last step is its picture."""
         if self._last_step is None:
             return False
+        sample, latents = self._last_sample, self._last_step.prev_sample
         hub = self._hub("interleaved")
-        coroutine = preview(self._model, self._last_sample.arguments(), self._last_step.prev_sample, lambda _: None)
+        coroutine = Coroutine(lambda: preview(self._model, sample.arguments(), latents), lambda _: None)
         hub.start(coroutine)
         while hub.busy:
             hub.turn()
@@ -178,6 +196,8 @@ class SelfTest:
         return torch.equal(coroutine.result.float().cpu(), picture)
 
     def _close(self, apart: list[torch.Tensor], together: list[torch.Tensor]) -> bool:
+        if len(apart) != len(together):
+            return False
         if self._model.dtype is torch.float32:
             return all((a - b).abs().max().item() <= FP32_TOLERANCE for a, b in zip(apart, together, strict=True))
         scale = (apart[0] - apart[1]).abs().mean().item() if apart[0].shape == apart[1].shape else 1.0
@@ -192,4 +212,4 @@ class _SampleFailed(Exception):
 
 
 def _same(one: list[torch.Tensor], other: list[torch.Tensor]) -> bool:
-    return all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+    return len(one) == len(other) and all(torch.equal(a, b) for a, b in zip(one, other, strict=True))

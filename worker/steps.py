@@ -42,29 +42,46 @@ class Step:
 
 
 def watch_steps(scheduler: SchedulerMixin, seen: Callable[[Step], None]) -> None:
-    """Call ``seen`` after each step of ``scheduler``, which must be a fork's own copy."""
-    take_step = scheduler.step
-    number = 0
+    """Call ``seen`` after each step of ``scheduler``, which must be a fork's own copy.
 
-    @functools.wraps(take_step)  # keeps the signature, which pipelines inspect
-    def step(model_output: torch.Tensor, timestep: Any, sample: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+    A copy that the pipeline makes of it (for a second modality, say) takes its own steps, unseen.
+    """
+    number = 0
+    take_step = type(scheduler).step
+
+    def step(
+        watched: Any, model_output: torch.Tensor, timestep: Any, sample: torch.Tensor, *args: Any, **kw: Any
+    ) -> Any:
         nonlocal number
-        result = take_step(model_output, timestep, sample, *args, **kwargs)
-        number += 1
-        seen(Step(number, len(scheduler.timesteps), scheduler, model_output, sample, result))
+        result = take_step(watched, model_output, timestep, sample, *args, **kw)
+        if watched is scheduler:
+            number += 1
+            seen(Step(number, len(scheduler.timesteps), scheduler, model_output, sample, result))
         return result
 
-    scheduler.step = step
+    _replace_step(scheduler, step)
 
 
 def answer_steps(scheduler: SchedulerMixin, sample: torch.Tensor) -> None:
-    """Make every step of ``scheduler`` arrive at ``sample``, whatever it is given."""
+    """Make every step of ``scheduler`` arrive at ``sample``, whatever it is given. Copies of it step as ever."""
+    take_step = type(scheduler).step
 
-    @functools.wraps(scheduler.step)
-    def step(*args: Any, return_dict: bool = True, **kwargs: Any) -> Any:
-        return _Arrived(sample, sample) if return_dict else (sample,)
+    def step(answering: Any, *args: Any, **kwargs: Any) -> Any:
+        if answering is not scheduler:
+            return take_step(answering, *args, **kwargs)
+        return _Arrived(sample, sample) if kwargs.get("return_dict", True) else (sample,)
 
-    scheduler.step = step
+    _replace_step(scheduler, step)
+
+
+def _replace_step(scheduler: SchedulerMixin, step: Callable[..., Any]) -> None:
+    """Give ``scheduler`` a class of its own with another ``step``, alike in name and signature, which pipelines read.
+
+    The class and not the instance: a function kept on the instance would go along into a deep copy, and there still
+    step the original.
+    """
+    base = type(scheduler)
+    scheduler.__class__ = type(base.__name__, (base,), {"step": functools.wraps(base.step)(step)})
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,6 +9,7 @@ import torch
 from diffusers import AutoencoderKL
 
 from . import flow, vae
+from .decoder import refine
 from .export import export, pipeline
 from .latents import Latents, encode_scenes
 from .look import look
@@ -16,7 +17,7 @@ from .model import TextToVelocity, new_model
 from .run import Run
 
 STAGES = ("vae", "latents", "flow", "export", "all")
-VAE_STEPS, FLOW_STEPS, SCENES = 3400, 4000, 12_000
+VAE_STEPS, DECODER_STEPS, FLOW_STEPS, SCENES = 3400, 600, 4800, 12_000
 
 
 def arguments() -> argparse.ArgumentParser:
@@ -26,6 +27,7 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--vae-steps", type=int, default=VAE_STEPS)
+    parser.add_argument("--decoder-steps", type=int, default=DECODER_STEPS)
     parser.add_argument("--steps", type=int, default=FLOW_STEPS, help="steps of the flow stage")
     parser.add_argument("--scenes", type=int, default=SCENES, help="scenes to encode for the flow stage")
     parser.add_argument("--compile", action="store_true", help="compile the transformer's blocks")
@@ -36,7 +38,7 @@ def arguments() -> argparse.ArgumentParser:
 def main() -> None:
     options = arguments().parse_args()
     run = Run(options.out, torch.device(options.device), options.seed)
-    autoencoder = vae.train(run, options.vae_steps)
+    autoencoder = refine(run, vae.train(run, options.vae_steps), options.decoder_steps)
     if options.stage == "vae":
         return
     latents = encode_scenes(run, autoencoder, options.scenes)

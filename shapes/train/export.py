@@ -30,7 +30,13 @@ def pipeline(vae: AutoencoderKL, model: TextToVelocity, latents: Latents) -> Flu
 
 
 def export(vae: AutoencoderKL, model: TextToVelocity, latents: Latents, folder: Path, dtype: torch.dtype) -> None:
-    """Writes the checkpoint in `dtype`; the parts given stay as they are."""
-    built = pipeline(copy.deepcopy(vae), copy.deepcopy(model), latents)
-    built.to(dtype)
+    """Writes the checkpoint, transformer and autoencoder in `dtype`; the parts given stay as they are.
+
+    The text encoders stay in float32: transformers loads what it finds, diffusers loads float32 unless told otherwise,
+    and a pipeline loaded without a dtype would mix the two.
+    """
+    built = pipeline(copy.deepcopy(vae).to(dtype), copy.deepcopy(model), latents)
+    built.transformer.to(dtype)
     built.save_pretrained(folder, safe_serialization=True)
+    for file in folder.rglob("*.safetensors"):
+        file.chmod(0o644)

@@ -118,8 +118,8 @@ def test_a_component_that_only_takes_one_row_is_called_row_by_row_from_then_on()
         running.start(coroutine)
     drain(running)
     assert [c.result for c in both] == [[2.0] * 3, [3.0] * 3]
-    assert "transformer" in running.unmergeable
-    assert seen.count(2) == 1
+    assert seen.count(2) == 1, "the same kind of call is not tried again"
+    assert running.unmergeable == {}, "other kinds of calls to it still merge"
 
 
 def test_deterministic_requests_share_no_forward() -> None:
@@ -175,6 +175,59 @@ def test_a_request_cancelled_before_it_began_never_begins() -> None:
     drain(running)
     assert component.forwards == []
     assert coroutine.finished
+
+
+def test_a_request_that_fails_at_once_may_take_waiting_ones_along() -> None:
+    component, running = Doubler(), hub()
+    second = request(component, 1.0, 1)
+
+    def fails() -> None:
+        raise ValueError("refused")
+
+    running.start(Coroutine(fails, lambda _: running.cancel(second)))
+    running.start(second)
+    survivor = request(component, 3.0, 1)
+    running.start(survivor)
+    drain(running)
+    assert isinstance(second.error, Cancelled)
+    assert survivor.result == [6.0]
+
+
+def test_arguments_that_cannot_be_compared_run_alone_and_harm_nobody() -> None:
+    class Odd:
+        def __eq__(self, other: object) -> bool:
+            raise TypeError("no")
+
+        __hash__ = None  # type: ignore[assignment]
+
+    def odd() -> Any:
+        return cross(Call("vae", "decode", lambda x, y: x + 1, (torch.ones(2, 2), [Odd(), Odd()]), {}))
+
+    component, running = Doubler(), hub()
+    strange, usual = Coroutine(odd, lambda _: None), request(component, 1.0, 2)
+    running.start(strange)
+    running.start(usual)
+    drain(running)
+    assert strange.result[0, 0] == 2
+    assert usual.result == [2.0, 2.0]
+
+
+def test_a_forward_too_large_for_the_memory_is_made_smaller_from_then_on() -> None:
+    seen: list[int] = []
+
+    def hungry(x: torch.Tensor) -> torch.Tensor:
+        seen.append(len(x))
+        if len(x) > 2:
+            raise torch.OutOfMemoryError
+        return x * 2
+
+    running = hub()
+    coroutines = [request(hungry, float(value), 4) for value in range(1, 5)]
+    for coroutine in coroutines:
+        running.start(coroutine)
+    drain(running)
+    assert [c.result for c in coroutines] == [[2.0 * value] * 4 for value in range(1, 5)]
+    assert sum(rows > 2 for rows in seen) <= 1
 
 
 def test_a_pipeline_that_catches_every_exception_cannot_survive_its_cancellation() -> None:

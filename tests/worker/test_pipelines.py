@@ -50,7 +50,7 @@ def through_hub(model: Model, hub: Hub, requests: list[Generate]) -> list[torch.
     for run in runs:
         if run.coroutine.error:
             raise run.coroutine.error
-    return [run.pixels for run in runs]
+    return [run.coroutine.result for run in runs]
 
 
 def new_hub(mode: BatchingMode = "merged", cache: PromptCache | None = None) -> Hub:
@@ -81,6 +81,40 @@ def test_six_mixed_requests_together_are_what_each_is_alone(name: str, tiny_mode
     assert worst <= (0.0 if name in SERIAL else 1e-4)
     if name not in SERIAL:
         assert hub.counters.forwards < hub.counters.calls
+
+
+@pytest.mark.parametrize("name", [name for name in JSON_FAMILIES if name not in SERIAL])
+def test_a_wide_and_a_tall_picture_of_one_area_keep_their_own_positions(
+    name: str, tiny_model: Callable[[str], Model]
+) -> None:
+    model = tiny_model(name)
+    side = FAMILIES[name].call.get("width", 64)
+    if side % (2 * model.sizes.multiple):
+        side *= 2
+    shapes = [(side, 2 * side), (2 * side, side)]
+    requests = [request(name, 2, width=width, height=height) for width, height in shapes]
+    expected = [plain(model, asked) for asked in requests]
+    together = through_hub(model, new_hub(), requests)
+    assert max((a - b).abs().max().item() for a, b in zip(expected, together, strict=True)) <= 1e-4
+
+
+@pytest.mark.parametrize("name", sorted(SERIAL))
+def test_shared_modules_are_as_they_were_after_the_self_test_and_a_cancelled_request(
+    name: str, tiny_model: Callable[[str], Model]
+) -> None:
+    fresh, model = tiny_model(name), tiny_model(name)
+    verdict = SelfTest(model, Config()).run()
+    hub = new_hub(verdict.batching.mode)
+    doomed = SampleRun(model, request(name, 0, num_inference_steps=50), 0, lambda *_: None, lambda _: None)
+    hub.start(doomed.coroutine)
+    for _ in range(6):
+        hub.turn()
+    hub.cancel(doomed.coroutine)
+    assert doomed.coroutine.finished
+    asked = request(name, 1)
+    assert torch.equal(plain(model, asked), plain(fresh, asked))
+    asked = request(name, 1, extra=asked.extra | {"pag_scale": 0.0})
+    assert torch.equal(through_hub(model, hub, [asked])[0], plain(fresh, asked))
 
 
 @pytest.mark.parametrize("name", ["flux", "wan", "zimage"])

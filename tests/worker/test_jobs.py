@@ -1,0 +1,111 @@
+"""Requests on a real model, from the message that starts them to the message that ends them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from safetensors.torch import load
+
+from safelight.protocol.messages import Failed, FromWorker, Generate, Preview, Progress, Result, Sample
+from safelight.worker.hub import Hub
+from safelight.worker.jobs import Jobs
+from safelight.worker.model import Model
+
+
+class Stage:
+    """Jobs on the tiny FLUX, with the messages that they sent."""
+
+    def __init__(self, model: Model) -> None:
+        self.sent: list[FromWorker] = []
+        self.hub = Hub(max_batch=16, max_tokens=10**6)
+        self.jobs = Jobs(model, self.hub, self.sent.append)
+
+    def settle(self) -> list[FromWorker]:
+        """Run until every request has ended; returns what was sent and forgets it."""
+        deadline = time.monotonic() + 60
+        while self.hub.busy or self.jobs.stats().running:
+            self.hub.turn()
+            self.jobs.collect()
+            assert time.monotonic() < deadline
+        sent, self.sent[:] = self.sent[:], []
+        return sent
+
+
+@pytest.fixture
+def stage(tiny_model: Callable[[str], Model]) -> Iterator[Stage]:
+    found = Stage(tiny_model("flux"))
+    yield found
+    found.jobs.close()
+
+
+def generate(name: str, outputs: int = 1, **changes: object) -> Generate:
+    fields = {"num_inference_steps": 3, "output_format": "pt", "width": 64, "height": 64} | changes
+    samples = [Sample("a red circle", seed) for seed in range(outputs)]
+    return Generate(request_id=name, samples=samples, **fields)  # type: ignore[arg-type]
+
+
+def test_outputs_come_in_the_order_of_their_seeds(stage: Stage) -> None:
+    stage.jobs.submit(generate("many", outputs=3))
+    (together,) = stage.settle()
+    assert isinstance(together, Result)
+    assert [output.seed for output in together.outputs] == [0, 1, 2]
+    pictures = [load(bytes(output.data))["t"] for output in together.outputs]
+    assert not torch.equal(pictures[0], pictures[1])
+    assert together.steps == 3
+
+
+def test_a_request_whose_outputs_all_fail_at_once_ends_once_and_harms_nobody(stage: Stage) -> None:
+    stage.jobs.submit(generate("bad", outputs=4, extra={"max_sequence_length": 100_000}))
+    stage.jobs.submit(generate("good"))
+    ended = {message.request_id: message for message in stage.settle() if isinstance(message, Failed | Result)}
+    bad = ended["bad"]
+    assert isinstance(bad, Failed)
+    assert (bad.error.status, "max_sequence_length" in bad.error.message) == (400, True)
+    assert isinstance(ended["good"], Result)
+
+
+def test_a_cancelled_request_is_acknowledged_once_and_leaves_nothing_running(stage: Stage) -> None:
+    stage.jobs.submit(generate("doomed", outputs=4, num_inference_steps=500))
+    for _ in range(5):
+        stage.hub.turn()
+    stage.jobs.cancel("doomed")
+    stage.jobs.cancel("doomed")
+    assert [(type(message), message.request_id) for message in stage.settle()] == [(Failed, "doomed")]  # type: ignore[union-attr]
+    assert not stage.hub.busy
+    assert stage.jobs.stats().cancelled == 1
+
+
+def test_progress_and_previews_are_sent_only_when_asked_for(stage: Stage) -> None:
+    stage.jobs.submit(generate("quiet"))
+    assert [type(message) for message in stage.settle()] == [Result]
+    stage.jobs.submit(generate("loud", num_inference_steps=5, progress=True, preview_every=2))
+    sent = stage.settle()
+    assert [message.step for message in sent if isinstance(message, Progress)] == [1, 2, 3, 4, 5]
+    assert [message.step for message in sent if isinstance(message, Preview)] == [2, 4]
+    assert isinstance(sent[-1], Result)
+
+
+def test_previews_do_not_change_the_picture(stage: Stage) -> None:
+    pictures = []
+    for every in (0, 1):
+        stage.jobs.submit(generate("same", preview_every=every, num_inference_steps=4))
+        result = stage.settle()[-1]
+        assert isinstance(result, Result)
+        pictures.append(load(bytes(result.outputs[0].data))["t"])
+    assert torch.equal(pictures[0], pictures[1])
+
+
+def test_weights_that_are_not_finite_are_an_error_and_no_picture(
+    stage: Stage, tiny_model: Callable[[str], Model]
+) -> None:
+    broken = tiny_model("flux")
+    next(broken.pipeline.transformer.parameters()).fill_(float("nan"))
+    other = Stage(broken)
+    other.jobs.submit(generate("nan"))
+    (failed,) = other.settle()
+    other.jobs.close()
+    assert isinstance(failed, Failed)
+    assert (failed.error.status, "finite" in failed.error.message) == (500, True)
