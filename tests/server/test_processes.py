@@ -214,7 +214,7 @@ def test_what_outlasts_the_grace_time_gets_a_503(tiny_flux: Path, scratch: Path,
         asked = ask_and_wait_until_it_runs(server, asking, ENDLESS)
         stopped_at = time.monotonic()
         assert server.stop() == 0
-        assert time.monotonic() - stopped_at < 5
+        assert time.monotonic() - stopped_at < 30, "it waited for a request that takes minutes"
         assert asked.result().status_code == 503
 
 

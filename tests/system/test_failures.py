@@ -153,7 +153,7 @@ def test_a_higher_priority_goes_first(checkpoint: Callable[[str], Path]) -> None
 def test_sigterm_finishes_what_runs(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
     with LiveServer(checkpoint("flux"), ["--threads", "1"], temporary=tmp_path) as server, ThreadPoolExecutor() as pool:
         server.wait_ready()
-        running = pool.submit(ask, server.url, body("flux", num_inference_steps=200))
+        running = pool.submit(ask, server.url, body("flux", num_inference_steps=LONG))
         server.wait_for(lambda: metric(server.url, "safelight_running") >= 1 or None, 10)
         server.signal(signal.SIGTERM)
         assert picture(running.result()).ndim == 3
@@ -189,7 +189,8 @@ def test_sigterm_finishes_what_runs(checkpoint: Callable[[str], Path], tmp_path:
         ({"stepz": 4}, 422, "stepz"),
         ({"extra": {"nonsense": 1}}, 400, "extra.nonsense"),
         ({"extra": {"max_sequence_length": "long"}}, 400, "extra.max_sequence_length"),
-        ({"extra": {"max_sequence_length": 10**6}}, 400, None),
+        ({"extra": {"max_sequence_length": 10**6}}, 400, "extra.max_sequence_length"),
+        ({"extra": {"max_sequence_length": 0}}, 400, "extra.max_sequence_length"),
         ({"extra": {"sigmas": ["one"]}}, 400, "extra"),
         ({"preview_every": 1}, 400, "preview_every"),
     ],
