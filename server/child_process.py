@@ -18,6 +18,9 @@ TERMINATION_S = 5.0
 
 _STANDARD_ERROR = 2
 
+_ENVIRONMENT = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0"}
+"""What children get unless the environment says otherwise: threads that wait for work sleep, and do not spin."""
+
 
 class ChildProcess:
     """A running scheduler or worker. The open pipe to its standard input tells it that the launcher lives."""
@@ -33,6 +36,7 @@ class ChildProcess:
             *(sys.executable, "-P", "-m", f"{__package__.rpartition('.')[0]}.{program}"),
             stdin=asyncio.subprocess.PIPE,
             stdout=_STANDARD_ERROR,  # the launcher's own standard output is left to its few lines
+            env={**_ENVIRONMENT, **os.environ},
             start_new_session=True,  # so that Ctrl-C in a terminal reaches the launcher alone
         )
         assert process.stdin is not None
