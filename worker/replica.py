@@ -71,8 +71,10 @@ class Replica:
         jobs = Jobs(model, hub, self._send, self._wake)
         info = model.info(verdict.batching, verdict.supports_preview)
         self._send(ReplicaReady(self._number, os.getpid(), info))
-        self._serve(hub, jobs)
-        jobs.close()
+        try:
+            self._serve(hub, jobs)
+        finally:
+            jobs.close()  # also after a fault: what waits to be encoded must not hold up the end
         return self._leave(0)
 
     def _load(self) -> tuple[Model, Verdict]:

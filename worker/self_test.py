@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import msgspec
 import torch
@@ -59,7 +60,7 @@ class SelfTest:
         self._config = config
         self._report = report
         self._size: dict[str, int] = {}
-        self._last_step: Step | None = None
+        self._last: tuple[SampleRun, Step] | None = None
 
     def run(self) -> Verdict:
         """Decide how requests share forwards. Raises ``StartFailed`` when the pipeline does not run at all."""
@@ -125,8 +126,9 @@ class SelfTest:
     def _first_runs(self) -> list[torch.Tensor]:
         """The pictures apart, at the smallest size and in the output type with which the pipeline runs."""
         errors: list[BaseException] = []
-        for output_type in ("pt", "np"):
-            self._model.output_type = "pt" if output_type == "pt" else "np"
+        output_types: tuple[Literal["pt", "np"], ...] = ("pt", "np")
+        for output_type in output_types:
+            self._model.output_type = output_type
             for size in self._sizes():
                 self._size = size
                 try:
@@ -177,14 +179,13 @@ class SelfTest:
         return msgspec.structs.replace(request, **self._size)
 
     def _remember(self, sample: SampleRun, step: Step) -> None:
-        self._last_step = step
-        self._last_sample = sample
+        self._last = (sample, step)
 
     def _preview_matches(self, picture: torch.Tensor) -> bool:
         """Whether a preview of the last request's last step is its picture."""
-        if self._last_step is None:
+        if self._last is None:
             return False
-        sample, latents = self._last_sample, self._last_step.prev_sample
+        sample, latents = self._last[0], self._last[1].prev_sample
         hub = self._hub("interleaved")
         coroutine = Coroutine(lambda: preview(self._model, sample.arguments(), latents), lambda _: None)
         hub.start(coroutine)
