@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .scene import COLOURS, PICTURE, POSITIONS, SHAPES, SIZES, Scene
 
-JITTER_CENTRE = 3.0
+JITTER_CENTRE = 1.0
 """Largest shift of a centre along each axis, in pixels of a `PICTURE`-wide picture."""
 
 JITTER_RADIUS = 0.05

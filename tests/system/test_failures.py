@@ -117,9 +117,14 @@ def outputs(server: LiveServer) -> list[int]:
 
 def test_a_full_queue_is_a_429_that_says_when_to_come_back(checkpoint: Callable[[str], Path]) -> None:
     flags = ["--threads", "1", "--max-running", "1", "--max-queue", "2"]
-    with LiveServer(checkpoint("flux"), flags) as server:
+    with LiveServer(checkpoint("flux"), flags) as server, ThreadPoolExecutor(8) as pool:
         server.wait_ready()
-        answers = ask_together(server.url, [body("flux", num_inference_steps=200) for _ in range(8)])
+        worker = server.children()["worker"]
+        worker.suspend()
+        asked = [pool.submit(httpx.post, f"{server.url}/generate", json=body("flux"), timeout=60) for _ in range(8)]
+        server.wait_for(lambda: sum(future.done() for future in asked) == 5 or None, 10)
+        worker.resume()
+        answers = [future.result() for future in asked]
         counted = [answer.status_code for answer in answers]
         assert counted.count(200) == 3
         assert counted.count(429) == 5
@@ -140,11 +145,14 @@ def test_a_higher_priority_goes_first(checkpoint: Callable[[str], Path]) -> None
         ThreadPoolExecutor() as pool,
     ):
         server.wait_ready()
+        worker = server.children()["worker"]
         futures = [pool.submit(one, server.url, "first", 0, LONG)]
         server.wait_for(lambda: metric(server.url, "safelight_running") == 1 or None, 10)
+        worker.suspend()
         for waiting, (name, priority) in enumerate((("low", 0), ("high", 5)), start=1):
             futures.append(pool.submit(one, server.url, name, priority, 5))
             server.wait_for(lambda waiting=waiting: metric(server.url, "safelight_queued") == waiting or None, 10)
+        worker.resume()
         for future in futures:
             future.result()
     assert finished == ["first", "high", "low"]
