@@ -1,4 +1,4 @@
-"""The app that most people write first: FastAPI around one pipeline, with a lock. ``python locked_app.py MODEL PORT``.
+"""The app that most people write first: FastAPI around one pipeline, with a lock.
 
 It is what Safelight is measured against, so it is written as well as such an app can be: the pipeline runs in a thread,
 the lock is held for the pipeline alone, and the PNG is encoded outside it.
@@ -39,9 +39,9 @@ def generate(body: dict[str, Any]) -> Response:
 
 
 if __name__ == "__main__":
-    model, port, side, text_length, threads = sys.argv[1], *map(int, sys.argv[2:6])
+    model, dtype, port, side, text_length, threads = *sys.argv[1:3], *map(int, sys.argv[3:7])
     torch.set_num_threads(threads)
-    pipeline = DiffusionPipeline.from_pretrained(model)
+    pipeline = DiffusionPipeline.from_pretrained(model, dtype=getattr(torch, dtype))
     pipeline.set_progress_bar_config(disable=True)
     arguments = {"width": side, "height": side, "max_sequence_length": text_length}
     uvicorn.run(app, port=port, log_level="warning")

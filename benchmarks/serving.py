@@ -81,15 +81,15 @@ def serving(command: list[str], port: int) -> Iterator[str]:
         process.wait(60)
 
 
-def safelight(model: Path, threads: int) -> tuple[list[str], int]:
+def safelight(model: Path, dtype: str, threads: int) -> tuple[list[str], int]:
     port = free_port()
-    options = ["--port", str(port), "--threads", str(threads), "--log-level", "warning"]
+    options = ["--port", str(port), "--dtype", dtype, "--threads", str(threads), "--log-level", "warning"]
     return [sys.executable, "-m", "safelight.server", str(model), *options], port
 
 
-def locked(model: Path, threads: int) -> tuple[list[str], int]:
+def locked(model: Path, dtype: str, threads: int) -> tuple[list[str], int]:
     port = free_port()
-    values = [str(port), str(SIDE), str(TEXT_LENGTH), str(threads)]
+    values = [dtype, str(port), str(SIDE), str(TEXT_LENGTH), str(threads)]
     return [sys.executable, str(ROOT / "benchmarks" / "locked_app.py"), str(model), *values], port
 
 
@@ -113,16 +113,16 @@ async def measure(url: str, clients: int, pictures: int, steps: int) -> Load:
     return Load(pictures / seconds, statistics.median(latencies))
 
 
-def measure_plain(model: Path, pictures: int, steps: int, threads: int) -> float:
+def measure_plain(model: Path, dtype: str, pictures: int, steps: int, threads: int) -> float:
     """Median seconds of a plain call, in a process of its own (this file, called with ``--plain``)."""
-    command = [sys.executable, "-m", "safelight.benchmarks.serving", "--plain", str(model)]
+    command = [sys.executable, "-m", "safelight.benchmarks.serving", "--plain", str(model), "--dtype", dtype]
     command += ["--pictures", str(pictures), "--steps", str(steps), "--threads", str(threads)]
     return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1])
 
 
-def plain(model: Path, pictures: int, steps: int, threads: int) -> float:
+def plain(model: Path, dtype: str, pictures: int, steps: int, threads: int) -> float:
     torch.set_num_threads(threads)
-    pipeline = DiffusionPipeline.from_pretrained(model)
+    pipeline = DiffusionPipeline.from_pretrained(model, dtype=getattr(torch, dtype))
     pipeline.set_progress_bar_config(disable=True)
     seconds = []
     for number in range(pictures + 2):
@@ -134,10 +134,12 @@ def plain(model: Path, pictures: int, steps: int, threads: int) -> float:
     return statistics.median(seconds[2:])
 
 
-def compare(model: Path, *, clients: tuple[int, ...], pictures: int, steps: int, rounds: int, threads: int) -> Any:
+def compare(
+    model: Path, dtype: str, *, clients: tuple[int, ...], pictures: int, steps: int, rounds: int, threads: int
+) -> Any:
     """Both servers up at once, measured in turns, so that a drift of the machine meets both alike."""
     rows = []
-    ours, theirs = safelight(model, threads), locked(model, threads)
+    ours, theirs = safelight(model, dtype, threads), locked(model, dtype, threads)
     with serving(*ours) as our_url, serving(*theirs) as their_url:
         for count in clients:
             for url in (our_url, their_url):
@@ -164,22 +166,24 @@ def _row(clients: int, pairs: list[tuple[Load, Load]]) -> dict[str, float]:
     }
 
 
-def measure_single(model: Path, *, pictures: int, steps: int, rounds: int, threads: int) -> dict[str, float]:
+def measure_single(
+    model: Path, dtype: str, *, pictures: int, steps: int, rounds: int, threads: int
+) -> dict[str, float]:
     """One client beside the plain call: medians of both, and of their ratio round by round."""
     ours, plains = [], []
-    with serving(*safelight(model, threads)) as url:
+    with serving(*safelight(model, dtype, threads)) as url:
         asyncio.run(measure(url, 1, 2, steps))
         for _ in range(rounds):
-            plains.append(measure_plain(model, pictures, steps, threads))
+            plains.append(measure_plain(model, dtype, pictures, steps, threads))
             ours.append(asyncio.run(measure(url, 1, pictures, steps)).median_latency_s)
     ratios = [a / b for a, b in zip(ours, plains, strict=True)]
     middle = statistics.median
     return {"safelight_s": middle(ours), "plain_s": middle(plains), "ratio": middle(ratios)}
 
 
-def measure_path(model: Path, *, requests: int, threads: int) -> dict[str, float]:
+def measure_path(model: Path, dtype: str, *, requests: int, threads: int) -> dict[str, float]:
     """HTTP → scheduler → worker → HTTP: the client's time less what the worker spent on the picture."""
-    with serving(*safelight(model, threads)) as url, httpx.Client(timeout=60) as session:
+    with serving(*safelight(model, dtype, threads)) as url, httpx.Client(timeout=60) as session:
         outside = []
         for number in range(requests + 20):
             body = {"prompt": "a red circle", "seed": number, "num_inference_steps": 1}
@@ -194,8 +198,8 @@ def table(found: dict[str, Any]) -> str:
     lines = [f"Machine: {json.dumps(found['machine'])}", ""]
     head = "| model | clients | Safelight pictures/s | locked app pictures/s | ratio | Safelight median s | locked s |"
     lines += [head, "|---|---|---|---|---|---|---|"]
-    for name in ("embedded", "mid_size"):
-        for row in found[name]:
+    for name, rows in found["servers"].items():
+        for row in rows:
             lines.append(
                 f"| {name} | {row['clients']} | {row['safelight_pictures_per_s']:.2f} "
                 f"| {row['locked_pictures_per_s']:.2f} | {row['ratio']:.2f} "
@@ -217,23 +221,29 @@ def main() -> None:
     parser.add_argument("--pictures", type=int, default=24)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--plain", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--dtype", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.plain:
-        print(plain(options.plain, options.pictures, options.steps, options.threads))
+        print(plain(options.plain, options.dtype, options.pictures, options.steps, options.threads))
         return
     rounds = 1 if options.quick else options.rounds
     common = {"steps": options.steps, "rounds": rounds, "threads": options.threads}
     mid_size = save_mid_size(SHAPES, Path(tempfile.gettempdir()) / "safelight-mid-size")
+    embedded, embedded_wide, random = (SHAPES, "bfloat16"), (SHAPES, "float32"), (mid_size, "float32")
     found: dict[str, Any] = {"machine": describe(), "options": vars(options) | {"plain": None}}
-    found["path"] = measure_path(SHAPES, requests=20 if options.quick else 200, threads=options.threads)
+    found["path"] = measure_path(*embedded, requests=20 if options.quick else 200, threads=options.threads)
     print(found["path"], flush=True)
     found["single"] = {}
-    for name, model, pictures in (("embedded", SHAPES, 12), ("mid_size", mid_size, 6)):
-        found["single"][name] = measure_single(model, pictures=2 if options.quick else pictures, **common)
+    for name, model, pictures in (("embedded, bf16", embedded, 12), ("mid-size, fp32", random, 6)):
+        found["single"][name] = measure_single(*model, pictures=2 if options.quick else pictures, **common)
         print(name, found["single"][name], flush=True)
-    clients = (16,) if options.quick else (1, 4, 16)
-    found["embedded"] = compare(SHAPES, clients=clients, pictures=options.pictures, **common)
-    found["mid_size"] = compare(mid_size, clients=(16,), pictures=16, **(common | {"rounds": min(rounds, 2)}))
+    found["servers"] = {
+        "embedded, bf16": compare(
+            *embedded, clients=(16,) if options.quick else (1, 4, 16), pictures=options.pictures, **common
+        ),
+        "embedded, fp32": compare(*embedded_wide, clients=(16,), pictures=options.pictures, **common),
+        "mid-size, fp32": compare(*random, clients=(16,), pictures=16, **(common | {"rounds": min(rounds, 2)})),
+    }
     results = ROOT / "benchmarks" / "results"
     results.mkdir(exist_ok=True)
     if not options.quick:

@@ -36,7 +36,10 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     ] = "auto"
     dtype: Annotated[
         Literal["auto", "float32", "bfloat16", "float16"],
-        Meta(description="The weights' dtype; auto is float32 on a CPU and bfloat16 on a GPU"),
+        Meta(
+            description="The weights' dtype; auto is bfloat16 on a GPU, and on a CPU that multiplies bfloat16 if the "
+            "checkpoint is stored so; else float32"
+        ),
     ] = "auto"
     replicas: Annotated[int, Meta(ge=1, le=64, description="Copies of the model, each in a process of its own")] = 1
     threads: Annotated[

@@ -18,8 +18,16 @@ TERMINATION_S = 5.0
 
 _STANDARD_ERROR = 2
 
-_ENVIRONMENT = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0"}
-"""What children get unless the environment says otherwise: threads that wait for work sleep, and do not spin."""
+_ENVIRONMENT = {
+    "GOMP_SPINCOUNT": "2000",
+    "MALLOC_MMAP_THRESHOLD_": str(32 * 2**20),
+    "MALLOC_TOP_PAD_": str(64 * 2**20),
+    "MALLOC_TRIM_THRESHOLD_": str(2**30),
+}
+"""What children get unless the environment says otherwise; docs/decisions/0006 has the measurements.
+
+Threads that wait for work spin for microseconds, then sleep. The heap keeps the memory of a forward for the next one.
+"""
 
 
 class ChildProcess:

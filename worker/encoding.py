@@ -1,4 +1,8 @@
-"""Pictures, clips and tensors as the bytes of a file."""
+"""Pictures, clips and tensors as the bytes of a file.
+
+Nothing here is torch's: this runs in threads beside the model's, and a parallel region of torch in a second thread
+gives OpenMP more threads than there are cores, after which those of the model sleep between any two operators.
+"""
 
 from __future__ import annotations
 
@@ -8,13 +12,13 @@ from fractions import Fraction
 import av
 import numpy as np
 import numpy.typing as npt
-import torch
 from PIL import Image
-from safetensors.torch import save as save_safetensors
+from safetensors.numpy import save as save_safetensors
 
 from ..protocol.errors import InvalidRequest
 from ..protocol.messages import OutputFormat
 
+Floats = npt.NDArray[np.float32]
 Pixels = npt.NDArray[np.uint8]
 
 _IMAGE_OPTIONS: dict[str, dict[str, int]] = {
@@ -25,13 +29,13 @@ _IMAGE_OPTIONS: dict[str, dict[str, int]] = {
 _H264_CRF = "18"
 
 
-def encode(pixels: torch.Tensor, output_format: OutputFormat, fps: int | None) -> bytes:
-    """The file for ``pixels``: float in [0, 1], [C, H, W] for a picture or [F, C, H, W] for a clip.
+def encode(pixels: Floats, output_format: OutputFormat, fps: int | None) -> bytes:
+    """The file for ``pixels``: in [0, 1], [C, H, W] for a picture or [F, C, H, W] for a clip.
 
     ``"pt"`` gives a safetensors file with the one tensor ``t`` in fp32, unrounded.
     """
     if output_format == "pt":
-        return bytes(save_safetensors({"t": pixels.detach().to("cpu", torch.float32).contiguous()}))
+        return bytes(save_safetensors({"t": np.ascontiguousarray(pixels)}))
     if output_format == "mp4":
         return encode_video(to_uint8(pixels), fps or 1)
     if pixels.ndim != 3:
@@ -39,10 +43,9 @@ def encode(pixels: torch.Tensor, output_format: OutputFormat, fps: int | None) -
     return encode_image(to_uint8(pixels), output_format)
 
 
-def to_uint8(pixels: torch.Tensor) -> Pixels:
-    """[…, C, H, W] float in [0, 1] to [..., H, W, C] uint8, rounding as diffusers' image processor does."""
-    array = pixels.detach().movedim(-3, -1).float().cpu().numpy()
-    rounded: Pixels = (array * 255).round().clip(0, 255).astype(np.uint8)
+def to_uint8(pixels: Floats) -> Pixels:
+    """[…, C, H, W] in [0, 1] to [..., H, W, C], rounding as diffusers' image processor does."""
+    rounded: Pixels = (np.moveaxis(pixels, -3, -1) * 255).round().clip(0, 255).astype(np.uint8)
     return rounded
 
 

@@ -11,12 +11,13 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from queue import SimpleQueue
 
+import numpy as np
 import torch
 
 from ..protocol.codec import Buffer
 from ..protocol.errors import ClientGone, Internal, InvalidRequest, SafelightError, Unavailable
 from ..protocol.messages import Failed, FromWorker, Generate, Output, Preview, Progress, ReplicaStats, Result, Timings
-from .encoding import encode, encode_image, to_uint8
+from .encoding import Floats, encode, encode_image, to_uint8
 from .hub import Hub
 from .model import Model
 from .preview import preview
@@ -148,7 +149,8 @@ class Jobs:
             log.exception("a preview failed", extra=_in(job))
             return
         job.previews_owed += 1
-        self._threads.submit(self._encode_preview, job, sample.index, step, pixels if pixels.ndim == 3 else pixels[0])
+        picture = _floats(pixels if pixels.ndim == 3 else pixels[0])
+        self._threads.submit(self._encode_preview, job, sample.index, step, picture)
 
     def _finished(self, job: Job, sample: SampleRun) -> None:
         if self._gone(job):
@@ -156,7 +158,7 @@ class Jobs:
         error, pixels = sample.coroutine.error, sample.coroutine.result
         sample.coroutine.error = sample.coroutine.result = None  # they are large, and the job may live on for long
         if error is None:
-            self._threads.submit(self._encode_output, job, sample, pixels)
+            self._threads.submit(self._encode_output, job, sample, _floats(pixels))
         else:
             log.error("output %d failed", sample.index, exc_info=error, extra=_in(job))
             self._fail(job, _explain(error, sample))
@@ -164,14 +166,14 @@ class Jobs:
     def _gone(self, job: Job) -> bool:
         return self._jobs.get(job.request.request_id) is not job
 
-    def _encode_output(self, job: Job, sample: SampleRun, pixels: torch.Tensor) -> None:
+    def _encode_output(self, job: Job, sample: SampleRun, pixels: Floats) -> None:
         if self._gone(job):
             return
         request = job.request
         encoded = _Encoded(job, sample.index)
         fps = (request.fps or self._model.default_fps) if pixels.ndim == 4 else None
         try:
-            if not torch.isfinite(pixels).all():
+            if not np.isfinite(pixels).all():
                 raise Internal("the model produced values that are not finite")
             data = Buffer(encode(pixels, request.output_format, fps))
             height, width = pixels.shape[-2:]
@@ -185,7 +187,7 @@ class Jobs:
         self._encoded.put(encoded)
         self._wake()
 
-    def _encode_preview(self, job: Job, index: int, step: Step, picture: torch.Tensor) -> None:
+    def _encode_preview(self, job: Job, index: int, step: Step, picture: Floats) -> None:
         encoded = _Encoded(job, index)
         try:
             image = Buffer(encode_image(to_uint8(picture), "jpeg"))
@@ -199,6 +201,12 @@ class Jobs:
         outputs = [job.outputs[index] for index in range(len(job.samples))]
         steps = max(sample.steps for sample in job.samples)
         return Result(job.request.request_id, outputs, _timings(job), steps, self._model.weight_version)
+
+
+def _floats(pixels: torch.Tensor) -> Floats:
+    """Out of torch, on the CPU, for the encoding threads."""
+    array: Floats = pixels.detach().to("cpu", torch.float32).numpy()
+    return array
 
 
 def _in(job: Job) -> dict[str, str]:

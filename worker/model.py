@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import logging
+import math
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import msgspec
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.utils import logging as diffusers_logging
+from safetensors import safe_open
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
@@ -21,7 +25,7 @@ from ..protocol.messages import Batching, ModelInfo, Parameter
 from ..protocol.models import resolve_model
 from .arguments import call_arguments
 from .module_state import ModuleState
-from .sizes import Sizes, denoiser_config, find_sizes
+from .sizes import DENOISERS, Sizes, denoiser_config, find_sizes
 
 log = logging.getLogger(__name__)
 
@@ -93,8 +97,7 @@ def load_model(config: Config) -> Model:
     transformers_logging.disable_progress_bar()
     path = str(resolve_model(config.model))
     device = _device(config)
-    dtype = _dtype(config, device)
-    pipeline = _load_pipeline(path, dtype, device)
+    pipeline, dtype = _load_pipeline(path, config, device)
     pipeline.set_progress_bar_config(disable=True)
     _forget_caches(pipeline)
     arguments = _bounded(call_arguments(type(pipeline)), pipeline, config)
@@ -112,9 +115,11 @@ def load_model(config: Config) -> Model:
     )
 
 
-def _load_pipeline(path: str, dtype: torch.dtype, device: torch.device) -> DiffusionPipeline:
+def _load_pipeline(path: str, config: Config, device: torch.device) -> tuple[DiffusionPipeline, torch.dtype]:
     try:
-        return DiffusionPipeline.from_pretrained(path, dtype=dtype, use_safetensors=True).to(device)
+        directory = Path(path if Path(path).is_dir() else DiffusionPipeline.download(path, use_safetensors=True))
+        dtype = _dtype(config, device, directory)
+        return DiffusionPipeline.from_pretrained(directory, dtype=dtype, use_safetensors=True).to(device), dtype
     except Exception as error:  # the libraries raise errors of every kind; each ends this start, with its own words
         log.exception("loading %s failed", path)
         what = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
@@ -131,11 +136,32 @@ def _device(config: Config) -> torch.device:
     return torch.device("cuda" if available and config.device != "cpu" else "cpu")
 
 
-def _dtype(config: Config, device: torch.device) -> torch.dtype:
-    if config.dtype == "auto":
-        return torch.bfloat16 if device.type == "cuda" else torch.float32
-    found: torch.dtype = getattr(torch, config.dtype)
-    return found
+def _dtype(config: Config, device: torch.device, directory: Path) -> torch.dtype:
+    if config.dtype != "auto":
+        found: torch.dtype = getattr(torch, config.dtype)
+        return found
+    if device.type == "cuda" or (_multiplies_bfloat16() and stored_dtype(directory) == "BF16"):
+        return torch.bfloat16
+    return torch.float32
+
+
+def _multiplies_bfloat16() -> bool:
+    """Whether this CPU has instructions for products of bfloat16 numbers (AVX-512 BF16, AMX, or Arm's)."""
+    capabilities = torch.cpu.get_capabilities()
+    return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+
+
+def stored_dtype(directory: Path) -> str | None:
+    """The dtype, as safetensors names it, of most parameters in the denoiser's first file; ``None`` without a file."""
+    files = sorted(file for name in DENOISERS for file in (directory / name).glob("*.safetensors"))
+    if not files:
+        return None
+    sizes = Counter[str]()
+    with safe_open(files[0], framework="pt") as opened:
+        for name in opened.keys():  # noqa: SIM118  # it is no dictionary
+            tensor = opened.get_slice(name)
+            sizes[tensor.get_dtype()] += math.prod(tensor.get_shape())
+    return sizes.most_common(1)[0][0]
 
 
 def _forget_caches(pipeline: DiffusionPipeline) -> None:

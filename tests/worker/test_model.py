@@ -54,6 +54,16 @@ def test_a_text_is_never_padded_beyond_what_all_the_tokenizers_are_made_for(
     assert default_text_length(model.pipeline, model.arguments) == {"max_sequence_length": 100}
 
 
+@pytest.mark.parametrize("multiplies", [True, False])
+def test_a_cpu_that_multiplies_bfloat16_runs_a_checkpoint_in_the_dtype_it_is_stored_in(
+    multiplies: bool, tiny_model: Callable[[str], Model], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": multiplies})
+    expected = torch.bfloat16 if multiplies else torch.float32
+    assert load_model(Config(model="shapes", device="cpu")).pipeline.transformer.dtype == expected
+    assert tiny_model("flux").pipeline.transformer.dtype == torch.float32, "stored in float32"
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 def test_a_device_that_is_not_there_is_one_sentence() -> None:
     with pytest.raises(StartFailed, match="--device"):
