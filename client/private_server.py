@@ -34,7 +34,7 @@ class PrivateServer:
 
     def __init__(self, model: str | None, *, port: int = 0, program: Sequence[str] = SERVER_PROGRAM) -> None:
         place = ("--host", "127.0.0.1", "--port", str(port), "--log-level", "info", "--log-format", "text")
-        self._command = [*program, *([] if model is None else [model]), *place]
+        self._command = [*program, *([] if model is None else [model]), *place, "--until-stdin-closes"]
         self._listening: Future[str] = Future()
         self._tail: deque[str] = deque(maxlen=_LINES_KEPT)
 
@@ -43,7 +43,7 @@ class PrivateServer:
             signal.signal(number, _exit_on)  # so that the context is left, and the server stopped, then too
         self._process = subprocess.Popen(
             self._command,
-            stdin=subprocess.DEVNULL,
+            stdin=subprocess.PIPE,  # closed by the system however this process ends, and then the server ends too
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

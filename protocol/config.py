@@ -80,6 +80,9 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     grace_s: Annotated[float, Meta(ge=0, description="Seconds that running requests get to finish after SIGTERM")] = (
         30.0
     )
+    until_stdin_closes: Annotated[
+        bool, Meta(description="Stop, as after SIGTERM, when standard input ends: for a program that starts a server")
+    ] = False
     log_level: Annotated[
         Literal["debug", "info", "warning", "error"], Meta(description="The least important lines to log")
     ] = "info"

@@ -179,7 +179,10 @@ class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ReplicaStats(msgspec.Struct, frozen=True):
-    """Counters since the replica's start. ``calls / forwards`` is how many calls met in a forward."""
+    """Counters since the replica's start. ``calls / forwards`` is how many calls met in a forward.
+
+    ``apart`` names the calls that share no forward, and why: a finding of the self-test, or one made since.
+    """
 
     running: int = 0
     forwards: int = 0
@@ -187,6 +190,7 @@ class ReplicaStats(msgspec.Struct, frozen=True):
     outputs: int = 0
     cancelled: int = 0
     failed: int = 0
+    apart: dict[str, str] = {}
 
 
 class ReplicaLoading(msgspec.Struct, tag=True, frozen=True):

@@ -35,6 +35,7 @@ FAILED = 1
 INTERRUPTED = 130
 """Exit status after a second signal, which ends everything at once."""
 
+_STDIN = 0
 _LAST_REPLIES_S = 2.0  # for the clients that are told that the server gives up
 _LONGEST_DIRECTORY = 80  # a unix socket's path has at most 107 bytes
 
@@ -89,6 +90,8 @@ class Launch:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._on_signal, number)
+        if self._config.until_stdin_closes:
+            loop.add_reader(_STDIN, self._read_stdin)
         serving = asyncio.create_task(self._http.serve(sockets=[self._listener]))
         supervision = asyncio.create_task(self._supervisor.run())
         announcement = asyncio.create_task(self._announce())
@@ -118,6 +121,12 @@ class Launch:
         log.info("%s: stopping; running requests get %g s to finish", number.name, self._config.grace_s)
         self._http.stop()
         asyncio.get_running_loop().call_later(self._config.grace_s, self._link.abandon_all, stopped)
+
+    def _read_stdin(self) -> None:
+        if not os.read(_STDIN, 4096):
+            asyncio.get_running_loop().remove_reader(_STDIN)
+            if not self._http.should_exit:
+                self._on_signal(signal.SIGTERM)
 
     async def _announce(self) -> None:
         log.info("listening on %s", url_of(self._listener))

@@ -83,6 +83,7 @@ class Jobs:
             outputs=self._outputs,
             cancelled=self._cancelled,
             failed=self._failed,
+            apart=self._hub.unmergeable,
         )
 
     def submit(self, request: Generate) -> None:

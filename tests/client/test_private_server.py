@@ -104,3 +104,19 @@ def test_no_server_outlives_the_command_that_is_stopped(tmp_path: Path, number: 
     process.send_signal(number)
     process.wait(20)
     assert not child.is_running()
+
+
+def test_no_server_outlives_a_command_that_is_killed() -> None:
+    command = (
+        "import time\nfrom safelight.client.private_server import PrivateServer\n"
+        "with PrivateServer('shapes') as server:\n    print(server.url, flush=True)\n    time.sleep(60)"
+    )
+    process = subprocess.Popen([sys.executable, "-c", command], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    assert process.stdout is not None
+    assert process.stdout.readline()
+    (server,) = psutil.Process(process.pid).children()
+    family = [server, *server.children(recursive=True)]
+    process.kill()
+    process.wait(20)
+    _, alive = psutil.wait_procs(family, timeout=45)
+    assert alive == []
