@@ -17,7 +17,7 @@ from .model import TextToVelocity, new_model
 from .run import Run
 
 STAGES = ("vae", "latents", "flow", "export", "all")
-VAE_STEPS, DECODER_STEPS, FLOW_STEPS, SCENES = 3400, 600, 4800, 12_000
+VAE_STEPS, DECODER_STEPS, FLOW_STEPS, SCENES = 3400, 600, 7000, 12_000
 
 
 def arguments() -> argparse.ArgumentParser:

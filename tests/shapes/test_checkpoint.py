@@ -54,7 +54,7 @@ def test_pictures_do_not_show_something_else_than_was_asked(pipeline: FluxPipeli
     ).images
     right = [judge(picture).matches(scene) for picture, scene in zip(pictures, scenes, strict=True)]
     # well below the card's figures, so that it fails for a broken checkpoint and not for other kernels' rounding
-    assert sum(right) >= len(scenes) * 7 // 12
+    assert sum(right) >= len(scenes) * 10 // 12
 
 
 def test_half_precision_does_not_break_the_pipeline(pipeline: FluxPipeline) -> None:
