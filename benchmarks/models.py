@@ -10,7 +10,7 @@ from diffusers import DiffusionPipeline, FluxTransformer2DModel
 
 
 def save_mid_size(shapes: Path, directory: Path) -> Path:
-    """The embedded model with a random transformer of about 30 M parameters: near 1 s a picture on two CPU cores.
+    """The embedded model with a random transformer of 42 M parameters: near 1 s a picture on two CPU cores.
 
     ``shapes`` is the embedded model's directory; the result is written to ``directory`` once and used again.
     """

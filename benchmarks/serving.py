@@ -87,9 +87,9 @@ def safelight(model: Path, dtype: str, threads: int) -> tuple[list[str], int]:
     return [sys.executable, "-m", "safelight.server", str(model), *options], port
 
 
-def locked(model: Path, dtype: str, threads: int) -> tuple[list[str], int]:
+def locked(model: Path, dtype: str, threads: int, app: str) -> tuple[list[str], int]:
     port = free_port()
-    values = [dtype, str(port), str(SIDE), str(TEXT_LENGTH), str(threads)]
+    values = [dtype, str(port), str(SIDE), str(TEXT_LENGTH), str(threads), app]
     return [sys.executable, str(ROOT / "benchmarks" / "locked_app.py"), str(model), *values], port
 
 
@@ -135,11 +135,19 @@ def plain(model: Path, dtype: str, pictures: int, steps: int, threads: int) -> f
 
 
 def compare(
-    model: Path, dtype: str, *, clients: tuple[int, ...], pictures: int, steps: int, rounds: int, threads: int
+    model: Path,
+    dtype: str,
+    *,
+    clients: tuple[int, ...],
+    pictures: int,
+    steps: int,
+    rounds: int,
+    threads: int,
+    app: str = "lock",
 ) -> Any:
     """Both servers up at once, measured in turns, so that a drift of the machine meets both alike."""
     rows = []
-    ours, theirs = safelight(model, dtype, threads), locked(model, dtype, threads)
+    ours, theirs = safelight(model, dtype, threads), locked(model, dtype, threads, app)
     with serving(*ours) as our_url, serving(*theirs) as their_url:
         for count in clients:
             for url in (our_url, their_url):
@@ -196,6 +204,11 @@ def measure_path(model: Path, dtype: str, *, requests: int, threads: int) -> dic
 
 def table(found: dict[str, Any]) -> str:
     lines = [f"Machine: {json.dumps(found['machine'])}", ""]
+    lines += ["Ratios are medians of the rounds' ratios. Safelight's processes have the environment that its launcher"]
+    lines += [
+        'gives them; the other app has the system\'s. "One thread": it runs its pipeline in a thread of its own.',
+        "",
+    ]
     head = "| model | clients | Safelight pictures/s | locked app pictures/s | ratio | Safelight median s | locked s |"
     lines += [head, "|---|---|---|---|---|---|---|"]
     for name, rows in found["servers"].items():
@@ -228,7 +241,7 @@ def main() -> None:
         return
     rounds = 1 if options.quick else options.rounds
     common = {"steps": options.steps, "rounds": rounds, "threads": options.threads}
-    mid_size = save_mid_size(SHAPES, Path(tempfile.gettempdir()) / "safelight-mid-size")
+    mid_size = save_mid_size(SHAPES, Path(tempfile.gettempdir()) / "safelight-mid-size-42m")
     embedded, embedded_wide, random = (SHAPES, "bfloat16"), (SHAPES, "float32"), (mid_size, "float32")
     found: dict[str, Any] = {"machine": describe(), "options": vars(options) | {"plain": None}}
     found["path"] = measure_path(*embedded, requests=20 if options.quick else 200, threads=options.threads)
@@ -240,6 +253,12 @@ def main() -> None:
     found["servers"] = {
         "embedded, bf16": compare(
             *embedded, clients=(16,) if options.quick else (1, 4, 16), pictures=options.pictures, **common
+        ),
+        "embedded, bf16, one thread": compare(
+            *embedded, clients=(16,), pictures=options.pictures, app="one-thread", **common
+        ),
+        "embedded, fp32, one thread": compare(
+            *embedded_wide, clients=(16,), pictures=options.pictures, app="one-thread", **common
         ),
         "embedded, fp32": compare(*embedded_wide, clients=(16,), pictures=options.pictures, **common),
         "mid-size, fp32": compare(*random, clients=(16,), pictures=16, **(common | {"rounds": min(rounds, 2)})),

@@ -181,7 +181,7 @@ class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
 class ReplicaStats(msgspec.Struct, frozen=True):
     """Counters since the replica's start. ``calls / forwards`` is how many calls met in a forward.
 
-    ``apart`` names the calls that share no forward, and why: a finding of the self-test, or one made since.
+    ``unmergeable`` names calls that run alone though others merge, and why: found by the self-test, or since.
     """
 
     running: int = 0
@@ -190,7 +190,7 @@ class ReplicaStats(msgspec.Struct, frozen=True):
     outputs: int = 0
     cancelled: int = 0
     failed: int = 0
-    apart: dict[str, str] = {}
+    unmergeable: dict[str, str] = {}
 
 
 class ReplicaLoading(msgspec.Struct, tag=True, frozen=True):

@@ -30,6 +30,14 @@ Threads that wait for work spin for microseconds, then sleep. The heap keeps the
 """
 
 
+def _environment() -> dict[str, str]:
+    """Ours under the launcher's own; who chose a wait policy has chosen how long threads spin, too."""
+    own = {
+        name: value for name, value in _ENVIRONMENT.items() if "OMP" not in name or "OMP_WAIT_POLICY" not in os.environ
+    }
+    return {**own, **os.environ}
+
+
 class ChildProcess:
     """A running scheduler or worker. The open pipe to its standard input tells it that the launcher lives."""
 
@@ -44,7 +52,7 @@ class ChildProcess:
             *(sys.executable, "-P", "-m", f"{__package__.rpartition('.')[0]}.{program}"),
             stdin=asyncio.subprocess.PIPE,
             stdout=_STANDARD_ERROR,  # the launcher's own standard output is left to its few lines
-            env={**_ENVIRONMENT, **os.environ},
+            env=_environment(),
             start_new_session=True,  # so that Ctrl-C in a terminal reaches the launcher alone
         )
         assert process.stdin is not None

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import functools
 import logging
 import os
 import shutil
@@ -10,7 +12,8 @@ import signal
 import socket
 import sys
 import tempfile
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Sequence
 from types import FrameType
 from typing import NoReturn
 
@@ -48,6 +51,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         signal.signal(number, _leave)  # until there is something to stop
     try:
         config = read_config(sys.argv[1:] if arguments is None else arguments, os.environ)
+        if config.until_stdin_closes and sys.stdin is None:
+            raise StartFailed("--until-stdin-closes was asked for, but standard input is closed already.")
         configure_logging(config, "server")
         check_model(config.model)
         listener = listen(config.host, config.port)
@@ -91,7 +96,8 @@ class Launch:
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._on_signal, number)
         if self._config.until_stdin_closes:
-            loop.add_reader(_STDIN, self._read_stdin)
+            watch = functools.partial(_read_to_end, lambda: loop.call_soon_threadsafe(self._on_stdin_closed))
+            threading.Thread(target=watch, daemon=True, name="stdin-watch").start()
         serving = asyncio.create_task(self._http.serve(sockets=[self._listener]))
         supervision = asyncio.create_task(self._supervisor.run())
         announcement = asyncio.create_task(self._announce())
@@ -122,11 +128,9 @@ class Launch:
         self._http.stop()
         asyncio.get_running_loop().call_later(self._config.grace_s, self._link.abandon_all, stopped)
 
-    def _read_stdin(self) -> None:
-        if not os.read(_STDIN, 4096):
-            asyncio.get_running_loop().remove_reader(_STDIN)
-            if not self._http.should_exit:
-                self._on_signal(signal.SIGTERM)
+    def _on_stdin_closed(self) -> None:
+        if not self._http.should_exit:
+            self._on_signal(signal.SIGTERM)
 
     async def _announce(self) -> None:
         log.info("listening on %s", url_of(self._listener))
@@ -139,6 +143,15 @@ class Launch:
         self._http.stop()
         asyncio.get_running_loop().call_later(_LAST_REPLIES_S, lambda: self._http.stop(at_once=True))
         await serving
+
+
+def _read_to_end(then: Callable[[], object]) -> None:
+    """Read standard input, whatever it is, until there is no more; ``then`` is called unless the loop is gone."""
+    with contextlib.suppress(OSError):  # a terminal that hangs up
+        while os.read(_STDIN, 65536):
+            pass
+    with contextlib.suppress(RuntimeError):
+        then()
 
 
 def _leave(number: int, frame: FrameType | None) -> NoReturn:

@@ -83,7 +83,7 @@ class Jobs:
             outputs=self._outputs,
             cancelled=self._cancelled,
             failed=self._failed,
-            apart=self._hub.unmergeable,
+            unmergeable=self._hub.unmergeable,
         )
 
     def submit(self, request: Generate) -> None:
@@ -146,11 +146,11 @@ class Jobs:
         job = self._jobs[sample.request.request_id]
         try:
             pixels = preview(self._model, sample.arguments(), step.clean_estimate())
+            picture = _widened(pixels if pixels.ndim == 3 else pixels[0])
         except Exception:
             log.exception("a preview failed", extra=_in(job))
             return
         job.previews_owed += 1
-        picture = _floats(pixels if pixels.ndim == 3 else pixels[0])
         self._threads.submit(self._encode_preview, job, sample.index, step, picture)
 
     def _finished(self, job: Job, sample: SampleRun) -> None:
@@ -158,22 +158,25 @@ class Jobs:
             return
         error, pixels = sample.coroutine.error, sample.coroutine.result
         sample.coroutine.error = sample.coroutine.result = None  # they are large, and the job may live on for long
-        if error is None:
-            self._threads.submit(self._encode_output, job, sample, _floats(pixels))
-        else:
-            log.error("output %d failed", sample.index, exc_info=error, extra=_in(job))
-            self._fail(job, _explain(error, sample))
+        try:
+            if error is not None:
+                raise error
+            self._threads.submit(self._encode_output, job, sample, _widened(pixels))
+        except BaseException as failure:  # the pipeline's, or memory for the copy: this request's failure
+            log.error("output %d failed", sample.index, exc_info=failure, extra=_in(job))
+            self._fail(job, _explain(failure, sample))
 
     def _gone(self, job: Job) -> bool:
         return self._jobs.get(job.request.request_id) is not job
 
-    def _encode_output(self, job: Job, sample: SampleRun, pixels: Floats) -> None:
+    def _encode_output(self, job: Job, sample: SampleRun, widened: torch.Tensor) -> None:
         if self._gone(job):
             return
         request = job.request
         encoded = _Encoded(job, sample.index)
-        fps = (request.fps or self._model.default_fps) if pixels.ndim == 4 else None
+        fps = (request.fps or self._model.default_fps) if widened.ndim == 4 else None
         try:
+            pixels: Floats = widened.cpu().numpy()
             if not np.isfinite(pixels).all():
                 raise Internal("the model produced values that are not finite")
             data = Buffer(encode(pixels, request.output_format, fps))
@@ -188,10 +191,10 @@ class Jobs:
         self._encoded.put(encoded)
         self._wake()
 
-    def _encode_preview(self, job: Job, index: int, step: Step, picture: Floats) -> None:
+    def _encode_preview(self, job: Job, index: int, step: Step, widened: torch.Tensor) -> None:
         encoded = _Encoded(job, index)
         try:
-            image = Buffer(encode_image(to_uint8(picture), "jpeg"))
+            image = Buffer(encode_image(to_uint8(widened.cpu().numpy()), "jpeg"))
             encoded.preview = Preview(job.request.request_id, index, step.number, step.total, image)
         except Exception:
             log.exception("encoding a preview failed", extra=_in(job))
@@ -204,10 +207,9 @@ class Jobs:
         return Result(job.request.request_id, outputs, _timings(job), steps, self._model.weight_version)
 
 
-def _floats(pixels: torch.Tensor) -> Floats:
-    """Out of torch, on the CPU, for the encoding threads."""
-    array: Floats = pixels.detach().to("cpu", torch.float32).numpy()
-    return array
+def _widened(pixels: torch.Tensor) -> torch.Tensor:
+    """In fp32, still on its device: so the encoding threads have nothing left to compute with torch, only to copy."""
+    return pixels.detach().float()
 
 
 def _in(job: Job) -> dict[str, str]:

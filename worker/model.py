@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -152,12 +153,18 @@ def _multiplies_bfloat16() -> bool:
 
 
 def stored_dtype(directory: Path) -> str | None:
-    """The dtype, as safetensors names it, of most parameters in the denoiser's first file; ``None`` without a file."""
-    files = sorted(file for name in DENOISERS for file in (directory / name).glob("*.safetensors"))
-    if not files:
+    """The dtype, as safetensors names it, of most parameters in the denoiser's first file; ``None`` without a file.
+
+    Of a checkpoint with variants ("…model.fp16.safetensors") that is the plain file, which is the one that is loaded.
+    """
+    plain = re.compile(r"diffusion_pytorch_model(-00001-of-\d+)?\.safetensors")
+    folders = (directory / name for name in DENOISERS)
+    files = (file for folder in folders if folder.is_dir() for file in folder.iterdir() if plain.fullmatch(file.name))
+    first = next(files, None)
+    if first is None:
         return None
     sizes = Counter[str]()
-    with safe_open(files[0], framework="pt") as opened:
+    with safe_open(first, framework="pt") as opened:
         for name in opened.keys():  # noqa: SIM118  # it is no dictionary
             tensor = opened.get_slice(name)
             sizes[tensor.get_dtype()] += math.prod(tensor.get_shape())

@@ -13,7 +13,7 @@ import psutil
 import pytest
 
 from safelight.client import Client, Health
-from safelight.client.private_server import PrivateServer
+from safelight.client.private_server import SERVER_PROGRAM, PrivateServer
 from safelight.protocol.errors import StartFailed
 
 LISTENER = """
@@ -115,8 +115,14 @@ def test_no_server_outlives_a_command_that_is_killed() -> None:
     assert process.stdout is not None
     assert process.stdout.readline()
     (server,) = psutil.Process(process.pid).children()
-    family = [server, *server.children(recursive=True)]
+    while len(children := server.children(recursive=True)) < 2:  # the scheduler and the worker
+        time.sleep(0.05)
     process.kill()
     process.wait(20)
-    _, alive = psutil.wait_procs(family, timeout=45)
-    assert alive == []
+    _, alive = psutil.wait_procs([server, *children], timeout=45)
+    assert [one for one in alive if one.is_running() and one.status() != psutil.STATUS_ZOMBIE] == []
+
+
+def test_a_server_whose_standard_input_is_at_its_end_stops_by_itself() -> None:
+    command = [*SERVER_PROGRAM, "shapes", "--port", "0", "--until-stdin-closes"]
+    assert subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, timeout=60).returncode == 0

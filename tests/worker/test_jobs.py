@@ -78,6 +78,12 @@ def test_a_cancelled_request_is_acknowledged_once_and_leaves_nothing_running(sta
     assert stage.jobs.stats().cancelled == 1
 
 
+def test_the_calls_that_run_alone_are_counted_among_the_facts(stage: Stage) -> None:
+    assert stage.jobs.stats().unmergeable == {}
+    stage.hub.unmergeable["vae.decode"] = "merged, it changes the picture"
+    assert stage.jobs.stats().unmergeable == {"vae.decode": "merged, it changes the picture"}
+
+
 def test_progress_and_previews_are_sent_only_when_asked_for(stage: Stage) -> None:
     stage.jobs.submit(generate("quiet"))
     assert [type(message) for message in stage.settle()] == [Result]
