@@ -99,6 +99,6 @@ def _replica(replica: dict[str, Any]) -> str:
     text = f"{replica['state']}, {replica['outstanding']} requests, {stats['outputs']} outputs made"
     if stats["forwards"]:
         text += f", {stats['calls'] / stats['forwards']:.1f} calls a forward"
-    if stats["unmergeable"]:
+    if stats.get("unmergeable"):
         text += f"; alone run {', '.join(sorted(stats['unmergeable']))}"
     return text if replica["state"] == "ready" else f"{text}: {replica['message']}"
