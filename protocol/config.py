@@ -41,6 +41,12 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
             "checkpoint is stored so; else float32"
         ),
     ] = "auto"
+    tp: Annotated[
+        int, Meta(ge=1, le=64, description="Tensor-parallel ranks of each replica: processes that share the model")
+    ] = 1
+    fuse_projections: Annotated[
+        bool, Meta(description="Compute layers with one input (queries, keys, values; gate and up) as one product")
+    ] = False
     replicas: Annotated[int, Meta(ge=1, le=64, description="Copies of the model, each in a process of its own")] = 1
     threads: Annotated[
         int, Meta(ge=0, le=1024, description="CPU threads of each replica; 0 divides the cores among them")
@@ -150,12 +156,19 @@ class ChildConfig(msgspec.Struct, frozen=True, kw_only=True):
     """What the launcher writes to a scheduler's or worker's standard input as its first line.
 
     The pipe then stays open: its end tells the child that the launcher is gone. ``replica`` is ``None`` for the
-    scheduler. The sockets lie in ``directory`` (mode 0700).
+    scheduler. The sockets lie in ``directory`` (mode 0700). ``start`` counts the starts of the replica.
     """
 
     config: Config
     directory: str
     replica: int | None = None
+    rank: int = 0
+    start: int = 0
+
+    @property
+    def meeting_place(self) -> str:
+        """The path, of this start alone, below which the ranks of a replica find each other."""
+        return f"{self.directory}/replica-{self.replica}-start-{self.start}"
 
     @property
     def frontend(self) -> str:

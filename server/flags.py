@@ -15,7 +15,10 @@ from ..protocol.errors import StartFailed
 GROUPS: dict[str, tuple[str, ...]] = {
     "model": ("model", "served_model_name", "device", "dtype"),
     "HTTP": ("host", "port", "api_key", "max_body_mb"),
-    "replicas": ("replicas", "threads", "start_timeout_s", "stall_timeout_s", "grace_s", "until_stdin_closes"),
+    "replicas": (
+        "replicas", "tp", "fuse_projections", "threads", "start_timeout_s", "stall_timeout_s", "grace_s",
+        "until_stdin_closes",
+    ),
     "batching and queue": (
         "batching", "max_batch", "max_batch_tokens", "prompt_cache_mb", "max_running", "max_queue",
         "request_timeout_s",

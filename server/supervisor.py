@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
-from typing import Literal
 
 from ..protocol.config import ChildConfig, Config
 from ..protocol.errors import StartFailed
 from ..protocol.messages import ReplicaExited, Status
 from .child_process import ChildProcess
+from .rank_processes import RankProcesses
 from .scheduler_link import SchedulerLink
 
 _REPORT_S = 2.0  # how long a dead worker's own words may still be on their way through the scheduler
@@ -25,7 +26,8 @@ class Supervisor:
         self._config = config
         self._directory = directory
         self._link = link
-        self._children: set[ChildProcess] = set()
+        self._scheduler: ChildProcess | None = None
+        self._workers: set[RankProcesses] = set()
 
     async def run(self) -> None:
         """Start everything and supervise it. Ends only by ``StartFailed``, or by being cancelled.
@@ -44,41 +46,59 @@ class Supervisor:
 
     async def stop(self, *, at_once: bool = False) -> None:
         """End the workers, then the scheduler, so that what the workers still say is heard."""
-        workers = {child for child in self._children if child.name != "scheduler"}
-        for group in (workers, self._children - workers):
-            await asyncio.gather(*(child.stop(at_once=at_once) for child in group))
-        self._children.clear()
+        await asyncio.gather(*(worker.stop(at_once=at_once) for worker in self._workers))
+        self._workers.clear()
+        if self._scheduler is not None:
+            await self._scheduler.stop(at_once=at_once)
 
     async def _watch_scheduler(self) -> None:
-        scheduler = await self._start("scheduler")
+        scheduler = await ChildProcess.start("scheduler", ChildConfig(config=self._config, directory=self._directory))
+        self._scheduler = scheduler
+        log.info("started scheduler with process id %d", scheduler.pid)
         raise StartFailed(f"The scheduler {await scheduler.wait()}, so the server stops; the log above says more.")
 
     async def _keep_replica(self, number: int) -> None:
         was_ready, delay = False, 0.0
-        while True:
-            worker = await self._start("worker", number)
+        for start in itertools.count():
+            worker = await self._start_replica(number, start)
             problem = await self._becomes_ready(worker, number)
             if problem is None:
                 was_ready, delay = True, 0.0
-                problem = f"The process of replica {number} {await worker.wait()}."
+                problem = await self._ends(worker, number)
             elif not was_ready:
                 raise StartFailed(problem)
             await worker.stop()
-            self._children.discard(worker)
+            self._workers.discard(worker)
             self._link.send(ReplicaExited(number, problem))
             log.error("%s It is started again in %g s.", problem, delay)
             await asyncio.sleep(delay)
             delay = min(_LONGEST_DELAY_S, max(1.0, 2 * delay))
 
-    async def _start(self, program: Literal["scheduler", "worker"], replica: int | None = None) -> ChildProcess:
-        child = await ChildProcess.start(
-            program, ChildConfig(config=self._config, directory=self._directory, replica=replica)
-        )
-        self._children.add(child)
-        log.info("started %s with process id %d", child.name, child.pid)
-        return child
+    async def _start_replica(self, number: int, start: int) -> RankProcesses:
+        worker = await RankProcesses.start(self._config, self._directory, number, start)
+        self._workers.add(worker)
+        log.info("started worker %d with process id %s", number, ", ".join(map(str, worker.pids)))
+        return worker
 
-    async def _becomes_ready(self, worker: ChildProcess, number: int) -> str | None:
+    async def _ends(self, worker: RankProcesses, number: int) -> str:
+        """Wait until a process of the replica ends, or until it gives no sign of life; says which, in a sentence."""
+
+        def stalled(status: Status) -> str | None:
+            replica = next((r for r in status.replicas if r.replica == number and r.pid == worker.pid), None)
+            return replica.message if replica is not None and replica.state == "stalled" else None
+
+        ended = asyncio.create_task(worker.wait())
+        hangs = asyncio.create_task(self._link.status_where(stalled))
+        try:
+            await asyncio.wait({ended, hangs}, return_when=asyncio.FIRST_COMPLETED)
+            if ended.done():
+                return f"The process of replica {number} {ended.result()}."
+            return f"Replica {number} hangs: {hangs.result()}."
+        finally:
+            ended.cancel()
+            hangs.cancel()
+
+    async def _becomes_ready(self, worker: RankProcesses, number: int) -> str | None:
         """Wait until the worker is ready; otherwise says in a sentence why it is not."""
 
         def outcome(status: Status) -> str | None:

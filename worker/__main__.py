@@ -10,7 +10,8 @@ from ..protocol.logs import configure_logging
 
 def main() -> int:
     child = read_child_config()
-    configure_logging(child.config, f"worker-{child.replica}")
+    rank = f".{child.rank}" if child.config.tp > 1 else ""
+    configure_logging(child.config, f"worker-{child.replica}{rank}")
     from .replica import Replica  # imports torch: after the pipe to the launcher is watched
 
     return Replica(child).run()

@@ -25,6 +25,8 @@ class Coroutine:
         self._greenlet = greenlet(body)
         self._done = done
         self.alone = alone
+        self.number = 0
+        """Which start of its hub it was."""
         self.result: Any = None
         self.error: BaseException | None = None
 

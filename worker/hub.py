@@ -8,6 +8,7 @@ turns and none starves.
 from __future__ import annotations
 
 import logging
+import zlib
 from collections import deque
 from collections.abc import Hashable
 from dataclasses import dataclass
@@ -73,6 +74,8 @@ class Hub:
         self.counters = Counters()
         self.unmergeable: dict[str, str] = {}
         """Calls that run alone, by name, and why."""
+        self.trace = 0
+        """A digest of which coroutines have been served together, in which order; equal on all ranks of a replica."""
         self.merged_names: set[str] = set()
         """Calls that have met in a forward, by name."""
         self._apart: set[Hashable] = set()
@@ -81,6 +84,7 @@ class Hub:
         self._anatomist = Anatomist()
         self._starting: deque[Coroutine] = deque()
         self._waiting: deque[Waiting] = deque()
+        self._started = 0
         self._active: set[Coroutine] = set()
         self._cancelled: set[Coroutine] = set()
 
@@ -90,6 +94,8 @@ class Hub:
 
     def start(self, coroutine: Coroutine) -> None:
         """Run ``coroutine`` from one of the next turns on."""
+        self._started += 1
+        coroutine.number = self._started
         self._starting.append(coroutine)
 
     def cancel(self, coroutine: Coroutine) -> None:
@@ -118,6 +124,8 @@ class Hub:
             self._continue(coroutine, coroutine.start())
         if self._waiting:
             group = self._next_group()
+            numbers = ",".join(str(waiting.coroutine.number) for waiting in group)
+            self.trace = zlib.crc32(numbers.encode(), self.trace)
             for waiting, outcome in zip(group, self._forward(group), strict=True):
                 self._continue(waiting.coroutine, self._answer(waiting.coroutine, outcome))
 

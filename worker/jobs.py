@@ -39,6 +39,8 @@ class Job:
     samples: list[SampleRun] = field(default_factory=list)
     outputs: dict[int, Output] = field(default_factory=dict)
     previews_owed: int = 0
+    failed: bool = False
+    finished: int = 0
 
     @property
     def done(self) -> bool:
@@ -59,16 +61,24 @@ class _Encoded:
 class Jobs:
     """Starts, cancels and finishes requests. ``send`` takes the messages for the scheduler.
 
-    Encoding runs in threads; :meth:`collect` takes in what they have finished, after they have called ``wake``.
+    Encoding runs in threads; :meth:`collect` takes in what they have finished, after they have called ``wake``. A rank
+    that does not lead (``leads``) runs the same samples, and neither encodes nor sends.
     """
 
     def __init__(
-        self, model: Model, hub: Hub, send: Callable[[FromWorker], None], wake: Callable[[], None] = lambda: None
+        self,
+        model: Model,
+        hub: Hub,
+        send: Callable[[FromWorker], None],
+        wake: Callable[[], None] = lambda: None,
+        *,
+        leads: bool = True,
     ) -> None:
         self._model = model
         self._hub = hub
         self._send = send
         self._wake = wake
+        self._leads = leads
         self._jobs: dict[str, Job] = {}
         self._threads = ThreadPoolExecutor(max(1, (os.cpu_count() or 2) // 2), thread_name_prefix="encode")
         self._encoded: SimpleQueue[_Encoded] = SimpleQueue()
@@ -98,19 +108,26 @@ class Jobs:
     def cancel(self, request_id: str) -> None:
         """Stop the request's work where it stands. An unknown or finished request is ignored."""
         job = self._jobs.get(request_id)
-        if job is not None:
+        if job is not None and not job.failed:
             self._cancelled += 1
             self._end(job, Failed(request_id, ClientGone("the request was cancelled").info()))
 
-    def collect(self) -> None:
-        """Take in finished encodings, and send the results and previews that they complete."""
+    def collect(self) -> list[str]:
+        """Take in finished encodings, and send the results and previews that they complete.
+
+        Returns the requests that failed by it: every rank is to :meth:`drop` them before the same turn.
+        """
+        failed: list[str] = []
         while not self._encoded.empty():
             encoded = self._encoded.get()
             job = encoded.job
             if self._gone(job):
                 continue
             if encoded.error is not None:
-                self._fail(job, encoded.error)
+                self._failed += 1
+                job.failed = True
+                failed.append(job.request.request_id)
+                self._send(Failed(job.request.request_id, encoded.error.info()))
                 continue
             if encoded.output is not None:
                 job.outputs[encoded.index] = encoded.output
@@ -121,6 +138,13 @@ class Jobs:
                     self._send(encoded.preview)
             if job.done:
                 self._end(job, self._result(job))
+        return failed
+
+    def drop(self, request_id: str) -> None:
+        """Stop the work of a request whose failure was sent."""
+        job = self._jobs.pop(request_id, None)
+        for sample in job.samples if job is not None else ():
+            self._hub.cancel(sample.coroutine)
 
     def close(self) -> None:
         self._threads.shutdown(cancel_futures=True)
@@ -150,6 +174,8 @@ class Jobs:
         except Exception:
             log.exception("a preview failed", extra=_in(job))
             return
+        if not self._leads:
+            return
         job.previews_owed += 1
         self._threads.submit(self._encode_preview, job, sample.index, step, picture)
 
@@ -158,6 +184,11 @@ class Jobs:
             return
         error, pixels = sample.coroutine.error, sample.coroutine.result
         sample.coroutine.error = sample.coroutine.result = None  # they are large, and the job may live on for long
+        if error is None and not self._leads:
+            job.finished += 1
+            if job.finished == len(job.samples):
+                del self._jobs[job.request.request_id]
+            return
         try:
             if error is not None:
                 raise error
@@ -167,7 +198,7 @@ class Jobs:
             self._fail(job, _explain(failure, sample))
 
     def _gone(self, job: Job) -> bool:
-        return self._jobs.get(job.request.request_id) is not job
+        return job.failed or self._jobs.get(job.request.request_id) is not job
 
     def _encode_output(self, job: Job, sample: SampleRun, widened: torch.Tensor) -> None:
         if self._gone(job):

@@ -26,7 +26,11 @@ from ..protocol.messages import Batching, ModelInfo, Parameter
 from ..protocol.models import resolve_model
 from .arguments import call_arguments
 from .module_state import ModuleState
+from .parallel.ranks import ALONE, Ranks
 from .sizes import DENOISERS, Sizes, denoiser_config, find_sizes
+from .weights.layout import Layout
+from .weights.loader import CannotLoad
+from .weights.pipeline import load_known_components
 
 log = logging.getLogger(__name__)
 
@@ -44,7 +48,10 @@ _LONGEST_TEXT = 4096
 
 @dataclass(slots=True)
 class Model:
-    """A loaded pipeline with its facts. ``defaults`` are arguments passed where a request gives none."""
+    """A loaded pipeline with its facts.
+
+    ``layouts`` are of every component with weights; ``defaults`` are arguments passed where a request gives none.
+    """
 
     name: str
     path: str
@@ -54,6 +61,7 @@ class Model:
     kind: Literal["image", "video"]
     arguments: dict[str, Parameter]
     sizes: Sizes
+    layouts: dict[str, Layout]
     defaults: dict[str, Any]
     output_type: Literal["pt", "np"] = "pt"
     weight_version: str = INITIAL_VERSION
@@ -89,16 +97,16 @@ class Model:
         )
 
 
-def load_model(config: Config) -> Model:
-    """Load the configured pipeline onto its device.
+def load_model(config: Config, device: torch.device | None = None, ranks: Ranks = ALONE) -> Model:
+    """Load the configured pipeline, or this rank's part of it, onto ``device`` (:func:`find_device`'s by default).
 
     Raises ``StartFailed`` with one sentence for the operator when the checkpoint cannot be loaded.
     """
+    device = device or find_device(config)
     diffusers_logging.disable_progress_bar()
     transformers_logging.disable_progress_bar()
     path = str(resolve_model(config.model))
-    device = _device(config)
-    pipeline, dtype = _load_pipeline(path, config, device)
+    pipeline, dtype, layouts = _load_pipeline(path, config, device, ranks)
     pipeline.set_progress_bar_config(disable=True)
     _forget_caches(pipeline)
     arguments = _bounded(call_arguments(type(pipeline)), pipeline, config)
@@ -112,15 +120,28 @@ def load_model(config: Config) -> Model:
         kind="video" if "num_frames" in arguments else "image",
         arguments=arguments,
         sizes=sizes,
+        layouts=layouts,
         defaults=sizes.overrides | default_text_length(pipeline, arguments) | _binning(pipeline, arguments),
     )
 
 
-def _load_pipeline(path: str, config: Config, device: torch.device) -> tuple[DiffusionPipeline, torch.dtype]:
+def _load_pipeline(
+    path: str, config: Config, device: torch.device, ranks: Ranks
+) -> tuple[DiffusionPipeline, torch.dtype, dict[str, Layout]]:
     try:
         directory = Path(path if Path(path).is_dir() else DiffusionPipeline.download(path, use_safetensors=True))
         dtype = _dtype(config, device, directory)
-        return DiffusionPipeline.from_pretrained(directory, dtype=dtype, use_safetensors=True).to(device), dtype
+        own = load_known_components(directory, dtype, device, ranks, fused=config.fuse_projections)
+        modules = {name: loaded.module for name, loaded in own.items()}
+        pipeline = DiffusionPipeline.from_pretrained(directory, dtype=dtype, use_safetensors=True, **modules).to(device)
+        layouts = {
+            name: own[name].layout if name in own else Layout.whole(part)
+            for name, part in pipeline.components.items()
+            if isinstance(part, nn.Module)
+        }
+        return pipeline, dtype, layouts
+    except CannotLoad as error:
+        raise StartFailed(f"The model {path} could not be loaded: {error}.") from error
     except Exception as error:  # the libraries raise errors of every kind; each ends this start, with its own words
         log.exception("loading %s failed", path)
         what = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
@@ -130,11 +151,16 @@ def _load_pipeline(path: str, config: Config, device: torch.device) -> tuple[Dif
         ) from error
 
 
-def _device(config: Config) -> torch.device:
+def find_device(config: Config, replica: int = 0, rank: int = 0) -> torch.device:
+    """The device of a rank: GPUs in turn, each rank of a replica its own. Raises ``StartFailed`` without one."""
     available = torch.cuda.is_available()
     if config.device == "cuda" and not available:
         raise StartFailed("--device cuda was asked for, but torch finds no CUDA device; use --device cpu or auto.")
-    return torch.device("cuda" if available and config.device != "cpu" else "cpu")
+    if not available or config.device == "cpu":
+        return torch.device("cpu")
+    if config.tp > torch.cuda.device_count():
+        raise StartFailed(f"--tp {config.tp} needs a GPU for each rank, and there are {torch.cuda.device_count()}.")
+    return torch.device("cuda", (replica * config.tp + rank) % torch.cuda.device_count())
 
 
 def _dtype(config: Config, device: torch.device, directory: Path) -> torch.dtype:

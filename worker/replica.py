@@ -1,4 +1,7 @@
-"""A replica's process: it loads, tests itself, and then turns the hub between messages."""
+"""A replica's rank: it loads, tests itself, and then turns the hub between messages.
+
+Rank 0 leads: it alone speaks with the scheduler, and tells the other ranks what each turn begins with.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +28,9 @@ from ..protocol.messages import (
 )
 from .hub import Hub
 from .jobs import Jobs
-from .model import Model, load_model
+from .model import Model, find_device, load_model
+from .parallel.ranks import join, leave
+from .parallel.team import Follower, Leader, Stop, Turn
 from .prompt_cache import PromptCache
 from .self_test import SelfTest, Verdict
 
@@ -35,12 +40,14 @@ HEARTBEAT_S = 1.0
 
 
 class Replica:
-    """One worker process. ``replica`` of ``child`` is its number."""
+    """One process of a replica. ``replica`` and ``rank`` of ``child`` are its numbers."""
 
     def __init__(self, child: ChildConfig) -> None:
         assert child.replica is not None
+        self._child = child
         self._config = child.config
         self._number = child.replica
+        self._leads = child.rank == 0
         self._stopping = False
         self._context = zmq.Context()
         self._socket = self._context.socket(zmq.DEALER)
@@ -48,19 +55,40 @@ class Replica:
         self._socket.sndhwm = 0
         self._socket.rcvhwm = 0
         self._socket.linger = 500
-        self._socket.connect(child.backend)
+        if self._leads:
+            self._socket.connect(child.backend)
         self._awake, self._alarm = os.pipe()
         os.set_blocking(self._alarm, False)
 
     def run(self) -> int:
         """Load and serve until SIGTERM. Returns the process's exit status."""
-        signal.signal(signal.SIGTERM, self._stop)
+        signal.signal(signal.SIGTERM, self._stop if self._leads else signal.SIG_DFL)
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         try:
-            model, verdict = self._load()
+            return self._serve(*self._load())
         except StartFailed as failed:
+            log.error("%s", failed.message)
             self._send(ReplicaFailed(self._number, failed.message))
             return self._leave(1)
+
+    def _load(self) -> tuple[Model, Verdict]:
+        self._report("loading the model")
+        device = find_device(self._config, self._number, self._child.rank)
+        threads = self._config.threads or max(1, (os.cpu_count() or 1) // (self._config.replicas * self._config.tp))
+        torch.set_num_threads(threads)
+        # gradient mode is the thread's: set once here, so that no pipeline's no_grad can switch it on on leaving
+        torch.set_grad_enabled(False)
+        self._ranks = join(
+            self._child.rank,
+            self._config.tp,
+            f"{self._child.meeting_place}-store",
+            device,
+            self._config.stall_timeout_s,
+        )
+        model = load_model(self._config, device, self._ranks)
+        return model, SelfTest(model, self._config, self._report).run()
+
+    def _serve(self, model: Model, verdict: Verdict) -> int:
         hub = Hub(
             max_batch=self._config.max_batch,
             max_tokens=self._config.max_batch_tokens,
@@ -68,25 +96,23 @@ class Replica:
             cache=PromptCache(self._config.prompt_cache_mb * 2**20) if self._config.prompt_cache_mb else None,
         )
         hub.unmergeable.update(verdict.unmergeable)
-        jobs = Jobs(model, hub, self._send, self._wake)
-        info = model.info(verdict.batching, verdict.supports_preview)
-        self._send(ReplicaReady(self._number, os.getpid(), info))
+        jobs = Jobs(model, hub, self._send, self._wake, leads=self._leads)
         try:
-            self._serve(hub, jobs)
+            if self._leads:
+                self._send(
+                    ReplicaReady(self._number, os.getpid(), model.info(verdict.batching, verdict.supports_preview))
+                )
+                self._lead(hub, jobs)
+            else:
+                follower = Follower(self._context, self._child.meeting_place, self._child.rank)
+                follower.run(lambda: hub.trace, lambda turn: _take(turn, hub, jobs))
         finally:
             jobs.close()  # also after a fault: what waits to be encoded must not hold up the end
+        leave(self._ranks)
         return self._leave(0)
 
-    def _load(self) -> tuple[Model, Verdict]:
-        threads = self._config.threads or max(1, (os.cpu_count() or 1) // self._config.replicas)
-        torch.set_num_threads(threads)
-        # gradient mode is the thread's: set once here, so that no pipeline's no_grad can switch it on on leaving
-        torch.set_grad_enabled(False)
-        self._report("loading the model")
-        model = load_model(self._config)
-        return model, SelfTest(model, self._config, self._report).run()
-
-    def _serve(self, hub: Hub, jobs: Jobs) -> None:
+    def _lead(self, hub: Hub, jobs: Jobs) -> None:
+        team = Leader(self._context, self._child.meeting_place, self._config.tp)
         poller = zmq.Poller()
         poller.register(self._socket, zmq.POLLIN)
         poller.register(self._awake, zmq.POLLIN)
@@ -99,27 +125,29 @@ class Replica:
             ready = dict(poller.poll(0 if hub.busy else round((beat_at - now) * 1000)))
             if self._awake in ready:
                 os.read(self._awake, 4096)
-            if self._socket in ready:
-                self._receive(jobs)
-            jobs.collect()
-            hub.turn()
+            messages = self._received() if self._socket in ready else []
+            dropped = jobs.collect()
+            if messages or dropped or hub.busy:
+                turn = Turn(messages, dropped, hub.trace)
+                team.tell(turn)
+                _take(turn, hub, jobs)
+        team.tell(Stop())
 
-    def _receive(self, jobs: Jobs) -> None:
-        """Take in every message that has arrived."""
+    def _received(self) -> list[Generate | Cancel]:
+        """Every message that has arrived."""
+        messages: list[Generate | Cancel] = []
         while self._socket.poll(0):
-            message = TO_WORKER.decode(self._socket.recv_multipart())
-            match message:
-                case Generate():
-                    jobs.submit(message)
-                case Cancel():
-                    jobs.cancel(message.request_id)
+            messages.append(TO_WORKER.decode(self._socket.recv_multipart()))
+        return messages
 
     def _send(self, message: FromWorker) -> None:
-        self._socket.send_multipart(FROM_WORKER.encode(message), copy=False)
+        if self._leads:
+            self._socket.send_multipart(FROM_WORKER.encode(message), copy=False)
 
     def _report(self, stage: str) -> None:
-        log.info("%s", stage)
-        self._send(ReplicaLoading(self._number, os.getpid(), stage))
+        if self._leads:
+            log.info("%s", stage)
+            self._send(ReplicaLoading(self._number, os.getpid(), stage))
 
     def _wake(self) -> None:
         """Called by encoding threads; a full pipe means that the loop is about to wake anyway."""
@@ -135,3 +163,16 @@ class Replica:
     def _leave(self, status: int) -> int:
         self._context.destroy(linger=500)
         return status
+
+
+def _take(turn: Turn, hub: Hub, jobs: Jobs) -> None:
+    """What every rank does in a turn."""
+    for request_id in turn.dropped:
+        jobs.drop(request_id)
+    for message in turn.messages:
+        match message:
+            case Generate():
+                jobs.submit(message)
+            case Cancel():
+                jobs.cancel(message.request_id)
+    hub.turn()

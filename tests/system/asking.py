@@ -36,7 +36,7 @@ def plain(pipeline: DiffusionPipeline, asked: dict[str, Any]) -> torch.Tensor:
     """What the unmodified pipeline returns for the body ``asked``."""
     given = {name: asked[name] for name in FIELDS if name in asked} | asked["extra"]
     generator = torch.Generator("cpu").manual_seed(asked["seed"])
-    output = pipeline(asked["prompt"], generator=generator, output_type="pt", **given)
+    output = pipeline(prompt=asked["prompt"], generator=generator, output_type="pt", **given)
     found: torch.Tensor = next(output[name] for name in ("images", "frames") if name in output)[0]
     return found
 

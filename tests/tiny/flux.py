@@ -15,7 +15,7 @@ def _transformer() -> FluxTransformer2DModel:
         num_layers=1,
         num_single_layers=1,
         attention_head_dim=16,
-        num_attention_heads=2,
+        num_attention_heads=4,
         joint_attention_dim=32,
         pooled_projection_dim=32,
         guidance_embeds=True,

@@ -21,7 +21,7 @@ def _video_transformer() -> HunyuanVideoTransformer3DModel:
     return HunyuanVideoTransformer3DModel(
         in_channels=4,
         out_channels=4,
-        num_attention_heads=2,
+        num_attention_heads=4,
         attention_head_dim=16,
         num_layers=1,
         num_single_layers=1,

@@ -18,14 +18,19 @@ from transformers import (
 WIDTH = 32
 
 
+def divisible(count: int) -> int:
+    """The next multiple of 8, as vocabularies are padded to be divided among ranks."""
+    return -(-count // 8) * 8
+
+
 def _sizes(tokenizer: PreTrainedTokenizerBase, layers: int = 2) -> dict[str, Any]:
     return {
-        "vocab_size": len(tokenizer),
+        "vocab_size": divisible(len(tokenizer)),
         "hidden_size": WIDTH,
         "intermediate_size": 2 * WIDTH,
         "num_hidden_layers": layers,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 1,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
         "head_dim": WIDTH // 2,
         "max_position_embeddings": 4096,
         "bos_token_id": tokenizer.bos_token_id,
@@ -67,8 +72,9 @@ def _vision_sizes() -> dict[str, Any]:
 
 def qwen2_5_vl(tokenizer: PreTrainedTokenizerBase) -> Qwen2_5_VLForConditionalGeneration:
     """A three-layer Qwen2.5-VL with a one-layer vision tower."""
-    rope = {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 1e6}
+    rope = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 1e6}
     text = {key: value for key, value in _sizes(tokenizer, layers=3).items() if key != "head_dim"}
+    text["num_attention_heads"] = 4
     ids = {
         key: tokenizer.convert_tokens_to_ids(f"<|{token}|>")
         for key, token in (

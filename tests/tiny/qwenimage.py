@@ -19,7 +19,7 @@ def _transformer() -> QwenImageTransformer2DModel:
         out_channels=4,
         num_layers=2,
         attention_head_dim=16,
-        num_attention_heads=2,
+        num_attention_heads=4,
         joint_attention_dim=32,
         guidance_embeds=False,
         axes_dims_rope=(8, 4, 4),

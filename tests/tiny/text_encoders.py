@@ -14,6 +14,8 @@ from transformers import (
     UMT5EncoderModel,
 )
 
+from .language_models import divisible
+
 
 def clip_config(tokenizer: CLIPTokenizer, width: int = 32) -> CLIPTextConfig:
     """A two-layer CLIP text model that pools at the end token."""
@@ -43,12 +45,12 @@ def projected_clip(tokenizer: CLIPTokenizer, width: int = 32) -> CLIPTextModelWi
 
 def _t5_sizes(tokenizer: PreTrainedTokenizerBase, width: int) -> dict[str, Any]:
     return {
-        "vocab_size": len(tokenizer),
+        "vocab_size": divisible(len(tokenizer)),
         "d_model": width,
         "d_kv": width // 2,
         "d_ff": 2 * width,
         "num_layers": 2,
-        "num_heads": 2,
+        "num_heads": 4,
         "relative_attention_num_buckets": 8,
         "relative_attention_max_distance": 32,
         "feed_forward_proj": "gated-gelu",

@@ -10,7 +10,7 @@ from .weights import ready, seeded
 def _transformer() -> WanTransformer3DModel:
     return WanTransformer3DModel(
         patch_size=(1, 2, 2),
-        num_attention_heads=2,
+        num_attention_heads=4,
         attention_head_dim=16,
         in_channels=4,
         out_channels=4,

@@ -13,13 +13,13 @@ def _transformer() -> ZImageTransformer2DModel:
         all_patch_size=(2,),
         all_f_patch_size=(1,),
         in_channels=4,
-        dim=32,
+        dim=96,
         n_layers=2,
         n_refiner_layers=1,
-        n_heads=2,
-        n_kv_heads=2,
+        n_heads=4,
+        n_kv_heads=4,
         cap_feat_dim=32,
-        axes_dims=[8, 4, 4],
+        axes_dims=[8, 8, 8],
         axes_lens=[256, 32, 32],
     )
 

@@ -1,0 +1,117 @@
+"""Every rank has its part of a checkpoint, and all together have the checkpoint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from safelight.tests.ranks import on_ranks
+from safelight.tests.tiny import save
+from safelight.worker.models import family_of
+from safelight.worker.parallel.plan import Family
+from safelight.worker.parallel.ranks import Ranks
+from safelight.worker.weights.files import WeightFiles
+from safelight.worker.weights.layout import Entry, Layout
+from safelight.worker.weights.loader import CannotLoad, load_component
+from safelight.worker.weights.pipeline import component_classes
+
+CPU = torch.device("cpu")
+PLANNED = ("flux", "flux2", "sd3", "qwenimage", "zimage", "wan", "ltx", "hunyuan_video")
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    directory = tmp_path_factory.mktemp("layout")
+    return {name: save(name, directory) for name in PLANNED}
+
+
+def planned(checkpoint: Path) -> dict[str, tuple[type[Any], Family]]:
+    found = {name: (cls, family_of(cls)) for name, cls in component_classes(checkpoint).items()}
+    return {name: (cls, family) for name, (cls, family) in found.items() if family is not None}
+
+
+def _reads_back(ranks: Ranks, checkpoints: dict[str, Path], fused: bool) -> None:
+    for checkpoint in checkpoints.values():
+        for name, (cls, family) in planned(checkpoint).items():
+            folder = checkpoint / name
+            loaded = load_component(
+                cls, folder, dtype=torch.float32, device=CPU, family=family, ranks=ranks, fused=fused
+            )
+            with WeightFiles(folder) as files:
+                assert [entry.name for entry in loaded.layout] == list(files)
+                for tensor_name, whole in loaded.layout.tensors():
+                    assert torch.equal(whole, files[tensor_name][...]), tensor_name
+            divided = [entry for entry in loaded.layout if entry.shard is not None]
+            assert divided or ranks.size == 1
+            for entry in divided:
+                assert loaded.layout.local(entry.name).numel() * ranks.size == torch.Size(entry.shape).numel()
+            own = {id(p): p.numel() for p in loaded.module.parameters()}
+            whole_size = sum(torch.Size(entry.shape).numel() for entry in loaded.layout if entry.shard is None)
+            divided_size = sum(torch.Size(entry.shape).numel() for entry in divided)
+            buffers = sum(b.numel() for n, b in loaded.module.named_buffers() if n in loaded.layout)
+            assert sum(own.values()) + buffers <= whole_size + divided_size // ranks.size + 1, "a copy is left"
+
+
+@pytest.mark.parametrize(("size", "fused"), [(1, True), (2, False), (4, True)])
+def test_the_ranks_together_hold_every_byte_of_the_files(size: int, fused: bool, checkpoints: dict[str, Path]) -> None:
+    on_ranks(size, _reads_back, checkpoints, fused)
+
+
+def test_a_degree_that_does_not_divide_the_heads_is_refused_with_those_that_do(checkpoints: dict[str, Path]) -> None:
+    cls, family = planned(checkpoints["flux"])["transformer"]
+    with pytest.raises(CannotLoad, match=r"among 3 ranks; --tp can be 1, 2, 4$"):
+        load_component(
+            cls,
+            checkpoints["flux"] / "transformer",
+            dtype=torch.float32,
+            device=CPU,
+            family=family,
+            ranks=Ranks(rank=0, size=3),
+        )
+
+
+def test_a_checkpoint_that_lacks_a_tensor_is_refused_by_its_name(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    source = checkpoints["flux"] / "transformer"
+    tensors = load_file(source / "diffusion_pytorch_model.safetensors")
+    del tensors["proj_out.weight"]
+    save_file(tensors, tmp_path / "diffusion_pytorch_model.safetensors")
+    (tmp_path / "config.json").write_text((source / "config.json").read_text())
+    cls, family = planned(checkpoints["flux"])["transformer"]
+    with pytest.raises(CannotLoad, match=r"1 missing \['proj_out.weight'\]"):
+        load_component(cls, tmp_path, dtype=torch.float32, device=CPU, family=family)
+
+
+class Watched:
+    """A whole tensor that notes what is read of it."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.tensor, self.read = tensor, 0
+
+    def __getitem__(self, index: Any) -> torch.Tensor:
+        found = self.tensor[index]
+        self.read += found.numel()
+        return found
+
+
+def test_a_rank_reads_no_more_of_a_file_than_it_keeps() -> None:
+    from safelight.worker.parallel.plan import Shard
+
+    module = torch.nn.Linear(8, 3, bias=False)
+    layout = Layout(module, [Entry("w", "weight", (3, 16), Shard(1, (4, 12)))], Ranks(rank=1, size=2))
+    file = Watched(torch.arange(48.0).reshape(3, 16))
+    layout.write("w", file)
+    assert file.read == 24
+    assert module.weight[0].tolist() == [2, 3, 10, 11, 12, 13, 14, 15]
+
+
+def test_a_tensor_of_another_shape_leaves_what_was_there() -> None:
+    module = torch.nn.Linear(2, 2)
+    before = module.weight.detach().clone()
+    with pytest.raises(ValueError, match=r"\(2, 3\)"):
+        Layout.whole(module).write("weight", torch.zeros(2, 3))
+    assert torch.equal(module.weight, before)

@@ -1,0 +1,31 @@
+"""What several plans have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from ..parallel.plan import Style
+
+
+def attention(path: str, *, joint: bool = False, out: str = "to_out.0") -> dict[str, Style]:
+    """Heads are divided: projections by columns, the output by rows. ``joint``: text has projections of its own."""
+    plan: dict[str, Style] = {f"{path}.{name}": "colwise" for name in ("to_q", "to_k", "to_v")}
+    plan[f"{path}.{out}"] = "rowwise"
+    if joint:
+        plan |= {f"{path}.{name}": "colwise" for name in ("add_q_proj", "add_k_proj", "add_v_proj")}
+        plan[f"{path}.to_add_out"] = "rowwise"
+    return plan
+
+
+def feed_forward(path: str) -> dict[str, Style]:
+    """diffusers' ``FeedForward`` without a gate."""
+    return {f"{path}.net.0.proj": "colwise", f"{path}.net.2": "rowwise"}
+
+
+def modulation(paths: Iterable[str]) -> dict[str, Style]:
+    """Layers that make a block's scales and shifts of one vector per sample, which every rank has."""
+    return dict.fromkeys(paths, "rowwise_split_input")
+
+
+QKV = ("to_q", "to_k", "to_v")
+ADDED_QKV = ("add_q_proj", "add_k_proj", "add_v_proj")

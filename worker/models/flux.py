@@ -1,0 +1,24 @@
+"""FLUX.1. The single blocks' ``proj_out`` takes [attention | mlp]; diffusers' plan divides each piece for itself."""
+
+from __future__ import annotations
+
+from diffusers import FluxTransformer2DModel
+
+from ..parallel.plan import Family
+from .common import ADDED_QKV, QKV, modulation
+
+FAMILIES = {
+    "FluxTransformer2DModel": Family(
+        plan=FluxTransformer2DModel._tp_plan
+        | modulation(
+            (
+                "transformer_blocks.*.norm1.linear",
+                "transformer_blocks.*.norm1_context.linear",
+                "single_transformer_blocks.*.norm.linear",
+                "norm_out.linear",
+            )
+        ),
+        heads=("num_attention_heads",),
+        fused={"transformer_blocks.*.attn": (QKV, ADDED_QKV), "single_transformer_blocks.*.attn": (QKV,)},
+    )
+}

@@ -1,0 +1,24 @@
+"""FLUX.2. The single blocks' fused ``to_qkv_mlp_proj`` is divided block by block, as diffusers' plan says."""
+
+from __future__ import annotations
+
+from diffusers import Flux2Transformer2DModel
+
+from ..parallel.plan import Family
+from .common import ADDED_QKV, QKV, modulation
+
+FAMILIES = {
+    "Flux2Transformer2DModel": Family(
+        plan=Flux2Transformer2DModel._tp_plan
+        | modulation(
+            (
+                "double_stream_modulation_img.linear",
+                "double_stream_modulation_txt.linear",
+                "single_stream_modulation.linear",
+                "norm_out.linear",
+            )
+        ),
+        heads=("num_attention_heads",),
+        fused={"transformer_blocks.*.attn": (QKV, ADDED_QKV)},
+    )
+}

@@ -1,0 +1,17 @@
+"""Qwen-Image and Qwen-Image-Edit, which share their transformer."""
+
+from __future__ import annotations
+
+from diffusers import QwenImageTransformer2DModel
+
+from ..parallel.plan import Family
+from .common import ADDED_QKV, QKV, modulation
+
+FAMILIES = {
+    "QwenImageTransformer2DModel": Family(
+        plan=QwenImageTransformer2DModel._tp_plan
+        | modulation(("transformer_blocks.*.img_mod.1", "transformer_blocks.*.txt_mod.1", "norm_out.linear")),
+        heads=("num_attention_heads",),
+        fused={"transformer_blocks.*.attn": (QKV, ADDED_QKV)},
+    )
+}

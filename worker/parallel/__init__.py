@@ -1,0 +1,1 @@
+"""Tensor parallelism: the ranks of a replica, and modules that hold their part of a weight."""

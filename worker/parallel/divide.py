@@ -1,0 +1,70 @@
+"""Turns a whole module into one rank's part of it, before its weights are loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from diffusers.hooks.tensor_parallel import PackedColwiseParallel
+from torch import nn
+from torch.utils import _pytree as pytree
+
+from .layers import AcrossHeadsRMSNorm, RowParallelLinear, VocabularyParallelEmbedding
+from .plan import ACROSS_HEADS, COLWISE, SPLIT_INPUT, SPLIT_OUTPUT, Family, Shard, Style, matching, resolve
+from .ranks import Ranks
+
+
+def divide(module: nn.Module, family: Family, ranks: Ranks, shards: Mapping[str, Shard]) -> None:
+    """Leave of each parameter in ``shards`` (of :func:`.plan.shards`) this rank's part, its values undefined.
+
+    The degree must be one of :func:`.plan.degrees`.
+    """
+    styles = resolve(module, family)
+    for pattern, attributes in family.divided.items():
+        for _, part in matching(module, pattern):
+            for name in attributes:
+                setattr(part, name, getattr(part, name) // ranks.size)
+    for path, (part, style) in styles.items():
+        for name in [name for name, _ in part.named_parameters(recurse=False)]:
+            shard = shards.get(f"{path}.{name}")
+            if shard is not None:
+                _shrink(part, name, shard, ranks.size)
+        _become_parallel(part, style, ranks)
+
+
+def _shrink(part: nn.Module, name: str, shard: Shard, size: int) -> None:
+    whole = getattr(part, name)
+    shape = list(whole.shape)
+    shape[shard.dim] //= size
+    setattr(part, name, nn.Parameter(whole.new_empty(shape), requires_grad=whole.requires_grad))
+
+
+def _become_parallel(part: nn.Module, style: Style, ranks: Ranks) -> None:
+    """Change the class of a layer whose result takes all ranks, and the sizes that others read off it."""
+    if isinstance(part, nn.Embedding):
+        part.num_embeddings, part.embedding_dim = part.weight.shape
+        if style != COLWISE:
+            _change_class(part, VocabularyParallelEmbedding, nn.Embedding, ranks)
+    elif style == SPLIT_OUTPUT:
+        part.register_forward_hook(lambda _, args, output: _own_part(output, ranks))
+    elif style == ACROSS_HEADS:
+        _change_class(part, AcrossHeadsRMSNorm, nn.RMSNorm, ranks)
+    elif isinstance(part, nn.Linear):
+        part.out_features, part.in_features = part.weight.shape
+        if style != COLWISE and not isinstance(style, PackedColwiseParallel):
+            _change_class(part, RowParallelLinear, nn.Linear, ranks)
+            vars(part)["input_is_whole"] = style == SPLIT_INPUT
+    else:
+        raise TypeError(f"a {type(part).__name__} cannot be divided as {style!r}")
+
+
+def _own_part(output: Any, ranks: Ranks) -> Any:
+    return pytree.tree_map_only(torch.Tensor, lambda t: t.chunk(ranks.size, dim=-1)[ranks.rank], output)
+
+
+def _change_class(part: nn.Module, parallel: type[nn.Module], plain: type[nn.Module], ranks: Ranks) -> None:
+    if type(part) is not plain:
+        raise TypeError(f"a {type(part).__name__} is no plain {plain.__name__}")
+    part.__class__ = parallel
+    vars(part)["ranks"] = ranks

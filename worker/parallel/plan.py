@@ -1,0 +1,122 @@
+"""How a module's parameters are divided among ranks: a plan in diffusers' vocabulary, resolved for one module.
+
+=========================  ============================================================================
+``"colwise"``              output features (weight dimension 0) are divided; an Embedding's columns
+``"rowwise"``              input features (weight dimension 1) are divided and the products added up; an
+                           Embedding's rows
+``"rowwise_split_input"``  the same, for a layer whose input is whole on every rank (transformers' word)
+``PackedColwiseParallel``  ``colwise``, each block of a fused weight for itself
+``PackedRowwiseParallel``  ``rowwise``, each block of a concatenated input for itself
+``"across_heads"``         an RMS norm over all heads: its weight is divided, its mean square is of all ranks
+``"split_output"``         no weights; of the tensors that it returns each rank takes its part of the last dimension
+=========================  ============================================================================
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+from diffusers.hooks.tensor_parallel import PackedColwiseParallel, PackedRowwiseParallel
+from torch import nn
+
+Style: TypeAlias = str | PackedColwiseParallel | PackedRowwiseParallel
+
+COLWISE, SPLIT_INPUT = "colwise", "rowwise_split_input"
+ACROSS_HEADS, SPLIT_OUTPUT = "across_heads", "split_output"
+
+
+@dataclass(frozen=True)
+class Family:
+    """What tensor parallelism and fusing need to know of a model class. Patterns are dotted paths, ``*`` one name.
+
+    ``heads`` names the configuration's head counts, which the degree must divide. ``divided`` names attributes that
+    hold a count or size of heads, for processors that compute with them. ``fused`` names layers of one parent with the
+    same input, whose weights can be one. ``needs`` are values of the configuration that the plan was written for.
+    """
+
+    plan: Mapping[str, Style]
+    heads: tuple[str, ...]
+    divided: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    fused: Mapping[str, tuple[tuple[str, ...], ...]] = field(default_factory=dict)
+    needs: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """A parameter's dimension ``dim`` is divided; each of ``blocks`` (sizes that add up to it) for itself."""
+
+    dim: int
+    blocks: tuple[int, ...]
+
+
+def matching(module: nn.Module, pattern: str) -> Iterator[tuple[str, nn.Module]]:
+    """The sub-modules, with their paths, that ``pattern`` names."""
+    expression = re.compile(re.escape(pattern).replace(r"\*", "[^.]+"))
+    for path, part in module.named_modules():
+        if expression.fullmatch(path):
+            yield path, part
+
+
+def resolve(module: nn.Module, family: Family) -> dict[str, tuple[nn.Module, Style]]:
+    """The sub-modules that the plan names, by path, with their styles."""
+    found: dict[str, tuple[nn.Module, Style]] = {}
+    for pattern, style in family.plan.items():
+        for path, part in matching(module, pattern):
+            found[path] = (part, style)
+    return found
+
+
+def shards(module: nn.Module, family: Family) -> dict[str, Shard]:
+    """Parameter name to how it is divided; what is not named is whole on every rank."""
+    found: dict[str, Shard] = {}
+    for path, (part, style) in resolve(module, family).items():
+        for name, shard in _shards_of(part, style).items():
+            found[f"{path}.{name}"] = shard
+    return found
+
+
+def _shards_of(part: nn.Module, style: Style) -> dict[str, Shard]:
+    weight = getattr(part, "weight", None)
+    if not isinstance(weight, nn.Parameter):
+        return {}
+    shape = tuple(weight.shape)
+    if isinstance(part, nn.Embedding):
+        dim = 1 if style == COLWISE else 0
+        return {"weight": Shard(dim, (shape[dim],))}
+    if style == ACROSS_HEADS:
+        return {"weight": Shard(0, shape)}
+    if style == COLWISE or isinstance(style, PackedColwiseParallel):
+        shard = Shard(0, _blocks(part, style, "_tp_packed_col_blocks", shape[0]))
+        return {"weight": shard} | ({"bias": shard} if getattr(part, "bias", None) is not None else {})
+    return {"weight": Shard(1, _blocks(part, style, "_tp_packed_row_blocks", shape[1]))}
+
+
+def _blocks(part: nn.Module, style: Style, attribute: str, total: int) -> tuple[int, ...]:
+    """The sizes of a packed weight's blocks: the style's own proportions, else what the class says of itself."""
+    if isinstance(style, str):
+        return (total,)
+    parts: Any = style.blocks if style.blocks is not None else getattr(part, attribute)
+    unit = total // sum(parts)
+    return tuple(unit * block for block in parts)
+
+
+def degrees(module: nn.Module, family: Family, most: int = 64) -> list[int]:
+    """The tensor-parallel degrees, up to ``most``, that divide every head count and every divided block.
+
+    Only 1 where the configuration is not the one that the plan was written for.
+    """
+    if any(setting(module, name) != value for name, value in family.needs.items()):
+        return [1]
+    counts = {int(setting(module, name)) for name in family.heads}
+    for shard in shards(module, family).values():
+        counts.update(shard.blocks)
+    return [degree for degree in range(1, most + 1) if all(count % degree == 0 for count in counts)]
+
+
+def setting(module: nn.Module, name: str) -> Any:
+    """A value of the module's configuration, diffusers' or (of its language model) transformers'."""
+    config: Any = module.config
+    return config[name] if isinstance(config, Mapping) else getattr(config.get_text_config(), name)

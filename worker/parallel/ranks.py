@@ -1,0 +1,79 @@
+"""The ranks of a replica, and what they say to each other during a forward."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch.distributed import FileStore  # type: ignore[attr-defined]  # it is documented, and not in __all__
+
+
+@dataclass(slots=True)
+class Traffic:
+    """What this rank has put into collectives since the start: calls, and bytes of the tensors."""
+
+    calls: int = 0
+    bytes: int = 0
+
+
+@dataclass(slots=True, eq=False)
+class Ranks:
+    """This process among the ``size`` ranks of its replica; ``group`` is ``None`` where it is alone."""
+
+    rank: int = 0
+    size: int = 1
+    group: dist.ProcessGroup | None = None
+    traffic: Traffic = field(default_factory=Traffic)
+
+    def sum(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Add up ``tensor`` over the ranks, in place; the same bytes on every rank."""
+        if self.group is not None:
+            self._count(tensor)
+            dist.all_reduce(tensor, group=self.group)
+        return tensor
+
+    def gather(self, tensor: torch.Tensor) -> list[torch.Tensor]:
+        """``tensor`` of every rank, in the order of the ranks. All have the same shape."""
+        if self.group is None:
+            return [tensor]
+        self._count(tensor)
+        parts = [torch.empty_like(tensor) for _ in range(self.size)]
+        dist.all_gather(parts, tensor.contiguous(), group=self.group)
+        return parts
+
+    def _count(self, tensor: torch.Tensor) -> None:
+        self.traffic.calls += 1
+        self.traffic.bytes += tensor.nbytes
+
+
+ALONE = Ranks()
+"""A replica of one rank."""
+
+
+def join(rank: int, size: int, meeting_place: str, device: torch.device, timeout_s: float) -> Ranks:
+    """Meet the other ranks: gloo between CPUs, NCCL between CUDA devices.
+
+    ``meeting_place`` is a path that no file lies at yet, the same for all ranks of this start. A collective that takes
+    longer than ``timeout_s`` raises, since a rank is then gone or hangs.
+    """
+    if size == 1:
+        return ALONE
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # the ranks of a replica share a machine
+    store = FileStore(meeting_place, size)
+    dist.init_process_group(
+        "nccl" if device.type == "cuda" else "gloo",
+        store=store,
+        rank=rank,
+        world_size=size,
+        timeout=timedelta(seconds=timeout_s),
+    )
+    return Ranks(rank, size, dist.group.WORLD)
+
+
+def leave(ranks: Ranks) -> None:
+    """End the group's background threads and connections."""
+    if ranks.group is not None:
+        dist.destroy_process_group()

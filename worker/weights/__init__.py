@@ -1,0 +1,1 @@
+"""Where checkpoint tensors live in a running module, and how they get there."""

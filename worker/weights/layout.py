@@ -1,0 +1,132 @@
+"""The layout: where each tensor of a checkpoint lives in a module, on this rank.
+
+Names are the checkpoint's, whatever degree of parallelism or fusing is in force. Loading, and everything else that
+touches weights, goes through here; nothing else knows how they are divided.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from ..parallel.plan import Shard
+from ..parallel.ranks import ALONE, Ranks
+
+
+class Sliceable(Protocol):
+    """A tensor, or a file's tensor that is not read yet (safetensors' slice)."""
+
+    def __getitem__(self, index: Any) -> torch.Tensor: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One checkpoint tensor of (whole) ``shape``.
+
+    It is the state dict's tensor ``tensor``, or of that the rows ``rows`` where several are fused. ``shard`` is how it
+    is divided among the ranks; ``None`` where each has it whole.
+    """
+
+    name: str
+    tensor: str
+    shape: tuple[int, ...]
+    shard: Shard | None = None
+    rows: slice | None = None
+
+
+class Layout:
+    """All tensors of one module, in the order of its checkpoint."""
+
+    def __init__(self, module: nn.Module, entries: Iterable[Entry], ranks: Ranks = ALONE) -> None:
+        self._module = module
+        self._ranks = ranks
+        self._entries = {entry.name: entry for entry in entries}
+
+    @classmethod
+    def whole(cls, module: nn.Module) -> Layout:
+        """The layout of a module that is as its class makes it."""
+        return cls(module, (Entry(name, name, tuple(t.shape)) for name, t in module.state_dict().items()))
+
+    def __iter__(self) -> Iterator[Entry]:
+        return iter(self._entries.values())
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._entries
+
+    def __getitem__(self, name: str) -> Entry:
+        return self._entries[name]
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def local(self, name: str) -> torch.Tensor:
+        """This rank's part of the tensor: the memory that the module computes with."""
+        entry = self._entries[name]
+        tensor = self._find(entry.tensor)
+        return tensor if entry.rows is None else tensor[entry.rows]
+
+    def part(self, name: str, whole: Sliceable) -> torch.Tensor:
+        """What this rank keeps of ``whole``; of a file, only that is read."""
+        entry = self._entries[name]
+        if entry.shard is None:
+            return whole[...]
+        pieces = [whole[index] for index in self._indices(entry, self._ranks.rank)]
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=entry.shard.dim)
+
+    @torch.no_grad()
+    def write(self, name: str, whole: Sliceable) -> None:
+        """Copy this rank's part of ``whole`` into the module, cast to its dtype.
+
+        Raises ``ValueError`` where the shapes do not fit; nothing is written then.
+        """
+        part, local = self.part(name, whole), self.local(name)
+        if part.shape != local.shape:
+            raise ValueError(
+                f"{name} has shape {tuple(part.shape)} on rank {self._ranks.rank}, not {tuple(local.shape)}"
+            )
+        local.copy_(part)
+
+    @torch.no_grad()
+    def read(self, name: str) -> torch.Tensor:
+        """The whole tensor, on this rank's device. All ranks must call this together."""
+        entry, local = self._entries[name], self.local(name)
+        if entry.shard is None or self._ranks.size == 1:
+            return local.detach().clone()
+        whole = local.new_empty(entry.shape)
+        for rank, part in enumerate(self._ranks.gather(local.detach().contiguous())):
+            start = 0
+            for index in self._indices(entry, rank):
+                piece = whole[index]
+                width = piece.shape[entry.shard.dim]
+                piece.copy_(part.narrow(entry.shard.dim, start, width))
+                start += width
+        return whole
+
+    def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Every whole tensor in the order of the checkpoint, one at a time. All ranks must go through it together."""
+        for name in self._entries:
+            yield name, self.read(name)
+
+    def _indices(self, entry: Entry, rank: int) -> Iterator[tuple[slice, ...]]:
+        """The parts of the whole tensor, one for each block, that ``rank`` has."""
+        assert entry.shard is not None
+        start, before = 0, (slice(None),) * entry.shard.dim
+        for block in entry.shard.blocks:
+            width = block // self._ranks.size
+            yield (*before, slice(start + rank * width, start + (rank + 1) * width))
+            start += block
+
+    def _find(self, path: str) -> torch.Tensor:
+        owner, _, name = path.rpartition(".")
+        found: torch.Tensor = getattr(self._module.get_submodule(owner), name)
+        return found
+
+
+def entries(whole: nn.Module, names: Sequence[tuple[str, str]], shards: dict[str, Shard]) -> list[Entry]:
+    """Entries for a module before it is divided; ``names`` are pairs of checkpoint name and state dict name."""
+    shapes = {name: tuple(tensor.shape) for name, tensor in whole.state_dict().items()}
+    return [Entry(name, tensor, shapes[tensor], shards.get(tensor)) for name, tensor in names]

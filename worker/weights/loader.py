@@ -1,0 +1,176 @@
+"""Loads one component of a checkpoint through its layout: each rank reads what it keeps, and nothing else.
+
+The module is made without memory, divided and fused, and then each tensor's part goes from the file to its place.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from diffusers import ModelMixin
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+from ..parallel.divide import divide
+from ..parallel.plan import Family, Shard, degrees, shards
+from ..parallel.ranks import ALONE, Ranks
+from .files import WeightFiles
+from .fuse import fuse
+from .layout import Layout, entries
+
+
+class CannotLoad(Exception):
+    """A component's files do not fit its class, or its class cannot be divided as asked; a sentence says why."""
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """A component and its layout."""
+
+    module: nn.Module
+    layout: Layout
+
+
+def load_component(
+    cls: type[nn.Module],
+    folder: Path,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    family: Family | None = None,
+    ranks: Ranks = ALONE,
+    fused: bool = False,
+) -> Loaded:
+    """The component in ``folder`` on ``device``, as this rank's part of it.
+
+    Raises ``CannotLoad`` where tensors are missing, too many or of another shape, and where the model cannot be
+    divided among ``ranks``.
+    """
+    module = _make(cls, folder, dtype)
+    with WeightFiles(folder) as files:
+        names = _names(module, files)
+        layout = _arrange(module, names, family, ranks, fused)
+        _materialise(module, dtype, device)
+        for name, _ in names:
+            try:
+                layout.write(name, files[name])
+            except ValueError as error:
+                raise CannotLoad(f"{folder}: {error}") from error
+    if isinstance(module, PreTrainedModel):
+        module.tie_weights()
+    return Loaded(module.eval().requires_grad_(False), layout)
+
+
+def _make(cls: type[nn.Module], folder: Path, dtype: torch.dtype) -> nn.Module:
+    """The module with parameters that have no memory, and buffers that have their values."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with init_empty_weights():
+            return _new(cls, folder, dtype)
+    finally:
+        torch.set_default_dtype(before)
+
+
+def _new(cls: Any, folder: Path, dtype: torch.dtype) -> nn.Module:  # Any: neither base class declares these makers
+    made: nn.Module
+    if issubclass(cls, PreTrainedModel):
+        made = cls._from_config(cls.config_class.from_pretrained(folder), dtype=dtype)
+    elif issubclass(cls, ModelMixin):
+        made = cls.from_config(cls.load_config(folder))
+    else:
+        raise CannotLoad(f"{cls.__name__} is a class of neither diffusers nor transformers")
+    return made
+
+
+def _names(module: nn.Module, files: WeightFiles) -> list[tuple[str, str]]:
+    """The files' tensors with the names that the module's state dict has for them."""
+    known = module.state_dict()
+    ignored = getattr(module, "_keys_to_ignore_on_load_unexpected", None) or ()
+    wanted = [name for name in files if not any(re.search(pattern, name) for pattern in ignored)]
+    rename = _renaming(module, known)
+    names = [(name, rename(name)) for name in wanted]
+    unexpected = [name for name, own in names if own not in known]
+    loaded = {_identity(known[own]) for _, own in names if own in known}
+    missing = [own for own, tensor in known.items() if _identity(tensor) not in loaded and not _is_tied(module, own)]
+    if unexpected or missing:
+        raise CannotLoad(
+            f"the tensors of {type(module).__name__} are not those of its files: "
+            f"{len(missing)} missing {missing[:3]}, {len(unexpected)} unexpected {unexpected[:3]}"
+        )
+    return names
+
+
+def _identity(tensor: torch.Tensor) -> int:
+    return id(tensor)
+
+
+def _is_tied(module: nn.Module, name: str) -> bool:
+    return name in (getattr(module, "all_tied_weights_keys", None) or {})
+
+
+def _renaming(module: nn.Module, known: Mapping[str, torch.Tensor]) -> Callable[[str], str]:
+    """What transformers calls a checkpoint's tensor today; diffusers' names are the state dict's own."""
+    if not isinstance(module, PreTrainedModel):
+        return lambda name: name
+    conversions = get_model_conversion_mapping(module)
+    renamings = [conversion for conversion in conversions if isinstance(conversion, WeightRenaming)]
+    converters = [conversion for conversion in conversions if isinstance(conversion, WeightConverter)]
+
+    def rename(name: str) -> str:
+        renamed, converted = rename_source_key(name, renamings, converters, module.base_model_prefix, dict(known))
+        if converted is not None:
+            raise CannotLoad(f"transformers computes {renamed} of {type(module).__name__} from {name} and others")
+        return str(renamed)
+
+    return rename
+
+
+def _arrange(
+    module: nn.Module, names: list[tuple[str, str]], family: Family | None, ranks: Ranks, fused: bool
+) -> Layout:
+    """Divide and fuse the module, which has no memory yet; returns where its tensors are then."""
+    divided: dict[str, Shard] = {}
+    if ranks.size > 1:
+        if family is None:
+            raise CannotLoad(f"there is no tensor-parallel plan for {type(module).__name__}; serve it with --tp 1")
+        possible = degrees(module, family)
+        if ranks.size not in possible:
+            raise CannotLoad(
+                f"{type(module).__name__} cannot be divided among {ranks.size} ranks; "
+                f"--tp can be {', '.join(map(str, possible))}"
+            )
+        divided = shards(module, family)
+    places = entries(module, names, divided)
+    if family is not None:
+        if ranks.size > 1:
+            divide(module, family, ranks, divided)
+        if fused:
+            places = fuse(module, family, places)
+    return Layout(module, places, ranks)
+
+
+def _materialise(module: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
+    """Give every parameter memory on ``device``, and move the buffers there."""
+    wide = set(getattr(module, "_keep_in_fp32_modules", None) or ())
+    if isinstance(module, PreTrainedModel) and dtype != torch.float16:
+        wide = set(getattr(module, "_keep_in_fp32_modules_strict", None) or ())
+    made: dict[int, nn.Parameter] = {}
+    for path, part in module.named_modules():
+        for name, parameter in list(part.named_parameters(recurse=False)):
+            own = dtype if parameter.is_floating_point() else parameter.dtype
+            if parameter.is_floating_point() and wide & {*path.split("."), name}:
+                own = torch.float32
+            if id(parameter) not in made:
+                made[id(parameter)] = nn.Parameter(torch.empty_like(parameter, dtype=own, device=device), False)
+            setattr(part, name, made[id(parameter)])
+        for name, buffer in list(part.named_buffers(recurse=False)):
+            setattr(part, name, buffer.to(device))
