@@ -29,8 +29,8 @@ from ..protocol.messages import (
 from .hub import Hub
 from .jobs import Jobs
 from .model import Model, find_device, load_model
-from .parallel.ranks import join, leave
-from .parallel.team import Follower, Leader, Stop, Turn
+from .parallel.ranks import RankLost, join, leave
+from .parallel.team import Diverged, Follower, Leader, Stop, Turn
 from .prompt_cache import PromptCache
 from .self_test import SelfTest, Verdict
 
@@ -69,6 +69,9 @@ class Replica:
         except StartFailed as failed:
             log.error("%s", failed.message)
             self._send(ReplicaFailed(self._number, failed.message))
+            return self._leave(1)
+        except (RankLost, Diverged) as lost:
+            log.error("this rank cannot go on without the others: %s", lost)
             return self._leave(1)
 
     def _load(self) -> tuple[Model, Verdict]:

@@ -48,6 +48,13 @@ def load_plain(directory: Path) -> DiffusionPipeline:
     return pipeline
 
 
+def metric(url: str, name: str, **labels: str) -> float:
+    """The sum of a metric's samples that carry ``labels``."""
+    lines = [line for line in httpx.get(f"{url}/metrics").text.splitlines() if line.startswith(name)]
+    wanted = [f'{key}="{value}"' for key, value in labels.items()]
+    return sum(float(line.rsplit(" ", 1)[1]) for line in lines if all(label in line for label in wanted))
+
+
 def ask(url: str, asked: dict[str, Any], **options: Any) -> dict[str, Any]:
     """The JSON of a 200. Raises ``AssertionError`` with the body of any other answer."""
     answer = httpx.post(f"{url}/generate", json=asked, timeout=60, **options)

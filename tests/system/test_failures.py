@@ -14,16 +14,9 @@ import torch
 
 from safelight.tests.live import LiveServer
 
-from .asking import ask, ask_together, body, picture, stats
+from .asking import ask, ask_together, body, metric, picture, stats
 
 LONG = 1000
-
-
-def metric(url: str, name: str, **labels: str) -> float:
-    """The sum of a metric's samples that carry ``labels``."""
-    lines = [line for line in httpx.get(f"{url}/metrics").text.splitlines() if line.startswith(name)]
-    wanted = [f'{key}="{value}"' for key, value in labels.items()]
-    return sum(float(line.rsplit(" ", 1)[1]) for line in lines if all(label in line for label in wanted))
 
 
 def steps_seen(url: str, stop_after: int) -> int:

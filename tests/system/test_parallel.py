@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import signal
+import subprocess
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import httpx
+import psutil
 import pytest
 
+from safelight.client.private_server import SERVER_PROGRAM
 from safelight.tests.live import LiveServer
 
-from .asking import ask, ask_together, body, load_plain, picture, plain
+from .asking import ask, ask_together, body, load_plain, metric, picture, plain
 
 FAMILIES = ("flux", "flux2", "sd3", "qwenimage", "zimage", "wan", "ltx", "hunyuan_video")
 TOLERANCE = 1e-4
@@ -31,3 +37,68 @@ def test_several_ranks_make_the_picture_of_one(
         alone = [picture(ask(server.url, asked[0] | {"deterministic": True})) for _ in range(2)]
         assert (alone[0] == alone[1]).all()
         assert (alone[0] - expected[0]).abs().max() <= TOLERANCE
+
+
+@pytest.fixture(scope="module")
+def pair(checkpoint: Callable[[str], Path]) -> Iterator[LiveServer]:
+    """A tiny FLUX on two ranks, which counts as hanging after three seconds."""
+    flags = ["--threads", "1", "--tp", "2", "--stall-timeout-s", "3"]
+    with LiveServer(checkpoint("flux"), flags) as server:
+        server.wait_ready()
+        yield server
+
+
+def ranks(server: LiveServer) -> list[psutil.Process]:
+    """The ranks' processes, the leader first."""
+    children = psutil.Process(server.pid).children()
+    found = [child for child in children if "safelight.worker" in child.cmdline()]
+    return sorted(found, key=lambda child: child.create_time())
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_that_dies_takes_its_replica_down_and_the_replica_comes_back(pair: LiveServer, rank: int) -> None:
+    before = picture(ask(pair.url, body("flux")))
+    killed = ranks(pair)
+    with ThreadPoolExecutor() as pool:
+        asked = body("flux", num_inference_steps=1000)
+        running = pool.submit(httpx.post, f"{pair.url}/generate", json=asked, timeout=60)
+        pair.wait_for(lambda: metric(pair.url, "safelight_running") == 1 or None, 10)
+        killed[rank].kill()
+        assert running.result().status_code == 503
+    pair.wait_ready()
+    assert not {process.pid for process in ranks(pair)} & {process.pid for process in killed}
+    assert (picture(ask(pair.url, body("flux"))) == before).all()
+
+
+def test_a_rank_that_hangs_is_found_and_its_replica_started_again(pair: LiveServer) -> None:
+    stopped = ranks(pair)
+    stopped[1].suspend()
+    assert httpx.post(f"{pair.url}/generate", json=body("flux"), timeout=60).status_code == 503
+    pair.wait_for(lambda: stopped[1].pid not in {process.pid for process in ranks(pair)} or None, 30)
+    pair.wait_ready()
+    assert picture(ask(pair.url, body("flux"))).ndim == 3
+
+
+def test_sigterm_leaves_no_rank_behind(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
+    with LiveServer(checkpoint("flux"), ["--threads", "1", "--tp", "2"], temporary=tmp_path) as server:
+        server.wait_ready()
+        server.signal(signal.SIGTERM)
+        assert server.wait_exit() == 0
+        assert server.survivors() == []
+    assert list(tmp_path.glob("safelight-*")) == []
+
+
+@pytest.mark.parametrize(
+    ("family", "degree", "sentence"),
+    [
+        ("flux", "3", "it cannot be divided among 3 ranks; --tp can be 1, 2, 4."),
+        ("pixart", "2", "there is no tensor-parallel plan for PixArtTransformer2DModel; serve it with --tp 1."),
+    ],
+)
+def test_a_degree_that_cannot_be_is_one_sentence(
+    family: str, degree: str, sentence: str, checkpoint: Callable[[str], Path]
+) -> None:
+    command = [*SERVER_PROGRAM, str(checkpoint(family)), "--port", "0", "--threads", "1", "--tp", degree]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert ended.returncode == 1
+    assert ended.stderr.strip().splitlines()[-1].endswith(sentence)

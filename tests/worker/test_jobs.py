@@ -28,7 +28,8 @@ class Stage:
         deadline = time.monotonic() + 60
         while self.hub.busy or self.jobs.stats().running:
             self.hub.turn()
-            self.jobs.collect()
+            for request_id in self.jobs.collect():
+                self.jobs.drop(request_id)
             assert time.monotonic() < deadline
         sent, self.sent[:] = self.sent[:], []
         return sent

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from torch.distributed import FileStore  # type: ignore[attr-defined]  # it is documented, and not in __all__
+
+
+class RankLost(BaseException):
+    """A collective failed, as another rank is gone or hangs: no request's fault, and the end of this process.
+
+    No ``except Exception`` between here and the replica's loop may take it for an error of the model.
+    """
 
 
 @dataclass(slots=True)
@@ -32,7 +41,8 @@ class Ranks:
         """Add up ``tensor`` over the ranks, in place; the same bytes on every rank."""
         if self.group is not None:
             self._count(tensor)
-            dist.all_reduce(tensor, group=self.group)
+            with _others_needed():
+                dist.all_reduce(tensor, group=self.group)
         return tensor
 
     def gather(self, tensor: torch.Tensor) -> list[torch.Tensor]:
@@ -41,12 +51,21 @@ class Ranks:
             return [tensor]
         self._count(tensor)
         parts = [torch.empty_like(tensor) for _ in range(self.size)]
-        dist.all_gather(parts, tensor.contiguous(), group=self.group)
+        with _others_needed():
+            dist.all_gather(parts, tensor.contiguous(), group=self.group)
         return parts
 
     def _count(self, tensor: torch.Tensor) -> None:
         self.traffic.calls += 1
         self.traffic.bytes += tensor.nbytes
+
+
+@contextlib.contextmanager
+def _others_needed() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        raise RankLost(str(error)) from error
 
 
 ALONE = Ranks()

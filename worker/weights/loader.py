@@ -31,6 +31,10 @@ class CannotLoad(Exception):
     """A component's files do not fit its class, or its class cannot be divided as asked; a sentence says why."""
 
 
+class WrongDegree(CannotLoad):
+    """The tensor-parallel degree does not divide the component."""
+
+
 @dataclass(frozen=True, slots=True)
 class Loaded:
     """A component and its layout."""
@@ -67,6 +71,11 @@ def load_component(
     if isinstance(module, PreTrainedModel):
         module.tie_weights()
     return Loaded(module.eval().requires_grad_(False), layout)
+
+
+def possible_degrees(cls: type[nn.Module], folder: Path, family: Family) -> set[int]:
+    """The tensor-parallel degrees that divide the component in ``folder``."""
+    return set(degrees(_make(cls, folder, torch.float32), family))
 
 
 def _make(cls: type[nn.Module], folder: Path, dtype: torch.dtype) -> nn.Module:
@@ -141,10 +150,10 @@ def _arrange(
     divided: dict[str, Shard] = {}
     if ranks.size > 1:
         if family is None:
-            raise CannotLoad(f"there is no tensor-parallel plan for {type(module).__name__}; serve it with --tp 1")
+            raise WrongDegree(f"there is no tensor-parallel plan for {type(module).__name__}; serve it with --tp 1")
         possible = degrees(module, family)
         if ranks.size not in possible:
-            raise CannotLoad(
+            raise WrongDegree(
                 f"{type(module).__name__} cannot be divided among {ranks.size} ranks; "
                 f"--tp can be {', '.join(map(str, possible))}"
             )

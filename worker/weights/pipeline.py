@@ -12,7 +12,7 @@ from torch import nn
 from ..models import family_of
 from ..parallel.ranks import Ranks
 from ..sizes import DENOISERS
-from .loader import CannotLoad, Loaded, load_component
+from .loader import CannotLoad, Loaded, WrongDegree, load_component, possible_degrees
 
 _LIBRARIES = ("diffusers", "transformers")
 
@@ -22,18 +22,25 @@ def load_known_components(
 ) -> dict[str, Loaded]:
     """Every component of the pipeline in ``directory`` whose class has a family, by name.
 
-    Raises ``CannotLoad`` where the pipeline's denoiser has none and there are several ranks.
+    Raises ``CannotLoad`` where there are several ranks, and the pipeline's denoiser has no family or a component
+    cannot be divided among so many.
     """
-    loaded = {}
-    for name, cls in component_classes(directory).items():
-        family = family_of(cls)
-        if family is not None:
-            loaded[name] = load_component(
+    classes = component_classes(directory)
+    planned = {name: (cls, family) for name, cls in classes.items() if (family := family_of(cls)) is not None}
+    whole = [cls.__name__ for name, cls in classes.items() if name in DENOISERS and name not in planned]
+    if ranks.size > 1 and (whole or not planned):
+        raise CannotLoad(f"there is no tensor-parallel plan for {', '.join(whole) or 'it'}; serve it with --tp 1")
+    try:
+        return {
+            name: load_component(
                 cls, directory / name, dtype=dtype, device=device, family=family, ranks=ranks, fused=fused
             )
-        elif ranks.size > 1 and name in DENOISERS:
-            raise CannotLoad(f"there is no tensor-parallel plan for {cls.__name__}; serve it with --tp 1")
-    return loaded
+            for name, (cls, family) in planned.items()
+        }
+    except WrongDegree as refused:
+        possible = [possible_degrees(cls, directory / name, family) for name, (cls, family) in planned.items()]
+        fit = ", ".join(map(str, sorted(set.intersection(*possible))))
+        raise CannotLoad(f"it cannot be divided among {ranks.size} ranks; --tp can be {fit}") from refused
 
 
 def component_classes(directory: Path) -> dict[str, type[nn.Module]]:
