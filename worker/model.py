@@ -131,7 +131,9 @@ def _load_pipeline(
     try:
         directory = Path(path if Path(path).is_dir() else DiffusionPipeline.download(path, use_safetensors=True))
         dtype = _dtype(config, device, directory)
-        own = load_known_components(directory, dtype, device, ranks, fused=config.fuse_projections)
+        # a whole model as diffusers loads it: where its weights lie in memory decides the last bits of its products
+        fused = config.fuse_projections
+        own = load_known_components(directory, dtype, device, ranks, fused=fused) if fused or ranks.size > 1 else {}
         modules = {name: loaded.module for name, loaded in own.items()}
         pipeline = DiffusionPipeline.from_pretrained(directory, dtype=dtype, use_safetensors=True, **modules).to(device)
         layouts = {
