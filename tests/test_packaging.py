@@ -1,0 +1,17 @@
+"""A wheel holds what a clone holds."""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+NOT_INSTALLED = {"tests", "benchmarks", "examples", "docs", "docker", "build"}
+
+
+def test_every_package_is_in_the_distribution() -> None:
+    listed = set(tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"])
+    rooms = (folder for folder in ROOT.iterdir() if folder.is_dir() and folder.name not in NOT_INSTALLED)
+    found = {file.parent for room in rooms if not room.name.startswith(".") for file in room.rglob("__init__.py")}
+    names = {".".join(("safelight", *folder.relative_to(ROOT).parts)) for folder in found}
+    assert names <= listed
