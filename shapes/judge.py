@@ -6,6 +6,7 @@ is then a mixture of the two; the mixture, cut out and scaled to one area, is co
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 
@@ -19,8 +20,8 @@ from torch.nn import functional
 from .scene import COLOURS, PICTURE, POSITIONS, SIZES, Scene
 from .templates import FRAME, FRAME_SPAN, Template, blur, templates
 
-Picture = Tensor | NDArray[np.uint8] | Image.Image
-"""A float tensor [3, H, W] in [0, 1], a uint8 array [H, W, 3], or an image of any mode."""
+Picture = Tensor | NDArray[np.uint8] | NDArray[np.float32] | Image.Image
+"""A float tensor [3, H, W] in [0, 1], an array [H, W, 3] of bytes or of floats in [0, 1], or an image of any mode."""
 
 CLEAR_SCORE = 0.72
 """IoU from which a picture counts as showing a shape. Clean pictures reach 0.95; other shapes stay below 0.9."""
@@ -67,6 +68,22 @@ class Verdict:
 
 
 @dataclass(frozen=True, slots=True)
+class Reading:
+    """What a picture shows before size and place have names; None, or not a number, for what cannot be told.
+
+    Radius and centre are in pixels of a picture of 128 x 128; `score` is as in `Verdict`.
+    """
+
+    colour: str | None
+    shape: str | None
+    background: str | None
+    score: float
+    radius: float = math.nan
+    x: float = math.nan
+    y: float = math.nan
+
+
+@dataclass(frozen=True, slots=True)
 class _Cutout:
     """A shape cut from its picture. `mask` [FRAME, FRAME]; centroid and root of the area in pixels of 128."""
 
@@ -79,22 +96,31 @@ class _Cutout:
 
 def judge(picture: Picture) -> Verdict:
     """Reads one picture, square and of any resolution. Raises ValueError for anything that is not an RGB picture."""
+    seen = read(picture)
+    if seen.shape is None:
+        return Verdict(seen.colour, None, None, None, seen.background, seen.score)
+    size, position = _size(seen.radius), _position(seen.x, seen.y)
+    return Verdict(seen.colour, seen.shape, size, position, seen.background, seen.score)
+
+
+def read(picture: Picture) -> Reading:
+    """As `judge`, but where the shape stands and how large it is in pixels."""
     pixels = _smooth(_pixels(picture))
     background = _background(pixels)
     if background is None:
-        return Verdict(None, None, None, None, None, 0.0)
+        return Reading(None, None, None, 0.0)
     name, ground = background
     colour = _colour(pixels, ground)
     cutout = None if colour is None else _cut_out(pixels, ground, colour)
     if colour is None or cutout is None:
-        return Verdict(None, None, None, None, name, 0.0)
+        return Reading(None, None, name, 0.0)
     template, score = _best(cutout)
     colour_name = _name(colour)
     if score < CLEAR_SCORE or colour_name in (None, name):
-        return Verdict(colour_name, None, None, None, name, score)
+        return Reading(colour_name, None, name, score)
     radius = template.radius * cutout.side
     x, y = cutout.x - template.offset_x * radius, cutout.y - template.offset_y * radius
-    return Verdict(colour_name, template.shape, _size(radius), _position(x, y), name, score)
+    return Reading(colour_name, template.shape, name, score, radius, x, y)
 
 
 def _pixels(picture: Picture) -> Tensor:
@@ -102,7 +128,8 @@ def _pixels(picture: Picture) -> Tensor:
     if isinstance(picture, Image.Image):
         picture = np.asarray(picture.convert("RGB"))
     if isinstance(picture, np.ndarray):
-        picture = torch.from_numpy(picture.copy()).movedim(-1, 0).float() / 255
+        whole = 255 if picture.dtype == np.uint8 else 1
+        picture = torch.from_numpy(picture.copy()).movedim(-1, 0).float() / whole
     if picture.ndim != 3 or picture.shape[0] != 3:
         raise ValueError(f"expected an RGB picture, [3, H, W] as a tensor, got {tuple(picture.shape)}")
     pixels = picture.detach().float().cpu()

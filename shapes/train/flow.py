@@ -5,8 +5,6 @@ The pipeline pads T5's input without masking it, so the model meets many padded 
 
 from __future__ import annotations
 
-import contextlib
-import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -15,13 +13,14 @@ from torch import Tensor
 from transformers import CLIPTokenizer, T5Tokenizer
 
 from ..captions import Caption, sample_caption
+from .averaged import Averaged
 from .latents import Latents
-from .model import TextToVelocity, WideAttention, new_model, optimizers
-from .run import Report, Run, load, one_cycle, save
+from .model import TextToVelocity, new_model, optimizers
+from .narrow import narrow
+from .run import Report, Run
 from .text import TEXT_TOKENS, clip_tokenizer, t5_tokenizer
 
 LEARNING_RATE = 1e-3
-EMA_DECAY = 0.999
 TOKENS = 48 * (64 + 16)
 """Tokens a step, image and text together; a longer text makes a smaller batch."""
 
@@ -82,30 +81,20 @@ def tokenize(clip: CLIPTokenizer, t5: T5Tokenizer, texts: list[str], length: int
 
 
 class FlowTraining:
-    """The state of the stage: the model, its moving average, and the optimizers."""
+    """The state of the stage: the model with its average and optimizers, and what its batches are made of."""
 
     def __init__(self, run: Run, latents: Latents, steps: int, model: TextToVelocity, tokens: int = TOKENS) -> None:
-        self._run, self._latents, self._steps, self._tokens = run, latents, steps, tokens
+        self._run, self._latents, self._tokens = run, latents, tokens
         self._clip, self._t5 = clip_tokenizer(), t5_tokenizer()
-        self._model = model.to(run.device)
-        self.average = copy.deepcopy(self._model).requires_grad_(False)
-        self._optimizers = optimizers(self._model, LEARNING_RATE)
-        self._rates = [optimizer.param_groups[0]["lr"] for optimizer in self._optimizers]
-        self.start = self._resume()
+        self._averaged = Averaged(run, "flow", steps, model, lambda moved: optimizers(moved, LEARNING_RATE))
+        self.average, self.start, self.save = self._averaged.average, self._averaged.start, self._averaged.save
 
     def step(self, step: int) -> float:
         """One step of optimisation; returns the unweighted mean squared error of the velocity."""
         generator = self._run.generator("flow", step)
         batch = draw_batch(self._latents, generator, self._tokens)
         loss, error = self._loss(batch, generator)
-        self._set_rates(step)
-        for optimizer in self._optimizers:
-            optimizer.zero_grad(set_to_none=True)
-        torch.autograd.backward(loss)
-        torch.nn.utils.clip_grad_norm_(self._model.parameters(), 1.0)
-        for optimizer in self._optimizers:
-            optimizer.step()
-        self._follow(step)
+        self._averaged.descend(step, loss)
         return float(error)
 
     def _loss(self, batch: Batch, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -115,43 +104,10 @@ class FlowTraining:
         noisy = torch.lerp(batch.clean, noise, sigma[:, None, None])
         ids = tokenize(self._clip, self._t5, [caption.text for caption in batch.captions], batch.length)
         clip_ids, t5_ids = (part.to(device) for part in ids)
-        attention = WideAttention() if device.type == "cpu" else contextlib.nullcontext()
-        with torch.autocast(device.type, torch.bfloat16), attention:
-            velocity = self._model(noisy.to(device), sigma.to(device), clip_ids, t5_ids)
+        with narrow(device):
+            velocity = self._averaged.model(noisy.to(device), sigma.to(device), clip_ids, t5_ids)
         error = (velocity.float() - (noise - batch.clean).to(device)).square().mean(dim=2)
         return (error * weights(batch).to(device)).mean(), error.detach().mean()
-
-    def _set_rates(self, step: int) -> None:
-        factor = one_cycle(step, self._steps, flat=0.4)
-        for optimizer, rate in zip(self._optimizers, self._rates, strict=True):
-            for group in optimizer.param_groups:
-                group["lr"] = rate * factor
-
-    def _follow(self, step: int) -> None:
-        """Moves the average towards the model, faster at first (Karras et al., 2022, use the same ramp-up)."""
-        decay = min(EMA_DECAY, (1 + step) / (10 + step))
-        for average, current in zip(self.average.parameters(), self._model.parameters(), strict=True):
-            average.lerp_(current.detach(), 1 - decay)
-
-    def save(self, step: int) -> None:
-        """Writes the checkpoint after `step` steps."""
-        state = {
-            "step": step,
-            "model": self._model.state_dict(),
-            "average": self.average.state_dict(),
-            "optimizers": [optimizer.state_dict() for optimizer in self._optimizers],
-        }
-        save(self._run.checkpoint("flow"), state)
-
-    def _resume(self) -> int:
-        state = load(self._run.checkpoint("flow"), self._run.device)
-        if state is None:
-            return 0
-        self._model.load_state_dict(state["model"])
-        self.average.load_state_dict(state["average"])
-        for optimizer, stored in zip(self._optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(stored)
-        return int(state["step"])
 
 
 def train(

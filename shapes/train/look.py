@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -54,7 +55,11 @@ def look(pipeline: FluxPipeline, path: Path, count: int = 24) -> str:
 
 def scores(pictures: NDArray[np.float32], scenes: list[Scene]) -> str:
     """How many pictures show each attribute, and all: "colour 24, shape 20, ... all 19 of 24"."""
-    verdicts = [judge(torch.from_numpy(picture).movedim(-1, 0)) for picture in pictures]
-    right = [verdict.right(scene) for verdict, scene in zip(verdicts, scenes, strict=True)]
+    verdicts = [judge(picture) for picture in pictures]
+    return counts([verdict.right(scene) for verdict, scene in zip(verdicts, scenes, strict=True)])
+
+
+def counts(right: Sequence[Mapping[str, bool]]) -> str:
+    """One line of how often each attribute is right, and all at once; `right` has a mapping for each judged thing."""
     parts = [f"{name} {sum(one[name] for one in right)}" for name in right[0]]
-    return f"{', '.join(parts)}, all {sum(all(one.values()) for one in right)} of {len(scenes)}"
+    return f"{', '.join(parts)}, all {sum(all(one.values()) for one in right)} of {len(right)}"

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
-
 import torch
 from diffusers import FluxTransformer2DModel
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 from transformers import CLIPTextModel, T5EncoderModel
 
 from .text import WIDTH, clip_tokenizer, new_clip, new_t5, t5_tokenizer
@@ -39,29 +35,6 @@ class TextToVelocity(nn.Module):
         return velocity
 
 
-class WideAttention(TorchFunctionMode):
-    """Attention in float32 inside a bfloat16 autocast: on CPUs its backward pass is four times faster so."""
-
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Sequence[type],
-        args: Sequence[Any] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
-        kwargs = kwargs or {}
-        if func is not torch.nn.functional.scaled_dot_product_attention:
-            return func(*args, **kwargs)
-        with torch.autocast("cpu", enabled=False):
-            return func(*(_wide(part) for part in args), **{name: _wide(part) for name, part in kwargs.items()})
-
-
-def _wide(argument: Any) -> Any:
-    """A bfloat16 tensor as float32; anything else, a mask of booleans for one, as it is."""
-    narrow = isinstance(argument, Tensor) and argument.dtype == torch.bfloat16
-    return argument.float() if narrow else argument
-
-
 def image_ids(device: torch.device) -> Tensor:
     """Row and column of each image token: [64, 3], as `FluxPipeline._prepare_latent_image_ids` numbers them."""
     ids = torch.zeros(GRID, GRID, 3, device=device)
@@ -86,11 +59,12 @@ def new_transformer(layers: int = 2, single_layers: int = 4, heads: int = 8) -> 
     )
     for name, module in transformer.named_modules():
         if isinstance(module, nn.Linear):
-            _initialise(module, zero="norm" in name or name == "proj_out")
+            initialise(module, zero="norm" in name or name == "proj_out")
     return transformer
 
 
-def _initialise(linear: nn.Linear, zero: bool) -> None:
+def initialise(linear: nn.Linear, zero: bool) -> None:
+    """Xavier's uniform weights, or zeros; the bias is zero."""
     if zero:
         nn.init.zeros_(linear.weight)
     else:
@@ -107,14 +81,19 @@ def new_model(seed: int, layers: int = 2, single_layers: int = 4, heads: int = 8
 
 
 def optimizers(model: TextToVelocity, rate: float) -> list[torch.optim.Optimizer]:
-    """Muon (Jordan et al., 2024) for the blocks' matrices, at twice the rate of AdamW for everything else.
+    """For the transformer's blocks Muon, for everything else AdamW."""
+    return muon_and_adamw(model, _block_matrices(model.transformer), rate)
+
+
+def muon_and_adamw(model: nn.Module, matrices: list[nn.Parameter], rate: float) -> list[torch.optim.Optimizer]:
+    """Muon (Jordan et al., 2024) for `matrices`, at twice the rate of AdamW for everything else.
 
     Muon evens out the directions of an update, and the few that tell shapes apart are faint in the gradient.
     """
-    matrices = {id(p): p for p in _block_matrices(model.transformer)}
-    others = [p for p in model.parameters() if id(p) not in matrices]
+    ours = {id(matrix) for matrix in matrices}
+    others = [p for p in model.parameters() if id(p) not in ours]
     return [
-        torch.optim.Muon(list(matrices.values()), lr=2 * rate, weight_decay=0.05, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.Muon(matrices, lr=2 * rate, weight_decay=0.05, adjust_lr_fn="match_rms_adamw"),
         torch.optim.AdamW(others, lr=rate, betas=(0.9, 0.99), weight_decay=0.0),
     ]
 

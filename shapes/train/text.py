@@ -69,13 +69,13 @@ def _merged(pieces: list[str], pair: tuple[str, str]) -> list[str]:
     return result
 
 
-def t5_tokenizer() -> T5Tokenizer:
-    """T5's unigram tokenizer: a whole word is the likely reading, letters are a costly way out."""
+def t5_tokenizer(words: Sequence[str] = vocabulary()) -> T5Tokenizer:
+    """T5's unigram tokenizer: a whole word of `words` is the likely reading, letters are a costly way out."""
     special = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0)]
-    words = [(f"▁{word}", -1.0) for word in vocabulary()]
+    whole = [(f"▁{word}", -1.0) for word in words]
     letters = [(letter, -10.0) for letter in ("▁", *LETTERS)]
     return T5Tokenizer(
-        vocab=special + words + letters,
+        vocab=special + whole + letters,
         _spm_precompiled_charsmap=_lowercase_charsmap(),
         extra_ids=0,
         model_max_length=TEXT_TOKENS,

@@ -45,10 +45,10 @@ def random_pictures(count: int, size: int, generator: torch.Generator) -> Tensor
 
     Wider than the world of scenes on purpose: the autoencoder should also carry styles that are fine-tuned later.
     """
-    pictures = _random_colours(count, generator)
+    pictures = random_colours(count, generator)
     for _ in range(2):
         mask = _random_mask(count, size, generator)
-        pictures = compose(mask, _random_colours(count, generator), pictures)
+        pictures = compose(mask, random_colours(count, generator), pictures)
     return pictures
 
 
@@ -60,7 +60,7 @@ def _random_mask(count: int, size: int, generator: torch.Generator) -> Tensor:
     return coverage(names, Placement(x * PICTURE, y * PICTURE, (9 + 23 * radius) * scale), size)
 
 
-def _random_colours(count: int, generator: torch.Generator) -> Tensor:
+def random_colours(count: int, generator: torch.Generator) -> Tensor:
     """Two thirds from the palette, one third anything: [B, 3] in [0, 1]."""
     palette = torch.tensor(list(COLOURS.values()))
     named = palette[torch.randint(len(palette), (count,), generator=generator)]
