@@ -15,7 +15,10 @@ TIMEOUT_S = 120.0
 
 
 def on_ranks(size: int, function: Callable[..., None], *arguments: Any) -> None:
-    """Call ``function(ranks, *arguments)`` on every rank; raises what any of them raises."""
+    """Call ``function(ranks, *arguments)`` on every rank; raises what any of them raises.
+
+    ``function`` must come from a module that was imported as ``safelight.tests.…``, so that the processes find it.
+    """
     with tempfile.TemporaryDirectory() as directory:
         mp.spawn(_run, (size, f"{directory}/store", function, arguments), nprocs=size)
 

@@ -10,15 +10,11 @@ import torch
 
 from safelight.tests.ranks import on_ranks
 from safelight.tests.tiny import save
-from safelight.worker.models import family_of
-from safelight.worker.parallel.plan import Family
+from safelight.tests.worker.reading_back import CPU, planned, reads_back
 from safelight.worker.parallel.ranks import Ranks
-from safelight.worker.weights.files import WeightFiles
 from safelight.worker.weights.layout import Entry, Layout
 from safelight.worker.weights.loader import CannotLoad, load_component
-from safelight.worker.weights.pipeline import component_classes
 
-CPU = torch.device("cpu")
 PLANNED = ("flux", "flux2", "sd3", "qwenimage", "zimage", "wan", "ltx", "hunyuan_video")
 
 
@@ -28,36 +24,9 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {name: save(name, directory) for name in PLANNED}
 
 
-def planned(checkpoint: Path) -> dict[str, tuple[type[Any], Family]]:
-    found = {name: (cls, family_of(cls)) for name, cls in component_classes(checkpoint).items()}
-    return {name: (cls, family) for name, (cls, family) in found.items() if family is not None}
-
-
-def _reads_back(ranks: Ranks, checkpoints: dict[str, Path], fused: bool) -> None:
-    for checkpoint in checkpoints.values():
-        for name, (cls, family) in planned(checkpoint).items():
-            folder = checkpoint / name
-            loaded = load_component(
-                cls, folder, dtype=torch.float32, device=CPU, family=family, ranks=ranks, fused=fused
-            )
-            with WeightFiles(folder) as files:
-                assert [entry.name for entry in loaded.layout] == list(files)
-                for tensor_name, whole in loaded.layout.tensors():
-                    assert torch.equal(whole, files[tensor_name][...]), tensor_name
-            divided = [entry for entry in loaded.layout if entry.shard is not None]
-            assert divided or ranks.size == 1
-            for entry in divided:
-                assert loaded.layout.local(entry.name).numel() * ranks.size == torch.Size(entry.shape).numel()
-            own = {id(p): p.numel() for p in loaded.module.parameters()}
-            whole_size = sum(torch.Size(entry.shape).numel() for entry in loaded.layout if entry.shard is None)
-            divided_size = sum(torch.Size(entry.shape).numel() for entry in divided)
-            buffers = sum(b.numel() for n, b in loaded.module.named_buffers() if n in loaded.layout)
-            assert sum(own.values()) + buffers <= whole_size + divided_size // ranks.size + 1, "a copy is left"
-
-
 @pytest.mark.parametrize(("size", "fused"), [(1, True), (2, False), (4, True)])
 def test_the_ranks_together_hold_every_byte_of_the_files(size: int, fused: bool, checkpoints: dict[str, Path]) -> None:
-    on_ranks(size, _reads_back, checkpoints, fused)
+    on_ranks(size, reads_back, checkpoints, fused)
 
 
 def test_a_degree_that_does_not_divide_the_heads_is_refused_with_those_that_do(checkpoints: dict[str, Path]) -> None:
