@@ -11,7 +11,8 @@ from torch import Tensor
 
 from ..render import coverage, place, render
 from ..scene import SIZES, Scene, sample_scenes
-from .run import Report, Run, load, one_cycle, save
+from .descent import descend
+from .run import Run
 
 LEARNING_RATE = 1e-3
 BATCH = 12
@@ -26,21 +27,8 @@ CHECKPOINT_EVERY = 100
 
 def refine(run: Run, vae: AutoencoderKL, steps: int) -> AutoencoderKL:
     """Trains, or resumes, the decoder alone; its latest state is `decoder.pt` under the run's folder."""
-    optimizer = torch.optim.AdamW(vae.decoder.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.99), weight_decay=0.0)
-    start = _resume(run, vae, optimizer)
-    report = Report("decoder", start, steps)
-    for step in report.steps():
-        for group in optimizer.param_groups:
-            group["lr"] = LEARNING_RATE * one_cycle(step, steps)
-        loss, absolute = _loss(run, vae, step)
-        optimizer.zero_grad(set_to_none=True)
-        torch.autograd.backward(loss)
-        torch.nn.utils.clip_grad_norm_(vae.decoder.parameters(), 1.0)
-        optimizer.step()
-        report.update(step, l1=float(absolute))
-        if (step + 1) % CHECKPOINT_EVERY == 0 or step + 1 == steps:
-            state = {"step": step + 1, "model": vae.decoder.state_dict(), "optimizer": optimizer.state_dict()}
-            save(run.checkpoint("decoder"), state)
+    rate, every = LEARNING_RATE, CHECKPOINT_EVERY
+    descend(run, "decoder", vae.decoder, steps, lambda step: _loss(run, vae, step), rate=rate, every=every)
     return vae.eval()
 
 
@@ -70,12 +58,3 @@ def _scenes(generator: torch.Generator) -> list[Scene]:
         Scene(scene.colour, scene.shape, smallest if i % 2 else scene.size, scene.position, scene.background)
         for i, scene in enumerate(scenes)
     ]
-
-
-def _resume(run: Run, vae: AutoencoderKL, optimizer: torch.optim.Optimizer) -> int:
-    state = load(run.checkpoint("decoder"), run.device)
-    if state is None:
-        return 0
-    vae.decoder.load_state_dict(state["model"])
-    optimizer.load_state_dict(state["optimizer"])
-    return int(state["step"])

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from ..render import Placement, compose, coverage
 from ..scene import COLOURS, PICTURE, SHAPES
-from .run import Report, Run, load, one_cycle, save
+from .descent import descend
+from .run import Run
 
 CROP = 64
 WHOLE_PICTURES_FROM = 0.8
@@ -87,38 +88,13 @@ def train(run: Run, steps: int, widths: tuple[int, ...] = (16, 32, 64, 64)) -> A
     """Trains, or resumes, the autoencoder; its latest state is `vae.pt` under the run's folder."""
     torch.manual_seed(run.seed)
     vae = new_autoencoder(widths).to(run.device)
-    optimizer = torch.optim.AdamW(vae.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.99), weight_decay=0.0)
-    start = _resume(run, vae, optimizer)
-    report = Report("vae", start, steps)
-    for step in report.steps():
-        absolute = _step(run, vae, optimizer, step, steps)
-        report.update(step, l1=absolute)
-        if (step + 1) % CHECKPOINT_EVERY == 0 or step + 1 == steps:
-            state = {"step": step + 1, "model": vae.state_dict(), "optimizer": optimizer.state_dict()}
-            save(run.checkpoint("vae"), state)
+
+    def loss(step: int) -> tuple[Tensor, Tensor]:
+        size = PICTURE if step >= WHOLE_PICTURES_FROM * steps else CROP
+        generator = run.generator("vae", step)
+        pictures = random_pictures(BATCH, size, generator).to(run.device) * 2 - 1
+        noise = torch.randn(BATCH, 16, size // 8, size // 8, generator=generator).to(run.device)
+        return reconstruction_loss(vae, pictures, noise)
+
+    descend(run, "vae", vae, steps, loss, rate=LEARNING_RATE, every=CHECKPOINT_EVERY)
     return vae.eval()
-
-
-def _step(run: Run, vae: AutoencoderKL, optimizer: torch.optim.Optimizer, step: int, steps: int) -> float:
-    """One step of optimisation; the mean absolute error in units of half the colour range."""
-    size = PICTURE if step >= WHOLE_PICTURES_FROM * steps else CROP
-    generator = run.generator("vae", step)
-    pictures = random_pictures(BATCH, size, generator).to(run.device) * 2 - 1
-    noise = torch.randn(BATCH, 16, size // 8, size // 8, generator=generator).to(run.device)
-    for group in optimizer.param_groups:
-        group["lr"] = LEARNING_RATE * one_cycle(step, steps)
-    loss, absolute = reconstruction_loss(vae, pictures, noise)
-    optimizer.zero_grad(set_to_none=True)
-    torch.autograd.backward(loss)
-    torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
-    optimizer.step()
-    return float(absolute)
-
-
-def _resume(run: Run, vae: AutoencoderKL, optimizer: torch.optim.Optimizer) -> int:
-    state = load(run.checkpoint("vae"), run.device)
-    if state is None:
-        return 0
-    vae.load_state_dict(state["model"])
-    optimizer.load_state_dict(state["optimizer"])
-    return int(state["step"])

@@ -25,7 +25,7 @@ LEARNING_RATE = 1e-3
 CLIP_TOKENS = 5 * 4 * 4
 """Tokens of a clip: latent frames, rows and columns, two by two latents to a token."""
 
-TOKENS = 48 * (CLIP_TOKENS + 32)
+TOKENS = 32 * (CLIP_TOKENS + 32)
 """Tokens a step, clip and text together; a longer text makes a smaller batch."""
 
 LENGTHS: tuple[tuple[int, float], ...] = ((16, 0.15), (32, 0.75), (64, 0.05), (226, 0.02), (512, 0.03))

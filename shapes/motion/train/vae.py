@@ -11,7 +11,8 @@ from diffusers import AutoencoderKLWan
 from torch import Tensor
 
 from ...scene import PICTURE, SHAPES
-from ...train.run import Report, Run, load, one_cycle, save
+from ...train.descent import descend
+from ...train.run import Run
 from ...train.vae import random_colours
 from ..clip import FRAMES, SIDE, sample_clips
 from ..render import masks, paint, render_clips
@@ -92,33 +93,17 @@ def train(run: Run, steps: int, width: int = 32) -> AutoencoderKLWan:
     """Trains, or resumes, the autoencoder; its latest state is `vae.pt` under the run's folder."""
     torch.manual_seed(run.seed)
     vae = new_autoencoder(width).to(run.device)
-    optimizer = torch.optim.AdamW(vae.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.99), weight_decay=0.0)
-    start = _resume(run, vae, optimizer)
-    report = Report("vae", start, steps)
-    for step in report.steps():
-        absolute = _step(run, vae, optimizer, step, steps)
-        report.update(step, l1=absolute)
-        if (step + 1) % CHECKPOINT_EVERY == 0 or step + 1 == steps:
-            state = {"step": step + 1, "model": vae.state_dict(), "optimizer": optimizer.state_dict()}
-            save(run.checkpoint("vae"), state)
+
+    def loss(step: int) -> tuple[Tensor, Tensor]:
+        generator = run.generator("vae", step)
+        clips = _batch(generator, whole=step >= WHOLE_CLIPS_FROM * steps)
+        count, _, frames, height, width = clips.shape
+        latent = (count, CHANNELS, 1 + (frames - 1) // TEMPORAL, height // SPATIAL, width // SPATIAL)
+        noise = torch.randn(latent, generator=generator)
+        return reconstruction_loss(vae, clips.to(run.device), noise.to(run.device))
+
+    descend(run, "vae", vae, steps, loss, rate=LEARNING_RATE, every=CHECKPOINT_EVERY)
     return vae.eval()
-
-
-def _step(run: Run, vae: AutoencoderKLWan, optimizer: torch.optim.Optimizer, step: int, steps: int) -> float:
-    """One step of optimisation; the mean absolute error in units of half the colour range."""
-    generator = run.generator("vae", step)
-    clips = _batch(generator, whole=step >= WHOLE_CLIPS_FROM * steps)
-    count, _, frames, height, width = clips.shape
-    latent = (count, CHANNELS, 1 + (frames - 1) // TEMPORAL, height // SPATIAL, width // SPATIAL)
-    noise = torch.randn(latent, generator=generator)
-    for group in optimizer.param_groups:
-        group["lr"] = LEARNING_RATE * one_cycle(step, steps)
-    loss, absolute = reconstruction_loss(vae, clips.to(run.device), noise.to(run.device))
-    optimizer.zero_grad(set_to_none=True)
-    torch.autograd.backward(loss)
-    torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
-    optimizer.step()
-    return float(absolute)
 
 
 def _batch(generator: torch.Generator, whole: bool) -> Tensor:
@@ -127,12 +112,3 @@ def _batch(generator: torch.Generator, whole: bool) -> Tensor:
         return random_motion(CROP_BATCH, CROP_FRAMES, CROP, generator)
     clips = render_clips(sample_clips(WHOLE_BATCH - 1, generator), generator).transpose(1, 2) * 2 - 1
     return torch.cat([clips, random_motion(1, FRAMES, SIDE, generator)])
-
-
-def _resume(run: Run, vae: AutoencoderKLWan, optimizer: torch.optim.Optimizer) -> int:
-    state = load(run.checkpoint("vae"), run.device)
-    if state is None:
-        return 0
-    vae.load_state_dict(state["model"])
-    optimizer.load_state_dict(state["optimizer"])
-    return int(state["step"])

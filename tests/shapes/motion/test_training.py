@@ -19,6 +19,7 @@ from safelight.shapes.motion.train.flow import Batch, draw_batch, weights
 from safelight.shapes.motion.train.latents import Latents, encode, encode_clips
 from safelight.shapes.motion.train.model import TextToVelocity, new_model
 from safelight.shapes.scene import COLOURS
+from safelight.shapes.train import descent
 from safelight.shapes.train.run import Run, save
 
 STEPS = 2
@@ -74,7 +75,7 @@ def test_an_interruption_does_not_change_the_autoencoder(tmp_path: Path, monkeyp
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(vae, "save", save_and_stop)
+        patch.setattr(descent, "save", save_and_stop)
         with pytest.raises(KeyboardInterrupt):
             vae.train(run_in(tmp_path / "broken"), 4, width=8)
     resumed = vae.train(run_in(tmp_path / "broken"), 4, width=8)
