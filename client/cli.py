@@ -102,6 +102,10 @@ def generate(
     n: Annotated[int, typer.Option("-n", min=1, help="How many, of as many seeds.")] = 1,
     negative_prompt: Annotated[str | None, typer.Option(help="What not to show.")] = None,
     guidance_scale: Annotated[float | None, typer.Option(help="How strongly the prompt guides.")] = None,
+    image: Annotated[
+        list[Path] | None,
+        typer.Option(exists=True, dir_okay=False, help="A picture to begin with; several where the model takes them."),
+    ] = None,
     num_frames: Annotated[int | None, typer.Option(help="Frames of a video.")] = None,
     fps: Annotated[int | None, typer.Option(help="Frames a second of a video.")] = None,
     deterministic: Annotated[bool, typer.Option("--deterministic", help="Share no forward with others.")] = False,
@@ -122,6 +126,7 @@ def generate(
         "n": n,
         "negative_prompt": negative_prompt,
         "guidance_scale": guidance_scale,
+        "image": (image if len(image) > 1 else image[0]) if image else None,
         "num_frames": num_frames,
         "fps": fps,
         "deterministic": deterministic,

@@ -21,9 +21,9 @@ def element(output: Output) -> str:
     width = max(output.width, SMALL)
     style = "image-rendering: pixelated" if output.width < SMALL else ""
     data = base64.b64encode(output.data).decode()
-    if output.format == "mp4":
+    if output.format in ("mp4", "webm"):
         look = f'width="{width}" style="{style}" controls loop autoplay muted playsinline'
-        return f'<video src="data:video/mp4;base64,{data}" {look}></video>'
+        return f'<video src="data:video/{output.format};base64,{data}" {look}></video>'
     return f'<img src="data:image/{output.format};base64,{data}" width="{width}" style="{style}" alt="{output!r}">'
 
 

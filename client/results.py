@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 STILL_FORMATS = {".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg", ".webp": "webp"}
 """File suffix to the format of a picture."""
 
-FORMATS = {**STILL_FORMATS, ".mp4": "mp4", ".pt": "pt"}
+FORMATS = {**STILL_FORMATS, ".mp4": "mp4", ".webm": "webm", ".pt": "pt"}
 """File suffix to ``output_format``."""
 
 

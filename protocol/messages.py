@@ -16,7 +16,7 @@ import msgspec
 from .codec import Buffer, Codec
 from .errors import ErrorInfo
 
-OutputFormat = Literal["png", "jpeg", "webp", "mp4", "pt"]
+OutputFormat = Literal["png", "jpeg", "webp", "mp4", "webm", "pt"]
 BatchingMode = Literal["merged", "interleaved", "serial"]
 
 
@@ -27,11 +27,20 @@ class Sample(msgspec.Struct, frozen=True):
     seed: int
 
 
+class Image(msgspec.Struct, frozen=True):
+    """A picture that a request brings along: rows of RGB, 8 bits each, from the top left."""
+
+    width: int
+    height: int
+    rgb: Buffer
+
+
 class Generate(msgspec.Struct, tag=True, frozen=True, kw_only=True):
-    """Make ``samples``. ``None`` leaves a value to the pipeline's own default."""
+    """Make ``samples``, all of them from the same ``images``. ``None`` leaves a value to the pipeline's own default."""
 
     request_id: str
     samples: list[Sample]
+    images: list[Image] = []
     negative_prompt: str | None = None
     width: int | None = None
     height: int | None = None
@@ -157,8 +166,23 @@ class Batching(msgspec.Struct, frozen=True):
     reason: str
 
 
+class ImageTask(msgspec.Struct, frozen=True, kw_only=True):
+    """What a model does with a request that brings images; ``several_images`` for one output, or only one."""
+
+    pipeline: str
+    arguments: dict[str, Parameter]
+    size_multiple: int
+    several_images: bool
+    supports_preview: bool
+    batching: Batching
+
+
 class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
-    """What a replica serves. Sizes are in pixels; ``parameters`` maps a component to its number of parameters."""
+    """What a replica serves. Sizes are in pixels; ``parameters`` maps a component to its number of parameters.
+
+    ``pipeline`` and its ``arguments`` are for requests that bring no more than they must: no image, unless the model
+    takes no text alone. ``no_image`` says why there is no ``image_task``.
+    """
 
     model: str
     path: str
@@ -174,6 +198,9 @@ class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
     default_num_frames: int | None = None
     default_fps: int | None = None
     supports_preview: bool = True
+    takes_text_alone: bool = True
+    image_task: ImageTask | None = None
+    no_image: str | None = None
     batching: Batching
     weight_version: str
 

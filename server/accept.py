@@ -13,6 +13,7 @@ MEDIA_TYPES: dict[OutputFormat, str] = {
     "jpeg": "image/jpeg",
     "webp": "image/webp",
     "mp4": "video/mp4",
+    "webm": "video/webm",
     "pt": "application/octet-stream",
 }
 _JSON = ("application/json", "application/*", "*/*")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 import time
 
@@ -11,15 +12,21 @@ from ..protocol.errors import InvalidRequest
 from ..protocol.logs import request_id_var
 from ..protocol.messages import Generate, Result
 from . import accept
+from .body import read_generate
 from .disconnect import while_connected
 from .event_stream import EventStream
+from .images import read_images
 from .limits import check_model, check_ranges, to_message
 from .representation import Reply
-from .schemas import GenerateBody, parse_generate
+from .schemas import GenerateBody
 from .service import Service
 
+_BODIES = ("application/json", "multipart/form-data")
 _OPENAPI = {
-    "requestBody": {"required": True, "content": {"application/json": {"schema": GenerateBody.model_json_schema()}}}
+    "requestBody": {
+        "required": True,
+        "content": {kind: {"schema": GenerateBody.model_json_schema()} for kind in _BODIES},
+    }
 }
 
 
@@ -30,13 +37,15 @@ def routes(service: Service) -> APIRouter:
     @router.post("/generate", summary="Make pictures or videos from a prompt", openapi_extra=_OPENAPI)
     async def generate(request: Request) -> Response:
         started_at = time.perf_counter()
-        body = parse_generate(await request.body())
+        body, files = await read_generate(request)
         check_ranges(body, service.config)
         model = service.link.ready_model()
-        check_model(body, model, service.config)
+        check_model(body, len(files), model, service.config)
         as_file, output_format = accept.choose(request.headers.get("accept"), body.output_format, model.kind)
         # Clients may send one id twice; what travels is unique, and begins with what they sent.
-        message = to_message(body, f"{request_id_var.get()}.{next(numbers)}", output_format, service.config)
+        request_id = f"{request_id_var.get()}.{next(numbers)}"
+        images = await asyncio.to_thread(read_images, files, service.config.max_pixels) if files else []
+        message = to_message(body, images, request_id, output_format, service.config)
 
         def finish(result: Result) -> Reply:
             service.metrics.count_outputs(len(result.outputs))

@@ -9,10 +9,13 @@ from typing import Any
 
 from ..protocol.config import Config
 from ..protocol.errors import InvalidRequest
-from ..protocol.messages import Generate, ModelInfo, OutputFormat, Parameter, Sample
+from ..protocol.messages import Generate, Image, ImageTask, ModelInfo, OutputFormat, Parameter, Sample
 from .schemas import GenerateBody, near
 
-FORMATS: dict[str, tuple[OutputFormat, ...]] = {"image": ("png", "jpeg", "webp", "pt"), "video": ("mp4", "pt")}
+FORMATS: dict[str, tuple[OutputFormat, ...]] = {
+    "image": ("png", "jpeg", "webp", "pt"),
+    "video": ("mp4", "webm", "pt"),
+}
 """The formats of each kind of model, the default first."""
 
 _LONGEST_TIMEOUT_S = 7 * 24 * 3600.0
@@ -20,6 +23,7 @@ _SEEDS = 2**63
 _PIPELINE_FIELDS = (
     "negative_prompt", "width", "height", "num_frames", "num_inference_steps", "guidance_scale", "true_cfg_scale",
 )  # fmt: skip
+_SIDES = ("width", "height")
 _EXTRA_VALUES = 10_000
 _EXTRA_DEPTH = 32
 _SCHEDULES = ("timesteps", "sigmas")  # arguments whose length is a number of steps
@@ -58,8 +62,6 @@ def ranges(config: Config) -> dict[str, Range]:
 
 def check_ranges(body: GenerateBody, config: Config) -> None:
     """Raise ``InvalidRequest`` for what no model may be asked for."""
-    if body.image is not None:
-        raise InvalidRequest("image inputs are not supported by this version.", field="image")
     if body.lora is not None:
         raise InvalidRequest("LoRA adapters are not supported by this version.", field="lora")
     for name, allowed in ranges(config).items():
@@ -80,17 +82,20 @@ def check_ranges(body: GenerateBody, config: Config) -> None:
         raise InvalidRequest("preview_every needs stream = true.", field="preview_every")
 
 
-def check_model(body: GenerateBody, model: ModelInfo, config: Config) -> None:
-    """Raise ``InvalidRequest`` for what this model cannot do."""
+def check_model(body: GenerateBody, images: int, model: ModelInfo, config: Config) -> None:
+    """Raise ``InvalidRequest`` for what this model cannot do with so many images."""
+    task = _task(images, model)
+    resizes = images > 0 and "strength" in task.arguments  # what is drawn over can have any size
     for name in _PIPELINE_FIELDS:
-        if getattr(body, name) is not None and name not in model.arguments:
-            raise InvalidRequest(f"{model.pipeline} does not take {name}; leave it out.", field=name)
+        if getattr(body, name) is not None and name not in task.arguments and not (resizes and name in _SIDES):
+            raise InvalidRequest(f"{task.pipeline} does not take {name}; leave it out.", field=name)
     if body.fps is not None and "num_frames" not in model.arguments:
         raise InvalidRequest(f"{model.pipeline} makes no videos, so it does not take fps; leave it out.", field="fps")
-    _check_size(body, model, config)
-    if body.preview_every and not model.supports_preview:
+    _check_size(body, model, task.size_multiple, config)
+    _check_strength(body, task)
+    if body.preview_every and not task.supports_preview:
         raise InvalidRequest(
-            f"Previews are not available for {model.pipeline}; preview_every must be 0.", field="preview_every"
+            f"Previews are not available for {task.pipeline}; preview_every must be 0.", field="preview_every"
         )
     if body.output_format is not None and body.output_format not in FORMATS[model.kind]:
         raise InvalidRequest(
@@ -98,11 +103,42 @@ def check_model(body: GenerateBody, model: ModelInfo, config: Config) -> None:
             field="output_format",
         )
     for name, value in body.extra.items():
-        _check_extra(name, value, model, config)
+        _check_extra(name, value, task, config)
     _check_bulk(body.extra)
 
 
-def to_message(body: GenerateBody, request_id: str, output_format: OutputFormat, config: Config) -> Generate:
+def _task(images: int, model: ModelInfo) -> ModelInfo | ImageTask:
+    """What the model does with so many images: all that is asked about here has the same names in both."""
+    if images == 0:
+        if not model.takes_text_alone:
+            raise InvalidRequest(f"{model.pipeline} needs an image to begin with.", field="image")
+        return model
+    if model.image_task is None:
+        raise InvalidRequest(f"{model.model} takes no image: {model.no_image}.", field="image")
+    if images > 1 and not model.image_task.several_images:
+        raise InvalidRequest(f"{model.image_task.pipeline} takes one image, not {images}.", field="image")
+    return model.image_task
+
+
+def _check_strength(body: GenerateBody, task: ModelInfo | ImageTask) -> None:
+    """Raise ``InvalidRequest`` where a strength leaves no step to take: the pipelines only raise."""
+    parameter = task.arguments.get("strength")
+    strength = body.extra.get("strength", parameter.default if parameter is not None else None)
+    if not isinstance(strength, int | float):
+        return
+    Range(0, 1).check("extra.strength", strength)
+    default = task.arguments.get("num_inference_steps", Parameter([])).default
+    steps = body.num_inference_steps or default
+    if isinstance(steps, int) and int(steps * strength) < 1:
+        raise InvalidRequest(
+            f"A strength of {strength} leaves none of {steps} steps; raise extra.strength or num_inference_steps.",
+            field="num_inference_steps" if body.num_inference_steps else "extra.strength",
+        )
+
+
+def to_message(
+    body: GenerateBody, images: list[Image], request_id: str, output_format: OutputFormat, config: Config
+) -> Generate:
     """The checked ``body`` as the scheduler takes it, with a seed for every output."""
     per_prompt = outputs_per_prompt(body)
     return Generate(
@@ -113,6 +149,7 @@ def to_message(body: GenerateBody, request_id: str, output_format: OutputFormat,
                 (prompt for prompt in body.prompt for _ in range(per_prompt)), _seeds(body), strict=True
             )
         ],
+        images=images,
         negative_prompt=body.negative_prompt,
         width=body.width,
         height=body.height,
@@ -177,8 +214,7 @@ def _check_texts(body: GenerateBody, config: Config) -> None:
             )
 
 
-def _check_size(body: GenerateBody, model: ModelInfo, config: Config) -> None:
-    multiple = model.size_multiple
+def _check_size(body: GenerateBody, model: ModelInfo, multiple: int, config: Config) -> None:
     for name, value in (("width", body.width), ("height", body.height)):
         if value is not None and (value < multiple or value % multiple):
             raise InvalidRequest(
@@ -197,15 +233,15 @@ def _check_size(body: GenerateBody, model: ModelInfo, config: Config) -> None:
         )
 
 
-def _check_extra(name: str, value: Any, model: ModelInfo, config: Config) -> None:
+def _check_extra(name: str, value: Any, task: ModelInfo | ImageTask, config: Config) -> None:
     shown = name[:100]
     field = f"extra.{shown}"
     if name in GenerateBody.model_fields:
         raise InvalidRequest(f"{shown} is a field of the request itself; give it there, not in extra.", field=field)
-    parameter = model.arguments.get(name)
+    parameter = task.arguments.get(name)
     if parameter is None:
-        known = model.arguments.keys() - GenerateBody.model_fields.keys()
-        raise InvalidRequest(f"{model.pipeline} has no argument {shown!r}; {near(name, known)}", field=field)
+        known = task.arguments.keys() - GenerateBody.model_fields.keys()
+        raise InvalidRequest(f"{task.pipeline} has no argument {shown!r}; {near(name, known)}", field=field)
     if not _fits(value, parameter):
         raise InvalidRequest(
             f"{field} must be of type {' or '.join(parameter.types)}, not {_type_of(value)}.", field=field

@@ -30,7 +30,7 @@ def _one_or_list(item: str) -> WithJsonSchema:
 
 
 _ITEMS = Field(min_length=1, max_length=_MOST_ITEMS, fail_fast=True)
-Prompts = Annotated[list[str], _ITEMS, BeforeValidator(_as_list)]
+Texts = Annotated[list[str], _ITEMS, BeforeValidator(_as_list)]
 Seeds = Annotated[list[int], _ITEMS, BeforeValidator(_as_list)]
 
 
@@ -39,7 +39,7 @@ class GenerateBody(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
-    prompt: Annotated[Prompts, _one_or_list("string")] = Field(
+    prompt: Annotated[Texts, _one_or_list("string")] = Field(
         description="What to show; a list makes one result per prompt"
     )
     negative_prompt: str | None = Field(None, description="What not to show, where the pipeline takes it")
@@ -57,7 +57,11 @@ class GenerateBody(BaseModel):
     )
     n: int = Field(1, description="Outputs per prompt")
     num_outputs_per_prompt: int | None = Field(None, description="The same as `n`")
-    image: Any = Field(None, description="Not supported by this version")
+    image: Annotated[Texts, _one_or_list("string")] | None = Field(
+        None,
+        description="What to start from or to change: a PNG, JPEG or WebP as a data URI or base64, never an address; "
+        "a list where the model takes several for one output",
+    )
     lora: Any = Field(None, description="Not supported by this version")
     priority: int = Field(0, description="Requests of a higher priority run first")
     timeout_s: float | None = Field(None, description="Seconds after which the request ends with a 504")
@@ -79,6 +83,11 @@ def parse_generate(body: bytes) -> GenerateBody:
         raise Malformed(f"The body cannot be read as JSON: {error}.") from None
     if not isinstance(value, dict):
         raise Malformed(f"The body must be a JSON object, not {_json_type(value)}.")
+    return validate(value)
+
+
+def validate(value: dict[str, Any]) -> GenerateBody:
+    """The fields in ``value``. Raises as :func:`parse_generate` does."""
     try:
         return GenerateBody.model_validate({name: _as_written(item) for name, item in value.items()})
     except ValidationError as error:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 from fractions import Fraction
+from typing import Literal
 
 import av
 import numpy as np
@@ -26,7 +27,11 @@ _IMAGE_OPTIONS: dict[str, dict[str, int]] = {
     "jpeg": {"quality": 95},
     "webp": {"quality": 95},
 }
-_H264_CRF = "18"
+_VIDEO: dict[str, tuple[Literal["libx264", "libvpx-vp9"], dict[str, str]]] = {
+    "mp4": ("libx264", {"crf": "18"}),
+    "webm": ("libvpx-vp9", {"crf": "24", "b": "0", "row-mt": "1", "cpu-used": "4"}),
+}
+"""Containers with their codec and its options: constant quality, near to what the eye can tell."""
 
 
 def encode(pixels: Floats, output_format: OutputFormat, fps: int | None) -> bytes:
@@ -36,10 +41,12 @@ def encode(pixels: Floats, output_format: OutputFormat, fps: int | None) -> byte
     """
     if output_format == "pt":
         return bytes(save_safetensors({"t": np.ascontiguousarray(pixels)}))
-    if output_format == "mp4":
-        return encode_video(to_uint8(pixels), fps or 1)
+    if output_format in _VIDEO:
+        return encode_video(to_uint8(pixels), fps or 1, output_format)
     if pixels.ndim != 3:
-        raise InvalidRequest(f"a clip cannot be encoded as {output_format}; ask for mp4 or pt", field="output_format")
+        raise InvalidRequest(
+            f"a clip cannot be encoded as {output_format}; ask for {', '.join(_VIDEO)} or pt", field="output_format"
+        )
     return encode_image(to_uint8(pixels), output_format)
 
 
@@ -59,15 +66,16 @@ def encode_image(image: Pixels, output_format: str) -> bytes:
     return file.getvalue()
 
 
-def encode_video(frames: Pixels, fps: int) -> bytes:
-    """[F, H, W, 3] as H.264 in an MP4; odd sizes lose their last row or column, as 4:2:0 chroma needs even ones."""
+def encode_video(frames: Pixels, fps: int, container: str = "mp4") -> bytes:
+    """[F, H, W, 3] as a video; odd sizes lose their last row or column, as 4:2:0 chroma needs even ones."""
+    codec, options = _VIDEO[container]
     height, width = frames.shape[1] // 2 * 2, frames.shape[2] // 2 * 2
     file = io.BytesIO()
-    with av.open(file, mode="w", format="mp4") as container:
-        stream = container.add_stream("libx264", rate=Fraction(fps), options={"crf": _H264_CRF})
+    with av.open(file, mode="w", format=container) as opened:
+        stream = opened.add_stream(codec, rate=Fraction(fps), options=options)
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
         for frame in frames:
             picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame[:height, :width]), format="rgb24")
-            container.mux(stream.encode(picture))
-        container.mux(stream.encode())
+            opened.mux(stream.encode(picture))
+        opened.mux(stream.encode())
     return file.getvalue()

@@ -169,7 +169,7 @@ class Jobs:
     def _preview(self, sample: SampleRun, step: Step) -> None:
         job = self._jobs[sample.request.request_id]
         try:
-            pixels = preview(self._model, sample.arguments(), step.clean_estimate())
+            pixels = preview(sample.task, sample.arguments(), step.clean_estimate())
             picture = _widened(pixels if pixels.ndim == 3 else pixels[0])
         except Exception:
             log.exception("a preview failed", extra=_in(job))

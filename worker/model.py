@@ -6,12 +6,9 @@ import logging
 import math
 import re
 from collections import Counter
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
 
-import msgspec
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.utils import logging as diffusers_logging
@@ -21,13 +18,14 @@ from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from ..protocol.config import Config
-from ..protocol.errors import StartFailed
-from ..protocol.messages import Batching, ModelInfo, Parameter
+from ..protocol.errors import InvalidRequest, StartFailed
+from ..protocol.messages import Generate, ImageTask, ModelInfo
 from ..protocol.models import resolve_model
-from .arguments import call_arguments
 from .module_state import ModuleState
 from .parallel.ranks import ALONE, Ranks
-from .sizes import DENOISERS, Sizes, denoiser_config, find_sizes
+from .published import Published, read_published
+from .sizes import DENOISERS
+from .task import Task, new_task
 from .weights.layout import Layout
 from .weights.loader import CannotLoad
 from .weights.pipeline import load_known_components
@@ -39,18 +37,13 @@ INITIAL_VERSION = "0"
 
 _DEFAULT_FPS = 16
 
-_NO_LIMIT = 100_000
-"""Transformers writes a number far beyond this one where a tokenizer has no limit."""
-
-_LONGEST_TEXT = 4096
-"""Tokens, for pipelines that name no default and tokenizers that name no limit."""
-
 
 @dataclass(slots=True)
 class Model:
-    """A loaded pipeline with its facts.
+    """A loaded pipeline with what it does: ``text`` from a prompt alone, ``image`` from a prompt and images.
 
-    ``layouts`` are of every component with weights; ``defaults`` are arguments passed where a request gives none.
+    The self-test decides which of the two there are, and ``no_image`` says why the second is not there. ``layouts``
+    are of every component with weights; ``published`` is what the checkpoint says of itself.
     """
 
     name: str
@@ -58,43 +51,79 @@ class Model:
     pipeline: DiffusionPipeline
     device: torch.device
     dtype: torch.dtype
-    kind: Literal["image", "video"]
-    arguments: dict[str, Parameter]
-    sizes: Sizes
     layouts: dict[str, Layout]
-    defaults: dict[str, Any]
-    output_type: Literal["pt", "np"] = "pt"
+    published: Published
+    text: Task | None
+    image: Task | None = None
+    no_image: str = "it was not tried"
     weight_version: str = INITIAL_VERSION
     pristine: ModuleState | None = None
     """What the modules are restored to after each request; only for pipelines that change them."""
 
     @property
-    def default_fps(self) -> int | None:
-        if self.kind == "image":
-            return None
-        rate = self.arguments.get("frame_rate")
-        return int(rate.default) if rate is not None and rate.default else _DEFAULT_FPS
+    def main(self) -> Task:
+        """What is done for a request that brings no more than it must."""
+        task = self.text or self.image
+        assert task is not None, "a model does something"
+        return task
 
-    def info(self, batching: Batching, supports_preview: bool) -> ModelInfo:
-        frames = self.arguments.get("num_frames")
+    def task(self, request: Generate) -> Task:
+        """What is done for ``request``. Raises ``InvalidRequest`` where the model does no such thing."""
+        task = self.image if request.images else self.text
+        if task is None:
+            raise InvalidRequest(f"this model takes {'no image' if request.images else 'an image'}", field="image")
+        return task
+
+    def merges(self, request: Generate) -> bool:
+        """Whether the forwards of ``request`` may be shared, as far as its task is concerned."""
+        task = self.image if request.images else self.text
+        return task is None or task.batching.mode == "merged"
+
+    @property
+    def default_fps(self) -> int | None:
+        if self.main.kind == "image":
+            return None
+        rate = self.main.arguments.get("frame_rate")
+        own = int(rate.default) if rate is not None and rate.default else _DEFAULT_FPS
+        return self.published.fps or own
+
+    def info(self) -> ModelInfo:
+        task = self.main
+        frames = task.arguments.get("num_frames")
         return ModelInfo(
             model=self.name,
             path=self.path,
-            pipeline=type(self.pipeline).__name__,
-            kind=self.kind,
+            pipeline=type(task.pipeline).__name__,
+            kind=task.kind,
             device=str(self.device),
             dtype=str(self.dtype).removeprefix("torch."),
             parameters=_count_parameters(self.pipeline),
-            arguments=self.arguments,
-            size_multiple=self.sizes.multiple,
-            default_width=self.sizes.width,
-            default_height=self.sizes.height,
-            default_num_frames=frames.default if frames is not None else None,
+            arguments=task.arguments,
+            size_multiple=task.sizes.multiple,
+            default_width=task.sizes.width,
+            default_height=task.sizes.height,
+            default_num_frames=task.defaults.get("num_frames", frames.default if frames is not None else None),
             default_fps=self.default_fps,
-            supports_preview=supports_preview,
-            batching=batching,
+            supports_preview=task.supports_preview,
+            takes_text_alone=self.text is not None,
+            image_task=_image_task(self.image),
+            no_image=self.no_image if self.image is None else None,
+            batching=task.batching,
             weight_version=self.weight_version,
         )
+
+
+def _image_task(task: Task | None) -> ImageTask | None:
+    if task is None:
+        return None
+    return ImageTask(
+        pipeline=type(task.pipeline).__name__,
+        arguments=task.arguments,
+        size_multiple=task.sizes.multiple,
+        several_images=task.several_images,
+        supports_preview=task.supports_preview,
+        batching=task.batching,
+    )
 
 
 def load_model(config: Config, device: torch.device | None = None, ranks: Ranks = ALONE) -> Model:
@@ -106,28 +135,24 @@ def load_model(config: Config, device: torch.device | None = None, ranks: Ranks 
     diffusers_logging.disable_progress_bar()
     transformers_logging.disable_progress_bar()
     path = str(resolve_model(config.model))
-    pipeline, dtype, layouts = _load_pipeline(path, config, device, ranks)
-    pipeline.set_progress_bar_config(disable=True)
+    directory, pipeline, dtype, layouts = _load_pipeline(path, config, device, ranks)
     _forget_caches(pipeline)
-    arguments = _bounded(call_arguments(type(pipeline)), pipeline, config)
-    sizes = find_sizes(pipeline, arguments)
+    published = read_published(directory, type(pipeline))
     return Model(
         name=config.served_model_name or config.model.rstrip("/").rsplit("/", 1)[-1],
         path=path,
         pipeline=pipeline,
         device=device,
         dtype=dtype,
-        kind="video" if "num_frames" in arguments else "image",
-        arguments=arguments,
-        sizes=sizes,
         layouts=layouts,
-        defaults=sizes.overrides | default_text_length(pipeline, arguments) | _binning(pipeline, arguments),
+        published=published,
+        text=new_task(pipeline, config, published.defaults),
     )
 
 
 def _load_pipeline(
     path: str, config: Config, device: torch.device, ranks: Ranks
-) -> tuple[DiffusionPipeline, torch.dtype, dict[str, Layout]]:
+) -> tuple[Path, DiffusionPipeline, torch.dtype, dict[str, Layout]]:
     try:
         directory = Path(path if Path(path).is_dir() else DiffusionPipeline.download(path, use_safetensors=True))
         dtype = _dtype(config, device, directory)
@@ -141,7 +166,7 @@ def _load_pipeline(
             for name, part in pipeline.components.items()
             if isinstance(part, nn.Module)
         }
-        return pipeline, dtype, layouts
+        return directory, pipeline, dtype, layouts
     except CannotLoad as error:
         raise StartFailed(f"The model {path} could not be loaded: {error}.") from error
     except Exception as error:  # the libraries raise errors of every kind; each ends this start, with its own words
@@ -209,40 +234,6 @@ def _forget_caches(pipeline: DiffusionPipeline) -> None:
             for config in (component.config, component.config.get_text_config()):
                 if getattr(config, "use_cache", False) and not getattr(config, "is_encoder_decoder", False):
                     config.use_cache = False
-
-
-def default_text_length(pipeline: DiffusionPipeline, arguments: Mapping[str, Parameter]) -> dict[str, int]:
-    """The pipeline's default text length, cut to the longest text that any of the model's tokenizers is made for."""
-    parameter, longest = arguments.get("max_sequence_length"), _longest_text(pipeline)
-    if parameter is None or not isinstance(parameter.default, int) or longest is None or longest >= parameter.default:
-        return {}
-    return {"max_sequence_length": longest}
-
-
-def _longest_text(pipeline: DiffusionPipeline) -> int | None:
-    """Tokens that the most capable of the model's tokenizers is made for; ``None`` when none says."""
-    limits = [getattr(part, "model_max_length", None) for part in pipeline.components.values()]
-    return max((limit for limit in limits if isinstance(limit, int) and limit < _NO_LIMIT), default=None)
-
-
-def _bounded(arguments: dict[str, Parameter], pipeline: DiffusionPipeline, config: Config) -> dict[str, Parameter]:
-    """Arguments with a maximum where a larger value would only cost time and memory."""
-    bounded = dict(arguments)
-    for name, parameter in arguments.items():
-        if name.endswith("num_inference_steps"):
-            bounded[name] = msgspec.structs.replace(parameter, maximum=config.max_steps)
-        if name == "max_sequence_length":
-            longest = max(parameter.default or 0, _longest_text(pipeline) or 0) or _LONGEST_TEXT
-            bounded[name] = msgspec.structs.replace(parameter, maximum=longest)
-    return bounded
-
-
-def _binning(pipeline: DiffusionPipeline, arguments: Mapping[str, Parameter]) -> dict[str, bool]:
-    """Leave out the rounding to known aspect ratios where there is no table of them for the model's size."""
-    sizes_with_a_table = (16, 32, 64, 128, 256)
-    if "use_resolution_binning" not in arguments or denoiser_config(pipeline).get("sample_size") in sizes_with_a_table:
-        return {}
-    return {"use_resolution_binning": False}
 
 
 def _count_parameters(pipeline: DiffusionPipeline) -> dict[str, int]:

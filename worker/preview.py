@@ -15,24 +15,26 @@ from torch.utils import _pytree as pytree
 
 from .call import Call, cross
 from .fork import fork, schedulers
-from .model import Model
 from .sample import first_output
 from .sizes import DENOISERS
 from .steps import answer_steps
+from .task import Task
 
 _SCHEDULE = ("num_inference_steps", "timesteps", "sigmas")
 
 
-def preview(model: Model, arguments: dict[str, Any], latents: torch.Tensor) -> torch.Tensor:
+def preview(task: Task, arguments: dict[str, Any], latents: torch.Tensor) -> torch.Tensor:
     """The picture [C, H, W] or clip [F, C, H, W] that ``latents`` decode to, float in [0, 1].
 
     Runs in the caller's coroutine, so a sample waits for its own previews and nobody else does. ``arguments`` are those
     of the sample's own call; ``latents`` are as its scheduler's ``step`` returns them.
     """
-    pipeline = fork(model.pipeline, _cross_without_denoiser)
+    pipeline = fork(task.pipeline, _cross_without_denoiser)
     for scheduler in schedulers(pipeline):
         answer_steps(scheduler, latents)
     once = {name: value for name, value in arguments.items() if name not in _SCHEDULE}
+    if "strength" in task.arguments:
+        once["strength"] = 1.0  # less would leave no step at all
     return first_output(pipeline(**once, num_inference_steps=1))
 
 

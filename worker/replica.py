@@ -32,7 +32,7 @@ from .model import Model, find_device, load_model
 from .parallel.ranks import RankLost, join, leave
 from .parallel.team import Diverged, Follower, Leader, Stop, Turn
 from .prompt_cache import PromptCache
-from .self_test import SelfTest, Verdict
+from .self_test import Found, SelfTest
 
 log = logging.getLogger(__name__)
 
@@ -74,7 +74,7 @@ class Replica:
             log.error("this rank cannot go on without the others: %s", lost)
             return self._leave(1)
 
-    def _load(self) -> tuple[Model, Verdict]:
+    def _load(self) -> tuple[Model, Found]:
         self._report("loading the model")
         device = find_device(self._config, self._number, self._child.rank)
         threads = self._config.threads or max(1, (os.cpu_count() or 1) // (self._config.replicas * self._config.tp))
@@ -91,20 +91,18 @@ class Replica:
         model = load_model(self._config, device, self._ranks)
         return model, SelfTest(model, self._config, self._report).run()
 
-    def _serve(self, model: Model, verdict: Verdict) -> int:
+    def _serve(self, model: Model, found: Found) -> int:
         hub = Hub(
             max_batch=self._config.max_batch,
             max_tokens=self._config.max_batch_tokens,
-            mode=verdict.batching.mode,
+            mode=found.mode,
             cache=PromptCache(self._config.prompt_cache_mb * 2**20) if self._config.prompt_cache_mb else None,
         )
-        hub.unmergeable.update(verdict.unmergeable)
+        hub.unmergeable.update(found.unmergeable)
         jobs = Jobs(model, hub, self._send, self._wake, leads=self._leads)
         try:
             if self._leads:
-                self._send(
-                    ReplicaReady(self._number, os.getpid(), model.info(verdict.batching, verdict.supports_preview))
-                )
+                self._send(ReplicaReady(self._number, os.getpid(), model.info()))
                 self._lead(hub, jobs)
             else:
                 follower = Follower(self._context, self._child.meeting_place, self._child.rank)

@@ -17,9 +17,11 @@ from ..protocol.messages import Generate
 from .call import Call, cross
 from .coroutine import Coroutine
 from .fork import fork, schedulers
+from .input_images import image_arguments
 from .model import Model
 from .sizes import DENOISERS
 from .steps import Step, watch_steps
+from .task import Task
 
 _REQUEST_FIELDS = (
     "negative_prompt", "width", "height", "num_frames", "num_inference_steps", "guidance_scale", "true_cfg_scale",
@@ -57,27 +59,38 @@ class SampleRun:
         self.steps = 0
         self._model = model
         self._stepped = stepped
-        self.coroutine = Coroutine(self._run, lambda _: done(self), alone=request.deterministic)
+        self.coroutine = Coroutine(
+            self._run, lambda _: done(self), alone=request.deterministic or not model.merges(request)
+        )
+
+    @property
+    def task(self) -> Task:
+        """Raises ``InvalidRequest`` where the model does not do what is asked for."""
+        return self._model.task(self.request)
 
     def arguments(self) -> dict[str, Any]:
         """The keyword arguments of the pipeline's call, with a fresh generator."""
-        request, model = self.request, self._model
+        request, task = self.request, self.task
         given = {name: getattr(request, name) for name in _REQUEST_FIELDS if getattr(request, name) is not None}
-        if request.fps is not None and "frame_rate" in model.arguments:
+        if request.fps is not None and "frame_rate" in task.arguments:
             given["frame_rate"] = request.fps
+        if task.takes_prompt:
+            given["prompt"] = request.samples[self.index].prompt
+        if request.images:
+            given = {name: value for name, value in given.items() if name not in ("width", "height")}
+            given |= image_arguments(task, request)
         return {
-            **model.defaults,
+            **task.defaults,
             **given,
             **copy.deepcopy(request.extra),  # a pipeline may write to it
-            "prompt": request.samples[self.index].prompt,
             "generator": torch.Generator("cpu").manual_seed(self.seed),
-            "output_type": model.output_type,
+            "output_type": task.output_type,
         }
 
     def _run(self) -> torch.Tensor:
         request_id_var.set(self.request.request_id)  # of this coroutine's own context
         self.clock.started = time.perf_counter()
-        pipeline = fork(self._model.pipeline, self._cross)
+        pipeline = fork(self.task.pipeline, self._cross)
         for scheduler in schedulers(pipeline):
             watch_steps(scheduler, self._saw)
         try:
@@ -99,7 +112,16 @@ class SampleRun:
 
 def first_output(output: BaseOutput) -> torch.Tensor:
     """The first picture [C, H, W] or clip [F, C, H, W] of a pipeline's output, float in [0, 1]."""
-    found = next(output[name] for name in ("images", "frames", "image") if name in output)[0]
+    return outputs(output)[0]
+
+
+def outputs(output: BaseOutput) -> list[torch.Tensor]:
+    """Every picture or clip of a pipeline's output, as :func:`first_output` gives the first."""
+    found = next(output[name] for name in ("images", "frames", "image") if name in output)
+    return [_in_channels_first(one) for one in found]
+
+
+def _in_channels_first(found: Any) -> torch.Tensor:
     if isinstance(found, torch.Tensor):
         return found
     array = torch.from_numpy(np.ascontiguousarray(found)).movedim(-1, -3)

@@ -27,12 +27,16 @@ class Sizes:
     overrides: dict[str, int]
 
 
-def find_sizes(pipeline: DiffusionPipeline, arguments: Mapping[str, Parameter]) -> Sizes:
-    """Read the sizes from the pipeline's attributes and its components' configurations."""
+def find_sizes(
+    pipeline: DiffusionPipeline, arguments: Mapping[str, Parameter], published: Mapping[str, int] | None = None
+) -> Sizes:
+    """Read the sizes from what the checkpoint says, the pipeline's attributes and its components' configurations."""
     multiple = _multiple(pipeline)
     width, height = arguments.get("width"), arguments.get("height")
     if width is None or height is None:
         return Sizes(multiple, None, None, {})
+    if published and "width" in published and "height" in published:
+        return Sizes(multiple, published["width"], published["height"], {})
     if width.default is not None:
         return Sizes(multiple, width.default, height.default, {})
     own = _default_side(pipeline)

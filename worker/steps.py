@@ -34,9 +34,10 @@ class Step:
         if isinstance(estimate, torch.Tensor):
             return estimate
         sigmas = getattr(self.scheduler, "sigmas", None)
+        index = self.number - 1 + _skipped(self.scheduler)
         flow = type(self.scheduler).__name__.startswith("FlowMatch")
-        if flow and sigmas is not None and self.number < len(sigmas) and self.model_output.shape == self.sample.shape:
-            sigma: torch.Tensor = sigmas[self.number - 1].to(self.sample.device)
+        if flow and sigmas is not None and index < len(sigmas) - 1 and self.model_output.shape == self.sample.shape:
+            sigma: torch.Tensor = sigmas[index].to(self.sample.device)
             return self.sample - sigma * self.model_output
         return self.prev_sample
 
@@ -56,10 +57,15 @@ def watch_steps(scheduler: SchedulerMixin, seen: Callable[[Step], None]) -> None
         result = take_step(watched, model_output, timestep, sample, *args, **kw)
         if watched is scheduler:
             number += 1
-            seen(Step(number, len(scheduler.timesteps), scheduler, model_output, sample, result))
+            seen(Step(number, len(scheduler.timesteps) - _skipped(scheduler), scheduler, model_output, sample, result))
         return result
 
     _replace_step(scheduler, step)
+
+
+def _skipped(scheduler: SchedulerMixin) -> int:
+    """Steps at the front of the schedule that are not taken: going on from an image, a pipeline begins further on."""
+    return getattr(scheduler, "begin_index", None) or 0
 
 
 def answer_steps(scheduler: SchedulerMixin, sample: torch.Tensor) -> None:

@@ -74,7 +74,9 @@ def test_a_notebook_shows_a_png_as_itself_and_as_html() -> None:
     assert bundle["text/plain"] == repr(output)
 
 
-@pytest.mark.parametrize(("format", "element"), [("mp4", "<video"), ("webp", "<img"), ("pt", "<code>Output(pt")])
+@pytest.mark.parametrize(
+    ("format", "element"), [("mp4", "<video"), ("webm", "video/webm"), ("webp", "<img"), ("pt", "<code>Output(pt")]
+)
 def test_a_notebook_shows_every_format(format: str, element: str) -> None:
     output = read(data=b"...", format=format).outputs[0]
     assert output._repr_html_().startswith(element)

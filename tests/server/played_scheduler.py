@@ -57,6 +57,7 @@ IMAGE_MODEL = ModelInfo(
     size_multiple=16,
     default_width=64,
     default_height=64,
+    no_image="none fits",
     batching=Batching("merged", "because"),
     weight_version="7",
 )

@@ -40,6 +40,8 @@ Kind = Literal["image", "video"]
         ("video/mp4", None, "image", None),
         ("video/mp4", None, "video", (True, "mp4")),
         ("video/*", None, "video", (True, "mp4")),
+        ("video/webm", None, "video", (True, "webm")),
+        ("video/*", "webm", "video", (True, "webm")),
         ("image/png", None, "video", None),
         ("application/octet-stream", "pt", "image", (True, "pt")),
         ("application/octet-stream", None, "image", (False, "png")),

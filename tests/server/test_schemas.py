@@ -20,8 +20,8 @@ CONFIG = Config(max_steps=100, max_outputs=8, max_pixels=128 * 128, max_prompt_c
 def read(body: bytes) -> Generate:
     fields = parse_generate(body)
     check_ranges(fields, CONFIG)
-    check_model(fields, IMAGE_MODEL, CONFIG)
-    return to_message(fields, "id", "png", CONFIG)
+    check_model(fields, len(fields.image or ()), IMAGE_MODEL, CONFIG)
+    return to_message(fields, [], "id", "png", CONFIG)
 
 
 MALFORMED = [
@@ -95,7 +95,7 @@ INVALID = [
     (b'{"prompt": "x", "output_format": "mp4"}', "output_format", "one of png, jpeg, webp"),
     (b'{"prompt": "x", "preview_every": -1}', "preview_every", "between 0 and"),
     (b'{"prompt": "x", "preview_every": 1}', "preview_every", "needs stream"),
-    (b'{"prompt": "x", "image": "aaaa"}', "image", "image inputs are not supported by this version"),
+    (b'{"prompt": "x", "image": "aaaa"}', "image", "takes no image: none fits"),
     (b'{"prompt": "x", "lora": [{"name": "a"}]}', "lora", "not supported by this version"),
     (b'{"prompt": "x", "extra": {"width": 64}}', "extra.width", "a field of the request itself"),
     (b'{"prompt": "x", "extra": {"max_sequence_lenght": 64}}', "extra.max_sequence_lenght", "max_sequence_length"),

@@ -1,18 +1,26 @@
 """Wan 2.1."""
 
-from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
+from typing import Any
+
+from diffusers import (
+    AutoencoderKLWan,
+    UniPCMultistepScheduler,
+    WanImageToVideoPipeline,
+    WanPipeline,
+    WanTransformer3DModel,
+)
 
 from . import text_encoders, tokenizers
 from .family import Family
 from .weights import ready, seeded
 
 
-def _transformer() -> WanTransformer3DModel:
+def _transformer(in_channels: int = 4) -> WanTransformer3DModel:
     return WanTransformer3DModel(
         patch_size=(1, 2, 2),
         num_attention_heads=4,
         attention_head_dim=16,
-        in_channels=4,
+        in_channels=in_channels,
         out_channels=4,
         text_dim=32,
         freq_dim=32,
@@ -37,18 +45,27 @@ def _autoencoder() -> AutoencoderKLWan:
 
 def build_wan() -> WanPipeline:
     """Wan 2.1 text-to-video with one transformer and the UniPC flow scheduler."""
-    tokenizer = tokenizers.t5_tokenizer()
     with seeded():
-        pipeline = WanPipeline(
-            tokenizer=tokenizer,
-            text_encoder=text_encoders.umt5(tokenizer),
-            vae=_autoencoder(),
-            scheduler=UniPCMultistepScheduler(
-                prediction_type="flow_prediction", use_flow_sigmas=True, num_train_timesteps=1000, flow_shift=3.0
-            ),
-            transformer=_transformer(),
-        )
-        return ready(pipeline)
+        return ready(WanPipeline(**_parts(), transformer=_transformer()))
+
+
+def build_wan_from_image() -> WanImageToVideoPipeline:
+    """Wan 2.2 image-to-video: the image's latents and a mask of as many channels come in beside the noise."""
+    with seeded():
+        return ready(WanImageToVideoPipeline(**_parts(), transformer=_transformer(in_channels=12)))
+
+
+def _parts() -> dict[str, Any]:
+    """What both pipelines have in common."""
+    tokenizer = tokenizers.t5_tokenizer()
+    return {
+        "tokenizer": tokenizer,
+        "text_encoder": text_encoders.umt5(tokenizer),
+        "vae": _autoencoder(),
+        "scheduler": UniPCMultistepScheduler(
+            prediction_type="flow_prediction", use_flow_sigmas=True, num_train_timesteps=1000, flow_shift=3.0
+        ),
+    }
 
 
 WAN = Family(

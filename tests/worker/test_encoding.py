@@ -45,13 +45,14 @@ def test_a_tensor_arrives_bit_by_bit() -> None:
     assert np.array_equal(load(encode(np.moveaxis(drawn, -1, -3), "pt", None))["t"], np.moveaxis(drawn, -1, -3))
 
 
-def test_a_clip_has_its_frames_size_and_rate() -> None:
+@pytest.mark.parametrize(("output_format", "codec"), [("mp4", "h264"), ("webm", "vp9")])
+def test_a_clip_has_its_frames_size_and_rate(output_format: OutputFormat, codec: str) -> None:
     moving = np.zeros((9, 3, 32, 48), np.float32)
     for index, frame in enumerate(moving):
         frame[:, :, index * 4 : index * 4 + 8] = 1.0
-    with av.open(io.BytesIO(encode(moving, "mp4", 12))) as container:
+    with av.open(io.BytesIO(encode(moving, output_format, 12))) as container:
         stream = container.streams.video[0]
-        assert (stream.codec_context.name, stream.average_rate, stream.width, stream.height) == ("h264", 12, 48, 32)
+        assert (stream.codec_context.name, stream.average_rate, stream.width, stream.height) == (codec, 12, 48, 32)
         frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(stream)]
     assert len(frames) == 9
     for index, frame in enumerate(frames):
@@ -76,7 +77,7 @@ process, pool = psutil.Process(), ThreadPoolExecutor(1)
 pool.submit(int).result()
 before = process.num_threads()
 for output_format in get_args(OutputFormat):
-    drawn = numpy.zeros((2, 3, 512, 512) if output_format == "mp4" else (3, 512, 512), numpy.float32)
+    drawn = numpy.zeros((2, 3, 512, 512) if output_format in ("mp4", "webm") else (3, 512, 512), numpy.float32)
     pool.submit(encode, drawn, output_format, 8).result()
     print(output_format, process.num_threads() - before)
 pool.submit(torch.ones(3, 512, 512).exp).result()

@@ -11,7 +11,8 @@ import torch
 from safelight.protocol.config import Config
 from safelight.protocol.errors import StartFailed
 from safelight.worker.arguments import call_arguments
-from safelight.worker.model import Model, default_text_length, load_model
+from safelight.worker.model import Model, load_model
+from safelight.worker.task import default_text_length
 
 
 def test_arguments_that_are_no_json_cannot_be_set() -> None:
@@ -35,23 +36,23 @@ def test_defaults_and_types_are_the_signature_s() -> None:
 def test_sizes_are_multiples_of_what_the_pipeline_needs(
     family: str, multiple: int, tiny_model: Callable[[str], Model]
 ) -> None:
-    assert tiny_model(family).sizes.multiple == multiple
+    assert tiny_model(family).main.sizes.multiple == multiple
 
 
 def test_a_model_that_says_its_size_only_in_its_vae_is_drawn_at_that_size(tiny_model: Callable[[str], Model]) -> None:
     model = tiny_model("flux")
-    assert model.defaults["width"] == model.pipeline.vae.config.sample_size
-    assert "width" not in tiny_model("sdxl").defaults
+    assert model.main.defaults["width"] == model.pipeline.vae.config.sample_size
+    assert "width" not in tiny_model("sdxl").main.defaults
 
 
 def test_a_text_is_never_padded_beyond_what_all_the_tokenizers_are_made_for(
     tiny_model: Callable[[str], Model],
 ) -> None:
     model = tiny_model("flux")
-    assert "max_sequence_length" not in model.defaults
+    assert "max_sequence_length" not in model.main.defaults
     for tokenizer, limit in ((model.pipeline.tokenizer, 77), (model.pipeline.tokenizer_2, 100)):
         tokenizer.model_max_length = limit
-    assert default_text_length(model.pipeline, model.arguments) == {"max_sequence_length": 100}
+    assert default_text_length(model.pipeline, model.main.arguments) == {"max_sequence_length": 100}
 
 
 @pytest.mark.parametrize("multiplies", [True, False])

@@ -38,7 +38,7 @@ def request(name: str, index: int, **changes: Any) -> Generate:
 def plain(model: Model, asked: Generate) -> torch.Tensor:
     """What the unmodified pipeline returns for the request."""
     arguments = SampleRun(model, asked, 0, lambda *_: None, lambda _: None).arguments()
-    return first_output(model.pipeline(**arguments))
+    return first_output(model.task(asked).pipeline(**arguments))
 
 
 def through_hub(model: Model, hub: Hub, requests: list[Generate]) -> list[torch.Tensor]:
@@ -71,10 +71,10 @@ def test_a_request_through_the_boundary_is_bitwise_what_diffusers_gives(
 def test_six_mixed_requests_together_are_what_each_is_alone(name: str, tiny_model: Callable[[str], Model]) -> None:
     model = tiny_model(name)
     verdict = SelfTest(model, Config()).run()
-    assert verdict.batching.mode == ("serial" if name in SERIAL else "merged"), verdict.batching.reason
+    assert verdict.mode == ("serial" if name in SERIAL else "merged"), model.main.batching.reason
     requests = [request(name, index) for index in range(6)]
     expected = [plain(model, asked) for asked in requests]
-    hub = new_hub(verdict.batching.mode)
+    hub = new_hub(verdict.mode)
     hub.unmergeable.update(verdict.unmergeable)
     together = through_hub(model, hub, requests)
     worst = max((a - b).abs().max().item() for a, b in zip(expected, together, strict=True))
@@ -89,7 +89,7 @@ def test_a_wide_and_a_tall_picture_of_one_area_keep_their_own_positions(
 ) -> None:
     model = tiny_model(name)
     side = FAMILIES[name].call.get("width", 64)
-    if side % (2 * model.sizes.multiple):
+    if side % (2 * model.main.sizes.multiple):
         side *= 2
     shapes = [(side, 2 * side), (2 * side, side)]
     requests = [request(name, 2, width=width, height=height) for width, height in shapes]
@@ -104,7 +104,7 @@ def test_shared_modules_are_as_they_were_after_the_self_test_and_a_cancelled_req
 ) -> None:
     fresh, model = tiny_model(name), tiny_model(name)
     verdict = SelfTest(model, Config()).run()
-    hub = new_hub(verdict.batching.mode)
+    hub = new_hub(verdict.mode)
     doomed = SampleRun(model, request(name, 0, num_inference_steps=50), 0, lambda *_: None, lambda _: None)
     hub.start(doomed.coroutine)
     for _ in range(6):
@@ -129,15 +129,16 @@ def test_deterministic_requests_are_bitwise_among_merged_neighbours_and_cached_p
 
 
 def test_a_pipeline_that_swaps_processors_on_shared_modules_is_found_out(tiny_model: Callable[[str], Model]) -> None:
-    verdict = SelfTest(tiny_model("sd15_pag"), Config()).run()
-    assert verdict.batching.mode == "serial"
-    assert "state" in verdict.batching.reason
+    model = tiny_model("sd15_pag")
+    verdict = SelfTest(model, Config()).run()
+    assert verdict.mode == "serial"
+    assert "state" in model.main.batching.reason
 
 
 def test_batching_can_be_chosen_by_hand(tiny_model: Callable[[str], Model]) -> None:
     for mode in ("serial", "interleaved"):
         verdict = SelfTest(tiny_model("flux"), Config(batching=mode)).run()
-        assert verdict.batching.mode == mode
+        assert verdict.mode == mode
 
 
 def test_a_prompt_is_encoded_once_for_a_group_of_outputs(tiny_model: Callable[[str], Model]) -> None:

@@ -10,14 +10,14 @@ from diffusers import AutoencoderKLWan
 
 from ...train.run import Run
 from . import flow, vae
-from .decoder import refine
 from .export import export, pipeline
 from .latents import Latents, encode_clips
 from .look import look
 from .model import TextToVelocity, new_model
+from .refine import refine
 
 STAGES = ("vae", "latents", "flow", "export", "all")
-VAE_STEPS, DECODER_STEPS, FLOW_STEPS, EACH = 2400, 800, 5000, 2
+VAE_STEPS, REFINE_STEPS, FLOW_STEPS, EACH = 2400, 1800, 5000, 2
 
 
 def arguments() -> argparse.ArgumentParser:
@@ -27,7 +27,7 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--vae-steps", type=int, default=VAE_STEPS)
-    parser.add_argument("--decoder-steps", type=int, default=DECODER_STEPS)
+    parser.add_argument("--refine-steps", type=int, default=REFINE_STEPS)
     parser.add_argument("--steps", type=int, default=FLOW_STEPS, help="steps of the flow stage")
     parser.add_argument("--each", type=int, default=EACH, help="times that every clip is encoded for the flow stage")
     parser.add_argument("--compile", action="store_true", help="compile the transformer's blocks")
@@ -38,7 +38,7 @@ def arguments() -> argparse.ArgumentParser:
 def main() -> None:
     options = arguments().parse_args()
     run = Run(options.out, torch.device(options.device), options.seed)
-    autoencoder = refine(run, vae.train(run, options.vae_steps), options.decoder_steps)
+    autoencoder = refine(run, vae.train(run, options.vae_steps), options.refine_steps)
     if options.stage == "vae":
         return
     latents = encode_clips(run, autoencoder, options.each)

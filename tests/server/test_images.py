@@ -1,0 +1,149 @@
+"""A request's images: what is read is upright RGB, and what is wrong is told before it costs anything."""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import io
+import struct
+import zlib
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from safelight.protocol.errors import InvalidRequest
+from safelight.server.images import MOST_IMAGES, decode_text, read_images
+
+LIMIT = 10_000
+
+
+def picture(mode: str = "RGB", size: tuple[int, int] = (8, 4)) -> Image.Image:
+    """Red above, blue below."""
+    drawn = Image.new("RGB", size, "red")
+    drawn.paste("blue", (0, size[1] // 2, *size))
+    return drawn.convert(mode)
+
+
+def file(drawn: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
+    written = io.BytesIO()
+    drawn.save(written, format=kind, **options)
+    return written.getvalue()
+
+
+def pixels(data: bytes) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    (read,) = read_images([data], LIMIT)
+    return np.frombuffer(bytes(read.rgb), np.uint8).reshape(read.height, read.width, 3)
+
+
+def png_header(width: int, height: int) -> bytes:
+    """A PNG that claims a size and has next to no data."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    head = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(bytes(9))) + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize("kind", ["PNG", "WEBP"])
+def test_every_pixel_arrives(kind: str) -> None:
+    assert np.array_equal(pixels(file(picture(), kind, lossless=True)), np.asarray(picture()))
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA", "I;16"])
+def test_other_kinds_of_pixels_become_rgb(mode: str) -> None:
+    drawn = picture("L").convert("I;16") if mode == "I;16" else picture(mode)
+    assert np.array_equal(pixels(file(drawn)), np.asarray(drawn.convert("RGB")))
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_picture_of_a_turned_camera_is_upright(orientation: int) -> None:
+    upright = picture(size=(32, 16))
+    back = {2: 0, 3: 3, 4: 1, 5: 5, 6: 2, 7: 6, 8: 4}  # what undoes each orientation, as Pillow numbers it
+    stored = upright.transpose(Image.Transpose(back[orientation])) if orientation > 1 else upright
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    seen = pixels(file(stored, "PNG", exif=exif))
+    assert np.array_equal(seen, np.asarray(upright))
+
+
+@pytest.mark.parametrize("kind", ["GIF", "BMP", "TIFF", "PPM", "ICO"])
+def test_a_format_that_is_not_listed_is_never_opened(kind: str) -> None:
+    with pytest.raises(InvalidRequest, match="PNG, JPEG, WEBP"):
+        read_images([file(picture(), kind)], LIMIT)
+
+
+@pytest.mark.parametrize("data", [b"", b"x", b"\x89PNG\r\n\x1a\n", b"%PDF-1.4", b"<svg/>", b"\xff\xd8\xff"])
+def test_what_is_no_picture_is_told_so(data: bytes) -> None:
+    with pytest.raises(InvalidRequest, match="PNG, JPEG, WEBP"):
+        read_images([data], LIMIT)
+
+
+@pytest.mark.parametrize("size", [(101, 100), (60_000, 60_000), (2**31 - 1, 2**31 - 1)])
+def test_too_many_pixels_are_refused_by_the_header(size: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise AssertionError("decoded")
+
+    monkeypatch.setattr(Image.Image, "convert", fail)
+    with pytest.raises(InvalidRequest, match="pixels"):
+        read_images([png_header(*size)], LIMIT)
+
+
+def test_the_limit_holds_for_all_images_together() -> None:
+    whole = file(picture(size=(100, 50)))
+    assert len(read_images([whole, whole], LIMIT)) == 2
+    with pytest.raises(InvalidRequest, match="10000 pixels together; these have 15000"):
+        read_images([whole] * 3, LIMIT)
+    with pytest.raises(InvalidRequest, match=f"up to {MOST_IMAGES}"):
+        read_images([whole] * (MOST_IMAGES + 1), LIMIT)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
+def test_a_file_that_was_cut_off_is_refused(kind: str) -> None:
+    whole = file(Image.effect_noise((64, 64), 90).convert("RGB"), kind)
+    with pytest.raises(InvalidRequest, match="image"):
+        read_images([whole[: len(whole) // 2]], LIMIT)
+
+
+def test_an_animation_is_refused() -> None:
+    moving = file(picture(), "WEBP", save_all=True, append_images=[picture("L").convert("RGB")], duration=100)
+    with pytest.raises(InvalidRequest, match="animation"):
+        read_images([moving], LIMIT)
+
+
+@given(st.binary(max_size=300), st.sampled_from(["PNG", "JPEG", "WEBP"]), st.integers(0, 400))
+def test_broken_bytes_only_ever_raise_what_the_client_can_read(noise: bytes, kind: str, at: int) -> None:
+    whole = file(picture(size=(16, 16)), kind)
+    broken = whole[:at] + noise + whole[at + len(noise) :]
+    with contextlib.suppress(InvalidRequest):
+        read_images([broken], LIMIT)
+
+
+@pytest.mark.parametrize("form", ["{}", "data:image/png;base64,{}", "DATA:;base64,{}", "data:image/png;a=b;base64,{}"])
+def test_base64_and_data_uris_are_files(form: str) -> None:
+    encoded = base64.b64encode(b"some file").decode()
+    assert decode_text(form.format(encoded)) == b"some file"
+    assert decode_text(form.format(encoded[:4] + "\n" + encoded[4:])) == b"some file"
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("http://localhost/x.png", "fetches nothing"),
+        ("HTTPS://example.com/x.png", "fetches nothing"),
+        ("file:///etc/passwd", "fetches nothing"),
+        ("/etc/passwd", "neither"),
+        ("data:image/png,abc", "of the form"),
+        ("data:image/png;base64,ä", "neither"),
+        ("not base64!", "neither"),
+        ("abc", "neither"),
+    ],
+)
+def test_an_image_is_never_an_address(text: str, words: str) -> None:
+    with pytest.raises(InvalidRequest, match=words) as refused:
+        decode_text(text)
+    assert refused.value.field == "image"

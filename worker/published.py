@@ -1,0 +1,45 @@
+"""What a checkpoint says of itself in ``safelight.json``: what a request gets when it leaves something out.
+
+::
+
+    {"defaults": {"width": 64, "height": 64, "num_frames": 17}, "fps": 8}
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import msgspec
+from diffusers import DiffusionPipeline
+
+from ..protocol.errors import StartFailed
+from .arguments import call_arguments
+
+FILE = "safelight.json"
+
+
+class Published(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """``defaults`` are arguments of the pipeline's ``__call__``; ``fps`` is the frame rate of its clips."""
+
+    defaults: dict[str, Any] = {}
+    fps: int | None = None
+
+
+def read_published(directory: Path, pipeline: type[DiffusionPipeline]) -> Published:
+    """What ``directory`` has of it, nothing where there is no such file.
+
+    Raises ``StartFailed`` for a file that is wrong: a default that is not passed on would be missed by nobody.
+    """
+    file = directory / FILE
+    if not file.is_file():
+        return Published()
+    try:
+        found = msgspec.json.decode(file.read_bytes(), type=Published)
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise StartFailed(f"{file} cannot be read: {error}.") from None
+    known = call_arguments(pipeline)
+    for name, value in found.defaults.items():
+        if name not in known or type(value).__name__ not in known[name].types:
+            raise StartFailed(f"{file} has the default {name} = {value!r}, which {pipeline.__name__} does not take.")
+    return found

@@ -1,0 +1,261 @@
+"""What a pipeline allows: the same small requests apart, interleaved and together.
+
+Apart is what plain diffusers would do. Interleaved, they take turns at every call to a component; a pipeline that
+keeps a request's state inside a shared object shows it here. Together, their calls meet in merged forwards.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import msgspec
+import torch
+from PIL import Image as pillow
+
+from ..protocol.codec import Buffer
+from ..protocol.config import Config
+from ..protocol.messages import BatchingMode, Generate, Image, Sample
+from .coroutine import Coroutine
+from .fork import fork
+from .hub import Hub
+from .model import Model
+from .preview import preview
+from .sample import SampleRun, outputs
+from .steps import Step
+
+log = logging.getLogger(__name__)
+
+FP32_TOLERANCE = 1e-4
+"""Largest difference of a pixel (in [0, 1]) that merging may make in fp32; seen are about 1e-6."""
+
+LOW_PRECISION_SHARE = 0.05
+"""In bf16 and fp16, the mean difference that merging may make, as a share of that between two different requests."""
+
+_PROMPTS = ("a red circle", "two small blue squares and a star on a white table", "a red circle")
+"""Of different lengths, and two of the same: some pipelines' calls only meet when their texts are equally long."""
+
+_STEPS = (2, 3, 3)
+"""Unequal, so that some still run when another's call has ended and cleaned up after itself."""
+
+_EXTRA = {"use_resolution_binning": False, "strength": 0.75}
+"""Binning would enlarge the small size to one of the model's own, and little strength leave none of so few steps."""
+
+_SIDES = (4, 8, 16)
+_FRAMES = (5, 9, 17)
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """How a task's requests share forwards. ``unmergeable`` are the calls that must run alone, and why."""
+
+    mode: BatchingMode
+    reason: str
+    unmergeable: dict[str, str] = field(default_factory=dict)
+
+
+class DoesNotRun(Exception):
+    """A task's pipeline raises whatever is tried; the message says what the last try raised."""
+
+
+class Trial:
+    """Runs the small requests for the model's task with images, or for the one without. ``report`` hears of stages."""
+
+    def __init__(self, model: Model, config: Config, report: Callable[[str], None], *, images: bool) -> None:
+        task = model.image if images else model.text
+        assert task is not None, "the task that is tried"
+        self._model = model
+        self._task = task
+        self._config = config
+        self._report = report
+        self._images = images
+        self._size: dict[str, int] = {}
+        self._last: tuple[SampleRun, Step] | None = None
+
+    def judge(self) -> Verdict:
+        """Decide how requests share forwards, and set what the task depends on. Raises ``DoesNotRun``."""
+        self._report("self-test: requests apart")
+        apart = self._first_runs()
+        self._task.supports_preview = self._preview_matches(apart[-1])
+        if self._config.batching == "serial":
+            return Verdict("serial", "chosen by --batching")
+        if not _same(apart, self._attempt(self._hub("serial"))):
+            return Verdict(
+                "serial", "its pictures are not determined by the request's seed, so nothing can be compared"
+            )
+        self._report("self-test: requests interleaved")
+        if not _same(apart, self._attempt(self._hub("interleaved"))):
+            return Verdict("serial", "it keeps a request's state in objects that requests share")
+        if self._config.batching == "interleaved":
+            return Verdict("interleaved", "chosen by --batching")
+        self._report("self-test: requests together")
+        return self._together(apart)
+
+    def _together(self, apart: list[torch.Tensor]) -> Verdict:
+        hub = self._hub("merged")
+        if self._close(apart, self._attempt(hub)):
+            return _merged_verdict(hub)
+        for name in sorted(hub.merged_names):
+            hub = self._hub("merged")
+            hub.unmergeable[name] = "merged, it changes the picture"
+            if self._close(apart, self._attempt(hub)):
+                return _merged_verdict(hub)
+        reason = "its calls cannot be merged: requests together differ from the same ones apart"
+        return Verdict("interleaved", reason)
+
+    def _attempt(self, hub: Hub) -> list[torch.Tensor]:
+        """The pictures on ``hub``; none when the pipeline does not survive this way of running."""
+        try:
+            return self._pictures(hub)
+        except _SampleFailed as failed:
+            log.info("a request of the self-test failed", exc_info=failed.error)
+            return []
+
+    def _hub(self, mode: BatchingMode) -> Hub:
+        return Hub(max_batch=self._config.max_batch, max_tokens=self._config.max_batch_tokens, mode=mode)
+
+    def _first_runs(self) -> list[torch.Tensor]:
+        """The pictures apart, at the smallest size and in the output type with which the pipeline runs."""
+        errors: list[BaseException] = []
+        for output_type in self._output_types():
+            self._task.output_type = output_type
+            for size in self._sizes():
+                self._size = size
+                try:
+                    pictures = self._apart("serial")
+                except _SampleFailed as failed:
+                    errors.append(failed.error)
+                    continue
+                self._task.tried_size = size
+                return pictures
+        log.info("the pipeline does not run", exc_info=errors[-1])
+        raise DoesNotRun(f"{type(errors[-1]).__name__}: {errors[-1]}")
+
+    def _output_types(self) -> tuple[Literal["pt", "np"], ...]:
+        if self._images and self._model.text is not None:
+            return (self._model.text.output_type,)
+        return ("pt", "np")
+
+    def _sizes(self) -> list[dict[str, int]]:
+        """Sizes to try, from small to the pipeline's default. With images, the one that ran without."""
+        if self._images and self._model.text is not None:
+            return [self._model.text.tried_size]
+        takes = self._task.arguments
+        multiple = self._task.sizes.multiple
+        found: list[dict[str, int]] = []
+        for side in _SIDES if "width" in takes and "height" in takes else ():
+            for frames in _FRAMES if "num_frames" in takes else (0,):
+                size = {"width": side * multiple, "height": side * multiple}
+                found.append(size | ({"num_frames": frames} if frames else {}))
+        return [*found, {}]
+
+    def _apart(self, mode: BatchingMode) -> list[torch.Tensor]:
+        return [self._pictures(self._hub(mode), (index,))[0] for index in range(len(_PROMPTS))]
+
+    def _pictures(self, hub: Hub, indices: Sequence[int] = range(len(_PROMPTS))) -> list[torch.Tensor]:
+        """Run the small requests ``indices`` on ``hub``. Raises ``_SampleFailed`` with what one of them raised."""
+        runs = [SampleRun(self._model, self._request(index), 0, self._remember, lambda _: None) for index in indices]
+        for run in runs:
+            hub.start(run.coroutine)
+        while hub.busy:
+            hub.turn()
+        for run in runs:
+            if run.coroutine.error is not None:
+                raise _SampleFailed(run.coroutine.error)
+        return [run.coroutine.result.float().cpu() for run in runs]
+
+    def _request(self, index: int) -> Generate:
+        takes = self._task.arguments
+        request = Generate(
+            request_id=f"self-test-{index}",
+            samples=[Sample(_PROMPTS[index], seed=index)],
+            num_inference_steps=_STEPS[index] if "num_inference_steps" in takes else None,
+            extra={name: value for name, value in _EXTRA.items() if name in takes},
+        )
+        images = [self._image(index)] if self._images else []
+        return msgspec.structs.replace(request, images=images, **self._size)
+
+    def _image(self, seed: int) -> Image:
+        """A picture of coarse noise, as large as what is to be made from it."""
+        side = _SIDES[0] * self._task.sizes.multiple
+        width, height = self._size.get("width", side), self._size.get("height", side)
+        coarse = torch.randint(256, (4, 4, 3), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
+        picture = pillow.fromarray(coarse.numpy()).resize((width, height), pillow.Resampling.BICUBIC)
+        return Image(width, height, Buffer(picture.tobytes()))
+
+    def _remember(self, sample: SampleRun, step: Step) -> None:
+        self._last = (sample, step)
+
+    def _preview_matches(self, picture: torch.Tensor) -> bool:
+        """Whether a preview of the last request's last step is its picture."""
+        if self._last is None:
+            return False
+        sample, latents = self._last[0], self._last[1].prev_sample
+        try:
+            seen = self._alone(lambda: preview(self._task, sample.arguments(), latents))
+        except _SampleFailed as failed:
+            log.info("previews are off: the pipeline does not run with a denoiser of zeros (%r)", failed.error)
+            return False
+        return torch.equal(seen.float().cpu(), picture)
+
+    def takes_several_images(self) -> bool:
+        """Whether two images make one output, and not that of the first alone."""
+        request = self._request(0)
+        both = msgspec.structs.replace(request, images=[self._image(0), self._image(1)])
+        self._task.several_images = True
+        try:
+            first = self._alone(lambda: self._outputs(request))
+            together = self._alone(lambda: self._outputs(both))
+        except _SampleFailed as failed:
+            log.info("two images do not make one output (%r)", failed.error)
+            return False
+        finally:
+            self._task.several_images = False
+        if len(first) != len(together) or first[0].shape != together[0].shape:
+            return len(first) == len(together)
+        return bool((first[0] - together[0]).abs().max() > FP32_TOLERANCE)
+
+    def _outputs(self, request: Generate) -> list[torch.Tensor]:
+        run = SampleRun(self._model, request, 0, lambda *_: None, lambda _: None)
+        return outputs(fork(self._task.pipeline)(**run.arguments()))
+
+    def _alone(self, function: Callable[[], Any]) -> Any:
+        """What ``function`` returns as the only coroutine. Raises ``_SampleFailed`` with what it raised."""
+        hub = self._hub("interleaved")
+        coroutine = Coroutine(function, lambda _: None)
+        hub.start(coroutine)
+        while hub.busy:
+            hub.turn()
+        if coroutine.error is not None:
+            raise _SampleFailed(coroutine.error)
+        return coroutine.result
+
+    def _close(self, apart: list[torch.Tensor], together: list[torch.Tensor]) -> bool:
+        if len(apart) != len(together):
+            return False
+        if self._model.dtype is torch.float32:
+            return all((a - b).abs().max().item() <= FP32_TOLERANCE for a, b in zip(apart, together, strict=True))
+        scale = (apart[0] - apart[1]).abs().mean().item() if apart[0].shape == apart[1].shape else 1.0
+        worst = max((a - b).abs().mean().item() for a, b in zip(apart, together, strict=True))
+        return worst <= LOW_PRECISION_SHARE * scale
+
+
+class _SampleFailed(Exception):
+    def __init__(self, error: BaseException) -> None:
+        super().__init__(repr(error))
+        self.error = error
+
+
+def _merged_verdict(hub: Hub) -> Verdict:
+    if hub.counters.forwards == hub.counters.calls:
+        why = "; ".join(f"{name}: {reason}" for name, reason in sorted(hub.unmergeable.items()))
+        return Verdict("interleaved", why or "no two calls were alike enough to meet")
+    reason = f"three small requests took {hub.counters.forwards} forwards for {hub.counters.calls} calls"
+    alone = "".join(f"; {name} runs alone: {why}" for name, why in sorted(hub.unmergeable.items()))
+    return Verdict("merged", reason + alone, dict(hub.unmergeable))
+
+
+def _same(one: list[torch.Tensor], other: list[torch.Tensor]) -> bool:
+    return len(one) == len(other) and all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
