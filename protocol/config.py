@@ -22,7 +22,9 @@ ENVIRONMENT_PREFIX = "SAFELIGHT_"
 class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The options of one server. ``docs/configuration.md`` is generated from this class."""
 
-    model: Annotated[str, Meta(description="A directory with a diffusers pipeline, a hub id, or `shapes`")] = "shapes"
+    model: Annotated[
+        str, Meta(description="A directory with a diffusers pipeline, a hub id, `shapes` or `shapes-video`")
+    ] = "shapes"
     served_model_name: Annotated[
         str | None, Meta(description="The name that clients see; the last part of `model` when not given")
     ] = None

@@ -1,12 +1,12 @@
-"""What the option ``model`` names: the embedded model, a directory, or a repository of the hub."""
+"""What the option ``model`` names: an embedded model, a directory, or a repository of the hub."""
 
 from __future__ import annotations
 
 import re
 from pathlib import Path
 
-EMBEDDED = "shapes"
-"""The name of the model that the package brings along."""
+EMBEDDED = ("shapes", "shapes-video")
+"""The names of the models that the package brings along: one draws pictures, one makes clips."""
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
@@ -16,8 +16,8 @@ def resolve_model(name: str) -> Path | str:
 
     A name that could be both is the directory when there is one.
     """
-    if name == EMBEDDED:
-        return Path(__file__).resolve().parent.parent / "assets" / EMBEDDED
+    if name in EMBEDDED:
+        return Path(__file__).resolve().parent.parent / "assets" / name
     path = Path(name).expanduser()
     if not path.exists() and _HUB_ID.fullmatch(name):
         return name

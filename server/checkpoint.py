@@ -30,7 +30,7 @@ def check_directory(directory: Path) -> None:
     if not directory.exists():
         raise StartFailed(
             f"The model path {directory} does not exist; give the directory of a diffusers pipeline, "
-            "a hub id such as `org/name`, or `shapes` for the embedded model."
+            "a hub id such as `org/name`, or the name of an embedded model: shapes or shapes-video."
         )
     if not directory.is_dir():
         raise StartFailed(

@@ -14,10 +14,10 @@ from .export import export, pipeline
 from .latents import Latents, encode_clips
 from .look import look
 from .model import TextToVelocity, new_model
-from .refine import refine
+from .refine import refine, sharpen
 
 STAGES = ("vae", "latents", "flow", "export", "all")
-VAE_STEPS, REFINE_STEPS, FLOW_STEPS, EACH = 2400, 1800, 5000, 2
+VAE_STEPS, REFINE_STEPS, DECODER_STEPS, FLOW_STEPS, EACH = 2400, 1800, 1000, 5000, 2
 
 
 def arguments() -> argparse.ArgumentParser:
@@ -28,6 +28,7 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--vae-steps", type=int, default=VAE_STEPS)
     parser.add_argument("--refine-steps", type=int, default=REFINE_STEPS)
+    parser.add_argument("--decoder-steps", type=int, default=DECODER_STEPS)
     parser.add_argument("--steps", type=int, default=FLOW_STEPS, help="steps of the flow stage")
     parser.add_argument("--each", type=int, default=EACH, help="times that every clip is encoded for the flow stage")
     parser.add_argument("--compile", action="store_true", help="compile the transformer's blocks")
@@ -39,6 +40,7 @@ def main() -> None:
     options = arguments().parse_args()
     run = Run(options.out, torch.device(options.device), options.seed)
     autoencoder = refine(run, vae.train(run, options.vae_steps), options.refine_steps)
+    autoencoder = sharpen(run, autoencoder, options.decoder_steps)
     if options.stage == "vae":
         return
     latents = encode_clips(run, autoencoder, options.each)

@@ -1,4 +1,7 @@
-"""Between the first two stages: the autoencoder goes on with the clips of the world alone, until outlines are sharp."""
+"""Between the first two stages: the autoencoder goes on with the clips of the world alone, until outlines are sharp.
+
+First all of it, then the decoder alone: that leaves latents as they are, so it can run while the flow stage does.
+"""
 
 from __future__ import annotations
 
@@ -32,8 +35,16 @@ def refine(run: Run, vae: AutoencoderKLWan, steps: int) -> AutoencoderKLWan:
     """Trains, or resumes, the autoencoder; its latest state is `refine.pt` under the run's folder."""
     _channels_last(vae)
     rate, every = LEARNING_RATE, CHECKPOINT_EVERY
-    descend(run, "refine", vae, steps, lambda step: _loss(run, vae, step), rate=rate, every=every)
+    descend(run, "refine", vae, steps, lambda step: _loss(run, vae, step, "refine"), rate=rate, every=every)
     return vae.eval()
+
+
+def sharpen(run: Run, vae: AutoencoderKLWan, steps: int) -> AutoencoderKLWan:
+    """Trains, or resumes, the decoder alone; its latest state is `decoder.pt` under the run's folder."""
+    rate, every = LEARNING_RATE, CHECKPOINT_EVERY
+    vae.requires_grad_(False).decoder.requires_grad_(True)
+    descend(run, "decoder", vae.decoder, steps, lambda step: _loss(run, vae, step, "decoder"), rate=rate, every=every)
+    return vae.requires_grad_(True).eval()
 
 
 def contrast_weights(clips: list[Clip]) -> Tensor:
@@ -43,10 +54,12 @@ def contrast_weights(clips: list[Clip]) -> Tensor:
     return (CONTRAST / (colour - background).abs().mean(dim=1)).clamp(1.0, MOST)
 
 
-def _loss(run: Run, vae: AutoencoderKLWan, step: int) -> tuple[Tensor, Tensor]:
+def _loss(run: Run, vae: AutoencoderKLWan, step: int, stage: str) -> tuple[Tensor, Tensor]:
     """The weighted error of one batch, and the plain mean absolute error."""
-    generator = run.generator("refine", step)
+    generator = run.generator(stage, step)
     clips = sample_clips(BATCH, generator)
+    if stage == "decoder":  # points of stars are lost first
+        clips[0] = Clip(clips[0].colour, "star", clips[0].direction, clips[0].background)
     seed = int(torch.randint(2**31, (1,), generator=generator))
     frames = render_clips(clips, torch.Generator().manual_seed(seed)).transpose(1, 2).to(run.device) * 2 - 1
     near = functional.max_pool2d(clip_masks(clips, torch.Generator().manual_seed(seed)), 5, 1, 2)
