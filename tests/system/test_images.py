@@ -228,3 +228,15 @@ def test_several_images_make_one_picture_where_the_pipeline_takes_them(checkpoin
                      [drawing(0), drawing(1)], width=64, height=64)  # fmt: skip
     assert torch.equal(both, expected)
     assert not torch.equal(both, one)
+
+
+def test_two_ranks_draw_over_an_image_as_one_does(checkpoint: Callable[[str], Path]) -> None:
+    name, options = PARTNERS["flux"]
+    pipeline = getattr(diffusers, name).from_pipe(load_plain(checkpoint("flux")))
+    with LiveServer(checkpoint("flux"), ["--threads", "1", "--tp", "2"]) as server:
+        server.wait_ready()
+        bodies = [body(index, options) for index in range(3)]
+        together = [picture(answer.json()) for answer in ask_together(server.url, bodies)]
+    for index, found in enumerate(together):
+        expected = plain(pipeline, bodies[index], drawing(index), width=64, height=64)
+        assert (found - expected).abs().max() <= 1e-4
