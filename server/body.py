@@ -10,7 +10,7 @@ from starlette.datastructures import FormData, UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 
 from ..protocol.errors import Malformed
-from .images import MOST_IMAGES, decode_text
+from .images import MOST_IMAGES
 from .schemas import GenerateBody, parse_generate, validate
 
 _TEXTS = frozenset({"prompt", "negative_prompt", "output_format", "image"})
@@ -20,15 +20,15 @@ _MOST_FIELDS = 256
 _LONGEST_FIELD = 2**20
 
 
-async def read_generate(request: Request) -> tuple[GenerateBody, list[bytes]]:
-    """The fields, and the files of the images. Raises ``Malformed`` or ``InvalidRequest``."""
+async def read_generate(request: Request) -> tuple[GenerateBody, list[str | bytes]]:
+    """The fields, and the images as they came: text or files. Raises ``Malformed`` or ``InvalidRequest``."""
     if request.headers.get("content-type", "").lower().startswith("multipart/form-data"):
         return await _read_form(request)
     body = parse_generate(await request.body())
-    return body, [decode_text(text) for text in body.image or ()]
+    return body, [*(body.image or ())]
 
 
-async def _read_form(request: Request) -> tuple[GenerateBody, list[bytes]]:
+async def _read_form(request: Request) -> tuple[GenerateBody, list[str | bytes]]:
     parser = MultiPartParser(
         request.headers,
         request.stream(),
@@ -43,7 +43,7 @@ async def _read_form(request: Request) -> tuple[GenerateBody, list[bytes]]:
     try:
         body = validate(_fields(form))
         files = [await part.read() for name, part in form.multi_items() if isinstance(part, UploadFile)]
-        return body, [decode_text(text) for text in body.image or ()] + files
+        return body, [*(body.image or ()), *files]
     finally:
         await form.close()
 

@@ -37,14 +37,14 @@ def routes(service: Service) -> APIRouter:
     @router.post("/generate", summary="Make pictures or videos from a prompt", openapi_extra=_OPENAPI)
     async def generate(request: Request) -> Response:
         started_at = time.perf_counter()
-        body, files = await read_generate(request)
+        body, sources = await read_generate(request)
         check_ranges(body, service.config)
         model = service.link.ready_model()
-        check_model(body, len(files), model, service.config)
+        check_model(body, len(sources), model, service.config)
         as_file, output_format = accept.choose(request.headers.get("accept"), body.output_format, model.kind)
         # Clients may send one id twice; what travels is unique, and begins with what they sent.
         request_id = f"{request_id_var.get()}.{next(numbers)}"
-        images = await asyncio.to_thread(read_images, files, service.config.max_pixels) if files else []
+        images = await asyncio.to_thread(read_images, sources, service.config.max_pixels) if sources else []
         message = to_message(body, images, request_id, output_format, service.config)
 
         def finish(result: Result) -> Reply:

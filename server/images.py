@@ -46,11 +46,14 @@ def decode_text(text: str) -> bytes:
         raise InvalidRequest("image must be base64 or a data URI, and it is neither.", field=_FIELD) from None
 
 
-def read_images(files: Sequence[bytes], max_pixels: int) -> list[Image]:
-    """The pictures in ``files``, upright. Raises ``InvalidRequest`` for more than ``max_pixels`` in all of them."""
-    if len(files) > MOST_IMAGES:
-        raise InvalidRequest(f"A request may have up to {MOST_IMAGES} images, not {len(files)}.", field=_FIELD)
-    opened = [_open(file) for file in files]
+def read_images(sources: Sequence[str | bytes], max_pixels: int) -> list[Image]:
+    """The pictures in files, or in text as :func:`decode_text` takes it, upright and in RGB.
+
+    Raises ``InvalidRequest`` for what is none, and for more than ``max_pixels`` in all of them.
+    """
+    if len(sources) > MOST_IMAGES:
+        raise InvalidRequest(f"A request may have up to {MOST_IMAGES} images, not {len(sources)}.", field=_FIELD)
+    opened = [_open(decode_text(source) if isinstance(source, str) else source) for source in sources]
     pixels = sum(picture.width * picture.height for picture in opened)
     if pixels > max_pixels:
         raise InvalidRequest(
