@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from ...train.averaged import Averaged
 from ...train.flow import draw_sigmas
@@ -19,7 +20,7 @@ from ...train.run import Report, Run
 from ..captions import sample_caption
 from .latents import Latents
 from .model import TextToVelocity, new_model, optimizers
-from .text import tokenize, tokenizer
+from .text import roles, tokenize, tokenizer
 
 LEARNING_RATE = 1e-3
 CLIP_TOKENS = 5 * 4 * 4
@@ -30,6 +31,9 @@ TOKENS = 32 * (CLIP_TOKENS + 32)
 
 LENGTHS: tuple[tuple[int, float], ...] = ((16, 0.15), (32, 0.75), (64, 0.05), (226, 0.02), (512, 0.03))
 """Padded lengths of the text and how often each is used. The full caption takes 10 tokens."""
+
+ROLE_WEIGHT = 0.1
+"""Weight of the cross entropy of the words' roles."""
 
 CHECKPOINT_EVERY = 200
 LOOK_EVERY = 400
@@ -91,9 +95,10 @@ class FlowTraining:
         noisy = torch.lerp(batch.clean, noise, sigma[:, None, None, None, None])
         ids, mask = tokenize(self._words, list(batch.captions), batch.length)
         with narrow(device):
-            velocity = self._averaged.model(noisy.to(device), sigma.to(device), ids.to(device), mask.to(device))
+            velocity, said = self._averaged.model(noisy.to(device), sigma.to(device), ids.to(device), mask.to(device))
         error = (velocity.float() - (noise - batch.clean).to(device)).square().mean(dim=1)
-        return (error * weights(batch).to(device)).mean(), error.detach().mean()
+        read = functional.cross_entropy(said.float().flatten(0, 1), roles(self._words, ids, mask).flatten().to(device))
+        return (error * weights(batch).to(device)).mean() + ROLE_WEIGHT * read, error.detach().mean()
 
 
 def train(

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from transformers import UMT5EncoderModel
 
 from ...train.model import initialise, muon_and_adamw
-from .text import WIDTH, embed, new_umt5, tokenizer
+from .text import ROLES, WIDTH, embed, new_umt5, tokenizer
 from .vae import CHANNELS
 
 TIMESTEPS = 1000
@@ -16,21 +16,27 @@ TIMESTEPS = 1000
 
 
 class TextToVelocity(nn.Module):
-    """Noisy latents and a tokenized prompt to the velocity `noise - clean` (rectified flow, as Wan)."""
+    """Noisy latents and a tokenized prompt to the velocity `noise - clean` (rectified flow, as Wan).
+
+    `roles` is for training alone: it reads off each token what its word says, and so makes the text encoder tell the
+    two colours of a caption apart. From clips alone it learns what words there are, and not their order.
+    """
 
     def __init__(self, transformer: WanTransformer3DModel, umt5: UMT5EncoderModel) -> None:
         super().__init__()
         self.transformer, self.umt5 = transformer, umt5
+        self.roles = nn.Linear(WIDTH, len(ROLES))
 
-    def forward(self, noisy: Tensor, sigma: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
-        """noisy [B, 16, 5, 8, 8], sigma [B] in [0, 1], ids and mask [B, L]; velocity [B, 16, 5, 8, 8]."""
+    def forward(self, noisy: Tensor, sigma: Tensor, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """noisy [B, 16, 5, 8, 8], sigma [B] in [0, 1], ids and mask [B, L].
+
+        Returns the velocity [B, 16, 5, 8, 8], and each token's logits over `ROLES`, [B, L, 5].
+        """
+        text = embed(self.umt5, ids, mask)
         velocity: Tensor = self.transformer(
-            hidden_states=noisy,
-            timestep=sigma * TIMESTEPS,
-            encoder_hidden_states=embed(self.umt5, ids, mask),
-            return_dict=False,
+            hidden_states=noisy, timestep=sigma * TIMESTEPS, encoder_hidden_states=text, return_dict=False
         )[0]
-        return velocity
+        return velocity, self.roles(text)
 
 
 def new_transformer(layers: int = 6, heads: int = 8) -> WanTransformer3DModel:

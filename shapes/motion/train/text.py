@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 from transformers import T5Tokenizer, UMT5Config, UMT5EncoderModel
 
+from ...scene import COLOURS, SHAPES
 from ...train.text import TEXT_TOKENS, WIDTH, t5_tokenizer
 from ..captions import vocabulary
+from ..clip import DIRECTIONS
 
-__all__ = ["TEXT_TOKENS", "WIDTH", "embed", "new_umt5", "tokenize", "tokenizer"]
+__all__ = ["ROLES", "TEXT_TOKENS", "WIDTH", "embed", "new_umt5", "roles", "tokenize", "tokenizer"]
+
+ROLES = ("other", "colour", "shape", "direction", "background")
+"""What a word of a caption can say."""
 
 
 def tokenizer() -> T5Tokenizer:
@@ -40,6 +47,24 @@ def tokenize(words: T5Tokenizer, texts: list[str], length: int) -> tuple[Tensor,
     """Ids and mask, both [B, length], padded as `WanPipeline` pads them."""
     tokens = words(texts, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
     return tokens.input_ids, tokens.attention_mask
+
+
+def roles(words: T5Tokenizer, ids: Tensor, mask: Tensor) -> Tensor:
+    """What each token says of the clip, [B, length] of indices into `ROLES`; -100 where there is no token.
+
+    A colour's role is told by its place alone: the first is the shape's, the second the ground's.
+    """
+    found = torch.zeros_like(ids)
+    for role, known in (("shape", SHAPES), ("direction", DIRECTIONS)):
+        found[torch.isin(ids, _ids(words, known))] = ROLES.index(role)
+    coloured = torch.isin(ids, _ids(words, COLOURS))
+    second = coloured & (coloured.cumsum(dim=1) > 1)
+    found[coloured & ~second], found[second] = ROLES.index("colour"), ROLES.index("background")
+    return torch.where(mask > 0, found, -100)
+
+
+def _ids(words: T5Tokenizer, known: Iterable[str]) -> Tensor:
+    return torch.tensor([words.encode(word, add_special_tokens=False)[-1] for word in known])
 
 
 def embed(encoder: UMT5EncoderModel, ids: Tensor, mask: Tensor) -> Tensor:
