@@ -35,8 +35,18 @@ def test_pipelines_still_find_the_signature_and_the_name_that_they_look_for() ->
     before = inspect.signature(scheduler.step)
     watch_steps(scheduler, lambda _: None)
     assert inspect.signature(scheduler.step) == before
-    assert type(scheduler).__name__ == "DDIMScheduler"
-    assert isinstance(scheduler, DDIMScheduler)
+    assert scheduler.step.__name__ == "step"
+    assert type(scheduler) is DDIMScheduler
+
+
+def test_a_copy_of_an_answering_scheduler_steps_as_ever() -> None:
+    scheduler = flow()
+    answer_steps(scheduler, torch.full((1, 4), 7.0))
+    other, sample = copy.deepcopy(scheduler), torch.ones(1, 4)
+    assert torch.equal(
+        other.step(sample, other.timesteps[0], sample).prev_sample,
+        flow().step(sample, other.timesteps[0], sample).prev_sample,
+    )
 
 
 def test_the_clean_estimate_of_a_flow_is_where_its_straight_line_ends() -> None:
