@@ -85,7 +85,10 @@ def _replace_step(scheduler: SchedulerMixin, step: Callable[..., Any]) -> None:
 
 
 class _Replaced:
-    """A step that belongs to one scheduler alone: a deep copy of the scheduler has its class's own again."""
+    """A step that belongs to one scheduler alone: a deep copy of the scheduler has its class's own again.
+
+    A copy of the scheduler's attributes alone is a state that it will be given back, with this step.
+    """
 
     def __init__(self, scheduler: SchedulerMixin, step: Callable[..., Any]) -> None:
         functools.update_wrapper(self, types.MethodType(type(scheduler).step, scheduler))
@@ -96,8 +99,8 @@ class _Replaced:
         return self._step(*args, **kwargs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        copied = memo[id(self._scheduler)]  # a copy is known by its original's id before its attributes are made
-        return types.MethodType(type(copied).step, copied)
+        copied = memo.get(id(self._scheduler))  # a copy is known by its original's id before its attributes are made
+        return self if copied is None else types.MethodType(type(copied).step, copied)
 
 
 @dataclass(frozen=True, slots=True)

@@ -45,7 +45,7 @@ class Task:
     several_images: bool = False
     supports_preview: bool = False
     batching: Batching = UNTESTED
-    tried_size: dict[str, int] = field(default_factory=dict)
+    tried_size: dict[str, int | None] = field(default_factory=dict)
 
 
 def new_task(pipeline: DiffusionPipeline, config: Config, published: Mapping[str, Any]) -> Task:
