@@ -43,7 +43,6 @@ _LTX: Arguments = {
 }
 
 FORMS: dict[str, Arguments] = {
-    "AsymmetricAutoencoderKL": {},
     "AutoencoderDC": {
         "latent_channels": 4,
         "attention_head_dim": 4,
@@ -208,13 +207,6 @@ FORMS: dict[str, Arguments] = {
         "decoder_block_out_channels": _LEVELS,
         "num_encoder_blocks": (1, 1, 1, 1),
         "num_decoder_blocks": (1, 1, 1, 1),
-    },
-    "PaellaVQModel": {
-        "bottleneck_blocks": 1,
-        "num_vq_embeddings": 16,
-        "levels": 2,
-        "embed_dim": 16,
-        "latent_channels": 4,
     },
     "VQModel": {
         "block_out_channels": (32, 64),

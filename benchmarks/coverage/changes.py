@@ -82,28 +82,6 @@ AMUSED: Changes = {
     "scheduler": {"mask_token_id": 33},
 }
 SD3: Changes = {"text_encoder_3": lambda tokenizer: text_encoders.t5(tokenizer, width=64)}
-CASCADE_PRIOR: Changes = {
-    "in_channels": 4,
-    "out_channels": 4,
-    "block_types_per_layer": (("SDCascadeResBlock", "SDCascadeTimestepBlock", "SDCascadeAttnBlock"),) * 2,
-    "switch_level": (False,),
-    "clip_image_in_channels": 32,
-    "clip_text_in_channels": 32,
-    "dropout": (0.0, 0.0),
-}
-CASCADE_DECODER: Changes = {
-    "in_channels": 4,
-    "out_channels": 4,
-    "block_types_per_layer": (
-        ("SDCascadeResBlock", "SDCascadeTimestepBlock"),
-        ("SDCascadeResBlock", "SDCascadeTimestepBlock", "SDCascadeAttnBlock"),
-    ),
-    "effnet_in_channels": 4,
-    "patch_size": 1,
-    "pixel_mapper_in_channels": 3,
-    "timestep_conditioning_type": ("sca",),
-    "dropout": (0.0, 0.0),
-}
 UNPACKED_SANA: Changes = {"scheduler": Other("FlowMatchEulerDiscreteScheduler")}
 PLAIN_DPM: Changes = {"prediction_type": "epsilon", "use_flow_sigmas": False}
 HUNYUAN_DIT: Changes = {"requires_safety_checker": False}

@@ -186,7 +186,6 @@ ENCODERS: dict[str, Encoder] = {
     "Qwen3Model": language_models.qwen3,
     "Qwen3VLForConditionalGeneration": qwen3_vl(),
     "Qwen3VLModel": qwen3_vl("Qwen3VLModel"),
-    "Qwen3VLTextModel": _qwen3_vl_text,
     # BriaFibo puts the number of Llama 3's first special token in place of an empty prompt
     "Qwen3VLTextModel": _qwen3_vl_text,
     "SmolLM3ForCausalLM": _decoder("SmolLM3ForCausalLM", "SmolLM3Config", vocab_size=128_008),

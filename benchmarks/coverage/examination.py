@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -11,22 +10,28 @@ import torch
 from diffusers import DiffusionPipeline
 
 from safelight.protocol.config import Config
-from safelight.protocol.messages import Generate, Sample
-from safelight.worker.hub import Counters
+from safelight.protocol.errors import StartFailed
+from safelight.protocol.messages import Generate
 from safelight.worker.model import Model, load_model
 from safelight.worker.sample import SampleRun, first_output
-from safelight.worker.self_test import SelfTest
+from safelight.worker.self_test import Found, SelfTest
+from safelight.worker.task import Task
 
-from .build import build, particulars
+from .asking import PROMPTS, directly, request
+from .build import build
+from .catalogue import arguments
 from .row import Row
 from .service import Service
 from .two_ranks import parallel
 
-log = logging.getLogger(__name__)
-
-PROMPTS = ("a red circle", "two small blue squares and a star on a white table", "a cat on the moon")
-SIDES = {"image": 64, "video": 32}
-FRAMES = 9
+MISSING = {
+    "mask_image": "needs a mask beside the image, which requests do not bring",
+    "control_image": "needs a second image to be guided by, which requests do not bring",
+    "token_indices": "needs to be told which words to attend to",
+    "gligen_boxes": "needs boxes for things in the picture",
+    "source_prompt": "needs a second prompt, which describes the image",
+}
+"""Arguments without which some pipelines do not run, and that the self-test has no value for."""
 
 
 class Examination:
@@ -39,56 +44,60 @@ class Examination:
     def run(self) -> None:
         """Go through all stages."""
         build(self._row.pipeline).save_pretrained(self._config.model)
-        self._row.stage = "diffusers"
-        plain = DiffusionPipeline.from_pretrained(self._config.model)
-        plain.set_progress_bar_config(disable=True)
         self._row.stage = "load"
         model = load_model(self._config)
-        requests = [_request(model, self._row.pipeline, index) for index in range(len(PROMPTS))]
+        plain = DiffusionPipeline.from_pretrained(self._config.model)
+        plain.set_progress_bar_config(disable=True)
+        found = self._tested(model, plain)
+        task = self._task(model)
+        requests = [request(task, self._row.pipeline, index) for index in range(len(PROMPTS))]
         self._row.stage = "diffusers"
-        expected = [_called(plain, model, request) for request in requests]
+        expected = [first_output(plain(**_arguments(model, asked))).float() for asked in requests]
         self._row.stage = "serve"
-        self._serve(model, requests, expected)
+        self._row.mode = "serial" if found.mode == "serial" else task.batching.mode
+        self._row.reason = task.batching.reason
+        self._serve(Service(model, found, self._config), requests, expected)
         self._row.stage = "done"
-        self._row.parallel = parallel(plain, self._config.model, requests[0], expected[0])
+        self._row.parallel = parallel(plain, self._config.model, _arguments(model, requests[0]), expected[0])
 
-    def _serve(self, model: Model, requests: list[Generate], expected: list[torch.Tensor]) -> None:
-        verdict = SelfTest(model, self._config).run()
-        self._row.mode, self._row.reason = verdict.batching.mode, verdict.batching.reason
-        service = Service(model, verdict, self._config)
+    def _tested(self, model: Model, plain: DiffusionPipeline) -> Found:
+        """The self-test's findings. Where it finds nothing, plain diffusers shows whose fault that is."""
+        self._row.stage = "serve"
         try:
-            picture = msgspec.structs.replace(requests[0], output_format="mp4" if expected[0].ndim == 4 else "png")
-            self._row.served = len(service.files([picture])[0]) > 0
-            exact = [msgspec.structs.replace(request, deterministic=True) for request in requests]
+            return SelfTest(model, self._config).run()
+        except StartFailed:
+            self._row.stage = "diffusers"
+            plain(**directly(plain, self._row.pipeline))
+            self._row.stage = "serve"
+            missing = [why for name, why in MISSING.items() if name in arguments(self._row.pipeline)]
+            if missing:
+                raise StartFailed(missing[0]) from None
+            raise
+
+    def _task(self, model: Model) -> Task:
+        task = model.image if self._row.kind.startswith("image") else model.text
+        if task is None:
+            raise StartFailed(model.no_image if self._row.kind.startswith("image") else "it needs an image")
+        return task
+
+    def _serve(self, service: Service, requests: list[Generate], expected: list[torch.Tensor]) -> None:
+        try:
+            file = msgspec.structs.replace(requests[0], output_format="mp4" if expected[0].ndim == 4 else "png")
+            self._row.served = len(service.files([file])[0]) > 0
+            exact = [msgspec.structs.replace(asked, deterministic=True) for asked in requests]
             self._row.bitwise = _worst(service.tensors(exact), expected) == 0.0
-            if verdict.batching.mode == "merged":
+            if self._row.mode == "merged":
                 service.counted()
                 self._row.worst = _worst(service.tensors(requests), expected)
-            self._note(service.counted())
+            counted = service.counted()
+            self._row.calls, self._row.forwards = counted.calls, counted.forwards
         finally:
             service.close()
 
-    def _note(self, counted: Counters) -> None:
-        self._row.calls, self._row.forwards = counted.calls, counted.forwards
 
-
-def _request(model: Model, pipeline: str, index: int) -> Generate:
-    """Request ``index`` of three: prompts, seeds and steps differ."""
-    takes, call = model.arguments, dict(particulars(pipeline).call)
-    side = -(-SIDES[model.kind] // model.sizes.multiple) * model.sizes.multiple
-    usual = {"width": side, "height": side, "num_frames": FRAMES, "num_inference_steps": 2 + index % 2}
-    call = {name: value for name, value in usual.items() if name in takes} | call
-    own = {field.name for field in msgspec.structs.fields(Generate)}
-    fields: dict[str, Any] = {name: value for name, value in call.items() if name in own}
-    extra = {name: value for name, value in call.items() if name not in own}
-    sample = Sample(PROMPTS[index], seed=100 + index)
-    return Generate(request_id=str(index), samples=[sample], extra=extra, output_format="pt", **fields)
-
-
-def _called(plain: DiffusionPipeline, model: Model, request: Generate) -> torch.Tensor:
-    """What plain diffusers makes of the request's arguments; the first output type that it knows is kept."""
-    run = SampleRun(model, request, 0, lambda *_: None, lambda _: None)
-    return first_output(plain(**run.arguments())).float()
+def _arguments(model: Model, asked: Generate) -> dict[str, Any]:
+    """What a worker calls the pipeline with."""
+    return SampleRun(model, asked, 0, lambda *_: None, lambda _: None).arguments()
 
 
 def _worst(found: list[torch.Tensor], expected: list[torch.Tensor]) -> float:

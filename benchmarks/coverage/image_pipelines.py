@@ -94,7 +94,6 @@ TINY: dict[str, Tiny] = {
         SHORT,
     ),
     "PIAPipeline": Tiny({"motion_adapter": {"conv_in_channels": 9}}),
-    "PaintByExamplePipeline": Tiny(SD | {"unet": MASKED_UNET, "feature_extractor": ...}),
     "QwenImageControlNetInpaintPipeline": Tiny(
         SHIFTED | {"controlnet": {"extra_condition_channels": 4}}, SHORT | {"true_cfg_scale": 1.0}
     ),

@@ -13,7 +13,7 @@ import diffusers
 from diffusers import DiffusionPipeline
 from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers
 
-from . import autoencoders, denoisers, schedulers
+from . import autoencoders, image_transformers, schedulers, unets, video_transformers
 from .encoders import ENCODERS, SEEING, Encoder
 from .tokenizing import PICTURES, PROCESSORS, TOKENIZERS, tokenizer_for
 
@@ -39,7 +39,9 @@ class Other:
     arguments: Mapping[str, Any] | None = None
 
 
-MODELS: dict[str, dict[str, Any]] = denoisers.FORMS | autoencoders.FORMS
+MODELS: dict[str, dict[str, Any]] = (
+    image_transformers.FORMS | video_transformers.FORMS | unets.FORMS | autoencoders.FORMS
+)
 
 
 class Parts:
@@ -57,6 +59,7 @@ class Parts:
 
     def make(self) -> dict[str, Any]:
         """Every component; options are left to the pipeline's own defaults where no change names them."""
+        self._refuse_unloadable()
         names = sorted(self._asked, key=lambda name: "tokenizer" not in name)
         found = {name: self._part(name) for name in names}
         return {name: value for name, value in found.items() if value is not _LEFT_OUT}
@@ -104,6 +107,13 @@ class Parts:
         if parameter.default is inspect.Parameter.empty:
             raise NoForm(f"there is no tiny form of {' or '.join(asked) or name}")
         return _LEFT_OUT
+
+    def _refuse_unloadable(self) -> None:
+        """Classes of deprecated modules are saved under a name that diffusers does not find again."""
+        module = importlib.import_module(self._pipeline.__module__)
+        for cls in (cls for name, asked in self._asked.items() if name not in self._changes for cls in asked):
+            if ".deprecated." in getattr(getattr(module, cls, None), "__module__", "") and "Safety" not in cls:
+                raise NoForm(f"diffusers does not load checkpoints with its deprecated {cls}")
 
     def _own_tokenizer(self, name: str, asked: list[str]) -> Any:
         encoder = next((self._encoder_class(other) for other in self._asked if _tokenizer_of(other) == name), "")

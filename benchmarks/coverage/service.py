@@ -12,7 +12,7 @@ from safelight.protocol.messages import Failed, FromWorker, Generate, Result
 from safelight.worker.hub import Counters, Hub
 from safelight.worker.jobs import Jobs
 from safelight.worker.model import Model
-from safelight.worker.self_test import Verdict
+from safelight.worker.self_test import Found
 
 
 class RequestFailed(Exception):
@@ -20,11 +20,11 @@ class RequestFailed(Exception):
 
 
 class Service:
-    """Answers requests for ``model`` in the way that ``verdict`` allows."""
+    """Answers requests for ``model`` in the way that the self-test ``found``."""
 
-    def __init__(self, model: Model, verdict: Verdict, config: Config) -> None:
-        self.hub = Hub(max_batch=config.max_batch, max_tokens=config.max_batch_tokens, mode=verdict.batching.mode)
-        self.hub.unmergeable.update(verdict.unmergeable)
+    def __init__(self, model: Model, found: Found, config: Config) -> None:
+        self.hub = Hub(max_batch=config.max_batch, max_tokens=config.max_batch_tokens, mode=found.mode)
+        self.hub.unmergeable.update(found.unmergeable)
         self._sent: list[FromWorker] = []
         self._jobs = Jobs(model, self.hub, self._sent.append)
 

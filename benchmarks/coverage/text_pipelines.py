@@ -6,8 +6,6 @@ from diffusers import AdaptiveProjectedMixGuidance, ClassifierFreeGuidance
 
 from .changes import (
     AMUSED,
-    CASCADE_DECODER,
-    CASCADE_PRIOR,
     HUNYUAN_DIT,
     KANDINSKY,
     KANDINSKY_2_2,
@@ -40,11 +38,14 @@ TINY: dict[str, Tiny] = {
     "CogVideoXPipeline": Tiny({"scheduler": Other("CogVideoXDDIMScheduler")}),
     "CogView3PlusPipeline": Tiny(),
     "CogView4Pipeline": Tiny({"scheduler": {"use_dynamic_shifting": True}}, SHORT),
+    "EasyAnimatePipeline": Tiny({}, {"negative_prompt": "blurry"}),
     "Flux2Pipeline": Tiny({}, SHORT),
     "Flux2KleinPipeline": Tiny({"scheduler": {"use_dynamic_shifting": True}}, SHORT),
     "FluxPipeline": Tiny({}, SHORT),
     "HeliosPipeline": Tiny({"scheduler": {"stage_range": [0, 1], "stages": 1, "use_dynamic_shifting": True}}, SHORT),
-    "HeliosPyramidPipeline": Tiny({"scheduler": Other("HeliosScheduler")}, SHORT | {"width": 64, "height": 64}),
+    "HeliosPyramidPipeline": Tiny(
+        {"scheduler": Other("HeliosScheduler", {"gamma": 0.3})}, SHORT | {"width": 64, "height": 64}
+    ),
     "HiDreamImagePipeline": Tiny(
         {
             "text_encoder": long_clip,
@@ -95,7 +96,10 @@ TINY: dict[str, Tiny] = {
     "OmniGenPipeline": Tiny({"scheduler": {"invert_sigmas": True, "num_train_timesteps": 1}}),
     "OvisImagePipeline": Tiny(),
     "PRXPixelPipeline": Tiny({"transformer": {"in_channels": 3}, "text_encoder": ENCODERS["Qwen3VLTextModel"]}),
-    "PRXPipeline": Tiny({"vae": ...}, {"use_resolution_binning": False}),
+    # transformers does not load a saved T5GemmaEncoder again, so Gemma 2 stands in for it
+    "PRXPipeline": Tiny(
+        {"vae": ..., "text_encoder": Other("Gemma2PreTrainedModel")}, {"use_resolution_binning": False}
+    ),
     "PixArtAlphaPipeline": Tiny({"scheduler": PLAIN_DPM}, {"clean_caption": False}),
     "PixArtSigmaPAGPipeline": Tiny({"pag_applied_layers": "blocks.1"}, {"clean_caption": False}),
     "PixArtSigmaPipeline": Tiny({}, {"clean_caption": False}),
@@ -116,7 +120,6 @@ TINY: dict[str, Tiny] = {
         {"text_encoder": Other("UMT5EncoderModel")}, SHORT | {"base_num_frames": 9, "ar_step": 0}
     ),
     "SkyReelsV2Pipeline": Tiny({"text_encoder": Other("UMT5EncoderModel")}, SHORT),
-    "StableCascadeCombinedPipeline": Tiny({"decoder": CASCADE_DECODER, "prior_prior": CASCADE_PRIOR}),
     "StableDiffusion3PAGPipeline": Tiny(SD3 | {"pag_applied_layers": "blocks.1"}, SHORT),
     "StableDiffusion3Pipeline": Tiny(SD3, SHORT),
     "StableDiffusionAttendAndExcitePipeline": Tiny(
@@ -148,7 +151,7 @@ TINY: dict[str, Tiny] = {
     ),
     "TextToVideoZeroPipeline": Tiny({"safety_checker": ..., "feature_extractor": ...}, {"t0": 0, "t1": 1}),
     "TextToVideoZeroSDXLPipeline": Tiny(SDXL, {"t0": 0, "t1": 1}),
-    "VQDiffusionPipeline": Tiny(),
+    "VersatileDiffusionTextToImagePipeline": Tiny({"text_unet": None}),
     "WanPipeline": Tiny(ONE_TRANSFORMER, SHORT),
     "WanVACEPipeline": Tiny(ONE_TRANSFORMER, SHORT),
     "ZImagePipeline": Tiny({}, SHORT),
