@@ -128,6 +128,9 @@ class Trial:
                 except _SampleFailed as failed:
                     errors.append(failed.error)
                     continue
+                if not all(_has_channels_first(picture) for picture in pictures):
+                    errors.append(ValueError(f"its {output_type!r} output has the shape {tuple(pictures[0].shape)}"))
+                    continue
                 self._task.tried_size = size
                 return pictures
         log.info("the pipeline does not run", exc_info=errors[-1])
@@ -141,7 +144,7 @@ class Trial:
     def _sizes(self) -> list[dict[str, int | None]]:
         """Sizes to try, from small to the pipeline's default. With images, the one that ran without.
 
-        Before the default, which may be large, comes the smallest with the pipeline's own number of steps: some have
+        Before the default, which may be large, come the small ones with the pipeline's own number of steps: some have
         other defaults that go with no other number (a guidance for each step).
         """
         if self._images and self._model.text is not None:
@@ -153,9 +156,8 @@ class Trial:
             for frames in _FRAMES if "num_frames" in takes else (0,):
                 size: dict[str, int | None] = {"width": side * multiple, "height": side * multiple}
                 found.append(size | ({"num_frames": frames} if frames else {}))
-        if "num_inference_steps" in takes:
-            found.append((found[0] if found else {}) | {"num_inference_steps": None})
-        return [*found, {}]
+        own_steps = [size | {"num_inference_steps": None} for size in found or [{}]]
+        return [*found, *own_steps, {}] if "num_inference_steps" in takes else [*found, {}]
 
     def _apart(self, mode: BatchingMode) -> list[torch.Tensor]:
         return [self._pictures(self._hub(mode), (index,))[0] for index in range(len(_PROMPTS))]
@@ -252,6 +254,11 @@ class _SampleFailed(Exception):
     def __init__(self, error: BaseException) -> None:
         super().__init__(repr(error))
         self.error = error
+
+
+def _has_channels_first(picture: torch.Tensor) -> bool:
+    """Whether it is [C, H, W] or [F, C, H, W], as some pipelines' tensors are not (but their arrays are in order)."""
+    return picture.ndim in (3, 4) and picture.shape[-3] in (1, 3, 4)
 
 
 def _merged_verdict(hub: Hub) -> Verdict:
