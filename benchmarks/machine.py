@@ -16,7 +16,7 @@ def describe() -> dict[str, Any]:
         "processor": _processor(),
         "cores": os.cpu_count(),
         "python": platform.python_version(),
-        "torch": torch.__version__,
+        "torch": str(torch.__version__),
     }
     if torch.cuda.is_available():
         found["gpu"] = torch.cuda.get_device_name()

@@ -44,13 +44,24 @@ _FURTHER = {
 """Pairs that diffusers has and its tables lack. Where the second needs other weights, it will not run."""
 
 
+_IMAGE_ARGUMENTS = ("image", "control_image")
+"""Where a pipeline takes an image: to go on from it, or else, where it has no such argument, to be guided by it."""
+
+
+def image_argument(pipeline: type[DiffusionPipeline]) -> str | None:
+    """The argument that takes the request's image; ``None`` for a pipeline without one."""
+    takes = _call(pipeline)
+    return next((name for name in _IMAGE_ARGUMENTS if name in takes), None)
+
+
 def takes_image(pipeline: type[DiffusionPipeline]) -> bool:
-    return "image" in _call(pipeline)
+    return image_argument(pipeline) is not None
 
 
 def needs_image(pipeline: type[DiffusionPipeline]) -> bool:
     """Whether it cannot be called without one, as far as its signature says."""
-    return takes_image(pipeline) and _is_required(_call(pipeline)["image"])
+    name = image_argument(pipeline)
+    return name is not None and _is_required(_call(pipeline)[name])
 
 
 def for_images(pipeline: DiffusionPipeline) -> Iterator[DiffusionPipeline]:

@@ -14,22 +14,21 @@ from .task import Task
 
 
 def image_arguments(task: Task, request: Generate) -> dict[str, Any]:
-    """The arguments ``image``, ``width`` and ``height``, where the pipeline takes them.
+    """The image under the pipeline's own name for it, with ``width`` and ``height`` where it takes them.
 
     What it makes is as large as the request says. Without that, pipelines that edit decide for themselves; a picture
     that is drawn over keeps its size, if it has no more pixels than the model is made for; and a clip has as many as
     the model is made for, in the image's proportions.
     """
+    assert task.image_argument is not None, "only pipelines that take images are tried with some"
     pictures = [_picture(image) for image in request.images]
     if len(pictures) > 1 and not task.several_images:
         raise InvalidRequest(f"this model takes one image, not {len(pictures)}", field="image")
     size = _size(task, request)
-    if size is None:
-        return {"image": pictures if len(pictures) > 1 else pictures[0]}
-    if "width" in task.arguments:
-        return {"image": pictures if len(pictures) > 1 else pictures[0], "width": size[0], "height": size[1]}
-    resized = [picture.resize(size, pillow.Resampling.LANCZOS) for picture in pictures]
-    return {"image": resized if len(resized) > 1 else resized[0]}
+    if size is not None and "width" not in task.arguments:
+        pictures = [picture.resize(size, pillow.Resampling.LANCZOS) for picture in pictures]
+    given: dict[str, Any] = {task.image_argument: pictures if len(pictures) > 1 else pictures[0]}
+    return given if size is None or "width" not in task.arguments else given | {"width": size[0], "height": size[1]}
 
 
 def _picture(image: Image) -> pillow.Image:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from diffusers import DiffusionPipeline
+from diffusers import ConfigMixin, DiffusionPipeline
 
 from ..protocol.messages import Parameter
 
@@ -69,8 +69,10 @@ def _multiple(pipeline: DiffusionPipeline) -> int:
     """The least common multiple of what the latents' patches and the pipeline's own image processor need."""
     patch = denoiser_config(pipeline).get("patch_size", 1)
     patch = patch[-1] if isinstance(patch, list | tuple) else patch
-    processor = getattr(pipeline, "image_processor", None) or getattr(pipeline, "video_processor", None)
-    step = processor.config.get("vae_scale_factor", 1) if processor is not None else 1
+    # what bears the first name may also be a vision model's processor, which is a component and has no such factor
+    processors = (getattr(pipeline, name, None) for name in ("image_processor", "video_processor"))
+    own = next((processor for processor in processors if isinstance(processor, ConfigMixin)), None)
+    step = own.config.get("vae_scale_factor", 1) if own is not None else 1
     return math.lcm(_spatial_factor(pipeline) * (patch if isinstance(patch, int) else 1), int(step))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import types
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -50,14 +51,12 @@ def watch_steps(scheduler: SchedulerMixin, seen: Callable[[Step], None]) -> None
     number = 0
     take_step = type(scheduler).step
 
-    def step(
-        watched: Any, model_output: torch.Tensor, timestep: Any, sample: torch.Tensor, *args: Any, **kw: Any
-    ) -> Any:
+    def step(model_output: torch.Tensor, timestep: Any, sample: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         nonlocal number
-        result = take_step(watched, model_output, timestep, sample, *args, **kw)
-        if watched is scheduler:
-            number += 1
-            seen(Step(number, len(scheduler.timesteps) - _skipped(scheduler), scheduler, model_output, sample, result))
+        result = take_step(scheduler, model_output, timestep, sample, *args, **kwargs)
+        number += 1
+        total = len(scheduler.timesteps) - _skipped(scheduler)
+        seen(Step(number, total, scheduler, model_output, sample, result))
         return result
 
     _replace_step(scheduler, step)
@@ -70,24 +69,38 @@ def _skipped(scheduler: SchedulerMixin) -> int:
 
 def answer_steps(scheduler: SchedulerMixin, sample: torch.Tensor) -> None:
     """Make every step of ``scheduler`` arrive at ``sample``, whatever it is given. Copies of it step as ever."""
-    take_step = type(scheduler).step
 
-    def step(answering: Any, *args: Any, **kwargs: Any) -> Any:
-        if answering is not scheduler:
-            return take_step(answering, *args, **kwargs)
+    def step(*_: Any, **kwargs: Any) -> Any:
         return _Arrived(sample, sample) if kwargs.get("return_dict", True) else (sample,)
 
     _replace_step(scheduler, step)
 
 
 def _replace_step(scheduler: SchedulerMixin, step: Callable[..., Any]) -> None:
-    """Give ``scheduler`` a class of its own with another ``step``, alike in name and signature, which pipelines read.
+    """Let ``scheduler`` take its steps by ``step``, which looks like its own in name and signature.
 
-    The class and not the instance: a function kept on the instance would go along into a deep copy, and there still
-    step the original.
+    On the instance and not by another class, as some pipelines ask ``type(scheduler) is …``.
     """
-    base = type(scheduler)
-    scheduler.__class__ = type(base.__name__, (base,), {"step": functools.wraps(base.step)(step)})
+    vars(scheduler)["step"] = _Replaced(scheduler, step)
+
+
+class _Replaced:
+    """A step that belongs to one scheduler alone: a deep copy of the scheduler has its class's own again.
+
+    A copy of the scheduler's attributes alone is a state that it will be given back, with this step.
+    """
+
+    def __init__(self, scheduler: SchedulerMixin, step: Callable[..., Any]) -> None:
+        functools.update_wrapper(self, types.MethodType(type(scheduler).step, scheduler))
+        self._scheduler = scheduler
+        self._step = step
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._step(*args, **kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        copied = memo.get(id(self._scheduler))  # a copy is known by its original's id before its attributes are made
+        return self if copied is None else types.MethodType(type(copied).step, copied)
 
 
 @dataclass(frozen=True, slots=True)

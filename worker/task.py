@@ -13,6 +13,7 @@ from diffusers import DiffusionPipeline
 from ..protocol.config import Config
 from ..protocol.messages import Batching, Parameter
 from .arguments import call_arguments
+from .image_pipelines import image_argument
 from .sizes import Sizes, denoiser_config, find_sizes
 
 _NO_LIMIT = 100_000
@@ -31,8 +32,8 @@ UNTESTED = Batching("merged", "not tested")
 class Task:
     """A pipeline on the model's components. ``defaults`` are arguments passed where a request gives none.
 
-    ``several_images`` says whether it takes more than one image for one output. What the self-test finds out is
-    written here by it.
+    ``image_argument`` is where its call takes the image, and ``several_images`` says whether it takes more than one for
+    one output. What the self-test finds out is written here by it.
     """
 
     pipeline: DiffusionPipeline
@@ -41,11 +42,12 @@ class Task:
     sizes: Sizes
     defaults: dict[str, Any]
     takes_prompt: bool
+    image_argument: str | None
     output_type: Literal["pt", "np"] = "pt"
     several_images: bool = False
     supports_preview: bool = False
     batching: Batching = UNTESTED
-    tried_size: dict[str, int] = field(default_factory=dict)
+    tried_size: dict[str, int | None] = field(default_factory=dict)
 
 
 def new_task(pipeline: DiffusionPipeline, config: Config, published: Mapping[str, Any]) -> Task:
@@ -62,6 +64,7 @@ def new_task(pipeline: DiffusionPipeline, config: Config, published: Mapping[str
         sizes=sizes,
         defaults=sizes.overrides | lengths | _binning(pipeline, arguments) | own,
         takes_prompt="prompt" in inspect.signature(type(pipeline).__call__).parameters,
+        image_argument=image_argument(type(pipeline)),
     )
 
 

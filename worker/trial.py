@@ -71,7 +71,7 @@ class Trial:
         self._config = config
         self._report = report
         self._images = images
-        self._size: dict[str, int] = {}
+        self._size: dict[str, int | None] = {}
         self._last: tuple[SampleRun, Step] | None = None
 
     def judge(self) -> Verdict:
@@ -128,6 +128,9 @@ class Trial:
                 except _SampleFailed as failed:
                     errors.append(failed.error)
                     continue
+                if not all(_has_channels_first(picture) for picture in pictures):
+                    errors.append(ValueError(f"its {output_type!r} output has the shape {tuple(pictures[0].shape)}"))
+                    continue
                 self._task.tried_size = size
                 return pictures
         log.info("the pipeline does not run", exc_info=errors[-1])
@@ -138,18 +141,23 @@ class Trial:
             return (self._model.text.output_type,)
         return ("pt", "np")
 
-    def _sizes(self) -> list[dict[str, int]]:
-        """Sizes to try, from small to the pipeline's default. With images, the one that ran without."""
+    def _sizes(self) -> list[dict[str, int | None]]:
+        """Sizes to try, from small to the pipeline's default. With images, the one that ran without.
+
+        Before the default, which may be large, come the small ones with the pipeline's own number of steps: some have
+        other defaults that go with no other number (a guidance for each step).
+        """
         if self._images and self._model.text is not None:
             return [self._model.text.tried_size]
         takes = self._task.arguments
         multiple = self._task.sizes.multiple
-        found: list[dict[str, int]] = []
+        found: list[dict[str, int | None]] = []
         for side in _SIDES if "width" in takes and "height" in takes else ():
             for frames in _FRAMES if "num_frames" in takes else (0,):
-                size = {"width": side * multiple, "height": side * multiple}
+                size: dict[str, int | None] = {"width": side * multiple, "height": side * multiple}
                 found.append(size | ({"num_frames": frames} if frames else {}))
-        return [*found, {}]
+        own_steps = [size | {"num_inference_steps": None} for size in found or [{}]]
+        return [*found, *own_steps, {}] if "num_inference_steps" in takes else [*found, {}]
 
     def _apart(self, mode: BatchingMode) -> list[torch.Tensor]:
         return [self._pictures(self._hub(mode), (index,))[0] for index in range(len(_PROMPTS))]
@@ -180,7 +188,7 @@ class Trial:
     def _image(self, seed: int) -> Image:
         """A picture of coarse noise, as large as what is to be made from it."""
         side = _SIDES[0] * self._task.sizes.multiple
-        width, height = self._size.get("width", side), self._size.get("height", side)
+        width, height = self._size.get("width") or side, self._size.get("height") or side
         coarse = torch.randint(256, (4, 4, 3), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
         picture = pillow.fromarray(coarse.numpy()).resize((width, height), pillow.Resampling.BICUBIC)
         return Image(width, height, Buffer(picture.tobytes()))
@@ -246,6 +254,11 @@ class _SampleFailed(Exception):
     def __init__(self, error: BaseException) -> None:
         super().__init__(repr(error))
         self.error = error
+
+
+def _has_channels_first(picture: torch.Tensor) -> bool:
+    """Whether it is [C, H, W] or [F, C, H, W], as some pipelines' tensors are not (but their arrays are in order)."""
+    return picture.ndim in (3, 4) and picture.shape[-3] in (1, 3, 4)
 
 
 def _merged_verdict(hub: Hub) -> Verdict:

@@ -35,8 +35,30 @@ def test_pipelines_still_find_the_signature_and_the_name_that_they_look_for() ->
     before = inspect.signature(scheduler.step)
     watch_steps(scheduler, lambda _: None)
     assert inspect.signature(scheduler.step) == before
-    assert type(scheduler).__name__ == "DDIMScheduler"
-    assert isinstance(scheduler, DDIMScheduler)
+    assert scheduler.step.__name__ == "step"
+    assert type(scheduler) is DDIMScheduler
+
+
+def test_a_saved_state_that_a_pipeline_gives_back_is_still_watched() -> None:
+    seen: list[Step] = []
+    scheduler, sample = flow(), torch.ones(1, 4)
+    watch_steps(scheduler, seen.append)
+    state = copy.deepcopy(vars(scheduler))
+    scheduler.step(sample, scheduler.timesteps[0], sample)
+    vars(scheduler).update(state)
+    scheduler.step(sample, scheduler.timesteps[0], sample)
+    assert [step.number for step in seen] == [1, 2]
+    assert scheduler.step_index == 1
+
+
+def test_a_copy_of_an_answering_scheduler_steps_as_ever() -> None:
+    scheduler = flow()
+    answer_steps(scheduler, torch.full((1, 4), 7.0))
+    other, sample = copy.deepcopy(scheduler), torch.ones(1, 4)
+    assert torch.equal(
+        other.step(sample, other.timesteps[0], sample).prev_sample,
+        flow().step(sample, other.timesteps[0], sample).prev_sample,
+    )
 
 
 def test_the_clean_estimate_of_a_flow_is_where_its_straight_line_ends() -> None:

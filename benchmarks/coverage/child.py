@@ -1,0 +1,55 @@
+"""One examination in a process of its own, so that a crash or a hang is a row and not the end."""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import msgspec
+import torch
+
+from .catalogue import kind
+from .examination import Examination
+from .row import Row
+
+
+def examined(name: str, scratch: Path, timeout_s: float) -> Row:
+    """The row of pipeline ``name``; its checkpoint lies in ``scratch`` meanwhile, and its log stays there."""
+    answer = scratch / f"{name}.json"
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([f"{__package__}.preloaded"])
+    process = context.Process(target=_examine, args=(name, scratch, answer))
+    process.start()
+    process.join(timeout_s)
+    row = msgspec.json.decode(answer.read_bytes(), type=Row) if answer.exists() else Row(name, kind(name))
+    if process.is_alive():
+        process.kill()
+        process.join()
+        row.reason = f"took longer than {timeout_s:.0f} s"
+    elif process.exitcode:
+        row.reason = f"its process ended with {process.exitcode}"
+    shutil.rmtree(scratch / name, ignore_errors=True)
+    answer.unlink(missing_ok=True)
+    return row
+
+
+def _examine(name: str, scratch: Path, answer: Path) -> None:
+    """The child's life: its output goes to a log, its findings to ``answer``."""
+    log = (scratch / f"{name}.log").open("w")
+    os.dup2(log.fileno(), sys.stdout.fileno())
+    os.dup2(log.fileno(), sys.stderr.fileno())
+    logging.basicConfig(level=logging.INFO)
+    torch.set_num_threads(1)
+    torch.set_grad_enabled(False)
+    row = Row(name, kind(name))
+    answer.write_bytes(msgspec.json.encode(row))
+    try:
+        Examination(row, scratch).run()
+    except Exception as error:
+        logging.getLogger(__name__).exception("%s ended at %s", name, row.stage)
+        row.reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+    answer.write_bytes(msgspec.json.encode(row))

@@ -1,0 +1,108 @@
+"""One pipeline class: built, saved, loaded, tested, served, and compared with plain diffusers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import torch
+from diffusers import DiffusionPipeline
+
+from safelight.protocol.config import Config
+from safelight.protocol.errors import StartFailed
+from safelight.protocol.messages import Generate
+from safelight.worker.model import Model, load_model
+from safelight.worker.sample import SampleRun, first_output
+from safelight.worker.self_test import Found, SelfTest
+from safelight.worker.task import Task
+
+from .asking import PROMPTS, directly, request
+from .build import build
+from .catalogue import arguments
+from .row import Row
+from .service import Service
+from .two_ranks import parallel
+
+MISSING = {
+    "mask_image": "needs a mask beside the image, which requests do not bring",
+    "control_image": "needs a second image to be guided by, which requests do not bring",
+    "token_indices": "needs to be told which words to attend to",
+    "gligen_boxes": "needs boxes for things in the picture",
+    "source_prompt": "needs a second prompt, which describes the image",
+}
+"""Arguments without which some pipelines do not run, and that the self-test has no value for."""
+
+
+class Examination:
+    """Fills ``row``, whose stage says where it stands when something is raised. ``scratch`` is for the checkpoint."""
+
+    def __init__(self, row: Row, scratch: Path) -> None:
+        self._row = row
+        self._config = Config(model=str(scratch / row.pipeline), device="cpu")
+
+    def run(self) -> None:
+        """Go through all stages."""
+        build(self._row.pipeline).save_pretrained(self._config.model)
+        self._row.stage = "load"
+        model = load_model(self._config)
+        plain = DiffusionPipeline.from_pretrained(self._config.model)
+        plain.set_progress_bar_config(disable=True)
+        found = self._tested(model, plain)
+        task = self._task(model)
+        requests = [request(task, self._row.pipeline, index) for index in range(len(PROMPTS))]
+        self._row.stage = "diffusers"
+        expected = [first_output(plain(**_arguments(model, asked))).float() for asked in requests]
+        self._row.stage = "serve"
+        self._row.mode = "serial" if found.mode == "serial" else task.batching.mode
+        self._row.reason = task.batching.reason
+        self._serve(Service(model, found, self._config), requests, expected)
+        self._row.stage = "done"
+        self._row.parallel = parallel(plain, self._config.model, _arguments(model, requests[0]), expected[0])
+
+    def _tested(self, model: Model, plain: DiffusionPipeline) -> Found:
+        """The self-test's findings. Where it finds nothing, plain diffusers shows whose fault that is."""
+        self._row.stage = "serve"
+        try:
+            return SelfTest(model, self._config).run()
+        except StartFailed:
+            self._row.stage = "diffusers"
+            plain(**directly(plain, self._row.pipeline))
+            self._row.stage = "serve"
+            missing = [why for name, why in MISSING.items() if name in arguments(self._row.pipeline)]
+            if missing:
+                raise StartFailed(missing[0]) from None
+            raise
+
+    def _task(self, model: Model) -> Task:
+        task = model.image if self._row.kind.startswith("image") else model.text
+        if task is None:
+            raise StartFailed(model.no_image if self._row.kind.startswith("image") else "it needs an image")
+        return task
+
+    def _serve(self, service: Service, requests: list[Generate], expected: list[torch.Tensor]) -> None:
+        try:
+            file = msgspec.structs.replace(requests[0], output_format="mp4" if expected[0].ndim == 4 else "png")
+            self._row.served = len(service.files([file])[0]) > 0
+            exact = [msgspec.structs.replace(asked, deterministic=True) for asked in requests]
+            self._row.bitwise = _worst(service.tensors(exact), expected) == 0.0
+            if self._row.mode == "merged":
+                service.counted()
+                self._row.worst = _worst(service.tensors(requests), expected)
+            counted = service.counted()
+            self._row.calls, self._row.forwards = counted.calls, counted.forwards
+        finally:
+            service.close()
+
+
+def _arguments(model: Model, asked: Generate) -> dict[str, Any]:
+    """What a worker calls the pipeline with."""
+    return SampleRun(model, asked, 0, lambda *_: None, lambda _: None).arguments()
+
+
+def _worst(found: list[torch.Tensor], expected: list[torch.Tensor]) -> float:
+    """The largest difference of a pixel; 1 where shapes differ."""
+    pairs = list(zip(found, expected, strict=True))
+    if any(a.shape != b.shape for a, b in pairs):
+        return 1.0
+    return max((a - b).abs().max().item() for a, b in pairs)

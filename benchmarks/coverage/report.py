@@ -1,0 +1,119 @@
+"""The findings as JSON, and as a page of the documentation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from .row import Row
+
+KINDS = ("text-to-image", "text-to-video", "image-to-image", "image-to-video")
+STAGES = {
+    "left out": "",
+    "build": "no tiny form: ",
+    "diffusers": "plain diffusers does not run the tiny form: ",
+    "load": "",
+    "serve": "",
+    "done": "",
+}
+"""What is said before a reason, by the stage that a pipeline came to."""
+
+LONGEST_REASON = 200
+
+
+class Findings(msgspec.Struct):
+    """All rows, and the machine and libraries that they were found on."""
+
+    machine: dict[str, Any]
+    libraries: dict[str, str]
+    rows: dict[str, Row]
+
+
+def read(file: Path) -> Findings:
+    """The findings in ``file``; none when there is no such file."""
+    return msgspec.json.decode(file.read_bytes(), type=Findings) if file.exists() else Findings({}, {}, {})
+
+
+def write(findings: Findings, file: Path) -> None:
+    """Write the findings, one row a line's block, in the order of their names."""
+    ordered = Findings(findings.machine, findings.libraries, dict(sorted(findings.rows.items())))
+    file.write_bytes(msgspec.json.format(msgspec.json.encode(ordered), indent=1) + b"\n")
+
+
+def counts(rows: Iterable[Row]) -> dict[str, int]:
+    """How many pipelines came how far."""
+    tried = [row for row in rows if row.stage != "left out"]
+    return {
+        "tried": len(tried),
+        "run by plain diffusers": sum(row.stage in ("serve", "done") for row in tried),
+        "served": sum(row.served for row in tried),
+        "served, and bitwise": sum(row.served and row.bitwise for row in tried),
+        "merged": sum(row.merged for row in tried),
+        "tensor-parallel": sum(row.parallel == "yes" for row in tried),
+    }
+
+
+def line(row: Row) -> str:
+    """One line of progress."""
+    met = f"{row.calls} calls in {row.forwards} forwards" if row.mode == "merged" else row.mode
+    words = (row.pipeline, row.stage, "bitwise" if row.bitwise else "", met, row.parallel, row.reason)
+    return " · ".join(word for word in words if word)
+
+
+def page(findings: Findings) -> str:
+    """The documentation's page."""
+    rows = list(findings.rows.values())
+    parts = [HEAD.format(**findings.libraries), _summary(rows)]
+    parts += [_table(kind, [row for row in rows if row.kind == kind and row.stage != "left out"]) for kind in KINDS]
+    parts.append(_left_out([row for row in rows if row.stage == "left out"]))
+    return "\n".join(parts)
+
+
+HEAD = """# Models
+
+Every pipeline that diffusers exports can be served; this page says how each of them does. It is made by
+`python -m safelight.benchmarks.coverage` (diffusers {diffusers}, transformers {transformers}, torch {torch}), which
+builds a tiny form of each class with random weights, loads it as any checkpoint is loaded, lets the self-test choose
+how requests share forwards, serves requests, and compares their outputs with plain `DiffusionPipeline` calls.
+
+- **served**: requests give files, by the same code that a worker runs.
+- **bitwise**: a request alone, or with `deterministic` among others, gives exactly the numbers of plain diffusers.
+- **merged**: calls of three different requests met in common forwards, and no value differs by more than 1e-4 from
+  plain diffusers; beside it, how many calls took how many forwards. *interleaved* pipelines take turns at every call,
+  *serial* ones run one request at a time.
+- **tensor-parallel**: two ranks give the same, within 1e-4.
+"""
+
+
+def _summary(rows: list[Row]) -> str:
+    lines = ["| | pipelines |", "|---|---|", f"| exported by diffusers | {len(rows)} |"]
+    return "\n".join([*lines, *(f"| {name} | {count} |" for name, count in counts(rows).items())]) + "\n"
+
+
+def _table(kind: str, rows: list[Row]) -> str:
+    lines = [f"## {kind.capitalize()}", ""]
+    lines += ["| pipeline | served | bitwise | merged | tensor-parallel | note |", "|---|---|---|---|---|---|"]
+    return "\n".join([*lines, *(_cells(row) for row in sorted(rows, key=lambda row: row.pipeline))]) + "\n"
+
+
+def _cells(row: Row) -> str:
+    met = f"{row.calls} calls, {row.forwards} forwards" if row.merged else row.mode
+    note = "" if row.merged else _shortened(STAGES[row.stage] + row.reason)
+    cells = (row.pipeline, _tick(row.served), _tick(row.bitwise), met, row.parallel, note)
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+
+def _left_out(rows: list[Row]) -> str:
+    lines = ["## Not tried", "", "| pipeline | why |", "|---|---|"]
+    return "\n".join([*lines, *(f"| {row.pipeline} | {row.reason} |" for row in rows)]) + "\n"
+
+
+def _tick(value: bool) -> str:
+    return "yes" if value else "no"
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= LONGEST_REASON else text[: LONGEST_REASON - 1].rstrip() + "…"

@@ -1,0 +1,65 @@
+"""A replica without its process: jobs, hub and encoding, as a worker puts them together."""
+
+from __future__ import annotations
+
+import time
+
+import torch
+from safetensors.torch import load
+
+from safelight.protocol.config import Config
+from safelight.protocol.messages import Failed, FromWorker, Generate, Result
+from safelight.worker.hub import Counters, Hub
+from safelight.worker.jobs import Jobs
+from safelight.worker.model import Model
+from safelight.worker.self_test import Found
+
+
+class RequestFailed(Exception):
+    """A request ended without a result; the text is what its sender would read."""
+
+
+class Service:
+    """Answers requests for ``model`` in the way that the self-test ``found``."""
+
+    def __init__(self, model: Model, found: Found, config: Config) -> None:
+        self.hub = Hub(max_batch=config.max_batch, max_tokens=config.max_batch_tokens, mode=found.mode)
+        self.hub.unmergeable.update(found.unmergeable)
+        self._sent: list[FromWorker] = []
+        self._jobs = Jobs(model, self.hub, self._sent.append)
+
+    def close(self) -> None:
+        """End the encoding threads."""
+        self._jobs.close()
+
+    def files(self, requests: list[Generate]) -> list[bytes]:
+        """The first output of each request, all asked for at once. Raises :class:`RequestFailed`."""
+        self._sent.clear()
+        for request in requests:
+            self._jobs.submit(request)
+        self._settle()
+        ended = {message.request_id: message for message in self._sent if isinstance(message, Failed | Result)}
+        return [_file(ended[request.request_id]) for request in requests]
+
+    def tensors(self, requests: list[Generate]) -> list[torch.Tensor]:
+        """As :meth:`files`, for requests whose format is ``"pt"``."""
+        return [load(data)["t"] for data in self.files(requests)]
+
+    def counted(self) -> Counters:
+        """The counters since the last time, which start anew."""
+        counters, self.hub.counters = self.hub.counters, Counters()
+        return counters
+
+    def _settle(self) -> None:
+        while self.hub.busy or self._jobs.stats().running:
+            self.hub.turn()
+            for request_id in self._jobs.collect():
+                self._jobs.drop(request_id)
+            if not self.hub.busy:
+                time.sleep(0.001)  # the encoding threads are at work
+
+
+def _file(ended: Failed | Result) -> bytes:
+    if isinstance(ended, Failed):
+        raise RequestFailed(ended.error.message)
+    return bytes(ended.outputs[0].data)

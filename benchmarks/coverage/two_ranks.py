@@ -1,0 +1,48 @@
+"""The same request on two tensor-parallel ranks, where there is a plan for the model."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.multiprocessing as mp
+from diffusers import DiffusionPipeline
+
+from safelight.protocol.config import Config
+from safelight.worker.model import load_model
+from safelight.worker.models import family_of
+from safelight.worker.parallel.ranks import join, leave
+from safelight.worker.sample import first_output
+from safelight.worker.sizes import DENOISERS
+
+from .row import TOLERANCE
+
+DEGREE = 2
+TIMEOUT_S = 60.0
+
+
+def parallel(pipeline: DiffusionPipeline, checkpoint: str, arguments: dict[str, Any], expected: torch.Tensor) -> str:
+    """``"yes"``, ``"no plan"``, or what two ranks could not do. ``expected`` is what one made of ``arguments``."""
+    denoisers = [part for name, part in pipeline.components.items() if name in DENOISERS and part is not None]
+    if not denoisers or any(family_of(type(part)) is None for part in denoisers):
+        return "no plan"
+    with tempfile.TemporaryDirectory() as directory:
+        try:
+            mp.start_processes(_rank, (checkpoint, arguments, directory), nprocs=DEGREE, start_method="fork")
+        except mp.ProcessRaisedException as error:
+            return str(error).strip().splitlines()[-1]
+        found = torch.load(Path(directory) / "found.pt")
+    worst = (found - expected).abs().max().item()
+    return "yes" if worst <= TOLERANCE else f"differs by {worst:.0e}"
+
+
+def _rank(rank: int, checkpoint: str, arguments: dict[str, Any], directory: str) -> None:
+    torch.set_grad_enabled(False)
+    ranks = join(rank, DEGREE, f"{directory}/store", torch.device("cpu"), TIMEOUT_S)
+    model = load_model(Config(model=checkpoint, device="cpu", tp=DEGREE), ranks=ranks)
+    found = first_output(model.pipeline(**arguments)).float()
+    if rank == 0:
+        torch.save(found, Path(directory) / "found.pt")
+    leave(ranks)
