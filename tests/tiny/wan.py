@@ -1,4 +1,6 @@
-"""Wan 2.1."""
+"""Wan 2.1, and 2.2 with its two transformers."""
+
+from typing import Any
 
 from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
 
@@ -35,33 +37,52 @@ def _autoencoder() -> AutoencoderKLWan:
     )
 
 
+def _components() -> dict[str, Any]:
+    tokenizer = tokenizers.t5_tokenizer()
+    return {
+        "tokenizer": tokenizer,
+        "text_encoder": text_encoders.umt5(tokenizer),
+        "vae": _autoencoder(),
+        "scheduler": UniPCMultistepScheduler(
+            prediction_type="flow_prediction", use_flow_sigmas=True, num_train_timesteps=1000, flow_shift=3.0
+        ),
+        "transformer": _transformer(),
+    }
+
+
 def build_wan() -> WanPipeline:
     """Wan 2.1 text-to-video with one transformer and the UniPC flow scheduler."""
-    tokenizer = tokenizers.t5_tokenizer()
     with seeded():
-        pipeline = WanPipeline(
-            tokenizer=tokenizer,
-            text_encoder=text_encoders.umt5(tokenizer),
-            vae=_autoencoder(),
-            scheduler=UniPCMultistepScheduler(
-                prediction_type="flow_prediction", use_flow_sigmas=True, num_train_timesteps=1000, flow_shift=3.0
-            ),
-            transformer=_transformer(),
-        )
-        return ready(pipeline)
+        return ready(WanPipeline(**_components()))
 
+
+def build_wan22() -> WanPipeline:
+    """Wan 2.2: one transformer for the noisy steps, another one below nine tenths of the noise."""
+    with seeded():
+        return ready(WanPipeline(**_components(), transformer_2=_transformer(), boundary_ratio=0.9))
+
+
+_CALL: dict[str, Any] = {
+    "width": 32,
+    "height": 32,
+    "num_frames": 5,
+    "num_inference_steps": 3,
+    "guidance_scale": 5.0,
+    "max_sequence_length": 64,
+}
 
 WAN = Family(
     name="wan",
     build=build_wan,
-    call={
-        "width": 32,
-        "height": 32,
-        "num_frames": 5,
-        "num_inference_steps": 3,
-        "guidance_scale": 5.0,
-        "max_sequence_length": 64,
-    },
+    call=_CALL,
     kind="video",
     note="guidance as two calls in a row; a multistep scheduler with history; the VAE keeps a feature cache in a call",
+)
+
+WAN22 = Family(
+    name="wan22",
+    build=build_wan22,
+    call=_CALL,
+    kind="video",
+    note="two transformers, each for its part of the steps",
 )
