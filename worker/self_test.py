@@ -23,6 +23,7 @@ from .model import Model
 from .module_state import ModuleState
 from .preview import preview
 from .sample import SampleRun
+from .sizes import small_sizes
 from .steps import Step
 
 log = logging.getLogger(__name__)
@@ -38,9 +39,6 @@ _PROMPTS = ("a red circle", "two small blue squares and a star on a white table"
 
 _STEPS = (2, 3, 3)
 """Unequal, so that some still run when another's call has ended and cleaned up after itself."""
-
-_SIDES = (4, 8, 16)
-_FRAMES = (5, 9, 17)
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,7 +127,7 @@ class SelfTest:
         output_types: tuple[Literal["pt", "np"], ...] = ("pt", "np")
         for output_type in output_types:
             self._model.output_type = output_type
-            for size in self._sizes():
+            for size in small_sizes(self._model.arguments, self._model.sizes):
                 self._size = size
                 try:
                     return self._apart("serial")
@@ -140,17 +138,6 @@ class SelfTest:
             f"The pipeline {type(self._model.pipeline).__name__} was loaded but cannot make a picture from a prompt "
             f"alone ({type(errors[-1]).__name__}: {errors[-1]})."
         )
-
-    def _sizes(self) -> list[dict[str, int]]:
-        """Sizes to try, from small to the pipeline's default."""
-        takes = self._model.arguments
-        multiple = self._model.sizes.multiple
-        found: list[dict[str, int]] = []
-        for side in _SIDES if "width" in takes and "height" in takes else ():
-            for frames in _FRAMES if "num_frames" in takes else (0,):
-                size = {"width": side * multiple, "height": side * multiple}
-                found.append(size | ({"num_frames": frames} if frames else {}))
-        return [*found, {}]
 
     def _apart(self, mode: BatchingMode) -> list[torch.Tensor]:
         return [self._pictures(self._hub(mode), (index,))[0] for index in range(len(_PROMPTS))]

@@ -1,106 +1,147 @@
-"""One component of a checkpoint as the runtime loads it, beside the same one as its own library loads it.
-
-Each side reads the checkpoint for itself, so that a mistake of the loader shows. The runtime's comes first, and is gone
-before the reference is loaded: no more than one of them is in memory.
-"""
+"""One component of a checkpoint as the runtime loads it, beside the same one as its own library loads it."""
 
 from __future__ import annotations
 
 import gc
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
 from typing import Any
 
+import msgspec
 import torch
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from ..models import family_of
 from ..parallel.ranks import Ranks
-from ..weights.loader import load_component
-from .measures import Distance, distance, fault
-from .record import Recorded
+from .measures import ShapesDiffer, distance
+from .policy import Case, Policy
+from .recorded import Recorded
+from .report import Distance, Row
+from .sides import Component, exact, plain, runtime
+
+SEED = 0
+"""Of the random numbers that a component draws in a call, the same for both sides."""
+
+Outputs = dict[str, list[torch.Tensor]]
+"""By the name of the call: every floating-point tensor that the calls of that name returned, in fp64 on the CPU."""
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
-    """One call's result. ``plain`` is the distance of the plain component in the same low precision, if it is one."""
+class Setting:
+    """What a comparison runs on. ``staged``: the runtime's component is gone before the reference is loaded."""
 
-    name: str
-    cls: str
-    runtime: Distance
-    plain: Distance | None
-
-    @property
-    def fault(self) -> str | None:
-        return fault(self.runtime, self.plain)
+    dtype: torch.dtype
+    device: torch.device
+    ranks: Ranks
+    fused: bool
+    staged: bool
 
 
-def compare(
-    cls: type[nn.Module],
-    folder: Path,
-    calls: Sequence[Recorded],
-    *,
-    dtype: torch.dtype,
-    device: torch.device,
-    ranks: Ranks,
-    fused: bool,
-) -> list[Row]:
-    """A row for each of ``calls``. Every rank must call this; the rows are the same on all."""
-    family = family_of(cls)
-    own = load_component(cls, folder, dtype=dtype, device=device, family=family, ranks=ranks, fused=fused).module
-    outputs = [_run(own, call, dtype, device) for call in calls]
-    del own
-    gc.collect()
-    if dtype is torch.float32:
-        references = _reference(cls, folder, calls, dtype, dtype, device)
-        return [
-            Row(call.name, cls.__name__, distance(output, wanted), None)
-            for call, output, wanted in zip(calls, outputs, references, strict=True)
-        ]
-    plains = _reference(cls, folder, calls, dtype, dtype, device)
-    exact = _reference(cls, folder, calls, dtype, torch.float64, device)
+def compare(component: Component, calls: Sequence[Recorded], case: Case, policy: Policy, setting: Setting) -> list[Row]:
+    """A row for each name among ``calls``, on rank 0; the other ranks, which all must call this too, return none."""
+    held: list[nn.Module] = []
+    dtype, device, ranks = setting.dtype, setting.device, setting.ranks
+    sides = _Sides(calls, device, None if setting.staged else held)
+    ours = sides.outputs(partial(runtime, component, dtype, device, ranks, fused=setting.fused))
+    of_ranks = _of_all_ranks(ours, ranks, device)
+    if ranks.rank != 0:
+        return []
+    theirs = sides.outputs(partial(plain, component, dtype, device))
+    reference, computed_in = theirs, dtype
+    if dtype is not torch.float32:
+        computed_in = torch.float32 if policy.needs_fp32_reference(case) else torch.float64
+        reference = sides.outputs(partial(exact, component, dtype, device, computed_in), computed_in)
+    held.clear()
+    _release(device)
+    blank = Row(call="", component=component.name, cls=case.cls, dtype=case.dtype, status="passed")
     return [
-        Row(call.name, cls.__name__, distance(output, wanted), distance(plain, wanted))
-        for call, output, plain, wanted in zip(calls, outputs, plains, exact, strict=True)
+        _row(
+            msgspec.structs.replace(blank, call=name, staged=setting.staged),
+            [outputs[name] for outputs in of_ranks],
+            theirs[name] if reference is not theirs else None,
+            reference[name],
+            policy,
+        )
+        for name in reference
     ]
 
 
-def _reference(
-    cls: Any,
-    folder: Path,
-    calls: Sequence[Recorded],
-    dtype: torch.dtype,
-    computed_in: torch.dtype,
-    device: torch.device,
-) -> list[torch.Tensor]:
-    """What the library's own component gives, with weights and inputs of ``dtype``, computed in ``computed_in``."""
-    module = cls.from_pretrained(folder, dtype=dtype, use_safetensors=True).to(device)
-    if computed_in is not dtype:
-        module = module.to(computed_in)
-    return [_run(module, call, dtype, device, computed_in) for call in calls]
+@dataclass(frozen=True, slots=True)
+class _Sides:
+    """Makes the calls on one side after the other. Modules are kept in ``held``, or let go where that is ``None``."""
+
+    calls: Sequence[Recorded]
+    device: torch.device
+    held: list[nn.Module] | None
+
+    def outputs(self, load: Callable[[], nn.Module], widened: torch.dtype | None = None) -> Outputs:
+        """What the loaded module returns. Floating-point inputs are cast to ``widened``, if that is given."""
+        module = load()
+        found: Outputs = {}
+        for call in self.calls:
+            found.setdefault(call.name, []).extend(_run(module, call, self.device, widened))
+        if self.held is not None:
+            self.held.append(module)
+        del module
+        _release(self.device)
+        return found
 
 
-def _run(
-    module: nn.Module,
-    call: Recorded,
-    dtype: torch.dtype,
-    device: torch.device,
-    computed_in: torch.dtype | None = None,
-) -> torch.Tensor:
-    """The call's output as one vector on the CPU: every floating-point tensor in it, end to end."""
-
+def _run(owner: nn.Module, call: Recorded, device: torch.device, widened: torch.dtype | None) -> list[torch.Tensor]:
     def place(tensor: torch.Tensor) -> torch.Tensor:
-        moved = tensor.to(device)
-        return moved.to(dtype).to(computed_in or dtype) if moved.is_floating_point() else moved
+        moved = tensor.to(device, copy=True)  # a component may write to what it is given
+        return moved.to(widened) if widened is not None and moved.is_floating_point() else moved
 
     args, kwargs = pytree.tree_map_only(torch.Tensor, place, (call.args, call.kwargs))
-    function = module if call.method == "__call__" else getattr(module, call.method)
-    leaves = [
-        leaf.parameters if isinstance(leaf, DiagonalGaussianDistribution) else leaf
-        for leaf in pytree.tree_leaves(function(*args, **kwargs))
+    function: Callable[..., Any] = getattr(owner.get_submodule(call.path), call.method)
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.no_grad():
+        torch.manual_seed(SEED)
+        returned = function(*args, **kwargs)
+    leaves = [_parameters(leaf) for leaf in pytree.tree_leaves(returned)]
+    return [leaf.double().cpu() for leaf in leaves if isinstance(leaf, torch.Tensor) and leaf.is_floating_point()]
+
+
+def _parameters(leaf: Any) -> Any:
+    """Of a distribution, what it is drawn from: mean and logarithm of the variance."""
+    return leaf.parameters if isinstance(leaf, DiagonalGaussianDistribution) else leaf
+
+
+def _of_all_ranks(outputs: Outputs, ranks: Ranks, device: torch.device) -> list[Outputs]:
+    """Every rank's outputs, on every rank."""
+    gathered = {name: [ranks.gather(tensor.to(device)) for tensor in tensors] for name, tensors in outputs.items()}
+    return [
+        {name: [parts[rank].cpu() for parts in tensors] for name, tensors in gathered.items()}
+        for rank in range(ranks.size)
     ]
-    tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor) and leaf.is_floating_point()]
-    return torch.cat([tensor.detach().flatten().double().cpu() for tensor in tensors])
+
+
+def _row(
+    blank: Row,
+    of_ranks: list[list[torch.Tensor]],
+    plain_outputs: list[torch.Tensor] | None,
+    reference: list[torch.Tensor],
+    policy: Policy,
+) -> Row:
+    if not reference:
+        return msgspec.structs.replace(blank, status="failed", note="it returns no floating-point tensor")
+    try:
+        worst = max((distance(outputs, reference) for outputs in of_ranks), key=_farness)
+    except ShapesDiffer as error:
+        return msgspec.structs.replace(blank, status="failed", note=str(error))
+    beside = None if plain_outputs is None else distance(plain_outputs, reference)
+    fault = policy.fault(worst, beside)
+    return msgspec.structs.replace(
+        blank, status="failed" if fault else "passed", note=fault or "", runtime=worst, plain=beside
+    )
+
+
+def _farness(found: Distance) -> float:
+    return found.relative_l2
+
+
+def _release(device: torch.device) -> None:
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
