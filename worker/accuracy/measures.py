@@ -16,9 +16,11 @@ class ShapesDiffer(Exception):
 
 def distance(outputs: Sequence[torch.Tensor], references: Sequence[torch.Tensor]) -> Distance:
     """Computed in fp64. Raises ``ShapesDiffer``; at least one number must be there."""
-    shapes, wanted = [tuple(t.shape) for t in outputs], [tuple(t.shape) for t in references]
-    if shapes != wanted:
-        raise ShapesDiffer(f"outputs of shapes {shapes} beside {wanted}")
+    if len(outputs) != len(references):
+        raise ShapesDiffer(f"{len(outputs)} tensors beside {len(references)}")
+    for found, wanted in zip(outputs, references, strict=True):
+        if found.shape != wanted.shape:
+            raise ShapesDiffer(f"an output of shape {tuple(found.shape)} beside {tuple(wanted.shape)}")
     pairs = [(a.double().flatten(), b.double().flatten()) for a, b in zip(outputs, references, strict=True)]
     if not all(bool(torch.isfinite(a).all() and torch.isfinite(b).all()) for a, b in pairs):
         nowhere = {"cosine": math.nan, "bias": math.nan}
