@@ -28,6 +28,17 @@ PREVIEW_EVERY = 2
 READY_S = 1800.0
 """Seconds that a server may take to become ready; a large model is read from a slow disk."""
 
+VERIFY_PROGRAM = (sys.executable, "-P", "-m", "safelight.worker.accuracy")
+"""How components are compared: as :data:`.private_server.SERVER_PROGRAM`, in a program of its own."""
+
+_PASSED_ON = {
+    "allow_extra_args": True,
+    "allow_interspersed_args": False,
+    "ignore_unknown_options": True,
+    "help_option_names": [],
+}
+"""Of commands that become another program, which reads the arguments and shows its own help."""
+
 app = typer.Typer(
     name="safelight",
     help="Serve diffusion models, and draw with them.",
@@ -69,18 +80,23 @@ def _options(
 
 
 @app.command(
-    context_settings={
-        "allow_extra_args": True,
-        "allow_interspersed_args": False,
-        "ignore_unknown_options": True,
-        "help_option_names": [],
-    },
+    context_settings=_PASSED_ON,
     help="Serve a model; `safelight serve --help` lists the server's own options.",
     options_metavar="[MODEL] [OPTIONS]",
 )
 def serve(context: typer.Context) -> None:
     """This process becomes the server, so its signals and its exit status are the server's."""
     os.execv(SERVER_PROGRAM[0], [*SERVER_PROGRAM, *context.args])
+
+
+@app.command(
+    context_settings=_PASSED_ON,
+    help="Compare a model's components with diffusers' own; `safelight verify --help` lists the options.",
+    options_metavar="MODEL [OPTIONS]",
+)
+def verify(context: typer.Context) -> None:
+    """This process becomes the comparison, so its signals and its exit status are that one's."""
+    os.execv(VERIFY_PROGRAM[0], [*VERIFY_PROGRAM, *context.args])
 
 
 @app.command(help="Draw what PROMPT says, with a running server or, where there is none, with one of its own.")

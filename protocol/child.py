@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import threading
+from typing import Protocol, TypeVar
 
 import msgspec
 
@@ -12,13 +13,29 @@ from .config import ChildConfig
 
 _STDIN = 0
 
+
+class _WithDirectory(Protocol):
+    @property
+    def directory(self) -> str: ...
+
+
+_Child = TypeVar("_Child", bound=_WithDirectory)
+
 ORPHANED = 3
 """Exit status of a child that ended because its launcher was gone."""
 
 
 def read_child_config() -> ChildConfig:
-    """Read the first line of standard input and from then on end this process when the launcher disappears."""
-    child = msgspec.json.decode(_read_line(), type=ChildConfig)
+    """The configuration of a server's child; see :func:`read_child`."""
+    return read_child(ChildConfig)
+
+
+def read_child(kind: type[_Child]) -> _Child:
+    """Read the first line of standard input and from then on end this process when the launcher disappears.
+
+    The launcher's directory is removed then, too.
+    """
+    child = msgspec.json.decode(_read_line(), type=kind)
     threading.Thread(target=_exit_with_launcher, args=(child.directory,), daemon=True, name="launcher-watch").start()
     return child
 

@@ -13,7 +13,9 @@ from ..protocol.errors import StartFailed
 from ..protocol.models import resolve_model
 
 _LIBRARIES = ("diffusers", "transformers")
-_WITHOUT_WEIGHTS = ("Scheduler", "Tokenizer", "TokenizerFast", "Processor", "ProcessorFast", "FeatureExtractor")
+_WITHOUT_WEIGHTS = (
+    "Scheduler", "Guidance", "Tokenizer", "TokenizerFast", "Processor", "ProcessorFast", "FeatureExtractor",
+)  # fmt: skip
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 _MAX_HEADER = 100_000_000  # the bound of the safetensors format itself
 

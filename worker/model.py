@@ -154,7 +154,7 @@ def _load_pipeline(
     path: str, config: Config, device: torch.device, ranks: Ranks
 ) -> tuple[Path, DiffusionPipeline, torch.dtype, dict[str, Layout]]:
     try:
-        directory = Path(path if Path(path).is_dir() else DiffusionPipeline.download(path, use_safetensors=True))
+        directory = find_directory(path)
         dtype = _dtype(config, device, directory)
         # a whole model as diffusers loads it: where its weights lie in memory decides the last bits of its products
         fused = config.fuse_projections
@@ -176,6 +176,11 @@ def _load_pipeline(
             f"The model {path} could not be loaded as a diffusers pipeline ({type(error).__name__}: {what}); "
             "check that `DiffusionPipeline.from_pretrained` loads it from safetensors files."
         ) from error
+
+
+def find_directory(path: str) -> Path:
+    """The checkpoint's directory, downloaded first where ``path`` is a hub id."""
+    return Path(path if Path(path).is_dir() else DiffusionPipeline.download(path, use_safetensors=True))
 
 
 def find_device(config: Config, replica: int = 0, rank: int = 0) -> torch.device:
@@ -231,9 +236,14 @@ def _forget_caches(pipeline: DiffusionPipeline) -> None:
     """
     for component in pipeline.components.values():
         if isinstance(component, PreTrainedModel):
-            for config in (component.config, component.config.get_text_config()):
-                if getattr(config, "use_cache", False) and not getattr(config, "is_encoder_decoder", False):
-                    config.use_cache = False
+            forget_cache(component)
+
+
+def forget_cache(model: PreTrainedModel) -> None:
+    """Have ``model`` return no key-value cache."""
+    for config in (model.config, model.config.get_text_config()):
+        if getattr(config, "use_cache", False) and not getattr(config, "is_encoder_decoder", False):
+            config.use_cache = False
 
 
 def _count_parameters(pipeline: DiffusionPipeline) -> dict[str, int]:

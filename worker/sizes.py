@@ -14,6 +14,13 @@ from ..protocol.messages import Parameter
 DENOISERS = ("transformer", "transformer_2", "unet", "prior", "decoder")
 """Components that are called once or more in every denoising step, in the order in which they are looked for."""
 
+SMALLEST = 4
+"""Side of the smallest picture to try, in multiples."""
+
+_SMALL_SIDES = (SMALLEST, 8, 16)
+
+_SMALL_FRAMES = (5, 9, 17)
+
 _SPATIAL_FACTORS = ("vae_scale_factor_spatial", "vae_spatial_compression_ratio", "vae_scale_factor")
 
 
@@ -44,6 +51,16 @@ def find_sizes(
     if trained is not None and trained != own:
         return Sizes(multiple, trained, trained, {"width": trained, "height": trained})
     return Sizes(multiple, own, own, {})
+
+
+def small_sizes(arguments: Mapping[str, Parameter], sizes: Sizes) -> list[dict[str, int]]:
+    """Arguments of size for a quick call, from small to (none at all) the pipeline's default."""
+    found: list[dict[str, int]] = []
+    for multiples in _SMALL_SIDES if "width" in arguments and "height" in arguments else ():
+        for frames in _SMALL_FRAMES if "num_frames" in arguments else (0,):
+            size = {"width": multiples * sizes.multiple, "height": multiples * sizes.multiple}
+            found.append(size | ({"num_frames": frames} if frames else {}))
+    return [*found, {}]
 
 
 def denoiser_config(pipeline: DiffusionPipeline) -> Mapping[str, Any]:

@@ -24,6 +24,7 @@ from .hub import Hub
 from .model import Model
 from .preview import preview
 from .sample import SampleRun, outputs
+from .sizes import SMALLEST, small_sizes
 from .steps import Step
 
 log = logging.getLogger(__name__)
@@ -42,9 +43,6 @@ _STEPS = (2, 3, 3)
 
 _EXTRA = {"use_resolution_binning": False, "strength": 0.75}
 """Binning would enlarge the small size to one of the model's own, and little strength leave none of so few steps."""
-
-_SIDES = (4, 8, 16)
-_FRAMES = (5, 9, 17)
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,15 +147,10 @@ class Trial:
         """
         if self._images and self._model.text is not None:
             return [self._model.text.tried_size]
-        takes = self._task.arguments
-        multiple = self._task.sizes.multiple
-        found: list[dict[str, int | None]] = []
-        for side in _SIDES if "width" in takes and "height" in takes else ():
-            for frames in _FRAMES if "num_frames" in takes else (0,):
-                size: dict[str, int | None] = {"width": side * multiple, "height": side * multiple}
-                found.append(size | ({"num_frames": frames} if frames else {}))
-        own_steps = [size | {"num_inference_steps": None} for size in found or [{}]]
-        return [*found, *own_steps, {}] if "num_inference_steps" in takes else [*found, {}]
+        small: list[dict[str, int | None]] = [{**size} for size in small_sizes(self._task.arguments, self._task.sizes)]
+        if "num_inference_steps" not in self._task.arguments:
+            return small
+        return [*small[:-1], *(size | {"num_inference_steps": None} for size in small)]
 
     def _apart(self, mode: BatchingMode) -> list[torch.Tensor]:
         return [self._pictures(self._hub(mode), (index,))[0] for index in range(len(_PROMPTS))]
@@ -187,7 +180,7 @@ class Trial:
 
     def _image(self, seed: int) -> Image:
         """A picture of coarse noise, as large as what is to be made from it."""
-        side = _SIDES[0] * self._task.sizes.multiple
+        side = SMALLEST * self._task.sizes.multiple
         width, height = self._size.get("width") or side, self._size.get("height") or side
         coarse = torch.randint(256, (4, 4, 3), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
         picture = pillow.fromarray(coarse.numpy()).resize((width, height), pillow.Resampling.BICUBIC)

@@ -19,6 +19,7 @@ INDEX = {
     "text_encoder": ["transformers", "CLIPTextModel"],
     "tokenizer": ["transformers", "CLIPTokenizer"],
     "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
+    "guider": ["diffusers", "ClassifierFreeGuidance"],
     "image_encoder": [None, None],
     "requires_aesthetics_score": False,
 }
@@ -35,6 +36,8 @@ def pipeline(tmp_path: Path) -> Path:
     for component in ("transformer", "text_encoder", "tokenizer", "scheduler"):
         (directory / component).mkdir(parents=True)
         (directory / component / "config.json").write_text("{}")
+    (directory / "guider").mkdir()
+    (directory / "guider" / "guider_config.json").write_text("{}")  # all that `save_pretrained` writes of a guider
     (directory / "model_index.json").write_text(json.dumps(INDEX))
     (directory / "transformer" / "diffusion_pytorch_model.safetensors").write_bytes(safetensors())
     (directory / "text_encoder" / "model.safetensors").write_bytes(safetensors())

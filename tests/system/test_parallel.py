@@ -17,7 +17,7 @@ from safelight.tests.live import LiveServer
 
 from .asking import ask, ask_together, body, load_plain, metric, picture, plain
 
-FAMILIES = ("flux", "flux2", "sd3", "qwenimage", "zimage", "wan", "ltx", "hunyuan_video")
+FAMILIES = ("flux", "flux2", "sd3", "qwenimage", "zimage", "wan", "wan22", "ltx", "hunyuan_video", "hunyuan_video15")
 TOLERANCE = 1e-4
 
 

@@ -15,20 +15,21 @@ from .family import Family
 from .flux import FLUX
 from .flux2 import FLUX2, FLUX2_KV
 from .hunyuan import HUNYUAN_IMAGE, HUNYUAN_VIDEO
+from .hunyuan15 import HUNYUAN_VIDEO15
 from .ltx import LTX
 from .lumina2 import LUMINA2
 from .pixart import PIXART
-from .qwenimage import QWENIMAGE
+from .qwenimage import QWENIMAGE, QWENIMAGE_EDIT
 from .sana import SANA
 from .sd3 import SD3, SD3_PAG
 from .stable_diffusion import SD15, SD15_PAG, SDXL
-from .wan import WAN
+from .wan import WAN, WAN22
 from .zimage import ZIMAGE
 
 __all__ = ["FAMILIES", "Family", "save"]
 
-_IMAGE = (FLUX, SD3, ZIMAGE, QWENIMAGE, SDXL, SD15, PIXART, SANA, FLUX2, CHROMA, AURAFLOW, LUMINA2)
-_VIDEO = (WAN, LTX, COGVIDEOX, HUNYUAN_VIDEO)
+_IMAGE = (FLUX, SD3, ZIMAGE, QWENIMAGE, SDXL, SD15, PIXART, SANA, FLUX2, CHROMA, AURAFLOW, LUMINA2, QWENIMAGE_EDIT)
+_VIDEO = (WAN, WAN22, LTX, COGVIDEOX, HUNYUAN_VIDEO, HUNYUAN_VIDEO15)
 _TROUBLESOME = (SD15_PAG, SD3_PAG, HUNYUAN_IMAGE, FLUX2_KV, ANIMATEDIFF)
 
 FAMILIES: dict[str, Family] = {family.name: family for family in (*_IMAGE, *_VIDEO, *_TROUBLESOME)}

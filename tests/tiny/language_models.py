@@ -10,6 +10,8 @@ from transformers import (
     PreTrainedTokenizerBase,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
+    Qwen2_5_VLTextConfig,
+    Qwen2_5_VLTextModel,
     Qwen3Config,
     Qwen3ForCausalLM,
     Qwen3Model,
@@ -70,11 +72,19 @@ def _vision_sizes() -> dict[str, Any]:
     }
 
 
+def _qwen2_5_vl_text_sizes(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    rope = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 1e6}
+    sizes = {key: value for key, value in _sizes(tokenizer, layers=3).items() if key != "head_dim"}
+    return {**sizes, "num_attention_heads": 4, "rope_parameters": rope}
+
+
+def qwen2_5_vl_text(tokenizer: PreTrainedTokenizerBase) -> Qwen2_5_VLTextModel:
+    """The language model of a Qwen2.5-VL alone, for pipelines that skip the last two of its three layers."""
+    return Qwen2_5_VLTextModel(Qwen2_5_VLTextConfig(**_qwen2_5_vl_text_sizes(tokenizer)))
+
+
 def qwen2_5_vl(tokenizer: PreTrainedTokenizerBase) -> Qwen2_5_VLForConditionalGeneration:
     """A three-layer Qwen2.5-VL with a one-layer vision tower."""
-    rope = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 1e6}
-    text = {key: value for key, value in _sizes(tokenizer, layers=3).items() if key != "head_dim"}
-    text["num_attention_heads"] = 4
     ids = {
         key: tokenizer.convert_tokens_to_ids(f"<|{token}|>")
         for key, token in (
@@ -84,5 +94,5 @@ def qwen2_5_vl(tokenizer: PreTrainedTokenizerBase) -> Qwen2_5_VLForConditionalGe
             ("vision_end_token_id", "vision_end"),
         )
     }
-    config = Qwen2_5_VLConfig(text_config={**text, "rope_parameters": rope}, vision_config=_vision_sizes(), **ids)
-    return Qwen2_5_VLForConditionalGeneration(config)
+    text, vision = _qwen2_5_vl_text_sizes(tokenizer), _vision_sizes()
+    return Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(text_config=text, vision_config=vision, **ids))

@@ -108,6 +108,7 @@ def qwen2_tokenizer(padding_side: str = "right") -> Qwen2Tokenizer:
         merges=merges,
         eos_token="<|im_end|>",
         extra_special_tokens=list(QWEN_SPECIAL_TOKENS),
+        model_specific_special_tokens={"image_token": "<|image_pad|>"},
         chat_template=CHAT_TEMPLATE,
         model_max_length=4096,
         padding_side=padding_side,

@@ -1,4 +1,4 @@
-"""Wan 2.1."""
+"""Wan 2.1, and 2.2 with its two transformers."""
 
 from typing import Any
 
@@ -43,20 +43,7 @@ def _autoencoder() -> AutoencoderKLWan:
     )
 
 
-def build_wan() -> WanPipeline:
-    """Wan 2.1 text-to-video with one transformer and the UniPC flow scheduler."""
-    with seeded():
-        return ready(WanPipeline(**_parts(), transformer=_transformer()))
-
-
-def build_wan_from_image() -> WanImageToVideoPipeline:
-    """Wan 2.2 image-to-video: the image's latents and a mask of as many channels come in beside the noise."""
-    with seeded():
-        return ready(WanImageToVideoPipeline(**_parts(), transformer=_transformer(in_channels=12)))
-
-
-def _parts() -> dict[str, Any]:
-    """What both pipelines have in common."""
+def _components() -> dict[str, Any]:
     tokenizer = tokenizers.t5_tokenizer()
     return {
         "tokenizer": tokenizer,
@@ -65,20 +52,49 @@ def _parts() -> dict[str, Any]:
         "scheduler": UniPCMultistepScheduler(
             prediction_type="flow_prediction", use_flow_sigmas=True, num_train_timesteps=1000, flow_shift=3.0
         ),
+        "transformer": _transformer(),
     }
 
+
+def build_wan() -> WanPipeline:
+    """Wan 2.1 text-to-video with one transformer and the UniPC flow scheduler."""
+    with seeded():
+        return ready(WanPipeline(**_components()))
+
+
+def build_wan_from_image() -> WanImageToVideoPipeline:
+    """Wan 2.2 image-to-video: the image's latents and a mask of as many channels come in beside the noise."""
+    with seeded():
+        return ready(WanImageToVideoPipeline(**_components() | {"transformer": _transformer(in_channels=12)}))
+
+
+def build_wan22() -> WanPipeline:
+    """Wan 2.2: one transformer for the noisy steps, another one below nine tenths of the noise."""
+    with seeded():
+        return ready(WanPipeline(**_components(), transformer_2=_transformer(), boundary_ratio=0.9))
+
+
+_CALL: dict[str, Any] = {
+    "width": 32,
+    "height": 32,
+    "num_frames": 5,
+    "num_inference_steps": 3,
+    "guidance_scale": 5.0,
+    "max_sequence_length": 64,
+}
 
 WAN = Family(
     name="wan",
     build=build_wan,
-    call={
-        "width": 32,
-        "height": 32,
-        "num_frames": 5,
-        "num_inference_steps": 3,
-        "guidance_scale": 5.0,
-        "max_sequence_length": 64,
-    },
+    call=_CALL,
     kind="video",
     note="guidance as two calls in a row; a multistep scheduler with history; the VAE keeps a feature cache in a call",
+)
+
+WAN22 = Family(
+    name="wan22",
+    build=build_wan22,
+    call=_CALL,
+    kind="video",
+    note="two transformers, each for its part of the steps",
 )

@@ -9,7 +9,7 @@ from diffusers import DiffusionPipeline
 VECTOR_NOISE = 0.05
 """Standard deviation of what is added to biases, norm scales and other one-dimensional parameters."""
 
-DENOISERS = ("transformer", "unet")
+DENOISERS = ("transformer", "transformer_2", "unet")
 """Names of the components whose matrices get `DENOISER_GAIN`."""
 
 DENOISER_GAIN = 1.5

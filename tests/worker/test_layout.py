@@ -15,7 +15,10 @@ from safelight.worker.parallel.ranks import Ranks
 from safelight.worker.weights.layout import Entry, Layout
 from safelight.worker.weights.loader import CannotLoad, load_component
 
-PLANNED = ("flux", "flux2", "sd3", "qwenimage", "zimage", "wan", "ltx", "hunyuan_video")
+PLANNED = (
+    "flux", "flux2", "sd3", "qwenimage", "qwenimage_edit", "zimage", "wan", "wan22", "ltx", "hunyuan_video",
+    "hunyuan_video15",
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")

@@ -22,7 +22,8 @@ PROMPTS = ["a red circle", "two blue squares on a white table", "a star", "a red
 SERIAL = {"sd15_pag", "sd3_pag"}
 """Pipelines that swap the shared modules' attention processors during a call."""
 
-JSON_FAMILIES = [name for name in FAMILIES if name != "flux2_kv"]  # its call takes a picture
+JSON_FAMILIES = [name for name, family in FAMILIES.items() if "image" not in family.call]
+"""Those whose calls take no picture, which a request has no field for yet."""
 
 
 def request(name: str, index: int, **changes: Any) -> Generate:

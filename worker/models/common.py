@@ -24,7 +24,7 @@ def feed_forward(path: str) -> dict[str, Style]:
 
 def modulation(paths: Iterable[str]) -> dict[str, Style]:
     """Layers that make a block's scales and shifts of one vector per sample, which every rank has."""
-    return dict.fromkeys(paths, "rowwise_split_input")
+    return dict.fromkeys(paths, "colwise_gather_output")
 
 
 QKV = ("to_q", "to_k", "to_v")

@@ -25,7 +25,7 @@ def _decoder(prefix: str, head: str | None = None) -> Family:
     plan |= {f"{mlp}.{name}": "colwise" for name in ("gate_proj", "up_proj")}
     plan |= {f"{attention}.o_proj": "rowwise", f"{mlp}.down_proj": "rowwise", f"{prefix}embed_tokens": "rowwise"}
     if head is not None:
-        plan[head] = "colwise"
+        plan[head] = "colwise_gather_output"
     return Family(
         plan=plan,
         heads=("num_attention_heads", "num_key_value_heads"),

@@ -10,8 +10,8 @@ from diffusers.hooks.tensor_parallel import PackedColwiseParallel
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from .layers import AcrossHeadsRMSNorm, RowParallelLinear, VocabularyParallelEmbedding
-from .plan import ACROSS_HEADS, COLWISE, SPLIT_INPUT, SPLIT_OUTPUT, Family, Shard, Style, matching, resolve
+from .layers import AcrossHeadsRMSNorm, GatheredColumnLinear, RowParallelLinear, VocabularyParallelEmbedding
+from .plan import ACROSS_HEADS, COLWISE, GATHERED, SPLIT_OUTPUT, Family, Shard, Style, matching, resolve
 from .ranks import Ranks
 
 
@@ -52,9 +52,10 @@ def _become_parallel(part: nn.Module, style: Style, ranks: Ranks) -> None:
         _change_class(part, AcrossHeadsRMSNorm, nn.RMSNorm, ranks)
     elif isinstance(part, nn.Linear):
         part.out_features, part.in_features = part.weight.shape
-        if style != COLWISE and not isinstance(style, PackedColwiseParallel):
+        if style == GATHERED:
+            _change_class(part, GatheredColumnLinear, nn.Linear, ranks)
+        elif style != COLWISE and not isinstance(style, PackedColwiseParallel):
             _change_class(part, RowParallelLinear, nn.Linear, ranks)
-            vars(part)["input_is_whole"] = style == SPLIT_INPUT
     else:
         raise TypeError(f"a {type(part).__name__} cannot be divided as {style!r}")
 

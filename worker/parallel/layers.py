@@ -10,20 +10,24 @@ from .ranks import Ranks
 
 
 class RowParallelLinear(nn.Linear):
-    """``weight`` [out, in / ranks]: the products with a rank's part of the input are added up, then the bias.
+    """``weight`` [out, in / ranks]: the products with the ranks' parts of the input are added up.
 
-    ``input_is_whole``: each rank is given all input features, and takes its own.
+    The first rank's product has the bias: in low precision each sum rounds, and so there is one fewer.
     """
 
     ranks: Ranks
-    input_is_whole: bool
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        if self.input_is_whole:
-            width = self.weight.shape[1]
-            input = input[..., self.ranks.rank * width : (self.ranks.rank + 1) * width]
-        product = self.ranks.sum(functional.linear(input, self.weight))
-        return product if self.bias is None else product + self.bias
+        return self.ranks.sum(functional.linear(input, self.weight, self.bias if self.ranks.rank == 0 else None))
+
+
+class GatheredColumnLinear(nn.Linear):
+    """``weight`` [out / ranks, in]: each rank makes its part of the output features, and every rank gets them all."""
+
+    ranks: Ranks
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return torch.cat(self.ranks.gather(functional.linear(input, self.weight, self.bias)), dim=-1)
 
 
 class VocabularyParallelEmbedding(nn.Embedding):

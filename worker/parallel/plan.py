@@ -1,15 +1,15 @@
 """How a module's parameters are divided among ranks: a plan in diffusers' vocabulary, resolved for one module.
 
-=========================  ============================================================================
-``"colwise"``              output features (weight dimension 0) are divided; an Embedding's columns
-``"rowwise"``              input features (weight dimension 1) are divided and the products added up; an
-                           Embedding's rows
-``"rowwise_split_input"``  the same, for a layer whose input is whole on every rank (transformers' word)
-``PackedColwiseParallel``  ``colwise``, each block of a fused weight for itself
-``PackedRowwiseParallel``  ``rowwise``, each block of a concatenated input for itself
-``"across_heads"``         an RMS norm over all heads: its weight is divided, its mean square is of all ranks
-``"split_output"``         no weights; of the tensors that it returns each rank takes its part of the last dimension
-=========================  ============================================================================
+===========================  ==========================================================================
+``"colwise"``                output features (weight dimension 0) are divided; an Embedding's columns
+``"colwise_gather_output"``  the same, and every rank gets all of the output (transformers' word)
+``"rowwise"``                input features (weight dimension 1) are divided and the products added up; an
+                             Embedding's rows
+``PackedColwiseParallel``    ``colwise``, each block of a fused weight for itself
+``PackedRowwiseParallel``    ``rowwise``, each block of a concatenated input for itself
+``"across_heads"``           an RMS norm over all heads: its weight is divided, its mean square is of all ranks
+``"split_output"``           no weights; of the tensors that it returns each rank takes its part of the last dimension
+===========================  ==========================================================================
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from torch import nn
 
 Style: TypeAlias = str | PackedColwiseParallel | PackedRowwiseParallel
 
-COLWISE, SPLIT_INPUT = "colwise", "rowwise_split_input"
+COLWISE, GATHERED = "colwise", "colwise_gather_output"
 ACROSS_HEADS, SPLIT_OUTPUT = "across_heads", "split_output"
 
 
@@ -88,7 +88,7 @@ def _shards_of(part: nn.Module, style: Style) -> dict[str, Shard]:
         return {"weight": Shard(dim, (shape[dim],))}
     if style == ACROSS_HEADS:
         return {"weight": Shard(0, shape)}
-    if style == COLWISE or isinstance(style, PackedColwiseParallel):
+    if style in (COLWISE, GATHERED) or isinstance(style, PackedColwiseParallel):
         shard = Shard(0, _blocks(part, style, "_tp_packed_col_blocks", shape[0]))
         return {"weight": shard} | ({"bias": shard} if getattr(part, "bias", None) is not None else {})
     return {"weight": Shard(1, _blocks(part, style, "_tp_packed_row_blocks", shape[1]))}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+from collections.abc import Container
 from pathlib import Path
 
 import torch
@@ -18,9 +19,15 @@ _LIBRARIES = ("diffusers", "transformers")
 
 
 def load_known_components(
-    directory: Path, dtype: torch.dtype, device: torch.device, ranks: Ranks, *, fused: bool
+    directory: Path,
+    dtype: torch.dtype,
+    device: torch.device,
+    ranks: Ranks,
+    *,
+    fused: bool,
+    only: Container[str] | None = None,
 ) -> dict[str, Loaded]:
-    """Every component of the pipeline in ``directory`` whose class has a family, by name.
+    """Every component of the pipeline in ``directory`` whose class has a family, by name; or ``only`` those of them.
 
     Raises ``CannotLoad`` where there are several ranks, and the pipeline's denoiser has no family or a component
     cannot be divided among so many.
@@ -36,6 +43,7 @@ def load_known_components(
                 cls, directory / name, dtype=dtype, device=device, family=family, ranks=ranks, fused=fused
             )
             for name, (cls, family) in planned.items()
+            if only is None or name in only
         }
     except WrongDegree as refused:
         possible = [possible_degrees(cls, directory / name, family) for name, (cls, family) in planned.items()]

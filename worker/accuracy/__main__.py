@@ -1,0 +1,52 @@
+"""``python -m safelight.worker.accuracy``: what ``safelight verify`` becomes."""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from collections.abc import Sequence
+
+import msgspec
+
+from ...protocol.errors import StartFailed
+from .flags import read_flags, task_of
+from .policy import load_policy
+from .processes import RankProcesses, end_of
+from .report import Report
+from .task import Task
+
+PASSED, FAULT, NOT_COMPARED, INTERRUPTED = 0, 1, 2, 130
+"""Exit statuses."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    flags = read_flags(sys.argv[1:] if arguments is None else arguments)
+    try:
+        load_policy(flags.policy)
+        with tempfile.TemporaryDirectory(prefix="safelight-verify-", ignore_cleanup_errors=True) as directory:
+            report = _run(task_of(flags, directory))
+    except StartFailed as failed:
+        print(failed.message, file=sys.stderr)
+        return NOT_COMPARED
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    if flags.report is not None:
+        report.write(flags.report)
+    print(report.to_json() if flags.json else report.to_markdown(), end="")
+    return PASSED if report.passed else FAULT
+
+
+def _run(task: Task) -> Report:
+    """Raises ``StartFailed`` with why there is no report."""
+    with RankProcesses(task) as ranks:
+        lost = ranks.wait()
+    if lost is None:
+        return msgspec.msgpack.decode(task.report.read_bytes(), type=Report)
+    failed, status = lost
+    if failed.failure.exists():
+        raise StartFailed(failed.failure.read_text())
+    raise StartFailed(f"Rank {failed.rank} of {task.tp} {end_of(status)}, so the components were not compared.")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

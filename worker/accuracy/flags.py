@@ -1,0 +1,63 @@
+"""The command line of ``safelight verify``."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from .policy import POLICY
+from .task import DTYPES, Task
+
+
+def read_flags(arguments: Sequence[str]) -> argparse.Namespace:
+    """The flags as attributes. Raises ``SystemExit`` with status 2 where they cannot be read, and for ``--help``."""
+    return make_parser().parse_args(arguments)
+
+
+def task_of(flags: argparse.Namespace, directory: str) -> Task:
+    """What the flags ask for; the processes leave their files in ``directory``."""
+    return Task(
+        model=flags.model,
+        directory=directory,
+        policy=str(flags.policy),
+        dtypes=list(dict.fromkeys(flags.dtype or DTYPES)),
+        components=flags.component,
+        tp=flags.tp,
+        fused=flags.fuse_projections,
+        device=flags.device,
+        staged=flags.staged,
+    )
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="safelight verify",
+        description="Compare each component of MODEL, as a replica loads and divides it, with the one that diffusers "
+        "or transformers load from the same files. Prints a table; the exit status is 0 when everything is near "
+        "enough, 1 when not, and 2 when the comparison could not be made.",
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("model", metavar="MODEL", help="a directory with a diffusers pipeline, a hub id, or `shapes`")
+    add("--tp", type=_ranks, default=1, metavar="N", help="tensor-parallel ranks (default: 1)")
+    add("--fuse-projections", action="store_true", help="with fused projections, as a server with this flag has them")
+    add("--dtype", action="append", choices=DTYPES, help="only in this precision; may be given several times")
+    add("--component", action="append", default=[], metavar="NAME", help="only this one; may be given several times")
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to compute (default: auto)")
+    add("--json", action="store_true", help="print JSON")
+    add("--report", type=Path, metavar="DIR", help="also write accuracy.md and accuracy.json into this folder")
+    add("--policy", type=Path, default=POLICY, metavar="FILE", help="thresholds and skips, in place of Safelight's own")
+    add(
+        "--staged",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="one side at a time in memory (default: where both would not fit)",
+    )
+    return parser
+
+
+def _ranks(text: str) -> int:
+    if not text.isdecimal() or not 1 <= int(text) <= 64:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number from 1 to 64")
+    return int(text)

@@ -1,0 +1,133 @@
+"""What is asked of a component, and which cases are left out, why and until when: a TOML file."""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Annotated
+
+import msgspec
+from msgspec import Meta
+from packaging.requirements import InvalidRequirement, Requirement
+
+from ...protocol.errors import StartFailed
+from .report import Distance
+
+POLICY = Path(__file__).with_name("policy.toml")
+"""The policy that holds where no other is given."""
+
+_Positive = Annotated[float, Meta(gt=0)]
+_Sentence = Annotated[str, Meta(min_length=10)]
+
+
+class Case(msgspec.Struct, frozen=True, kw_only=True):
+    """One component in one precision: what an exception of the policy can name."""
+
+    component: str
+    cls: str
+    pipeline: str
+    dtype: str
+    tp: int
+
+
+class Exemption(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Cases that the policy treats otherwise. ``None`` fits every case. ``until`` is a date or a release."""
+
+    reason: _Sentence
+    until: str
+    component: str | None = None
+    cls: str | None = None
+    pipeline: str | None = None
+    dtype: str | None = None
+    tp: int | None = None
+
+    def __post_init__(self) -> None:
+        self.over()
+        if not self._named():
+            raise ValueError("it names no component, cls, pipeline, dtype or tp, and would hold for everything")
+
+    def holds(self, case: Case) -> bool:
+        return not self.over() and all(getattr(case, name) == wanted for name, wanted in self._named().items())
+
+    def over(self) -> bool:
+        """Whether the date has come, or the release is installed. Raises ``ValueError`` where it is neither."""
+        try:
+            return datetime.date.today() >= datetime.date.fromisoformat(self.until)
+        except ValueError:
+            return _installed(self.until)
+
+    def _named(self) -> dict[str, str | int]:
+        fields = {name: getattr(self, name) for name in Case.__struct_fields__}
+        return {name: wanted for name, wanted in fields.items() if wanted is not None}
+
+
+class Float32(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    relative_l2: _Positive
+
+
+class LowPrecision(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    error_ratio: _Positive
+    bias: _Positive
+
+
+class Policy(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Thresholds and exemptions."""
+
+    float32: Float32
+    low_precision: LowPrecision
+    skips: Sequence[Exemption] = ()
+    fp32_references: Sequence[Exemption] = ()
+
+    def skip(self, case: Case) -> Exemption | None:
+        return next((one for one in self.skips if one.holds(case)), None)
+
+    def needs_fp32_reference(self, case: Case) -> bool:
+        return any(one.holds(case) for one in self.fp32_references)
+
+    def fault(self, runtime: Distance, plain: Distance | None) -> str | None:
+        """What is wrong with the runtime's outputs, in a few words; ``None`` when nothing is.
+
+        In fp32 ``runtime`` is the distance from the plain component and ``plain`` is ``None``. In lower precision both
+        are distances from the reference in fp64.
+        """
+        if not runtime.finite:
+            return "NaN or Inf"
+        if plain is None:
+            most = self.float32.relative_l2
+            return None if runtime.relative_l2 <= most else f"relative L2 {runtime.relative_l2:.1e} above {most:.0e}"
+        return self._low_precision_fault(runtime, plain)
+
+    def _low_precision_fault(self, runtime: Distance, plain: Distance) -> str | None:
+        limits = self.low_precision
+        for words, ours, theirs in (
+            ("RMS error", runtime.rms, plain.rms),
+            ("largest error", runtime.max_abs, plain.max_abs),
+        ):
+            if ours > limits.error_ratio * theirs:
+                return f"{words} {ours:.2e} above {limits.error_ratio} times the plain component's {theirs:.2e}"
+        if abs(runtime.bias) > limits.bias * runtime.rms:
+            return f"bias {runtime.bias:.2e} above {limits.bias} of the RMS error {runtime.rms:.2e}"
+        return None
+
+
+def load_policy(file: Path = POLICY) -> Policy:
+    """Raises ``StartFailed`` that names the file and what is wrong in it."""
+    try:
+        return msgspec.toml.decode(file.read_bytes(), type=Policy)
+    except (OSError, msgspec.MsgspecError) as error:
+        raise StartFailed(f"The policy {file} cannot be used: {error}.") from error
+
+
+def _installed(release: str) -> bool:
+    try:
+        wanted = Requirement(release)
+    except InvalidRequirement:
+        raise ValueError(f"`until` is {release!r}, neither a date (2027-01-31) nor a release (torch>=3)") from None
+    if not wanted.specifier:
+        raise ValueError(f"`until` is {release!r}, and says no version")
+    try:
+        return wanted.specifier.contains(metadata.version(wanted.name), prereleases=True)
+    except metadata.PackageNotFoundError:
+        return False

@@ -1,0 +1,74 @@
+"""The ranks of one verification as processes, which live and die together."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import subprocess
+import sys
+import time
+from types import TracebackType
+from typing import Self
+
+import msgspec
+
+from .task import Task
+
+_PROGRAM = (sys.executable, "-P", "-m", f"{__package__}.rank")
+"""``-P``: what lies in the current folder does not take the place of installed modules."""
+
+_LOOK_S = 0.05
+_TERMINATION_S = 5.0
+
+
+class RankProcesses:
+    """A context in which a process for each rank of ``task`` runs; leaving it ends those that still do."""
+
+    def __init__(self, task: Task) -> None:
+        self.tasks = [msgspec.structs.replace(task, rank=rank) for rank in range(task.tp)]
+        self._processes: list[subprocess.Popen[bytes]] = []
+
+    def __enter__(self) -> Self:
+        for task in self.tasks:
+            process = subprocess.Popen(
+                _PROGRAM,
+                stdin=subprocess.PIPE,  # closed by the system however this process ends, and then the rank ends too
+                stdout=sys.stderr,
+                start_new_session=True,  # so that Ctrl-C in a terminal reaches this process alone
+            )
+            self._processes.append(process)
+            assert process.stdin is not None, "asked for above"
+            with contextlib.suppress(BrokenPipeError):  # it is gone already: `wait` tells
+                process.stdin.write(msgspec.json.encode(task) + b"\n")
+                process.stdin.flush()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for process in self._processes:
+            process.terminate()
+        for process in self._processes:
+            try:
+                process.wait(_TERMINATION_S)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+    def wait(self) -> tuple[Task, int] | None:
+        """Wait for all to do their task, or for the first that does not: its task and its exit status."""
+        while True:
+            statuses = [process.poll() for process in self._processes]
+            failed = [pair for pair in zip(self.tasks, statuses, strict=True) if pair[1]]
+            if failed:
+                # one that says why comes before those that only miss it
+                task, status = min(failed, key=lambda pair: not pair[0].failure.exists())
+                return task, status or 0
+            if None not in statuses:
+                return None
+            time.sleep(_LOOK_S)
+
+
+def end_of(status: int) -> str:
+    """An exit status in words, as in "was killed by SIGKILL"."""
+    return f"was killed by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"

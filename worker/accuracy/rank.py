@@ -1,0 +1,53 @@
+"""``python -m safelight.worker.accuracy.rank``: one rank of a verification, its task on standard input."""
+
+from __future__ import annotations
+
+import gc
+import signal
+import sys
+
+import msgspec
+
+from ...protocol.child import read_child
+from ...protocol.errors import StartFailed
+from .task import Task
+
+CANNOT_START = 2
+"""Exit status of a rank that has said in its failure file why it cannot do its task."""
+
+_TIMEOUT_S = 3600.0
+"""For a collective: the others wait in one while rank 0 computes references, which takes long in fp64."""
+
+
+def main() -> int:
+    task = read_child(Task)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        return _run(task)
+    except StartFailed as failed:
+        task.failure.write_text(failed.message)
+        return CANNOT_START
+
+
+def _run(task: Task) -> int:
+    import torch  # after the pipe to the launcher is watched
+
+    from ...protocol.config import Config
+    from ..model import find_device
+    from ..parallel.ranks import join, leave
+    from .verification import verify
+
+    gc.freeze()  # what the libraries made: collections between the cases need not go through it
+    torch.set_num_threads(max(1, torch.get_num_threads() // task.tp))
+    torch.set_grad_enabled(False)
+    device = find_device(Config(device=task.device, tp=task.tp), 0, task.rank)
+    ranks = join(task.rank, task.tp, task.meeting_place, device, _TIMEOUT_S)
+    report = verify(task, ranks, device, lambda row: print(row.progress, file=sys.stderr, flush=True))
+    if task.rank == 0:
+        task.report.write_bytes(msgspec.msgpack.encode(report))
+    leave(ranks)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

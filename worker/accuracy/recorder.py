@@ -1,0 +1,109 @@
+"""Realistic inputs for every component: what the pipeline itself gives them, taken at the boundary.
+
+A small request is run on plain, unchanged components. So no component needs inputs written for it, and a new pipeline
+has them on the day it is released.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+import torch
+from PIL import Image as pillow
+from torch.utils import _pytree as pytree
+
+from ...protocol.codec import Buffer
+from ...protocol.errors import StartFailed
+from ...protocol.messages import Generate, Image, Sample
+from ..call import Call
+from ..hub import Hub
+from ..image_pipelines import takes_image
+from ..model import Model
+from ..sample import SampleRun
+from ..sizes import small_sizes
+from ..task import Task
+from .recorded import Recorded, keep
+
+PROMPTS = (
+    'two small blue squares and a star on a white table, and a sign that says "Safelight"',
+    'a road at night; over the last house is written "open"',
+    '"7" in green on a door, and a cat that looks at it',
+)
+"""One for each request. The words in quotes go to the encoders of letters that some pipelines have."""
+
+STEPS = (2, 4, 8)
+"""Of each request: unequal, for as many timesteps; enough for a second transformer, for the last, less noisy ones."""
+
+
+def record(model: Model) -> list[Recorded]:
+    """Of small requests, the first and the last call of each kind, and each VAE's way back from what it decoded.
+
+    Raises ``StartFailed`` when the pipeline runs with no small request.
+    """
+    task = model.main
+    if takes_image(type(model.pipeline)):
+        model.image = task  # which of the two runs is found out by trying, as the self-test does
+    error: BaseException | None = None
+    for size in small_sizes(task.arguments, task.sizes):
+        for images in ([], [_picture()]) if model.image is not None else ([],):
+            runs = [_RecordedRun(model, _request(task, index, size, images)) for index in range(len(PROMPTS))]
+            error = next((failed for run in runs if (failed := run.go()) is not None), None)
+            if error is None:
+                return [call for run in runs for call in run.recorded()]
+    raise StartFailed(
+        f"The pipeline {type(model.pipeline).__name__} makes nothing from a small request "
+        f"({type(error).__name__}: {error}), so its components have no inputs to be compared with."
+    )
+
+
+class _RecordedRun(SampleRun):
+    """A sample whose calls are kept."""
+
+    def __init__(self, model: Model, request: Generate) -> None:
+        super().__init__(model, request, 0, lambda *_: None, lambda _: None)
+        self._calls: dict[str, list[Recorded]] = {}
+        self._decoded: dict[str, torch.Tensor] = {}
+
+    def go(self) -> BaseException | None:
+        """Run to the end; returns what the pipeline raised."""
+        hub = Hub(max_batch=1, max_tokens=1, mode="serial")
+        hub.start(self.coroutine)
+        while hub.busy:
+            hub.turn()
+        return self.coroutine.error
+
+    def recorded(self) -> list[Recorded]:
+        backwards = [
+            Recorded(component, "encode", (picture.clamp(-1, 1),), {})
+            for component, picture in self._decoded.items()
+            if f"{component}.encode" not in self._calls
+        ]
+        return [call for calls in self._calls.values() for call in calls] + backwards
+
+    def _cross(self, call: Call) -> Any:
+        kept = keep(call)
+        value = super()._cross(call)
+        self._calls[kept.name] = [*self._calls.get(kept.name, [])[:1], kept]
+        if kept.method == "decode" and hasattr(self._model.pipeline.components[kept.owner], "encode"):
+            pictures = [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, torch.Tensor)]
+            self._decoded[kept.component] = pictures[0].detach().cpu().clone()
+        return value
+
+
+def _request(task: Task, index: int, size: dict[str, int], images: list[Image]) -> Generate:
+    # binning would enlarge the small size to one of the model's own
+    extra = {"use_resolution_binning": False} if "use_resolution_binning" in task.arguments else {}
+    request = Generate(
+        request_id=f"verify-{index}",
+        samples=[Sample(PROMPTS[index], seed=index)],
+        images=images,
+        num_inference_steps=STEPS[index] if "num_inference_steps" in task.arguments else None,
+        extra=extra,
+    )
+    return msgspec.structs.replace(request, **size)
+
+
+def _picture() -> Image:
+    drawn = pillow.linear_gradient("L").resize((64, 64)).convert("RGB")
+    return Image(drawn.width, drawn.height, Buffer(drawn.tobytes()))

@@ -1,0 +1,110 @@
+"""The result of a verification: a row for each kind of call, as JSON and as Markdown."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+
+
+class Distance(msgspec.Struct, frozen=True, kw_only=True):
+    """Of outputs from a reference. ``rms`` and ``bias`` are the root mean square and the mean of the differences.
+
+    Of several tensors ``cosine`` and ``relative_l2`` are the worst tensor's, the others are of all numbers together.
+    What is not finite has infinite distances.
+    """
+
+    cosine: float
+    relative_l2: float
+    max_abs: float
+    rms: float
+    bias: float
+    finite: bool
+
+
+class Row(msgspec.Struct, frozen=True, kw_only=True):
+    """One kind of call of one component in one precision.
+
+    ``runtime`` is the distance of the runtime's outputs, on the rank where it is largest: in fp32 from the plain
+    component's, in lower precision from the fp64 reference's, of which ``plain`` is the plain component's distance.
+    ``note`` says what is wrong, or why the case was skipped. ``staged``: one side at a time was in memory.
+    """
+
+    call: str
+    component: str
+    cls: str
+    dtype: str
+    status: Literal["passed", "failed", "skipped"]
+    note: str = ""
+    runtime: Distance | None = None
+    plain: Distance | None = None
+    staged: bool = False
+
+    @property
+    def progress(self) -> str:
+        return f"{self.call} ({self.cls}) in {self.dtype}: {self.status}" + (f", {self.note}" if self.note else "")
+
+
+class Report(msgspec.Struct, frozen=True, kw_only=True):
+    """All rows of one run of the command, and what it ran on."""
+
+    model: str
+    pipeline: str
+    tp: int
+    fused: bool
+    device: str
+    versions: dict[str, str]
+    seconds: float
+    rows: list[Row]
+
+    @property
+    def passed(self) -> bool:
+        return all(row.status != "failed" for row in self.rows)
+
+    def to_json(self) -> str:
+        fields = {"passed": self.passed, **msgspec.to_builtins(self)}
+        return msgspec.json.format(msgspec.json.encode(fields), indent=2).decode() + "\n"
+
+    def to_markdown(self) -> str:
+        how = f"--tp {self.tp}" + (" --fuse-projections" if self.fused else "")
+        counts = ", ".join(f"{sum(row.status == name for row in self.rows)} {name}" for name in _STATUSES)
+        versions = ", ".join(f"{name} {version}" for name, version in self.versions.items())
+        table = "\n".join(["| " + " | ".join(_HEADINGS) + " |", "|---" * len(_HEADINGS) + "|", *map(_line, self.rows)])
+        return (
+            f"# Accuracy of {self.model}\n\n{self.pipeline}, {how}, {self.device}; {versions}; "
+            f"{self.seconds:.1f} s: {counts}.\n\n{table}\n"
+        )
+
+    def write(self, folder: Path) -> None:
+        """``accuracy.md`` and ``accuracy.json`` in ``folder``."""
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "accuracy.md").write_text(self.to_markdown())
+        (folder / "accuracy.json").write_text(self.to_json())
+
+
+_STATUSES = ("passed", "failed", "skipped")
+_HEADINGS = (
+    "call", "class", "dtype", "cosine", "relative L2", "largest error", "RMS error ÷ plain's", "largest ÷ plain's",
+    "bias ÷ RMS", "",
+)  # fmt: skip
+
+
+def _line(row: Row) -> str:
+    cells = [row.call, row.cls, row.dtype, *_figures(row), row.status + (f": {row.note}" if row.note else "")]
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+
+def _figures(row: Row) -> list[str]:
+    found, plain = row.runtime, row.plain
+    if found is None:
+        return [""] * 6
+    figures = [f"{found.cosine:.8f}", f"{found.relative_l2:.1e}", f"{found.max_abs:.1e}"]
+    if plain is None:
+        return [*figures, "", "", ""]
+    ratios = (_ratio(found.rms, plain.rms), _ratio(found.max_abs, plain.max_abs), _ratio(abs(found.bias), found.rms))
+    return [*figures, *(f"{ratio:.2f}" for ratio in ratios)]
+
+
+def _ratio(one: float, other: float) -> float:
+    return one / other if other else 0.0 if one == 0 else float("inf")

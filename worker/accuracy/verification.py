@@ -1,0 +1,132 @@
+"""Every component of a model, in every precision: what each rank of ``safelight verify`` does."""
+
+from __future__ import annotations
+
+import gc
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import nn
+
+from ...protocol.config import Config
+from ...protocol.errors import StartFailed
+from ...protocol.models import resolve_model
+from ..model import find_directory, load_model
+from ..parallel.ranks import Ranks
+from ..weights.loader import CannotLoad
+from ..weights.pipeline import component_classes
+from .compare import Setting, compare
+from .memory import fit_together, free, numbers
+from .policy import Case, Policy, load_policy
+from .recorded import CannotKeep, Recorded, read, write
+from .recorder import record
+from .report import Report, Row
+from .sides import Component
+from .task import DType, Task
+
+_VERSIONS = ("torch", "diffusers", "transformers")
+
+
+def verify(task: Task, ranks: Ranks, device: torch.device, tell: Callable[[Row], None]) -> Report:
+    """Compare and report; rank 0's report has the rows, of which ``tell`` hears one by one.
+
+    Raises ``StartFailed`` where the model cannot be loaded as asked.
+    """
+    started = time.monotonic()
+    directory = find_directory(str(resolve_model(task.model)))
+    components = chosen(component_classes(directory), task.components)
+    checkpoint = Checkpoint(directory, load_policy(Path(task.policy)), ranks, device, task.fused, task.staged)
+    rows: list[Row] = []
+    for dtype in task.dtypes:
+        calls = _shared(task, dtype, directory, components, ranks, device)
+        for row in checkpoint.rows(components, calls, dtype):
+            rows.append(row)
+            tell(row)
+    return Report(
+        model=task.model,
+        pipeline=checkpoint.pipeline,
+        tp=ranks.size,
+        fused=task.fused,
+        device=str(device),
+        versions={name: metadata.version(name) for name in _VERSIONS},
+        seconds=time.monotonic() - started,
+        rows=rows,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """A model's directory, and how its components are compared. ``staged`` ``None``: as the free memory has it."""
+
+    directory: Path
+    policy: Policy
+    ranks: Ranks
+    device: torch.device
+    fused: bool
+    staged: bool | None = None
+
+    @property
+    def pipeline(self) -> str:
+        return str(json.loads((self.directory / "model_index.json").read_text())["_class_name"])
+
+    def rows(self, components: Mapping[str, type[nn.Module]], calls: Sequence[Recorded], dtype: DType) -> Iterator[Row]:
+        """On rank 0, a row for each kind of call. All ranks must go through it together."""
+        for name, cls in components.items():
+            case = Case(component=name, cls=cls.__name__, pipeline=self.pipeline, dtype=dtype, tp=self.ranks.size)
+            own = [call for call in calls if call.owner == name]
+            if (exempt := self.policy.skip(case)) is not None:
+                yield _without_figures(case, "skipped", f"{exempt.reason}, until {exempt.until}")
+            elif not own:
+                yield _without_figures(case, "failed", "the pipeline made no call to it")
+            else:
+                yield from self._compared(Component(self.directory, name, cls), own, case)
+
+    def _compared(self, component: Component, calls: Sequence[Recorded], case: Case) -> list[Row]:
+        dtype: torch.dtype = getattr(torch, case.dtype)
+        together = fit_together(component.folder, dtype, self.device) if self.staged is None else not self.staged
+        setting = Setting(dtype, self.device, self.ranks, self.fused, staged=not together)
+        try:
+            return compare(component, calls, case, self.policy, setting)
+        except CannotLoad as error:
+            raise StartFailed(f"The model {self.directory} could not be loaded: {error}.") from error
+
+
+def chosen(classes: dict[str, type[nn.Module]], names: Sequence[str]) -> dict[str, type[nn.Module]]:
+    """The components ``names``; all, where there are none. Raises ``StartFailed`` with those that there are."""
+    unknown = [name for name in names if name not in classes]
+    if unknown:
+        raise StartFailed(f"There is no component {unknown[0]!r} with weights; there are {', '.join(classes)}.")
+    return {name: cls for name, cls in classes.items() if not names or name in names}
+
+
+def _shared(
+    task: Task, dtype: DType, directory: Path, components: Mapping[str, object], ranks: Ranks, device: torch.device
+) -> list[Recorded]:
+    """The calls of a small request, which rank 0 makes for all."""
+    folder = Path(task.directory, f"calls-{dtype}")
+    if ranks.rank == 0:
+        try:
+            write([call for call in _recorded(task, dtype, directory, device) if call.owner in components], folder)
+        except CannotKeep as error:
+            raise StartFailed(f"The calls of {directory} cannot be kept: {error}.") from error
+    ranks.sum(torch.zeros(1, device=device))  # the others wait here
+    return read(folder)
+
+
+def _recorded(task: Task, dtype: DType, directory: Path, device: torch.device) -> list[Recorded]:
+    """On ``device``, or on the CPU where the whole pipeline does not fit there."""
+    needed = getattr(torch, dtype).itemsize * sum(numbers(directory / name) for name in component_classes(directory))
+    place = device if needed < free(device) else torch.device("cpu")
+    calls = record(load_model(Config(model=task.model, dtype=dtype), place))
+    gc.collect()
+    return calls
+
+
+def _without_figures(case: Case, status: Literal["failed", "skipped"], note: str) -> Row:
+    return Row(call=case.component, component=case.component, cls=case.cls, dtype=case.dtype, status=status, note=note)
