@@ -70,6 +70,9 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     max_queue: Annotated[
         int, Meta(ge=1, description="Requests that may wait; one more is answered with 429 and Retry-After")
     ] = 256
+    max_queue_mb: Annotated[
+        int, Meta(ge=1, description="Megabytes that waiting requests' images may take before the next gets a 429")
+    ] = 1024
     max_outputs: Annotated[int, Meta(ge=1, le=4096, description="Outputs that one request may ask for")] = 64
     max_steps: Annotated[int, Meta(ge=1, description="Denoising steps that one request may ask for")] = 1000
     max_pixels: Annotated[int, Meta(ge=1, description="Width times height that one output may have")] = 16_777_216

@@ -172,6 +172,13 @@ class Dispatcher:
                 f"{len(self._waiting)} requests wait already, and no more may. Ask again in {retry_after_s:.0f} s.",
                 retry_after_s=retry_after_s,
             )
+        limit_mb = self._config.max_queue_mb
+        if len(self._waiting) and self._waiting.nbytes > limit_mb * 2**20:
+            retry_after_s = self._retry_after_s()
+            return QueueFull(
+                f"The images of waiting requests fill {limit_mb} MB already. Ask again in {retry_after_s:.0f} s.",
+                retry_after_s=retry_after_s,
+            )
         return None
 
     def _retry_after_s(self) -> float:

@@ -29,6 +29,8 @@ class Queue:
         self._order = order
         self._bound = bound
         self._requests: list[Request] = []
+        self.nbytes = 0
+        """Of the images that the requests bring along."""
 
     def __len__(self) -> int:
         return len(self._requests)
@@ -45,12 +47,14 @@ class Queue:
         """Put ``request`` in its place. Returns how many are ahead of it."""
         assert not self.is_full, "admission looks at is_full first"
         insort(self._requests, request, key=self._order)
+        self.nbytes += request.nbytes
         return self._index(request)
 
     def remove(self, request: Request) -> None:
         index = self._index(request)
         assert self._requests[index] is request, f"request {request.id} is not in this queue"
         del self._requests[index]
+        self.nbytes -= request.nbytes
 
     def _index(self, request: Request) -> int:
         return bisect_left(self._requests, self._order(request), key=self._order)

@@ -28,6 +28,11 @@ class Request:
     def outputs(self) -> int:
         return len(self.generate.samples)
 
+    @property
+    def nbytes(self) -> int:
+        """Of its images: all else about a request is small."""
+        return sum(len(image.rgb) for image in self.generate.images)
+
     def start(self, replica: int, now: float) -> None:
         assert self.replica is None, f"request {self.id} was started twice"
         self.replica = replica

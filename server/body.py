@@ -6,6 +6,7 @@ from typing import Any
 
 import orjson
 from fastapi import Request
+from python_multipart.multipart import parse_options_header
 from starlette.datastructures import FormData, UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 
@@ -22,28 +23,37 @@ _LONGEST_FIELD = 2**20
 
 async def read_generate(request: Request) -> tuple[GenerateBody, list[str | bytes]]:
     """The fields, and the images as they came: text or files. Raises ``Malformed`` or ``InvalidRequest``."""
-    if request.headers.get("content-type", "").lower().startswith("multipart/form-data"):
-        return await _read_form(request)
-    body = parse_generate(await request.body())
-    return body, [*(body.image or ())]
+    kind, options = parse_options_header(request.headers.get("content-type"))
+    if kind != b"multipart/form-data":
+        body = parse_generate(await request.body())
+        return body, [*(body.image or ())]
+    if options.get(b"charset", b"utf-8").lower() != b"utf-8":
+        raise Malformed("A form is read as UTF-8; leave out the charset.")
+    return await _read_form(request)
+
+
+class _WholeForm(MultiPartParser):
+    """A parser that knows whether the form came to its end."""
+
+    ended = False
+
+    def on_end(self) -> None:
+        self.ended = True
 
 
 async def _read_form(request: Request) -> tuple[GenerateBody, list[str | bytes]]:
-    parser = MultiPartParser(
-        request.headers,
-        request.stream(),
-        max_files=MOST_IMAGES,
-        max_fields=_MOST_FIELDS,
-        max_part_size=_LONGEST_FIELD,
-    )
+    limits = {"max_files": MOST_IMAGES, "max_fields": _MOST_FIELDS, "max_part_size": _LONGEST_FIELD}
+    parser = _WholeForm(request.headers, request.stream(), **limits)
     try:
         form = await parser.parse()
-    except (MultiPartException, KeyError) as error:
-        raise Malformed(f"The form cannot be read: {getattr(error, 'message', 'it has no boundary')}") from None
+    except MultiPartException as error:
+        raise Malformed(f"The form cannot be read: {error.message} (An image belongs into a file's part.)") from None
     try:
+        if not parser.ended:
+            raise Malformed("The form ends before its last boundary.")
         body = validate(_fields(form))
-        files = [await part.read() for name, part in form.multi_items() if isinstance(part, UploadFile)]
-        return body, [*(body.image or ()), *files]
+        files = [await part.read() for _, part in form.multi_items() if isinstance(part, UploadFile)]
+        return body, [*(body.image or ()), *(file for file in files if file)]  # an empty one was left unchosen
     finally:
         await form.close()
 
@@ -52,12 +62,11 @@ def _fields(form: FormData) -> dict[str, Any]:
     """What the form says in text. A field that is there more than once is a list. Files are images, whatever else."""
     found: dict[str, list[Any]] = {}
     for name, part in form.multi_items():
-        plain = name.removesuffix("[]")
-        if isinstance(part, UploadFile):
-            if plain != "image":
-                raise Malformed(f"The form has a file as {name[:100]!r}; files are images, as `image`.", field=plain)
-            continue
-        found.setdefault(plain, []).append(part if plain in _TEXTS else _value(plain, part))
+        plain = name[:100].removesuffix("[]")
+        if not isinstance(part, UploadFile):
+            found.setdefault(plain, []).append(part if plain in _TEXTS else _value(plain, part))
+        elif plain != "image":
+            raise Malformed(f"The form has a file as {plain!r}; files are images, as `image`.", field=plain)
     return {name: values[0] if len(values) == 1 else values for name, values in found.items()}
 
 
@@ -65,4 +74,4 @@ def _value(name: str, text: str) -> Any:
     try:
         return orjson.loads(text)
     except orjson.JSONDecodeError:
-        raise Malformed(f"The form's field {name[:100]} must be JSON, such as 4 or true.", field=name[:100]) from None
+        raise Malformed(f"The form's field {name} must be JSON, such as 4 or true.", field=name) from None

@@ -21,6 +21,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
     ),
     "batching and queue": (
         "batching", "max_batch", "max_batch_tokens", "prompt_cache_mb", "max_running", "max_queue",
+        "max_queue_mb",
         "request_timeout_s",
     ),
     "what one request may ask for": (

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import itertools
 import time
 
@@ -44,7 +43,7 @@ def routes(service: Service) -> APIRouter:
         as_file, output_format = accept.choose(request.headers.get("accept"), body.output_format, model.kind)
         # Clients may send one id twice; what travels is unique, and begins with what they sent.
         request_id = f"{request_id_var.get()}.{next(numbers)}"
-        images = await asyncio.to_thread(read_images, sources, service.config.max_pixels) if sources else []
+        images = await service.decode(read_images, sources, service.config.max_pixels) if sources else []
         message = to_message(body, images, request_id, output_format, service.config)
 
         def finish(result: Result) -> Reply:

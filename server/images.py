@@ -10,11 +10,10 @@ import base64
 import binascii
 import io
 import re
-import warnings
 from collections.abc import Sequence
 
+import numpy as np
 from PIL import Image as pillow
-from PIL import ImageOps
 
 from ..protocol.codec import Buffer
 from ..protocol.errors import InvalidRequest
@@ -24,9 +23,34 @@ FORMATS = ("PNG", "JPEG", "WEBP")
 """The formats that are read; Pillow is not asked for any other."""
 
 MOST_IMAGES = 16
+
+LONGEST = 32
+"""How many times as long as wide an image may be."""
+
 _FIELD = "image"
 _DATA_URI = re.compile(r"data:(?P<type>[^;,]*)(;[^;,]*)*;base64,", re.IGNORECASE)
 _ADDRESS = re.compile(r"[a-z][a-z0-9+.-]*://", re.IGNORECASE)
+_SPACES = dict.fromkeys(map(ord, " \t\r\n"))
+
+_MOST_SCANS = 64
+"""Scans of a JPEG: each takes time for every pixel, and a few bytes in the file. A progressive one has about ten."""
+
+_BROKEN = (OSError, ValueError, SyntaxError, IndexError, TypeError)
+"""What Pillow raises for files that are not what they say."""
+
+_ORIENTATION = 0x0112
+_UPRIGHT = {
+    2: pillow.Transpose.FLIP_LEFT_RIGHT,
+    3: pillow.Transpose.ROTATE_180,
+    4: pillow.Transpose.FLIP_TOP_BOTTOM,
+    5: pillow.Transpose.TRANSPOSE,
+    6: pillow.Transpose.ROTATE_270,
+    7: pillow.Transpose.TRANSVERSE,
+    8: pillow.Transpose.ROTATE_90,
+}
+"""What sets a picture upright, by its orientation (CIPA DC-008, "Exif", tag 0x0112)."""
+
+pillow.MAX_IMAGE_PIXELS = None  # the limit is ours, and holds for all the images of a request together
 
 
 def decode_text(text: str) -> bytes:
@@ -41,7 +65,7 @@ def decode_text(text: str) -> bytes:
             raise InvalidRequest("image must be a data URI of the form data:image/png;base64,…", field=_FIELD)
         text = text[uri.end() :]
     try:
-        return base64.b64decode("".join(text.split()), validate=True)
+        return base64.b64decode(text.translate(_SPACES), validate=True)
     except (binascii.Error, ValueError):
         raise InvalidRequest("image must be base64 or a data URI, and it is neither.", field=_FIELD) from None
 
@@ -65,22 +89,32 @@ def read_images(sources: Sequence[str | bytes], max_pixels: int) -> list[Image]:
 def _open(file: bytes) -> pillow.Image:
     """The picture with its header read and nothing more."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", pillow.DecompressionBombWarning)  # the limit is ours, and comes next
-            picture = pillow.open(io.BytesIO(file), formats=FORMATS)
-    except pillow.DecompressionBombError:
-        raise InvalidRequest("The image has far too many pixels.", field=_FIELD) from None
-    except (OSError, ValueError, SyntaxError):
+        picture = pillow.open(io.BytesIO(file), formats=FORMATS)
+        # a phone's JPEG may have further ones, of which the first is the photograph
+        frames = getattr(picture, "n_frames", 1) if picture.format in ("PNG", "WEBP") else 1
+    except _BROKEN:
         raise InvalidRequest(f"image must be a file of the format {', '.join(FORMATS)}.", field=_FIELD) from None
-    if getattr(picture, "n_frames", 1) > 1:
+    if frames > 1:
         raise InvalidRequest("image must be a single picture, not an animation.", field=_FIELD)
+    if picture.format in ("JPEG", "MPO") and file.count(b"\xff\xda") > _MOST_SCANS:
+        raise InvalidRequest("The image has far too many scans.", field=_FIELD)
+    if max(picture.size) > LONGEST * min(picture.size):
+        raise InvalidRequest(f"image may be up to {LONGEST} times as long as wide.", field=_FIELD)
     return picture
 
 
 def _decode(picture: pillow.Image) -> Image:
-    """Every pixel, turned as the camera was held (EXIF), in RGB; transparency is dropped, as diffusers does."""
+    """Every pixel, turned as the camera was held, in RGB; transparency is dropped, as diffusers does."""
     try:
-        upright = ImageOps.exif_transpose(picture).convert("RGB")
-    except (OSError, ValueError, SyntaxError, IndexError, EOFError, pillow.DecompressionBombError) as error:
+        turn = _UPRIGHT.get(picture.getexif().get(_ORIENTATION, 1))
+        upright = _in_rgb(picture) if turn is None else _in_rgb(picture).transpose(turn)
+    except (*_BROKEN, EOFError) as error:
         raise InvalidRequest(f"The image cannot be decoded ({error}); is it complete?", field=_FIELD) from None
     return Image(upright.width, upright.height, Buffer(upright.tobytes()))
+
+
+def _in_rgb(picture: pillow.Image) -> pillow.Image:
+    """Pillow would cut 16 bits off at 255 and make them white; what counts are the upper ones."""
+    if picture.mode.startswith("I"):
+        picture = pillow.fromarray((np.asarray(picture).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
+    return picture.convert("RGB")

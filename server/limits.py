@@ -92,7 +92,6 @@ def check_model(body: GenerateBody, images: int, model: ModelInfo, config: Confi
     if body.fps is not None and "num_frames" not in model.arguments:
         raise InvalidRequest(f"{model.pipeline} makes no videos, so it does not take fps; leave it out.", field="fps")
     _check_size(body, model, task.size_multiple, config)
-    _check_strength(body, task)
     if body.preview_every and not task.supports_preview:
         raise InvalidRequest(
             f"Previews are not available for {task.pipeline}; preview_every must be 0.", field="preview_every"
@@ -118,22 +117,6 @@ def _task(images: int, model: ModelInfo) -> ModelInfo | ImageTask:
     if images > 1 and not model.image_task.several_images:
         raise InvalidRequest(f"{model.image_task.pipeline} takes one image, not {images}.", field="image")
     return model.image_task
-
-
-def _check_strength(body: GenerateBody, task: ModelInfo | ImageTask) -> None:
-    """Raise ``InvalidRequest`` where a strength leaves no step to take: the pipelines only raise."""
-    parameter = task.arguments.get("strength")
-    strength = body.extra.get("strength", parameter.default if parameter is not None else None)
-    if not isinstance(strength, int | float):
-        return
-    Range(0, 1).check("extra.strength", strength)
-    default = task.arguments.get("num_inference_steps", Parameter([])).default
-    steps = body.num_inference_steps or default
-    if isinstance(steps, int) and int(steps * strength) < 1:
-        raise InvalidRequest(
-            f"A strength of {strength} leaves none of {steps} steps; raise extra.strength or num_inference_steps.",
-            field="num_inference_steps" if body.num_inference_steps else "extra.strength",
-        )
 
 
 def to_message(
@@ -246,6 +229,8 @@ def _check_extra(name: str, value: Any, task: ModelInfo | ImageTask, config: Con
         raise InvalidRequest(
             f"{field} must be of type {' or '.join(parameter.types)}, not {_type_of(value)}.", field=field
         )
+    if name == "strength" and isinstance(value, int | float):
+        Range(0, 1).check(field, value, field)
     if parameter.maximum is not None and isinstance(value, int):
         Range(1, parameter.maximum).check(field, value, field)
     if name in _SCHEDULES and isinstance(value, list):

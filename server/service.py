@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
+import functools
 import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import ParamSpec, TypeVar
 
 from ..protocol.config import Config
 from .metrics import Metrics
 from .scheduler_link import SchedulerLink
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+_DECODING_THREADS = 2
 
 
 class Service:
@@ -16,7 +26,13 @@ class Service:
         self.config = config
         self.link = link
         self.metrics = Metrics(link)
+        self._decoding = ThreadPoolExecutor(_DECODING_THREADS, thread_name_prefix="decode")
         self._started_at = time.monotonic()
+
+    async def decode(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """``function`` in one of a few threads of its own: what strangers send must hold up nothing else."""
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._decoding, functools.partial(function, *args, **kwargs))
 
     @property
     def uptime_s(self) -> float:

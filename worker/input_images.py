@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 from PIL import Image as pillow
 
 from ..protocol.errors import InvalidRequest
@@ -16,43 +16,59 @@ from .task import Task
 def image_arguments(task: Task, request: Generate) -> dict[str, Any]:
     """The image under the pipeline's own name for it, with ``width`` and ``height`` where it takes them.
 
-    What it makes is as large as the request says. Without that, pipelines that edit decide for themselves; a picture
-    that is drawn over keeps its size, if it has no more pixels than the model is made for; and a clip has as many as
-    the model is made for, in the image's proportions.
+    What it makes is as large as the request says, a single side with the other in proportion. Without that, pipelines
+    that edit decide for themselves; a picture that is drawn over keeps its size, if it has no more pixels than the
+    model is made for; and a clip has as many as the model is made for, in the image's proportions.
+
+    Raises ``InvalidRequest`` for more images than the task takes, and where too large an output would follow.
     """
     assert task.image_argument is not None, "only pipelines that take images are tried with some"
     pictures = [_picture(image) for image in request.images]
     if len(pictures) > 1 and not task.several_images:
         raise InvalidRequest(f"this model takes one image, not {len(pictures)}", field="image")
     size = _size(task, request)
-    if size is not None and "width" not in task.arguments:
+    takes_sides = "width" in task.arguments
+    if size is not None and not takes_sides:
         pictures = [picture.resize(size, pillow.Resampling.LANCZOS) for picture in pictures]
     given: dict[str, Any] = {task.image_argument: pictures if len(pictures) > 1 else pictures[0]}
-    return given if size is None or "width" not in task.arguments else given | {"width": size[0], "height": size[1]}
+    return given if size is None or not takes_sides else given | {"width": size[0], "height": size[1]}
 
 
 def _picture(image: Image) -> pillow.Image:
-    return pillow.frombytes("RGB", (image.width, image.height), bytes(image.rgb))
+    return pillow.fromarray(np.asarray(image.rgb.data).reshape(image.height, image.width, 3))
 
 
 def _size(task: Task, request: Generate) -> tuple[int, int] | None:
     """Width and height of what is to be made; ``None`` leaves them to the pipeline."""
-    sizes = task.sizes
-    if request.width is not None and request.height is not None:
-        return request.width, request.height
-    if "width" not in task.arguments and task.kind == "video":
+    given = (request.width, request.height)
+    if given == (None, None) and "strength" not in task.arguments and (task.kind == "image" or not task.sizes.width):
         return None
-    if "strength" not in task.arguments and task.kind == "image":
-        return None
-    image = request.images[0]
+    image, sizes = request.images[0], task.sizes
     limit = sizes.width * sizes.height if sizes.width and sizes.height else None
-    width, height = fitting((image.width, image.height), sizes.multiple, limit, enlarge=task.kind == "video")
-    return request.width or width, request.height or height
+    size = fitting((image.width, image.height), given, sizes.multiple, limit, enlarge=task.kind == "video")
+    if size[0] * size[1] > task.max_pixels:
+        raise InvalidRequest(
+            f"In the image's proportions the output would have {size[0]} x {size[1]} pixels, and up to "
+            f"{task.max_pixels} are allowed; give width and height.",
+            field="image",
+        )
+    return size
 
 
-def fitting(size: Sequence[int], multiple: int, limit: int | None, *, enlarge: bool) -> tuple[int, int]:
-    """``size`` in multiples of ``multiple``, with about ``limit`` pixels; smaller ones stay unless ``enlarge``."""
-    scale = math.sqrt(limit / (size[0] * size[1])) if limit else 1.0
-    scale = scale if enlarge else min(1.0, scale)
-    width, height = (max(multiple, round(side * scale / multiple) * multiple) for side in size)
+def fitting(
+    image: tuple[int, int], given: tuple[int | None, int | None], multiple: int, limit: int | None, *, enlarge: bool
+) -> tuple[int, int]:
+    """Width and height in multiples of ``multiple`` and in the proportions of ``image``, but for the sides given.
+
+    With none given, they have about ``limit`` pixels; smaller images keep their size unless ``enlarge``.
+    """
+    if given[0] is not None:
+        scale = given[0] / image[0]
+    elif given[1] is not None:
+        scale = given[1] / image[1]
+    else:
+        scale = math.sqrt(limit / (image[0] * image[1])) if limit else 1.0
+        scale = scale if enlarge else min(1.0, scale)
+    sides = (max(multiple, round(side * scale / multiple) * multiple) for side in image)
+    width, height = (own or side for own, side in zip(given, sides, strict=True))
     return width, height

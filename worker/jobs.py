@@ -28,6 +28,9 @@ log = logging.getLogger(__name__)
 
 _MEMORY_RETRY_S = 5.0
 
+_CHECKS = frozenset({"check_inputs", "check_image_input"})
+"""What pipelines and their image processors call to look at arguments; the errors are written for their caller."""
+
 _INPUT_ERRORS = (TypeError, ValueError, AttributeError, KeyError, IndexError, RuntimeError, NotImplementedError)
 
 
@@ -261,17 +264,18 @@ def _timings(job: Job) -> Timings:
 def _explain(error: BaseException, sample: SampleRun) -> SafelightError:
     """The error as its sender may see it.
 
-    Text comes through only from a pipeline's own ``check_inputs``, which is written for its caller. An error before
-    the first step of a request with ``extra`` is taken for the doing of those arguments.
+    Text comes through only from a pipeline's own checks. An error before the first step of a request with images or
+    ``extra`` is taken for their doing.
     """
     if isinstance(error, SafelightError):
         return error
     if isinstance(error, torch.OutOfMemoryError):
         return Unavailable("the replica has not enough memory for this request", retry_after_s=_MEMORY_RETRY_S)
     frames = [frame.name for frame in traceback.extract_tb(error.__traceback__)]
-    if isinstance(error, ValueError | TypeError) and "check_inputs" in frames:
+    if isinstance(error, ValueError | TypeError) and _CHECKS & set(frames):
         return InvalidRequest(f"the pipeline refuses these arguments: {error}")
-    if sample.request.extra and sample.steps == 0 and isinstance(error, _INPUT_ERRORS):
-        names = ", ".join(sorted(sample.request.extra))
-        return InvalidRequest(f"the pipeline could not use these arguments: {names}", field="extra")
+    names = (["image"] if sample.request.images else []) + sorted(sample.request.extra)
+    if names and sample.steps == 0 and isinstance(error, _INPUT_ERRORS):
+        field = "extra" if sample.request.extra else "image"
+        return InvalidRequest(f"the pipeline could not use these arguments: {', '.join(names)}", field=field)
     return Internal("generation failed; the server's log has the details under this request's id")

@@ -8,10 +8,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 from diffusers import DiffusionPipeline
+from msgspec import Meta
 
 from ..protocol.errors import StartFailed
 from .arguments import call_arguments
@@ -23,7 +24,7 @@ class Published(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """``defaults`` are arguments of the pipeline's ``__call__``; ``fps`` is the frame rate of its clips."""
 
     defaults: dict[str, Any] = {}
-    fps: int | None = None
+    fps: Annotated[int, Meta(ge=1, le=240)] | None = None
 
 
 def read_published(directory: Path, pipeline: type[DiffusionPipeline]) -> Published:
@@ -40,6 +41,13 @@ def read_published(directory: Path, pipeline: type[DiffusionPipeline]) -> Publis
         raise StartFailed(f"{file} cannot be read: {error}.") from None
     known = call_arguments(pipeline)
     for name, value in found.defaults.items():
-        if name not in known or type(value).__name__ not in known[name].types:
+        if name not in known or not _fits(value, known[name].types):
             raise StartFailed(f"{file} has the default {name} = {value!r}, which {pipeline.__name__} does not take.")
     return found
+
+
+def _fits(value: Any, types: list[str]) -> bool:
+    """Whether it is of one of the JSON ``types``, and as a number above zero."""
+    kind = type(value).__name__
+    of_type = kind in types or (kind == "int" and "float" in types)
+    return of_type and (kind not in ("int", "float") or value > 0)

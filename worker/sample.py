@@ -76,11 +76,11 @@ class SampleRun:
             given["frame_rate"] = request.fps
         if task.takes_prompt:
             given["prompt"] = request.samples[self.index].prompt
+        defaults = task.defaults
         if request.images:
-            given = {name: value for name, value in given.items() if name not in ("width", "height")}
-            given |= image_arguments(task, request)
+            defaults, given = _without_size(defaults), _without_size(given) | image_arguments(task, request)
         return {
-            **task.defaults,
+            **defaults,
             **given,
             **copy.deepcopy(request.extra),  # a pipeline may write to it
             "generator": torch.Generator("cpu").manual_seed(self.seed),
@@ -108,6 +108,11 @@ class SampleRun:
         self.steps = step.number
         self.clock.last_step = time.perf_counter()
         self._stepped(self, step)
+
+
+def _without_size(given: dict[str, Any]) -> dict[str, Any]:
+    """With images it follows from them as well."""
+    return {name: value for name, value in given.items() if name not in ("width", "height")}
 
 
 def first_output(output: BaseOutput) -> torch.Tensor:

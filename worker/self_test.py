@@ -6,6 +6,8 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from diffusers import DiffusionPipeline
+
 from ..protocol.config import Config
 from ..protocol.errors import StartFailed
 from ..protocol.messages import Batching, BatchingMode
@@ -33,11 +35,14 @@ class SelfTest:
         self._model = model
         self._config = config
         self._report = report
+        self._no_text = ""
 
     def run(self) -> Found:
         """Raises ``StartFailed`` when the pipeline does not run at all."""
         pristine = ModuleState(self._model.pipeline)
-        verdicts = [verdict for verdict in (self._text(), self._image()) if verdict is not None]
+        text = self._text()
+        pristine.restore()  # a trial may have left its traces
+        verdicts = [verdict for verdict in (text, self._image()) if verdict is not None]
         if not verdicts:
             raise StartFailed(
                 f"The pipeline {type(self._model.pipeline).__name__} was loaded but makes nothing from a prompt "
@@ -45,7 +50,7 @@ class SelfTest:
             )
         found = _together(verdicts)
         if found.mode == "serial":
-            pristine.restore()  # the test itself may have left its traces
+            pristine.restore()
             self._model.pristine = pristine
         return found
 
@@ -65,19 +70,25 @@ class SelfTest:
     def _image(self) -> Verdict | None:
         self._model.no_image = "diffusers has no pipeline for images on its components"
         for pipeline in for_images(self._model.pipeline):
-            self._model.image = new_task(pipeline, self._config, self._model.published.defaults)
-            trial = Trial(self._model, self._config, self._report, images=True)
             try:
-                verdict = trial.judge()
+                return self._try_images(pipeline)
             except DoesNotRun as error:
-                log.info("%s does not run on these components: %s", type(pipeline).__name__, error)
                 self._model.no_image = f"{type(pipeline).__name__} does not run on its components ({error})"
                 self._model.image = None
-                continue
-            self._model.image.several_images = trial.takes_several_images()
-            self._model.image.batching = Batching(verdict.mode, verdict.reason)
-            return verdict
+                log.info("%s", self._model.no_image)
         return None
+
+    def _try_images(self, pipeline: DiffusionPipeline) -> Verdict:
+        """Raises ``DoesNotRun``, also where images would take from text its shared forwards."""
+        self._model.image = image = new_task(pipeline, self._config, self._model.published.defaults)
+        trial = Trial(self._model, self._config, self._report, images=True)
+        verdict = trial.judge()
+        text = self._model.text
+        if verdict.mode == "serial" and text is not None and text.batching.mode != "serial":
+            raise DoesNotRun(f"requests with images could only run one by one: {verdict.reason}")
+        image.several_images = trial.takes_several_images()
+        image.batching = Batching(verdict.mode, verdict.reason)
+        return verdict
 
 
 def _together(verdicts: list[Verdict]) -> Found:

@@ -39,15 +39,14 @@ def find_sizes(
 ) -> Sizes:
     """Read the sizes from what the checkpoint says, the pipeline's attributes and its components' configurations."""
     multiple = _multiple(pipeline)
+    own, trained = _default_side(pipeline), _trained_side(pipeline)
     width, height = arguments.get("width"), arguments.get("height")
     if width is None or height is None:
-        return Sizes(multiple, None, None, {})
+        return Sizes(multiple, trained or own, trained or own, {})
     if published and "width" in published and "height" in published:
         return Sizes(multiple, published["width"], published["height"], {})
     if width.default is not None:
         return Sizes(multiple, width.default, height.default, {})
-    own = _default_side(pipeline)
-    trained = _trained_side(pipeline)
     if trained is not None and trained != own:
         return Sizes(multiple, trained, trained, {"width": trained, "height": trained})
     return Sizes(multiple, own, own, {})

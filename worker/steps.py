@@ -14,10 +14,14 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """The ``number``-th of ``total`` steps was taken: from ``sample`` to ``prev_sample`` by ``model_output``."""
+    """The ``number``-th of ``total`` steps was taken: from ``sample`` to ``prev_sample`` by ``model_output``.
+
+    It stands at ``index`` in the scheduler's timesteps.
+    """
 
     number: int
     total: int
+    index: int
     scheduler: SchedulerMixin
     model_output: torch.Tensor
     sample: torch.Tensor
@@ -35,10 +39,10 @@ class Step:
         if isinstance(estimate, torch.Tensor):
             return estimate
         sigmas = getattr(self.scheduler, "sigmas", None)
-        index = self.number - 1 + _skipped(self.scheduler)
         flow = type(self.scheduler).__name__.startswith("FlowMatch")
-        if flow and sigmas is not None and index < len(sigmas) - 1 and self.model_output.shape == self.sample.shape:
-            sigma: torch.Tensor = sigmas[index].to(self.sample.device)
+        alike = self.model_output.shape == self.sample.shape
+        if flow and alike and sigmas is not None and self.index < len(sigmas) - 1:
+            sigma: torch.Tensor = sigmas[self.index].to(self.sample.device)
             return self.sample - sigma * self.model_output
         return self.prev_sample
 
@@ -48,23 +52,28 @@ def watch_steps(scheduler: SchedulerMixin, seen: Callable[[Step], None]) -> None
 
     A copy that the pipeline makes of it (for a second modality, say) takes its own steps, unseen.
     """
-    number = 0
+    number = first = 0
     take_step = type(scheduler).step
 
     def step(model_output: torch.Tensor, timestep: Any, sample: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        nonlocal number
+        nonlocal number, first
+        if number == 0:
+            first = _index(scheduler, timestep)
         result = take_step(scheduler, model_output, timestep, sample, *args, **kwargs)
         number += 1
-        total = len(scheduler.timesteps) - _skipped(scheduler)
-        seen(Step(number, total, scheduler, model_output, sample, result))
+        total = len(scheduler.timesteps) - first
+        seen(Step(number, total, first + number - 1, scheduler, model_output, sample, result))
         return result
 
     _replace_step(scheduler, step)
 
 
-def _skipped(scheduler: SchedulerMixin) -> int:
-    """Steps at the front of the schedule that are not taken: going on from an image, a pipeline begins further on."""
-    return getattr(scheduler, "begin_index", None) or 0
+def _index(scheduler: SchedulerMixin, timestep: Any) -> int:
+    """Where the first step of a call stands in the schedule: going on from an image, a pipeline begins further on."""
+    if isinstance(timestep, torch.Tensor) and timestep.ndim > 0:
+        timestep = timestep.flatten()[0]
+    found = (scheduler.timesteps == timestep).nonzero()
+    return int(found[0]) if len(found) else 0
 
 
 def answer_steps(scheduler: SchedulerMixin, sample: torch.Tensor) -> None:

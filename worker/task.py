@@ -43,6 +43,7 @@ class Task:
     defaults: dict[str, Any]
     takes_prompt: bool
     image_argument: str | None
+    max_pixels: int
     output_type: Literal["pt", "np"] = "pt"
     several_images: bool = False
     supports_preview: bool = False
@@ -65,6 +66,7 @@ def new_task(pipeline: DiffusionPipeline, config: Config, published: Mapping[str
         defaults=sizes.overrides | lengths | _binning(pipeline, arguments) | own,
         takes_prompt="prompt" in inspect.signature(type(pipeline).__call__).parameters,
         image_argument=image_argument(type(pipeline)),
+        max_pixels=config.max_pixels,
     )
 
 

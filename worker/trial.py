@@ -71,11 +71,13 @@ class Trial:
         self._images = images
         self._size: dict[str, int | None] = {}
         self._last: tuple[SampleRun, Step] | None = None
+        self._first = torch.empty(0)
 
     def judge(self) -> Verdict:
         """Decide how requests share forwards, and set what the task depends on. Raises ``DoesNotRun``."""
-        self._report("self-test: requests apart")
+        self._say("apart")
         apart = self._first_runs()
+        self._first = apart[0]
         self._task.supports_preview = self._preview_matches(apart[-1])
         if self._config.batching == "serial":
             return Verdict("serial", "chosen by --batching")
@@ -83,13 +85,16 @@ class Trial:
             return Verdict(
                 "serial", "its pictures are not determined by the request's seed, so nothing can be compared"
             )
-        self._report("self-test: requests interleaved")
+        self._say("interleaved")
         if not _same(apart, self._attempt(self._hub("interleaved"))):
             return Verdict("serial", "it keeps a request's state in objects that requests share")
         if self._config.batching == "interleaved":
             return Verdict("interleaved", "chosen by --batching")
-        self._report("self-test: requests together")
+        self._say("together")
         return self._together(apart)
+
+    def _say(self, stage: str) -> None:
+        self._report(f"self-test{' with images' if self._images else ''}: requests {stage}")
 
     def _together(self, apart: list[torch.Tensor]) -> Verdict:
         hub = self._hub("merged")
@@ -202,25 +207,20 @@ class Trial:
         return torch.equal(seen.float().cpu(), picture)
 
     def takes_several_images(self) -> bool:
-        """Whether two images make one output, and not that of the first alone."""
-        request = self._request(0)
-        both = msgspec.structs.replace(request, images=[self._image(0), self._image(1)])
+        """Whether two images make one output, and not that of the first alone, which :meth:`judge` has made."""
+        both = msgspec.structs.replace(self._request(0), images=[self._image(0), self._image(1)])
+        run = SampleRun(self._model, both, 0, lambda *_: None, lambda _: None)
         self._task.several_images = True
         try:
-            first = self._alone(lambda: self._outputs(request))
-            together = self._alone(lambda: self._outputs(both))
+            made = self._alone(lambda: outputs(fork(self._task.pipeline)(**run.arguments())))
         except _SampleFailed as failed:
             log.info("two images do not make one output (%r)", failed.error)
             return False
         finally:
             self._task.several_images = False
-        if len(first) != len(together) or first[0].shape != together[0].shape:
-            return len(first) == len(together)
-        return bool((first[0] - together[0]).abs().max() > FP32_TOLERANCE)
-
-    def _outputs(self, request: Generate) -> list[torch.Tensor]:
-        run = SampleRun(self._model, request, 0, lambda *_: None, lambda _: None)
-        return outputs(fork(self._task.pipeline)(**run.arguments()))
+        if len(made) != 1 or made[0].shape != self._first.shape:
+            return len(made) == 1
+        return bool((made[0].float().cpu() - self._first).abs().max() > FP32_TOLERANCE)
 
     def _alone(self, function: Callable[[], Any]) -> Any:
         """What ``function`` returns as the only coroutine. Raises ``_SampleFailed`` with what it raised."""

@@ -2,6 +2,7 @@
 
 import math
 
+import msgspec
 import pytest
 
 from safelight.protocol.codec import Buffer
@@ -12,6 +13,7 @@ from safelight.protocol.messages import (
     Failed,
     FromWorker,
     Generate,
+    Image,
     Preview,
     Progress,
     Queued,
@@ -62,6 +64,18 @@ def test_the_queue_is_bounded_and_a_place_that_becomes_free_is_given_away_again(
     stage.worker(0, result("runs"))
     stage.server(generate("fits"))
     assert stage.sent(Queued, "fits") == [Queued("fits", 1)]
+
+
+def test_images_of_waiting_requests_are_bounded_by_their_bytes() -> None:
+    stage = Stage(config=Config(max_running=1, max_queue_mb=1))
+    image = Image(1024, 1024, Buffer(bytes(3 * 2**20)))
+    heavy = [msgspec.structs.replace(generate(name), images=[image]) for name in "abc"]
+    stage.server(*heavy, generate("light"))
+    assert [queued.request_id for queued in stage.sent(Queued)] == ["a", "b"], "one runs, and one waits"
+    assert stage.error("c") == stage.error("light") == "queue_full"
+    stage.worker(0, result("a"))
+    stage.server(generate("later"))
+    assert stage.sent(Queued, "later")
 
 
 def test_retry_after_follows_how_long_requests_take_and_is_never_below_a_second() -> None:

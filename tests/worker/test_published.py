@@ -48,6 +48,9 @@ def test_a_request_gets_what_it_leaves_out(published: Callable[[Any], Model]) ->
         ({"fps": "8"}, "cannot be read"),
         ({"defaults": {"widht": 64}}, "widht"),
         ({"defaults": {"width": "64"}}, "width = '64'"),
+        ({"defaults": {"width": -64}}, "width = -64"),
+        ({"defaults": {"num_inference_steps": 0}}, "num_inference_steps = 0"),
+        ({"fps": -8}, "cannot be read"),
     ],
 )
 def test_a_wrong_file_ends_the_start(content: Any, words: str, published: Callable[[Any], Model]) -> None:

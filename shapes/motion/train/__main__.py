@@ -17,7 +17,7 @@ from .model import TextToVelocity, new_model
 from .refine import refine, sharpen
 
 STAGES = ("vae", "latents", "flow", "export", "all")
-VAE_STEPS, REFINE_STEPS, DECODER_STEPS, FLOW_STEPS, EACH = 2400, 1800, 1000, 5400, 2
+VAE_STEPS, REFINE_STEPS, DECODER_STEPS, FLOW_STEPS, EACH = 2400, 1800, 1000, 5800, 2
 
 
 def arguments() -> argparse.ArgumentParser:

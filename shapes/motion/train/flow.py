@@ -11,7 +11,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from ...train.averaged import Averaged
 from ...train.flow import draw_sigmas
@@ -20,7 +19,8 @@ from ...train.run import Report, Run
 from ..captions import sample_caption
 from .latents import Latents
 from .model import TextToVelocity, new_model, optimizers
-from .text import roles, tokenize, tokenizer
+from .text import role_loss, tokenize, tokenizer
+from .words import teach
 
 LEARNING_RATE = 1e-3
 CLIP_TOKENS = 5 * 4 * 4
@@ -77,6 +77,8 @@ class FlowTraining:
     def __init__(self, run: Run, latents: Latents, steps: int, model: TextToVelocity, tokens: int = TOKENS) -> None:
         self._run, self._latents, self._tokens = run, latents, tokens
         self._words = tokenizer()
+        if not run.checkpoint("flow").exists():
+            teach(model, self._words, run.seed)
         self._averaged = Averaged(run, "flow", steps, model, lambda moved: optimizers(moved, LEARNING_RATE))
         self.average, self.start, self.save = self._averaged.average, self._averaged.start, self._averaged.save
 
@@ -97,7 +99,7 @@ class FlowTraining:
         with narrow(device):
             velocity, said = self._averaged.model(noisy.to(device), sigma.to(device), ids.to(device), mask.to(device))
         error = (velocity.float() - (noise - batch.clean).to(device)).square().mean(dim=1)
-        read = functional.cross_entropy(said.float().flatten(0, 1), roles(self._words, ids, mask).flatten().to(device))
+        read = role_loss(said, self._words, ids, mask)
         return (error * weights(batch).to(device)).mean() + ROLE_WEIGHT * read, error.detach().mean()
 
 

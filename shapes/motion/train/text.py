@@ -6,6 +6,7 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 from transformers import T5Tokenizer, UMT5Config, UMT5EncoderModel
 
 from ...scene import COLOURS, SHAPES
@@ -13,7 +14,7 @@ from ...train.text import TEXT_TOKENS, WIDTH, t5_tokenizer
 from ..captions import vocabulary
 from ..clip import DIRECTIONS
 
-__all__ = ["ROLES", "TEXT_TOKENS", "WIDTH", "embed", "new_umt5", "roles", "tokenize", "tokenizer"]
+__all__ = ["ROLES", "TEXT_TOKENS", "WIDTH", "embed", "new_umt5", "role_loss", "roles", "tokenize", "tokenizer"]
 
 ROLES = ("other", "colour", "shape", "direction", "background")
 """What a word of a caption can say."""
@@ -61,6 +62,12 @@ def roles(words: T5Tokenizer, ids: Tensor, mask: Tensor) -> Tensor:
     second = coloured & (coloured.cumsum(dim=1) > 1)
     found[coloured & ~second], found[second] = ROLES.index("colour"), ROLES.index("background")
     return torch.where(mask > 0, found, -100)
+
+
+def role_loss(logits: Tensor, words: T5Tokenizer, ids: Tensor, mask: Tensor) -> Tensor:
+    """The cross entropy of `logits` [B, length, 5] over `ROLES`."""
+    wanted = roles(words, ids, mask).flatten().to(logits.device)
+    return functional.cross_entropy(logits.float().flatten(0, 1), wanted)
 
 
 def _ids(words: T5Tokenizer, known: Iterable[str]) -> Tensor:
