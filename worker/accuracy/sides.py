@@ -48,7 +48,8 @@ def plain(component: Component, dtype: torch.dtype, device: torch.device) -> nn.
 
 def exact(component: Component, dtype: torch.dtype, device: torch.device, computed_in: torch.dtype) -> nn.Module:
     """The plain component with weights rounded to ``dtype``, which computes in ``computed_in``."""
-    return plain(component, dtype, device).to(computed_in)
+    # not the model's own `to`, which warns that what it keeps in fp32 is cast: here that is meant
+    return nn.Module.to(plain(component, dtype, device), computed_in)
 
 
 def _without_cache(module: nn.Module) -> nn.Module:

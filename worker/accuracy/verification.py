@@ -21,8 +21,8 @@ from ..model import find_directory, load_model
 from ..parallel.ranks import Ranks
 from ..weights.loader import CannotLoad
 from ..weights.pipeline import component_classes
+from . import memory
 from .compare import Setting, compare
-from .memory import fit_together, free, numbers
 from .policy import Case, Policy, load_policy
 from .recorded import CannotKeep, Recorded, read, write
 from .recorder import record
@@ -89,7 +89,7 @@ class Checkpoint:
 
     def _compared(self, component: Component, calls: Sequence[Recorded], case: Case) -> list[Row]:
         dtype: torch.dtype = getattr(torch, case.dtype)
-        together = fit_together(component.folder, dtype, self.device) if self.staged is None else not self.staged
+        together = memory.fit_together(component.folder, dtype, self.device) if self.staged is None else not self.staged
         setting = Setting(dtype, self.device, self.ranks, self.fused, staged=not together)
         try:
             return compare(component, calls, case, self.policy, setting)
@@ -121,8 +121,10 @@ def _shared(
 
 def _recorded(task: Task, dtype: DType, directory: Path, device: torch.device) -> list[Recorded]:
     """On ``device``, or on the CPU where the whole pipeline does not fit there."""
-    needed = getattr(torch, dtype).itemsize * sum(numbers(directory / name) for name in component_classes(directory))
-    place = device if needed < free(device) else torch.device("cpu")
+    needed = getattr(torch, dtype).itemsize * sum(
+        memory.numbers(directory / name) for name in component_classes(directory)
+    )
+    place = device if needed < memory.free(device) else torch.device("cpu")
     calls = record(load_model(Config(model=task.model, dtype=dtype), place))
     gc.collect()
     return calls

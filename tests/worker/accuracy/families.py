@@ -1,0 +1,80 @@
+"""What every rank does with the tiny families; in a module that other processes can import."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import msgspec
+import torch
+from torch import nn
+
+from safelight.protocol.config import Config
+from safelight.worker.accuracy.policy import load_policy
+from safelight.worker.accuracy.recorded import Recorded, read, write
+from safelight.worker.accuracy.recorder import record
+from safelight.worker.accuracy.report import Row
+from safelight.worker.accuracy.task import DTYPES, DType
+from safelight.worker.accuracy.verification import Checkpoint
+from safelight.worker.model import load_model
+from safelight.worker.models import family_of
+from safelight.worker.parallel.ranks import Ranks
+from safelight.worker.weights.pipeline import component_classes
+
+NAMES = (
+    "flux", "flux2", "sd3", "qwenimage", "qwenimage_edit", "zimage", "wan", "wan22", "hunyuan_video",
+    "hunyuan_video15", "ltx",
+)  # fmt: skip
+
+CPU = torch.device("cpu")
+
+Found = dict[str, list[Row]]
+"""Rows by :func:`key`."""
+
+
+def key(name: str, fused: bool, dtype: str) -> str:
+    return f"{name} {fused} {dtype}"
+
+
+def recorded(checkpoint: Path, dtype: DType) -> list[Recorded]:
+    """The pipeline's calls, made once and kept beside the checkpoint."""
+    folder = checkpoint.parent / f"{checkpoint.name}-{dtype}"
+    if not folder.exists():
+        write(record(load_model(Config(model=str(checkpoint), dtype=dtype, device="cpu"))), folder)
+    return read(folder)
+
+
+def planned(checkpoint: Path) -> dict[str, type[nn.Module]]:
+    return {name: cls for name, cls in component_classes(checkpoint).items() if family_of(cls) is not None}
+
+
+def rows(
+    ranks: Ranks,
+    checkpoint: Path,
+    components: Mapping[str, type[nn.Module]],
+    dtype: DType,
+    *,
+    fused: bool = False,
+    staged: bool | None = None,
+) -> list[Row]:
+    compared = Checkpoint(checkpoint, load_policy(), ranks, CPU, fused, staged)
+    return list(compared.rows(components, recorded(checkpoint, dtype), dtype))
+
+
+def verify_families(ranks: Ranks, checkpoints: Sequence[Path], result: Path) -> None:
+    """Write the rows of all components that are loaded otherwise than one rank alone loads them.
+
+    Alone and not fused, those are all components, as the others are loaded in one way only.
+    """
+    gc.freeze()
+    found: Found = {}
+    for checkpoint in checkpoints:
+        for fused in (False, True):
+            alone = ranks.size == 1 and not fused
+            components = component_classes(checkpoint) if alone else planned(checkpoint)
+            for dtype in DTYPES:
+                made = rows(ranks, checkpoint, components, dtype, fused=fused)
+                found[key(checkpoint.name, fused, dtype)] = made
+    if ranks.rank == 0:
+        result.write_bytes(msgspec.msgpack.encode(found))

@@ -1,0 +1,81 @@
+"""Every family's components, divided and fused, are what diffusers and transformers make of the same files."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+import msgspec
+import pytest
+import torch
+
+from safelight.tests.ranks import on_ranks
+from safelight.tests.tiny import save
+from safelight.tests.worker.accuracy import families, planted
+from safelight.tests.worker.accuracy.families import NAMES, Found
+from safelight.worker.accuracy.task import DTYPES
+
+pytestmark = pytest.mark.timeout(1800)
+"""The first case of a degree waits for all of that degree."""
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tiny: Path) -> list[Path]:
+    """All families, with their calls recorded here, once for all ranks."""
+    saved = [save(name, tiny) for name in NAMES]
+    with torch.no_grad():
+        for checkpoint in saved:
+            for dtype in DTYPES:
+                families.recorded(checkpoint, dtype)
+    return saved
+
+
+@pytest.fixture(scope="module")
+def found(checkpoints: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Found]:
+    """The rows of a degree, which is started once."""
+
+    @cache
+    def of_degree(tp: int) -> Found:
+        result = tmp_path_factory.mktemp("rows") / str(tp)
+        on_ranks(tp, families.verify_families, checkpoints, result)
+        return msgspec.msgpack.decode(result.read_bytes(), type=Found)
+
+    return of_degree
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("fused", [False, True], ids=["apart", "fused"])
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("tp", [1, 2, 4])
+def test_a_component_that_the_runtime_computes_otherwise_is_noticed(
+    tp: int, name: str, fused: bool, dtype: str, found: Callable[[int], Found], checkpoints: list[Path]
+) -> None:
+    rows = found(tp)[families.key(name, fused, dtype)]
+    assert {row.component for row in rows} >= set(families.planned(checkpoints[NAMES.index(name)]))
+    assert [row.progress for row in rows if row.status != "passed"] == []
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_no_vae_is_compared_in_one_direction_only(name: str, found: Callable[[int], Found]) -> None:
+    calls = {row.call for row in found(1)[families.key(name, False, "float32")]}
+    assert {"vae.encode", "vae.decode"} <= calls
+
+
+def test_a_second_transformer_is_not_left_out(found: Callable[[int], Found]) -> None:
+    calls = {row.call for row in found(2)[families.key("wan22", False, "float32")]}
+    assert {"transformer", "transformer_2"} <= calls
+
+
+@pytest.fixture(scope="module")
+def wrong(checkpoints: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Found:
+    result = tmp_path_factory.mktemp("planted") / "rows"
+    on_ranks(2, planted.plant, checkpoints[0].parent, result)
+    return msgspec.msgpack.decode(result.read_bytes(), type=Found)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("kind", "error"), planted.cases())
+def test_a_planted_error_is_caught(kind: str, error: str, dtype: str, wrong: Found) -> None:
+    statuses = {row.call: row.status for row in wrong[f"{kind} {error} {dtype}"]}
+    assert "failed" in statuses.values()
