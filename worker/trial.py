@@ -130,7 +130,7 @@ class Trial:
                     continue
                 if not all(_has_channels_first(picture) for picture in pictures):
                     errors.append(ValueError(f"its {output_type!r} output has the shape {tuple(pictures[0].shape)}"))
-                    continue
+                    break  # as it would have at any size
                 self._task.tried_size = size
                 return pictures
         log.info("the pipeline does not run", exc_info=errors[-1])
@@ -156,8 +156,9 @@ class Trial:
             for frames in _FRAMES if "num_frames" in takes else (0,):
                 size: dict[str, int | None] = {"width": side * multiple, "height": side * multiple}
                 found.append(size | ({"num_frames": frames} if frames else {}))
-        own_steps = [size | {"num_inference_steps": None} for size in found or [{}]]
-        return [*found, *own_steps, {}] if "num_inference_steps" in takes else [*found, {}]
+        if not found:
+            return [{}, {"num_inference_steps": None}]
+        return [*found, *(size | {"num_inference_steps": None} for size in found), {}]
 
     def _apart(self, mode: BatchingMode) -> list[torch.Tensor]:
         return [self._pictures(self._hub(mode), (index,))[0] for index in range(len(_PROMPTS))]
