@@ -133,7 +133,7 @@ class Trial:
                     continue
                 if not all(_has_channels_first(picture) for picture in pictures):
                     errors.append(ValueError(f"its {output_type!r} output has the shape {tuple(pictures[0].shape)}"))
-                    continue
+                    break  # as it would have at any size
                 self._task.tried_size = size
                 return pictures
         log.info("the pipeline does not run", exc_info=errors[-1])
@@ -153,9 +153,10 @@ class Trial:
         if self._images and self._model.text is not None:
             return [self._model.text.tried_size]
         small: list[dict[str, int | None]] = [{**size} for size in small_sizes(self._task.arguments, self._task.sizes)]
-        if "num_inference_steps" not in self._task.arguments:
-            return small
-        return [*small[:-1], *(size | {"num_inference_steps": None} for size in small)]
+        default = small.pop()
+        if not small:
+            return [default, {"num_inference_steps": None}]
+        return [*small, *(size | {"num_inference_steps": None} for size in small), default]
 
     def _apart(self, mode: BatchingMode) -> list[torch.Tensor]:
         return [self._pictures(self._hub(mode), (index,))[0] for index in range(len(_PROMPTS))]

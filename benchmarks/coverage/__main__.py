@@ -5,11 +5,8 @@ from __future__ import annotations
 import argparse
 import os
 import tempfile
+from importlib.metadata import distributions
 from pathlib import Path
-
-import diffusers
-import torch
-import transformers
 
 from ..machine import describe
 from .catalogue import exported, kind, left_out
@@ -20,6 +17,7 @@ from .row import Row
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results" / "coverage.json"
 DOCS = ROOT / "docs" / "models.md"
+LIBRARIES = ("diffusers", "transformers", "torch", "ftfy")
 
 
 def main() -> None:
@@ -58,7 +56,9 @@ def _examine(names: list[str], scratch: Path, timeout_s: float) -> None:
 
 
 def _libraries() -> dict[str, str]:
-    return {library.__name__: str(library.__version__) for library in (diffusers, transformers, torch)}
+    """Versions of what decides which pipelines there are, and which of them run."""
+    installed = {distribution.name: distribution.version for distribution in distributions()}
+    return {name: installed.get(name, "") for name in LIBRARIES}
 
 
 if __name__ == "__main__":

@@ -73,6 +73,8 @@ LEFT_OUT: dict[str, str] = {
     "StableDiffusionDiffEditPipeline": "takes latents that an earlier call has made",
     "StableDiffusionLDM3DPipeline": "makes a picture together with its depth",
     "StableDiffusionPix2PixZeroPipeline": "takes latents that an earlier call has made",
+    "VisualClozeGenerationPipeline": "takes a grid of pictures",
+    "VisualClozePipeline": "takes a grid of pictures",
     "WuerstchenDecoderPipeline": _PART,
     "WuerstchenPriorPipeline": _PART,
 }

@@ -90,3 +90,4 @@ UMT5: Changes = {"text_encoder": Other("UMT5EncoderModel")}
 CASCADING_PIXELS: Changes = PIXEL_UNET | {
     "unet": PIXEL_UNET["unet"] | {"in_channels": 6, "class_embed_type": "timestep"}
 }
+KOLORS: Changes = {"unet": SDXL_UNET | {"cross_attention_dim": 32}}

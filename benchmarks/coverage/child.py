@@ -12,9 +12,13 @@ from pathlib import Path
 import msgspec
 import torch
 
+from safelight.protocol.errors import SafelightError
+
 from .catalogue import kind
 from .examination import Examination
+from .parts import NoForm
 from .row import Row
+from .service import RequestFailed
 
 
 def examined(name: str, scratch: Path, timeout_s: float) -> Row:
@@ -51,5 +55,6 @@ def _examine(name: str, scratch: Path, answer: Path) -> None:
         Examination(row, scratch).run()
     except Exception as error:
         logging.getLogger(__name__).exception("%s ended at %s", name, row.stage)
-        row.reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        whose = "" if isinstance(error, SafelightError | NoForm | RequestFailed) else f"{type(error).__name__}: "
+        row.reason = whose + " ".join(str(error).split())
     answer.write_bytes(msgspec.json.encode(row))

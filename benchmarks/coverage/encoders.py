@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 import transformers
 from diffusers.pipelines.kandinsky import MultilingualCLIP
 from diffusers.pipelines.kandinsky.text_encoder import MCLIPConfig
+from diffusers.pipelines.kolors import ChatGLMModel
+from diffusers.pipelines.kolors.text_encoder import ChatGLMConfig
 from diffusers.pipelines.stable_diffusion import StableDiffusionSafetyChecker
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -155,6 +158,26 @@ def _qwen2_5_vl_text(tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
     return transformers.Qwen2_5_VLTextModel(config)
 
 
+def _chat_glm(tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    config = ChatGLMConfig(
+        num_layers=2,
+        padded_vocab_size=divisible(len(tokenizer)),
+        hidden_size=WIDTH,
+        ffn_hidden_size=2 * WIDTH,
+        kv_channels=8,
+        num_attention_heads=4,
+        seq_length=256,
+        multi_query_attention=True,
+        multi_query_group_num=2,
+        original_rope=True,
+    )
+    model = ChatGLMModel(config)
+    for parameter in model.parameters():
+        if parameter.ndim == 1:  # its norms leave theirs uninitialised
+            torch.nn.init.ones_(parameter)
+    return model
+
+
 def _llava(tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
     vision = clip_vision_sizes() | {"model_type": "clip_vision_model"}
     text = text_sizes(tokenizer, layers=3) | {"model_type": "llama"}
@@ -166,6 +189,7 @@ ENCODERS: dict[str, Encoder] = {
     "BertModel": _bert,
     "CLIPTextModel": text_encoders.clip,
     "CLIPTextModelWithProjection": text_encoders.projected_clip,
+    "ChatGLMModel": _chat_glm,
     "Gemma2PreTrainedModel": language_models.gemma2,
     "Gemma3ForConditionalGeneration": _gemma3,
     "GemmaPreTrainedModel": _decoder("GemmaModel", "GemmaConfig"),
@@ -212,6 +236,12 @@ def clip_vision_sizes() -> dict[str, Any]:
 
 def _siglip_sizes() -> dict[str, Any]:
     return {name: size for name, size in clip_vision_sizes().items() if name != "projection_dim"}
+
+
+def large_seeing(_: Any) -> PreTrainedModel:
+    """A CLIP vision tower for pictures of 224 pixels, to which some pipelines resize in code."""
+    config = transformers.CLIPVisionConfig(**clip_vision_sizes() | {"image_size": 224, "patch_size": 32})
+    return transformers.CLIPVisionModelWithProjection(config)
 
 
 SEEING: dict[str, Callable[[], PreTrainedModel]] = {

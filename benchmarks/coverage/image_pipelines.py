@@ -12,6 +12,7 @@ from .changes import (
     HUNYUAN_DIT,
     KANDINSKY,
     KANDINSKY_2_2,
+    KOLORS,
     PIXEL_UNET,
     SD,
     SD3,
@@ -21,6 +22,7 @@ from .changes import (
     UMT5,
     Tiny,
 )
+from .encoders import large_seeing
 from .parts import Other
 
 Changes = dict[str, Any]
@@ -30,9 +32,20 @@ SEEN_BY_WAN: Changes = {"image_encoder": ..., "image_processor": ...}
 SHIFTED: Changes = {"scheduler": {"use_dynamic_shifting": True}}
 FLUX_CONTROL: Changes = SHIFTED | {"transformer": {"in_channels": 32, "out_channels": 16}}
 MASKED_UNET: Changes = {"in_channels": 9}
+ATTENTIVE_FIRST: Changes = {
+    "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+}
 IN_BLOCK: Changes = {"pag_applied_layers": "mid"}
 XL_CONTROL: Changes = {"unet": SDXL_UNET, "controlnet": SDXL_UNET}
 WAN_SEEING: Changes = {"transformer": {"in_channels": 12, "image_dim": 32}}
+FOR_MEGAPIXELS: Changes = {
+    "block_out_channels": (4,) * 6,
+    "down_block_types": ("DownEncoderBlock2D",) * 6,
+    "up_block_types": ("UpDecoderBlock2D",) * 6,
+}
+"""An autoencoder that reduces by 32, for pipelines that enlarge every picture to a megapixel."""
+
 MASK_AND_CONDITION: Changes = {"in_channels": 288, "out_channels": 16}
 """FLUX.1 Fill: 16 packed channels of noise, 16 of the masked picture, and 8 by 8 by 4 pixels of mask."""
 
@@ -58,8 +71,8 @@ TINY: dict[str, Tiny] = {
     "FluxFillPipeline": Tiny(SHIFTED | {"transformer": MASK_AND_CONDITION}, SHORT),
     "FluxImg2ImgPipeline": Tiny(SHIFTED, SHORT),
     "FluxInpaintPipeline": Tiny(SHIFTED, SHORT),
-    "FluxKontextInpaintPipeline": Tiny(SHIFTED, SHORT),
-    "FluxKontextPipeline": Tiny(SHIFTED, SHORT),
+    "FluxKontextInpaintPipeline": Tiny(SHIFTED | {"vae": FOR_MEGAPIXELS}, SHORT),
+    "FluxKontextPipeline": Tiny(SHIFTED | {"vae": FOR_MEGAPIXELS}, SHORT),
     "HunyuanDiTControlNetPipeline": Tiny(HUNYUAN_DIT, {"use_resolution_binning": False}),
     "HunyuanImageRefinerPipeline": Tiny(
         {
@@ -81,6 +94,7 @@ TINY: dict[str, Tiny] = {
     "KandinskyInpaintCombinedPipeline": Tiny(KANDINSKY | {"unet": KANDINSKY["unet"] | MASKED_UNET}),
     "KandinskyV22Img2ImgCombinedPipeline": Tiny(KANDINSKY_2_2),
     "KandinskyV22InpaintCombinedPipeline": Tiny(KANDINSKY_2_2 | {"unet": KANDINSKY_2_2["unet"] | MASKED_UNET}),
+    "KolorsImg2ImgPipeline": Tiny(KOLORS),
     "LDMSuperResolutionPipeline": Tiny({"unet": {"in_channels": 8, "out_channels": 4}}),
     "LTX2ImageToVideoPipeline": Tiny({}, SHORT),
     "LTXImageToVideoPipeline": Tiny(SHIFTED, SHORT),
@@ -90,6 +104,7 @@ TINY: dict[str, Tiny] = {
             "scheduler": Other("FlowMatchEulerDiscreteScheduler"),
             "guider": ClassifierFreeGuidance(guidance_scale=3.0),
             "feature_extractor": ...,
+            "transformer": {"image_embed_dim": 32},
         },
         SHORT,
     ),
@@ -107,10 +122,12 @@ TINY: dict[str, Tiny] = {
             "scheduler": Other("SCMScheduler"),
             "transformer": {"guidance_embeds": True, "qk_norm": "rms_norm_across_heads"},
         },
-        SHORT | {"complex_human_instruction": None},
+        SHORT | {"complex_human_instruction": None, "num_inference_steps": 2},
     ),
     "SkyReelsV2DiffusionForcingImageToVideoPipeline": Tiny(UMT5, SHORT | {"base_num_frames": 9}),
-    "SkyReelsV2ImageToVideoPipeline": Tiny(UMT5 | SEEN_BY_WAN | WAN_SEEING, SHORT),
+    "SkyReelsV2ImageToVideoPipeline": Tiny(
+        UMT5 | WAN_SEEING | {"image_encoder": ..., "image_processor": Other("CLIPImageProcessor")}, SHORT
+    ),
     "StableDiffusion3ControlNetInpaintingPipeline": Tiny(
         SD3 | {"controlnet": {"extra_conditioning_channels": 1}}, SHORT
     ),
@@ -118,7 +135,7 @@ TINY: dict[str, Tiny] = {
     "StableDiffusion3Img2ImgPipeline": Tiny(SD3, SHORT),
     "StableDiffusion3InpaintPipeline": Tiny(SD3, SHORT),
     "StableDiffusion3PAGImg2ImgPipeline": Tiny(SD3 | {"pag_applied_layers": "blocks.1"}, SHORT),
-    "StableDiffusionAdapterPipeline": Tiny(SD),
+    "StableDiffusionAdapterPipeline": Tiny(SD | {"unet": ATTENTIVE_FIRST}),
     "StableDiffusionControlNetImg2ImgPipeline": Tiny(SD),
     "StableDiffusionControlNetInpaintPipeline": Tiny(SD),
     "StableDiffusionControlNetPAGInpaintPipeline": Tiny(SD | IN_BLOCK),
@@ -130,7 +147,7 @@ TINY: dict[str, Tiny] = {
     "StableDiffusionInpaintPipelineLegacy": Tiny(SD),
     "StableDiffusionInstructPix2PixPipeline": Tiny(SD | {"unet": {"in_channels": 8}}),
     "StableDiffusionLatentUpscalePipeline": Tiny(
-        {"unet": {"in_channels": 8, "out_channels": 5, "time_cond_proj_dim": 896}}
+        {"unet": {"in_channels": 8, "out_channels": 5, "time_cond_proj_dim": 128 + 32}}
     ),
     "StableDiffusionPAGImg2ImgPipeline": Tiny(SD | IN_BLOCK),
     "StableDiffusionPAGInpaintPipeline": Tiny(SD | IN_BLOCK | {"unet": MASKED_UNET}),
@@ -144,7 +161,7 @@ TINY: dict[str, Tiny] = {
             },
         }
     ),
-    "StableDiffusionXLAdapterPipeline": Tiny(SDXL),
+    "StableDiffusionXLAdapterPipeline": Tiny({"unet": SDXL_UNET | ATTENTIVE_FIRST}),
     "StableDiffusionXLControlNetImg2ImgPipeline": Tiny(XL_CONTROL),
     "StableDiffusionXLControlNetInpaintPipeline": Tiny(XL_CONTROL),
     "StableDiffusionXLControlNetPAGImg2ImgPipeline": Tiny(XL_CONTROL | IN_BLOCK),
@@ -165,7 +182,7 @@ TINY: dict[str, Tiny] = {
             "unet": {"class_embed_type": "projection", "projection_class_embeddings_input_dim": 64},
         }
     ),
-    "StableVideoDiffusionPipeline": Tiny(SEEN),
+    "StableVideoDiffusionPipeline": Tiny(SEEN | {"image_encoder": large_seeing}),
     "VersatileDiffusionDualGuidedPipeline": Tiny({"image_encoder": ...}),
     "VersatileDiffusionImageVariationPipeline": Tiny({"image_encoder": ...}),
     "WanImageToVideoPipeline": Tiny(SEEN_BY_WAN | WAN_SEEING, SHORT),

@@ -313,7 +313,14 @@ FORMS: dict[str, Arguments] = {
     "SD3Transformer2DModel": {**_SD3, "qk_norm": "rms_norm"},
     "SanaControlNetModel": _SANA,
     "SanaTransformer2DModel": _SANA,
-    "ZImageControlNetModel": {"control_layers_places": [0], "control_refiner_layers_places": [0], **_Z_IMAGE},
+    "ZImageControlNetModel": {
+        "control_layers_places": [0],
+        "control_refiner_layers_places": [0],
+        "dim": 96,
+        "n_refiner_layers": 1,
+        "n_heads": 4,
+        "n_kv_heads": 4,
+    },
     "ZImageTransformer2DModel": _Z_IMAGE,
 }
 """By class name."""

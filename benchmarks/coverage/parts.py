@@ -12,6 +12,7 @@ from typing import Any
 import diffusers
 from diffusers import DiffusionPipeline
 from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers
+from transformers import PreTrainedTokenizerBase
 
 from . import autoencoders, image_transformers, schedulers, unets, video_transformers
 from .encoders import ENCODERS, SEEING, Encoder
@@ -130,7 +131,7 @@ class Parts:
         own = self._tokenizers.get(_tokenizer_of(name))
         found = own or next(iter(self._tokenizers.values()), None)
         processor = found if found is not None else TOKENIZERS["Qwen2Tokenizer"]()
-        return getattr(processor, "tokenizer", processor)
+        return processor if isinstance(processor, PreTrainedTokenizerBase) else processor.tokenizer
 
 
 _LEFT_OUT = object()

@@ -75,9 +75,10 @@ def page(findings: Findings) -> str:
 HEAD = """# Models
 
 Every pipeline that diffusers exports can be served; this page says how each of them does. It is made by
-`python -m safelight.benchmarks.coverage` (diffusers {diffusers}, transformers {transformers}, torch {torch}), which
-builds a tiny form of each class with random weights, loads it as any checkpoint is loaded, lets the self-test choose
-how requests share forwards, serves requests, and compares their outputs with plain `DiffusionPipeline` calls.
+`python -m safelight.benchmarks.coverage`, which builds a tiny form of each class with random weights, loads it as any
+checkpoint is loaded, lets the self-test choose how requests share forwards, serves requests, and compares their outputs
+with plain `DiffusionPipeline` calls. Versions: diffusers {diffusers}, transformers {transformers}, torch {torch}, and
+ftfy {ftfy} from the extra `models`.
 
 - **served**: requests give files, by the same code that a worker runs.
 - **bitwise**: a request alone, or with `deterministic` among others, gives exactly the numbers of plain diffusers.

@@ -9,6 +9,7 @@ from .changes import (
     HUNYUAN_DIT,
     KANDINSKY,
     KANDINSKY_2_2,
+    KOLORS,
     ONE_TRANSFORMER,
     PIXEL_UNET,
     PLAIN_DPM,
@@ -72,6 +73,8 @@ TINY: dict[str, Tiny] = {
     "KandinskyCombinedPipeline": Tiny(KANDINSKY),
     "KandinskyV22CombinedPipeline": Tiny(KANDINSKY_2_2),
     "Kandinsky3Pipeline": Tiny(),
+    "KolorsPAGPipeline": Tiny(KOLORS | {"pag_applied_layers": "mid"}),
+    "KolorsPipeline": Tiny(KOLORS),
     "Krea2Pipeline": Tiny({"text_encoder_select_layers": (0, 1, 2)}, SHORT),
     "LDMTextToImagePipeline": Tiny(
         {

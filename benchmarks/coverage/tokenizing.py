@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import io
+import tempfile
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import sentencepiece
 import transformers
+from diffusers.pipelines.kolors import ChatGLMTokenizer
 from transformers import PreTrainedTokenizerBase
 
 from safelight.tests.tiny import tokenizers
@@ -27,10 +32,21 @@ def _xlm_roberta() -> PreTrainedTokenizerBase:
     return transformers.XLMRobertaTokenizer(vocab=[*specials, *pieces, ("<mask>", 0.0)], model_max_length=77)
 
 
+def _chat_glm() -> PreTrainedTokenizerBase:
+    pieces = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(WORDS), model_writer=pieces, vocab_size=400, model_type="bpe", byte_fallback=True
+    )
+    file = Path(tempfile.gettempdir()) / "safelight-coverage-chatglm.model"  # read again when the tokenizer is saved
+    file.write_bytes(pieces.getvalue())
+    return ChatGLMTokenizer(str(file))
+
+
 TOKENIZERS: dict[str, Tokenizer] = {
     "BertTokenizer": _bert,
     "ByT5Tokenizer": transformers.ByT5Tokenizer,
     "CLIPTokenizer": tokenizers.clip_tokenizer,
+    "ChatGLMTokenizer": _chat_glm,
     "GemmaTokenizer": tokenizers.gemma_tokenizer,
     "LlamaTokenizer": tokenizers.llama_tokenizer,
     "Qwen2Tokenizer": tokenizers.qwen2_tokenizer,

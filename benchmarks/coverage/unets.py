@@ -42,7 +42,13 @@ _CONTROLNET: Arguments = {
 
 FORMS: dict[str, Arguments] = {
     "ControlNetModel": _CONTROLNET,
-    "ControlNetUnionModel": {**_CONTROLNET, "num_trans_channel": 16, "num_trans_head": 2, "num_trans_layer": 1},
+    "ControlNetUnionModel": {
+        **_CONTROLNET,
+        "num_trans_channel": 16,
+        "num_proj_channel": 16,
+        "num_trans_head": 2,
+        "num_trans_layer": 1,
+    },
     "DreamLiteUNetModel": {
         "sample_size": 8,
         "block_out_channels": (16, 16, 32),
@@ -79,6 +85,15 @@ FORMS: dict[str, Arguments] = {
         "adapter_type": "full_adapter",
     },
     "UNet2DConditionModel": _UNET,
+    "UNet2DModel": {
+        **_LATENT,
+        "sample_size": 8,
+        "layers_per_block": 1,
+        "block_out_channels": (16, 32),
+        "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
+        "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
+        "norm_num_groups": 4,
+    },
     "UNet3DConditionModel": _UNET_3D,
     "UNetSpatioTemporalConditionModel": {
         "sample_size": 8,
