@@ -20,7 +20,7 @@ from .catalogue import PICTURES, kind
 PROMPTS = ("a red circle", "two small blue squares and a star on a white table", "a cat on the moon")
 SIDES = {"image": 64, "video": 32}
 FRAMES = 9
-OTHER_PICTURES = ("mask_image", "image_reference")
+OTHER_PICTURES = ("mask_image", "control_mask", "image_reference")
 
 
 def request(task: Task, pipeline: str, index: int) -> Generate:

@@ -26,6 +26,7 @@ from .two_ranks import parallel
 
 MISSING = {
     "mask_image": "needs a mask beside the image, which requests do not bring",
+    "control_mask": "needs a mask beside the image, which requests do not bring",
     "control_mode": "needs to be told what kind of control its image is",
     "control_image": "needs a second image to be guided by, which requests do not bring",
     "token_indices": "needs to be told which words to attend to",

@@ -85,7 +85,9 @@ TINY: dict[str, Tiny] = {
         SEEN | {"guider": ClassifierFreeGuidance(guidance_scale=3.0), "transformer": {"task_type": "i2v"}}
     ),
     "HunyuanVideoFramepackPipeline": Tiny(SEEN, SHORT),
-    "HunyuanVideoImageToVideoPipeline": Tiny({"transformer": {"in_channels": 9}}, SHORT),
+    "HunyuanVideoImageToVideoPipeline": Tiny(
+        {"transformer": {"in_channels": 9, "image_condition_type": "latent_concat"}}, SHORT
+    ),
     "I2VGenXLPipeline": Tiny(SEEN),
     "IFImg2ImgPipeline": Tiny(PIXEL_UNET),
     "IFInpaintingPipeline": Tiny(PIXEL_UNET),
@@ -95,7 +97,9 @@ TINY: dict[str, Tiny] = {
     "KandinskyV22Img2ImgCombinedPipeline": Tiny(KANDINSKY_2_2),
     "KandinskyV22InpaintCombinedPipeline": Tiny(KANDINSKY_2_2 | {"unet": KANDINSKY_2_2["unet"] | MASKED_UNET}),
     "KolorsImg2ImgPipeline": Tiny(KOLORS),
-    "LDMSuperResolutionPipeline": Tiny({"unet": {"in_channels": 8, "out_channels": 4}}),
+    "LDMSuperResolutionPipeline": Tiny(
+        {"unet": {"in_channels": 6, "out_channels": 3}, "vqvae": {"latent_channels": 3, "vq_embed_dim": 3}}
+    ),
     "LTX2ImageToVideoPipeline": Tiny({}, SHORT),
     "LTXImageToVideoPipeline": Tiny(SHIFTED, SHORT),
     "LatentConsistencyModelImg2ImgPipeline": Tiny(SD | {"unet": {"time_cond_proj_dim": 16}}),
@@ -133,7 +137,7 @@ TINY: dict[str, Tiny] = {
     ),
     "StableDiffusion3ControlNetPipeline": Tiny(SD3, SHORT),
     "StableDiffusion3Img2ImgPipeline": Tiny(SD3, SHORT),
-    "StableDiffusion3InpaintPipeline": Tiny(SD3, SHORT),
+    "StableDiffusion3InpaintPipeline": Tiny(SD3 | {"transformer": {"in_channels": 9}}, SHORT),
     "StableDiffusion3PAGImg2ImgPipeline": Tiny(SD3 | {"pag_applied_layers": "blocks.1"}, SHORT),
     "StableDiffusionAdapterPipeline": Tiny(SD | {"unet": ATTENTIVE_FIRST}),
     "StableDiffusionControlNetImg2ImgPipeline": Tiny(SD),
@@ -144,7 +148,7 @@ TINY: dict[str, Tiny] = {
     "StableDiffusionImageVariationPipeline": Tiny(SD | SEEN),
     "StableDiffusionImg2ImgPipeline": Tiny(SD),
     "StableDiffusionInpaintPipeline": Tiny(SD | {"unet": MASKED_UNET, "vae": Other("AutoencoderKL")}),
-    "StableDiffusionInpaintPipelineLegacy": Tiny(SD),
+    "StableDiffusionInpaintPipelineLegacy": Tiny(SD | {"feature_extractor": ...}),
     "StableDiffusionInstructPix2PixPipeline": Tiny(SD | {"unet": {"in_channels": 8}}),
     "StableDiffusionLatentUpscalePipeline": Tiny(
         {"unet": {"in_channels": 8, "out_channels": 5, "time_cond_proj_dim": 128 + 32}}

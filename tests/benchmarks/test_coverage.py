@@ -1,0 +1,39 @@
+"""The page of models says what was measured, and the tiny forms that it rests on can be built."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from safelight.benchmarks.coverage.build import TINY, build
+from safelight.benchmarks.coverage.catalogue import exported, left_out
+from safelight.benchmarks.coverage.report import page, read
+
+ROOT = Path(__file__).parents[2]
+FINDINGS = read(ROOT / "benchmarks" / "results" / "coverage.json")
+
+
+def test_the_page_of_models_is_what_the_results_say() -> None:
+    assert (ROOT / "docs" / "models.md").read_text() == page(FINDINGS)
+
+
+def test_every_exported_pipeline_has_a_row() -> None:
+    assert set(FINDINGS.rows) >= set(exported())
+
+
+def test_particulars_are_of_pipelines_that_are_tried() -> None:
+    assert [name for name in TINY if name not in exported() or left_out(name)] == []
+
+
+def test_a_pipeline_that_is_served_has_been_compared() -> None:
+    for row in FINDINGS.rows.values():
+        assert not row.served or (row.stage == "done" and row.mode), row.pipeline
+
+
+@pytest.mark.parametrize("name", ["StableDiffusionXLPipeline", "CogView4Pipeline", "SkyReelsV2Pipeline"])
+def test_a_tiny_form_is_small_and_has_no_silent_layer(name: str) -> None:
+    pipeline = build(name)
+    denoiser = getattr(pipeline, "transformer", None) or pipeline.unet
+    assert sum(parameter.numel() for parameter in denoiser.parameters()) < 1_000_000
+    assert all(parameter.abs().max() > 0 for parameter in denoiser.parameters())
