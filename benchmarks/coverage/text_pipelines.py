@@ -132,7 +132,6 @@ TINY: dict[str, Tiny] = {
         SD | {"unet": {"attention_type": "gated", "use_linear_projection": True}},
         {"gligen_phrases": ["a circle"], "gligen_boxes": [[0.1, 0.2, 0.6, 0.7]]},
     ),
-    "StableDiffusionLDM3DPipeline": Tiny(SD | {"vae": {"in_channels": 6, "out_channels": 6}}),
     "StableDiffusionModelEditingPipeline": Tiny(SD | {"scheduler": Other("DDIMScheduler")}),
     "StableDiffusionParadigmsPipeline": Tiny(SD | {"scheduler": Other("DDIMParallelScheduler")}),
     "StableDiffusionPAGPipeline": Tiny(SD | {"pag_applied_layers": "mid"}),
