@@ -107,4 +107,4 @@ def _worst(found: list[torch.Tensor], expected: list[torch.Tensor]) -> float:
     pairs = list(zip(found, expected, strict=True))
     if any(a.shape != b.shape for a, b in pairs):
         return 1.0
-    return max((a - b).abs().max().item() for a, b in pairs)
+    return float(torch.stack([(a - b).abs().max() for a, b in pairs]).max())  # NaN, if any is

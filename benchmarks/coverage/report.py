@@ -74,17 +74,17 @@ def page(findings: Findings) -> str:
 
 HEAD = """# Models
 
-Every pipeline that diffusers exports can be served; this page says how each of them does. It is made by
+How each pipeline that diffusers exports is served, as far as a tiny form of it could be made. The page is made by
 `python -m safelight.benchmarks.coverage`, which builds a tiny form of each class with random weights, loads it as any
 checkpoint is loaded, lets the self-test choose how requests share forwards, serves requests, and compares their outputs
-with plain `DiffusionPipeline` calls. Versions: diffusers {diffusers}, transformers {transformers}, torch {torch}, and
-ftfy {ftfy} from the extra `models`.
+with plain `DiffusionPipeline` calls. A pipeline that did not finish in time stands as one without a tiny form.
+Versions: diffusers {diffusers}, transformers {transformers}, torch {torch}, and ftfy {ftfy} from the extra `models`.
 
 - **served**: requests give files, by the same code that a worker runs.
-- **bitwise**: a request alone, or with `deterministic` among others, gives exactly the numbers of plain diffusers.
+- **bitwise**: a request with `deterministic`, among others, gives exactly the numbers of plain diffusers.
 - **merged**: calls of three different requests met in common forwards, and no value differs by more than 1e-4 from
-  plain diffusers; beside it, how many calls took how many forwards. *interleaved* pipelines take turns at every call,
-  *serial* ones run one request at a time.
+  plain diffusers; beside it, how many calls took how many forwards, and which calls run alone. *interleaved*
+  pipelines take turns at every call, *serial* ones run one request at a time.
 - **tensor-parallel**: two ranks give the same, within 1e-4.
 """
 
@@ -102,7 +102,10 @@ def _table(kind: str, rows: list[Row]) -> str:
 
 def _cells(row: Row) -> str:
     met = f"{row.calls} calls, {row.forwards} forwards" if row.merged else row.mode
-    note = "" if row.merged else _shortened(STAGES[row.stage] + row.reason)
+    if row.mode == "merged" and row.served and not row.merged:
+        met = f"differs by {row.worst:.0e}"
+    _, _, alone = row.reason.partition("; ")
+    note = _shortened(alone if row.merged else STAGES[row.stage] + row.reason)
     cells = (row.pipeline, _tick(row.served), _tick(row.bitwise), met, row.parallel, note)
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
