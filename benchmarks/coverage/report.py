@@ -78,7 +78,7 @@ How each pipeline that diffusers exports is served, as far as a tiny form of it 
 `python -m safelight.benchmarks.coverage`, which builds a tiny form of each class with random weights, loads it as any
 checkpoint is loaded, lets the self-test choose how requests share forwards, serves requests, and compares their outputs
 with plain `DiffusionPipeline` calls. A pipeline that did not finish in time stands as one without a tiny form.
-Versions: diffusers {diffusers}, transformers {transformers}, torch {torch}, and ftfy {ftfy} from the extra `models`.
+Versions: diffusers {diffusers}, transformers {transformers}, torch {torch}, ftfy {ftfy}.
 
 - **served**: requests give files, by the same code that a worker runs.
 - **bitwise**: a request with `deterministic`, among others, gives exactly the numbers of plain diffusers.
