@@ -41,7 +41,7 @@ TARGETS = {
         component="transformer",
         divided="transformer_blocks.0.attn.to_v.weight",
         square="transformer_blocks.0.attn.to_v.weight",
-        bias="transformer_blocks.0.ff.net.2.bias",
+        bias="transformer_blocks.0.norm1.linear.bias",
         output="",
     ),
     "text_encoder": Target(
