@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from typing import Generic, TypeVar
+from typing import Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from .run import Run, load, one_cycle, save
+from .run import Report, Run, load, one_cycle, save
 
 EMA_DECAY = 0.999
 
@@ -79,3 +79,38 @@ class Averaged(Generic[Model]):
         for optimizer, stored in zip(self._optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(stored)
         return int(state["step"])
+
+
+class Training(Protocol[Model]):
+    """A stage that trains a model with an average; `start` is the first step to do."""
+
+    average: Model
+    start: int
+
+    def step(self, step: int) -> float:
+        """One step of optimisation; returns the error to report."""
+        ...
+
+    @property
+    def save(self) -> Callable[[int], None]: ...
+
+
+def train_with_looks(
+    stage: str,
+    training: Training[Model],
+    steps: int,
+    look: Callable[[Model, int], str],
+    *,
+    save_every: int,
+    look_every: int,
+) -> Model:
+    """Takes the steps that are left; returns the average. `look` is shown it now and then, and at the end."""
+    report = Report(stage, training.start, steps)
+    for step in report.steps():
+        report.update(step, mse=training.step(step))
+        last = step + 1 == steps
+        if (step + 1) % save_every == 0 or last:
+            training.save(step + 1)
+        if (step + 1) % look_every == 0 or last:
+            report.note(look(training.average, step + 1))
+    return training.average

@@ -13,11 +13,11 @@ from torch import Tensor
 from transformers import CLIPTokenizer, T5Tokenizer
 
 from ..captions import Caption, sample_caption
-from .averaged import Averaged
+from .averaged import Averaged, train_with_looks
 from .latents import Latents
 from .model import TextToVelocity, new_model, optimizers
 from .narrow import narrow
-from .run import Report, Run
+from .run import Run
 from .text import TEXT_TOKENS, clip_tokenizer, t5_tokenizer
 
 LEARNING_RATE = 1e-3
@@ -120,11 +120,4 @@ def train(
 ) -> TextToVelocity:
     """Trains, or resumes, the model; returns its moving average. `look` is shown that average now and then."""
     training = FlowTraining(run, latents, steps, model or new_model(run.seed), tokens)
-    report = Report("flow", training.start, steps)
-    for step in report.steps():
-        error = training.step(step)
-        report.update(step, mse=error)
-        if (step + 1) % CHECKPOINT_EVERY == 0 or step + 1 == steps:
-            training.save(step + 1)
-            report.note(look(training.average, step + 1))
-    return training.average
+    return train_with_looks("flow", training, steps, look, save_every=CHECKPOINT_EVERY, look_every=CHECKPOINT_EVERY)

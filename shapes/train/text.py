@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import sentencepiece
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel, T5Tokenizer
@@ -152,18 +153,22 @@ def new_clip(tokenizer: CLIPTokenizer, width: int = WIDTH) -> CLIPTextModel:
 
 def new_t5(tokenizer: T5Tokenizer, width: int = WIDTH) -> T5EncoderModel:
     """An untrained T5 encoder: ids [B, L] to a sequence [B, L, width]. Padding is attended to, as FLUX does."""
-    config = T5Config(
-        vocab_size=len(tokenizer),
-        d_model=width,
-        d_kv=width // 4,
-        d_ff=2 * width,
-        num_layers=2,
-        num_heads=4,
-        dropout_rate=0.0,
-        feed_forward_proj="gated-gelu",
-        is_encoder_decoder=False,
-        use_cache=False,
-        pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-    )
-    return T5EncoderModel(config)
+    return T5EncoderModel(T5Config(**encoder_settings(tokenizer, width)))
+
+
+def encoder_settings(tokenizer: T5Tokenizer, width: int) -> dict[str, Any]:
+    """What the encoders of the T5 family have in common here: two layers, four heads."""
+    return {
+        "vocab_size": len(tokenizer),
+        "d_model": width,
+        "d_kv": width // 4,
+        "d_ff": 2 * width,
+        "num_layers": 2,
+        "num_heads": 4,
+        "dropout_rate": 0.0,
+        "feed_forward_proj": "gated-gelu",
+        "is_encoder_decoder": False,
+        "use_cache": False,
+        "pad_token_id": tokenizer.pad_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+    }

@@ -15,6 +15,8 @@ from .latents import Latents, encode_clips
 from .look import look
 from .model import TextToVelocity, new_model
 from .refine import refine, sharpen
+from .text import tokenizer
+from .words import teach
 
 STAGES = ("vae", "latents", "flow", "export", "all")
 VAE_STEPS, REFINE_STEPS, DECODER_STEPS, FLOW_STEPS, EACH = 2400, 1800, 1000, 5800, 2
@@ -59,6 +61,8 @@ def train_flow(run: Run, autoencoder: AutoencoderKLWan, latents: Latents, steps:
         return f"flow {step}: {line}"
 
     model = new_model(run.seed)
+    if not run.checkpoint("flow").exists():
+        teach(model, tokenizer(), run.seed)
     if compiled:
         model.transformer.compile_repeated_blocks()
     return flow.train(run, latents, steps, seen, model)

@@ -12,15 +12,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ...train.averaged import Averaged
+from ...train.averaged import Averaged, train_with_looks
 from ...train.flow import draw_sigmas
 from ...train.narrow import narrow
-from ...train.run import Report, Run
+from ...train.run import Run
 from ..captions import sample_caption
 from .latents import Latents
 from .model import TextToVelocity, new_model, optimizers
 from .text import role_loss, tokenize, tokenizer
-from .words import teach
 
 LEARNING_RATE = 1e-3
 CLIP_TOKENS = 5 * 4 * 4
@@ -77,8 +76,6 @@ class FlowTraining:
     def __init__(self, run: Run, latents: Latents, steps: int, model: TextToVelocity, tokens: int = TOKENS) -> None:
         self._run, self._latents, self._tokens = run, latents, tokens
         self._words = tokenizer()
-        if not run.checkpoint("flow").exists():
-            teach(model, self._words, run.seed)
         self._averaged = Averaged(run, "flow", steps, model, lambda moved: optimizers(moved, LEARNING_RATE))
         self.average, self.start, self.save = self._averaged.average, self._averaged.start, self._averaged.save
 
@@ -113,13 +110,4 @@ def train(
 ) -> TextToVelocity:
     """Trains, or resumes, the model; returns its moving average. `look` is shown that average now and then."""
     training = FlowTraining(run, latents, steps, model or new_model(run.seed), tokens)
-    report = Report("flow", training.start, steps)
-    for step in report.steps():
-        error = training.step(step)
-        report.update(step, mse=error)
-        last = step + 1 == steps
-        if (step + 1) % CHECKPOINT_EVERY == 0 or last:
-            training.save(step + 1)
-        if (step + 1) % LOOK_EVERY == 0 or last:
-            report.note(look(training.average, step + 1))
-    return training.average
+    return train_with_looks("flow", training, steps, look, save_every=CHECKPOINT_EVERY, look_every=LOOK_EVERY)

@@ -10,7 +10,7 @@ from torch.nn import functional
 from transformers import T5Tokenizer, UMT5Config, UMT5EncoderModel
 
 from ...scene import COLOURS, SHAPES
-from ...train.text import TEXT_TOKENS, WIDTH, t5_tokenizer
+from ...train.text import TEXT_TOKENS, WIDTH, encoder_settings, t5_tokenizer
 from ..captions import vocabulary
 from ..clip import DIRECTIONS
 
@@ -27,21 +27,7 @@ def tokenizer() -> T5Tokenizer:
 
 def new_umt5(words: T5Tokenizer, width: int = WIDTH) -> UMT5EncoderModel:
     """An untrained UMT5 encoder: ids [B, L] with their mask to a sequence [B, L, width]."""
-    config = UMT5Config(
-        vocab_size=len(words),
-        d_model=width,
-        d_kv=width // 4,
-        d_ff=2 * width,
-        num_layers=2,
-        num_heads=4,
-        dropout_rate=0.0,
-        feed_forward_proj="gated-gelu",
-        is_encoder_decoder=False,
-        use_cache=False,
-        pad_token_id=words.pad_token_id,
-        eos_token_id=words.eos_token_id,
-    )
-    return UMT5EncoderModel(config)
+    return UMT5EncoderModel(UMT5Config(**encoder_settings(words, width)))
 
 
 def tokenize(words: T5Tokenizer, texts: list[str], length: int) -> tuple[Tensor, Tensor]:
