@@ -2,8 +2,8 @@
 
 ``python -m safelight.benchmarks.parallel`` makes a random FLUX.1 and a random Wan transformer, of a size for CPUs, or
 with ``--full`` of their real sizes in bfloat16, for CUDA. Each degree loads them through the layout in processes of
-their own, one rank each, and takes steps with the same input. Written to ``benchmarks/results/parallel.json`` and
-``parallel.md``.
+their own, one rank each, and takes steps with the same input; the median of several rounds counts. Written to
+``benchmarks/results/parallel.json`` and ``parallel.md``.
 """
 
 from __future__ import annotations
@@ -182,9 +182,15 @@ def measure(name: str, folder: Path, tp: int, options: argparse.Namespace) -> li
     return [json.loads(output.splitlines()[-1]) for output in outputs]
 
 
-def row(name: str, tp: int, size: int, found: list[dict[str, Any]], alone: float) -> dict[str, Any]:
+def seconds_a_step(rounds: list[list[dict[str, Any]]]) -> float:
+    """Of the slowest rank, in the round between the others."""
+    return statistics.median(max(rank["seconds_a_step"] for rank in ranks) for ranks in rounds)
+
+
+def row(name: str, tp: int, size: int, rounds: list[list[dict[str, Any]]], alone: float) -> dict[str, Any]:
+    found = rounds[0]
     held = max(rank["held"] for rank in found)
-    seconds = max(rank["seconds_a_step"] for rank in found)
+    seconds = seconds_a_step(rounds)
     return {
         "model": name,
         "tp": tp,
@@ -220,6 +226,7 @@ def main() -> None:
     parser.add_argument("--full", action="store_true", help="the real sizes, on CUDA, a GPU for each rank")
     parser.add_argument("--degrees", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--rounds", type=int, default=5, help="of which the median counts")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads, divided among the ranks")
     for name in ("case", "folder", "store"):
         parser.add_argument(f"--{name}", help=argparse.SUPPRESS)
@@ -235,10 +242,12 @@ def main() -> None:
         for name, case in cases(options.full).items():
             folder = Path(directory) / name
             size = save(case, folder)
-            alone = 0.0
-            for tp in options.degrees:
-                ranks = measure(name, folder, tp, options)
-                alone = alone or max(rank["seconds_a_step"] for rank in ranks)
+            rounds: dict[int, list[list[dict[str, Any]]]] = {tp: [] for tp in options.degrees}
+            for _ in range(options.rounds):  # in turn, so that what else the machine does slows all of them
+                for tp, ranks in rounds.items():
+                    ranks.append(measure(name, folder, tp, options))
+            alone = seconds_a_step(rounds[options.degrees[0]])
+            for tp, ranks in rounds.items():
                 found["rows"].append(row(name, tp, size, ranks, alone))
                 print(found["rows"][-1], flush=True)
     RESULTS.mkdir(exist_ok=True)

@@ -28,7 +28,7 @@ LONGEST = 32
 """How many times as long as wide an image may be."""
 
 _FIELD = "image"
-_DATA_URI = re.compile(r"data:(?P<type>[^;,]*)(;[^;,]*)*;base64,", re.IGNORECASE)
+_DATA_URI = re.compile(r"data:[^;,]*(;[^;,]*)*;base64,", re.IGNORECASE)
 _ADDRESS = re.compile(r"[a-z][a-z0-9+.-]*://", re.IGNORECASE)
 _SPACES = dict.fromkeys(map(ord, " \t\r\n"))
 

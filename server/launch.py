@@ -17,12 +17,12 @@ from collections.abc import Callable, Sequence
 from types import FrameType
 from typing import NoReturn
 
+from ..protocol.checkpoint import check_model
 from ..protocol.config import ChildConfig, Config
 from ..protocol.errors import StartFailed, Unavailable
 from ..protocol.logs import configure_logging
 from ..protocol.messages import ModelInfo, Status
 from .app import create_app
-from .checkpoint import check_model
 from .flags import read_config
 from .http_server import HttpServer, listen, url_of
 from .scheduler_link import SchedulerLink

@@ -45,7 +45,9 @@ class Boundary:
         if isinstance(value, nn.Module) and not isinstance(value, _CONTAINERS):
             return Boundary(value, f"{self._path}.{name}", self._crossing)
         if inspect.ismethod(value) and value.__self__ is self._module:
-            return partial(self._call_method, name, value)
+            method = partial(self._call_method, name, value)
+            vars(method)["__wrapped__"] = value  # some pipelines look at a method's signature
+            return method
         return value
 
     def __setattr__(self, name: str, value: Any) -> None:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import logging
-from collections.abc import Iterator
 from typing import Any
 
 import diffusers
@@ -15,8 +13,6 @@ from diffusers.pipelines.auto_pipeline import (
     AUTO_TEXT2IMAGE_PIPELINES_MAPPING,
     AUTO_TEXT2VIDEO_PIPELINES_MAPPING,
 )
-
-log = logging.getLogger(__name__)
 
 _MAPPINGS: tuple[tuple[dict[str, Any], dict[str, Any]], ...] = (
     (AUTO_TEXT2IMAGE_PIPELINES_MAPPING, AUTO_IMAGE2IMAGE_PIPELINES_MAPPING),
@@ -64,15 +60,33 @@ def needs_image(pipeline: type[DiffusionPipeline]) -> bool:
     return name is not None and _is_required(_call(pipeline)[name])
 
 
-def for_images(pipeline: DiffusionPipeline) -> Iterator[DiffusionPipeline]:
-    """The pipeline itself when it takes images, or else those that may do on its components, the likeliest first."""
-    if takes_image(type(pipeline)):
-        yield pipeline
-        return
-    for cls in _partners(type(pipeline)):
-        built = _on_components(cls, pipeline)
-        if built is not None:
-            yield built
+class DoesNotFit(Exception):
+    """A pipeline cannot be made from the components that there are; the message says why."""
+
+
+def for_images(cls: type[DiffusionPipeline]) -> list[type[DiffusionPipeline]]:
+    """``cls`` itself when it takes images, or else those that may do on its components, the likeliest first."""
+    return [cls] if takes_image(cls) else _partners(cls)
+
+
+def on_components(cls: type[DiffusionPipeline], pipeline: DiffusionPipeline) -> DiffusionPipeline:
+    """A pipeline of ``cls`` that shares every component and setting of ``pipeline``, or is it.
+
+    Raises ``DoesNotFit``.
+    """
+    if type(pipeline) is cls:
+        return pipeline
+    known = {**pipeline.config, **pipeline.components}
+    given: dict[str, Any] = {}
+    for name, parameter in list(inspect.signature(cls.__init__).parameters.items())[1:]:
+        if name in known:
+            given[name] = known[name]
+        elif _is_required(parameter):
+            raise DoesNotFit(f"{cls.__name__} needs {name}, which the model does not have")
+    try:
+        return cls(**given)
+    except Exception as error:  # a constructor that was not written for these components
+        raise DoesNotFit(f"{cls.__name__} cannot be made from its components ({error!r})") from error
 
 
 def _partners(cls: type[DiffusionPipeline]) -> list[type[DiffusionPipeline]]:
@@ -85,19 +99,6 @@ def _partners(cls: type[DiffusionPipeline]) -> list[type[DiffusionPipeline]]:
 def _is_required(parameter: inspect.Parameter) -> bool:
     variadic = parameter.kind in (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
     return parameter.default is inspect.Parameter.empty and not variadic
-
-
-def _on_components(cls: type[DiffusionPipeline], pipeline: DiffusionPipeline) -> DiffusionPipeline | None:
-    """A pipeline of ``cls`` that shares every component and setting; ``None`` where it needs one that is not there."""
-    known = {**pipeline.config, **pipeline.components}
-    given: dict[str, Any] = {}
-    for name, parameter in list(inspect.signature(cls.__init__).parameters.items())[1:]:
-        if name in known:
-            given[name] = known[name]
-        elif _is_required(parameter):
-            log.info("%s needs %s, which the model does not have", cls.__name__, name)
-            return None
-    return cls(**given)
 
 
 def _call(pipeline: type[DiffusionPipeline]) -> Any:  # Any: mappingproxy of parameters

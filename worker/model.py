@@ -11,11 +11,9 @@ from pathlib import Path
 
 import torch
 from diffusers import DiffusionPipeline
-from diffusers.utils import logging as diffusers_logging
 from safetensors import safe_open
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.utils import logging as transformers_logging
 
 from ..protocol.config import Config
 from ..protocol.errors import InvalidRequest, StartFailed
@@ -28,7 +26,7 @@ from .sizes import DENOISERS
 from .task import Task, new_task
 from .weights.layout import Layout
 from .weights.loader import CannotLoad
-from .weights.pipeline import load_known_components
+from .weights.pipeline import load_pipeline
 
 log = logging.getLogger(__name__)
 
@@ -132,8 +130,6 @@ def load_model(config: Config, device: torch.device | None = None, ranks: Ranks 
     Raises ``StartFailed`` with one sentence for the operator when the checkpoint cannot be loaded.
     """
     device = device or find_device(config)
-    diffusers_logging.disable_progress_bar()
-    transformers_logging.disable_progress_bar()
     path = str(resolve_model(config.model))
     directory, pipeline, dtype, layouts = _load_pipeline(path, config, device, ranks)
     _forget_caches(pipeline)
@@ -153,34 +149,36 @@ def load_model(config: Config, device: torch.device | None = None, ranks: Ranks 
 def _load_pipeline(
     path: str, config: Config, device: torch.device, ranks: Ranks
 ) -> tuple[Path, DiffusionPipeline, torch.dtype, dict[str, Layout]]:
+    directory = find_directory(path)
     try:
-        directory = find_directory(path)
         dtype = _dtype(config, device, directory)
-        # a whole model as diffusers loads it: where its weights lie in memory decides the last bits of its products
-        fused = config.fuse_projections
-        own = load_known_components(directory, dtype, device, ranks, fused=fused) if fused or ranks.size > 1 else {}
-        modules = {name: loaded.module for name, loaded in own.items()}
-        pipeline = DiffusionPipeline.from_pretrained(directory, dtype=dtype, use_safetensors=True, **modules).to(device)
-        layouts = {
-            name: own[name].layout if name in own else Layout.whole(part)
-            for name, part in pipeline.components.items()
-            if isinstance(part, nn.Module)
-        }
+        pipeline, layouts = load_pipeline(directory, dtype, device, ranks, fused=config.fuse_projections)
         return directory, pipeline, dtype, layouts
     except CannotLoad as error:
         raise StartFailed(f"The model {path} could not be loaded: {error}.") from error
     except Exception as error:  # the libraries raise errors of every kind; each ends this start, with its own words
-        log.exception("loading %s failed", path)
-        what = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise StartFailed(
-            f"The model {path} could not be loaded as a diffusers pipeline ({type(error).__name__}: {what}); "
-            "check that `DiffusionPipeline.from_pretrained` loads it from safetensors files."
-        ) from error
+        raise _cannot_load(path, error) from error
 
 
 def find_directory(path: str) -> Path:
-    """The checkpoint's directory, downloaded first where ``path`` is a hub id."""
-    return Path(path if Path(path).is_dir() else DiffusionPipeline.download(path, use_safetensors=True))
+    """The directory of the pipeline, downloaded first where ``path`` is a hub id. Raises ``StartFailed``."""
+    if Path(path).is_dir():
+        if not (Path(path) / "model_index.json").is_file():
+            raise StartFailed(f"The model {path} is no diffusers pipeline: the directory has no model_index.json.")
+        return Path(path)
+    try:
+        return Path(DiffusionPipeline.download(path, use_safetensors=True))
+    except Exception as error:
+        raise _cannot_load(path, error) from error
+
+
+def _cannot_load(path: str, error: Exception) -> StartFailed:
+    log.error("loading %s failed", path, exc_info=error)
+    what = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return StartFailed(
+        f"The model {path} could not be loaded as a diffusers pipeline ({type(error).__name__}: {what}); "
+        "check that `DiffusionPipeline.from_pretrained` loads it from safetensors files."
+    )
 
 
 def find_device(config: Config, replica: int = 0, rank: int = 0) -> torch.device:

@@ -11,7 +11,7 @@ from diffusers import DiffusionPipeline
 from ..protocol.config import Config
 from ..protocol.errors import StartFailed
 from ..protocol.messages import Batching, BatchingMode
-from .image_pipelines import for_images, needs_image
+from .image_pipelines import DoesNotFit, for_images, needs_image, on_components
 from .model import Model
 from .module_state import ModuleState
 from .task import new_task
@@ -69,13 +69,15 @@ class SelfTest:
 
     def _image(self) -> Verdict | None:
         self._model.no_image = "diffusers has no pipeline for images on its components"
-        for pipeline in for_images(self._model.pipeline):
+        for cls in for_images(type(self._model.pipeline)):
             try:
-                return self._try_images(pipeline)
+                return self._try_images(on_components(cls, self._model.pipeline))
+            except DoesNotFit as error:
+                self._model.no_image = str(error)
             except DoesNotRun as error:
-                self._model.no_image = f"{type(pipeline).__name__} does not run on its components ({error})"
+                self._model.no_image = f"{cls.__name__} does not run on its components ({error})"
                 self._model.image = None
-                log.info("%s", self._model.no_image)
+            log.info("%s", self._model.no_image)
         return None
 
     def _try_images(self, pipeline: DiffusionPipeline) -> Verdict:

@@ -219,9 +219,11 @@ class Trial:
             return False
         finally:
             self._task.several_images = False
-        if len(made) != 1 or made[0].shape != self._first.shape:
-            return len(made) == 1
-        return bool((made[0].float().cpu() - self._first).abs().max() > FP32_TOLERANCE)
+        if len(made) != 1:
+            return False
+        return made[0].shape != self._first.shape or bool(
+            (made[0].float().cpu() - self._first).abs().max() > FP32_TOLERANCE
+        )
 
     def _alone(self, function: Callable[[], Any]) -> Any:
         """What ``function`` returns as the only coroutine. Raises ``_SampleFailed`` with what it raised."""

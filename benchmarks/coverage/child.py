@@ -50,9 +50,8 @@ def _examine(name: str, scratch: Path, answer: Path) -> None:
     torch.set_num_threads(1)
     torch.set_grad_enabled(False)
     row = Row(name, kind(name))
-    answer.write_bytes(msgspec.json.encode(row))
     try:
-        Examination(row, scratch).run()
+        Examination(row, scratch, lambda noted: answer.write_bytes(msgspec.json.encode(noted))).run()
     except Exception as error:
         logging.getLogger(__name__).exception("%s ended at %s", name, row.stage)
         whose = "" if isinstance(error, SafelightError | NoForm | RequestFailed) else f"{type(error).__name__}: "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from safelight.worker.task import Task
 from .asking import PROMPTS, directly, request
 from .build import build
 from .catalogue import arguments
-from .row import Row
+from .row import Row, Stage
 from .service import Service
 from .two_ranks import parallel
 
@@ -37,40 +38,48 @@ MISSING = {
 
 
 class Examination:
-    """Fills ``row``, whose stage says where it stands when something is raised. ``scratch`` is for the checkpoint."""
+    """Fills ``row``, whose stage says where it stands when something is raised. ``scratch`` is for the checkpoint.
 
-    def __init__(self, row: Row, scratch: Path) -> None:
+    ``note`` is given the row whenever a stage begins.
+    """
+
+    def __init__(self, row: Row, scratch: Path, note: Callable[[Row], object]) -> None:
         self._row = row
+        self._note = note
         self._config = Config(model=str(scratch / row.pipeline), device="cpu")
 
     def run(self) -> None:
         """Go through all stages."""
         build(self._row.pipeline).save_pretrained(self._config.model)
-        self._row.stage = "load"
+        self._enter("load")
         model = load_model(self._config)
         plain = DiffusionPipeline.from_pretrained(self._config.model)
         plain.set_progress_bar_config(disable=True)
         found = self._tested(model, plain)
         task = self._task(model)
         requests = [request(task, self._row.pipeline, index) for index in range(len(PROMPTS))]
-        self._row.stage = "diffusers"
+        self._enter("diffusers")
         expected = [first_output(plain(**_arguments(model, asked))).float() for asked in requests]
-        self._row.stage = "serve"
+        self._enter("serve")
         self._row.mode = "serial" if found.mode == "serial" else task.batching.mode
         self._row.reason = task.batching.reason
         self._serve(Service(model, found, self._config), requests, expected)
-        self._row.stage = "done"
+        self._enter("done")
         self._row.parallel = parallel(plain, self._config.model, _arguments(model, requests[0]), expected[0])
+
+    def _enter(self, stage: Stage) -> None:
+        self._row.stage = stage
+        self._note(self._row)
 
     def _tested(self, model: Model, plain: DiffusionPipeline) -> Found:
         """The self-test's findings. Where it finds nothing, plain diffusers shows whose fault that is."""
-        self._row.stage = "serve"
+        self._enter("serve")
         try:
             return SelfTest(model, self._config).run()
         except StartFailed:
-            self._row.stage = "diffusers"
+            self._enter("diffusers")
             plain(**directly(plain, self._row.pipeline))
-            self._row.stage = "serve"
+            self._enter("serve")
             missing = [why for name, why in MISSING.items() if name in arguments(self._row.pipeline)]
             if missing:
                 raise StartFailed(missing[0]) from None

@@ -77,7 +77,7 @@ HEAD = """# Models
 How each pipeline that diffusers exports is served, as far as a tiny form of it could be made. The page is made by
 `python -m safelight.benchmarks.coverage`, which builds a tiny form of each class with random weights, loads it as any
 checkpoint is loaded, lets the self-test choose how requests share forwards, serves requests, and compares their outputs
-with plain `DiffusionPipeline` calls. A pipeline that did not finish in time stands as one without a tiny form.
+with plain `DiffusionPipeline` calls.
 Versions: diffusers {diffusers}, transformers {transformers}, torch {torch}, ftfy {ftfy}.
 
 - **served**: requests give files, by the same code that a worker runs.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,16 +12,9 @@ from safelight.tests.live import LiveServer
 
 from .asking import ask, ask_together, body, load_plain, picture, plain, stats
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 FAMILIES = ["flux", "sd3", "zimage", "qwenimage", "wan", "ltx", "sdxl", "pixart", "sana"]
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """As many threads as the server's worker has: the sums of a matrix product depend on it."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

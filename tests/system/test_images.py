@@ -23,6 +23,8 @@ from safelight.worker.input_images import fitting
 
 from .asking import ask, ask_together, load_plain, picture
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 PARTNERS = {
     "flux": ("FluxImg2ImgPipeline", {"num_inference_steps": 4, "extra": {"strength": 0.75, "max_sequence_length": 64}}),
     "sd15": ("StableDiffusionImg2ImgPipeline", {"num_inference_steps": 4, "extra": {"strength": 0.75}}),
@@ -33,15 +35,6 @@ PARTNERS = {
     ),
 }
 """Families that make something from text, with the pipeline that diffusers has for images on their components."""
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """As many threads as the server's worker has: the sums of a matrix product depend on it."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def drawing(seed: int = 0, size: tuple[int, int] = (64, 64)) -> Image.Image:

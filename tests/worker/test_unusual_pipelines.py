@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 
+import diffusers
 import pytest
 
 from safelight.benchmarks.coverage.build import build
 from safelight.protocol.config import Config
 from safelight.worker.model import Model, load_model
 from safelight.worker.self_test import SelfTest
+
+INITIALISE = diffusers.StableDiffusionImg2ImgPipeline.__init__
 
 
 @pytest.fixture
@@ -58,3 +62,15 @@ def test_a_vision_model_s_processor_says_nothing_of_sizes(tmp_path: Path) -> Non
     build("WanImageToVideoPipeline").save_pretrained(tmp_path)
     model = load_model(Config(model=str(tmp_path), device="cpu"))
     assert model.main.sizes.multiple == 16
+
+
+def test_a_pipeline_for_images_that_cannot_be_made_does_not_end_the_one_for_text(
+    tested: Callable[[str], Model], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise RuntimeError("it wants another encoder")
+
+    monkeypatch.setattr(diffusers.StableDiffusionImg2ImgPipeline, "__init__", functools.wraps(INITIALISE)(refuse))
+    model = tested("StableDiffusionPipeline")
+    assert model.text is not None
+    assert (model.image, "it wants another encoder" in model.no_image) == (None, True)

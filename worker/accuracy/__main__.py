@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 import msgspec
 
+from ...protocol.checkpoint import check_model
 from ...protocol.errors import StartFailed
 from .flags import read_flags, task_of
 from .policy import load_policy
@@ -23,6 +24,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     flags = read_flags(sys.argv[1:] if arguments is None else arguments)
     try:
         load_policy(flags.policy)
+        check_model(flags.model)
         with tempfile.TemporaryDirectory(prefix="safelight-verify-", ignore_cleanup_errors=True) as directory:
             report = _run(task_of(flags, directory))
     except StartFailed as failed:
@@ -30,6 +32,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return NOT_COMPARED
     except KeyboardInterrupt:
         return INTERRUPTED
+    if not report.compared:
+        print("Nothing was compared: the policy skips all of it.", file=sys.stderr)
+        return NOT_COMPARED
     if flags.report is not None:
         report.write(flags.report)
     print(report.to_json() if flags.json else report.to_markdown(), end="")

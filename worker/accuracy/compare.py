@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import gc
+import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 import torch
@@ -15,7 +16,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from ..parallel.ranks import Ranks
-from .measures import ShapesDiffer, distance
+from .measures import distance
 from .policy import Case, Policy
 from .recorded import Recorded
 from .report import Distance, Row
@@ -24,8 +25,11 @@ from .sides import Component, exact, plain, runtime
 SEED = 0
 """Of the random numbers that a component draws in a call, the same for both sides."""
 
-Outputs = dict[str, list[torch.Tensor]]
-"""By the name of the call: every floating-point tensor that the calls of that name returned, in fp64 on the CPU."""
+Output = list[torch.Tensor]
+"""One of the floating-point tensors that a call returns, of each call with the same name, in fp64 on the CPU."""
+
+Outputs = dict[str, list[Output]]
+"""By the name of the call."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,10 +53,9 @@ def compare(component: Component, calls: Sequence[Recorded], case: Case, policy:
     if ranks.rank != 0:
         return []
     theirs = sides.outputs(partial(plain, component, dtype, device))
-    reference, computed_in = theirs, dtype
+    reference = theirs
     if dtype is not torch.float32:
-        computed_in = torch.float32 if policy.needs_fp32_reference(case) else torch.float64
-        reference = sides.outputs(partial(exact, component, dtype, device, computed_in), computed_in)
+        reference = sides.outputs(partial(exact, component, dtype, device), torch.float64)
     held.clear()
     _release(device)
     blank = Row(call="", component=component.name, cls=case.cls, dtype=case.dtype, status="passed")
@@ -81,7 +84,11 @@ class _Sides:
         module = load()
         found: Outputs = {}
         for call in self.calls:
-            found.setdefault(call.name, []).extend(_run(module, call, self.device, widened))
+            outputs = found.setdefault(call.name, [])
+            for index, tensor in enumerate(_run(module, call, self.device, widened)):
+                if index == len(outputs):
+                    outputs.append([])
+                outputs[index].append(tensor)
         if self.held is not None:
             self.held.append(module)
         del module
@@ -109,36 +116,50 @@ def _parameters(leaf: Any) -> Any:
 
 
 def _of_all_ranks(outputs: Outputs, ranks: Ranks, device: torch.device) -> list[Outputs]:
-    """Every rank's outputs, on every rank."""
-    gathered = {name: [ranks.gather(tensor.to(device)) for tensor in tensors] for name, tensors in outputs.items()}
-    return [
-        {name: [parts[rank].cpu() for parts in tensors] for name, tensors in gathered.items()}
-        for rank in range(ranks.size)
-    ]
+    """Every rank's outputs, on every rank; none where their shapes differ."""
+    leaves, spec = pytree.tree_flatten(outputs)
+    form = f"{[tuple(leaf.shape) for leaf in leaves]} {spec}"
+    digest = torch.tensor(list(hashlib.sha256(form.encode()).digest()), dtype=torch.uint8, device=device)
+    if not all(torch.equal(digest, other) for other in ranks.gather(digest)):
+        return []
+    gathered = [ranks.gather(leaf.to(device)) for leaf in leaves]
+    return [pytree.tree_unflatten([parts[rank].cpu() for parts in gathered], spec) for rank in range(ranks.size)]
 
 
 def _row(
     blank: Row,
-    of_ranks: list[list[torch.Tensor]],
-    plain_outputs: list[torch.Tensor] | None,
-    reference: list[torch.Tensor],
+    of_ranks: Sequence[Sequence[Output]],
+    plain_outputs: Sequence[Output] | None,
+    reference: Sequence[Output],
     policy: Policy,
 ) -> Row:
+    """``blank`` with the worst of what is found in any output of any rank."""
+    if (fault := _not_comparable(of_ranks, reference)) is not None:
+        return msgspec.structs.replace(blank, status="failed", note=fault)
+    found: list[tuple[str, Distance, Distance | None]] = []
+    for index, wanted in enumerate(reference):
+        beside = None if plain_outputs is None else distance(plain_outputs[index], wanted)
+        for outputs in of_ranks:
+            one = distance(outputs[index], wanted)
+            found.append((policy.fault(one, beside) or "", one, beside))
+    fault, worst, beside = max(found, key=lambda one: (one[0] != "", one[1].relative_l2))
+    status: Literal["failed", "passed"] = "failed" if fault else "passed"
+    return msgspec.structs.replace(blank, status=status, note=fault, runtime=worst, plain=beside)
+
+
+def _not_comparable(of_ranks: Sequence[Sequence[Output]], reference: Sequence[Output]) -> str | None:
+    """Why the outputs cannot be held against the reference, in a few words; ``None`` where they can."""
+    if not of_ranks:
+        return "the ranks return outputs of unlike shapes"
     if not reference:
-        return msgspec.structs.replace(blank, status="failed", note="it returns no floating-point tensor")
-    try:
-        worst = max((distance(outputs, reference) for outputs in of_ranks), key=_farness)
-    except ShapesDiffer as error:
-        return msgspec.structs.replace(blank, status="failed", note=str(error))
-    beside = None if plain_outputs is None else distance(plain_outputs, reference)
-    fault = policy.fault(worst, beside)
-    return msgspec.structs.replace(
-        blank, status="failed" if fault else "passed", note=fault or "", runtime=worst, plain=beside
-    )
-
-
-def _farness(found: Distance) -> float:
-    return found.relative_l2
+        return "it returns no floating-point tensor"
+    tensors, wanted = pytree.tree_leaves(of_ranks[0]), pytree.tree_leaves(reference)
+    if len(tensors) != len(wanted):
+        return f"{len(tensors)} tensors beside {len(wanted)}"
+    if not all(tensor.isfinite().all() for tensor in wanted):
+        return "the reference has NaN or Inf"
+    pairs = ((tuple(one.shape), tuple(other.shape)) for one, other in zip(tensors, wanted, strict=True))
+    return next((f"an output of shape {one} beside {other}" for one, other in pairs if one != other), None)
 
 
 def _release(device: torch.device) -> None:

@@ -10,28 +10,19 @@ import torch
 from .report import Distance
 
 
-class ShapesDiffer(Exception):
-    """The outputs are not the reference's in number or shape."""
-
-
 def distance(outputs: Sequence[torch.Tensor], references: Sequence[torch.Tensor]) -> Distance:
-    """Computed in fp64. Raises ``ShapesDiffer``; at least one number must be there."""
-    if len(outputs) != len(references):
-        raise ShapesDiffer(f"{len(outputs)} tensors beside {len(references)}")
-    for found, wanted in zip(outputs, references, strict=True):
-        if found.shape != wanted.shape:
-            raise ShapesDiffer(f"an output of shape {tuple(found.shape)} beside {tuple(wanted.shape)}")
-    pairs = [(a.double().flatten(), b.double().flatten()) for a, b in zip(outputs, references, strict=True)]
-    if not all(bool(torch.isfinite(a).all() and torch.isfinite(b).all()) for a, b in pairs):
+    """Computed in fp64, over all pairs together; each has one shape, and at least one number is there."""
+    found, wanted = (torch.cat([tensor.double().flatten() for tensor in side]) for side in (outputs, references))
+    if not bool(torch.isfinite(found).all() and torch.isfinite(wanted).all()):
         nowhere = {"cosine": math.nan, "bias": math.nan}
         return Distance(relative_l2=math.inf, max_abs=math.inf, rms=math.inf, finite=False, **nowhere)
-    differences = torch.cat([a - b for a, b in pairs])
+    difference = found - wanted
     return Distance(
-        cosine=min(_cosine(a, b) for a, b in pairs),
-        relative_l2=max(_relative_l2(a, b) for a, b in pairs),
-        max_abs=float(differences.abs().max()),
-        rms=float(differences.square().mean().sqrt()),
-        bias=float(differences.mean()),
+        cosine=_cosine(found, wanted),
+        relative_l2=float(difference.norm()) / (float(wanted.norm()) or 1.0),
+        max_abs=float(difference.abs().max()),
+        rms=float(difference.square().mean().sqrt()),
+        bias=float(difference.mean()),
         finite=True,
     )
 
@@ -39,8 +30,3 @@ def distance(outputs: Sequence[torch.Tensor], references: Sequence[torch.Tensor]
 def _cosine(found: torch.Tensor, wanted: torch.Tensor) -> float:
     both = float(found.norm() * wanted.norm())
     return float(found @ wanted) / both if both else 1.0
-
-
-def _relative_l2(found: torch.Tensor, wanted: torch.Tensor) -> float:
-    """Absolute where the reference is zero."""
-    return float((found - wanted).norm()) / (float(wanted.norm()) or 1.0)

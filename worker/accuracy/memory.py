@@ -28,7 +28,12 @@ def bytes_together(folder: Path, dtype: torch.dtype) -> int:
 
 
 def fit_together(folder: Path, dtype: torch.dtype, device: torch.device) -> bool:
-    return bytes_together(folder, dtype) <= _RESERVE * free(device)
+    return fits(bytes_together(folder, dtype), device)
+
+
+def fits(weights: int, device: torch.device) -> bool:
+    """Whether so many bytes of weights leave room for their activations."""
+    return weights <= _RESERVE * free(device)
 
 
 def free(device: torch.device) -> float:

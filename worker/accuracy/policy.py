@@ -78,13 +78,9 @@ class Policy(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     float32: Float32
     low_precision: LowPrecision
     skips: Sequence[Exemption] = ()
-    fp32_references: Sequence[Exemption] = ()
 
     def skip(self, case: Case) -> Exemption | None:
         return next((one for one in self.skips if one.holds(case)), None)
-
-    def needs_fp32_reference(self, case: Case) -> bool:
-        return any(one.holds(case) for one in self.fp32_references)
 
     def fault(self, runtime: Distance, plain: Distance | None) -> str | None:
         """What is wrong with the runtime's outputs, in a few words; ``None`` when nothing is.
@@ -94,6 +90,8 @@ class Policy(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         """
         if not runtime.finite:
             return "NaN or Inf"
+        if plain is not None and not plain.finite:
+            return "NaN or Inf in the plain component, so there is nothing to hold against"
         if plain is None:
             most = self.float32.relative_l2
             return None if runtime.relative_l2 <= most else f"relative L2 {runtime.relative_l2:.1e} above {most:.0e}"
@@ -107,8 +105,11 @@ class Policy(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         ):
             if ours > limits.error_ratio * theirs:
                 return f"{words} {ours:.2e} above {limits.error_ratio} times the plain component's {theirs:.2e}"
-        if abs(runtime.bias) > limits.bias * runtime.rms:
-            return f"bias {runtime.bias:.2e} above {limits.bias} of the RMS error {runtime.rms:.2e}"
+        if abs(runtime.bias) > max(limits.bias * runtime.rms, limits.error_ratio * abs(plain.bias)):
+            return (
+                f"bias {runtime.bias:.2e} above {limits.bias} of the RMS error {runtime.rms:.2e}, "
+                f"and above {limits.error_ratio} times the plain component's {plain.bias:.2e}"
+            )
         return None
 
 

@@ -12,7 +12,7 @@ from typing import Self
 
 import msgspec
 
-from .task import Task
+from .task import MISSES_ANOTHER, Task
 
 _PROGRAM = (sys.executable, "-P", "-m", f"{__package__}.rank")
 """``-P``: what lies in the current folder does not take the place of installed modules."""
@@ -59,13 +59,14 @@ class RankProcesses:
         """Wait for all to do their task, or for the first that does not: its task and its exit status."""
         while True:
             statuses = [process.poll() for process in self._processes]
-            failed = [pair for pair in zip(self.tasks, statuses, strict=True) if pair[1]]
-            if failed:
-                # one that says why comes before those that only miss it
-                task, status = min(failed, key=lambda pair: not pair[0].failure.exists())
-                return task, status or 0
+            failed = [(task, status) for task, status in zip(self.tasks, statuses, strict=True) if status]
+            causes = [
+                pair for pair in failed if pair[1] != MISSES_ANOTHER
+            ]  # those that miss one end before it, or after
+            if causes:
+                return causes[0]
             if None not in statuses:
-                return None
+                return failed[0] if failed else None
             time.sleep(_LOOK_S)
 
 

@@ -10,10 +10,7 @@ import msgspec
 
 from ...protocol.child import read_child
 from ...protocol.errors import StartFailed
-from .task import Task
-
-CANNOT_START = 2
-"""Exit status of a rank that has said in its failure file why it cannot do its task."""
+from .task import CANNOT_START, MISSES_ANOTHER, Task
 
 _TIMEOUT_S = 3600.0
 """For a collective: the others wait in one while rank 0 computes references, which takes long in fp64."""
@@ -34,15 +31,18 @@ def _run(task: Task) -> int:
 
     from ...protocol.config import Config
     from ..model import find_device
-    from ..parallel.ranks import join, leave
+    from ..parallel.ranks import RankLost, join, leave
     from .verification import verify
 
     gc.freeze()  # what the libraries made: collections between the cases need not go through it
     torch.set_num_threads(max(1, torch.get_num_threads() // task.tp))
     torch.set_grad_enabled(False)
     device = find_device(Config(device=task.device, tp=task.tp), 0, task.rank)
-    ranks = join(task.rank, task.tp, task.meeting_place, device, _TIMEOUT_S)
-    report = verify(task, ranks, device, lambda row: print(row.progress, file=sys.stderr, flush=True))
+    try:
+        ranks = join(task.rank, task.tp, task.meeting_place, device, _TIMEOUT_S)
+        report = verify(task, ranks, device, lambda row: print(row.progress, file=sys.stderr, flush=True))
+    except RankLost:
+        return MISSES_ANOTHER
     if task.rank == 0:
         task.report.write_bytes(msgspec.msgpack.encode(report))
     leave(ranks)

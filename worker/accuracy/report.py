@@ -9,10 +9,9 @@ import msgspec
 
 
 class Distance(msgspec.Struct, frozen=True, kw_only=True):
-    """Of outputs from a reference. ``rms`` and ``bias`` are the root mean square and the mean of the differences.
+    """Of an output from a reference. ``rms`` and ``bias`` are the root mean square and the mean of the differences.
 
-    Of several tensors ``cosine`` and ``relative_l2`` are the worst tensor's, the others are of all numbers together.
-    What is not finite has infinite distances.
+    ``relative_l2`` is absolute where the reference is zero. What is not finite has infinite distances.
     """
 
     cosine: float
@@ -26,9 +25,9 @@ class Distance(msgspec.Struct, frozen=True, kw_only=True):
 class Row(msgspec.Struct, frozen=True, kw_only=True):
     """One kind of call of one component in one precision.
 
-    ``runtime`` is the distance of the runtime's outputs, on the rank where it is largest: in fp32 from the plain
-    component's, in lower precision from the fp64 reference's, of which ``plain`` is the plain component's distance.
-    ``note`` says what is wrong, or why the case was skipped. ``staged``: one side at a time was in memory.
+    ``runtime`` is the distance of the output that is worst, of all that the call returns on all ranks: in fp32 from the
+    plain component's, in lower precision from the fp64 reference's, of which ``plain`` is the plain component's
+    distance. ``note`` says what is wrong, or why the case was skipped. ``staged``: one side at a time was in memory.
     """
 
     call: str
@@ -61,6 +60,11 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def passed(self) -> bool:
         return all(row.status != "failed" for row in self.rows)
+
+    @property
+    def compared(self) -> bool:
+        """Whether anything was; not where the policy skips all that was asked for."""
+        return any(row.status != "skipped" for row in self.rows)
 
     def to_json(self) -> str:
         fields = {"passed": self.passed, **msgspec.to_builtins(self)}

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from ..model import forget_cache
 from ..parallel.ranks import Ranks
-from ..weights.pipeline import load_known_components
+from ..weights.pipeline import load_pipeline
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,27 +29,23 @@ class Component:
 
 
 def runtime(component: Component, dtype: torch.dtype, device: torch.device, ranks: Ranks, *, fused: bool) -> nn.Module:
-    """What a replica has, by the way that :func:`..model.load_model` takes. Raises ``CannotLoad``."""
-    if fused or ranks.size > 1:
-        own = load_known_components(component.directory, dtype, device, ranks, fused=fused, only=(component.name,)).get(
-            component.name
-        )
-        if own is not None:
-            return _without_cache(own.module)
-    return plain(component, dtype, device)
+    """What a replica has, loaded as :func:`..model.load_model` does. Raises ``CannotLoad``."""
+    pipeline, _ = load_pipeline(component.directory, dtype, device, ranks, fused=fused, only=component.name)
+    module: nn.Module = getattr(pipeline, component.name)
+    return _without_cache(module)
 
 
 def plain(component: Component, dtype: torch.dtype, device: torch.device) -> nn.Module:
-    """What diffusers or transformers make of the checkpoint."""
+    """What diffusers or transformers make of the component's own files."""
     cls: Any = component.cls
     module: nn.Module = cls.from_pretrained(component.folder, dtype=dtype, use_safetensors=True)
     return _without_cache(module.to(device).eval())
 
 
-def exact(component: Component, dtype: torch.dtype, device: torch.device, computed_in: torch.dtype) -> nn.Module:
-    """The plain component with weights rounded to ``dtype``, which computes in ``computed_in``."""
+def exact(component: Component, dtype: torch.dtype, device: torch.device) -> nn.Module:
+    """The plain component with weights rounded to ``dtype``, which computes in fp64."""
     # not the model's own `to`, which warns that what it keeps in fp32 is cast: here that is meant
-    return nn.Module.to(plain(component, dtype, device), computed_in)
+    return nn.Module.to(plain(component, dtype, device), torch.float64)
 
 
 def _without_cache(module: nn.Module) -> nn.Module:

@@ -11,6 +11,10 @@ DType = Literal["float32", "bfloat16"]
 DTYPES: tuple[DType, ...] = ("float32", "bfloat16")
 
 
+CANNOT_START, MISSES_ANOTHER = 2, 4
+"""Exit statuses of a rank: it said in its failure file why it cannot do its task; another one is gone."""
+
+
 class Task(msgspec.Struct, frozen=True, kw_only=True):
     """``components`` empty: all. ``staged`` ``None``: where both sides would not fit into memory together.
 

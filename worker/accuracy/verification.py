@@ -124,7 +124,7 @@ def _recorded(task: Task, dtype: DType, directory: Path, device: torch.device) -
     needed = getattr(torch, dtype).itemsize * sum(
         memory.numbers(directory / name) for name in component_classes(directory)
     )
-    place = device if needed < memory.free(device) else torch.device("cpu")
+    place = device if memory.fits(needed, device) else torch.device("cpu")
     calls = record(load_model(Config(model=task.model, dtype=dtype), place))
     gc.collect()
     return calls

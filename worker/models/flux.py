@@ -5,7 +5,7 @@ from __future__ import annotations
 from diffusers import FluxTransformer2DModel
 
 from ..parallel.plan import Family
-from .common import ADDED_QKV, QKV, modulation
+from .blocks import ADDED_QKV, QKV, modulation
 
 FAMILIES = {
     "FluxTransformer2DModel": Family(

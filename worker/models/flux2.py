@@ -5,7 +5,7 @@ from __future__ import annotations
 from diffusers import Flux2Transformer2DModel
 
 from ..parallel.plan import Family
-from .common import ADDED_QKV, QKV, modulation
+from .blocks import ADDED_QKV, QKV, modulation
 
 FAMILIES = {
     "Flux2Transformer2DModel": Family(

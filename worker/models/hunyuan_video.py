@@ -5,7 +5,7 @@ from __future__ import annotations
 from diffusers.hooks.tensor_parallel import PackedRowwiseParallel
 
 from ..parallel.plan import Family
-from .common import ADDED_QKV, QKV, attention, feed_forward, modulation
+from .blocks import ADDED_QKV, QKV, attention, feed_forward, modulation
 
 _BLOCK, _SINGLE = "transformer_blocks.*", "single_transformer_blocks.*"
 _REFINER = "context_embedder.token_refiner.refiner_blocks.*"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..parallel.plan import Family
-from .common import ADDED_QKV, QKV, attention, feed_forward, modulation
+from .blocks import ADDED_QKV, QKV, attention, feed_forward, modulation
 
 _BLOCK = "transformer_blocks.*"
 

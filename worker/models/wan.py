@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..parallel.plan import Family, Style
-from .common import QKV, attention, feed_forward, modulation
+from .blocks import QKV, attention, feed_forward, modulation
 
 _SELF, _CROSS = "blocks.*.attn1", "blocks.*.attn2"
 _NORMS: dict[str, Style] = {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..parallel.plan import Family, Style
-from .common import QKV, attention, modulation
+from .blocks import QKV, attention, modulation
 
 _BLOCKS = tuple(f"{name}.*" for name in ("layers", "noise_refiner", "context_refiner", "siglip_refiner"))
 

@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from .layers import AcrossHeadsRMSNorm, GatheredColumnLinear, RowParallelLinear, VocabularyParallelEmbedding
-from .plan import ACROSS_HEADS, COLWISE, GATHERED, SPLIT_OUTPUT, Family, Shard, Style, matching, resolve
+from .plan import ACROSS_HEADS, COLWISE, GATHERED, SPLIT_OUTPUT, CannotDivide, Family, Shard, Style, matching, resolve
 from .ranks import Ranks
 
 
@@ -57,7 +57,7 @@ def _become_parallel(part: nn.Module, style: Style, ranks: Ranks) -> None:
         elif style != COLWISE and not isinstance(style, PackedColwiseParallel):
             _change_class(part, RowParallelLinear, nn.Linear, ranks)
     else:
-        raise TypeError(f"a {type(part).__name__} cannot be divided as {style!r}")
+        raise CannotDivide(f"a {type(part).__name__} cannot be divided as {style!r}")
 
 
 def _own_part(output: Any, ranks: Ranks) -> Any:
@@ -66,6 +66,6 @@ def _own_part(output: Any, ranks: Ranks) -> Any:
 
 def _change_class(part: nn.Module, parallel: type[nn.Module], plain: type[nn.Module], ranks: Ranks) -> None:
     if type(part) is not plain:
-        raise TypeError(f"a {type(part).__name__} is no plain {plain.__name__}")
+        raise CannotDivide(f"a {type(part).__name__} is no plain {plain.__name__}")
     part.__class__ = parallel
     vars(part)["ranks"] = ranks

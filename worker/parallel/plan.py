@@ -28,6 +28,10 @@ COLWISE, GATHERED = "colwise", "colwise_gather_output"
 ACROSS_HEADS, SPLIT_OUTPUT = "across_heads", "split_output"
 
 
+class CannotDivide(Exception):
+    """A module is not what the plan for its class was written for; a sentence says where."""
+
+
 @dataclass(frozen=True)
 class Family:
     """What tensor parallelism and fusing need to know of a model class. Patterns are dotted paths, ``*`` one name.
@@ -99,7 +103,9 @@ def _blocks(part: nn.Module, style: Style, attribute: str, total: int) -> tuple[
     if isinstance(style, str):
         return (total,)
     parts: Any = style.blocks if style.blocks is not None else getattr(part, attribute)
-    unit = total // sum(parts)
+    unit, rest = divmod(total, sum(parts))
+    if rest:
+        raise CannotDivide(f"a {type(part).__name__} with {total} features has no blocks of the sizes {parts}")
     return tuple(unit * block for block in parts)
 
 

@@ -20,7 +20,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 from ..parallel.divide import divide
-from ..parallel.plan import Family, Shard, degrees, shards
+from ..parallel.plan import CannotDivide, Family, Shard, degrees, shards
 from ..parallel.ranks import ALONE, Ranks
 from .files import WeightFiles
 from .fuse import fuse
@@ -58,10 +58,13 @@ def load_component(
     Raises ``CannotLoad`` where tensors are missing, too many or of another shape, and where the model cannot be
     divided among ``ranks``.
     """
-    module = _make(cls, folder, dtype)
+    module = make(cls, folder, dtype)
     with WeightFiles(folder) as files:
         names = _names(module, files)
-        layout = _arrange(module, names, family, ranks, fused)
+        try:
+            layout = _arrange(module, names, family, ranks, fused)
+        except CannotDivide as error:
+            raise CannotLoad(str(error)) from error
         _materialise(module, dtype, device)
         for name, _ in names:
             try:
@@ -75,10 +78,10 @@ def load_component(
 
 def possible_degrees(cls: type[nn.Module], folder: Path, family: Family) -> set[int]:
     """The tensor-parallel degrees that divide the component in ``folder``."""
-    return set(degrees(_make(cls, folder, torch.float32), family))
+    return set(degrees(make(cls, folder, torch.float32), family))
 
 
-def _make(cls: type[nn.Module], folder: Path, dtype: torch.dtype) -> nn.Module:
+def make(cls: type[nn.Module], folder: Path, dtype: torch.dtype) -> nn.Module:
     """The module with parameters that have no memory, and buffers that have their values."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)

@@ -1,4 +1,4 @@
-"""The components of a checkpoint that go through the layout on their way into memory."""
+"""The components of a checkpoint on their way into memory, through the layout where they are divided or fused."""
 
 from __future__ import annotations
 
@@ -7,15 +7,57 @@ import json
 from collections.abc import Container
 from pathlib import Path
 
+import diffusers
 import torch
+from diffusers import DiffusionPipeline
+from diffusers.utils import logging as diffusers_logging
 from torch import nn
+from transformers.utils import logging as transformers_logging
 
 from ..models import family_of
 from ..parallel.ranks import Ranks
 from ..sizes import DENOISERS
-from .loader import CannotLoad, Loaded, WrongDegree, load_component, possible_degrees
+from .layout import Layout
+from .loader import CannotLoad, Loaded, WrongDegree, load_component, make, possible_degrees
 
 _LIBRARIES = ("diffusers", "transformers")
+
+
+def load_pipeline(
+    directory: Path,
+    dtype: torch.dtype,
+    device: torch.device,
+    ranks: Ranks,
+    *,
+    fused: bool,
+    only: str | None = None,
+) -> tuple[DiffusionPipeline, dict[str, Layout]]:
+    """The pipeline in ``directory`` on ``device``, or this rank's part of it, and the layouts of its components.
+
+    With ``only`` it has that one of its components with weights, and the others are ``None``. Raises ``CannotLoad``,
+    and whatever ``from_pretrained`` does.
+    """
+    diffusers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()
+    names = None if only is None else (only,)
+    # a whole model as diffusers loads it: where its weights lie in memory decides the last bits of its products
+    divided = fused or ranks.size > 1
+    own = load_known_components(directory, dtype, device, ranks, fused=fused, only=names) if divided else {}
+    left_out = {
+        name: make(cls, directory / name, dtype)  # without memory: constructors ask for their configurations
+        for name, cls in component_classes(directory).items()
+        if names and name not in names
+    }
+    modules = {name: loaded.module for name, loaded in own.items()} | left_out
+    pipeline = DiffusionPipeline.from_pretrained(directory, dtype=dtype, use_safetensors=True, **modules)
+    pipeline.register_modules(**dict.fromkeys(left_out))
+    pipeline.to(device)
+    layouts = {
+        name: own[name].layout if name in own else Layout.whole(part)
+        for name, part in pipeline.components.items()
+        if isinstance(part, nn.Module)
+    }
+    return pipeline, layouts
 
 
 def load_known_components(
@@ -52,12 +94,17 @@ def load_known_components(
 
 
 def component_classes(directory: Path) -> dict[str, type[nn.Module]]:
-    """The classes of the components with weights that ``model_index.json`` names, of diffusers and transformers."""
+    """The classes of the components with weights that ``model_index.json`` names.
+
+    They are of diffusers, of transformers, or of a pipeline's own module in diffusers.
+    """
     index = json.loads((directory / "model_index.json").read_text())
     found: dict[str, type[nn.Module]] = {}
     for name, entry in index.items():
-        if isinstance(entry, list) and len(entry) == 2 and entry[0] in _LIBRARIES:
-            cls = getattr(importlib.import_module(entry[0]), str(entry[1]), None)
+        if isinstance(entry, list) and len(entry) == 2 and all(isinstance(part, str) for part in entry):
+            library, class_name = entry
+            home = importlib.import_module(library) if library in _LIBRARIES else None
+            cls = getattr(home or getattr(diffusers.pipelines, library, None), class_name, None)
             if isinstance(cls, type) and issubclass(cls, nn.Module):
                 found[name] = cls
     return found

@@ -85,17 +85,40 @@ def output_times_two(module: nn.Module, target: Target, ranks: Ranks) -> None:
     module.get_submodule(target.output).register_forward_hook(lambda _, args, out: pytree.tree_map(double, out))
 
 
+def on_one_rank_alone(module: nn.Module, target: Target, ranks: Ranks) -> None:
+    if ranks.rank == 1:
+        output_times_two(module, target, ranks)
+
+
+def last_output_scaled(module: nn.Module, target: Target, ranks: Ranks) -> None:
+    """One of many tensors; the text encoder returns all its hidden states, and the last of them last."""
+
+    def scale(output: Any) -> Any:
+        leaves, spec = pytree.tree_flatten(output)
+        return pytree.tree_unflatten([*leaves[:-1], leaves[-1] * 1.5], spec)
+
+    module.register_forward_hook(lambda _, args, out: scale(out))
+
+
 Error = Callable[[nn.Module, Target, Ranks], None]
 
 ERRORS: dict[str, Error] = {
-    function.__name__: function for function in (swapped_shard, transposed_block, missing_bias, output_times_two)
-}
+    function.__name__: function
+    for function in (
+        swapped_shard, transposed_block, missing_bias, output_times_two, on_one_rank_alone, last_output_scaled,
+    )
+}  # fmt: skip
 
 
 def cases() -> list[tuple[str, str]]:
     """Kind of component and name of the error."""
     every = [(kind, error) for kind in TARGETS for error in ERRORS]
-    return [case for case in every if case != ("vae", "swapped_shard")]  # every rank has all of it
+    vae_is_whole_on_every_rank = ("vae", "swapped_shard")
+    return [
+        (kind, error)
+        for kind, error in every
+        if (kind, error) != vae_is_whole_on_every_rank and (error != "last_output_scaled" or kind == "text_encoder")
+    ]
 
 
 def plant(ranks: Ranks, folder: Path, result: Path) -> None:

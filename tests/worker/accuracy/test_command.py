@@ -17,6 +17,7 @@ import pytest
 
 PROGRAM = (sys.executable, "-P", "-c", "from safelight.client.cli import main; main()", "verify")
 TIMEOUT_S = 280
+LIMITS = "[float32]\nrelative_l2 = 1e-5\n[low_precision]\nerror_ratio = 1.5\nbias = 0.25\n"
 
 
 def verify(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
@@ -41,7 +42,7 @@ def test_the_report_is_json_on_standard_output_and_both_files(flux: Path, tmp_pa
 def test_a_fault_is_status_1_and_in_the_table(flux: Path, tmp_path: Path) -> None:
     policy = tmp_path / "policy.toml"
     skip = '[[skips]]\ncomponent = "vae"\nreason = "only the encoders count here"\nuntil = "torch>=99"\n'
-    policy.write_text(f"[float32]\nrelative_l2 = 1e-30\n[low_precision]\nerror_ratio = 1.5\nbias = 0.25\n{skip}")
+    policy.write_text(LIMITS.replace("1e-5", "1e-30") + skip)
     chosen = ("--component", "text_encoder_2", "--component", "vae", "--dtype", "float32")
     run = verify(flux, "--fuse-projections", "--tp", "2", *chosen, "--policy", policy)
     assert run.returncode == 1, run.stderr
@@ -57,16 +58,27 @@ def test_a_fault_is_status_1_and_in_the_table(flux: Path, tmp_path: Path) -> Non
         (("--policy", "nothing.toml"), "The policy nothing.toml cannot be used"),
         (("--dtype", "int8"), "invalid choice: 'int8'"),
         (("--tp", "0"), "'0' is no number from 1 to 64"),
+        (("--dtype", "float32", "--policy", "SKIPS"), "Nothing was compared: the policy skips all of it."),
     ],
 )
 def test_what_cannot_be_compared_is_status_2_and_one_sentence(
-    arguments: tuple[str, ...], sentence: str, flux: Path
+    arguments: tuple[str, ...], sentence: str, flux: Path, tmp_path: Path
 ) -> None:
-    run = verify(flux, *arguments)
+    skips = tmp_path / "skips.toml"
+    skips.write_text(f'{LIMITS}[[skips]]\ndtype = "float32"\nreason = "nothing is wanted"\nuntil = "torch>=99"\n')
+    run = verify(flux, *(skips if argument == "SKIPS" else argument for argument in arguments))
     assert run.returncode == 2, run.stderr
     assert sentence in run.stderr.strip().splitlines()[-1]
     assert "Traceback" not in run.stderr
     assert run.stdout == ""
+
+
+def test_a_path_without_a_model_is_status_2_and_one_sentence(tmp_path: Path) -> None:
+    for path, sentence in ((tmp_path / "nothing", "does not exist"), (tmp_path, "has no model_index.json")):
+        run = verify(path)
+        assert (run.returncode, run.stdout) == (2, "")
+        assert sentence in run.stderr
+        assert len(run.stderr.splitlines()) == 1
 
 
 @contextmanager
@@ -99,6 +111,9 @@ def test_no_rank_outlives_a_command_that_is_interrupted_or_killed(
     number: signal.Signals, flux: Path, tmp_path: Path
 ) -> None:
     with running(flux, tmp_path) as (command, ranks):
+        assert command.stderr is not None
+        while "passed" not in command.stderr.readline():  # a comparison was made, and the next one is under way
+            assert command.poll() is None
         command.send_signal(number)
         command.communicate(timeout=60)
     assert command.returncode == (130 if number == signal.SIGINT else -number)

@@ -58,6 +58,36 @@ def test_a_nan_is_a_fault_and_named(flux: Path) -> None:
     assert found["vae.encode"].status == "passed"
 
 
+@pytest.mark.parametrize(("spread", "measure"), [(1.0, "bias"), (1e-4, "largest error")])
+def test_an_error_that_only_one_measure_shows_is_caught(spread: float, measure: str, flux: Path) -> None:
+    """Half of plain's RMS error, added to every number; and twice its largest error, added to very few."""
+    (row,) = (row for row in vae_rows(flux) if row.call == "vae.decode")
+    assert row.plain is not None
+    added = row.plain.rms / 2 if spread == 1.0 else row.plain.max_abs * 2
+
+    def wrong(output: torch.Tensor) -> torch.Tensor:
+        numbers = output.float().flatten()
+        numbers[: max(1, int(len(numbers) * spread))] += added
+        return numbers.view_as(output)
+
+    with altered(lambda module: module.decoder.register_forward_hook(lambda _, args, output: wrong(output))):
+        (row,) = (row for row in vae_rows(flux) if row.call == "vae.decode")
+    assert (row.status, row.note.startswith(measure)) == ("failed", True), row.note
+
+
+def test_a_reference_that_is_not_finite_is_a_fault_and_said_to_be_the_reference(flux: Path) -> None:
+    load = compare.plain
+
+    def infinite(*args: Any) -> nn.Module:
+        module = load(*args)
+        module.get_parameter("decoder.conv_out.bias").fill_(torch.inf)
+        return module
+
+    with patch.object(compare, "plain", infinite):
+        found = {row.call: row for row in rows(ALONE, flux, chosen(component_classes(flux), VAE), "float32")}
+    assert (found["vae.decode"].status, found["vae.decode"].note) == ("failed", "the reference has NaN or Inf")
+
+
 def test_outputs_of_another_shape_are_a_fault_and_no_crash(flux: Path) -> None:
     with altered(lambda module: setattr(module.decoder, "conv_act", nn.AvgPool2d(2))):
         found = {row.call: row for row in vae_rows(flux)}

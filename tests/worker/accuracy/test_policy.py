@@ -75,6 +75,7 @@ def distance(**given: float | bool) -> Distance:
         (distance(relative_l2=1e-5), None, None),
         (distance(relative_l2=1.1e-5), None, "relative L2"),
         (distance(finite=False), None, "NaN"),
+        (distance(rms=1), distance(finite=False), "NaN or Inf in the plain component"),
         (distance(rms=1.5, max_abs=1.5, bias=0.375), distance(rms=1, max_abs=1), None),
         (distance(rms=1.6, max_abs=1), distance(rms=1, max_abs=1), "RMS error"),
         (distance(rms=1, max_abs=1.6), distance(rms=1, max_abs=1), "largest error"),

@@ -9,8 +9,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ..protocol.errors import StartFailed
-from ..protocol.models import resolve_model
+from .errors import StartFailed
+from .models import resolve_model
 
 _LIBRARIES = ("diffusers", "transformers")
 _WITHOUT_WEIGHTS = (

@@ -1,4 +1,4 @@
-"""What several plans have in common."""
+"""Attention, feed-forward layers and modulations, as several plans divide them."""
 
 from __future__ import annotations
 

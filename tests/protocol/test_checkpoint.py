@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from safelight.protocol.checkpoint import check_directory, check_model
 from safelight.protocol.errors import StartFailed
 from safelight.protocol.models import resolve_model
-from safelight.server.checkpoint import check_directory, check_model
 
 INDEX = {
     "_class_name": "FluxPipeline",
