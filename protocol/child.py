@@ -16,7 +16,7 @@ _STDIN = 0
 
 class _WithDirectory(Protocol):
     @property
-    def directory(self) -> str: ...
+    def directories(self) -> list[str]: ...
 
 
 _Child = TypeVar("_Child", bound=_WithDirectory)
@@ -33,10 +33,10 @@ def read_child_config() -> ChildConfig:
 def read_child(kind: type[_Child]) -> _Child:
     """Read the first line of standard input and from then on end this process when the launcher disappears.
 
-    The launcher's directory is removed then, too.
+    The launcher's directories are removed then, too.
     """
     child = msgspec.json.decode(_read_line(), type=kind)
-    threading.Thread(target=_exit_with_launcher, args=(child.directory,), daemon=True, name="launcher-watch").start()
+    threading.Thread(target=_exit_with_launcher, args=(child.directories,), daemon=True, name="launcher-watch").start()
     return child
 
 
@@ -51,8 +51,9 @@ def _read_line() -> bytes:
     return bytes(line)
 
 
-def _exit_with_launcher(directory: str) -> None:
+def _exit_with_launcher(directories: list[str]) -> None:
     while os.read(_STDIN, 65536):
         pass
-    shutil.rmtree(directory, ignore_errors=True)
+    for directory in directories:
+        shutil.rmtree(directory, ignore_errors=True)
     os._exit(ORPHANED)

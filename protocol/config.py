@@ -18,6 +18,8 @@ from .errors import StartFailed
 
 ENVIRONMENT_PREFIX = "SAFELIGHT_"
 
+_SHARED_MEMORY = "/dev/shm"  # where Linux keeps files in memory
+
 
 class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The options of one server. ``docs/configuration.md`` is generated from this class."""
@@ -79,6 +81,21 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     max_frames: Annotated[int, Meta(ge=1, description="Frames that one video may have")] = 1024
     max_prompt_chars: Annotated[int, Meta(ge=1, description="Characters that one prompt may have")] = 10_000
     max_body_mb: Annotated[int, Meta(ge=1, description="Megabytes that a request's body may have")] = 64
+    max_update_mb: Annotated[int, Meta(ge=1, description="Megabytes that the body of a weight update may have")] = 65536
+    pickle_payloads: Annotated[
+        bool,
+        Meta(description="Read `serialized_named_tensors`, streams that trainers pickle; read by an exact allow-list"),
+    ] = True
+    weights_roots: Annotated[
+        str,
+        Meta(
+            description="Directories, separated as in PATH, from which weights may be updated; when not given, the "
+            "current one and the one that the model lies in"
+        ),
+    ] = ""
+    allow_model_source: Annotated[
+        bool, Meta(description="Let an update from disk name a hub id, which is downloaded")
+    ] = False
     request_timeout_s: Annotated[
         float, Meta(gt=0, description="Seconds after which a request without a `timeout_s` of its own gets a 504")
     ] = 600.0
@@ -171,9 +188,20 @@ class ChildConfig(msgspec.Struct, frozen=True, kw_only=True):
     start: int = 0
 
     @property
+    def directories(self) -> list[str]:
+        """What is to be removed when all has ended."""
+        return [self.directory, self.shared]
+
+    @property
     def meeting_place(self) -> str:
         """The path, of this start alone, below which the ranks of a replica find each other."""
         return f"{self.directory}/replica-{self.replica}-start-{self.start}"
+
+    @property
+    def shared(self) -> str:
+        """The directory in shared memory through which large tensors come; nobody else's, like ``directory``."""
+        name = Path(self.directory).name
+        return f"{_SHARED_MEMORY}/{name}" if Path(_SHARED_MEMORY).is_dir() else f"{self.directory}/shared"
 
     @property
     def frontend(self) -> str:

@@ -15,6 +15,7 @@ import msgspec
 
 from .codec import Buffer, Codec
 from .errors import ErrorInfo
+from .operations import AbortRequests, Continue, Operate, Operated, Pause, Perform, Performed, Report, SetPaused
 
 OutputFormat = Literal["png", "jpeg", "webp", "mp4", "webm", "pt"]
 BatchingMode = Literal["merged", "interleaved", "serial"]
@@ -131,20 +132,25 @@ class Timings(msgspec.Struct, frozen=True):
 
 
 class Result(msgspec.Struct, tag=True, frozen=True):
-    """All outputs of a request, in the order of its samples."""
+    """All outputs of a request, in the order of its samples.
+
+    ``weight_version`` is the last one that made any of them, and ``weight_versions`` are all, in their order.
+    """
 
     request_id: str
     outputs: list[Output]
     timings: Timings
     steps: int
     weight_version: str
+    weight_versions: list[str] = []
 
 
 class Failed(msgspec.Struct, tag=True, frozen=True):
-    """The request ended without a result."""
+    """The request ended without a result. Of an operation, ``report`` has the details, if there are any."""
 
     request_id: str
     error: ErrorInfo
+    report: Report | None = None
 
 
 class Parameter(msgspec.Struct, frozen=True):
@@ -263,17 +269,23 @@ class ReplicaStatus(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Status(msgspec.Struct, tag=True, frozen=True):
-    """Pushed to the server whenever a replica changes state, and about every second."""
+    """Pushed to the server whenever a replica changes state, and about every second.
+
+    ``halted`` is why no request is started, though replicas are ready: "asleep" or "paused".
+    """
 
     queued: int
     running: int
     replicas: list[ReplicaStatus]
+    halted: str | None = None
 
 
-ToScheduler = Generate | Cancel | ReplicaExited
-FromScheduler = Queued | Started | Progress | Preview | Result | Failed | Status
-ToWorker = Generate | Cancel
-FromWorker = ReplicaLoading | ReplicaReady | ReplicaFailed | Heartbeat | Progress | Preview | Result | Failed
+ToScheduler = Generate | Cancel | ReplicaExited | Operate | Pause | Continue | AbortRequests
+FromScheduler = Queued | Started | Progress | Preview | Result | Failed | Operated | Status
+ToWorker = Generate | Cancel | Perform | SetPaused
+FromWorker = (
+    ReplicaLoading | ReplicaReady | ReplicaFailed | Heartbeat | Progress | Preview | Result | Failed | Performed
+)
 
 TO_SCHEDULER: Codec[ToScheduler] = Codec(ToScheduler)
 FROM_SCHEDULER: Codec[FromScheduler] = Codec(FromScheduler)

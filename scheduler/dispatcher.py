@@ -20,6 +20,7 @@ from msgspec.structs import replace
 from ..protocol.config import Config
 from ..protocol.errors import (
     ClientGone,
+    Conflict,
     DeadlinePassed,
     InvalidRequest,
     QueueFull,
@@ -46,6 +47,17 @@ from ..protocol.messages import (
     ToScheduler,
     ToWorker,
 )
+from ..protocol.operations import (
+    AbortRequests,
+    Barrier,
+    Continue,
+    Operate,
+    Operated,
+    Pause,
+    Performed,
+    SetPaused,
+)
+from .operations import Operations
 from .queue import Queue, by_deadline, by_turn
 from .replicas import Replica, Replicas
 from .request import Request
@@ -79,9 +91,19 @@ class Dispatcher:
         self._deadlines = Queue(by_deadline)
         self._arrivals = 0
         self._durations: deque[float] = deque(maxlen=REMEMBERED_DURATIONS)
+        self._paused: Barrier | None = None
+        self._pausing: list[Pause] = []  # whose replies wait for what runs
         self._pushed = self._replicas.states()
         self._status_due = -math.inf
         self._outbox = Outbox()
+        self._operations = Operations(
+            self._replicas,
+            lambda message: self._outbox.to_server.append(message),
+            lambda number, order: self._outbox.to_replicas.append((number, order)),
+            resume=self._resume,
+            end_all=self._end_all,
+            drained=self._drained,
+        )
 
     def take_outbox(self) -> Outbox:
         outbox, self._outbox = self._outbox, Outbox()
@@ -94,7 +116,8 @@ class Dispatcher:
     def next_turn(self) -> float:
         """When :meth:`turn` has something to do if nothing happens before."""
         first = self._deadlines.first
-        return min(self._status_due, first.deadline) if first else self._status_due
+        due = min(self._status_due, self._operations.next_turn)
+        return min(due, first.deadline) if first else due
 
     def turn(self, now: float) -> None:
         """Do what time alone makes due, and report changes of state."""
@@ -106,8 +129,9 @@ class Dispatcher:
             self._outbox.to_server.append(self.status())
 
     def status(self) -> Status:
-        waiting = len(self._waiting)
-        return Status(queued=waiting, running=len(self._live) - waiting, replicas=self._replicas.status())
+        waiting = len(self._waiting) + sum(1 for _ in self._operations.held())
+        running, replicas = len(self._live) - waiting, self._replicas.status()
+        return Status(queued=waiting, running=running, replicas=replicas, halted=self._halted())
 
     def from_server(self, message: ToScheduler, now: float) -> None:
         match message:
@@ -116,9 +140,21 @@ class Dispatcher:
             case Cancel(request_id=request_id):
                 if request := self._live.get(request_id):
                     self._stop(request, ClientGone("The client went away."))
+                else:
+                    self._operations.cancel(request_id)
+            case Operate():
+                self._operations.add(message, now)
+            case Pause():
+                self._pause(message)
+            case Continue(request_id=request_id):
+                self._continue(request_id)
+            case AbortRequests(request_id=request_id, prefix=prefix):
+                self._abort(prefix)
+                self._outbox.to_server.append(Operated(request_id, {}, self._operations.version))
             case ReplicaExited(replica=number, message=why):
                 if replica := self._replicas.get(number):
                     self._lose(replica, replica.exited(why), f"was lost ({why}) and will come back")
+                    self._operations.lost(replica, now)
         self._settle(now)
 
     def from_worker(self, number: int, message: FromWorker, now: float) -> None:
@@ -129,9 +165,15 @@ class Dispatcher:
             return
         match message:
             case ReplicaLoading(pid=pid, stage=stage):
+                again = replica.pid not in (None, pid)
                 self._lose(replica, replica.loading(pid, stage, now), "was lost and is starting again")
+                if again:
+                    self._operations.lost(replica, now)
             case ReplicaReady(pid=pid, model=model):
                 self._lose(replica, replica.ready(pid, model, now), "was lost and has come back")
+                if self._paused == "in_place":
+                    self._outbox.to_replicas.append((number, SetPaused(True)))
+                self._operations.came(replica, now)
             case ReplicaFailed(message=why):
                 self._lose(replica, replica.failed(why), f"failed ({why})")
             case Heartbeat(stats=stats):
@@ -141,6 +183,8 @@ class Dispatcher:
                     self._outbox.to_server.append(message)
             case Result() | Failed():
                 self._answer(replica, message, now)
+            case Performed():
+                self._operations.answered(number, message, now)
         replica.sign_of_life(now)
         self._settle(now)
 
@@ -153,7 +197,9 @@ class Dispatcher:
         self._arrivals += 1
         self._live[request.id] = request
         self._deadlines.add(request)
-        self._outbox.to_server.append(Queued(request.id, self._waiting.add(request)))
+        waiting = len(self._waiting)
+        ahead = waiting + self._operations.hold(request) if self._operations.blocks else self._waiting.add(request)
+        self._outbox.to_server.append(Queued(request.id, ahead))
 
     def _refusal(self, generate: Generate) -> SafelightError | None:
         """Why ``generate`` cannot be accepted, if it cannot."""
@@ -164,16 +210,20 @@ class Dispatcher:
             return InvalidRequest("The request asks for no output; ask for at least one.", field="samples")
         if timeout_s is not None and not timeout_s > 0:  # NaN too, which no order could hold
             return InvalidRequest(f"timeout_s is {timeout_s}; it must be more than 0 seconds.", field="timeout_s")
+        if self._operations.asleep:
+            return _asleep()
         if not self._replicas.any_ready:
             return self._no_replica()
-        if self._waiting.is_full:
+        held = list(self._operations.held())
+        if len(self._waiting) + len(held) >= self._config.max_queue:
             retry_after_s = self._retry_after_s()
             return QueueFull(
-                f"{len(self._waiting)} requests wait already, and no more may. Ask again in {retry_after_s:.0f} s.",
+                f"{len(self._waiting) + len(held)} requests wait already, and no more may. "
+                f"Ask again in {retry_after_s:.0f} s.",
                 retry_after_s=retry_after_s,
             )
         limit_mb = self._config.max_queue_mb
-        if len(self._waiting) and self._waiting.nbytes > limit_mb * 2**20:
+        if self._waiting.nbytes + sum(request.nbytes for request in held) > limit_mb * 2**20:
             retry_after_s = self._retry_after_s()
             return QueueFull(
                 f"The images of waiting requests fill {limit_mb} MB already. Ask again in {retry_after_s:.0f} s.",
@@ -194,10 +244,13 @@ class Dispatcher:
         while (first := self._deadlines.first) and first.deadline <= now:
             self._expire(first, now)
         if not self._replicas.any_ready:
-            while first := self._waiting.first:
-                self._fail(first, self._no_replica())
-        while (first := self._waiting.first) and self._dispatch(first, now):
-            pass
+            for request in [*self._waiting, *self._operations.held()]:
+                self._fail(request, self._no_replica())
+        self._operations.advance(now)
+        self._answer_pauses()
+        if self._operations.lets_run and not self._paused:
+            while (first := self._waiting.first) and self._dispatch(first, now):
+                pass
 
     def _dispatch(self, request: Request, now: float) -> bool:
         """Give the first in the queue to the least loaded replica.
@@ -253,12 +306,71 @@ class Dispatcher:
     def _forget(self, request: Request) -> None:
         del self._live[request.id]
         self._deadlines.remove(request)
-        if request.replica is None:
+        if request.replica is None and not self._operations.forget(request):
             self._waiting.remove(request)
+
+    def _resume(self, request: Request) -> None:
+        """An operation is done, and what was held behind it waits like any other."""
+        self._waiting.add(request)
+        if self._operations.asleep:
+            self._fail(request, _asleep())
+
+    def _drained(self) -> bool:
+        """Whether all that was accepted has ended; of what may not start now, there is nothing to wait for."""
+        if self._paused == "in_place":
+            return True
+        held = 0 if self._paused else len(self._waiting)
+        return held == 0 and all(replica.outstanding == 0 for replica in self._replicas)
+
+    def _end_all(self, error: SafelightError) -> None:
+        held = set(self._operations.held())
+        for request in [request for request in self._live.values() if request not in held]:
+            self._stop(request, error)
+
+    def _pause(self, message: Pause) -> None:
+        if message.mode == "abort":
+            self._end_all(Conflict("The request was ended, as generation is paused."))
+        if message.mode == "in_place":
+            self._tell_paused(True)
+        self._paused = message.mode
+        self._pausing.append(message)
+
+    def _continue(self, request_id: str) -> None:
+        if self._paused == "in_place":
+            self._tell_paused(False)
+        self._paused = None
+        self._outbox.to_server.append(Operated(request_id, {}, self._operations.version))
+
+    def _tell_paused(self, paused: bool) -> None:
+        for replica in self._replicas:
+            if replica.state in ("ready", "stalled"):
+                self._outbox.to_replicas.append((replica.number, SetPaused(paused)))
+
+    def _answer_pauses(self) -> None:
+        """What was to end before the pause has ended, or generation goes on again."""
+        idle = all(replica.outstanding == 0 for replica in self._replicas)
+        if self._pausing and (idle or self._paused in (None, "in_place")):
+            for pause in self._pausing:
+                self._outbox.to_server.append(Operated(pause.request_id, {}, self._operations.version))
+            self._pausing.clear()
+
+    def _abort(self, prefix: str | None) -> None:
+        for request in list(self._live.values()):
+            if prefix is None or request.id.startswith(prefix):
+                self._stop(request, Conflict("The request was ended by an operator."))
+
+    def _halted(self) -> str | None:
+        if self._operations.asleep:
+            return "asleep"
+        return "paused" if self._paused else None
 
     def _running_on(self, number: int, request_id: str) -> Request | None:
         request = self._live.get(request_id)
         return request if request is not None and request.replica == number else None
+
+
+def _asleep() -> Conflict:
+    return Conflict("The server is asleep; wake it with POST /resume_memory_occupation.")
 
 
 def _speaks_for(number: int, message: FromWorker) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from .request import Request
 
@@ -31,6 +31,9 @@ class Queue:
         self._requests: list[Request] = []
         self.nbytes = 0
         """Of the images that the requests bring along."""
+
+    def __iter__(self) -> Iterator[Request]:
+        return iter(list(self._requests))
 
     def __len__(self) -> int:
         return len(self._requests)

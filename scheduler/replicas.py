@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
 from typing import Literal
+
+from msgspec.structs import replace
 
 from ..protocol.messages import ModelInfo, ReplicaStats, ReplicaStatus
 
@@ -49,6 +52,19 @@ class Replica:
         self.model = model
         self._become("ready", "ready")
         return lost
+
+    def wait_for(self, message: str) -> None:
+        """It has loaded, and takes no requests until :meth:`waits_no_longer`."""
+        self._become("starting", message)
+
+    def waits_no_longer(self) -> None:
+        if self.state == "starting":
+            self._become("ready", "ready")
+
+    def has_version(self, weight_version: str) -> None:
+        """It serves other weights from now on."""
+        if self.model is not None:
+            self.model = replace(self.model, weight_version=weight_version)
 
     def failed(self, message: str) -> list[str]:
         """A worker says that it cannot start."""
@@ -142,6 +158,9 @@ class Replicas:
 
     def get(self, number: int) -> Replica | None:
         return self._replicas[number] if 0 <= number < len(self._replicas) else None
+
+    def __iter__(self) -> Iterator[Replica]:
+        return iter(self._replicas)
 
     @property
     def any_ready(self) -> bool:

@@ -7,7 +7,7 @@ from starlette.exceptions import HTTPException
 
 from .. import __version__
 from ..protocol.errors import ErrorInfo
-from . import generate, health, information, metrics
+from . import generate, health, information, metrics, weights
 from .exchange import ExchangeMiddleware
 from .gate import ApiKeyMiddleware, BodyLimitMiddleware
 from .replies import error_reply
@@ -20,12 +20,19 @@ def create_app(service: Service) -> FastAPI:
     """The application of ``service``. A request goes through the layers from the last one added to the first."""
     app = FastAPI(title="Safelight", version=__version__, redirect_slashes=False)
     app.add_exception_handler(HTTPException, _http_error)
-    app.add_middleware(BodyLimitMiddleware, limit=service.config.max_body_mb * 1_000_000)
+    app.add_middleware(
+        BodyLimitMiddleware,
+        limit=service.config.max_body_mb * 1_000_000,
+        larger={
+            "/update_weights_from_tensor": service.config.max_update_mb * 1_000_000,
+        },
+    )
     app.add_middleware(ApiKeyMiddleware, api_key=service.config.api_key)
     app.add_middleware(ExchangeMiddleware, metrics=service.metrics)
     app.include_router(generate.routes(service))
     app.include_router(health.routes(service))
     app.include_router(information.routes(service))
+    app.include_router(weights.routes(service))
     app.include_router(metrics.routes(service.metrics))
     return app
 

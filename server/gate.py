@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hmac
+from collections.abc import Mapping
 
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -35,30 +36,36 @@ def _check_key(header: str | None, api_key: str) -> None:
 
 
 class BodyLimitMiddleware:
-    """Refuses a body over ``limit`` bytes: by its announced length at once, otherwise as soon as that much has come."""
+    """Refuses a body over ``limit`` bytes: by its announced length at once, otherwise as soon as that much has come.
 
-    def __init__(self, app: ASGIApp, *, limit: int) -> None:
+    ``larger`` are limits of some paths.
+    """
+
+    def __init__(self, app: ASGIApp, *, limit: int, larger: Mapping[str, int]) -> None:
         self._app = app
         self._limit = limit
+        self._larger = larger
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        limit = self._larger.get(scope["path"], self._limit)
         announced = Headers(scope=scope).get("content-length", "0")
-        if announced.isdigit() and int(announced) > self._limit:
-            raise self._error()
+        if announced.isdigit() and int(announced) > limit:
+            raise _too_large(limit)
         received = 0
 
         async def limited_receive() -> Message:
             nonlocal received
             message = await receive()
             received += len(message.get("body", b""))
-            if received > self._limit:
-                raise self._error()
+            if received > limit:
+                raise _too_large(limit)
             return message
 
         await self._app(scope, limited_receive, send)
 
-    def _error(self) -> BodyTooLarge:
-        return BodyTooLarge(f"The body has more than the {self._limit / 1e6:g} MB that this server takes.")
+
+def _too_large(limit: int) -> BodyTooLarge:
+    return BodyTooLarge(f"The body has more than the {limit / 1e6:g} MB that this server takes.")

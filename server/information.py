@@ -53,6 +53,8 @@ def _server_info(service: Service) -> dict[str, Any]:
         "batching": None if model is None else msgspec.to_builtins(model.batching),
         "queued": status.queued,
         "running": status.running,
+        "halted": status.halted,
+        "shared_memory": str(service.shared),
         "replicas": [_replica(replica) for replica in status.replicas],
     }
 

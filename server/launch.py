@@ -14,6 +14,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
@@ -72,22 +73,25 @@ async def _in_own_directory(config: Config, listener: socket.socket) -> int:
     if len(directory) > _LONGEST_DIRECTORY:
         os.rmdir(directory)
         directory = tempfile.mkdtemp(prefix="safelight-", dir="/tmp")
+    child = ChildConfig(config=config, directory=directory)
     try:
-        async with SchedulerLink(ChildConfig(config=config, directory=directory).frontend) as link:
-            return await Launch(config, directory, link, listener).run()
+        os.mkdir(child.shared, 0o700)
+        async with SchedulerLink(child.frontend) as link:
+            return await Launch(child, link, listener).run()
     finally:
-        shutil.rmtree(directory, ignore_errors=True)
+        for own in child.directories:
+            shutil.rmtree(own, ignore_errors=True)
 
 
 class Launch:
     """One run of a server, from the first process's start to the last one's end."""
 
-    def __init__(self, config: Config, directory: str, link: SchedulerLink, listener: socket.socket) -> None:
-        self._config = config
+    def __init__(self, child: ChildConfig, link: SchedulerLink, listener: socket.socket) -> None:
+        self._config = config = child.config
         self._link = link
         self._listener = listener
-        self._supervisor = Supervisor(config, directory, link)
-        self._http = HttpServer(create_app(Service(config, link)), grace_s=config.grace_s)
+        self._supervisor = Supervisor(config, child.directory, link)
+        self._http = HttpServer(create_app(Service(config, link, Path(child.shared))), grace_s=config.grace_s)
         self._interrupted = False
 
     async def run(self) -> int:

@@ -43,6 +43,7 @@ class Reply:
             "id": self._id,
             "model": self._model,
             "weight_version": self._result.weight_version,
+            "weight_versions": self._result.weight_versions,
             "outputs": [_output(output) for output in self._result.outputs],
             "timings": msgspec.to_builtins(self._timings),
             "steps": self._result.steps,

@@ -29,9 +29,10 @@ from ..protocol.messages import (
     Started,
     Status,
 )
+from ..protocol.operations import AbortRequests, Continue, Operate, Operated, Pause, Report
 
 T = TypeVar("T")
-Event = Queued | Started | Progress | Preview | Result | Failed
+Event = Queued | Started | Progress | Preview | Result | Failed | Operated
 
 EVENTS_KEPT = 32
 """Events that a request may have unread; beyond it progress and previews are dropped, so a slow reader costs little."""
@@ -42,6 +43,15 @@ STATUS_FRESH_S = 10.0
 _RETRY_AFTER_S = 5.0
 
 log = logging.getLogger(__name__)
+
+
+class OperationFailed(Exception):
+    """An operation was not done; ``report`` has the details, if there are any."""
+
+    def __init__(self, error: SafelightError, report: Report | None) -> None:
+        super().__init__(error.message)
+        self.error = error
+        self.report = report
 
 
 class Subscription:
@@ -55,7 +65,7 @@ class Subscription:
     def deliver(self, event: Event) -> None:
         if isinstance(event, Progress | Preview) and self._events.qsize() >= EVENTS_KEPT:
             return
-        self.ended = self.ended or isinstance(event, Result | Failed)
+        self.ended = self.ended or isinstance(event, Result | Failed | Operated)
         self._events.put_nowait(event)
 
     async def next(self) -> Queued | Started | Progress | Preview | Result:
@@ -63,6 +73,15 @@ class Subscription:
         event = await self._events.get()
         if isinstance(event, Failed):
             raise from_info(event.error)
+        assert not isinstance(event, Operated), "this is a request's"
+        return event
+
+    async def operated(self) -> Operated:
+        """An operation's end. Raises ``OperationFailed``."""
+        event = await self._events.get()
+        if isinstance(event, Failed):
+            raise OperationFailed(from_info(event.error), event.report)
+        assert isinstance(event, Operated), "this is an operation's"
         return event
 
     async def result(self) -> Result:
@@ -139,7 +158,7 @@ class SchedulerLink:
             self._socket.send_multipart(TO_SCHEDULER.encode(message))  # never waits: the socket has no mark
 
     @contextlib.contextmanager
-    def submit(self, message: Generate) -> Iterator[Subscription]:
+    def submit(self, message: Generate | Operate | Pause | Continue | AbortRequests) -> Iterator[Subscription]:
         """Send ``message`` and receive its events. Leaving before the end cancels the request."""
         if self._refusal is not None:
             raise from_info(self._refusal)

@@ -7,6 +7,7 @@ import functools
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import ParamSpec, TypeVar
 
 from ..protocol.config import Config
@@ -22,9 +23,11 @@ _DECODING_THREADS = 2
 class Service:
     """One running server, as its endpoints see it."""
 
-    def __init__(self, config: Config, link: SchedulerLink) -> None:
+    def __init__(self, config: Config, link: SchedulerLink, shared: Path) -> None:
         self.config = config
         self.link = link
+        self.shared = shared
+        """The server's own directory in shared memory."""
         self.metrics = Metrics(link)
         self._decoding = ThreadPoolExecutor(_DECODING_THREADS, thread_name_prefix="decode")
         self._started_at = time.monotonic()

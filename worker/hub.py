@@ -80,6 +80,8 @@ class Hub:
         """Calls that have met in a forward, by name."""
         self._apart: set[Hashable] = set()
         self._token_caps: dict[str, int] = {}
+        self.paused = False
+        """While it is, no coroutine goes on."""
         self._cache = cache
         self._anatomist = Anatomist()
         self._starting: deque[Coroutine] = deque()
@@ -90,7 +92,7 @@ class Hub:
 
     @property
     def busy(self) -> bool:
-        return bool(self._starting or self._waiting)
+        return not self.paused and bool(self._starting or self._waiting)
 
     def start(self, coroutine: Coroutine) -> None:
         """Run ``coroutine`` from one of the next turns on."""
@@ -113,8 +115,15 @@ class Hub:
             self._waiting.remove(waiting)
             self._continue(coroutine, coroutine.throw(Cancelled()))
 
+    def forget_answers(self) -> None:
+        """Every answer that is kept was made by weights that may have changed."""
+        if self._cache is not None:
+            self._cache.clear()
+
     def turn(self) -> None:
         """Start a few coroutines, then make one forward and let those that it served run to their next call."""
+        if self.paused:
+            return
         for _ in range(STARTS_PER_TURN):
             # looked at anew each time: a coroutine that fails at once may cancel others that wait to start
             if not self._starting or (self.mode == "serial" and self._active):

@@ -42,8 +42,14 @@ class Job:
     samples: list[SampleRun] = field(default_factory=list)
     outputs: dict[int, Output] = field(default_factory=dict)
     previews_owed: int = 0
+    versions: list[str] = field(default_factory=list)
     failed: bool = False
     finished: int = 0
+
+    @property
+    def drawn(self) -> bool:
+        """Whether no forward is left to make for it."""
+        return all(sample.coroutine.finished for sample in self.samples)
 
     @property
     def done(self) -> bool:
@@ -101,12 +107,18 @@ class Jobs:
 
     def submit(self, request: Generate) -> None:
         """Start every sample of ``request``."""
-        job = Job(request)
+        job = Job(request, versions=[self._model.weight_version])
         self._jobs[request.request_id] = job
         for index in range(len(request.samples)):
             sample = SampleRun(self._model, request, index, self._stepped, lambda done: self._finished(job, done))
             job.samples.append(sample)
             self._hub.start(sample.coroutine)
+
+    def set_version(self, weight_version: str) -> None:
+        """The weights are others from now on, also for what is in progress."""
+        for job in self._jobs.values():
+            if job.versions[-1] != weight_version and not job.drawn:
+                job.versions.append(weight_version)
 
     def cancel(self, request_id: str) -> None:
         """Stop the request's work where it stands. An unknown or finished request is ignored."""
@@ -238,7 +250,8 @@ class Jobs:
     def _result(self, job: Job) -> Result:
         outputs = [job.outputs[index] for index in range(len(job.samples))]
         steps = max(sample.steps for sample in job.samples)
-        return Result(job.request.request_id, outputs, _timings(job), steps, self._model.weight_version)
+        request_id, versions = job.request.request_id, job.versions
+        return Result(request_id, outputs, _timings(job), steps, versions[-1], versions)
 
 
 def _widened(pixels: torch.Tensor) -> torch.Tensor:

@@ -9,6 +9,8 @@ import logging
 import os
 import signal
 import time
+from collections.abc import Callable
+from pathlib import Path
 
 import torch
 import zmq
@@ -25,10 +27,13 @@ from ..protocol.messages import (
     ReplicaFailed,
     ReplicaLoading,
     ReplicaReady,
+    ToWorker,
 )
+from ..protocol.operations import Perform, SetPaused
 from .hub import Hub
 from .jobs import Jobs
 from .model import Model, find_device, load_model
+from .operations import Operations
 from .parallel.ranks import RankLost, join, leave
 from .parallel.team import Diverged, Follower, Leader, Stop, Turn
 from .prompt_cache import PromptCache
@@ -49,6 +54,7 @@ class Replica:
         self._number = child.replica
         self._leads = child.rank == 0
         self._stopping = False
+        self._beat_at = 0.0
         self._context = zmq.Context()
         self._socket = self._context.socket(zmq.DEALER)
         self._socket.identity = f"replica-{self._number}".encode()
@@ -100,30 +106,52 @@ class Replica:
         )
         hub.unmergeable.update(found.unmergeable)
         jobs = Jobs(model, hub, self._send, self._wake, leads=self._leads)
+        operations = Operations(
+            model,
+            hub,
+            self._ranks,
+            place=self._number * self._config.tp + self._child.rank,
+            shared=Path(self._child.shared),
+            sign=lambda: self._beat(jobs),
+        )
+
+        def take(turn: Turn) -> None:
+            """What every rank does in a turn."""
+            for request_id in turn.dropped:
+                jobs.drop(request_id)
+            for message in turn.messages:
+                match message:
+                    case Generate():
+                        jobs.submit(message)
+                    case Cancel():
+                        jobs.cancel(message.request_id)
+                    case SetPaused(paused=paused):
+                        hub.paused = paused
+                    case Perform():
+                        self._send(operations.perform(message))
+                        jobs.set_version(model.weight_version)
+            hub.turn()
+
         try:
             if self._leads:
                 self._send(ReplicaReady(self._number, os.getpid(), model.info()))
-                self._lead(hub, jobs)
+                self._lead(hub, jobs, take)
             else:
                 follower = Follower(self._context, self._child.meeting_place, self._child.rank)
-                follower.run(lambda: hub.trace, lambda turn: _take(turn, hub, jobs))
+                follower.run(lambda: hub.trace, take)
         finally:
             jobs.close()  # also after a fault: what waits to be encoded must not hold up the end
         leave(self._ranks)
         return self._leave(0)
 
-    def _lead(self, hub: Hub, jobs: Jobs) -> None:
+    def _lead(self, hub: Hub, jobs: Jobs, take: Callable[[Turn], None]) -> None:
         team = Leader(self._context, self._child.meeting_place, self._config.tp)
         poller = zmq.Poller()
         poller.register(self._socket, zmq.POLLIN)
         poller.register(self._awake, zmq.POLLIN)
-        beat_at = time.monotonic()
         while not self._stopping:
-            now = time.monotonic()
-            if now >= beat_at:
-                self._send(Heartbeat(self._number, jobs.stats()))
-                beat_at = now + HEARTBEAT_S
-            ready = dict(poller.poll(0 if hub.busy else round((beat_at - now) * 1000)))
+            left_s = self._beat(jobs)
+            ready = dict(poller.poll(0 if hub.busy else round(left_s * 1000)))
             if self._awake in ready:
                 os.read(self._awake, 4096)
             messages = self._received() if self._socket in ready else []
@@ -131,12 +159,20 @@ class Replica:
             if messages or dropped or hub.busy:
                 turn = Turn(messages, dropped, hub.trace)
                 team.tell(turn)
-                _take(turn, hub, jobs)
+                take(turn)
         team.tell(Stop())
 
-    def _received(self) -> list[Generate | Cancel]:
+    def _beat(self, jobs: Jobs) -> float:
+        """Give a sign of life when one is due. Returns the seconds until the next one is."""
+        now = time.monotonic()
+        if now >= self._beat_at:
+            self._send(Heartbeat(self._number, jobs.stats()))
+            self._beat_at = now + HEARTBEAT_S
+        return self._beat_at - now
+
+    def _received(self) -> list[ToWorker]:
         """Every message that has arrived."""
-        messages: list[Generate | Cancel] = []
+        messages: list[ToWorker] = []
         while self._socket.poll(0):
             messages.append(TO_WORKER.decode(self._socket.recv_multipart()))
         return messages
@@ -164,16 +200,3 @@ class Replica:
     def _leave(self, status: int) -> int:
         self._context.destroy(linger=500)
         return status
-
-
-def _take(turn: Turn, hub: Hub, jobs: Jobs) -> None:
-    """What every rank does in a turn."""
-    for request_id in turn.dropped:
-        jobs.drop(request_id)
-    for message in turn.messages:
-        match message:
-            case Generate():
-                jobs.submit(message)
-            case Cancel():
-                jobs.cancel(message.request_id)
-    hub.turn()

@@ -33,6 +33,10 @@ class Task(msgspec.Struct, frozen=True, kw_only=True):
     rank: int = 0
 
     @property
+    def directories(self) -> list[str]:
+        return [self.directory]
+
+    @property
     def meeting_place(self) -> str:
         return f"{self.directory}/store"
 

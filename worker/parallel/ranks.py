@@ -21,6 +21,9 @@ class RankLost(BaseException):
     """
 
 
+CPU = torch.device("cpu")
+
+
 @dataclass(slots=True)
 class Traffic:
     """What this rank has put into collectives since the start: calls, and bytes of the tensors."""
@@ -36,6 +39,7 @@ class Ranks:
     rank: int = 0
     size: int = 1
     group: dist.ProcessGroup | None = None
+    device: torch.device = CPU
     traffic: Traffic = field(default_factory=Traffic)
 
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -72,6 +76,18 @@ class Ranks:
             dist.all_gather(parts, tensor.contiguous(), group=self.group)
         return parts
 
+    def exchange(self, value: bytes) -> list[bytes]:
+        """``value`` of every rank, in the order of the ranks."""
+        if self.group is None:
+            return [value]
+        device = self.device
+        longest = torch.tensor([len(value)], device=device)
+        lengths = [int(length) for length in self.gather(longest)]
+        padded = torch.zeros(max(lengths), dtype=torch.uint8)
+        padded[: len(value)] = torch.frombuffer(bytearray(value), dtype=torch.uint8) if value else padded[:0]
+        gathered = self.gather(padded.to(device))
+        return [part[:length].cpu().numpy().tobytes() for part, length in zip(gathered, lengths, strict=True)]
+
     def _count(self, tensor: torch.Tensor) -> None:
         self.traffic.calls += 1
         self.traffic.bytes += tensor.nbytes
@@ -106,7 +122,7 @@ def join(rank: int, size: int, meeting_place: str, device: torch.device, timeout
         world_size=size,
         timeout=timedelta(seconds=timeout_s),
     )
-    return Ranks(rank, size, dist.group.WORLD)
+    return Ranks(rank, size, dist.group.WORLD, device)
 
 
 def leave(ranks: Ranks) -> None:

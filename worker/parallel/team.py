@@ -13,6 +13,7 @@ import zmq
 
 from ...protocol.codec import Codec
 from ...protocol.messages import Cancel, Generate
+from ...protocol.operations import Perform, SetPaused
 
 
 class Turn(msgspec.Struct, tag=True, frozen=True):
@@ -21,7 +22,7 @@ class Turn(msgspec.Struct, tag=True, frozen=True):
     ``trace`` is the leader's :attr:`.hub.Hub.trace` before the turn.
     """
 
-    messages: list[Generate | Cancel]
+    messages: list[Generate | Cancel | Perform | SetPaused]
     dropped: list[str]
     trace: int
 

@@ -69,6 +69,9 @@ class Layout:
         tensor = self._find(entry.tensor)
         return tensor if entry.rows is None else tensor[entry.rows]
 
+    def dtype(self, name: str) -> torch.dtype:
+        return self.local(name).dtype
+
     def part(self, name: str, whole: Sliceable) -> torch.Tensor:
         """What this rank keeps of ``whole``; of a file, only that is read."""
         entry = self._entries[name]

@@ -76,6 +76,15 @@ def load_component(
     return Loaded(module.eval().requires_grad_(False), layout)
 
 
+def layout_of(module: nn.Module, folder: Path) -> Layout:
+    """The layout of a component that its own library has loaded from ``folder``, whole.
+
+    Raises ``CannotLoad`` where the library computes its tensors from others, or ignores some that are there.
+    """
+    with WeightFiles(folder) as files:
+        return Layout(module, entries(module, _names(module, files), {}))
+
+
 def possible_degrees(cls: type[nn.Module], folder: Path, family: Family) -> set[int]:
     """The tensor-parallel degrees that divide the component in ``folder``."""
     return set(degrees(make(cls, folder, torch.float32), family))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import logging
 from collections.abc import Container
 from pathlib import Path
 
@@ -18,7 +19,9 @@ from ..models import family_of
 from ..parallel.ranks import Ranks
 from ..sizes import DENOISERS
 from .layout import Layout
-from .loader import CannotLoad, Loaded, WrongDegree, load_component, make, possible_degrees
+from .loader import CannotLoad, Loaded, WrongDegree, layout_of, load_component, make, possible_degrees
+
+log = logging.getLogger(__name__)
 
 _LIBRARIES = ("diffusers", "transformers")
 
@@ -53,11 +56,20 @@ def load_pipeline(
     pipeline.register_modules(**dict.fromkeys(left_out))
     pipeline.to(device)
     layouts = {
-        name: own[name].layout if name in own else Layout.whole(part)
+        name: own[name].layout if name in own else _layout(part, directory / name)
         for name, part in pipeline.components.items()
         if isinstance(part, nn.Module)
     }
     return pipeline, layouts
+
+
+def _layout(module: nn.Module, folder: Path) -> Layout:
+    """By the names of the files; where the library makes tensors from others, by the module's own names for them."""
+    try:
+        return layout_of(module, folder)
+    except (CannotLoad, FileNotFoundError) as reason:
+        log.warning("the tensors of %s go by the names that the module has for them: %s", folder.name, reason)
+        return Layout.whole(module)
 
 
 def load_known_components(

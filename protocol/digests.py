@@ -1,0 +1,35 @@
+"""SHA-256 digests of weights, the same from a running server and from files."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from typing import TypeAlias
+
+Bytes: TypeAlias = "bytes | memoryview"
+
+TORCH_DTYPES = {
+    "BOOL": "torch.bool", "U8": "torch.uint8", "I8": "torch.int8", "U16": "torch.uint16", "I16": "torch.int16",
+    "U32": "torch.uint32", "I32": "torch.int32", "U64": "torch.uint64", "I64": "torch.int64", "F16": "torch.float16",
+    "BF16": "torch.bfloat16", "F32": "torch.float32", "F64": "torch.float64", "C64": "torch.complex64",
+    "F8_E5M2": "torch.float8_e5m2", "F8_E4M3": "torch.float8_e4m3fn",
+}  # fmt: skip
+"""What torch calls a dtype that safetensors has."""
+
+
+def tensor_digest(dtype: str, shape: Sequence[int], data: Bytes) -> str:
+    """Hex of dtype (as torch writes it), shape (as Python writes a tuple) and the bytes of the full tensor."""
+    digest = hashlib.sha256(dtype.encode() + repr(tuple(shape)).encode())
+    digest.update(data)
+    return digest.hexdigest()
+
+
+def module_digest(tensors: Iterable[tuple[str, Bytes]]) -> str:
+    """Hex of every name with its bytes, one after the other. ``tensors`` come sorted by name."""
+    digest, last = hashlib.sha256(), None
+    for name, data in tensors:
+        assert last is None or last < name, "sorted by name"
+        digest.update(name.encode())
+        digest.update(data)
+        last = name
+    return digest.hexdigest()

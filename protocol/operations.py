@@ -1,0 +1,248 @@
+"""Operations: what is done between requests, on every rank of every replica, or on none.
+
+One operation in messages::
+
+    server ──Operate──▶ scheduler ──Perform (step by step)──▶ every replica
+    server ◀──Operated or Failed── scheduler ◀──Performed (after each step)── every replica
+
+An update has the steps *prepare* (decode and check, nothing is written), *write* (with an undo copy) and *commit* (the
+undo copy goes, the version changes). When a replica fails in one of the first two, all of them *roll back*. Every other
+operation has one step.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+from .codec import Buffer
+from .errors import ErrorInfo
+
+Barrier = Literal["wait", "abort", "in_place"]
+"""What becomes of requests that came before an operation: they end first, they are ended, or they go on after it."""
+
+Step = Literal["prepare", "write", "journal", "commit", "rollback", "release"]
+"""*journal* has one replica write down what is to be committed; *rollback* undoes what was written; *release* lets go
+of what was prepared and not written."""
+
+
+class Files(msgspec.Struct, tag=True, frozen=True):
+    """safetensors files of each module; with ``delete`` they are gone when the update has ended."""
+
+    modules: dict[str, list[str]]
+    delete: bool = False
+
+
+class Pickled(msgspec.Struct, tag=True, frozen=True):
+    """``ForkingPickler`` streams: one for all ranks, or one for each; with ``gpu_uuids`` each takes its own GPU's."""
+
+    payloads: list[Buffer]
+    targets: list[str]
+    flattened: bool = False
+    gpu_uuids: list[str] | None = None
+
+
+class Broadcast(msgspec.Struct, tag=True, frozen=True):
+    """Tensors of ``module`` that the trainer sends over the process group ``group``, in this order."""
+
+    group: str
+    module: str
+    names: list[str]
+    dtypes: list[str]
+    shapes: list[list[int]]
+
+
+Source = Files | Pickled | Broadcast
+
+
+class Update(msgspec.Struct, tag=True, frozen=True, kw_only=True):
+    """Write the tensors of ``source``. With ``update_id`` it is part of a begun update, else one of its own."""
+
+    source: Source
+    weight_version: str | None = None
+    flush_cache: bool = True
+    update_id: str | None = None
+
+
+class Begin(msgspec.Struct, tag=True, frozen=True, kw_only=True):
+    """Begin an update of several parts, which ends by ``timeout_s`` seconds without one."""
+
+    update_id: str
+    weight_version: str | None = None
+    modules: list[str] | None = None
+    timeout_s: float = 300.0
+
+
+class Commit(msgspec.Struct, tag=True, frozen=True):
+    """End a begun update; with ``require_complete`` only if every tensor of the modules that it touched came."""
+
+    update_id: str
+    require_complete: bool = False
+
+
+class Abort(msgspec.Struct, tag=True, frozen=True):
+    """End a begun update, and leave every byte as it was before."""
+
+    update_id: str
+
+
+class Digests(msgspec.Struct, tag=True, frozen=True):
+    """Tell the SHA-256 of ``modules``, of all of them when ``None``; with ``detail`` of every tensor too."""
+
+    modules: list[str] | None = None
+    detail: bool = False
+
+
+class CheckTensors(msgspec.Struct, tag=True, frozen=True):
+    """Compare the SHA-256 of tensors of ``module``, by checkpoint name, with what is expected."""
+
+    module: str
+    expected: dict[str, str]
+
+
+class Flush(msgspec.Struct, tag=True, frozen=True):
+    """Forget everything that is derived from weights or requests and could be made again."""
+
+
+class Sleep(msgspec.Struct, tag=True, frozen=True):
+    """Give the memory of weights or caches back to the machine; generation is refused until :class:`Wake`."""
+
+    tags: list[str]
+
+
+class Wake(msgspec.Struct, tag=True, frozen=True):
+    """Bring back what :class:`Sleep` let go."""
+
+    tags: list[str]
+
+
+class Join(msgspec.Struct, tag=True, frozen=True, kw_only=True):
+    """Every rank of every replica joins the trainer's process group, from ``rank_offset`` on."""
+
+    address: str
+    port: int
+    rank_offset: int
+    world_size: int
+    group: str
+    backend: str
+
+
+class Leave(msgspec.Struct, tag=True, frozen=True):
+    """Every rank leaves the trainer's process group."""
+
+    group: str
+
+
+class Export(msgspec.Struct, tag=True, frozen=True):
+    """Write the whole tensors of ``modules`` as safetensors files, for a replica that comes later.
+
+    ``folder`` is made in the server's shared-memory directory.
+    """
+
+    modules: list[str]
+    folder: str
+
+
+Operation = Update | Begin | Commit | Abort | Digests | CheckTensors | Flush | Sleep | Wake | Join | Leave | Export
+
+
+class Operate(msgspec.Struct, tag=True, frozen=True):
+    """Do ``operation`` on every replica, in the order of arrival among requests and operations."""
+
+    request_id: str
+    operation: Operation
+    barrier: Barrier = "in_place"
+
+
+class Pause(msgspec.Struct, tag=True, frozen=True):
+    """Stop generation; what runs ends first, is ended, or stops where it is. New requests wait."""
+
+    request_id: str
+    mode: Barrier = "wait"
+
+
+class Continue(msgspec.Struct, tag=True, frozen=True):
+    """Go on after :class:`Pause`."""
+
+    request_id: str
+
+
+class AbortRequests(msgspec.Struct, tag=True, frozen=True):
+    """End the requests whose ids begin with ``prefix``; all, where it is ``None``."""
+
+    request_id: str
+    prefix: str | None
+
+
+class Perform(msgspec.Struct, tag=True, frozen=True, kw_only=True):
+    """The scheduler's order to one replica: ``step`` of the operation ``number``.
+
+    ``operation`` comes with its first step, and ``weight_version`` with *commit*.
+    """
+
+    number: int
+    step: Step
+    operation: Operation | None = None
+    weight_version: str | None = None
+
+
+class SetPaused(msgspec.Struct, tag=True, frozen=True):
+    """Make no forward, or go on."""
+
+    paused: bool
+
+
+class Invalid(msgspec.Struct, frozen=True):
+    """A tensor that cannot be written, and why."""
+
+    name: str
+    reason: str
+
+
+class Report(msgspec.Struct, frozen=True, kw_only=True):
+    """What a replica has to say of an operation. What an operation does not have is empty.
+
+    ``updated`` counts the tensors of each module, of which ``expected`` is how many it has; ``complete`` are the
+    modules of which every tensor was given, in all parts together. ``weight_version`` is the new one, after a commit.
+    ``digests`` and ``tensors`` are by module.
+    """
+
+    updated: dict[str, int] = {}
+    expected: dict[str, int] = {}
+    complete: list[str] = []
+    unknown: list[str] = []
+    invalid: list[Invalid] = []
+    invalidated: list[str] = []
+    weight_version: str | None = None
+    ranks: int = 1
+    digests: dict[str, str] = {}
+    tensors: dict[str, dict[str, TensorDigest]] = {}
+    missing: list[str] = []
+    mismatched: list[str] = []
+    files: dict[str, list[str]] = {}
+
+
+class TensorDigest(msgspec.Struct, frozen=True):
+    """Of one whole tensor, with its dtype as torch writes it."""
+
+    sha256: str
+    dtype: str
+    shape: list[int]
+
+
+class Performed(msgspec.Struct, tag=True, frozen=True):
+    """A replica has done a step. ``error`` says why it could not: then it has done nothing."""
+
+    number: int
+    step: Step
+    report: Report
+    error: ErrorInfo | None = None
+
+
+class Operated(msgspec.Struct, tag=True, frozen=True):
+    """Every replica has done an operation. ``reports`` are theirs, by number."""
+
+    request_id: str
+    reports: dict[int, Report]
+    weight_version: str | None

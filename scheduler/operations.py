@@ -1,0 +1,426 @@
+"""Operations: one after the other, in their order of arrival among the requests, on every replica or on none.
+
+Whatever arrives behind an operation is held in a line until it is done. A begun update is one operation of many parts.
+Like the dispatcher, this decides from messages and an explicit ``now``, and leaves what is to be sent in the outbox.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import math
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..protocol.errors import Conflict, InvalidRequest, NotFound, SafelightError, Unavailable, from_info
+from ..protocol.messages import Failed, FromScheduler, ToWorker
+from ..protocol.operations import (
+    Abort,
+    Barrier,
+    Begin,
+    Commit,
+    Export,
+    Files,
+    Operate,
+    Operated,
+    Operation,
+    Perform,
+    Performed,
+    Report,
+    Sleep,
+    Step,
+    Update,
+    Wake,
+)
+from .replicas import Replica, Replicas
+from .request import Request
+
+logger = logging.getLogger(__name__)
+
+RETRY_S = 5.0
+
+
+@dataclass(slots=True, eq=False)
+class Running:
+    """A part that replicas work on: which step, who has yet to answer, and what the others said."""
+
+    part: Operate
+    number: int
+    step: Step
+    expected: set[int]
+    reports: dict[int, Report] = field(default_factory=dict)
+    error: SafelightError | None = None
+    failed: Report | None = None
+
+
+@dataclass(slots=True, eq=False)
+class Transaction:
+    """What holds back everything behind it: one operation, or a begun update with its parts.
+
+    ``replicas`` are those that take part, once it has begun; ``only`` is the one that an operation of our own is for.
+    ``written`` counts the tensors of each module that parts have written, and ``complete`` are modules of which every
+    tensor came.
+    """
+
+    barrier: Barrier
+    parts: deque[Operate] = field(default_factory=deque)
+    begun: Begin | None = None
+    only: int | None = None
+    reached: bool = False
+    replicas: set[int] | None = None
+    running: Running | None = None
+    deadline: float = math.inf
+    written: dict[str, int] = field(default_factory=dict)
+    complete: set[str] = field(default_factory=set)
+
+
+class Operations:
+    """Owns the line and what every replica has been told to be.
+
+    ``resume`` takes a request that is held no longer, ``end_all`` ends all requests that were accepted before, and
+    ``drained`` says whether none of them is left.
+    """
+
+    def __init__(
+        self,
+        replicas: Replicas,
+        to_server: Callable[[FromScheduler], None],
+        to_replica: Callable[[int, ToWorker], None],
+        *,
+        resume: Callable[[Request], None],
+        end_all: Callable[[SafelightError], None],
+        drained: Callable[[], bool],
+    ) -> None:
+        self.version: str | None = None
+        """The committed version; ``None`` while every replica serves the checkpoint as it was loaded."""
+        self.asleep: set[str] = set()
+        """The tags that replicas were told to let go of."""
+        self._replicas = replicas
+        self._to_server = to_server
+        self._to_replica = to_replica
+        self._resume = resume
+        self._end_all = end_all
+        self._drained = drained
+        self._changed: set[str] = set()  # modules that are not as the checkpoint has them
+        self._behind: set[int] = set()  # replicas that wait to be brought to the committed version
+        self._lost: set[str] = set()  # changed modules that no replica has any more
+        self._commits = 0
+        self._numbers = itertools.count(1)
+        self._line: deque[Request | Transaction] = deque()
+        self._current: Transaction | None = None
+
+    @property
+    def blocks(self) -> bool:
+        """Whether a request that comes now is to be held."""
+        return self._current is not None or bool(self._line)
+
+    @property
+    def lets_run(self) -> bool:
+        """Whether requests that came before may still be started."""
+        return self._current is None or not self._current.reached
+
+    @property
+    def next_turn(self) -> float:
+        return math.inf if self._current is None else self._current.deadline
+
+    def held(self) -> Iterator[Request]:
+        return (item for item in self._line if isinstance(item, Request))
+
+    def hold(self, request: Request) -> int:
+        """Put ``request`` in the line; returns how many requests are held before it."""
+        before = sum(1 for _ in self.held())
+        self._line.append(request)
+        return before
+
+    def forget(self, request: Request) -> bool:
+        """Take ``request`` out of the line, if it is there."""
+        if request not in self._line:
+            return False
+        self._line.remove(request)
+        return True
+
+    def add(self, part: Operate, now: float) -> None:
+        """An operation has arrived."""
+        operation = part.operation
+        update_id = operation.update_id if isinstance(operation, Update | Commit | Abort) else None
+        if update_id is None:
+            begun = operation if isinstance(operation, Begin) else None
+            self._line.append(Transaction(part.barrier, deque([part]), begun))
+        elif self._current is not None and self._current.begun and self._current.begun.update_id == update_id:
+            self._current.parts.append(part)
+        else:
+            self._fail(part, NotFound(f"There is no begun update {update_id!r}; it ended, or never was."))
+        self.advance(now)
+
+    def cancel(self, request_id: str) -> None:
+        """The client of an operation is gone. One that has not begun will not; one that has ends as it would have."""
+        for item in list(self._line):
+            if isinstance(item, Transaction) and item.parts and item.parts[0].request_id == request_id:
+                self._line.remove(item)
+
+    def answered(self, replica: int, message: Performed, now: float) -> None:
+        """A replica has done a step."""
+        running = self._current.running if self._current is not None else None
+        if running is None or (message.number, message.step) != (running.number, running.step):
+            return
+        running.expected.discard(replica)
+        running.reports[replica] = message.report
+        if message.error is not None and running.error is None:
+            running.error, running.failed = from_info(message.error), message.report
+        self.advance(now)
+
+    def lost(self, replica: Replica, now: float) -> None:
+        """A replica's process is gone, and its part in what is being done with it."""
+        self._behind.discard(replica.number)
+        if self._changed and not any(self._has_committed(other) for other in self._replicas if other is not replica):
+            self._lost = set(self._changed)
+        if self._current is None:
+            return
+        if self._current.replicas is not None:
+            self._current.replicas.discard(replica.number)
+        running = self._current.running
+        if running is not None and replica.number in running.expected:
+            running.expected.discard(replica.number)
+            if running.step != "commit":
+                running.error = Unavailable(
+                    f"Replica {replica.number} was lost; on the others everything is as it was.", retry_after_s=RETRY_S
+                )
+        self.advance(now)
+
+    def came(self, replica: Replica, now: float) -> None:
+        """A replica has loaded its model. Unless it is as the others are, it is not ready yet."""
+        assert replica.model is not None, "it has just said what it serves"
+        if self._changed and replica.model.weight_version != self.version:
+            self._behind.add(replica.number)
+            replica.wait_for(f"is to be brought to the weights of version {self.version}")
+            self._bring_up(replica)
+        elif self.asleep:
+            part = Operate("", Sleep(sorted(self.asleep)))
+            self._line.append(Transaction("in_place", deque([part]), only=replica.number))
+        self.advance(now)
+
+    def advance(self, now: float) -> None:
+        """Do whatever can be done now."""
+        while self._step(now):
+            pass
+
+    def _step(self, now: float) -> bool:
+        """One thing; says whether there may be another."""
+        transaction = self._current
+        if transaction is None:
+            return self._take_next(now)
+        if transaction.running is not None:
+            return not transaction.running.expected and self._finish_step(transaction, transaction.running, now)
+        if not transaction.reached:
+            transaction.reached = transaction.barrier == "in_place" or self._drained()
+            return transaction.reached
+        if transaction.parts:
+            return self._begin_part(transaction, transaction.parts.popleft(), now)
+        if transaction.begun is None:
+            self._current = None
+            return True
+        gone = transaction.replicas is not None and not transaction.replicas
+        if gone or now >= transaction.deadline:
+            self._give_up(transaction)
+            return True
+        return False
+
+    def _take_next(self, now: float) -> bool:
+        if not self._line:
+            return False
+        item = self._line.popleft()
+        if isinstance(item, Request):
+            self._resume(item)
+            return True
+        self._current = item
+        if item.barrier == "abort":
+            self._end_all(Conflict("The request was ended to make way for a change of the weights. Send it again."))
+        return True
+
+    def _begin_part(self, transaction: Transaction, part: Operate, now: float) -> bool:
+        operation = part.operation
+        replicas = self._participants(transaction, operation)
+        if not replicas:
+            self._fail(part, Unavailable(f"No replica is ready: {self._replicas.reasons()}.", retry_after_s=RETRY_S))
+            if transaction.begun is not None:
+                self._current = None
+            return True
+        if transaction.begun is not None:
+            transaction.deadline = now + transaction.begun.timeout_s
+        if isinstance(operation, Begin):
+            self._operated(part, {}, self.version)
+            return True
+        if isinstance(operation, Commit) and (refusal := self._cannot_commit(transaction, operation)) is not None:
+            self._fail(part, refusal)
+            return True
+        if isinstance(operation, Export):
+            replicas = {min(replicas)}
+        steps: dict[type[Any], Step] = {Commit: "commit", Abort: "rollback"}
+        step = steps.get(type(operation), "prepare")
+        transaction.running = Running(part, next(self._numbers), step, set(replicas))
+        if isinstance(operation, Commit):
+            self._order_commit(transaction, transaction.running, part)
+        else:
+            self._order(transaction.running, step, operation)
+        return True
+
+    def _participants(self, transaction: Transaction, operation: Operation) -> set[int]:
+        """Those that are ready; where none is, those that have lost what others had, so that it can be sent again."""
+        if isinstance(operation, Export):
+            return {replica.number for replica in self._replicas if self._has_committed(replica)} - {transaction.only}
+        if transaction.only is not None:
+            return {transaction.only}
+        if transaction.replicas is None:
+            ready = {replica.number for replica in self._replicas if replica.state == "ready"}
+            chosen = ready or set(self._behind)
+            if transaction.begun is not None:
+                transaction.replicas = chosen
+            return chosen
+        return transaction.replicas
+
+    def _cannot_commit(self, transaction: Transaction, commit: Commit) -> SafelightError | None:
+        if not transaction.written:
+            return InvalidRequest("Nothing was written in this update; send tensors, or abort it.", field="update_id")
+        partly = sorted(set(transaction.written) - transaction.complete)
+        if commit.require_complete and partly:
+            return InvalidRequest(
+                f"Not every tensor of {', '.join(partly)} was sent, and require_complete asks for that.",
+                field="require_complete",
+            )
+        return None
+
+    def _order(self, running: Running, step: Step, operation: Operation | None = None, version: str = "") -> None:
+        running.step = step
+        order = Perform(number=running.number, step=step, operation=operation, weight_version=version or None)
+        for number in sorted(running.expected):
+            self._to_replica(number, order)
+
+    def _order_commit(self, transaction: Transaction, running: Running, part: Operate) -> None:
+        own = part.operation.weight_version if isinstance(part.operation, Update) else None
+        begun = transaction.begun.weight_version if transaction.begun is not None else None
+        self._order(running, "commit", version=own or begun or self._next_version())
+
+    def _next_version(self) -> str:
+        current = self.version or ""
+        return str(int(current) + 1) if current.isdecimal() else str(self._commits + 1)
+
+    def _finish_step(self, transaction: Transaction, running: Running, now: float) -> bool:
+        transaction.running = None
+        operation, step = running.part.operation, running.step
+        if running.error is not None and step != "commit":
+            self._undo(transaction, running)
+            self._fail(running.part, running.error, running.failed)
+        elif step == "commit":
+            self._committed(transaction, running)
+        elif isinstance(operation, Update) and step == "prepare":
+            self._go_on(transaction, running, "write")
+        elif isinstance(operation, Update):
+            self._written(transaction, running)
+        else:
+            self._done(transaction, running)
+        return True
+
+    def _go_on(self, transaction: Transaction, running: Running, step: Step) -> None:
+        """The next step of the same part, on the same replicas."""
+        running.expected = set(running.reports)
+        transaction.running = running
+        self._order(running, step)
+
+    def _written(self, transaction: Transaction, running: Running) -> None:
+        for report in running.reports.values():
+            transaction.complete.update(report.complete)
+            for module, count in report.updated.items():
+                transaction.written[module] = max(transaction.written.get(module, 0), count)
+        if transaction.begun is not None or not transaction.written:  # an empty part is legal, and changes nothing
+            self._operated(running.part, running.reports, self.version)
+            return
+        running.expected = set(running.reports)
+        transaction.running = running
+        self._order_commit(transaction, running, running.part)
+
+    def _undo(self, transaction: Transaction, running: Running) -> None:
+        """Have the replicas let go of what they prepared, or undo what they wrote."""
+        if not isinstance(running.part.operation, Update):
+            return
+        step: Step = "rollback" if running.step == "write" else "release"
+        for number in sorted(running.reports):
+            self._to_replica(number, Perform(number=running.number, step=step))
+        if step == "rollback" and transaction.begun is not None:
+            self._current = None
+
+    def _committed(self, transaction: Transaction, running: Running) -> None:
+        if not running.reports:
+            self._fail(running.part, running.error or Unavailable("Every replica was lost.", retry_after_s=RETRY_S))
+            self._current = None
+            return
+        for number, report in running.reports.items():
+            if (replica := self._replicas.get(number)) is not None and report.weight_version is not None:
+                replica.has_version(report.weight_version)
+                if transaction.only is None:
+                    self.version = report.weight_version
+        if transaction.only is None:
+            self._commits += 1
+            self._changed.update(transaction.written)
+            self._lost -= transaction.complete
+        for number in set(running.reports) & self._behind:
+            if not self._lost:
+                self._is_current(number)
+        self._operated(running.part, running.reports, self.version)
+        self._current = None
+
+    def _done(self, transaction: Transaction, running: Running) -> None:
+        operation, reports = running.part.operation, running.reports
+        if isinstance(operation, Sleep) and transaction.only is None:
+            self.asleep.update(operation.tags)
+        elif isinstance(operation, Wake):
+            self.asleep.difference_update(operation.tags)
+        elif isinstance(operation, Export):
+            (report,) = reports.values() or (Report(),)
+            source = Files(report.files, delete=True)
+            transaction.parts.append(Operate("", Update(source=source, weight_version=self.version)))
+        self._operated(running.part, reports, self.version)
+        if isinstance(operation, Abort):
+            self._current = None
+
+    def _give_up(self, transaction: Transaction) -> None:
+        """End a begun update of which nothing has been heard for too long, or whose replicas are all lost."""
+        assert transaction.begun is not None
+        logger.warning("the update %s is aborted: nothing more came", transaction.begun.update_id)
+        for number in sorted(transaction.replicas or ()):
+            self._to_replica(number, Perform(number=next(self._numbers), step="rollback"))
+        self._current = None
+
+    def _bring_up(self, replica: Replica) -> None:
+        """Have a replica that holds what was committed write it out, and this one read it."""
+        if self._lost:
+            replica.wait_for(
+                f"the weights of version {self.version} were lost with the last process that had them: "
+                f"update {', '.join(sorted(self._lost))} again, or restart the server"
+            )
+            return
+        part = Operate("", Export(sorted(self._changed), f"replica-{replica.number}-{next(self._numbers)}"))
+        self._line.append(Transaction("in_place", deque([part]), only=replica.number))
+
+    def _is_current(self, number: int) -> None:
+        self._behind.discard(number)
+        replica = self._replicas.get(number)
+        if replica is not None:
+            replica.waits_no_longer()
+        if self.asleep:
+            part = Operate("", Sleep(sorted(self.asleep)))
+            self._line.append(Transaction("in_place", deque([part]), only=number))
+
+    def _has_committed(self, replica: Replica) -> bool:
+        return replica.state in ("ready", "stalled") and replica.number not in self._behind
+
+    def _operated(self, part: Operate, reports: dict[int, Report], version: str | None) -> None:
+        if part.request_id:
+            self._to_server(Operated(part.request_id, dict(sorted(reports.items())), version))
+
+    def _fail(self, part: Operate, error: SafelightError, report: Report | None = None) -> None:
+        if part.request_id:
+            self._to_server(Failed(part.request_id, error.info(), report))
+        else:
+            logger.error("%s failed: %s", type(part.operation).__name__, error.message)

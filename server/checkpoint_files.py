@@ -1,0 +1,82 @@
+"""The weight files that an update from disk reads, looked for where updates may come from."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from ..protocol.config import Config
+from ..protocol.errors import Forbidden, InvalidRequest, NotFound
+from ..protocol.models import resolve_model
+from ..protocol.tensor_files import BadTensorFile, weight_files
+
+_SUFFIX = ".safetensors"
+
+
+def find_modules(path: str, wanted: list[str] | None, config: Config) -> dict[str, list[str]]:
+    """The files of the modules ``wanted`` in the checkpoint ``path``; of all that it has, where that is ``None``.
+
+    ``path`` is a pipeline's directory, one component's, or a safetensors file. Raises ``NotFound``,
+    ``Forbidden`` outside the roots that the server allows, and ``InvalidRequest`` for files that cannot be used.
+    """
+    named = resolve_model(path)
+    found = _allowed(named, config) if isinstance(named, Path) else _download(named, config)
+    try:
+        modules = _modules(found, wanted)
+    except BadTensorFile as error:
+        raise InvalidRequest(f"{path} cannot be used: {error}.", field="model_path") from None
+    missing = [name for name in wanted or () if name not in modules]
+    if missing or not modules:
+        raise NotFound(
+            f"{path} has no safetensors weights{f' of {missing[0]}' if missing else ''}; it has "
+            f"{', '.join(modules) or 'none'}.",
+            field="target_modules" if missing else "model_path",
+        )
+    return {name: [str(file) for file in files] for name, files in modules.items() if not wanted or name in wanted}
+
+
+def _modules(path: Path, wanted: list[str] | None) -> dict[str, list[Path]]:
+    if path.is_file() or weight_files(path):
+        if wanted is not None and len(wanted) != 1:
+            raise InvalidRequest("One component's files are for one module.", field="target_modules")
+        files = [path] if path.is_file() else weight_files(path)
+        if any(file.suffix != _SUFFIX for file in files):
+            raise InvalidRequest(f"{path} is no {_SUFFIX} file, and nothing else is read.", field="model_path")
+        return {wanted[0] if wanted else "transformer": files}
+    folders = sorted(folder for folder in path.iterdir() if folder.is_dir())
+    return {folder.name: files for folder in folders if (files := weight_files(folder))}
+
+
+def _allowed(path: Path, config: Config) -> Path:
+    try:
+        resolved = path.resolve(strict=True)
+    except (OSError, ValueError):
+        raise NotFound(f"There is nothing at {path}.", field="model_path") from None
+    roots = [Path(root).expanduser() for root in config.weights_roots.split(os.pathsep) if root] or _own_roots(config)
+    if not any(resolved.is_relative_to(root.resolve()) for root in roots):
+        raise Forbidden(
+            f"Weights are read from {', '.join(map(str, roots))} only; --weights-roots says from where.",
+            field="model_path",
+        )
+    return resolved
+
+
+def _own_roots(config: Config) -> list[Path]:
+    """Where the model itself lies, beside it, and the folder that the server was started in."""
+    model = resolve_model(config.model)
+    return [Path.cwd(), *([model.resolve().parent] if isinstance(model, Path) else [])]
+
+
+def _download(name: str, config: Config) -> Path:
+    if not config.allow_model_source:
+        raise Forbidden(
+            f"There is no directory {name}, and weights are not fetched from a hub unless the server is started with "
+            "--allow-model-source.",
+            field="model_path",
+        )
+    from huggingface_hub import snapshot_download  # only who allows it needs it
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=["*.safetensors", "*.json"]))
+    except Exception as error:
+        raise NotFound(f"{name} could not be fetched ({type(error).__name__}).", field="model_path") from error

@@ -1,0 +1,142 @@
+"""The bodies of the post-training routes, field by field."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, TypeVar
+
+import msgspec
+from fastapi import Request
+from msgspec import Meta
+
+from ..protocol.errors import Malformed
+from ..protocol.operations import Barrier
+
+B = TypeVar("B")
+
+Name = Annotated[str, Meta(min_length=1, max_length=1000)]
+Version = Annotated[str, Meta(min_length=1, max_length=200)]
+Seconds = Annotated[float, Meta(gt=0, le=86400)]
+
+
+class FromDisk(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    model_path: Name
+    target_modules: list[Name] | None = None
+    weight_version: Version | None = None
+    flush_cache: bool = True
+    mode: Barrier = "wait"
+    update_id: Name | None = None
+
+
+class Shared(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """``path`` is a safetensors file in the server's shared-memory directory; the server removes it in the end."""
+
+    path: Name
+
+
+class FromTensor(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Either ``serialized_named_tensors`` or ``shared``."""
+
+    serialized_named_tensors: list[str] | None = None
+    load_format: Literal["flattened_bucket"] | None = None
+    shared: Shared | None = None
+    target_modules: list[Name] | None = None
+    target_module: Name | None = None
+    payload_gpu_uuids: list[str] | None = None
+    weight_version: Version | None = None
+    flush_cache: bool = True
+    weight_update_mode: Literal["lora_merge"] | None = None
+    lora_alpha: float | None = None
+    lora_rank: int | None = None
+    mode: Barrier = "wait"
+    update_id: Name | None = None
+
+
+class Begin(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    weight_version: Version | None = None
+    target_modules: list[Name] | None = None
+    mode: Barrier = "wait"
+    timeout_s: Seconds = 300.0
+
+
+class Commit(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    update_id: Name
+    require_complete: bool = False
+
+
+class Abort(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    update_id: Name
+
+
+class InitGroup(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    master_address: Name
+    master_port: Annotated[int, Meta(ge=1, le=65535)]
+    rank_offset: Annotated[int, Meta(ge=1)]
+    world_size: Annotated[int, Meta(ge=2)]
+    group_name: Name = "weight_update_group"
+    backend: Literal["gloo", "nccl"] = "nccl"
+
+
+class FromDistributed(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    names: list[Name]
+    dtypes: list[str]
+    shapes: list[list[int]]
+    group_name: Name = "weight_update_group"
+    target_modules: list[Name] | None = None
+    weight_version: Version | None = None
+    flush_cache: bool = True
+    mode: Barrier = "wait"
+    update_id: Name | None = None
+
+
+class DestroyGroup(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    group_name: Name = "weight_update_group"
+
+
+class Checker(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    target_module: Name = "transformer"
+    expected_named_tensors_sha256: dict[str, str] | None = None
+    expected_transformer_sha256: dict[str, str] | None = None
+
+
+class Checksum(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    module_names: list[Name] | None = None
+    detail: bool = False
+
+
+class Occupation(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    tags: list[Literal["weights", "caches"]] | None = None
+
+
+class PauseGeneration(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    mode: Barrier = "wait"
+
+
+class AbortRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    request_id: Name | None = None
+    all: bool = False
+
+
+class Nothing(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    pass
+
+
+async def read(request: Request, kind: type[B]) -> B:
+    """The body as ``kind``; an empty one has every default. Raises ``Malformed``."""
+    body = await request.body()
+    try:
+        return msgspec.json.decode(body or b"{}", type=kind)
+    except msgspec.ValidationError as error:
+        what, _, where = str(error).partition(" - at `$")
+        field = where.strip("`.").split("[")[0].split(".")[0] or None
+        raise Malformed(f"{what}{f' ({field})' if field else ''}.", field=field) from None
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise Malformed(f"The body is no JSON: {error}.") from None
+
+
+def from_query(request: Request, kind: type[B]) -> B:
+    """The query's parameters as ``kind``. Raises ``Malformed``."""
+    fields: dict[str, Any] = dict(request.query_params)
+    try:
+        return msgspec.convert(fields, kind, strict=False)
+    except msgspec.ValidationError as error:
+        raise Malformed(f"A parameter of the address cannot be used: {error}.") from None

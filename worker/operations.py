@@ -1,0 +1,208 @@
+"""What a rank does of an operation, and how the ranks of a replica agree that all of them did it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+import torch
+from torch import nn
+
+from ..protocol.errors import Conflict, ErrorInfo, Internal, InvalidRequest, NotFound, SafelightError
+from ..protocol.operations import (
+    CheckTensors,
+    Digests,
+    Export,
+    Flush,
+    Join,
+    Leave,
+    Operation,
+    Perform,
+    Performed,
+    Report,
+    Sleep,
+    Update,
+    Wake,
+)
+from .hub import Hub
+from .model import Model
+from .parallel.ranks import RankLost, Ranks
+from .sizes import DENOISERS
+from .weights.digests import module_digests, tensor_digests
+from .weights.export import export
+from .weights.groups import Groups
+from .weights.parking import Parking
+from .weights.sources import open_source
+from .weights.update import Rejected
+from .weights.update import Update as RankUpdate
+
+log = logging.getLogger(__name__)
+
+PROMPT_CACHE = "prompt_embeddings"
+"""The cache of what text encoders returned, as replies name it."""
+
+
+class _Vote(msgspec.Struct, frozen=True):
+    """What a rank has to say after a step."""
+
+    report: Report = Report()
+    error: ErrorInfo | None = None
+
+
+class Operations:
+    """Performs operations on this rank. ``sign`` is called now and then by what takes long.
+
+    ``place`` is the rank's number among all ranks of all replicas, and ``shared`` the server's shared-memory directory.
+    """
+
+    def __init__(
+        self, model: Model, hub: Hub, ranks: Ranks, *, place: int, shared: Path, sign: Callable[[], object]
+    ) -> None:
+        self._model = model
+        self._hub = hub
+        self._ranks = ranks
+        self._shared = shared
+        self._sign = sign
+        self._groups = Groups(place)
+        self._update = RankUpdate(model.layouts)
+        modules = [part for part in model.pipeline.components.values() if isinstance(part, nn.Module)]
+        self._parking = Parking(modules, model.device)
+        self._operation: Operation | None = None
+
+    def perform(self, order: Perform) -> Performed:
+        """Do a step together with the other ranks; the answer is of all of them.
+
+        What cannot be undone raises, and is the end of this process: its replica is started again.
+        """
+        if order.operation is not None:
+            self._operation = order.operation
+        if order.step in ("commit", "rollback", "release"):  # nothing in them may fail, or can be refused
+            report = self._finish(order)
+            self._ranks.exchange(b"")
+            return Performed(order.number, order.step, report)
+        vote = self._vote(order)
+        votes = [msgspec.msgpack.decode(one, type=_Vote) for one in self._ranks.exchange(msgspec.msgpack.encode(vote))]
+        failed = next((vote for vote in votes if vote.error is not None), None)
+        told = failed or votes[0]
+        return Performed(
+            order.number, order.step, msgspec.structs.replace(told.report, ranks=self._ranks.size), told.error
+        )
+
+    def _vote(self, order: Perform) -> _Vote:
+        try:
+            report = self._write() if order.step == "write" else self._do(self._operation)
+            return _Vote(report)
+        except Rejected as rejected:
+            return _Vote(rejected.report, rejected.error.info())
+        except SafelightError as error:
+            return _Vote(error=error.info())
+        except RankLost:
+            raise
+        except Exception:
+            log.exception("an operation failed")
+            return _Vote(error=Internal("The operation failed; the server's log has the details.").info())
+
+    def _do(self, operation: Operation | None) -> Report:
+        match operation:
+            case Update():
+                opened = open_source(operation.source, self._groups, self._model.device, leads=self._ranks.rank == 0)
+                return self._update.prepare(opened)
+            case Digests():
+                return self._digests(operation)
+            case CheckTensors():
+                return self._check(operation)
+            case Flush():
+                return Report(invalidated=self._flush())
+            case Sleep():
+                return self._sleep(operation)
+            case Wake():
+                return self._wake(operation)
+            case Join():
+                self._groups.join(operation)
+                return Report()
+            case Leave():
+                self._groups.leave(operation.group)
+                return Report()
+            case Export():
+                return self._export(operation)
+        raise Internal("There is no such operation.")
+
+    def _write(self) -> Report:
+        self._update.write(self._sign)
+        if self._model.device.type == "cuda":
+            torch.cuda.synchronize(self._model.device)
+        return self._update.report()
+
+    def _finish(self, order: Perform) -> Report:
+        if order.step == "release":
+            self._update.release()
+            return Report()
+        if order.step == "rollback":
+            self._update.rollback()
+            return Report()
+        assert order.weight_version is not None, "a commit brings it"
+        report = self._update.report()
+        flushes = not isinstance(self._operation, Update) or self._operation.flush_cache
+        encoders = set(self._update.written) - set(DENOISERS)
+        self._update.commit()
+        self._model.weight_version = order.weight_version
+        invalidated = self._flush() if flushes or encoders else []
+        return msgspec.structs.replace(
+            report, invalidated=invalidated, weight_version=order.weight_version, ranks=self._ranks.size
+        )
+
+    def _digests(self, operation: Digests) -> Report:
+        known = self._model.layouts
+        names = list(known) if operation.modules is None else [name for name in operation.modules if name in known]
+        layouts = {name: known[name] for name in names}
+        digests = module_digests(layouts, self._ranks, self._sign) if layouts else {}
+        tensors = {
+            name: tensor_digests(layout, [entry.name for entry in layout], self._sign)
+            for name, layout in layouts.items()
+            if operation.detail
+        }
+        return Report(digests=digests, tensors=tensors, weight_version=self._model.weight_version)
+
+    def _check(self, operation: CheckTensors) -> Report:
+        layout = self._model.layouts.get(operation.module)
+        if layout is None:
+            known = ", ".join(self._model.layouts)
+            raise NotFound(f"The model has no module {operation.module!r}; it has {known}.", field="target_module")
+        there = [name for name in operation.expected if name in layout]
+        found = tensor_digests(layout, there, self._sign)
+        missing = sorted(set(operation.expected) - set(there))
+        mismatched = sorted(name for name in there if found[name].sha256 != operation.expected[name].lower())
+        report = Report(missing=missing, mismatched=mismatched, weight_version=self._model.weight_version)
+        if missing or mismatched:
+            raise Rejected(
+                InvalidRequest(f"{len(missing)} tensors are missing, and {len(mismatched)} are not as expected."),
+                report,
+            )
+        return report
+
+    def _flush(self) -> list[str]:
+        self._hub.forget_answers()
+        return [PROMPT_CACHE]
+
+    def _sleep(self, operation: Sleep) -> Report:
+        if "weights" in operation.tags:
+            try:
+                self._parking.park()
+            except OSError as error:
+                raise Conflict(f"The weights cannot be put away: {error.strerror or error}.") from error
+        return Report(invalidated=self._flush() if "caches" in operation.tags else [])
+
+    def _wake(self, operation: Wake) -> Report:
+        if "weights" in operation.tags:
+            self._parking.fetch()
+        return Report()
+
+    def _export(self, operation: Export) -> Report:
+        folder = self._shared / operation.folder
+        try:
+            files = export(self._model.layouts, operation.modules, folder, self._ranks, self._sign)
+        except OSError as error:
+            raise Internal(f"The weights could not be written out: {error.strerror or error}.") from error
+        return Report(files=files)

@@ -1,0 +1,46 @@
+"""Whole tensors of a model, written as safetensors files by the ranks that hold their parts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from ...protocol.tensor_files import write_header
+from ..parallel.ranks import Ranks
+from .digests import raw_bytes
+from .layout import Layout
+from .sources import DTYPES
+
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+def export(
+    layouts: Mapping[str, Layout], modules: Sequence[str], folder: Path, ranks: Ranks, sign: Callable[[], object]
+) -> dict[str, list[str]]:
+    """A file for each module in ``folder``, which rank 0 makes. All ranks must call this together.
+
+    Returns the files by module. Raises ``OSError`` on rank 0, when the others are done too.
+    """
+    written: dict[str, list[str]] = {}
+    fault: OSError | None = None
+    for module in modules:
+        layout = layouts[module]
+        file = folder / f"{module}.safetensors"
+        header = write_header([(entry.name, _NAMES[layout.dtype(entry.name)], entry.shape) for entry in layout])
+        parts = (raw_bytes(whole) for _, whole in layout.tensors())
+        if ranks.rank == 0 and fault is None:
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                with file.open("xb") as stream:
+                    stream.write(header)
+                    for part in parts:
+                        stream.write(part)
+                        sign()
+            except OSError as error:
+                fault = error
+        for _ in parts:  # the gathering takes every rank, to the end
+            sign()
+        written[module] = [str(file)]
+    if fault is not None:
+        raise fault
+    return written

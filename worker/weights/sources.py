@@ -1,0 +1,89 @@
+"""Where an update's tensors come from, as one thing: for each module, whole tensors by their checkpoint names."""
+
+from __future__ import annotations
+
+import mmap
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from ...protocol.errors import InvalidRequest
+from ...protocol.operations import Broadcast, Files, Pickled, Source
+from ...protocol.tensor_files import BadTensorFile, StoredTensor, read_head
+from .groups import Groups
+
+Tensors = dict[str, dict[str, torch.Tensor]]
+"""By module and checkpoint name. A tensor may be a view of memory that somebody else owns, and is not to be changed."""
+
+DTYPES = {
+    "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "U16": torch.uint16, "I16": torch.int16,
+    "U32": torch.uint32, "I32": torch.int32, "U64": torch.uint64, "I64": torch.int64, "F16": torch.float16,
+    "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64, "C64": torch.complex64,
+    "F8_E5M2": torch.float8_e5m2, "F8_E4M3": torch.float8_e4m3fn,
+}  # fmt: skip
+"""By safetensors' names."""
+
+
+class Opened:
+    """A source's ``tensors``, until :meth:`close`."""
+
+    def __init__(self, tensors: Tensors, then: Callable[[], object] = lambda: None) -> None:
+        self.tensors = tensors
+        self._then = then
+
+    def close(self) -> None:
+        """Let go of the memory; files that were sent for this update alone are gone."""
+        self.tensors = {}
+        self._then()
+
+
+def open_source(source: Source, groups: Groups, device: torch.device, *, leads: bool) -> Opened:
+    """Every tensor that ``source`` has for this rank. Raises ``InvalidRequest``, in words for who sent it."""
+    match source:
+        case Files():
+            return _files(source, leads)
+        case Broadcast():
+            return Opened({source.module: groups.receive(source, device)})
+        case Pickled():
+            raise InvalidRequest("this encoding is not known")
+
+
+def _files(source: Files, leads: bool) -> Opened:
+    tensors: Tensors = {}
+    for module, files in source.modules.items():
+        found = tensors.setdefault(module, {})
+        for file in files:
+            for name, tensor in map_file(Path(file)).items():
+                if name in found:
+                    raise InvalidRequest(f"{module}: the files have {name} twice.")
+                found[name] = tensor
+    folders = {Path(file).parent for files in source.modules.values() for file in files}
+
+    def remove() -> None:
+        for folder in folders:
+            shutil.rmtree(folder, ignore_errors=True)
+
+    return Opened(tensors, remove if source.delete and leads else lambda: None)
+
+
+def map_file(path: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a safetensors file, in the memory that the file is mapped to. Raises ``InvalidRequest``."""
+    try:
+        with path.open("rb") as stream:
+            stored = read_head(stream, path.stat().st_size)
+            if not stored:
+                return {}
+            mapped = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_COPY)  # torch warns of memory that is read-only
+    except (OSError, BadTensorFile) as error:
+        raise InvalidRequest(f"The file {path.name} cannot be used: {error}.") from None
+    return {tensor.name: _view(mapped, tensor) for tensor in stored}
+
+
+def _view(mapped: mmap.mmap, stored: StoredTensor) -> torch.Tensor:
+    dtype = DTYPES[stored.dtype]
+    if not stored.nbytes:
+        return torch.empty(stored.shape, dtype=dtype)
+    count = stored.nbytes // dtype.itemsize
+    return torch.frombuffer(mapped, dtype=dtype, count=count, offset=stored.start).view(stored.shape)

@@ -1,0 +1,142 @@
+"""One rank's part of an update: checked before anything is written, and undone as long as it is not committed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from itertools import islice
+
+import torch
+
+from ...protocol.errors import InvalidRequest, NotFound, SafelightError
+from ...protocol.operations import Invalid, Report
+from .layout import Layout
+from .sources import Opened, Tensors
+
+_SHOWN = 20
+
+
+class Rejected(Exception):
+    """The tensors cannot be written. ``report`` says which and why, and ``error`` is what the sender is told."""
+
+    def __init__(self, error: SafelightError, report: Report) -> None:
+        super().__init__(error.message)
+        self.error = error
+        self.report = report
+
+
+class Update:
+    """The tensors that came, in one part or several, and the bytes that were there before."""
+
+    def __init__(self, layouts: Mapping[str, Layout]) -> None:
+        self._layouts = layouts
+        self._prepared: Opened | None = None
+        self._undo: dict[tuple[str, str], torch.Tensor] = {}
+
+    @property
+    def written(self) -> dict[str, list[str]]:
+        """The names that were written, by module."""
+        found: dict[str, list[str]] = {}
+        for module, name in self._undo:
+            found.setdefault(module, []).append(name)
+        return found
+
+    def prepare(self, opened: Opened) -> Report:
+        """Check every name, shape and dtype. Raises ``Rejected``; the update is as it was then."""
+        try:
+            report = self._checked(opened.tensors)
+        except Rejected:
+            opened.close()
+            raise
+        self._prepared = opened
+        return report
+
+    def write(self, sign: Callable[[], object] = lambda: None) -> None:
+        """Write what was prepared, in place. ``sign`` is called after each tensor, to say that it goes on."""
+        assert self._prepared is not None, "prepared before"
+        for module, tensors in self._prepared.tensors.items():
+            layout = self._layouts[module]
+            for name, whole in tensors.items():
+                if (module, name) not in self._undo:
+                    self._undo[module, name] = layout.local(name).clone()
+                layout.write(name, whole)
+                sign()
+        self.release()
+
+    def release(self) -> None:
+        """Let go of what was prepared."""
+        if self._prepared is not None:
+            self._prepared.close()
+            self._prepared = None
+
+    def rollback(self) -> None:
+        """Put back every byte."""
+        self.release()
+        with torch.no_grad():
+            for (module, name), before in self._undo.items():
+                self._layouts[module].local(name).copy_(before)
+        self._undo.clear()
+
+    def commit(self) -> None:
+        """There is no way back from here."""
+        self._undo.clear()
+
+    def report(self) -> Report:
+        """What was written until now."""
+        written = self.written
+        return Report(
+            updated={module: len(names) for module, names in written.items()},
+            expected={module: len(self._layouts[module]) for module in written},
+            complete=[module for module, names in written.items() if len(names) == len(self._layouts[module])],
+        )
+
+    def _checked(self, tensors: Tensors) -> Report:
+        absent = [module for module in tensors if module not in self._layouts]
+        if absent:
+            raise Rejected(
+                NotFound(
+                    f"The model has no module {absent[0]!r}; it has {', '.join(self._layouts)}.", field="target_modules"
+                ),
+                Report(),
+            )
+        expected = {module: len(self._layouts[module]) for module in tensors}
+        unknown = [
+            _in(module, name)
+            for module, given in tensors.items()
+            for name in given
+            if name not in self._layouts[module]
+        ]
+        invalid = [
+            Invalid(_in(module, name), reason)
+            for module, given in tensors.items()
+            for name, tensor in given.items()
+            if name in self._layouts[module] and (reason := _fault(self._layouts[module], name, tensor))
+        ]
+        if unknown or invalid:
+            report = Report(expected=expected, unknown=unknown[:_SHOWN], invalid=invalid[:_SHOWN])
+            raise Rejected(InvalidRequest(_sentence(unknown, invalid)), report)
+        return Report(updated={module: len(given) for module, given in tensors.items()}, expected=expected)
+
+
+def _in(module: str, name: str) -> str:
+    """The name as its sender knows it: of the one module that most updates are of, without it."""
+    return name if module == "transformer" else f"{module}.{name}"
+
+
+def _fault(layout: Layout, name: str, tensor: torch.Tensor) -> str | None:
+    """Why ``tensor`` cannot be written, in a few words."""
+    wanted = layout.dtype(name)
+    if tuple(tensor.shape) != layout[name].shape:
+        return f"its shape is {list(tensor.shape)}, not {list(layout[name].shape)}"
+    if tensor.dtype != wanted and not (tensor.is_floating_point() and wanted.is_floating_point):
+        return f"its dtype is {tensor.dtype}, not {wanted}"
+    return None
+
+
+def _sentence(unknown: list[str], invalid: list[Invalid]) -> str:
+    parts = []
+    if unknown:
+        parts.append(f"{len(unknown)} names that the model does not have ({', '.join(islice(unknown, 3))})")
+    if invalid:
+        first = invalid[0]
+        parts.append(f"{len(invalid)} tensors that do not fit ({first.name}: {first.reason})")
+    return f"Nothing was written: there are {' and '.join(parts)}."
