@@ -1,17 +1,14 @@
 """Makes tensors of what :mod:`.pickled` read: views of memory that another process of this user shares.
 
 Nothing of the sender's is believed. Handles have exactly the form that torch gives them, what they name belongs to this
-user and is as large as the stream says, and no view reaches beyond it.
+user and is as large as the stream says (:mod:`.segment`), and no view reaches beyond it.
 """
 
 from __future__ import annotations
 
 import math
-import os
 import re
-import stat
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,11 +16,9 @@ from torch.multiprocessing import reductions
 
 from .allowed import Known, NotAPayload
 from .pickled import MAX_DEPTH, Call, Instance, parse
+from .segment import BadSegment, check_segment, map_segment
 
 _MANAGER = re.compile(rb"(/[^/\0]+)*/torch-shm-dir-[A-Za-z0-9]{6}/manager\.sock")
-_SEGMENT = re.compile(rb"/torch_[0-9]{1,10}_[0-9]{1,10}_[0-9]{1,20}")
-_SEGMENTS = Path("/dev/shm")
-_HEADER = 64  # bytes before a segment's data, with its reference count: ATen/MapAllocator.cpp
 _COUNTERS = 10_000  # of 8 bytes, in a segment of CUDA's reference counts: CUDA_IPC_REF_COUNTER_FILE_SIZE
 _LIMIT = 1 << 48  # of every size, stride, offset and number of elements
 
@@ -34,9 +29,9 @@ def unpickle(stream: bytes, *, release: bool = True) -> Any:
     """What a ``ForkingPickler`` stream holds: ``None``, bool, int, str, ``torch.dtype``, tensors, and lists, tuples and
     dicts of them. Sizes are tuples; pieces of metadata and buckets are dicts of their attributes.
 
-    Tensors are views of the sender's memory, without gradient; Parameters become tensors. ``release`` takes over the
-    reference that the sender counted for its reader, so the sender's memory is freed when the tensors are let go (and
-    it does not itself hold them). Of several ranks that read one stream exactly one may do that, the last.
+    Tensors are views of the sender's memory, without gradient; Parameters become tensors. ``release`` gives up what the
+    sender counted for its reader, so that its memory is freed when it and the views here have been let go; of several
+    ranks that read one stream exactly one does so, when the others have read it. On a GPU every reader does.
 
     Raises :class:`NotAPayload`.
     """
@@ -118,23 +113,9 @@ class _Receiver:
                 Known.REBUILD_STORAGE_FILENAME, (Known.UNTYPED_STORAGE, bytes(manager), bytes(handle), nbytes)
             ) if _MANAGER.fullmatch(manager):
                 _numbers(call, nbytes)
-                _check_segment(call, handle, nbytes)
-                return self._open(call, handle, nbytes)
+                storage: torch.UntypedStorage = _tried(call, map_segment, handle, nbytes, release=self._release)
+                return storage
         raise _wrong(call, "has other arguments than torch gives it")
-
-    def _open(self, call: Call, handle: bytes, nbytes: int) -> torch.UntypedStorage:
-        """Without the sender's manager, torch registers the segment with this process's own.
-
-        Connected to the sender's, this process would be aborted if that died first, and as long as it is connected,
-        nothing removes the segments of a sender that is gone.
-        """
-        rebuild, cls = reductions.rebuild_storage_filename, torch.UntypedStorage
-        storage: torch.UntypedStorage = _guarded(call, rebuild, cls, b"", handle, nbytes)
-        if not self._release:
-            storage._shared_incref()  # type: ignore[no-untyped-call]
-        if storage.nbytes() != nbytes:
-            raise _wrong(call, f"names a storage of {storage.nbytes()} bytes, not {nbytes}")
-        return storage
 
 
 def _cuda_tensor(call: Call) -> torch.Tensor:
@@ -158,7 +139,7 @@ def _cuda_tensor(call: Call) -> torch.Tensor:
             _check_handles(call, nbytes, handle, *event)
             shape, index = (size, stride, offset), _cuda_device(call, device)
             memory = (torch.storage.TypedStorage, dtype, index, handle, nbytes, start, False, *event)
-            tensor: torch.Tensor = _guarded(call, reductions.rebuild_cuda_tensor, torch.Tensor, *shape, *memory)
+            tensor: torch.Tensor = _tried(call, reductions.rebuild_cuda_tensor, torch.Tensor, *shape, *memory)
             return tensor
     raise _wrong(call, "has other arguments than torch gives it")
 
@@ -172,7 +153,7 @@ def _check_handles(call: Call, *handles: Any) -> None:
             if memory[1:2] == b"e":
                 raise _wrong(call, "names an expandable segment; allocate without expandable_segments in the sender")
             if memory[1:2] == b"c" and len(memory) == 66 and len(event) == 64:
-                _check_segment(call, counters, 8 * _COUNTERS)
+                _tried(call, check_segment, counters, 8 * _COUNTERS)
                 if _numbers(call, index)[0] < _COUNTERS:
                     return
     raise _wrong(call, "has other handles than torch gives it")
@@ -206,20 +187,6 @@ def _check_view(call: Call, size: Any, stride: Any, offset: Any, there: int) -> 
         raise _wrong(call, f"makes {math.prod(size)} elements of the {there} in its storage; send it contiguous")
 
 
-def _check_segment(call: Call, handle: bytes, nbytes: int) -> None:
-    if not _SEGMENT.fullmatch(handle):
-        raise _wrong(call, "names no segment of shared memory as torch does")
-    name = handle.decode()
-    try:
-        found = os.lstat(_SEGMENTS / name[1:])
-    except OSError as error:
-        raise _wrong(call, f"names the segment {name}, which is not there: {error.strerror}") from error
-    if not stat.S_ISREG(found.st_mode) or found.st_uid != os.geteuid():
-        raise _wrong(call, f"names the segment {name}, which does not belong to this user")
-    if found.st_size != nbytes + _HEADER:
-        raise _wrong(call, f"names the segment {name}, which has {found.st_size - _HEADER} bytes, not {nbytes}")
-
-
 def _numbers(call: Call, *numbers: Any) -> tuple[int, ...]:
     for number in numbers:
         if type(number) is not int or not 0 <= number <= _LIMIT:
@@ -227,11 +194,11 @@ def _numbers(call: Call, *numbers: Any) -> tuple[int, ...]:
     return numbers
 
 
-def _guarded(call: Call, rebuild: Callable[..., Any], *args: Any) -> Any:
+def _tried(call: Call, do: Callable[..., Any], *args: Any, **options: Any) -> Any:
     try:
-        return rebuild(*args)
-    except RuntimeError as error:
-        raise _wrong(call, f"failed: {str(error).partition(chr(10))[0]}") from error
+        return do(*args, **options)
+    except (BadSegment, RuntimeError) as error:
+        raise _wrong(call, f"fails: {str(error).partition(chr(10))[0]}") from error
 
 
 def _wrong(call: Call, reason: str) -> NotAPayload:
