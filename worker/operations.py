@@ -35,8 +35,7 @@ from .weights.export import export
 from .weights.groups import Groups
 from .weights.journal import Journal
 from .weights.parking import Parking
-from .weights.sources import open_source
-from .weights.update import Rejected
+from .weights.sources import Reader, Rejected, open_source
 from .weights.update import Update as RankUpdate
 
 log = logging.getLogger(__name__)
@@ -106,7 +105,7 @@ class Operations:
                 return _Vote(self._write())
             if order.step == "journal":
                 return _Vote(self._write_down(order))
-            return _Vote(self._do(self._operation))
+            return _Vote(self._do(self._operation, order.leads))
         except Rejected as rejected:
             return _Vote(rejected.report, rejected.error.info())
         except SafelightError as error:
@@ -117,11 +116,11 @@ class Operations:
             log.exception("an operation failed")
             return _Vote(error=Internal("The operation failed; the server's log has the details.").info())
 
-    def _do(self, operation: Operation | None) -> Report:
+    def _do(self, operation: Operation | None, leads: bool) -> Report:
         match operation:
             case Update():
-                opened = open_source(operation.source, self._groups, self._model.device, leads=self._ranks.rank == 0)
-                return self._update.prepare(opened)
+                reader = Reader(self._ranks.rank, self._ranks.size, self._model.device, leads)
+                return self._update.prepare(open_source(operation.source, self._groups, reader))
             case Digests():
                 return self._digests(operation)
             case CheckTensors():

@@ -14,7 +14,8 @@ import pytest
 
 from .trainer import DRAWING, Trainer, changed, transformer
 
-LONG = {"num_inference_steps": 60}
+LONG_STEPS = {1: 400, 2: 60}
+"""By ranks: some seconds of drawing."""
 
 
 @pytest.fixture(autouse=True)
@@ -39,6 +40,10 @@ def queued(trainer: Trainer) -> int:
     return found
 
 
+def long(trainer: Trainer) -> dict[str, Any]:
+    return {"num_inference_steps": LONG_STEPS[trainer.ranks]}
+
+
 def drawing(trainer: Trainer, **changes: Any) -> httpx.Response:
     return trainer.post("/generate", DRAWING | changes)
 
@@ -46,7 +51,7 @@ def drawing(trainer: Trainer, **changes: Any) -> httpx.Response:
 @contextmanager
 def one_that_runs(trainer: Trainer) -> Iterator[Future[httpx.Response]]:
     with in_the_background() as pool:
-        request = pool.submit(drawing, trainer, **LONG)
+        request = pool.submit(drawing, trainer, **long(trainer))
         trainer.server.wait_for(lambda: running(trainer) or None, 30)
         yield request
 
@@ -190,8 +195,8 @@ def test_an_update_of_sleeping_weights_is_there_when_they_wake(how: str, tags: l
 
 def test_an_operator_ends_one_request_or_all(trainer: Trainer) -> None:
     with in_the_background() as pool:
-        named = pool.submit(trainer.post, "/generate", DRAWING | LONG, headers={"x-request-id": "mine"})
-        other = pool.submit(drawing, trainer, **LONG)
+        named = pool.submit(trainer.post, "/generate", DRAWING | long(trainer), headers={"x-request-id": "mine"})
+        other = pool.submit(drawing, trainer, **long(trainer))
         trainer.server.wait_for(lambda: running(trainer) == 2 or None, 30)
         trainer.done("/abort_request", {"request_id": "mine"})
         assert named.result().status_code == 409

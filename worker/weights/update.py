@@ -7,21 +7,13 @@ from itertools import islice
 
 import torch
 
-from ...protocol.errors import InvalidRequest, NotFound, SafelightError
+from ...protocol.errors import InvalidRequest, NotFound
 from ...protocol.operations import Invalid, Report
 from .layout import Layout
-from .sources import Opened, Tensors
+from .payload import Tensors
+from .sources import Opened, Rejected
 
 _SHOWN = 20
-
-
-class Rejected(Exception):
-    """The tensors cannot be written. ``report`` says which and why, and ``error`` is what the sender is told."""
-
-    def __init__(self, error: SafelightError, report: Report) -> None:
-        super().__init__(error.message)
-        self.error = error
-        self.report = report
 
 
 class Update:
