@@ -36,6 +36,7 @@ from .weights.groups import Groups
 from .weights.journal import Journal
 from .weights.parking import Parking
 from .weights.sources import Reader, Rejected, open_source
+from .weights.undo import UndoMemory
 from .weights.update import Update as RankUpdate
 
 log = logging.getLogger(__name__)
@@ -66,6 +67,7 @@ class Operations:
         place: int,
         shared: Path,
         journal: Journal | None,
+        undo: UndoMemory,
         sign: Callable[[], object],
     ) -> None:
         self._model = model
@@ -75,7 +77,8 @@ class Operations:
         self._sign = sign
         self._groups = Groups(place)
         self._journal = journal
-        self._update = RankUpdate(model.layouts)
+        self._undo = undo
+        self._update = RankUpdate(model.layouts, undo)
         modules = [part for part in model.pipeline.components.values() if isinstance(part, nn.Module)]
         self._parking = Parking(modules, model.device)
         self._operation: Operation | None = None
@@ -126,6 +129,7 @@ class Operations:
             case CheckTensors():
                 return self._check(operation)
             case Flush():
+                self._undo.free()
                 return Report(invalidated=self._flush())
             case Sleep():
                 return self._sleep(operation)
@@ -218,7 +222,10 @@ class Operations:
                 self._parking.park()
             except OSError as error:
                 raise Conflict(f"The weights cannot be put away: {error.strerror or error}.") from error
-        return Report(invalidated=self._flush() if "caches" in operation.tags else [])
+        if "caches" in operation.tags:
+            self._undo.free()
+            return Report(invalidated=self._flush())
+        return Report()
 
     def _wake(self, operation: Wake) -> Report:
         if "weights" in operation.tags:
