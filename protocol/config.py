@@ -94,13 +94,13 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         ),
     ] = ""
     undo_mb: Annotated[
-        int | None,
+        int,
         Meta(
-            ge=1,
+            ge=0,
             description="Megabytes of host memory that each rank may use for what an update overwrites, until it is "
-            "committed; when not given, half of the machine's memory, divided among all ranks",
+            "committed; 0: half of the machine's memory, divided among all ranks",
         ),
-    ] = None
+    ] = 0
     undo_spill: Annotated[
         str | None, Meta(description="A directory whose disk takes what does not fit into `--undo-mb`")
     ] = None

@@ -216,7 +216,7 @@ def _path(given: str | None) -> Path | None:
 
 def _undo_limit(config: Config) -> int:
     """Bytes of host memory for what updates overwrite, on each rank."""
-    if config.undo_mb is not None:
+    if config.undo_mb:
         return config.undo_mb * 1_000_000
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return memory // 2 // (config.replicas * config.tp)
