@@ -15,13 +15,26 @@ from ..protocol.errors import (
     Unavailable,
 )
 from .async_client import AsyncClient
-from .errors import ConnectionLost, Unreachable
-from .results import Event, Generation, Health, Output, Preview, Progress, Queued, Result
+from .errors import ConnectionLost, InvalidTensor, TensorsDiffer, TensorsRejected, Unreachable
+from .results import (
+    Event,
+    Generation,
+    Health,
+    Output,
+    Preview,
+    Progress,
+    Queued,
+    Result,
+    UpdateProgress,
+    WeightUpdate,
+)
 from .retry import Retries
 from .sync_client import Client
+from .weights import BegunUpdate, Weights
 
 __all__ = [
     "AsyncClient",
+    "BegunUpdate",
     "BodyTooLarge",
     "Client",
     "Conflict",
@@ -33,6 +46,7 @@ __all__ = [
     "Health",
     "Internal",
     "InvalidRequest",
+    "InvalidTensor",
     "Malformed",
     "NotFound",
     "Output",
@@ -43,7 +57,12 @@ __all__ = [
     "Result",
     "Retries",
     "SafelightError",
+    "TensorsDiffer",
+    "TensorsRejected",
     "Unauthorized",
     "Unavailable",
     "Unreachable",
+    "UpdateProgress",
+    "WeightUpdate",
+    "Weights",
 ]
