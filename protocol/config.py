@@ -93,6 +93,13 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
             "current one and the one that the model lies in"
         ),
     ] = ""
+    weights_journal: Annotated[
+        str | None,
+        Meta(
+            description="A directory that keeps what updates committed, for restarts; without it, weights that were "
+            "updated live only as long as a replica that has them"
+        ),
+    ] = None
     allow_model_source: Annotated[
         bool, Meta(description="Let an update from disk name a hub id, which is downloaded")
     ] = False

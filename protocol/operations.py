@@ -178,7 +178,7 @@ class AbortRequests(msgspec.Struct, tag=True, frozen=True):
 class Perform(msgspec.Struct, tag=True, frozen=True, kw_only=True):
     """The scheduler's order to one replica: ``step`` of the operation ``number``.
 
-    ``operation`` comes with its first step, and ``weight_version`` with *commit*.
+    ``operation`` comes with its first step, and ``weight_version`` with *journal* and *commit*.
     """
 
     number: int

@@ -100,6 +100,7 @@ class Dispatcher:
             self._replicas,
             lambda message: self._outbox.to_server.append(message),
             lambda number, order: self._outbox.to_replicas.append((number, order)),
+            journal=config.weights_journal is not None,
             resume=self._resume,
             end_all=self._end_all,
             drained=self._drained,

@@ -20,6 +20,7 @@ from ..protocol.operations import (
     Abort,
     Barrier,
     Begin,
+    Broadcast,
     Commit,
     Export,
     Files,
@@ -28,8 +29,10 @@ from ..protocol.operations import (
     Operation,
     Perform,
     Performed,
+    Pickled,
     Report,
     Sleep,
+    Source,
     Step,
     Update,
     Wake,
@@ -44,7 +47,10 @@ RETRY_S = 5.0
 
 @dataclass(slots=True, eq=False)
 class Running:
-    """A part that replicas work on: which step, who has yet to answer, and what the others said."""
+    """A part that replicas work on: which step, who has yet to answer, and what the others said.
+
+    ``version`` is the one that is to be committed, and ``replicas`` are those that will.
+    """
 
     part: Operate
     number: int
@@ -53,6 +59,8 @@ class Running:
     reports: dict[int, Report] = field(default_factory=dict)
     error: SafelightError | None = None
     failed: Report | None = None
+    version: str = ""
+    replicas: set[int] = field(default_factory=set)
 
 
 @dataclass(slots=True, eq=False)
@@ -89,14 +97,16 @@ class Operations:
         to_server: Callable[[FromScheduler], None],
         to_replica: Callable[[int, ToWorker], None],
         *,
+        journal: bool,
         resume: Callable[[Request], None],
         end_all: Callable[[SafelightError], None],
         drained: Callable[[], bool],
     ) -> None:
         self.version: str | None = None
-        """The committed version; ``None`` while every replica serves the checkpoint as it was loaded."""
+        """The committed version; ``None`` before a replica has loaded."""
         self.asleep: set[str] = set()
         """The tags that replicas were told to let go of."""
+        self._journal = journal
         self._replicas = replicas
         self._to_server = to_server
         self._to_replica = to_replica
@@ -149,7 +159,10 @@ class Operations:
             begun = operation if isinstance(operation, Begin) else None
             self._line.append(Transaction(part.barrier, deque([part]), begun))
         elif self._current is not None and self._current.begun and self._current.begun.update_id == update_id:
-            self._current.parts.append(part)
+            if isinstance(operation, Update) and (refusal := _is_not_for(self._current.begun, operation.source)):
+                self._fail(part, refusal)
+            else:
+                self._current.parts.append(part)
         else:
             self._fail(part, NotFound(f"There is no begun update {update_id!r}; it ended, or never was."))
         self.advance(now)
@@ -196,9 +209,10 @@ class Operations:
             self._behind.add(replica.number)
             replica.wait_for(f"is to be brought to the weights of version {self.version}")
             self._bring_up(replica)
-        elif self.asleep:
-            part = Operate("", Sleep(sorted(self.asleep)))
-            self._line.append(Transaction("in_place", deque([part]), only=replica.number))
+        else:
+            self._put_to_sleep(replica.number)
+        if self.version is None:
+            self.version = replica.model.weight_version
         self.advance(now)
 
     def advance(self, now: float) -> None:
@@ -244,8 +258,11 @@ class Operations:
         replicas = self._participants(transaction, operation)
         if not replicas:
             self._fail(part, Unavailable(f"No replica is ready: {self._replicas.reasons()}.", retry_after_s=RETRY_S))
+            if transaction.only is not None and (replica := self._replicas.get(transaction.only)) is not None:
+                self._lost = set(self._changed)
+                self._bring_up(replica)
             if transaction.begun is not None:
-                self._current = None
+                self._end(transaction)
             return True
         if transaction.begun is not None:
             transaction.deadline = now + transaction.begun.timeout_s
@@ -261,7 +278,7 @@ class Operations:
         step = steps.get(type(operation), "prepare")
         transaction.running = Running(part, next(self._numbers), step, set(replicas))
         if isinstance(operation, Commit):
-            self._order_commit(transaction, transaction.running, part)
+            self._end_well(transaction, transaction.running)
         else:
             self._order(transaction.running, step, operation)
         return True
@@ -291,16 +308,25 @@ class Operations:
             )
         return None
 
-    def _order(self, running: Running, step: Step, operation: Operation | None = None, version: str = "") -> None:
+    def _order(self, running: Running, step: Step, operation: Operation | None = None) -> None:
         running.step = step
-        order = Perform(number=running.number, step=step, operation=operation, weight_version=version or None)
+        version = running.version or None
+        order = Perform(number=running.number, step=step, operation=operation, weight_version=version)
         for number in sorted(running.expected):
             self._to_replica(number, order)
 
-    def _order_commit(self, transaction: Transaction, running: Running, part: Operate) -> None:
-        own = part.operation.weight_version if isinstance(part.operation, Update) else None
+    def _end_well(self, transaction: Transaction, running: Running) -> None:
+        """Commit what the replicas ``running.expected`` have written, once it stands in the journal."""
+        own = running.part.operation.weight_version if isinstance(running.part.operation, Update) else None
         begun = transaction.begun.weight_version if transaction.begun is not None else None
-        self._order(running, "commit", version=own or begun or self._next_version())
+        running.version = own or begun or self._next_version()
+        running.replicas = set(running.expected)
+        transaction.running = running
+        if self._journal and transaction.only is None:
+            running.expected = {min(running.replicas)}
+            self._order(running, "journal")
+        else:
+            self._order(running, "commit")
 
     def _next_version(self) -> str:
         current = self.version or ""
@@ -312,6 +338,11 @@ class Operations:
         if running.error is not None and step != "commit":
             self._undo(transaction, running)
             self._fail(running.part, running.error, running.failed)
+        elif step == "journal":
+            running.expected = running.replicas & self._alive()
+            running.reports.clear()
+            transaction.running = running
+            self._order(running, "commit")
         elif step == "commit":
             self._committed(transaction, running)
         elif isinstance(operation, Update) and step == "prepare":
@@ -337,23 +368,24 @@ class Operations:
             self._operated(running.part, running.reports, self.version)
             return
         running.expected = set(running.reports)
-        transaction.running = running
-        self._order_commit(transaction, running, running.part)
+        self._end_well(transaction, running)
 
     def _undo(self, transaction: Transaction, running: Running) -> None:
         """Have the replicas let go of what they prepared, or undo what they wrote."""
-        if not isinstance(running.part.operation, Update):
+        if not isinstance(running.part.operation, Update | Commit):
             return
-        step: Step = "rollback" if running.step == "write" else "release"
-        for number in sorted(running.reports):
+        step: Step = "release" if running.step == "prepare" else "rollback"
+        for number in sorted(running.replicas or running.reports):
             self._to_replica(number, Perform(number=running.number, step=step))
-        if step == "rollback" and transaction.begun is not None:
-            self._current = None
+        if step == "rollback":
+            self._end(transaction)
+        if transaction.only is not None and (replica := self._replicas.get(transaction.only)) is not None:
+            replica.failed(f"could not be brought to version {self.version}")
 
     def _committed(self, transaction: Transaction, running: Running) -> None:
         if not running.reports:
             self._fail(running.part, running.error or Unavailable("Every replica was lost.", retry_after_s=RETRY_S))
-            self._current = None
+            self._end(transaction)
             return
         for number, report in running.reports.items():
             if (replica := self._replicas.get(number)) is not None and report.weight_version is not None:
@@ -368,7 +400,7 @@ class Operations:
             if not self._lost:
                 self._is_current(number)
         self._operated(running.part, running.reports, self.version)
-        self._current = None
+        self._end(transaction)
 
     def _done(self, transaction: Transaction, running: Running) -> None:
         operation, reports = running.part.operation, running.reports
@@ -382,7 +414,7 @@ class Operations:
             transaction.parts.append(Operate("", Update(source=source, weight_version=self.version)))
         self._operated(running.part, reports, self.version)
         if isinstance(operation, Abort):
-            self._current = None
+            self._end(transaction)
 
     def _give_up(self, transaction: Transaction) -> None:
         """End a begun update of which nothing has been heard for too long, or whose replicas are all lost."""
@@ -390,7 +422,17 @@ class Operations:
         logger.warning("the update %s is aborted: nothing more came", transaction.begun.update_id)
         for number in sorted(transaction.replicas or ()):
             self._to_replica(number, Perform(number=next(self._numbers), step="rollback"))
+        self._end(transaction)
+
+    def _end(self, transaction: Transaction) -> None:
+        """Nothing more is done in ``transaction``; parts that came meanwhile are for an update that is over."""
+        for part in transaction.parts:
+            self._fail(part, NotFound("The update that this was a part of has ended."))
+        transaction.parts.clear()
         self._current = None
+
+    def _alive(self) -> set[int]:
+        return {replica.number for replica in self._replicas if replica.state in ("ready", "stalled")} | self._behind
 
     def _bring_up(self, replica: Replica) -> None:
         """Have a replica that holds what was committed write it out, and this one read it."""
@@ -408,6 +450,10 @@ class Operations:
         replica = self._replicas.get(number)
         if replica is not None:
             replica.waits_no_longer()
+        self._put_to_sleep(number)
+
+    def _put_to_sleep(self, number: int) -> None:
+        """If the others sleep."""
         if self.asleep:
             part = Operate("", Sleep(sorted(self.asleep)))
             self._line.append(Transaction("in_place", deque([part]), only=number))
@@ -424,3 +470,18 @@ class Operations:
             self._to_server(Failed(part.request_id, error.info(), report))
         else:
             logger.error("%s failed: %s", type(part.operation).__name__, error.message)
+
+
+def _is_not_for(begun: Begin, source: Source) -> SafelightError | None:
+    """Why ``source`` is no part of the update, if it names a module that the update was not begun for."""
+    match source:
+        case Files(modules=modules):
+            named = list(modules)
+        case Pickled(targets=targets):
+            named = targets
+        case Broadcast(module=module):
+            named = [module]
+    others = [name for name in named if begun.modules is not None and name not in begun.modules]
+    if others:
+        return InvalidRequest(f"The update was not begun for {others[0]}.", field="target_modules")
+    return None

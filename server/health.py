@@ -34,7 +34,8 @@ def _health(service: Service) -> Response:
         error = Unavailable("The scheduler does not answer.")
         return error_reply(error.info(), status="unavailable", replicas=reasons)
     if any(replica.state == "ready" for replica in replicas):
-        return json_reply({"status": "ok", "replicas": reasons})
+        halted = service.link.status.halted
+        return json_reply({"status": "ok", "replicas": reasons, **({"halted": halted} if halted else {})})
     starting = all(replica.state == "starting" for replica in replicas)
     error = service.link.unavailable()
     return error_reply(error.info(), status="starting" if starting else "unavailable", replicas=reasons)

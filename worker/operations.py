@@ -33,6 +33,7 @@ from .sizes import DENOISERS
 from .weights.digests import module_digests, tensor_digests
 from .weights.export import export
 from .weights.groups import Groups
+from .weights.journal import Journal
 from .weights.parking import Parking
 from .weights.sources import open_source
 from .weights.update import Rejected
@@ -58,7 +59,15 @@ class Operations:
     """
 
     def __init__(
-        self, model: Model, hub: Hub, ranks: Ranks, *, place: int, shared: Path, sign: Callable[[], object]
+        self,
+        model: Model,
+        hub: Hub,
+        ranks: Ranks,
+        *,
+        place: int,
+        shared: Path,
+        journal: Journal | None,
+        sign: Callable[[], object],
     ) -> None:
         self._model = model
         self._hub = hub
@@ -66,6 +75,7 @@ class Operations:
         self._shared = shared
         self._sign = sign
         self._groups = Groups(place)
+        self._journal = journal
         self._update = RankUpdate(model.layouts)
         modules = [part for part in model.pipeline.components.values() if isinstance(part, nn.Module)]
         self._parking = Parking(modules, model.device)
@@ -92,8 +102,11 @@ class Operations:
 
     def _vote(self, order: Perform) -> _Vote:
         try:
-            report = self._write() if order.step == "write" else self._do(self._operation)
-            return _Vote(report)
+            if order.step == "write":
+                return _Vote(self._write())
+            if order.step == "journal":
+                return _Vote(self._write_down(order))
+            return _Vote(self._do(self._operation))
         except Rejected as rejected:
             return _Vote(rejected.report, rejected.error.info())
         except SafelightError as error:
@@ -135,18 +148,32 @@ class Operations:
             torch.cuda.synchronize(self._model.device)
         return self._update.report()
 
+    def _write_down(self, order: Perform) -> Report:
+        assert self._journal is not None
+        assert order.weight_version is not None
+        modules = list(self._update.written)
+        try:
+            self._journal.write(self._model.layouts, modules, order.weight_version, self._ranks, self._sign)
+        except OSError as error:
+            raise Internal(f"The journal could not be written: {error.strerror or error}.") from error
+        return Report()
+
     def _finish(self, order: Perform) -> Report:
         if order.step == "release":
             self._update.release()
             return Report()
         if order.step == "rollback":
             self._update.rollback()
+            if self._journal is not None:
+                self._journal.drop()
             return Report()
         assert order.weight_version is not None, "a commit brings it"
         report = self._update.report()
         flushes = not isinstance(self._operation, Update) or self._operation.flush_cache
         encoders = set(self._update.written) - set(DENOISERS)
         self._update.commit()
+        if self._journal is not None and self._ranks.rank == 0:
+            self._journal.commit()
         self._model.weight_version = order.weight_version
         invalidated = self._flush() if flushes or encoders else []
         return msgspec.structs.replace(

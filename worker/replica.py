@@ -38,6 +38,7 @@ from .parallel.ranks import RankLost, join, leave
 from .parallel.team import Diverged, Follower, Leader, Stop, Turn
 from .prompt_cache import PromptCache
 from .self_test import Found, SelfTest
+from .weights.journal import Journal
 
 log = logging.getLogger(__name__)
 
@@ -53,6 +54,7 @@ class Replica:
         self._config = child.config
         self._number = child.replica
         self._leads = child.rank == 0
+        self._journal = Journal(Path(self._config.weights_journal)) if self._config.weights_journal else None
         self._stopping = False
         self._beat_at = 0.0
         self._context = zmq.Context()
@@ -95,6 +97,8 @@ class Replica:
             self._config.stall_timeout_s,
         )
         model = load_model(self._config, device, self._ranks)
+        if self._journal is not None and (version := self._journal.replay(model.layouts)) is not None:
+            model.weight_version = version
         return model, SelfTest(model, self._config, self._report).run()
 
     def _serve(self, model: Model, found: Found) -> int:
@@ -112,6 +116,7 @@ class Replica:
             self._ranks,
             place=self._number * self._config.tp + self._child.rank,
             shared=Path(self._child.shared),
+            journal=self._journal,
             sign=lambda: self._beat(jobs),
         )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -15,11 +16,18 @@ _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 def export(
-    layouts: Mapping[str, Layout], modules: Sequence[str], folder: Path, ranks: Ranks, sign: Callable[[], object]
+    layouts: Mapping[str, Layout],
+    modules: Sequence[str],
+    folder: Path,
+    ranks: Ranks,
+    sign: Callable[[], object],
+    *,
+    durable: bool = False,
 ) -> dict[str, list[str]]:
-    """A file for each module in ``folder``, which rank 0 makes. All ranks must call this together.
+    """A file for each module in ``folder``, which rank 0 makes; ``durable`` ones are on the disk when it returns.
 
-    Returns the files by module. Raises ``OSError`` on rank 0, when the others are done too.
+    All ranks must call this together. Returns the files by module. Raises ``OSError`` on rank 0, when the others are
+    done too.
     """
     written: dict[str, list[str]] = {}
     fault: OSError | None = None
@@ -36,6 +44,9 @@ def export(
                     for part in parts:
                         stream.write(part)
                         sign()
+                    if durable:
+                        stream.flush()
+                        os.fsync(stream.fileno())
             except OSError as error:
                 fault = error
         for _ in parts:  # the gathering takes every rank, to the end

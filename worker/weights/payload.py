@@ -1,0 +1,155 @@
+"""What a trainer's payload means: full tensors, by module and by their names in a checkpoint."""
+
+from __future__ import annotations
+
+import base64
+import math
+from collections.abc import Sequence
+from typing import Any, TypeVar
+
+import torch
+
+from .allowed import DTYPES, FIELDS, Known, NotAPayload
+from .pickled import MAX_BYTES
+from .received import is_shape, unpickle
+
+Payload = TypeVar("Payload")
+Tensors = dict[str, dict[str, torch.Tensor]]
+
+
+class InvalidTensor(NotAPayload):
+    """One tensor of ``module``, called ``name``, is wrong; ``reason`` says how."""
+
+    def __init__(self, module: str, name: str, reason: str) -> None:
+        super().__init__(f"the tensor {name!r} of {module} {reason}")
+        self.module, self.name, self.reason = module, name, reason
+
+
+def decode(payload: str, modules: Sequence[str], *, release: bool = True) -> Tensors:
+    """Module to name to tensor, of a base64-encoded stream for ``modules``: :func:`unpickle`, then :func:`interpret`.
+
+    Raises :class:`NotAPayload`.
+    """
+    if len(payload) > MAX_BYTES * 4 // 3 + 4:
+        raise NotAPayload(f"the payload has {len(payload)} characters; {MAX_BYTES * 4 // 3 + 4} are allowed")
+    try:
+        stream = base64.b64decode(payload, validate=True)
+    except ValueError as error:
+        raise NotAPayload(f"the payload is no base64: {error}") from error
+    return interpret(unpickle(stream, release=release), modules)
+
+
+def interpret(value: object, modules: Sequence[str]) -> Tensors:
+    """The tensors of ``modules``, exactly which ``value`` must have; without that level it is those of the only one.
+
+    A module's tensors are a list of pairs of name and tensor, or a bucket: ``flattened_tensor``, 1-d and contiguous,
+    and ``metadata``, of which each entry has ``name``, ``shape``, ``dtype`` (or its name), ``start_idx``, ``end_idx``
+    and ``numel``. These three count bytes in a buffer of uint8, and elements in any other. Tensors are views of what
+    ``value`` holds; copied are parts of a bucket that are not aligned to their dtype, or of another floating dtype.
+
+    Raises :class:`NotAPayload`; :class:`InvalidTensor` where a tensor is to blame.
+    """
+    if isinstance(value, dict) and value.keys() != FIELDS[Known.BUCKET]:
+        if value.keys() != set(modules):
+            raise NotAPayload(f"the payload is for {_listed(value)}, and the request for {_listed(modules)}")
+        return {module: _tensors(module, value[module]) for module in modules}
+    if len(modules) != 1:
+        raise NotAPayload(f"the payload names no modules, and the request {len(modules)}: {_listed(modules)}")
+    return {modules[0]: _tensors(modules[0], value)}
+
+
+def choose(
+    payloads: Sequence[Payload], rank: int, world_size: int, gpu_uuids: Sequence[str] | None, own_uuid: str | None
+) -> Payload:
+    """The payload for ``rank`` of ``world_size``: the one of its own GPU, or of its rank, or the only one.
+
+    ``gpu_uuids`` says from which GPU each payload comes, with or without NVML's prefix; ``own_uuid`` is
+    this rank's GPU. Raises :class:`NotAPayload`.
+    """
+    if gpu_uuids is None:
+        if len(payloads) not in {1, world_size}:
+            raise NotAPayload(f"there are {len(payloads)} payloads for {world_size} ranks; send 1 or {world_size}")
+        return payloads[rank if len(payloads) == world_size else 0]
+    if len(gpu_uuids) != len(payloads):
+        raise NotAPayload(f"there are {len(payloads)} payloads and {len(gpu_uuids)} GPU UUIDs")
+    known = [_plain_uuid(uuid) for uuid in gpu_uuids]
+    if own_uuid is None or _plain_uuid(own_uuid) not in known:
+        raise NotAPayload(f"the payloads come from the GPUs {_listed(gpu_uuids)}, and rank {rank} has {own_uuid}")
+    return payloads[known.index(_plain_uuid(own_uuid))]
+
+
+def _tensors(module: str, part: object) -> dict[str, torch.Tensor]:
+    match part:
+        case list() | tuple():
+            return _named(module, part)
+        case {"flattened_tensor": buffer, "metadata": list(metadata), **rest} if not rest:
+            return _flattened(module, buffer, metadata)
+    raise NotAPayload(f"the tensors of {module} are neither a list of pairs nor a flattened bucket")
+
+
+def _named(module: str, pairs: Sequence[Any]) -> dict[str, torch.Tensor]:
+    found: dict[str, torch.Tensor] = {}
+    for index, pair in enumerate(pairs):
+        match pair:
+            case (str(name), torch.Tensor() as tensor):
+                _add(found, module, name, tensor)
+            case _:
+                raise NotAPayload(f"entry {index} of {module} is no pair of a name and a tensor")
+    return found
+
+
+def _flattened(module: str, buffer: object, metadata: list[Any]) -> dict[str, torch.Tensor]:
+    found: dict[str, torch.Tensor] = {}
+    if metadata and not (isinstance(buffer, torch.Tensor) and buffer.ndim == 1 and buffer.is_contiguous()):
+        raise NotAPayload(f"the bucket of {module} has no 1-d contiguous tensor")
+    for index, entry in enumerate(metadata):
+        if not isinstance(entry, dict) or entry.keys() != FIELDS[Known.METADATA] or type(entry["name"]) is not str:
+            raise NotAPayload(f"entry {index} of the metadata of {module} has not the fields of a tensor")
+        assert isinstance(buffer, torch.Tensor)
+        try:
+            tensor = _part(buffer, **{field: entry[field] for field in entry if field != "name"})
+        except ValueError as error:
+            raise InvalidTensor(module, entry["name"], str(error)) from error
+        _add(found, module, entry["name"], tensor)
+    return found
+
+
+def _part(buffer: torch.Tensor, shape: Any, dtype: Any, start_idx: Any, end_idx: Any, numel: Any) -> torch.Tensor:
+    """Raises ``ValueError`` where the numbers contradict one another, or the buffer."""
+    kind = DTYPES.get(f"torch.{dtype.removeprefix('torch.')}") if isinstance(dtype, str) else dtype
+    if not isinstance(kind, torch.dtype):
+        raise ValueError("has a dtype that is none")
+    if not isinstance(shape, list | tuple) or not is_shape(shape):
+        raise ValueError("has a shape that is none")
+    if not all(type(index) is int and index >= 0 for index in (start_idx, end_idx, numel)):
+        raise ValueError("has a start_idx, end_idx or numel that is no count")
+    in_bytes = buffer.dtype == torch.uint8
+    needed = math.prod(shape) * (kind.itemsize if in_bytes else 1)
+    unit = "bytes" if in_bytes else "elements"
+    if not numel == needed == end_idx - start_idx:
+        raise ValueError(f"needs {needed} {unit}, has numel {numel}, and goes from {start_idx} to {end_idx}")
+    if end_idx > len(buffer):
+        raise ValueError(f"goes to {end_idx} in a buffer of {len(buffer)} {unit}")
+    part = buffer[start_idx:end_idx]
+    if in_bytes:
+        aligned = part.storage_offset() % kind.itemsize == 0
+        part = (part if aligned else part.clone()).view(kind)
+    elif kind != part.dtype:
+        if not (kind.is_floating_point and part.dtype.is_floating_point):
+            raise ValueError(f"is {kind} in a buffer of {part.dtype}")
+        part = part.to(kind)
+    return part.view(tuple(shape))
+
+
+def _add(found: dict[str, torch.Tensor], module: str, name: str, tensor: torch.Tensor) -> None:
+    if name in found:
+        raise InvalidTensor(module, name, "is there twice")
+    found[name] = tensor
+
+
+def _plain_uuid(uuid: str) -> str:
+    return uuid.removeprefix("GPU-").removeprefix("MIG-").lower()
+
+
+def _listed(names: Any) -> str:
+    return ", ".join(map(str, names)) or "none"

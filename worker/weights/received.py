@@ -1,0 +1,205 @@
+"""Makes tensors of what :mod:`.pickled` read: views of memory that another process of this user shares.
+
+Nothing of the sender's is believed. Handles have exactly the form that torch gives them, what they name belongs to this
+user and is as large as the stream says (:mod:`.segment`), and no view reaches beyond it.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch.multiprocessing import reductions
+
+from .allowed import Known, NotAPayload
+from .pickled import MAX_DEPTH, Call, Instance, parse
+from .segment import BadSegment, check_segment, map_segment
+
+_MANAGER = re.compile(rb"(/[^/\0]+)*/torch-shm-dir-[A-Za-z0-9]{6}/manager\.sock")
+_COUNTERS = 10_000  # of 8 bytes, in a segment of CUDA's reference counts: CUDA_IPC_REF_COUNTER_FILE_SIZE
+_LIMIT = 1 << 48  # of every size, stride, offset and number of elements
+
+_UNFINISHED = object()
+
+
+def unpickle(stream: bytes, *, release: bool = True) -> Any:
+    """What a ``ForkingPickler`` stream holds: ``None``, bool, int, str, ``torch.dtype``, tensors, and lists, tuples and
+    dicts of them. Sizes are tuples; pieces of metadata and buckets are dicts of their attributes.
+
+    Tensors are views of the sender's memory, without gradient; Parameters become tensors. ``release`` gives up what the
+    sender counted for its reader, so that its memory is freed when it and the views here have been let go; of several
+    ranks that read one stream exactly one does so, when the others have read it. On a GPU every reader does.
+
+    Raises :class:`NotAPayload`.
+    """
+    return _Receiver(release).value(parse(stream))
+
+
+def is_shape(numbers: Sequence[object]) -> bool:
+    """Whether these are at most 64 ints, none below zero, of a product of at most 2**48, zeros apart."""
+    return (
+        len(numbers) <= 64
+        and all(type(number) is int and 0 <= number <= _LIMIT for number in numbers)
+        and math.prod(number or 1 for number in numbers if isinstance(number, int)) <= _LIMIT
+    )
+
+
+class _Receiver:
+    """Replaces calls by what they give, each once, however often it is contained."""
+
+    def __init__(self, release: bool) -> None:
+        self._release = release
+        self._made: dict[int, Any] = {}
+
+    def value(self, node: Any, depth: int = 0) -> Any:
+        if node is None or isinstance(node, bool | int | str | torch.dtype):
+            return node
+        if isinstance(node, Known):
+            raise NotAPayload(f"{node.value} stands where a value should")
+        if isinstance(node, bytes):
+            raise NotAPayload("there are bytes where a value should be")
+        if id(node) not in self._made:
+            if depth == MAX_DEPTH:
+                raise NotAPayload(f"the payload is nested more than {MAX_DEPTH} deep")
+            self._made[id(node)] = _UNFINISHED
+            self._made[id(node)] = self._make(node, depth + 1)
+        if self._made[id(node)] is _UNFINISHED:
+            raise NotAPayload("the payload contains itself")
+        return self._made[id(node)]
+
+    def _make(self, node: Any, depth: int) -> Any:
+        match node:
+            case list() | tuple():
+                return type(node)(self.value(part, depth) for part in node)
+            case dict():
+                return {key: self.value(part, depth) for key, part in node.items()}
+            case Instance():
+                if node.state is None:
+                    raise NotAPayload(f"{node.cls.value} at byte {node.at} has no attributes")
+                return {name: self.value(part, depth) for name, part in node.state.items()}
+            case Call(Known.SIZE, (tuple(size),)):
+                if is_shape(size):
+                    return size
+            case Call(Known.REBUILD_TENSOR):
+                return self._tensor(node)
+            case Call(Known.REBUILD_CUDA_TENSOR | Known.REBUILD_CUDA_TENSOR_BY_UUID):
+                return _cuda_tensor(node)
+        raise _wrong(node, "gives no value that a payload can hold")
+
+    def _tensor(self, call: Call) -> torch.Tensor:
+        match call.args:
+            case (
+                Known.TENSOR | Known.PARAMETER,
+                Call(Known.REBUILD_TYPED_STORAGE, (Call() as shared, torch.dtype() as dtype)),
+                (offset, Call(Known.SIZE, (tuple(size),)), tuple(stride), bool()),
+            ):
+                if id(shared) not in self._made:
+                    self._made[id(shared)] = self._storage(shared)
+                storage = self._made[id(shared)]
+                _check_view(call, size, stride, offset, storage.nbytes() // dtype.itemsize)
+                if 0 in size:
+                    return torch.empty(size, dtype=dtype)
+                return torch.empty(0, dtype=dtype).set_(storage, offset, size, stride)
+        raise _wrong(call, "has other arguments than torch gives it")
+
+    def _storage(self, call: Call) -> torch.UntypedStorage:
+        match call:
+            case Call(Known.REBUILD_STORAGE_EMPTY, (Known.UNTYPED_STORAGE,)):
+                return torch.empty(0).untyped_storage()
+            case Call(
+                Known.REBUILD_STORAGE_FILENAME, (Known.UNTYPED_STORAGE, bytes(manager), bytes(handle), nbytes)
+            ) if _MANAGER.fullmatch(manager):
+                _numbers(call, nbytes)
+                storage: torch.UntypedStorage = _tried(call, map_segment, handle, nbytes, release=self._release)
+                return storage
+        raise _wrong(call, "has other arguments than torch gives it")
+
+
+def _cuda_tensor(call: Call) -> torch.Tensor:
+    match call.args:
+        case (
+            Known.TENSOR | Known.PARAMETER,
+            Call(Known.SIZE, (tuple(size),)),
+            tuple(stride),
+            offset,
+            Known.TYPED_STORAGE,
+            torch.dtype() as dtype,
+            device,
+            handle,
+            nbytes,
+            start,
+            bool(),
+            *event,
+        ):
+            _numbers(call, nbytes, start)
+            _check_view(call, size, stride, offset, nbytes // dtype.itemsize)
+            _check_handles(call, nbytes, handle, *event)
+            shape, index = (size, stride, offset), _cuda_device(call, device)
+            memory = (torch.storage.TypedStorage, dtype, index, handle, nbytes, start, False, *event)
+            tensor: torch.Tensor = _tried(call, reductions.rebuild_cuda_tensor, torch.Tensor, *shape, *memory)
+            return tensor
+    raise _wrong(call, "has other arguments than torch gives it")
+
+
+def _check_handles(call: Call, *handles: Any) -> None:
+    """The size of CUDA's memory and its handle, the segment with its counter, its event (CUDACachingAllocator.cpp)."""
+    match handles:
+        case 0, None, None, 0, None, None:
+            return
+        case _, bytes(memory), bytes(counters), index, bytes(event), bool():
+            if memory[1:2] == b"e":
+                raise _wrong(call, "names an expandable segment; allocate without expandable_segments in the sender")
+            if memory[1:2] == b"c" and len(memory) == 66 and len(event) == 64:
+                _tried(call, check_segment, counters, 8 * _COUNTERS)
+                if _numbers(call, index)[0] < _COUNTERS:
+                    return
+    raise _wrong(call, "has other handles than torch gives it")
+
+
+def _cuda_device(call: Call, device: object) -> int:
+    """``device`` is an index, or where the sender says so a UUID, as ``torch.cuda.get_device_properties`` has it."""
+    if not torch.cuda.is_available():
+        raise _wrong(call, "needs a GPU, and this process has none; send CPU tensors, or safetensors")
+    count = torch.cuda.device_count()
+    if type(device) is str and call.function is Known.REBUILD_CUDA_TENSOR_BY_UUID:
+        uuids = [str(torch.cuda.get_device_properties(index).uuid) for index in range(count)]
+        if device not in uuids:
+            raise _wrong(call, f"needs the GPU {device}; this process has {', '.join(uuids)}")
+        return uuids.index(device)
+    (index,) = _numbers(call, device)
+    if index >= count:
+        raise _wrong(call, f"needs the GPU {index}; this process has {count}")
+    return index
+
+
+def _check_view(call: Call, size: Any, stride: Any, offset: Any, there: int) -> None:
+    """That a view lies in a storage with ``there`` elements, and does not have more than are in it."""
+    if not is_shape(size) or len(size) != len(stride):
+        raise _wrong(call, "has a size or a stride that is none")
+    _numbers(call, *stride, offset)
+    last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
+    if 0 not in size and last >= there:
+        raise _wrong(call, f"reaches element {last} of a storage of {there}")
+    if math.prod(size) > there:
+        raise _wrong(call, f"makes {math.prod(size)} elements of the {there} in its storage; send it contiguous")
+
+
+def _numbers(call: Call, *numbers: Any) -> tuple[int, ...]:
+    for number in numbers:
+        if type(number) is not int or not 0 <= number <= _LIMIT:
+            raise _wrong(call, f"has something else where a number from 0 to {_LIMIT} should be")
+    return numbers
+
+
+def _tried(call: Call, do: Callable[..., Any], *args: Any, **options: Any) -> Any:
+    try:
+        return do(*args, **options)
+    except (BadSegment, RuntimeError) as error:
+        raise _wrong(call, f"fails: {str(error).partition(chr(10))[0]}") from error
+
+
+def _wrong(call: Call, reason: str) -> NotAPayload:
+    return NotAPayload(f"{call.function.value}, called at byte {call.at}, {reason}")

@@ -1,0 +1,80 @@
+"""Segments of shared memory in which another process has put tensors: torch's ``file_system`` sharing strategy.
+
+A segment is a file in /dev/shm: 64 bytes, of which the first four count its owners, and then the data
+(ATen/MapAllocator.cpp). The sender counts itself and, for each stream that names the segment, the reader of that; who
+takes the last owner away removes the file. Reading it is torch's part everywhere else. But a process in which torch has
+mapped a segment is aborted if the sender's manager of segments dies before it is let go, or has removed it by then, and
+while it runs that manager keeps the memory of a sender that is gone. Here nothing but the mapping is held.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+import re
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+_NAME = re.compile(rb"/torch_[0-9]{1,10}_[0-9]{1,10}_[0-9]{1,20}")
+_FOLDER = Path("/dev/shm")
+_HEADER = 64
+
+_decrement = ctypes.CDLL(None).sem_trywait  # atomic, unlike what Python can do; a semaphore's first word is its count
+
+
+class BadSegment(Exception):
+    """A segment is not as it was said to be; a phrase says how."""
+
+
+def map_segment(name: bytes, nbytes: int, *, release: bool) -> torch.UntypedStorage:
+    """The segment's ``nbytes`` of data, until the storage is let go; ``release`` takes its reader from its owners.
+
+    Raises :class:`BadSegment`.
+    """
+    with _opened(name, nbytes) as descriptor:
+        try:
+            mapping = mmap.mmap(descriptor, _HEADER + nbytes)
+        except (OSError, ValueError) as error:
+            raise BadSegment(f"the segment {name.decode()} cannot be mapped: {error}") from error
+        owners = ctypes.c_int32.from_buffer(mapping)
+        if owners.value < 1:
+            raise BadSegment(f"the segment {name.decode()} has no owner")
+        if release:
+            last = owners.value == 1
+            _decrement(ctypes.byref(owners))
+            if last:
+                (_FOLDER / name[1:].decode()).unlink(missing_ok=True)
+    if nbytes == 0:
+        return torch.empty(0).untyped_storage()
+    return torch.frombuffer(mapping, dtype=torch.uint8, offset=_HEADER).untyped_storage()
+
+
+def check_segment(name: bytes, nbytes: int) -> None:
+    """Raises :class:`BadSegment` where this user has no such segment with ``nbytes`` of data."""
+    with _opened(name, nbytes):
+        pass
+
+
+@contextmanager
+def _opened(name: bytes, nbytes: int) -> Iterator[int]:
+    if not _NAME.fullmatch(name):
+        raise BadSegment("a segment is not named as torch names them")
+    said = f"the segment {name.decode()}"
+    try:
+        descriptor = os.open(_FOLDER / name[1:].decode(), os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except OSError as error:
+        raise BadSegment(f"{said} cannot be opened: {error.strerror}") from error
+    try:
+        found = os.fstat(descriptor)
+        if not stat.S_ISREG(found.st_mode) or found.st_uid != os.geteuid():
+            raise BadSegment(f"{said} is no file of this user")
+        if found.st_size != _HEADER + nbytes:
+            raise BadSegment(f"{said} has {found.st_size - _HEADER} bytes of data, not {nbytes}")
+        yield descriptor
+    finally:
+        os.close(descriptor)
