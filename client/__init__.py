@@ -15,6 +15,7 @@ from ..protocol.errors import (
     Unavailable,
 )
 from .async_client import AsyncClient
+from .async_weights import AsyncBegunUpdate, AsyncWeights
 from .errors import ConnectionLost, InvalidTensor, TensorsDiffer, TensorsRejected, Unreachable
 from .results import (
     Event,
@@ -33,7 +34,9 @@ from .sync_client import Client
 from .weights import BegunUpdate, Weights
 
 __all__ = [
+    "AsyncBegunUpdate",
     "AsyncClient",
+    "AsyncWeights",
     "BegunUpdate",
     "BodyTooLarge",
     "Client",

@@ -17,6 +17,7 @@ from .endpoint import DEFAULT_TIMEOUT_S, DEFAULT_URL, Endpoint, ReadyWait
 from .errors import transport_errors
 from .results import Event, Generation, Health
 from .retry import Retries
+from .sync_client import Client
 
 
 class AsyncClient:
@@ -32,8 +33,9 @@ class AsyncClient:
     ) -> None:
         self._endpoint = Endpoint(base_url, api_key, timeout, retries)
         self._http = httpx.AsyncClient(**self._endpoint.settings())
-        self.weights = AsyncWeights(self._endpoint)
-        """:attr:`Client.weights`, in threads."""
+        self._blocking = Client(base_url, api_key=api_key, timeout=timeout, retries=retries)
+        self.weights = AsyncWeights(self._blocking.weights)
+        """:attr:`Client.weights`, awaited."""
 
     @property
     def base_url(self) -> str:
@@ -92,7 +94,7 @@ class AsyncClient:
         await self._fetch(weight_calls.FLUSH_CACHE)
 
     async def aclose(self) -> None:
-        self.weights.close()
+        self._blocking.close()
         await self._http.aclose()
 
     async def __aenter__(self) -> Self:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeAlias, TypeGuard
+from typing import TYPE_CHECKING, TypeAlias, cast
 
 from ..protocol.errors import InvalidRequest
 from .checksum import modules_in
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-NamedTensors: TypeAlias = "nn.Module | Mapping[str, torch.Tensor] | Iterable[tuple[str, torch.Tensor]] | Path"
+NamedTensors: TypeAlias = "nn.Module | Mapping[str, torch.Tensor] | Iterable[tuple[str, torch.Tensor]] | str | Path"
 """A module, tensors by their checkpoint names, or the path of one module's safetensors files.
 
 Tensors may be on any device, and divided among ranks: DTensors, and what FSDP makes of a module.
@@ -39,14 +39,18 @@ class Given:
 
 def read(named: NamedTensors) -> Given:
     """Raises ``InvalidRequest`` for what has no tensors; while they are taken, for a name that comes twice."""
-    if isinstance(named, Path):
-        stored = list(from_files(_files_of_one_module(named)))
+    if isinstance(named, str | Path):
+        stored = list(from_files(_files_of_one_module(Path(named))))
         return Given(_each_once(stored), sum(tensor.nbytes for tensor in stored), lambda: None)
-    if _is_module(named):
+    from torch import nn
+
+    if isinstance(named, nn.Module):
         named = _state(named)
-    known = isinstance(named, Mapping)
-    nbytes = sum(tensor.numel() * tensor.element_size() for tensor in named.values()) if known else None
-    pairs = iter(named.items() if known else named)
+    nbytes = None
+    if isinstance(named, Mapping):
+        nbytes = sum(tensor.numel() * tensor.element_size() for tensor in named.values())
+        named = named.items()
+    pairs = iter(named)
 
     def take_part() -> None:
         for _, tensor in pairs:
@@ -98,14 +102,6 @@ def _on_host(pairs: Iterator[tuple[str, torch.Tensor]]) -> Iterator[HostTensor]:
         yield from_torch(name, gathered)
 
 
-def _is_module(named: object) -> TypeGuard[nn.Module]:
-    if isinstance(named, Mapping):
-        return False
-    from torch import nn
-
-    return isinstance(named, nn.Module)
-
-
 def _state(module: nn.Module) -> dict[str, torch.Tensor]:
     """The tensors of ``module`` by the names that its checkpoint has; of names for the same memory, the first."""
     import torch
@@ -113,7 +109,7 @@ def _state(module: nn.Module) -> dict[str, torch.Tensor]:
     if torch.distributed.is_available():
         from torch.distributed.checkpoint.state_dict import get_model_state_dict  # sees through what wraps a module
 
-        state: dict[str, torch.Tensor] = get_model_state_dict(module)
+        state = cast("dict[str, torch.Tensor]", get_model_state_dict(module))
     else:
         state = module.state_dict()
     first = {identity(tensor): name for name, tensor in reversed(state.items())}

@@ -142,9 +142,9 @@ class Health(msgspec.Struct, frozen=True):
 class WeightUpdate(msgspec.Struct, frozen=True):
     """An update that serves now, on every rank of every replica.
 
-    ``updated`` counts the tensors of each module, ``applied`` is their sum, and the modules have ``expected`` tensors in
-    all. ``elapsed_s`` is in seconds, from the beginning to the server's answer; ``invalidated`` names the caches that
-    were emptied.
+    ``updated`` counts the tensors of each module, ``applied`` is their sum, and the modules have ``expected`` tensors
+    in all. ``elapsed_s`` is in seconds, from the beginning to the server's answer; ``invalidated`` names the caches
+    that were emptied.
     """
 
     updated: dict[str, int]

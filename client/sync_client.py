@@ -94,8 +94,10 @@ class Client:
 
     @calls.with_arguments_of(weight_calls.pause)
     def pause(self, call: Call) -> None:
-        """Stop generation until :meth:`resume`. What runs ends first (``wait``), is ended (``abort``), or stops where it
-        is (``in_place``); new requests wait."""
+        """Stop generation until :meth:`resume`; new requests wait.
+
+        What runs ends first (``wait``), is ended (``abort``), or stops where it is (``in_place``).
+        """
         self._fetch(call)
 
     def resume(self) -> None:

@@ -43,9 +43,9 @@ def update_by_file(path: Path, fields: Mapping[str, Any]) -> Call:
 
 def update_by_body(chunks: Callable[[], Iterable[bytes]], size: int, fields: Mapping[str, Any]) -> Call:
     """The tensors of a body of ``size`` bytes."""
-    query = urlencode({name: str(value).lower() if isinstance(value, bool) else value for name, value in fields.items()})
+    query = {name: str(value).lower() if isinstance(value, bool) else value for name, value in fields.items()}
     again = _may_be_repeated(fields)
-    return TensorCall("POST", f"{UPDATE}?{query}", again=again, chunks=chunks, size=size)
+    return TensorCall("POST", f"{UPDATE}?{urlencode(query)}", again=again, chunks=chunks, size=size)
 
 
 def update_from_disk(

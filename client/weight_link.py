@@ -9,7 +9,7 @@ from typing import Any
 
 import msgspec
 
-from ..protocol.errors import InvalidRequest, NotFound, SafelightError
+from ..protocol.errors import NotFound, SafelightError
 from ..protocol.operations import Barrier
 from . import calls, weight_calls
 from .calls import Call
@@ -57,9 +57,7 @@ class WeightLink:
             wanted = "http"
         named = {"target_module": load.module, **fields}
         with open_route(self._shared_memory(), wanted) as route:
-            sending = Sending(
-                self._fetch, route, named, dtypes=dtypes, total=load.total, on_progress=load.on_progress
-            )
+            sending = Sending(self._fetch, route, named, dtypes=dtypes, total=load.total, on_progress=load.on_progress)
             return sending.send(load.buckets), sending.digests
 
     def begin(self, version: str | None, modules: Sequence[str], mode: Barrier, timeout_s: float) -> str:

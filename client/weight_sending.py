@@ -37,7 +37,9 @@ def in_buckets(tensors: Iterable[HostTensor], limit: int) -> Iterator[Bucket]:
         yield Bucket(held, last=True)
 
 
-def digests(tensors: Sequence[HostTensor], dtypes: Mapping[str, str], pool: ThreadPoolExecutor) -> Mapping[str, Future[str]]:
+def digests(
+    tensors: Sequence[HostTensor], dtypes: Mapping[str, str], pool: ThreadPoolExecutor
+) -> Mapping[str, Future[str]]:
     """Of ``tensors`` as a module of ``dtypes`` holds them, computed on all cores."""
 
     def digest(tensor: HostTensor) -> str:

@@ -60,8 +60,8 @@ class Weights:
         ``mode`` says what becomes of requests that came before: they end first (``wait``), are ended (``abort``), or go
         on with the new weights (``in_place``).
 
-        Raises ``TensorsRejected`` for names, shapes and dtypes that the model does not have, ``TensorsDiffer`` where the
-        server does not hold what was sent, and ``ConnectionLost`` or ``DeadlinePassed`` without an answer: then
+        Raises ``TensorsRejected`` for names, shapes and dtypes that the model does not have, ``TensorsDiffer`` where
+        the server does not hold what was sent, and ``ConnectionLost`` or ``DeadlinePassed`` without an answer: then
         :meth:`version` says whether the update serves.
         """
         given = read(named_tensors)
@@ -106,8 +106,8 @@ class Weights:
         """An update of several parts, to ``modules`` (the transformer, when not given), as a context.
 
         A clean exit commits it, and then verifies it; an exception aborts it, and every byte is as before. With
-        ``require_complete`` it is committed only if every tensor of the modules came. Generation that arrives in between
-        waits. The server aborts an update of which it hears nothing for ``timeout_s`` seconds.
+        ``require_complete`` it is committed only if every tensor of the modules came. Generation that arrives in
+        between waits. The server aborts an update of which it hears nothing for ``timeout_s`` seconds.
         """
         named = list(modules or [DENOISER])
         if not leads():
@@ -159,9 +159,7 @@ class Weights:
     def checksum(self, modules: Sequence[str] | None = None, *, detail: Literal[False] = False) -> dict[str, str]: ...
 
     @overload
-    def checksum(
-        self, modules: Sequence[str] | None = None, *, detail: Literal[True]
-    ) -> dict[str, ModuleChecksum]: ...
+    def checksum(self, modules: Sequence[str] | None = None, *, detail: Literal[True]) -> dict[str, ModuleChecksum]: ...
 
     def checksum(
         self, modules: Sequence[str] | None = None, *, detail: bool = False
