@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias, cast
 
 from ..protocol.errors import InvalidRequest
-from .checksum import modules_in
 from .gathering import identity, rank_and_size, whole
 from .host_tensors import HostTensor, from_files, from_torch
+from .module_files import files_of, module_paths
 
 if TYPE_CHECKING:
     import torch
@@ -76,10 +76,10 @@ def to_the_end(given: Given) -> Iterator[Iterator[HostTensor]]:
 
 
 def _files_of_one_module(path: Path) -> list[Path]:
-    modules = modules_in(path)
-    if len(modules) != 1:
-        raise InvalidRequest(f"{path} has the weights of {', '.join(modules) or 'nothing'}: name those of one module.")
-    return next(iter(modules.values()))
+    paths = module_paths(path)
+    if len(paths) != 1:
+        raise InvalidRequest(f"{path} has the weights of {', '.join(paths)}: give the directory of one of them.")
+    return files_of(next(iter(paths.values())))
 
 
 def _each_once(tensors: Iterable[HostTensor]) -> Iterator[HostTensor]:
