@@ -34,7 +34,7 @@ def identity(tensor: torch.Tensor) -> tuple[Any, ...]:
     """Equal for tensors that are the same elements of the same memory."""
     if _is(tensor, "torch.distributed.tensor", "DTensor"):
         return ("divided", *identity(tensor.to_local()))  # type: ignore[attr-defined]
-    if not tensor.numel() or _is(tensor, "torch.distributed._shard.sharded_tensor", "ShardedTensor"):
+    if _is(tensor, "torch.distributed._shard.sharded_tensor", "ShardedTensor") or not tensor.numel():
         return (id(tensor),)
     return tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride()
 

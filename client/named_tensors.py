@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias, cast
 
@@ -48,7 +49,7 @@ def read(named: NamedTensors) -> Given:
         named = _state(named)
     nbytes = None
     if isinstance(named, Mapping):
-        nbytes = sum(tensor.numel() * tensor.element_size() for tensor in named.values())
+        nbytes = sum(prod(tensor.shape) * tensor.dtype.itemsize for tensor in named.values())
         named = named.items()
     pairs = iter(named)
 

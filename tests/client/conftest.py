@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from safetensors.torch import load_file
 
 from safelight.client import AsyncClient, Client, Event, Generation, Retries
@@ -14,6 +13,7 @@ from safelight.tests.live import LiveServer
 from safelight.tests.tiny import save
 
 from .played_server import Draw, PlayedServer
+from .tensors import Tensors
 
 QUICK = Retries(count=3, total_s=20.0, jitter=0.0)
 
@@ -55,6 +55,13 @@ def flux_server(flux: Path) -> Iterator[LiveServer]:
         yield server.wait_ready()
 
 
+@pytest.fixture(scope="session")
+def half_server(flux: Path) -> Iterator[LiveServer]:
+    """The same model in bfloat16; tests that change it load ``flux`` into it again."""
+    with LiveServer(flux, ["--threads", "1", "--dtype", "bfloat16"]) as server:
+        yield server.wait_ready()
+
+
 @pytest.fixture
 def trained(flux_server: LiveServer, flux: Path) -> Iterator[Client]:
     """A client of a server that has the weights of ``flux``, and has them again after the test."""
@@ -64,6 +71,6 @@ def trained(flux_server: LiveServer, flux: Path) -> Iterator[Client]:
 
 
 @pytest.fixture(scope="session")
-def own(flux: Path) -> dict[str, torch.Tensor]:
+def own(flux: Path) -> Tensors:
     """The transformer's tensors."""
     return load_file(flux / "transformer" / "diffusion_pytorch_model.safetensors")

@@ -7,11 +7,10 @@ import inspect
 from pathlib import Path
 
 import pytest
-import torch
 
 from safelight.client import AsyncClient, AsyncWeights, Client, TensorsDiffer, Weights
 
-Tensors = dict[str, torch.Tensor]
+from .tensors import SEVERAL, Tensors, plus
 
 
 @pytest.mark.parametrize("name", ["update", "update_from_disk", "verify", "checksum", "version", "begin"])
@@ -25,7 +24,7 @@ def test_an_awaited_update_serves_and_the_loop_goes_on_meanwhile(trained: Client
     async def train() -> int:
         turns = 0
         async with AsyncClient(trained.base_url) as client:
-            task = asyncio.ensure_future(client.weights.update(own, version="awaited", bucket_bytes=20_000))
+            task = asyncio.ensure_future(client.weights.update(own, version="awaited", bucket_bytes=SEVERAL))
             while not task.done():
                 await asyncio.sleep(0)
                 turns += 1
@@ -43,7 +42,7 @@ def test_an_awaited_context_commits_and_verifies(trained: Client, own: Tensors) 
     async def train() -> None:
         async with AsyncClient(trained.base_url) as client:
             async with client.weights.begin("parts") as begun:
-                await begun.update({name: tensor + 1 for name, tensor in own.items()})
+                await begun.update(plus(own, 1))
             assert begun.result is not None
             assert begun.result.weight_version == trained.weights.version() == "parts"
             with pytest.raises(TensorsDiffer):
@@ -57,7 +56,7 @@ def test_an_exception_in_an_awaited_context_leaves_every_byte(trained: Client, o
 
     async def train() -> None:
         async with AsyncClient(trained.base_url) as client, client.weights.begin() as begun:
-            await begun.update({name: tensor + 1 for name, tensor in own.items()})
+            await begun.update(plus(own, 1))
             raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
@@ -71,7 +70,7 @@ def test_a_context_that_is_cancelled_leaves_no_open_update(after_s: float, train
 
     async def hold(client: AsyncClient) -> None:
         async with client.weights.begin() as begun:
-            await begun.update({name: tensor + 1 for name, tensor in own.items()})
+            await begun.update(plus(own, 1))
             await asyncio.sleep(60)
 
     async def train() -> None:
