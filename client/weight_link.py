@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,24 +17,13 @@ from .endpoint import Endpoint
 from .errors import TensorsDiffer, decode
 from .host_tensors import STORED_DTYPES
 from .results import WeightUpdate
-from .weight_routes import RouteName, open_route
-from .weight_sending import Bucket, OnProgress, Sending
+from .weight_routes import open_route
+from .weight_sending import Load, Sending
 
 Dtypes = dict[str, str]
 """What a server holds each tensor of a module as, named as in safetensors."""
 
 _NAMED = 5
-
-
-@dataclass(frozen=True, slots=True)
-class Load:
-    """Tensors of ``module`` to be written; ``total`` bytes of them, where that is known."""
-
-    module: str
-    buckets: Iterable[Bucket]
-    total: int | None
-    on_progress: OnProgress | None
-    route: RouteName | None
 
 
 class _Checksums(msgspec.Struct):
@@ -55,14 +43,13 @@ class WeightLink:
         wanted = load.route
         if wanted is None and not self._endpoint.on_this_machine:
             wanted = "http"
-        named = {"target_module": load.module, **fields}
         with open_route(self._shared_memory(), wanted) as route:
-            sending = Sending(self._fetch, route, named, dtypes=dtypes, total=load.total, on_progress=load.on_progress)
-            return sending.send(load.buckets), sending.digests
+            sending = Sending(self._fetch, route, load, fields, dtypes)
+            return sending.send(), sending.digests
 
     def begin(self, version: str | None, modules: Sequence[str], mode: Barrier, timeout_s: float) -> str:
         """Returns the update's id."""
-        update_id: str = self._document(weight_calls.begin(version, modules, mode, timeout_s))["update_id"]
+        update_id: str = self.document(weight_calls.begin(version, modules, mode, timeout_s))["update_id"]
         return update_id
 
     def commit(self, update_id: str, require_complete: bool) -> WeightUpdate:
@@ -76,6 +63,12 @@ class WeightLink:
             pass  # it has ended
         except SafelightError as other:
             error.add_note(f"The update could not be aborted either, and ends when its time is over: {other.message}")
+
+    def document(self, call: Call) -> dict[str, Any]:
+        return self._endpoint.document(self._fetch(call))
+
+    def update_from_disk(self, call: Call) -> WeightUpdate:
+        return self.updated(self._fetch(call))
 
     def updated(self, reply: bytes) -> WeightUpdate:
         done: WeightUpdate = decode(reply, WeightUpdate, self._endpoint.base_url)
@@ -107,7 +100,4 @@ class WeightLink:
                 raise TensorsDiffer(message, differ.missing, differ.mismatched) from None
 
     def _shared_memory(self) -> Path:
-        return Path(self._document(calls.SERVER_INFO)["shared_memory"])
-
-    def _document(self, call: Call) -> dict[str, Any]:
-        return self._endpoint.document(self._fetch(call))
+        return Path(self.document(calls.SERVER_INFO)["shared_memory"])

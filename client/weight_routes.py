@@ -8,6 +8,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -85,8 +86,9 @@ class SharedMemory:
                     written += tensor.nbytes
                     tell(written)
         except OSError as error:
-            raise Unavailable(f"{self._folder.parent} cannot take the tensors: {error.strerror}.") from error
-        return Parcel(weight_calls.update_by_file(path, fields), path.unlink)
+            told = f"{self._folder.parent} cannot take {sum(tensor.nbytes for tensor in tensors)} bytes"
+            raise Unavailable(f"{told} ({error.strerror}): make buckets smaller, or /dev/shm larger.") from error
+        return Parcel(weight_calls.update_by_file(path, fields), partial(path.unlink, missing_ok=True))
 
 
 class Http:

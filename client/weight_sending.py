@@ -10,7 +10,7 @@ from typing import Any
 from .calls import Call
 from .host_tensors import HostTensor
 from .results import UpdateProgress
-from .weight_routes import Parcel, Route
+from .weight_routes import Parcel, Route, RouteName
 
 BUCKET_BYTES = 512 << 20
 
@@ -48,39 +48,49 @@ def digests(
     return {tensor.name: pool.submit(digest, tensor) for tensor in tensors}
 
 
-class Sending:
-    """Sends one module's buckets by ``route``, with ``fields`` in every call.
+@dataclass(frozen=True, slots=True)
+class Load:
+    """Tensors of ``module`` to be written: ``total`` bytes of them, where that is known.
 
-    ``dtypes`` are the server's, by tensor; ``None`` where no digests are wanted. ``total`` is how many bytes there are,
-    where that is known; ``on_progress`` may be called from a thread of ours.
+    ``on_progress`` may be called from a thread of ours; ``route`` is ``None`` where the best is wanted.
+    """
+
+    module: str
+    buckets: Iterable[Bucket]
+    total: int | None
+    on_progress: OnProgress | None
+    route: RouteName | None
+
+
+class Sending:
+    """Sends ``load`` by ``route``, with ``fields`` in every call.
+
+    ``dtypes`` are the server's, by tensor; ``None`` where no digests are wanted.
     """
 
     def __init__(
         self,
         fetch: Callable[[Call], bytes],
         route: Route,
+        load: Load,
         fields: Mapping[str, Any],
-        *,
         dtypes: Mapping[str, str] | None,
-        total: int | None,
-        on_progress: OnProgress | None,
     ) -> None:
         self.digests: dict[str, str] = {}
         """Of the tensors that were sent, as the server should hold them."""
         self._fetch = fetch
         self._route = route
-        self._fields = fields
+        self._load = load
+        self._fields = {"target_module": load.module, **fields}
         self._dtypes = dtypes
-        self._total = total
-        self._on_progress = on_progress
         self._packed = 0
 
-    def send(self, buckets: Iterable[Bucket]) -> bytes:
-        """Send all of them, one after the other. Returns the last reply."""
+    def send(self) -> bytes:
+        """Send all buckets, one after the other. Returns the last reply."""
         with ThreadPoolExecutor(1) as thread, ThreadPoolExecutor() as hashing:
             before: Future[bytes] | None = None
             reply = b""
-            for bucket in buckets:
+            for bucket in self._load.buckets:
                 parcel = self._pack(bucket.tensors)
                 hashed = {} if self._dtypes is None else digests(bucket.tensors, self._dtypes, hashing)
                 if before is not None:
@@ -97,8 +107,8 @@ class Sending:
         self._packed += sum(tensor.nbytes for tensor in tensors)
 
         def tell(sent: int) -> None:
-            if self._on_progress is not None:
-                self._on_progress(UpdateProgress(packed + sent, self._total))
+            if self._load.on_progress is not None:
+                self._load.on_progress(UpdateProgress(packed + sent, self._load.total))
 
         return self._route.pack(tensors, self._fields, tell)
 

@@ -20,9 +20,9 @@ from .checksum import ModuleChecksum
 from .endpoint import Endpoint
 from .named_tensors import NamedTensors, leads, read, to_the_end
 from .results import WeightUpdate
-from .weight_link import Dtypes, Load, WeightLink
+from .weight_link import Dtypes, WeightLink
 from .weight_routes import RouteName
-from .weight_sending import BUCKET_BYTES, OnProgress, digests, in_buckets
+from .weight_sending import BUCKET_BYTES, Load, OnProgress, digests, in_buckets
 
 DENOISER = "transformer"
 
@@ -31,8 +31,6 @@ class Weights:
     """The weights of one server; :attr:`Client.weights` is one. Every method raises what those of ``Client`` do."""
 
     def __init__(self, endpoint: Endpoint, fetch: Callable[[Call], bytes]) -> None:
-        self._endpoint = endpoint
-        self._fetch = fetch
         self._link = WeightLink(endpoint, fetch)
 
     def update(
@@ -48,14 +46,18 @@ class Weights:
         bucket_bytes: int = BUCKET_BYTES,
         route: RouteName | None = None,
     ) -> WeightUpdate | None:
-        """Write whole tensors, under their checkpoint names, into ``target_module``; all of them or none.
+        """Write tensors, under their checkpoint names, into ``target_module``; all of them or none.
 
-        ``named_tensors`` is a module, tensors by name or in pairs, or the path of one module's safetensors files; the
-        server casts floating dtypes to its own. Where they are divided among the ranks of a torch.distributed group,
-        all ranks call this: tensors are gathered one at a time and rank 0 sends them, raises what goes wrong, and alone
-        gets a result. They travel in buckets of ``bucket_bytes``, through shared memory where the server is on this
-        machine, else over HTTP; ``route`` chooses. With ``verify`` the server's tensors are compared with them
-        afterwards.
+        ``named_tensors`` is a module, tensors by name or in pairs, or the path of one module's safetensors files. They
+        have the checkpoint's shapes, whatever the server divides or fuses; any floating dtype becomes the parameter's,
+        and another must be the parameter's. A module may be compiled, or wrapped by DDP or FSDP.
+
+        Where tensors are divided among the ranks of a torch.distributed group (DTensors, FSDP), all ranks call this:
+        tensors are gathered one at a time, and rank 0 sends them, raises what goes wrong, and alone gets a result.
+
+        They travel in buckets of ``bucket_bytes``, through shared memory where the server is on this machine, else over
+        HTTP; ``route`` chooses. ``on_progress`` hears of bytes, and may be called from another thread. With ``verify``
+        the server's tensors are compared by digest with what was sent, when they serve.
 
         ``mode`` says what becomes of requests that came before: they end first (``wait``), are ended (``abort``), or go
         on with the new weights (``in_place``).
@@ -106,8 +108,9 @@ class Weights:
         """An update of several parts, to ``modules`` (the transformer, when not given), as a context.
 
         A clean exit commits it, and then verifies it; an exception aborts it, and every byte is as before. With
-        ``require_complete`` it is committed only if every tensor of the modules came. Generation that arrives in
-        between waits. The server aborts an update of which it hears nothing for ``timeout_s`` seconds.
+        ``require_complete`` it is committed only if every tensor of the modules came, else ``InvalidRequest`` is
+        raised. Generation that arrives in between waits. The server aborts an update of which it hears nothing for
+        ``timeout_s`` seconds. Raises ``Conflict`` while another update is open.
         """
         named = list(modules or [DENOISER])
         if not leads():
@@ -137,10 +140,11 @@ class Weights:
     ) -> WeightUpdate:
         """Have the server read safetensors files from ``path`` on its own machine.
 
-        ``target_modules`` are those of a pipeline's directory; all that it has, when not given.
+        ``target_modules`` are those of a pipeline's directory; all that it has, when not given. Raises
+        ``InvalidRequest`` where they are not there, or do not fit.
         """
         call = weight_calls.update_from_disk(path, target_modules=target_modules, version=version, mode=mode)
-        return self._link.updated(self._fetch(call))
+        return self._link.update_from_disk(call)
 
     def verify(self, named_tensors: NamedTensors, *, target_module: str = DENOISER) -> None:
         """Compare the server's tensors with these. Raises ``TensorsDiffer`` with the names of those that differ."""
@@ -169,13 +173,13 @@ class Weights:
             detailed = self._link.checksums(modules)
             _refuse_absent(modules, detailed)
             return detailed
-        told = self._endpoint.document(self._fetch(weight_calls.checksum(modules, detail=False)))
+        told = self._link.document(weight_calls.checksum(modules, detail=False))
         _refuse_absent(modules, {name for name, digest in told.items() if digest != "not_found"})
         return told
 
     def version(self) -> str:
         """The version of the weights that serve now."""
-        version: str = self._endpoint.document(self._fetch(weight_calls.WEIGHT_VERSION))["weight_version"]
+        version: str = self._link.document(weight_calls.WEIGHT_VERSION)["weight_version"]
         return version
 
 
@@ -208,7 +212,7 @@ class BegunUpdate:
         bucket_bytes: int = BUCKET_BYTES,
         route: RouteName | None = None,
     ) -> None:
-        """Write a part, with the arguments of :meth:`Weights.update`."""
+        """Write a part, with the arguments and errors of :meth:`Weights.update`; later parts may write over it."""
         given = read(named_tensors)
         if not leads():
             given.take_part()

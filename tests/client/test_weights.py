@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,13 +10,23 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, FluxTransformer2DModel
 from safetensors.torch import save_file
 
-from safelight.client import Client, InvalidRequest, NotFound, TensorsDiffer, TensorsRejected, UpdateProgress
+from safelight.client import (
+    Client,
+    InvalidRequest,
+    NotFound,
+    TensorsDiffer,
+    TensorsRejected,
+    Unavailable,
+    UpdateProgress,
+)
 from safelight.client.checksum import checksum
+from safelight.client.named_tensors import read
 from safelight.client.weight_routes import Http, RouteName, open_route
 from safelight.tests.live import LiveServer
+from safelight.tests.tiny import save
 
 from .tensors import SEVERAL, Tensors, digest, plus
 
@@ -49,6 +60,20 @@ def test_every_module_of_a_loaded_pipeline_is_an_update_of_the_same_names(traine
         assert done is not None
         assert done.applied == done.expected, name
         assert trained.weights.checksum([name])[name] != before[name], name
+
+
+def test_a_module_whose_checkpoint_has_other_names_is_sent_by_those(tmp_path: Path) -> None:
+    directory = save("qwenimage", tmp_path)
+    encoder = DiffusionPipeline.from_pretrained(directory).text_encoder
+    names = {tensor.name for tensor in read(directory / "text_encoder").tensors}
+    assert names != set(encoder.state_dict())
+    assert {tensor.name for tensor in read(encoder).tensors} == names
+
+
+def test_a_compiled_module_has_the_names_of_its_own(trained: Client, flux: Path) -> None:
+    done = trained.weights.update(torch.compile(FluxTransformer2DModel.from_pretrained(flux / "transformer")))
+    assert done is not None
+    assert done.applied == done.expected
 
 
 def test_pairs_that_are_made_one_at_a_time_are_an_update(trained: Client, own: Tensors) -> None:
@@ -256,6 +281,19 @@ def test_tensors_go_through_shared_memory_by_themselves_and_leave_nothing_there(
         trained.weights.update({"none.such": torch.zeros(3)})
     assert len(seen) == 1
     assert list(shared.iterdir()) == []
+
+
+@pytest.mark.parametrize("bucket_bytes", [SEVERAL, 1 << 30])
+def test_shared_memory_that_is_full_leaves_every_byte(bucket_bytes: int, trained: Client, own: Tensors) -> None:
+    before = trained.weights.checksum()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, hard))
+    try:
+        with pytest.raises(Unavailable, match="make buckets smaller"):
+            trained.weights.update(plus(own, 1), bucket_bytes=bucket_bytes)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert trained.weights.checksum() == before
 
 
 def test_a_server_elsewhere_is_sent_to_over_http(tmp_path: Path) -> None:
