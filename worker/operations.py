@@ -12,6 +12,7 @@ from torch import nn
 
 from ..protocol.errors import Conflict, ErrorInfo, Internal, InvalidRequest, NotFound, SafelightError
 from ..protocol.operations import (
+    Broadcast,
     CheckTensors,
     Digests,
     Export,
@@ -23,6 +24,7 @@ from ..protocol.operations import (
     Performed,
     Report,
     Sleep,
+    Source,
     Update,
     Wake,
 )
@@ -35,7 +37,7 @@ from .weights.export import export
 from .weights.groups import Groups
 from .weights.journal import Journal
 from .weights.parking import Parking
-from .weights.sources import open_source
+from .weights.sources import Opened, open_source
 from .weights.update import Rejected
 from .weights.update import Update as RankUpdate
 
@@ -74,7 +76,7 @@ class Operations:
         self._ranks = ranks
         self._shared = shared
         self._sign = sign
-        self._groups = Groups(place)
+        self._groups = Groups(place, model.device)
         self._journal = journal
         self._update = RankUpdate(model.layouts)
         modules = [part for part in model.pipeline.components.values() if isinstance(part, nn.Module)]
@@ -120,8 +122,7 @@ class Operations:
     def _do(self, operation: Operation | None) -> Report:
         match operation:
             case Update():
-                opened = open_source(operation.source, self._groups, self._model.device, leads=self._ranks.rank == 0)
-                return self._update.prepare(opened)
+                return self._prepare(operation.source)
             case Digests():
                 return self._digests(operation)
             case CheckTensors():
@@ -133,14 +134,43 @@ class Operations:
             case Wake():
                 return self._wake(operation)
             case Join():
-                self._groups.join(operation)
+                self._groups.join(operation, self._sign)
                 return Report()
             case Leave():
-                self._groups.leave(operation.group)
-                return Report()
+                return Report(left=self._groups.leave(operation.group))
             case Export():
                 return self._export(operation)
         raise Internal("There is no such operation.")
+
+    def _prepare(self, source: Source) -> Report:
+        if isinstance(source, Broadcast):
+            return self._receive(source)
+        return self._update.prepare(self._open(source))
+
+    def _open(self, source: Source) -> Opened:
+        return open_source(source, self._groups, self._model.device, self._sign, leads=self._ranks.rank == 0)
+
+    def _receive(self, source: Broadcast) -> Report:
+        """What cannot be received, or is not to be, ends the group: who waits in it, the trainer too, is told at once.
+
+        Nobody knows of what was announced and not received whether it is still sent, and would be taken for the next.
+        """
+        try:
+            self._update.check({source.module: self._groups.announced(source)})
+            return self._update.prepare(self._open(source))
+        except (Rejected, SafelightError) as failed:
+            if not self._groups.leave(source.group):
+                raise
+            raise _and_closed(failed, source.group) from failed
+
+    def _let_go(self) -> None:
+        """Of what another rank could not do. A group is left: it may be out of step, and the trainer wait in it."""
+        self._update.release()
+        match self._operation:
+            case Join():
+                self._groups.forget_join()
+            case Update(source=Broadcast(group=group)):
+                self._groups.leave(group)
 
     def _write(self) -> Report:
         self._update.write(self._sign)
@@ -160,7 +190,7 @@ class Operations:
 
     def _finish(self, order: Perform) -> Report:
         if order.step == "release":
-            self._update.release()
+            self._let_go()
             return Report()
         if order.step == "rollback":
             self._update.rollback()
@@ -233,3 +263,9 @@ class Operations:
         except OSError as error:
             raise Internal(f"The weights could not be written out: {error.strerror or error}.") from error
         return Report(files=files)
+
+
+def _and_closed(failed: Rejected | SafelightError, group: str) -> Rejected | SafelightError:
+    error = failed.error if isinstance(failed, Rejected) else failed
+    told = type(error)(f"{error.message} The group {group!r} is closed; make it again.", field=error.field)
+    return Rejected(told, failed.report) if isinstance(failed, Rejected) else told

@@ -12,7 +12,7 @@ import torch
 from ...protocol.errors import InvalidRequest
 from ...protocol.operations import Broadcast, Files, Pickled, Source
 from ...protocol.tensor_files import BadTensorFile, StoredTensor, read_head
-from .groups import Groups
+from .groups import Groups, Sign
 
 Tensors = dict[str, dict[str, torch.Tensor]]
 """By module and checkpoint name. A tensor may be a view of memory that somebody else owns, and is not to be changed."""
@@ -39,13 +39,13 @@ class Opened:
         self._then()
 
 
-def open_source(source: Source, groups: Groups, device: torch.device, *, leads: bool) -> Opened:
+def open_source(source: Source, groups: Groups, device: torch.device, sign: Sign, *, leads: bool) -> Opened:
     """Every tensor that ``source`` has for this rank. Raises ``InvalidRequest``, in words for who sent it."""
     match source:
         case Files():
             return _files(source, leads)
         case Broadcast():
-            return Opened({source.module: groups.receive(source, device)})
+            return Opened({source.module: groups.receive(source, sign)})
         case Pickled():
             raise InvalidRequest("this encoding is not known")
 

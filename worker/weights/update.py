@@ -43,7 +43,7 @@ class Update:
     def prepare(self, opened: Opened) -> Report:
         """Check every name, shape and dtype. Raises ``Rejected``; the update is as it was then."""
         try:
-            report = self._checked(opened.tensors)
+            report = self.check(opened.tensors)
         except Rejected:
             opened.close()
             raise
@@ -89,7 +89,8 @@ class Update:
             complete=[module for module, names in written.items() if len(names) == len(self._layouts[module])],
         )
 
-    def _checked(self, tensors: Tensors) -> Report:
+    def check(self, tensors: Tensors) -> Report:
+        """Raises ``Rejected`` for tensors that cannot be written; only their names, shapes and dtypes matter."""
         absent = [module for module in tensors if module not in self._layouts]
         if absent:
             raise Rejected(
