@@ -74,6 +74,10 @@ class Trainer:
 
         self.server.wait_for(ready, 120)
 
+    def wait_lost(self, replica: int) -> None:
+        """Wait until the scheduler knows that a replica is not ready."""
+        self.server.wait_for(lambda: self.replicas()[replica]["state"] != "ready" or None, 60)
+
     def shared(self) -> Path:
         """The server's shared-memory directory."""
         return Path(httpx.get(f"{self.server.url}/server_info").json()["shared_memory"])
