@@ -16,7 +16,6 @@ from typing import Any
 import httpx
 import pytest
 
-from .conftest import Serve
 from .trainer import Trainer
 from .training import TrainingProcess
 
@@ -248,20 +247,19 @@ def test_a_group_that_cannot_be_is_refused_at_once(changes: dict[str, Any], name
     assert (answer.status_code, answer.json()["error"]["field"]) == (400, named)
 
 
-def test_a_member_that_dies_ends_the_group_and_a_new_one_has_all(serve: Serve, training: TrainingProcess) -> None:
-    with serve("--replicas", "2") as trainer:
-        before = trainer.checksum()
-        group = join(trainer, training, timeout_s=SOON_S)
-        os.kill(trainer.ranks(1)[0].pid, signal.SIGKILL)
-        trainer.wait_lost(1)
-        trainer.wait_all_ready()
-        with soon(), broadcasting(trainer, training, group) as answer:
-            assert answer.result().status_code in (404, 503)
-            assert trainer.checksum() == before
-            with pytest.raises(RuntimeError):
-                training.answer()
-        training.do("leave", group=group)
-        group = join(trainer, training)
-        update(trainer, training, group)
-        check(trainer, training)
-        training.do("leave", group=group)
+def test_a_member_that_dies_ends_the_group_and_a_new_one_has_all(divided: Trainer, training: TrainingProcess) -> None:
+    before = divided.checksum()
+    group = join(divided, training, timeout_s=SOON_S)
+    os.kill(divided.ranks(1)[1].pid, signal.SIGKILL)
+    divided.wait_lost(1)
+    divided.wait_all_ready()
+    with soon(), broadcasting(divided, training, group) as answer:
+        assert answer.result().status_code in (404, 503)
+        assert divided.checksum() == before
+        with pytest.raises(RuntimeError):
+            training.answer()
+    training.do("leave", group=group)
+    group = join(divided, training)
+    update(divided, training, group)
+    check(divided, training)
+    leave(divided, training, group)
