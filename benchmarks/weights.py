@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import base64
 import hashlib
+import itertools
 import json
 import os
 import socket
@@ -83,7 +84,9 @@ class Routes:
         self.nbytes = sum(tensor.nbytes for tensor in self._tensors.values())
         self._parameters = [torch.empty_like(tensor) for tensor in self._tensors.values()]
         self._body = self._file.read_bytes()
-        self._shared = Path(httpx.get(f"{client.base_url}/server_info").json()["shared_memory"]) / "benchmark.safetensors"
+        self._shared = (
+            Path(httpx.get(f"{client.base_url}/server_info").json()["shared_memory"]) / "benchmark.safetensors"
+        )
         self._shared.write_bytes(self._body)
         self._base64 = base64.b64encode(self._body)
         self._trainer = subprocess.Popen(
@@ -91,7 +94,9 @@ class Routes:
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
         )  # fmt: skip
         self._reader_port = free_port()
-        self._reader = subprocess.Popen([sys.executable, str(ROOT / "benchmarks/reading_app.py"), str(self._reader_port)])
+        self._reader = subprocess.Popen(
+            [sys.executable, str(ROOT / "benchmarks/reading_app.py"), str(self._reader_port)]
+        )
 
     def close(self) -> None:
         assert self._trainer.stdin is not None
@@ -152,7 +157,9 @@ class Routes:
         assert self._trainer.stdin is not None
         assert self._trainer.stdout is not None
         print(file=self._trainer.stdin, flush=True)
-        self._post("/update_weights_from_tensor", {"serialized_named_tensors": [self._trainer.stdout.readline().strip()]})
+        self._post(
+            "/update_weights_from_tensor", {"serialized_named_tensors": [self._trainer.stdout.readline().strip()]}
+        )
 
     def checksum(self) -> None:
         self._client.weights.checksum(["transformer"])
@@ -236,7 +243,7 @@ def _drawn_while(client: Client, update: Callable[[], object]) -> list[float]:
         begun.wait(60)
         update()
         drawing.result()
-    return [b - a for a, b in zip(times, times[1:], strict=False)]
+    return [b - a for a, b in itertools.pairwise(times)]
 
 
 def measure_small(url: str, number: int) -> dict[str, float]:
@@ -327,17 +334,16 @@ def table(found: dict[str, Any]) -> str:
     lines = [
         f"Machine: {json.dumps(found['machine'])}",
         "",
-        f"A transformer of {routes['bytes'] / 1e9:.2f} GB in float32, {found['options']['tp']} rank(s). Ratios are medians",
-        "of the rounds' ratios.",
+        f"A transformer of {routes['bytes'] / 1e9:.2f} GB in float32, {found['options']['tp']} rank(s). Ratios are",
+        "medians of the rounds' ratios.",
         "",
         "| route | GB/s | limit | GB/s | ratio | wanted |",
         "|---|---|---|---|---|---|",
     ]
     for name, row in routes["ratios"].items():
-        rates, wanted = routes["gb_per_s"], "" if row["wanted"] is None else f"{row['wanted']:g}"
-        lines.append(
-            f"| {name} | {rates[name]:.2f} | {row['limit']} | {rates[row['limit']]:.2f} | {row['ratio']:.2f} | {wanted} |"
-        )
+        wanted = "" if row["wanted"] is None else f"{row['wanted']:g}"
+        rate, limit = routes["gb_per_s"][name], routes["gb_per_s"][row["limit"]]
+        lines.append(f"| {name} | {rate:.2f} | {row['limit']} | {limit:.2f} | {row['ratio']:.2f} | {wanted} |")
     lines += ["", f"For comparison: copy_of_file {routes['gb_per_s']['copy_of_file']:.2f} GB/s.", ""]
     for mode, row in found["pause"].items():
         lines.append(
@@ -349,8 +355,8 @@ def table(found: dict[str, Any]) -> str:
         f"One small bucket: {small['median_ms']:.1f} ms median, {small['p95_ms']:.1f} ms p95.",
         "",
         f"{steady['updates']} updates, one a second, while four clients drew {steady['pictures']} pictures: "
-        f"{steady['failed_requests']} requests failed, {steady['versions_that_did_not_exist']} results of versions that "
-        f"did not exist, {steady['older_than_the_reply_before']} older than the reply before them.",
+        f"{steady['failed_requests']} requests failed, {steady['versions_that_did_not_exist']} results of versions "
+        f"that did not exist, {steady['older_than_the_reply_before']} older than the reply before them.",
     ]
     return "\n".join(lines) + "\n"
 

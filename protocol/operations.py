@@ -24,7 +24,7 @@ Barrier = Literal["wait", "abort", "in_place"]
 
 Step = Literal["prepare", "write", "journal", "commit", "rollback", "release"]
 """*journal* has one replica write down what is to be committed; *rollback* undoes what was written; *release* lets go
-of what was prepared and not written."""
+of what was prepared and not written, and of a group that not all have joined."""
 
 
 class Files(msgspec.Struct, tag=True, frozen=True):
@@ -117,7 +117,10 @@ class Wake(msgspec.Struct, tag=True, frozen=True):
 
 
 class Join(msgspec.Struct, tag=True, frozen=True, kw_only=True):
-    """Every rank of every replica joins the trainer's process group, from ``rank_offset`` on."""
+    """Every rank of every replica joins the trainer's process group, from ``rank_offset`` on.
+
+    Nothing in the group is waited for longer than ``timeout_s``: the others, and then each tensor.
+    """
 
     address: str
     port: int
@@ -125,6 +128,7 @@ class Join(msgspec.Struct, tag=True, frozen=True, kw_only=True):
     world_size: int
     group: str
     backend: str
+    timeout_s: float
 
 
 class Leave(msgspec.Struct, tag=True, frozen=True):
@@ -206,7 +210,7 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
 
     ``updated`` counts the tensors of each module, of which ``expected`` is how many it has; ``complete`` are the
     modules of which every tensor was given, in all parts together. ``weight_version`` is the new one, after a commit.
-    ``digests`` and ``tensors`` are by module.
+    ``digests`` and ``tensors`` are by module. ``left`` says that there was a group to leave.
     """
 
     updated: dict[str, int] = {}
@@ -222,6 +226,7 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     missing: list[str] = []
     mismatched: list[str] = []
     files: dict[str, list[str]] = {}
+    left: bool = False
 
 
 class TensorDigest(msgspec.Struct, frozen=True):

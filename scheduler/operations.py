@@ -24,6 +24,7 @@ from ..protocol.operations import (
     Commit,
     Export,
     Files,
+    Join,
     Operate,
     Operated,
     Operation,
@@ -372,8 +373,8 @@ class Operations:
         self._end_well(transaction, running)
 
     def _undo(self, transaction: Transaction, running: Running) -> None:
-        """Have the replicas let go of what they prepared, or undo what they wrote."""
-        if not isinstance(running.part.operation, Update | Commit):
+        """Have the replicas let go of what they prepared or joined, or undo what they wrote."""
+        if not isinstance(running.part.operation, Update | Commit | Join):
             return
         step: Step = "release" if running.step == "prepare" else "rollback"
         for number in sorted(running.replicas or running.reports):

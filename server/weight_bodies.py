@@ -74,6 +74,7 @@ class InitGroup(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     world_size: Annotated[int, Meta(ge=2)]
     group_name: Name = "weight_update_group"
     backend: Literal["gloo", "nccl"] = "nccl"
+    timeout_s: Seconds | None = None
 
 
 class FromDistributed(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

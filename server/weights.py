@@ -51,6 +51,7 @@ from .uploads import Upload, shared_file
 
 _SAFETENSORS = "application/x-safetensors"
 _TAGS = ["weights", "caches"]
+_GROUP_TIMEOUT_S = 60.0
 
 Handler = Callable[[Request], Awaitable[dict[str, Any]]]
 
@@ -174,6 +175,19 @@ class _Routes:
 
     async def init_group(self, request: Request) -> dict[str, Any]:
         body = await bodies.read(request, bodies.InitGroup)
+        config = self._service.config
+        members = config.replicas * config.tp
+        if body.rank_offset + members > body.world_size:
+            raise InvalidRequest(
+                f"A world of {body.world_size} has no room for the {members} ranks of this server, which begin at "
+                f"rank_offset {body.rank_offset}: each rank of each replica is a member, and so is the trainer.",
+                field="world_size",
+            )
+        longest_s = config.stall_timeout_s / 2
+        if body.timeout_s is not None and body.timeout_s > longest_s:
+            raise InvalidRequest(
+                f"timeout_s can be at most {longest_s:g}, half of the server's --stall-timeout-s.", field="timeout_s"
+            )
         operation = Join(
             address=body.master_address,
             port=body.master_port,
@@ -181,6 +195,7 @@ class _Routes:
             world_size=body.world_size,
             group=body.group_name,
             backend=body.backend,
+            timeout_s=body.timeout_s or min(_GROUP_TIMEOUT_S, longest_s),
         )
         operated = await self._operate(operation)
         ranks = sum(report.ranks for report in operated.reports.values())
@@ -196,7 +211,9 @@ class _Routes:
 
     async def destroy_group(self, request: Request) -> dict[str, Any]:
         body = await bodies.read(request, bodies.DestroyGroup)
-        await self._operate(Leave(body.group_name))
+        operated = await self._operate(Leave(body.group_name))
+        if not any(report.left for report in operated.reports.values()):
+            raise NotFound(f"There is no group {body.group_name!r}.", field="group_name")
         return _success("The ranks have left the group.")
 
     async def check(self, request: Request) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from torch import nn
 
 from ..protocol.errors import Conflict, ErrorInfo, Internal, InvalidRequest, NotFound, SafelightError
 from ..protocol.operations import (
+    Broadcast,
     CheckTensors,
     Digests,
     Export,
@@ -23,6 +24,7 @@ from ..protocol.operations import (
     Performed,
     Report,
     Sleep,
+    Source,
     Update,
     Wake,
 )
@@ -75,7 +77,7 @@ class Operations:
         self._ranks = ranks
         self._shared = shared
         self._sign = sign
-        self._groups = Groups(place)
+        self._groups = Groups(place, model.device)
         self._journal = journal
         self._undo = undo
         self._update = RankUpdate(model.layouts, undo)
@@ -122,8 +124,7 @@ class Operations:
     def _do(self, operation: Operation | None, leads: bool) -> Report:
         match operation:
             case Update():
-                reader = Reader(self._ranks.rank, self._ranks.size, self._model.device, leads)
-                return self._update.prepare(open_source(operation.source, self._groups, reader))
+                return self._prepare(operation.source, leads)
             case Digests():
                 return self._digests(operation)
             case CheckTensors():
@@ -136,14 +137,41 @@ class Operations:
             case Wake():
                 return self._wake(operation)
             case Join():
-                self._groups.join(operation)
+                self._groups.join(operation, self._sign)
                 return Report()
             case Leave():
-                self._groups.leave(operation.group)
-                return Report()
+                return Report(left=self._groups.leave(operation.group))
             case Export():
                 return self._export(operation)
         raise Internal("There is no such operation.")
+
+    def _prepare(self, source: Source, leads: bool) -> Report:
+        reader = Reader(self._ranks.rank, self._ranks.size, self._model.device, leads)
+        if isinstance(source, Broadcast):
+            return self._receive(source, reader)
+        return self._update.prepare(open_source(source, self._groups, reader, self._sign))
+
+    def _receive(self, source: Broadcast, reader: Reader) -> Report:
+        """What cannot be received, or is not to be, ends the group: who waits in it, the trainer too, is told at once.
+
+        Nobody knows of what was announced and not received whether it is still sent, and would be taken for the next.
+        """
+        try:
+            self._update.check({source.module: self._groups.announced(source)})
+            return self._update.prepare(open_source(source, self._groups, reader, self._sign))
+        except (Rejected, SafelightError) as failed:
+            if not self._groups.leave(source.group):
+                raise
+            raise _and_closed(failed, source.group) from failed
+
+    def _let_go(self) -> None:
+        """Of what another rank could not do. A group is left: it may be out of step, and the trainer wait in it."""
+        self._update.release()
+        match self._operation:
+            case Join():
+                self._groups.forget_join()
+            case Update(source=Broadcast(group=group)):
+                self._groups.leave(group)
 
     def _write(self) -> Report:
         self._update.write(self._sign)
@@ -163,7 +191,7 @@ class Operations:
 
     def _finish(self, order: Perform) -> Report:
         if order.step == "release":
-            self._update.release()
+            self._let_go()
             return Report()
         if order.step == "rollback":
             self._update.rollback()
@@ -239,3 +267,9 @@ class Operations:
         except OSError as error:
             raise Internal(f"The weights could not be written out: {error.strerror or error}.") from error
         return Report(files=files)
+
+
+def _and_closed(failed: Rejected | SafelightError, group: str) -> Rejected | SafelightError:
+    error = failed.error if isinstance(failed, Rejected) else failed
+    told = type(error)(f"{error.message} The group {group!r} is closed; make it again.", field=error.field)
+    return Rejected(told, failed.report) if isinstance(failed, Rejected) else told

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import re
 from pathlib import Path
 from typing import Any
 
@@ -75,20 +76,18 @@ class Trainer:
 
         self.server.wait_for(ready, 120)
 
+    def wait_lost(self, replica: int) -> None:
+        """Wait until the scheduler knows that a replica is not ready."""
+        self.server.wait_for(lambda: self.replicas()[replica]["state"] != "ready" or None, 60)
+
     def shared(self) -> Path:
         """The server's shared-memory directory."""
         return Path(httpx.get(f"{self.server.url}/server_info").json()["shared_memory"])
 
     def ranks(self, replica: int) -> list[psutil.Process]:
-        """The processes of a replica, in the order of their ranks."""
-        leader = psutil.Process(self.replicas()[replica]["pid"])
-        parent = leader.parent()
-        assert parent is not None
-        workers = [child for child in parent.children() if "safelight.worker" in child.cmdline()]
-        workers.sort(key=lambda process: (process.create_time(), process.pid))
-        start = workers.index(leader)
-        size = httpx.get(f"{self.server.url}/server_info").json()["config"]["tp"]
-        return workers[start : start + size]
+        """The processes of a replica's last start, in the order of their ranks; replicas start at the same time."""
+        starts = re.findall(rf"started worker {replica} with process id ([\d, ]+)", self.server.log)
+        return [psutil.Process(int(pid)) for pid in starts[-1].split(", ")]
 
 
 def transformer(directory: Path) -> Tensors:

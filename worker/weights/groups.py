@@ -1,8 +1,25 @@
-"""Process groups with a trainer, over which it broadcasts tensors: gloo between CPUs, NCCL between CUDA devices."""
+"""Process groups with a trainer, over which it broadcasts tensors: gloo between CPUs, NCCL between CUDA devices.
+
+The trainer is rank 0 and keeps the store; each rank of each replica is one of the others. Its side is::
+
+    store, rank, world_size = next(rendezvous(f"tcp://{address}:{port}", 0, world_size, timeout=timeout))
+    store = PrefixStore(group_name, store)
+    group, _ = _new_process_group_helper(
+        world_size, rank, [], backend, store, group_name=group_name, timeout=timeout
+    )
+
+while it waits for the reply of ``/init_weights_update_group``; then, for every tensor that it has told
+``/update_weights_from_distributed`` of and in the order of its names, ``broadcast(tensor, src=0, group=group)``.
+"""
 
 from __future__ import annotations
 
 import math
+import socket
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, wait
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
@@ -12,92 +29,160 @@ from torch.distributed import PrefixStore, ProcessGroupGloo, TCPStore  # type: i
 from ...protocol.errors import Conflict, InvalidRequest, NotFound, Unavailable
 from ...protocol.operations import Broadcast, Join
 
-TIMEOUT_S = 120.0
-"""For the others to come, and for each tensor."""
-
-_MOST = 1 << 40
-"""Bytes of one tensor; more are not meant."""
+Sign = Callable[[], object]
+"""Called now and then while the others are waited for."""
 
 SENDER = 0
 """The trainer's rank in the group."""
 
+_MOST = 1 << 40
+"""Bytes of one tensor; more are not meant."""
 
-def meet(
-    address: str, port: int, rank: int, world_size: int, group: str, backend: str, timeout_s: float = TIMEOUT_S
-) -> Any:  # torch declares no common class with the collectives of its backends
-    """Join the group, as the trainer does with its own rank. Returns when all have come.
+_SIGN_S = 0.5
 
-    The store's keys are those of torch's own groups with this name, so either side may be made by
-    ``torch.distributed``. Raises ``RuntimeError`` where the others do not come.
-    """
-    timeout = timedelta(seconds=timeout_s)
-    store = TCPStore(address, port, world_size, is_master=rank == SENDER, timeout=timeout, wait_for_workers=False)
-    own = PrefixStore(f"{group}/", store)
-    if backend == "nccl":
-        from torch.distributed import ProcessGroupNCCL  # not in a build without CUDA
+_POLL_S = 0.0002
 
-        options = ProcessGroupNCCL.Options()
-        options._timeout = timeout
-        return ProcessGroupNCCL(own, rank, world_size, options)
-    return ProcessGroupGloo(own, rank, world_size, timeout)
+_LATE_S = 5.0
+"""After its timeout, a backend that has not ended a broadcast by itself is not waited for."""
+
+_CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True, slots=True)
+class _Group:
+    """``backend`` is Any as torch declares no common class with the collectives of its backends."""
+
+    backend: Any
+    device: torch.device
+    timeout_s: float
+
+    def receive(self, tensor: torch.Tensor, sign: Sign) -> None:
+        """Raises ``RuntimeError`` where it does not come."""
+        work = self.backend.broadcast(tensor, SENDER)
+        late = time.monotonic() + self.timeout_s + _LATE_S
+        while not work.is_completed():
+            if time.monotonic() > late:
+                raise RuntimeError(f"nothing came for {self.timeout_s:g} s")
+            sign()
+            time.sleep(_POLL_S)
+        work.wait()
 
 
 class Groups:
     """This rank's groups, by name. ``place`` is its number among all ranks of all replicas."""
 
-    def __init__(self, place: int) -> None:
+    def __init__(self, place: int, device: torch.device) -> None:
         self._place = place
-        self._groups: dict[str, Any] = {}
+        self._device = device
+        self._groups: dict[str, _Group] = {}
+        self._joined_last: str | None = None
 
-    def join(self, asked: Join) -> None:
+    def join(self, asked: Join, sign: Sign) -> None:
         """Raises ``Conflict`` where there is such a group already, and ``Unavailable`` where the others do not come."""
+        self._joined_last = None
         if asked.group in self._groups:
             raise Conflict(f"There is a group {asked.group!r} already; destroy it first.")
-        rank = asked.rank_offset + self._place
-        if not SENDER < rank < asked.world_size:
-            raise InvalidRequest(
-                f"rank_offset {asked.rank_offset} makes this rank {rank} of {asked.world_size}; ranks from 1 on are "
-                "the server's, and each of its ranks needs one.",
-                field="world_size",
-            )
+        if asked.backend == "nccl" and self._device.type != "cuda":
+            raise InvalidRequest("This server computes on the CPU, where the backend is gloo.", field="backend")
+        device = _CPU if asked.backend == "gloo" else self._device
         try:
-            self._groups[asked.group] = meet(
-                asked.address, asked.port, rank, asked.world_size, asked.group, asked.backend
-            )
-        except (RuntimeError, ValueError, ImportError) as error:
-            raise Unavailable(f"The group {asked.group!r} could not be joined: {_first_line(error)}.") from error
+            backend = _meanwhile(sign, lambda: _meet(asked, asked.rank_offset + self._place))
+        except (RuntimeError, ValueError, OSError) as error:
+            raise Unavailable(
+                f"The group {asked.group!r} of {asked.world_size} could not be joined within {asked.timeout_s:g} s: "
+                f"{_first_line(error)}."
+            ) from error
+        self._groups[asked.group] = _Group(backend, device, asked.timeout_s)
+        self._joined_last = asked.group
 
-    def leave(self, name: str) -> None:
-        """Raises ``NotFound``."""
-        if self._groups.pop(name, None) is None:
-            raise NotFound(f"There is no group {name!r}.", field="group_name")
+    def forget_join(self) -> None:
+        """Another rank could not do what :meth:`join` did last."""
+        if self._joined_last is not None:
+            self.leave(self._joined_last)
 
-    def receive(self, asked: Broadcast, device: torch.device) -> dict[str, torch.Tensor]:
-        """The tensors that the trainer broadcasts, in the order of the names."""
-        group = self._groups.get(asked.group)
-        if group is None:
-            raise NotFound(f"There is no group {asked.group!r}; make it first.", field="group_name")
+    def leave(self, name: str) -> bool:
+        """Close the group's connections, so that who waits in it is told. Returns whether there was such a group."""
+        group = self._groups.pop(name, None)
+        if group is not None:
+            group.backend.abort()
+        return group is not None
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._groups
+
+    def receive(self, asked: Broadcast, sign: Sign) -> dict[str, torch.Tensor]:
+        """The tensors that the trainer broadcasts, in the order of the names. Raises ``Unavailable``."""
+        group = self._groups[asked.group]
         received = {
-            name: torch.empty(shape, dtype=dtype, device=device)
-            for name, dtype, shape in zip(asked.names, map(_dtype, asked.dtypes), asked.shapes, strict=True)
+            name: torch.empty(shape, dtype=_dtype(dtype), device=group.device)
+            for name, dtype, shape in zip(asked.names, asked.dtypes, asked.shapes, strict=True)
         }
-        try:
-            for tensor in received.values():
-                group.broadcast([tensor], SENDER).wait()
-        except RuntimeError as error:
-            raise Unavailable(f"The trainer's tensors did not come: {_first_line(error)}.") from error
+        for name, tensor in received.items():
+            try:
+                group.receive(tensor, sign)
+            except RuntimeError as error:
+                raise Unavailable(f"The trainer's {name} did not come: {_first_line(error)}.") from error
         return received
 
+    def announced(self, asked: Broadcast) -> dict[str, torch.Tensor]:
+        """The tensors that are to come, without memory. Raises ``InvalidRequest`` and ``NotFound``."""
+        if asked.group not in self:
+            raise NotFound(f"There is no group {asked.group!r}; make it first.", field="group_name")
+        if not len(asked.names) == len(asked.dtypes) == len(asked.shapes):
+            raise InvalidRequest("names, dtypes and shapes must be lists of one length.", field="names")
+        if len(set(asked.names)) != len(asked.names):
+            raise InvalidRequest("A name comes twice.", field="names")
+        return {
+            name: _announced(name, _dtype(dtype), shape)
+            for name, dtype, shape in zip(asked.names, asked.dtypes, asked.shapes, strict=True)
+        }
 
-def check(asked: Broadcast) -> None:
-    """Raise ``InvalidRequest`` for tensors that cannot be."""
-    if not len(asked.names) == len(asked.dtypes) == len(asked.shapes):
-        raise InvalidRequest("names, dtypes and shapes must be lists of one length.", field="names")
-    if len(set(asked.names)) != len(asked.names):
-        raise InvalidRequest("A name comes twice.", field="names")
-    for dtype, shape in zip(asked.dtypes, asked.shapes, strict=True):
-        if any(size < 0 for size in shape) or math.prod(shape) * _dtype(dtype).itemsize > _MOST:
-            raise InvalidRequest(f"There is no tensor of the shape {shape}.", field="shapes")
+
+def _meet(asked: Join, rank: int) -> Any:
+    """Join the group. Returns when all have come; the keys in the store are those that torch's own groups have.
+
+    Raises ``RuntimeError`` where the others do not come.
+    """
+    assert SENDER < rank < asked.world_size, "the server has seen to it"
+    timeout = timedelta(seconds=asked.timeout_s)
+    store = TCPStore(asked.address, asked.port, asked.world_size, is_master=False, timeout=timeout)
+    named = PrefixStore(f"{asked.group}/", PrefixStore(asked.group, store))
+    if asked.backend == "nccl":
+        from torch.distributed import ProcessGroupNCCL  # not in a build without CUDA
+
+        nccl = ProcessGroupNCCL.Options()
+        nccl._timeout = timeout
+        return ProcessGroupNCCL(PrefixStore("cuda/", named), rank, asked.world_size, nccl)
+    gloo = ProcessGroupGloo._Options()  # type: ignore[attr-defined]  # torch declares neither it nor another way
+    gloo._timeout = timeout
+    # not GLOO_SOCKET_IFNAME's interface: the ranks of a replica share a machine, and the trainer may be on another
+    gloo._devices = [ProcessGroupGloo.create_device(hostname=_own_address(asked.address, asked.port))]
+    return ProcessGroupGloo(PrefixStore("cpu/", named), rank, asked.world_size, gloo)
+
+
+def _own_address(address: str, port: int) -> str:
+    """This machine's, on the way to ``address``; nothing is sent. Raises ``OSError``."""
+    found = socket.getaddrinfo(address, port, type=socket.SOCK_DGRAM)
+    family, kind, _, _, where = min(found, key=lambda one: one[0] != socket.AF_INET)
+    with socket.socket(family, kind) as probe:
+        probe.connect(where)
+        return str(probe.getsockname()[0])
+
+
+def _meanwhile(sign: Sign, call: Callable[[], Any]) -> Any:
+    """What ``call`` returns, which may take long."""
+    with ThreadPoolExecutor(1) as pool:
+        result = pool.submit(call)
+        while not result.done():
+            sign()
+            wait([result], _SIGN_S)
+        return result.result()
+
+
+def _announced(name: str, dtype: torch.dtype, shape: list[int]) -> torch.Tensor:
+    if any(size < 0 for size in shape) or math.prod(shape) * dtype.itemsize > _MOST:
+        raise InvalidRequest(f"{name}: there is no tensor of the shape {shape}.", field="shapes")
+    return torch.empty(shape, dtype=dtype, device="meta")
 
 
 def _dtype(name: str) -> torch.dtype:

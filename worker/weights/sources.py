@@ -14,7 +14,7 @@ from ...protocol.errors import InvalidRequest, SafelightError
 from ...protocol.operations import Broadcast, Files, Invalid, Pickled, Report, Source
 from ...protocol.tensor_files import BadTensorFile, StoredTensor, read_head
 from .allowed import NotAPayload
-from .groups import Groups
+from .groups import Groups, Sign
 from .payload import InvalidTensor, Tensors, choose, decode
 from .segment import Segments
 
@@ -59,14 +59,14 @@ class Opened:
         self._then()
 
 
-def open_source(source: Source, groups: Groups, reader: Reader) -> Opened:
+def open_source(source: Source, groups: Groups, reader: Reader, sign: Sign) -> Opened:
     """Every tensor that ``source`` has for this rank. Raises ``InvalidRequest`` or ``Rejected``, in words for who sent
     it."""
     match source:
         case Files():
             return _files(source, reader)
         case Broadcast():
-            return Opened({source.module: groups.receive(source, reader.device)})
+            return Opened({source.module: groups.receive(source, sign)})
         case Pickled():
             return _pickled(source, reader)
 

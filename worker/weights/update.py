@@ -46,7 +46,7 @@ class Update:
     def prepare(self, opened: Opened) -> Report:
         """Check every name, shape and dtype, and find room to undo it. Raises ``Rejected``; all is as it was then."""
         try:
-            report = self._checked(opened.tensors)
+            report = self.check(opened.tensors)
             self._find_room(opened.tensors)
         except Rejected:
             opened.close()
@@ -107,7 +107,8 @@ class Update:
             raise Rejected(Unavailable(f"Nothing was written. {error}"), Report()) from error
         self._room = dict(zip(new, room, strict=True))
 
-    def _checked(self, tensors: Tensors) -> Report:
+    def check(self, tensors: Tensors) -> Report:
+        """Raises ``Rejected`` for tensors that cannot be written; only their names, shapes and dtypes matter."""
         absent = [module for module in tensors if module not in self._layouts]
         if absent:
             raise Rejected(
