@@ -26,10 +26,10 @@ def serve(checkpoint: Path) -> Serve:
     """A ready server with such flags, all of its replicas ready."""
 
     @contextmanager
-    def serving(*flags: str, ranks: int = 1) -> Iterator[Trainer]:
-        with LiveServer(checkpoint, ["--threads", "1", "--tp", str(ranks), *flags]) as server:
+    def serving(*flags: str, tp: int = 1) -> Iterator[Trainer]:
+        with LiveServer(checkpoint, ["--threads", "1", "--tp", str(tp), *flags]) as server:
             server.wait_ready()
-            trainer = Trainer(server, checkpoint, ranks)
+            trainer = Trainer(server, checkpoint, tp)
             trainer.wait_all_ready()
             yield trainer
 
@@ -46,7 +46,7 @@ def alone(serve: Serve) -> Iterator[Trainer]:
 @pytest.fixture(scope="module")
 def divided(serve: Serve) -> Iterator[Trainer]:
     """Two replicas of two ranks each, projections fused."""
-    with serve("--replicas", "2", "--fuse-projections", ranks=2) as trainer:
+    with serve("--replicas", "2", "--fuse-projections", tp=2) as trainer:
         yield trainer
 
 

@@ -87,7 +87,7 @@ def test_each_rank_takes_its_own_payload_of_as_many(sender: sending.Trainer, div
 def test_another_number_of_payloads_than_of_ranks(sender: sending.Trainer, trainer: Trainer) -> None:
     payloads = [sender.checkpoint(weights(trainer), "pairs", by=0.5, keep=True) for _ in range(3)]
     told = refused(trainer, {"serialized_named_tensors": payloads})
-    assert f"there are 3 payloads for {trainer.ranks} ranks" in told["message"]
+    assert f"there are 3 payloads for {trainer.tp} ranks" in told["message"]
     sender.forget()
 
 
