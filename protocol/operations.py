@@ -42,6 +42,35 @@ class Pickled(msgspec.Struct, tag=True, frozen=True):
     gpu_uuids: list[str] | None = None
 
 
+class CudaTensor(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A tensor on the GPU whose UUID is ``device``, as torch shares it: a view of a storage, in elements, and handles.
+
+    ``memory`` is the handle of the allocation in which the storage lies, ``storage_offset`` bytes from its begin;
+    ``counters`` and ``counter`` say where its readers are counted, and ``event`` what is to be waited for.
+    """
+
+    name: str
+    dtype: str
+    shape: list[int]
+    stride: list[int]
+    offset: int
+    device: str
+    memory: bytes
+    storage_bytes: int
+    storage_offset: int
+    counters: bytes
+    counter: int
+    event: bytes
+    event_sync: bool
+
+
+class CudaShared(msgspec.Struct, tag=True, frozen=True):
+    """Handles of the tensors of ``module``: a list for each rank of each replica, as each may be opened once."""
+
+    module: str
+    tensors: list[list[CudaTensor]]
+
+
 class Broadcast(msgspec.Struct, tag=True, frozen=True):
     """Tensors of ``module`` that the trainer sends over the process group ``group``, in this order."""
 
@@ -52,7 +81,7 @@ class Broadcast(msgspec.Struct, tag=True, frozen=True):
     shapes: list[list[int]]
 
 
-Source = Files | Pickled | Broadcast
+Source = Files | Pickled | CudaShared | Broadcast
 
 
 class Update(msgspec.Struct, tag=True, frozen=True, kw_only=True):

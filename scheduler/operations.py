@@ -22,6 +22,7 @@ from ..protocol.operations import (
     Begin,
     Broadcast,
     Commit,
+    CudaShared,
     Export,
     Files,
     Join,
@@ -481,7 +482,7 @@ def _is_not_for(begun: Begin, source: Source) -> SafelightError | None:
             named = list(modules)
         case Pickled(targets=targets):
             named = targets
-        case Broadcast(module=module):
+        case Broadcast(module=module) | CudaShared(module=module):
             named = [module]
     others = [name for name in named if begun.modules is not None and name not in begun.modules]
     if others:

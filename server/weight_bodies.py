@@ -9,7 +9,7 @@ from fastapi import Request
 from msgspec import Meta
 
 from ..protocol.errors import Malformed
-from ..protocol.operations import Barrier
+from ..protocol.operations import Barrier, CudaTensor
 
 B = TypeVar("B")
 
@@ -28,9 +28,11 @@ class FromDisk(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
 
 class Shared(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """``path`` is a safetensors file in the server's shared-memory directory; the server removes it in the end."""
+    """Either ``path``, a safetensors file in the server's shared-memory directory, which stays the sender's to remove,
+    or ``cuda_ipc``, handles as torch makes them: a list for each rank of each replica, bytes in base64."""
 
-    path: Name
+    path: Name | None = None
+    cuda_ipc: list[list[CudaTensor]] | None = None
 
 
 class FromTensor(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

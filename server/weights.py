@@ -26,6 +26,7 @@ from ..protocol.operations import (
     CheckTensors,
     Commit,
     Continue,
+    CudaShared,
     Digests,
     Files,
     Flush,
@@ -120,9 +121,16 @@ class _Routes:
         if (body.shared is None) == (body.serialized_named_tensors is None):
             raise InvalidRequest("Give either serialized_named_tensors or shared.", field="serialized_named_tensors")
         if body.shared is not None:
-            file = shared_file(self._service.shared, body.shared.path)
-            return await self._update(Files({_target(body): [str(file)]}), body)
+            return await self._update(self._shared(body.shared, _target(body)), body)
         return await self._update(self._pickled(body), body)
+
+    def _shared(self, shared: bodies.Shared, module: str) -> Source:
+        if (shared.path is None) == (shared.cuda_ipc is None):
+            raise InvalidRequest("Give either path or cuda_ipc.", field="shared")
+        if shared.cuda_ipc is not None:
+            return CudaShared(module, shared.cuda_ipc)
+        assert shared.path is not None
+        return Files({module: [str(shared_file(self._service.shared, shared.path))]})
 
     def _pickled(self, body: bodies.FromTensor) -> Pickled:
         if not self._service.config.pickle_payloads:

@@ -57,7 +57,8 @@ class _Vote(msgspec.Struct, frozen=True):
 class Operations:
     """Performs operations on this rank. ``sign`` is called now and then by what takes long.
 
-    ``place`` is the rank's number among all ranks of all replicas, and ``shared`` the server's shared-memory directory.
+    ``place`` is the rank's number among ``places``, all ranks of all replicas; ``shared`` is the server's shared-memory
+    directory.
     """
 
     def __init__(
@@ -67,6 +68,7 @@ class Operations:
         ranks: Ranks,
         *,
         place: int,
+        places: int,
         shared: Path,
         journal: Journal | None,
         undo: UndoMemory,
@@ -77,6 +79,8 @@ class Operations:
         self._ranks = ranks
         self._shared = shared
         self._sign = sign
+        self._place = place
+        self._places = places
         self._groups = Groups(place, model.device)
         self._journal = journal
         self._undo = undo
@@ -146,7 +150,7 @@ class Operations:
         raise Internal("There is no such operation.")
 
     def _prepare(self, source: Source, leads: bool) -> Report:
-        reader = Reader(self._ranks.rank, self._ranks.size, self._model.device, leads)
+        reader = Reader(self._ranks.rank, self._ranks.size, self._place, self._places, self._model.device, leads)
         if isinstance(source, Broadcast):
             return self._receive(source, reader)
         return self._update.prepare(open_source(source, self._groups, reader, self._sign))

@@ -117,6 +117,7 @@ class Replica:
             hub,
             self._ranks,
             place=self._number * self._config.tp + self._child.rank,
+            places=self._config.replicas * self._config.tp,
             shared=Path(self._child.shared),
             journal=self._journal,
             undo=UndoMemory(model.device, _undo_limit(self._config), _path(self._config.undo_spill)),

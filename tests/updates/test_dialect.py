@@ -160,6 +160,31 @@ def test_no_payload_at_all(trainer: Trainer) -> None:
     refused(trainer, {"serialized_named_tensors": []})
 
 
+def handles(ranks: int) -> dict[str, Any]:
+    """A body with one CUDA handle for each of so many ranks."""
+    view = {"name": "a", "dtype": "float32", "shape": [3], "stride": [1], "offset": 0, "device": sending.UUID}
+    memory = {"memory": base64.b64encode(b"\2c" + bytes(64)).decode(), "storage_bytes": 12, "storage_offset": 0}
+    counted = {"counters": base64.b64encode(b"/torch_1_2_3").decode(), "counter": 0}
+    event = {"event": base64.b64encode(bytes(64)).decode(), "event_sync": True}
+    return {"shared": {"cuda_ipc": [[view | memory | counted | event]] * ranks}}
+
+
+def test_cuda_handles_where_there_is_no_gpu(trainer: Trainer) -> None:
+    assert "the handle of a needs a GPU" in refused(trainer, handles(len(trainer.replicas()) * trainer.tp))["message"]
+
+
+def test_cuda_handles_for_another_number_of_ranks(trainer: Trainer) -> None:
+    told = refused(trainer, handles(3))
+    assert (
+        f"There are 3 lists of handles; {len(trainer.replicas()) * trainer.tp} ranks need one each" in told["message"]
+    )
+
+
+def test_cuda_handles_that_are_none(trainer: Trainer) -> None:
+    refused(trainer, {"shared": {"cuda_ipc": [[{"name": "a"}]]}})
+    refused(trainer, {"shared": {}})
+
+
 def test_a_stream_that_would_run_something_runs_nothing(tmp_path: Path, trainer: Trainer) -> None:
     made = tmp_path / "made"
 

@@ -25,11 +25,11 @@ MAX_DEPTH = 32
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Call:
-    """``function`` would be called with ``args``, by the opcode at byte ``at``."""
+    """``function`` would be called with ``args``, by what errors call ``origin``."""
 
     function: Known
     args: tuple[Any, ...]
-    at: int
+    origin: str
 
 
 @dataclass(slots=True, eq=False)
@@ -231,7 +231,7 @@ class _Machine:
             case Known.ENCODE, (str(text), "latin1") if len(text) <= MAX_HANDLE and max(text, default="") <= "\xff":
                 self._stack.append(text.encode("latin1"))
             case _:
-                self._stack.append(Call(function, args, self._at))
+                self._stack.append(Call(function, args, f"{function.value}, called at byte {self._at},"))
 
     def instance(self, _: None) -> None:
         cls, args = self._pop(2)

@@ -86,7 +86,7 @@ class _Receiver:
             case Call(Known.REBUILD_TENSOR):
                 return self._tensor(node)
             case Call(Known.REBUILD_CUDA_TENSOR | Known.REBUILD_CUDA_TENSOR_BY_UUID):
-                return _cuda_tensor(node)
+                return cuda_tensor(node)
         raise _wrong(node, "gives no value that a payload can hold")
 
     def _tensor(self, call: Call) -> torch.Tensor:
@@ -118,7 +118,8 @@ class _Receiver:
         raise _wrong(call, "has other arguments than torch gives it")
 
 
-def _cuda_tensor(call: Call) -> torch.Tensor:
+def cuda_tensor(call: Call) -> torch.Tensor:
+    """The tensor on a GPU that a call of ``rebuild_cuda_tensor`` stands for. Raises :class:`NotAPayload`."""
     match call.args:
         case (
             Known.TENSOR | Known.PARAMETER,
@@ -202,4 +203,4 @@ def _tried(call: Call, do: Callable[..., Any], *args: Any) -> Any:
 
 
 def _wrong(call: Call, reason: str) -> NotAPayload:
-    return NotAPayload(f"{call.function.value}, called at byte {call.at}, {reason}")
+    return NotAPayload(f"{call.origin} {reason}")

@@ -11,9 +11,10 @@ from pathlib import Path
 import torch
 
 from ...protocol.errors import InvalidRequest, SafelightError
-from ...protocol.operations import Broadcast, Files, Invalid, Pickled, Report, Source
+from ...protocol.operations import Broadcast, CudaShared, Files, Invalid, Pickled, Report, Source
 from ...protocol.tensor_files import BadTensorFile, StoredTensor, read_head
 from .allowed import NotAPayload
+from .cuda_handles import open_handles
 from .groups import Groups, Sign
 from .payload import InvalidTensor, Tensors, choose, decode
 from .segment import Segments
@@ -38,10 +39,15 @@ class Rejected(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Reader:
-    """Who opens a source: a ``rank`` of a replica of ``ranks``; one replica ``leads``, and does what is done once."""
+    """Who opens a source: a ``rank`` of a replica of ``ranks``; one replica ``leads``, and does what is done once.
+
+    ``place`` is its number among ``places``, all ranks of all replicas.
+    """
 
     rank: int
     ranks: int
+    place: int
+    places: int
     device: torch.device
     leads: bool
 
@@ -69,6 +75,8 @@ def open_source(source: Source, groups: Groups, reader: Reader, sign: Sign) -> O
             return Opened({source.module: groups.receive(source, sign)})
         case Pickled():
             return _pickled(source, reader)
+        case CudaShared():
+            return _cuda_shared(source, reader)
 
 
 def _files(source: Files, reader: Reader) -> Opened:
@@ -102,6 +110,18 @@ def _pickled(source: Pickled, reader: Reader) -> Opened:
         message = f"The payload cannot be used: {error}."
         faults = [Invalid(error.name, error.reason)] if isinstance(error, InvalidTensor) else []
         raise Rejected(InvalidRequest(message, field="serialized_named_tensors"), Report(invalid=faults)) from None
+
+
+def _cuda_shared(source: CudaShared, reader: Reader) -> Opened:
+    if len(source.tensors) != reader.places:
+        raise InvalidRequest(
+            f"There are {len(source.tensors)} lists of handles; {reader.places} ranks need one each.",
+            field="shared.cuda_ipc",
+        )
+    try:
+        return Opened({source.module: open_handles(source.tensors[reader.place])})
+    except NotAPayload as error:
+        raise InvalidRequest(f"The handles cannot be used: {error}.", field="shared.cuda_ipc") from None
 
 
 def _uuid(device: torch.device) -> str | None:

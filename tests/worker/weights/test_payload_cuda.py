@@ -11,8 +11,10 @@ import pytest
 import torch
 from torch.multiprocessing import reductions
 
+from safelight.protocol.operations import CudaTensor
 from safelight.worker.weights import segment
 from safelight.worker.weights.allowed import NotAPayload
+from safelight.worker.weights.cuda_handles import open_handles
 
 from .streams import decode
 from .trainer import UUID, Trainer
@@ -132,3 +134,45 @@ def test_without_a_gpu_it_is_refused(
     with pytest.raises(NotAPayload, match="needs a GPU, and this process has none; send CPU tensors, or safetensors"):
         decode(trainer.send(what), ONE)
     assert opened == []
+
+
+def handle(**changes: Any) -> CudaTensor:
+    view = {"name": "a", "dtype": "float32", "shape": [2, 3], "stride": [3, 1], "offset": 0, "device": UUID}
+    memory = {"memory": HANDLE, "storage_bytes": 24, "storage_offset": 512, "counters": b"/torch_7_8_9", "counter": 7}
+    return CudaTensor(**(view | memory | {"event": bytes(64), "event_sync": True} | changes))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "torch.float32"])
+def test_a_plain_handle_is_opened_as_a_pickled_one_is(dtype: str, trainer: Trainer, opened: list[Any]) -> None:
+    decode(trainer.send("cuda by uuid"), ONE)
+    assert list(open_handles([handle(dtype=dtype)])) == ["a"]
+    assert opened[0] == opened[1]
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"dtype": "object"}, "the handle of a has the dtype 'object', which is none"),
+        ({"device": "another"}, "the handle of a needs the GPU another; this process has other"),
+        ({"shape": [3, 3]}, "the handle of a reaches element 8 of a storage of 6"),
+        ({"shape": [-1]}, "the handle of a has a size or a stride that is none"),
+        ({"offset": -1}, "the handle of a has something else where a number"),
+        ({"stride": [3]}, "the handle of a has a size or a stride that is none"),
+        ({"storage_bytes": -1}, "the handle of a has something else where a number"),
+        ({"counter": 10_000}, "the handle of a has other handles than torch gives it"),
+        ({"memory": b"\2e" + bytes(64)}, "the handle of a names an expandable segment"),
+        ({"memory": b"short"}, "the handle of a has other handles than torch gives it"),
+        ({"counters": b"/../etc/passwd"}, "the handle of a fails: a segment is not named as torch names them"),
+    ],
+)
+def test_a_plain_handle_that_torch_would_not_give_is_not_opened(
+    changes: dict[str, Any], reason: str, opened: list[Any]
+) -> None:
+    with pytest.raises(NotAPayload, match=reason):
+        open_handles([handle(**changes)])
+    assert opened == []
+
+
+def test_a_plain_handle_twice(opened: list[Any]) -> None:
+    with pytest.raises(NotAPayload, match="the tensor 'a' is there twice"):
+        open_handles([handle(), handle()])

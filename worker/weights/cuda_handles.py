@@ -1,0 +1,39 @@
+"""Tensors on a GPU that another process shares by CUDA IPC handles, which came as plain data.
+
+They are those that torch makes of a storage (``torch.UntypedStorage._share_cuda_``), and are checked like those in a
+pickled payload. Each may be opened by one reader, which its sender counts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from ...protocol.operations import CudaTensor
+from .allowed import DTYPES, Known, NotAPayload
+from .pickled import Call
+from .received import cuda_tensor
+
+
+def open_handles(handles: Sequence[CudaTensor]) -> dict[str, torch.Tensor]:
+    """Views of the sender's memory, by name. Raises :class:`NotAPayload`."""
+    found: dict[str, torch.Tensor] = {}
+    for handle in handles:
+        if handle.name in found:
+            raise NotAPayload(f"the tensor {handle.name!r} is there twice")
+        found[handle.name] = cuda_tensor(_call(handle))
+    return found
+
+
+def _call(handle: CudaTensor) -> Call:
+    """What a pickled payload would call for it."""
+    origin = f"the handle of {handle.name}"
+    dtype = DTYPES.get(f"torch.{handle.dtype.removeprefix('torch.')}")
+    if dtype is None:
+        raise NotAPayload(f"{origin} has the dtype {handle.dtype!r}, which is none")
+    size = Call(Known.SIZE, (tuple(handle.shape),), origin)
+    view = (Known.TENSOR, size, tuple(handle.stride), handle.offset, Known.TYPED_STORAGE, dtype)
+    memory = (handle.device, handle.memory, handle.storage_bytes, handle.storage_offset, False)
+    event = (handle.counters, handle.counter, handle.event, handle.event_sync)
+    return Call(Known.REBUILD_CUDA_TENSOR_BY_UUID, (*view, *memory, *event), origin)
