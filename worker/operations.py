@@ -262,7 +262,7 @@ class Operations:
             files = export(self._model.layouts, operation.modules, folder, self._ranks, self._sign)
         except OSError as error:
             raise Internal(f"The weights could not be written out: {error.strerror or error}.") from error
-        return Report(files=files)
+        return Report(files={module: [file.path] for module, file in files.items()})
 
 
 def _and_closed(failed: Rejected | SafelightError, group: str) -> Rejected | SafelightError:
