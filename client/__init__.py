@@ -15,13 +15,29 @@ from ..protocol.errors import (
     Unavailable,
 )
 from .async_client import AsyncClient
-from .errors import ConnectionLost, Unreachable
-from .results import Event, Generation, Health, Output, Preview, Progress, Queued, Result
+from .async_weights import AsyncBegunUpdate, AsyncWeights
+from .errors import ConnectionLost, InvalidTensor, TensorsDiffer, TensorsRejected, Unreachable
+from .results import (
+    Event,
+    Generation,
+    Health,
+    Output,
+    Preview,
+    Progress,
+    Queued,
+    Result,
+    UpdateProgress,
+    WeightUpdate,
+)
 from .retry import Retries
 from .sync_client import Client
+from .weights import BegunUpdate, Weights
 
 __all__ = [
+    "AsyncBegunUpdate",
     "AsyncClient",
+    "AsyncWeights",
+    "BegunUpdate",
     "BodyTooLarge",
     "Client",
     "Conflict",
@@ -33,6 +49,7 @@ __all__ = [
     "Health",
     "Internal",
     "InvalidRequest",
+    "InvalidTensor",
     "Malformed",
     "NotFound",
     "Output",
@@ -43,7 +60,12 @@ __all__ = [
     "Result",
     "Retries",
     "SafelightError",
+    "TensorsDiffer",
+    "TensorsRejected",
     "Unauthorized",
     "Unavailable",
     "Unreachable",
+    "UpdateProgress",
+    "WeightUpdate",
+    "Weights",
 ]

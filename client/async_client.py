@@ -10,12 +10,14 @@ from typing import Any, Self
 import httpx
 
 from ..protocol.errors import DeadlinePassed, SafelightError, Unavailable
-from . import calls
+from . import calls, weight_calls
+from .async_weights import AsyncWeights
 from .calls import Call
 from .endpoint import DEFAULT_TIMEOUT_S, DEFAULT_URL, Endpoint, ReadyWait
 from .errors import transport_errors
 from .results import Event, Generation, Health
 from .retry import Retries
+from .sync_client import Client
 
 
 class AsyncClient:
@@ -31,6 +33,9 @@ class AsyncClient:
     ) -> None:
         self._endpoint = Endpoint(base_url, api_key, timeout, retries)
         self._http = httpx.AsyncClient(**self._endpoint.settings())
+        self._blocking = Client(base_url, api_key=api_key, timeout=timeout, retries=retries)
+        self.weights = AsyncWeights(self._blocking.weights)
+        """:attr:`Client.weights`, awaited."""
 
     @property
     def base_url(self) -> str:
@@ -65,7 +70,31 @@ class AsyncClient:
         while not (health := await self._look()).ready:
             await asyncio.sleep(wait.pause(health))
 
+    @calls.with_arguments_of(weight_calls.sleep)
+    async def sleep(self, call: Call) -> None:
+        """:meth:`Client.sleep`, awaited."""
+        await self._fetch(call)
+
+    @calls.with_arguments_of(weight_calls.wake)
+    async def wake(self, call: Call) -> None:
+        """:meth:`Client.wake`, awaited."""
+        await self._fetch(call)
+
+    @calls.with_arguments_of(weight_calls.pause)
+    async def pause(self, call: Call) -> None:
+        """:meth:`Client.pause`, awaited."""
+        await self._fetch(call)
+
+    async def resume(self) -> None:
+        """:meth:`Client.resume`, awaited."""
+        await self._fetch(weight_calls.RESUME)
+
+    async def flush_cache(self) -> None:
+        """:meth:`Client.flush_cache`, awaited."""
+        await self._fetch(weight_calls.FLUSH_CACHE)
+
     async def aclose(self) -> None:
+        self._blocking.close()
         await self._http.aclose()
 
     async def __aenter__(self) -> Self:
@@ -96,7 +125,7 @@ class AsyncClient:
 
     async def _open(self, call: Call) -> httpx.Response:
         """A reply that is a success, its body not read yet; after as many attempts as the retries allow."""
-        attempts = self._endpoint.retries.begin()
+        attempts = self._endpoint.attempts(call)
         while True:
             try:
                 return await self._attempt(call)

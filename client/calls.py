@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
@@ -26,12 +26,16 @@ LOOK_S = 10.0
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """One HTTP request. ``timeout_s`` is the request's own limit, when it has one."""
+    """One HTTP request. ``timeout_s`` is the request's own limit, when it has one.
+
+    ``again`` says whether it may be sent again to a server that has said that it did nothing.
+    """
 
     method: str
     path: str
     body: Mapping[str, Any] | None = None
     timeout_s: float | None = None
+    again: bool = True
 
     def streaming(self) -> Call:
         """The same request, to be answered with server-sent events."""
@@ -42,7 +46,7 @@ class Call:
         return {} if self.body is None else {"content-type": "application/json"}
 
     @property
-    def content(self) -> bytes | None:
+    def content(self) -> bytes | Iterable[bytes] | None:
         """The body as JSON. Raises ``InvalidRequest`` for values that JSON does not have."""
         if self.body is None:
             return None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -10,7 +10,8 @@ from pathlib import Path
 
 from ..protocol.digests import TORCH_DTYPES, module_digest, tensor_digest
 from ..protocol.errors import InvalidRequest
-from ..protocol.tensor_files import BadTensorFile, StoredTensor, TensorFile, weight_files
+from ..protocol.tensor_files import BadTensorFile, StoredTensor, TensorFile
+from .module_files import files_of, module_paths
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,33 +29,15 @@ class ModuleChecksum:
     tensors: dict[str, TensorChecksum]
 
 
-def checksum(path: Path, modules: Iterable[str] = (), *, detail: bool = False) -> dict[str, ModuleChecksum]:
-    """Of every module in a pipeline's directory, or of one component's directory or file, by the module's name.
+def checksum(path: Path, modules: Sequence[str] = (), *, detail: bool = False) -> dict[str, ModuleChecksum]:
+    """By the name of each of ``modules`` in ``path``, as :func:`module_paths` finds them.
 
-    Raises ``InvalidRequest`` where ``path`` holds no weights, or not those of all ``modules``.
+    Raises ``InvalidRequest`` where they are not there, or their files cannot be read.
     """
-    found = modules_in(path)
-    wanted = list(modules) or list(found)
-    missing = [name for name in wanted if name not in found]
-    if missing or not found:
-        what = f"no module {', '.join(missing)}" if missing else "no safetensors weights"
-        raise InvalidRequest(f"{path} has {what}; it has {', '.join(found) or 'nothing of the kind'}.")
+    found = module_paths(path, modules)
     with ThreadPoolExecutor() as pool:  # hashing leaves the interpreter to the others
-        digests = pool.map(lambda name: _module(found[name], detail), wanted)
-        return dict(zip(wanted, digests, strict=True))
-
-
-def modules_in(path: Path) -> dict[str, list[Path]]:
-    """The weight files of each module in ``path``. Raises ``InvalidRequest`` for a broken index."""
-    if path.is_file():
-        return {path.stem: [path]}
-    try:
-        if own := weight_files(path):
-            return {path.resolve().name: own}
-        folders = sorted(folder for folder in path.iterdir() if folder.is_dir()) if path.is_dir() else []
-        return {folder.name: files for folder in folders if (files := weight_files(folder))}
-    except BadTensorFile as error:
-        raise InvalidRequest(f"{path}: {error}.") from None
+        digests = pool.map(lambda module: _module(files_of(module), detail), found.values())
+        return dict(zip(found, digests, strict=True))
 
 
 def _module(files: list[Path], detail: bool) -> ModuleChecksum:

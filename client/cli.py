@@ -1,4 +1,4 @@
-"""``safelight``: the command line. Nothing here imports torch; what computes is the server."""
+"""``safelight``: the command line, which starts without torch: what computes is the server."""
 
 from __future__ import annotations
 
@@ -15,12 +15,14 @@ from rich.console import Console
 
 from .. import __version__
 from ..protocol.errors import InvalidRequest, SafelightError
+from . import weight_commands
 from .endpoint import DEFAULT_TIMEOUT_S, DEFAULT_URL
 from .errors import Unreachable
+from .options import ApiKey, Url
 from .private_server import SERVER_PROGRAM, PrivateServer
 from .results import FORMATS, Generation, Output, Result
 from .sync_client import Client
-from .terminal import GenerationView, server_table
+from .terminal import GenerationView, complain, server_table, standard_error
 
 PREVIEW_EVERY = 2
 """Steps between two previews of ``--preview``."""
@@ -47,13 +49,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-
-Url = Annotated[
-    str | None, typer.Option(envvar="SAFELIGHT_URL", help=f"Where the server is; {DEFAULT_URL} when not given.")
-]
-ApiKey = Annotated[
-    str | None, typer.Option(envvar="SAFELIGHT_API_KEY", show_envvar=True, help="The key that the server asks for.")
-]
+app.add_typer(weight_commands.app)
 
 
 def main() -> None:
@@ -61,7 +57,7 @@ def main() -> None:
     try:
         app()
     except (SafelightError, OSError) as error:
-        _notes().print(str(error), style="red", markup=False, highlight=False, soft_wrap=True)
+        complain(error)
         sys.exit(1)
 
 
@@ -132,7 +128,7 @@ def generate(
     preview: Annotated[bool, typer.Option("--preview", help="Show the picture in the terminal as it forms.")] = False,
     timeout: Annotated[float, typer.Option(help="Seconds that the server may be silent.")] = DEFAULT_TIMEOUT_S,
 ) -> None:
-    notes = _notes()
+    notes = standard_error()
     output_format = _format_of(output)
     request: dict[str, Any] = {
         "seed": seed,
@@ -168,11 +164,6 @@ def info(
         print(json.dumps(found, indent=2))
     else:
         Console().print(server_table(client.base_url, found))
-
-
-def _notes() -> Console:
-    """Where everything is said that is not a result."""
-    return Console(stderr=True)
 
 
 def _format_of(output: Path) -> str | None:

@@ -18,7 +18,7 @@ from .calls import Call
 from .errors import ConnectionLost, decode, error_from_event, error_from_reply, message_of
 from .event_stream import EventDecoder, ServerSentEvent
 from .results import Event, Generation, Health, Preview, Progress, Queued, Result
-from .retry import Retries
+from .retry import Attempts, Retries
 
 DEFAULT_URL = "http://127.0.0.1:30000"
 
@@ -64,6 +64,9 @@ class Endpoint:
     def request(self, http: httpx.Client | httpx.AsyncClient, call: Call) -> httpx.Request:
         timeout = httpx.Timeout(call.read_timeout(self.timeout), connect=CONNECT_S)
         return http.build_request(call.method, call.path, content=call.content, headers=call.headers, timeout=timeout)
+
+    def attempts(self, call: Call) -> Attempts:
+        return (self.retries if call.again else Retries(0)).begin()
 
     def error(self, response: httpx.Response) -> SafelightError:
         """The exception for ``response``, which is no success and was read."""

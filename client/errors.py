@@ -45,6 +45,36 @@ class ConnectionLost(Unavailable):
     """The connection ended before the answer was complete; whether the work was done is not known."""
 
 
+class InvalidTensor(msgspec.Struct, frozen=True):
+    """A tensor that the server's model cannot take, and why."""
+
+    name: str
+    reason: str
+
+
+class TensorsRejected(InvalidRequest):
+    """Nothing was written: the model has no tensors ``unknown``, or cannot take what was sent for ``invalid``.
+
+    Both lists end after some names; the message has how many there are.
+    """
+
+    def __init__(self, message: str, unknown: list[str], invalid: list[InvalidTensor]) -> None:
+        super().__init__(message)
+        self.unknown = unknown
+        self.invalid = invalid
+
+
+class TensorsDiffer(SafelightError):
+    """The server holds other bytes than it should in ``mismatched``, and has no tensors ``missing``."""
+
+    code, status = "invalid_request", 400
+
+    def __init__(self, message: str, missing: list[str], mismatched: list[str]) -> None:
+        super().__init__(message)
+        self.missing = missing
+        self.mismatched = mismatched
+
+
 class _Body(msgspec.Struct):
     """The ``error`` object of a reply or of an ``error`` event; what a proxy may leave out has a default."""
 
@@ -56,26 +86,36 @@ class _Body(msgspec.Struct):
 
 
 class _Envelope(msgspec.Struct):
+    """The body of an error, with what the routes for weights put beside it."""
+
     error: _Body
+    unknown: list[str] = []
+    invalid: list[InvalidTensor] = []
+    missing: list[str] = []
+    mismatched: list[str] = []
 
 
 def error_from_reply(status: int, headers: Mapping[str, str], content: bytes) -> SafelightError:
     """The exception for a reply of ``status`` 400 or more, whoever sent it."""
     retry_after_s = retry_after(headers.get("retry-after"))
-    body = _read_body(content)
-    if body is None:
+    reply = _read(content)
+    if reply is None:
         return _of_status(status)(f"The server answered {status} without saying why.", retry_after_s=retry_after_s)
-    error = error_from_body(body, status)
+    error = error_from_body(reply.error, status)
+    if reply.unknown or reply.invalid:
+        return TensorsRejected(error.message, reply.unknown, reply.invalid)
+    if reply.missing or reply.mismatched:
+        return TensorsDiffer(error.message, reply.missing, reply.mismatched)
     error.retry_after_s = retry_after_s
     return error
 
 
 def error_from_event(data: str) -> SafelightError:
     """The exception for an ``error`` event of a stream."""
-    body = _read_body(data.encode())
-    if body is None:
+    reply = _read(data.encode())
+    if reply is None:
         return Internal(f"The server sent an error that cannot be read: {data[:200]}")
-    return error_from_body(body)
+    return error_from_body(reply.error)
 
 
 def error_from_body(body: _Body, status: int = 500) -> SafelightError:
@@ -89,8 +129,8 @@ def error_from_body(body: _Body, status: int = 500) -> SafelightError:
 
 def message_of(content: bytes) -> str | None:
     """What an error reply says, without the request's id."""
-    body = _read_body(content)
-    return None if body is None else body.message
+    reply = _read(content)
+    return None if reply is None else reply.error.message
 
 
 def retry_after(value: str | None) -> float | None:
@@ -130,8 +170,8 @@ def _of_status(status: int) -> type[SafelightError]:
     return _BY_STATUS.get(status, Internal)
 
 
-def _read_body(content: bytes) -> _Body | None:
+def _read(content: bytes) -> _Envelope | None:
     try:
-        return msgspec.json.decode(content, type=_Envelope).error
+        return msgspec.json.decode(content, type=_Envelope)
     except msgspec.DecodeError:
         return None

@@ -1,4 +1,4 @@
-"""What a server answers, typed: a generation and its outputs, and the events of a stream.
+"""What a server answers, typed: a generation and its outputs, the events of a stream, and an update of weights.
 
 Pictures arrive as base64 in JSON; decoding these classes gives their bytes. In a notebook they show themselves.
 """
@@ -137,3 +137,27 @@ class Health(msgspec.Struct, frozen=True):
     reason: str
     answers: bool = True
     """Whether anything answered at all."""
+
+
+class WeightUpdate(msgspec.Struct, frozen=True):
+    """An update that serves now, on every rank of every replica.
+
+    ``updated`` counts the tensors of each module, ``applied`` is their sum, and the modules have ``expected`` tensors
+    in all. ``elapsed_s`` is in seconds, from the beginning to the server's answer; ``invalidated`` names the caches
+    that were emptied.
+    """
+
+    updated: dict[str, int]
+    applied: int
+    expected: int
+    weight_version: str | None
+    ranks: int
+    elapsed_s: float
+    invalidated: tuple[str, ...]
+
+
+class UpdateProgress(msgspec.Struct, frozen=True):
+    """``sent`` of ``total`` bytes are on their way; ``total`` is ``None`` where it is not known yet."""
+
+    sent: int
+    total: int | None

@@ -10,12 +10,13 @@ from typing import Any, Self
 import httpx
 
 from ..protocol.errors import DeadlinePassed, SafelightError, Unavailable
-from . import calls
+from . import calls, weight_calls
 from .calls import Call
 from .endpoint import DEFAULT_TIMEOUT_S, DEFAULT_URL, Endpoint, ReadyWait
 from .errors import transport_errors
 from .results import Event, Generation, Health
 from .retry import Retries
+from .weights import Weights
 
 
 class Client:
@@ -35,6 +36,8 @@ class Client:
     ) -> None:
         self._endpoint = Endpoint(base_url, api_key, timeout, retries)
         self._http = httpx.Client(**self._endpoint.settings())
+        self.weights = Weights(self._endpoint, self._fetch)
+        """Updates, digests and the version of the weights that serve."""
 
     @property
     def base_url(self) -> str:
@@ -79,6 +82,32 @@ class Client:
         while not (health := self._look()).ready:
             time.sleep(wait.pause(health))
 
+    @calls.with_arguments_of(weight_calls.sleep)
+    def sleep(self, call: Call) -> None:
+        """Have the server give back the memory of ``tags``, all of them when not given; it generates nothing then."""
+        self._fetch(call)
+
+    @calls.with_arguments_of(weight_calls.wake)
+    def wake(self, call: Call) -> None:
+        """Undo :meth:`sleep`; every byte is there again."""
+        self._fetch(call)
+
+    @calls.with_arguments_of(weight_calls.pause)
+    def pause(self, call: Call) -> None:
+        """Stop generation until :meth:`resume`; new requests wait.
+
+        What runs ends first (``wait``), is ended (``abort``), or stops where it is (``in_place``).
+        """
+        self._fetch(call)
+
+    def resume(self) -> None:
+        """Undo :meth:`pause`."""
+        self._fetch(weight_calls.RESUME)
+
+    def flush_cache(self) -> None:
+        """Have the server forget what it could make again, such as prompt embeddings."""
+        self._fetch(weight_calls.FLUSH_CACHE)
+
     def close(self) -> None:
         self._http.close()
 
@@ -107,7 +136,7 @@ class Client:
 
     def _open(self, call: Call) -> httpx.Response:
         """A reply that is a success, its body not read yet; after as many attempts as the retries allow."""
-        attempts = self._endpoint.retries.begin()
+        attempts = self._endpoint.attempts(call)
         while True:
             try:
                 return self._attempt(call)

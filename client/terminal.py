@@ -1,13 +1,24 @@
-"""A request in the terminal: a bar over its steps, the picture as it forms, and tables about a server."""
+"""The terminal: bars over a request's steps and over weights on their way, pictures as they form, tables, errors."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, Self
 
 from rich.color import Color
 from rich.console import Console, Group
 from rich.live import Live
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 from rich.segment import Segment, Segments
 from rich.style import Style
 from rich.table import Table
@@ -18,6 +29,15 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 PICTURE_COLUMNS = 48
+
+
+def standard_error() -> Console:
+    """Where everything is said that is not a result."""
+    return Console(stderr=True)
+
+
+def complain(error: Exception) -> None:
+    standard_error().print(str(error), style="red", markup=False, highlight=False, soft_wrap=True)
 
 
 class GenerationView:
@@ -55,6 +75,27 @@ class GenerationView:
                 )
             case results.Preview(output=0) if self._live:
                 self._live.update(Group(blocks(event.image), self._bar))
+
+
+class PushView:
+    """A context that shows a bar for each of ``modules`` while its bytes are sent, and leaves nothing behind."""
+
+    def __init__(self, console: Console, modules: Iterable[str]) -> None:
+        self._bars = Progress(
+            SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(),
+            TimeRemainingColumn(), console=console, transient=True, disable=not console.is_terminal,
+        )  # fmt: skip
+        self._tasks = {module: self._bars.add_task(module, total=None) for module in modules}
+
+    def __enter__(self) -> Self:
+        self._bars.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bars.stop()
+
+    def show(self, module: str, progress: results.UpdateProgress) -> None:
+        self._bars.update(self._tasks[module], completed=progress.sent, total=progress.total)
 
 
 def blocks(picture: Image, columns: int = PICTURE_COLUMNS) -> Segments:

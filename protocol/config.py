@@ -93,6 +93,17 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
             "current one and the one that the model lies in"
         ),
     ] = ""
+    undo_mb: Annotated[
+        int,
+        Meta(
+            ge=0,
+            description="Megabytes of host memory that each rank may use for what an update overwrites, until it is "
+            "committed; 0: half of the machine's memory, divided among all ranks",
+        ),
+    ] = 0
+    undo_spill: Annotated[
+        str | None, Meta(description="A directory whose disk takes what does not fit into `--undo-mb`")
+    ] = None
     weights_journal: Annotated[
         str | None,
         Meta(

@@ -39,7 +39,6 @@ class Pickled(msgspec.Struct, tag=True, frozen=True):
 
     payloads: list[Buffer]
     targets: list[str]
-    flattened: bool = False
     gpu_uuids: list[str] | None = None
 
 
@@ -182,11 +181,13 @@ class AbortRequests(msgspec.Struct, tag=True, frozen=True):
 class Perform(msgspec.Struct, tag=True, frozen=True, kw_only=True):
     """The scheduler's order to one replica: ``step`` of the operation ``number``.
 
-    ``operation`` comes with its first step, and ``weight_version`` with *journal* and *commit*.
+    ``operation`` comes with its first step, and ``weight_version`` with *journal* and *commit*. One of the replicas
+    ``leads``: it does what is to be done once.
     """
 
     number: int
     step: Step
+    leads: bool
     operation: Operation | None = None
     weight_version: str | None = None
 

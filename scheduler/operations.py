@@ -182,7 +182,7 @@ class Operations:
             return
         running.expected.discard(replica)
         running.reports[replica] = message.report
-        if message.error is not None and running.error is None:
+        if message.error is not None and (running.error is None or replica == min(running.reports)):
             running.error, running.failed = from_info(message.error), message.report
         self.advance(now)
 
@@ -334,8 +334,9 @@ class Operations:
     def _order(self, running: Running, step: Step, operation: Operation | None = None) -> None:
         running.step = step
         version = running.version or None
-        order = Perform(number=running.number, step=step, operation=operation, weight_version=version)
-        for number in sorted(running.expected):
+        for number in running.expected:
+            leads = number == min(running.expected)
+            order = Perform(number=running.number, step=step, leads=leads, operation=operation, weight_version=version)
             self._to_replica(number, order)
 
     def _end_well(self, transaction: Transaction, running: Running) -> None:
@@ -403,7 +404,7 @@ class Operations:
             return
         step: Step = "release" if running.step == "prepare" else "rollback"
         for number in sorted(running.replicas or running.reports):
-            self._to_replica(number, Perform(number=running.number, step=step))
+            self._to_replica(number, Perform(number=running.number, step=step, leads=False))
         if step == "rollback":
             self._end(transaction)
         if transaction.only is not None and (replica := self._replicas.get(transaction.only)) is not None:
@@ -450,7 +451,7 @@ class Operations:
         assert transaction.begun is not None
         logger.warning("the update %s is aborted: nothing more came", transaction.begun.update_id)
         for number in sorted(transaction.replicas or ()):
-            self._to_replica(number, Perform(number=next(self._numbers), step="rollback"))
+            self._to_replica(number, Perform(number=next(self._numbers), step="rollback", leads=False))
         self._end(transaction)
 
     def _end(self, transaction: Transaction) -> None:

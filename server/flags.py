@@ -24,7 +24,10 @@ GROUPS: dict[str, tuple[str, ...]] = {
         "max_queue_mb",
         "request_timeout_s",
     ),
-    "weights": ("weights_roots", "weights_journal", "allow_model_source", "pickle_payloads", "max_update_mb"),
+    "weights": (
+        "weights_roots", "weights_journal", "undo_mb", "undo_spill", "allow_model_source", "pickle_payloads",
+        "max_update_mb",
+    ),
     "what one request may ask for": (
         "max_outputs", "max_steps", "max_pixels", "max_frames", "max_prompt_chars",
     ),

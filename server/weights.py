@@ -135,7 +135,7 @@ class _Routes:
         except (binascii.Error, ValueError):
             raise InvalidRequest("A payload is no base64.", field="serialized_named_tensors") from None
         targets = body.target_modules or [body.target_module or "transformer"]
-        return Pickled(payloads, targets, body.load_format == "flattened_bucket", body.payload_gpu_uuids)
+        return Pickled(payloads, targets, body.payload_gpu_uuids)
 
     async def _from_body(self, request: Request) -> dict[str, Any]:
         body = bodies.from_query(request, bodies.FromTensor)

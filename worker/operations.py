@@ -37,8 +37,8 @@ from .weights.export import export
 from .weights.groups import Groups
 from .weights.journal import Journal
 from .weights.parking import Parking
-from .weights.sources import Opened, open_source
-from .weights.update import Rejected
+from .weights.sources import Reader, Rejected, open_source
+from .weights.undo import UndoMemory
 from .weights.update import Update as RankUpdate
 
 log = logging.getLogger(__name__)
@@ -69,6 +69,7 @@ class Operations:
         place: int,
         shared: Path,
         journal: Journal | None,
+        undo: UndoMemory,
         sign: Callable[[], object],
     ) -> None:
         self._model = model
@@ -78,7 +79,8 @@ class Operations:
         self._sign = sign
         self._groups = Groups(place, model.device)
         self._journal = journal
-        self._update = RankUpdate(model.layouts)
+        self._undo = undo
+        self._update = RankUpdate(model.layouts, undo)
         modules = [part for part in model.pipeline.components.values() if isinstance(part, nn.Module)]
         self._parking = Parking(modules, model.device)
         self._operation: Operation | None = None
@@ -108,7 +110,7 @@ class Operations:
                 return _Vote(self._write())
             if order.step == "journal":
                 return _Vote(self._write_down(order))
-            return _Vote(self._do(self._operation))
+            return _Vote(self._do(self._operation, order.leads))
         except Rejected as rejected:
             return _Vote(rejected.report, rejected.error.info())
         except SafelightError as error:
@@ -119,15 +121,16 @@ class Operations:
             log.exception("an operation failed")
             return _Vote(error=Internal("The operation failed; the server's log has the details.").info())
 
-    def _do(self, operation: Operation | None) -> Report:
+    def _do(self, operation: Operation | None, leads: bool) -> Report:
         match operation:
             case Update():
-                return self._prepare(operation.source)
+                return self._prepare(operation.source, leads)
             case Digests():
                 return self._digests(operation)
             case CheckTensors():
                 return self._check(operation)
             case Flush():
+                self._undo.free()
                 return Report(invalidated=self._flush())
             case Sleep():
                 return self._sleep(operation)
@@ -142,22 +145,20 @@ class Operations:
                 return self._export(operation)
         raise Internal("There is no such operation.")
 
-    def _prepare(self, source: Source) -> Report:
+    def _prepare(self, source: Source, leads: bool) -> Report:
+        reader = Reader(self._ranks.rank, self._ranks.size, self._model.device, leads)
         if isinstance(source, Broadcast):
-            return self._receive(source)
-        return self._update.prepare(self._open(source))
+            return self._receive(source, reader)
+        return self._update.prepare(open_source(source, self._groups, reader, self._sign))
 
-    def _open(self, source: Source) -> Opened:
-        return open_source(source, self._groups, self._model.device, self._sign, leads=self._ranks.rank == 0)
-
-    def _receive(self, source: Broadcast) -> Report:
+    def _receive(self, source: Broadcast, reader: Reader) -> Report:
         """What cannot be received, or is not to be, ends the group: who waits in it, the trainer too, is told at once.
 
         Nobody knows of what was announced and not received whether it is still sent, and would be taken for the next.
         """
         try:
             self._update.check({source.module: self._groups.announced(source)})
-            return self._update.prepare(self._open(source))
+            return self._update.prepare(open_source(source, self._groups, reader, self._sign))
         except (Rejected, SafelightError) as failed:
             if not self._groups.leave(source.group):
                 raise
@@ -249,7 +250,10 @@ class Operations:
                 self._parking.park()
             except OSError as error:
                 raise Conflict(f"The weights cannot be put away: {error.strerror or error}.") from error
-        return Report(invalidated=self._flush() if "caches" in operation.tags else [])
+        if "caches" in operation.tags:
+            self._undo.free()
+            return Report(invalidated=self._flush())
+        return Report()
 
     def _wake(self, operation: Wake) -> Report:
         if "weights" in operation.tags:

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 import zmq
 
-from ..protocol.config import ChildConfig
+from ..protocol.config import ChildConfig, Config
 from ..protocol.errors import StartFailed
 from ..protocol.messages import (
     FROM_WORKER,
@@ -39,6 +39,7 @@ from .parallel.team import Diverged, Follower, Leader, Stop, Turn
 from .prompt_cache import PromptCache
 from .self_test import Found, SelfTest
 from .weights.journal import Journal
+from .weights.undo import UndoMemory
 
 log = logging.getLogger(__name__)
 
@@ -54,7 +55,8 @@ class Replica:
         self._config = child.config
         self._number = child.replica
         self._leads = child.rank == 0
-        self._journal = Journal(Path(self._config.weights_journal)) if self._config.weights_journal else None
+        journal = _path(self._config.weights_journal)
+        self._journal = Journal(journal) if journal is not None else None
         self._stopping = False
         self._beat_at = 0.0
         self._context = zmq.Context()
@@ -117,6 +119,7 @@ class Replica:
             place=self._number * self._config.tp + self._child.rank,
             shared=Path(self._child.shared),
             journal=self._journal,
+            undo=UndoMemory(model.device, _undo_limit(self._config), _path(self._config.undo_spill)),
             sign=lambda: self._beat(jobs),
         )
 
@@ -205,3 +208,15 @@ class Replica:
     def _leave(self, status: int) -> int:
         self._context.destroy(linger=500)
         return status
+
+
+def _path(given: str | None) -> Path | None:
+    return Path(given) if given is not None else None
+
+
+def _undo_limit(config: Config) -> int:
+    """Bytes of host memory for what updates overwrite, on each rank."""
+    if config.undo_mb:
+        return config.undo_mb * 1_000_000
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return memory // 2 // (config.replicas * config.tp)

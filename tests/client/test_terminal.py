@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import io
 
+import pytest
 from PIL import Image
 from rich.console import Console
 
-from safelight.client import Preview, Progress, Queued
-from safelight.client.terminal import GenerationView, blocks
+from safelight.client import Preview, Progress, Queued, UpdateProgress
+from safelight.client.terminal import GenerationView, PushView, blocks
 
 from .played_server import png
 
@@ -34,6 +35,16 @@ def test_a_terminal_shows_the_steps_of_all_outputs_and_the_picture() -> None:
 
 def test_a_pipe_gets_nothing() -> None:
     assert events_shown(terminal=False) == ""
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_a_push_has_a_bar_for_each_module_on_a_terminal_alone(terminal: bool) -> None:
+    file = io.StringIO()
+    with PushView(Console(file=file, force_terminal=terminal, width=100), ["transformer", "vae"]) as view:
+        view.show("vae", UpdateProgress(3_000_000, 12_000_000))
+    text = file.getvalue()
+    assert ("transformer" in text, "3.0/12.0 MB" in text) == (terminal, terminal)
+    assert bool(text) == terminal
 
 
 def test_a_half_block_holds_the_pixel_above_and_the_one_below() -> None:

@@ -26,10 +26,10 @@ def serve(checkpoint: Path) -> Serve:
     """A ready server with such flags, all of its replicas ready."""
 
     @contextmanager
-    def serving(*flags: str) -> Iterator[Trainer]:
-        with LiveServer(checkpoint, ["--threads", "1", *flags]) as server:
+    def serving(*flags: str, ranks: int = 1) -> Iterator[Trainer]:
+        with LiveServer(checkpoint, ["--threads", "1", "--tp", str(ranks), *flags]) as server:
             server.wait_ready()
-            trainer = Trainer(server, checkpoint)
+            trainer = Trainer(server, checkpoint, ranks)
             trainer.wait_all_ready()
             yield trainer
 
@@ -46,7 +46,7 @@ def alone(serve: Serve) -> Iterator[Trainer]:
 @pytest.fixture(scope="module")
 def divided(serve: Serve) -> Iterator[Trainer]:
     """Two replicas of two ranks each, projections fused."""
-    with serve("--tp", "2", "--replicas", "2", "--fuse-projections") as trainer:
+    with serve("--replicas", "2", "--fuse-projections", ranks=2) as trainer:
         yield trainer
 
 

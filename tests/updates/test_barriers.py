@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import threading
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -14,12 +15,15 @@ import pytest
 
 from .trainer import DRAWING, Trainer, changed, transformer
 
-LONG = {"num_inference_steps": 60}
+LONG_STEPS = {1: 400, 2: 60}
+"""By ranks: some seconds of drawing."""
 
 
 @pytest.fixture(autouse=True)
 def _restored(trainer: Trainer) -> Iterator[None]:
     yield
+    trainer.done("/continue_generation", {})
+    trainer.done("/resume_memory_occupation", {})
     trainer.restore()
 
 
@@ -39,15 +43,34 @@ def queued(trainer: Trainer) -> int:
     return found
 
 
+def long(trainer: Trainer) -> dict[str, Any]:
+    return {"num_inference_steps": LONG_STEPS[trainer.ranks]}
+
+
 def drawing(trainer: Trainer, **changes: Any) -> httpx.Response:
     return trainer.post("/generate", DRAWING | changes)
 
 
+def watched(trainer: Trainer, drawing: threading.Event) -> tuple[str, dict[str, Any]]:
+    """The name and the data of the last event of a drawing that takes seconds; ``drawing`` says that it has begun."""
+    body = DRAWING | long(trainer) | {"stream": True}
+    with httpx.stream("POST", f"{trainer.server.url}/generate", json=body, timeout=120) as answer:
+        name, data = "", ""
+        for line in answer.iter_lines():
+            field, _, value = line.partition(": ")
+            name, data = (value if field == "event" else name), (value if field == "data" else data)
+            if (field, value) == ("event", "progress"):
+                drawing.set()
+    return name, json.loads(data)
+
+
 @contextmanager
-def one_that_runs(trainer: Trainer) -> Iterator[Future[httpx.Response]]:
+def one_that_runs(trainer: Trainer) -> Iterator[Future[tuple[str, dict[str, Any]]]]:
+    """A drawing that has begun."""
+    begun = threading.Event()
     with in_the_background() as pool:
-        request = pool.submit(drawing, trainer, **LONG)
-        trainer.server.wait_for(lambda: running(trainer) or None, 30)
+        request = pool.submit(watched, trainer, begun)
+        assert begun.wait(60)
         yield request
 
 
@@ -55,15 +78,16 @@ def test_waiting_lets_what_came_before_end_with_the_weights_that_it_began_with(t
     version = trainer.draw()["weight_version"]
     with one_that_runs(trainer) as request:
         trainer.update(changed(transformer(trainer.directory)), weight_version="after", mode="wait")
-        assert request.done()
-        assert request.result().json()["weight_versions"] == [version]
+        name, told = request.result()
+        assert (name, told["weight_versions"]) == ("result", [version])
     assert trainer.draw()["weight_versions"] == ["after"]
 
 
 def test_aborting_ends_what_came_before(trainer: Trainer) -> None:
     with one_that_runs(trainer) as request:
         trainer.update(changed(transformer(trainer.directory)), weight_version="after", mode="abort")
-        assert request.result().status_code == 409
+        name, told = request.result()
+        assert (name, told["error"]["code"]) == ("error", "conflict")
     assert trainer.draw()["weight_versions"] == ["after"]
 
 
@@ -72,7 +96,7 @@ def test_in_place_goes_on_and_says_which_weights_it_saw(trainer: Trainer) -> Non
     with one_that_runs(trainer) as request:
         trainer.update(changed(transformer(trainer.directory)), weight_version="during", mode="in_place")
         assert not request.done()
-        told = request.result().json()
+        _, told = request.result()
     assert (told["weight_versions"], told["weight_version"]) == ([version, "during"], "during")
 
 
@@ -84,10 +108,11 @@ def test_requests_behind_an_update_are_drawn_by_its_weights(trainer: Trainer) ->
         trainer.server.wait_for(lambda: list(trainer.shared().glob("upload-*")) or None, 30)
         later = [pool.submit(drawing, trainer, seed=seed) for seed in range(4)]
         update.result()
-        assert first.result().json()["weight_versions"] != ["behind"]
+        version = first.result()[1]["weight_version"]
+        assert version != "behind"
         assert {one.result().json()["weight_version"] for one in later} <= {
             "behind",
-            first.result().json()["weight_version"],  # one that was faster than the update's way to the scheduler
+            version,  # one that was faster than the update's way to the scheduler
         }
 
 
@@ -148,14 +173,17 @@ def test_two_updates_at_once_are_served_one_after_the_other(trainer: Trainer) ->
 def test_a_pause_holds_requests_until_it_ends(mode: str, trainer: Trainer) -> None:
     with one_that_runs(trainer) as before, in_the_background() as pool:
         trainer.done("/pause_generation", {"mode": mode})
-        assert before.done() == (mode != "in_place")
+        if mode == "in_place":
+            assert not before.done()
+        else:
+            assert before.result(30)[0] == ("error" if mode == "abort" else "result")
         held = pool.submit(drawing, trainer)
         trainer.server.wait_for(lambda: queued(trainer) or None, 30)
         trainer.update(changed(transformer(trainer.directory)), weight_version=f"paused-{mode}")
         assert not held.done()
         trainer.done("/continue_generation", {})
         assert held.result().json()["weight_version"] == f"paused-{mode}"
-        assert before.result().status_code == (409 if mode == "abort" else 200)
+        assert before.result()[0] == ("error" if mode == "abort" else "result")
 
 
 def test_asleep_nothing_is_generated_and_weights_are_as_they_were_afterwards(trainer: Trainer) -> None:
@@ -190,8 +218,8 @@ def test_an_update_of_sleeping_weights_is_there_when_they_wake(how: str, tags: l
 
 def test_an_operator_ends_one_request_or_all(trainer: Trainer) -> None:
     with in_the_background() as pool:
-        named = pool.submit(trainer.post, "/generate", DRAWING | LONG, headers={"x-request-id": "mine"})
-        other = pool.submit(drawing, trainer, **LONG)
+        named = pool.submit(trainer.post, "/generate", DRAWING | long(trainer), headers={"x-request-id": "mine"})
+        other = pool.submit(drawing, trainer, **long(trainer))
         trainer.server.wait_for(lambda: running(trainer) == 2 or None, 30)
         trainer.done("/abort_request", {"request_id": "mine"})
         assert named.result().status_code == 409

@@ -185,7 +185,7 @@ def test_a_journal_that_cannot_be_written_is_an_update_that_is_not_made(serve: S
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_rank_that_dies_while_an_update_is_written(rank: int, serve: Serve) -> None:
     """Stopped before, so that the others wait for it in the vote when it is killed."""
-    with serve("--tp", "2", "--replicas", "2") as trainer:
+    with serve("--replicas", "2", ranks=2) as trainer:
         before = trainer.checksum()
         victim = trainer.ranks(1)[rank]
         victim.send_signal(signal.SIGSTOP)

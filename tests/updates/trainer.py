@@ -24,11 +24,12 @@ Tensors = dict[str, torch.Tensor]
 
 
 class Trainer:
-    """Speaks with ``server``, which serves the checkpoint in ``directory``."""
+    """Speaks with ``server``, which serves the checkpoint in ``directory`` with replicas of ``ranks``."""
 
-    def __init__(self, server: LiveServer, directory: Path) -> None:
+    def __init__(self, server: LiveServer, directory: Path, ranks: int = 1) -> None:
         self.server = server
         self.directory = directory
+        self.ranks = ranks
 
     def post(self, path: str, body: Any = None, **options: Any) -> httpx.Response:
         given = {"json": body} if body is not None else {}

@@ -30,7 +30,7 @@ def module_digests(layouts: Mapping[str, Layout], ranks: Ranks, sign: Sign) -> d
 
     All ranks must call this together: each hashes some of the modules, while tensors for the others are gathered.
     """
-    shares = _shares(layouts, max(ranks.size, THREADS))
+    shares = _shares(layouts, max(ranks.size, _threads()))
     with ThreadPoolExecutor(len(shares)) as pool:
         hashers = [_Hasher(pool, mine=number % ranks.size == ranks.rank) for number in range(len(shares))]
         for turn in zip_longest(*(_tensors(layouts, modules) for modules in shares)):
@@ -52,19 +52,20 @@ def tensor_digests(layout: Layout, names: Sequence[str], sign: Sign) -> dict[str
         return TensorDigest(tensor_digest(dtype, shape, raw_bytes(tensor)), dtype, shape)
 
     found: dict[str, TensorDigest] = {}
-    with ThreadPoolExecutor(THREADS) as pool:
+    with ThreadPoolExecutor(threads := _threads()) as pool:
         pending: dict[str, Future[TensorDigest]] = {}
         for name in names:
             pending[name] = pool.submit(digest, layout.read(name))
             sign()
-            if len(pending) > THREADS:  # so few whole tensors are in memory
+            if len(pending) > threads:  # so few whole tensors are in memory
                 first = next(iter(pending))
                 found[first] = pending.pop(first).result()
         return found | {name: future.result() for name, future in pending.items()}
 
 
-THREADS = 2
-"""Digests that are computed at a time, on each rank: one core makes about 1.8 GB/s."""
+def _threads() -> int:
+    """Digests that are computed at a time, on each rank; the same number on all of them."""
+    return torch.get_num_threads()
 
 
 class _Hasher:

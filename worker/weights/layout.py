@@ -72,33 +72,32 @@ class Layout:
     def dtype(self, name: str) -> torch.dtype:
         return self.local(name).dtype
 
-    def part(self, name: str, whole: Sliceable) -> torch.Tensor:
-        """What this rank keeps of ``whole``; of a file, only that is read."""
-        entry = self._entries[name]
-        if entry.shard is None:
-            return whole[...]
-        pieces = [whole[index] for index in self._indices(entry, self._ranks.rank)]
-        return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=entry.shard.dim)
-
     @torch.no_grad()
-    def write(self, name: str, whole: Sliceable) -> None:
-        """Copy this rank's part of ``whole`` into the module, cast to its dtype.
+    def write(self, name: str, whole: Sliceable, before: torch.Tensor | None = None) -> None:
+        """Copy this rank's part of ``whole`` into the module, cast to its dtype; into ``before`` what was there.
 
-        Raises ``ValueError`` where the shapes do not fit; nothing is written then.
+        ``before`` is like :meth:`local`; with it, whatever is raised, the tensor is written whole or not at all. Raises
+        ``ValueError`` where the shapes do not fit; nothing is written then.
         """
-        part, local = self.part(name, whole), self.local(name)
-        if part.shape != local.shape:
-            raise ValueError(
-                f"{name} has shape {tuple(part.shape)} on rank {self._ranks.rank}, not {tuple(local.shape)}"
-            )
-        local.copy_(part)
+        pieces, local = self._pieces(name, whole), self.local(name)
+        dim = 0 if (shard := self._entries[name].shard) is None else shard.dim
+        shape = list(pieces[0].shape)
+        if len(pieces) > 1:
+            shape[dim] = sum(piece.shape[dim] for piece in pieces)
+        if shape != list(local.shape):
+            raise ValueError(f"{name} has shape {tuple(shape)} on rank {self._ranks.rank}, not {tuple(local.shape)}")
+        if before is None:
+            for here, piece in zip(_split(local, pieces, dim), pieces, strict=True):
+                here.copy_(piece)
+        else:
+            _exchange(zip(_split(local, pieces, dim), pieces, _split(before, pieces, dim), strict=True))
 
     @torch.no_grad()
     def read(self, name: str) -> torch.Tensor:
-        """The whole tensor, on this rank's device. All ranks must call this together."""
+        """The whole tensor, the module's own where it has it. All ranks must call this together."""
         entry, local = self._entries[name], self.local(name)
         if entry.shard is None or self._ranks.size == 1:
-            return local.detach().clone()
+            return local.detach()
         whole = local.new_empty(entry.shape)
         for rank, part in enumerate(self._ranks.gather(local.detach().contiguous())):
             start = 0
@@ -114,6 +113,13 @@ class Layout:
         for name in self._entries:
             yield name, self.read(name)
 
+    def _pieces(self, name: str, whole: Sliceable) -> list[torch.Tensor]:
+        """What this rank keeps of ``whole``, along the divided dimension; of a file, only that is read."""
+        entry = self._entries[name]
+        if entry.shard is None:
+            return [whole[...]]
+        return [whole[index] for index in self._indices(entry, self._ranks.rank)]
+
     def _indices(self, entry: Entry, rank: int) -> Iterator[tuple[slice, ...]]:
         """The parts of the whole tensor, one for each block, that ``rank`` has."""
         assert entry.shard is not None
@@ -127,6 +133,41 @@ class Layout:
         owner, _, name = path.rpartition(".")
         found: torch.Tensor = getattr(self._module.get_submodule(owner), name)
         return found
+
+
+def _split(tensor: torch.Tensor, pieces: Sequence[torch.Tensor], dim: int) -> Sequence[torch.Tensor]:
+    """``tensor`` in parts of the sizes of ``pieces`` along ``dim``."""
+    return [tensor] if len(pieces) == 1 else torch.split(tensor, [piece.shape[dim] for piece in pieces], dim)
+
+
+_CHUNK = 1 << 20
+"""Bytes that are exchanged at a time: so few that what was read is still in a core's cache when it is written."""
+
+Triple = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+def _exchange(pieces: Iterable[Triple]) -> None:
+    """Of each triple, copy the first to the third and the second to the first; all of them, or none."""
+    done = []
+    try:
+        for piece in pieces:
+            for local, new, before in _chunks(*piece):
+                before.copy_(local)
+                done.append((local, before))
+                local.copy_(new)
+    except BaseException:
+        for local, before in done:
+            local.copy_(before)
+        raise
+
+
+def _chunks(local: torch.Tensor, new: torch.Tensor, before: torch.Tensor) -> Iterator[Triple]:
+    if local.device.type != "cpu" or local.nbytes <= _CHUNK or not local.ndim:
+        return iter([(local, new, before)])
+    if all(tensor.is_contiguous() for tensor in (local, new, before)):
+        local, new, before = local.view(-1), new.view(-1), before.view(-1)
+    rows = max(1, _CHUNK * len(local) // local.nbytes)
+    return zip(*(torch.split(tensor, rows) for tensor in (local, new, before)), strict=True)
 
 
 def entries(whole: nn.Module, names: Sequence[tuple[str, str]], shards: dict[str, Shard]) -> list[Entry]:

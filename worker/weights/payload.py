@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import math
 from collections.abc import Sequence
 from typing import Any, TypeVar
@@ -10,11 +9,12 @@ from typing import Any, TypeVar
 import torch
 
 from .allowed import DTYPES, FIELDS, Known, NotAPayload
-from .pickled import MAX_BYTES
 from .received import is_shape, unpickle
+from .segment import Segments
 
 Payload = TypeVar("Payload")
 Tensors = dict[str, dict[str, torch.Tensor]]
+"""By module and checkpoint name. A tensor may be a view of memory that somebody else owns, and is not to be changed."""
 
 
 class InvalidTensor(NotAPayload):
@@ -25,18 +25,9 @@ class InvalidTensor(NotAPayload):
         self.module, self.name, self.reason = module, name, reason
 
 
-def decode(payload: str, modules: Sequence[str], *, release: bool = True) -> Tensors:
-    """Module to name to tensor, of a base64-encoded stream for ``modules``: :func:`unpickle`, then :func:`interpret`.
-
-    Raises :class:`NotAPayload`.
-    """
-    if len(payload) > MAX_BYTES * 4 // 3 + 4:
-        raise NotAPayload(f"the payload has {len(payload)} characters; {MAX_BYTES * 4 // 3 + 4} are allowed")
-    try:
-        stream = base64.b64decode(payload, validate=True)
-    except ValueError as error:
-        raise NotAPayload(f"the payload is no base64: {error}") from error
-    return interpret(unpickle(stream, release=release), modules)
+def decode(stream: bytes, modules: Sequence[str], segments: Segments) -> Tensors:
+    """Module to name to tensor, of a stream for ``modules``: :func:`unpickle`, then :func:`interpret`."""
+    return interpret(unpickle(stream, segments), modules)
 
 
 def interpret(value: object, modules: Sequence[str]) -> Tensors:

@@ -16,7 +16,7 @@ from torch.multiprocessing import reductions
 
 from .allowed import Known, NotAPayload
 from .pickled import MAX_DEPTH, Call, Instance, parse
-from .segment import BadSegment, check_segment, map_segment
+from .segment import BadSegment, Segments, check_segment
 
 _MANAGER = re.compile(rb"(/[^/\0]+)*/torch-shm-dir-[A-Za-z0-9]{6}/manager\.sock")
 _COUNTERS = 10_000  # of 8 bytes, in a segment of CUDA's reference counts: CUDA_IPC_REF_COUNTER_FILE_SIZE
@@ -25,17 +25,17 @@ _LIMIT = 1 << 48  # of every size, stride, offset and number of elements
 _UNFINISHED = object()
 
 
-def unpickle(stream: bytes, *, release: bool = True) -> Any:
+def unpickle(stream: bytes, segments: Segments) -> Any:
     """What a ``ForkingPickler`` stream holds: ``None``, bool, int, str, ``torch.dtype``, tensors, and lists, tuples and
     dicts of them. Sizes are tuples; pieces of metadata and buckets are dicts of their attributes.
 
-    Tensors are views of the sender's memory, without gradient; Parameters become tensors. ``release`` gives up what the
-    sender counted for its reader, so that its memory is freed when it and the views here have been let go; of several
-    ranks that read one stream exactly one does so, when the others have read it. On a GPU every reader does.
+    Tensors are views of the sender's memory, without gradient; Parameters become tensors. The memory is mapped by
+    ``segments``, which counts as the stream's one reader when it is released: of several ranks that read one stream
+    exactly one does so, when the others have read it. On a GPU every reader counts.
 
     Raises :class:`NotAPayload`.
     """
-    return _Receiver(release).value(parse(stream))
+    return _Receiver(segments).value(parse(stream))
 
 
 def is_shape(numbers: Sequence[object]) -> bool:
@@ -50,8 +50,8 @@ def is_shape(numbers: Sequence[object]) -> bool:
 class _Receiver:
     """Replaces calls by what they give, each once, however often it is contained."""
 
-    def __init__(self, release: bool) -> None:
-        self._release = release
+    def __init__(self, segments: Segments) -> None:
+        self._segments = segments
         self._made: dict[int, Any] = {}
 
     def value(self, node: Any, depth: int = 0) -> Any:
@@ -113,7 +113,7 @@ class _Receiver:
                 Known.REBUILD_STORAGE_FILENAME, (Known.UNTYPED_STORAGE, bytes(manager), bytes(handle), nbytes)
             ) if _MANAGER.fullmatch(manager):
                 _numbers(call, nbytes)
-                storage: torch.UntypedStorage = _tried(call, map_segment, handle, nbytes, release=self._release)
+                storage: torch.UntypedStorage = _tried(call, self._segments.map, handle, nbytes)
                 return storage
         raise _wrong(call, "has other arguments than torch gives it")
 
@@ -194,9 +194,9 @@ def _numbers(call: Call, *numbers: Any) -> tuple[int, ...]:
     return numbers
 
 
-def _tried(call: Call, do: Callable[..., Any], *args: Any, **options: Any) -> Any:
+def _tried(call: Call, do: Callable[..., Any], *args: Any) -> Any:
     try:
-        return do(*args, **options)
+        return do(*args)
     except (BadSegment, RuntimeError) as error:
         raise _wrong(call, f"fails: {str(error).partition(chr(10))[0]}") from error
 

@@ -31,27 +31,35 @@ class BadSegment(Exception):
     """A segment is not as it was said to be; a phrase says how."""
 
 
-def map_segment(name: bytes, nbytes: int, *, release: bool) -> torch.UntypedStorage:
-    """The segment's ``nbytes`` of data, until the storage is let go; ``release`` takes its reader from its owners.
+class Segments:
+    """Segments that streams named, mapped until their storages are let go."""
 
-    Raises :class:`BadSegment`.
-    """
-    with _opened(name, nbytes) as descriptor:
-        try:
-            mapping = mmap.mmap(descriptor, _HEADER + nbytes)
-        except (OSError, ValueError) as error:
-            raise BadSegment(f"the segment {name.decode()} cannot be mapped: {error}") from error
-        owners = ctypes.c_int32.from_buffer(mapping)
-        if owners.value < 1:
+    def __init__(self) -> None:
+        self._owned: list[tuple[str, mmap.mmap]] = []
+
+    def map(self, name: bytes, nbytes: int) -> torch.UntypedStorage:
+        """The segment's ``nbytes`` of data. Raises :class:`BadSegment`."""
+        with _opened(name, nbytes) as descriptor:
+            try:
+                mapping = mmap.mmap(descriptor, _HEADER + nbytes)
+            except (OSError, ValueError) as error:
+                raise BadSegment(f"the segment {name.decode()} cannot be mapped: {error}") from error
+        if ctypes.c_int32.from_buffer(mapping).value < 1:
             raise BadSegment(f"the segment {name.decode()} has no owner")
-        if release:
+        self._owned.append((name[1:].decode(), mapping))
+        if nbytes == 0:
+            return torch.empty(0).untyped_storage()
+        return torch.frombuffer(mapping, dtype=torch.uint8, offset=_HEADER).untyped_storage()
+
+    def release(self) -> None:
+        """Take the reader of each from its owners, so that the sender's memory is free when it lets go of it too."""
+        for name, mapping in self._owned:
+            owners = ctypes.c_int32.from_buffer(mapping)
             last = owners.value == 1
             _decrement(ctypes.byref(owners))
             if last:
-                (_FOLDER / name[1:].decode()).unlink(missing_ok=True)
-    if nbytes == 0:
-        return torch.empty(0).untyped_storage()
-    return torch.frombuffer(mapping, dtype=torch.uint8, offset=_HEADER).untyped_storage()
+                (_FOLDER / name).unlink(missing_ok=True)
+        self._owned.clear()
 
 
 def check_segment(name: bytes, nbytes: int) -> None:

@@ -5,17 +5,18 @@ from __future__ import annotations
 import mmap
 import shutil
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from ...protocol.errors import InvalidRequest
-from ...protocol.operations import Broadcast, Files, Pickled, Source
+from ...protocol.errors import InvalidRequest, SafelightError
+from ...protocol.operations import Broadcast, Files, Invalid, Pickled, Report, Source
 from ...protocol.tensor_files import BadTensorFile, StoredTensor, read_head
+from .allowed import NotAPayload
 from .groups import Groups, Sign
-
-Tensors = dict[str, dict[str, torch.Tensor]]
-"""By module and checkpoint name. A tensor may be a view of memory that somebody else owns, and is not to be changed."""
+from .payload import InvalidTensor, Tensors, choose, decode
+from .segment import Segments
 
 DTYPES = {
     "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "U16": torch.uint16, "I16": torch.int16,
@@ -24,6 +25,25 @@ DTYPES = {
     "F8_E5M2": torch.float8_e5m2, "F8_E4M3": torch.float8_e4m3fn,
 }  # fmt: skip
 """By safetensors' names."""
+
+
+class Rejected(Exception):
+    """The tensors cannot be written. ``report`` says which and why, and ``error`` is what the sender is told."""
+
+    def __init__(self, error: SafelightError, report: Report) -> None:
+        super().__init__(error.message)
+        self.error = error
+        self.report = report
+
+
+@dataclass(frozen=True, slots=True)
+class Reader:
+    """Who opens a source: a ``rank`` of a replica of ``ranks``; one replica ``leads``, and does what is done once."""
+
+    rank: int
+    ranks: int
+    device: torch.device
+    leads: bool
 
 
 class Opened:
@@ -39,18 +59,19 @@ class Opened:
         self._then()
 
 
-def open_source(source: Source, groups: Groups, device: torch.device, sign: Sign, *, leads: bool) -> Opened:
-    """Every tensor that ``source`` has for this rank. Raises ``InvalidRequest``, in words for who sent it."""
+def open_source(source: Source, groups: Groups, reader: Reader, sign: Sign) -> Opened:
+    """Every tensor that ``source`` has for this rank. Raises ``InvalidRequest`` or ``Rejected``, in words for who sent
+    it."""
     match source:
         case Files():
-            return _files(source, leads)
+            return _files(source, reader)
         case Broadcast():
             return Opened({source.module: groups.receive(source, sign)})
         case Pickled():
-            raise InvalidRequest("this encoding is not known")
+            return _pickled(source, reader)
 
 
-def _files(source: Files, leads: bool) -> Opened:
+def _files(source: Files, reader: Reader) -> Opened:
     tensors: Tensors = {}
     for module, files in source.modules.items():
         found = tensors.setdefault(module, {})
@@ -65,7 +86,26 @@ def _files(source: Files, leads: bool) -> Opened:
         for folder in folders:
             shutil.rmtree(folder, ignore_errors=True)
 
-    return Opened(tensors, remove if source.delete and leads else lambda: None)
+    return Opened(tensors, remove if source.delete and reader.leads and reader.rank == 0 else lambda: None)
+
+
+def _pickled(source: Pickled, reader: Reader) -> Opened:
+    """The sender's memory, mapped. Only one of its readers gives it up, when the others have read it too."""
+    segments = Segments()
+    shared = len(source.payloads) == 1
+    release = segments.release if reader.leads and (reader.rank == 0 or not shared) else lambda: None
+    try:
+        payload = choose(source.payloads, reader.rank, reader.ranks, source.gpu_uuids, _uuid(reader.device))
+        return Opened(decode(bytes(payload), source.targets, segments), release)
+    except NotAPayload as error:
+        release()
+        message = f"The payload cannot be used: {error}."
+        faults = [Invalid(error.name, error.reason)] if isinstance(error, InvalidTensor) else []
+        raise Rejected(InvalidRequest(message, field="serialized_named_tensors"), Report(invalid=faults)) from None
+
+
+def _uuid(device: torch.device) -> str | None:
+    return str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else None
 
 
 def map_file(path: Path) -> dict[str, torch.Tensor]:

@@ -7,30 +7,33 @@ from itertools import islice
 
 import torch
 
-from ...protocol.errors import InvalidRequest, NotFound, SafelightError
+from ...protocol.errors import InvalidRequest, NotFound, Unavailable
 from ...protocol.operations import Invalid, Report
 from .layout import Layout
-from .sources import Opened, Tensors
+from .payload import Tensors
+from .sources import Opened, Rejected
+from .undo import NoRoom, UndoMemory
 
 _SHOWN = 20
 
+Key = tuple[str, str]
+"""A module and the name of one of its tensors."""
 
-class Rejected(Exception):
-    """The tensors cannot be written. ``report`` says which and why, and ``error`` is what the sender is told."""
 
-    def __init__(self, error: SafelightError, report: Report) -> None:
-        super().__init__(error.message)
-        self.error = error
-        self.report = report
+def _nothing() -> None:
+    pass
 
 
 class Update:
     """The tensors that came, in one part or several, and the bytes that were there before."""
 
-    def __init__(self, layouts: Mapping[str, Layout]) -> None:
+    def __init__(self, layouts: Mapping[str, Layout], memory: UndoMemory) -> None:
         self._layouts = layouts
+        self._memory = memory
         self._prepared: Opened | None = None
-        self._undo: dict[tuple[str, str], torch.Tensor] = {}
+        self._room: dict[Key, torch.Tensor] = {}
+        self._give_back: Callable[[], None] = _nothing
+        self._undo: dict[Key, torch.Tensor] = {}
 
     @property
     def written(self) -> dict[str, list[str]]:
@@ -41,9 +44,10 @@ class Update:
         return found
 
     def prepare(self, opened: Opened) -> Report:
-        """Check every name, shape and dtype. Raises ``Rejected``; the update is as it was then."""
+        """Check every name, shape and dtype, and find room to undo it. Raises ``Rejected``; all is as it was then."""
         try:
             report = self.check(opened.tensors)
+            self._find_room(opened.tensors)
         except Rejected:
             opened.close()
             raise
@@ -56,10 +60,12 @@ class Update:
         for module, tensors in self._prepared.tensors.items():
             layout = self._layouts[module]
             for name, whole in tensors.items():
-                if (module, name) not in self._undo:
-                    self._undo[module, name] = layout.local(name).clone()
-                layout.write(name, whole)
+                before = self._room.get((module, name))  # none where an earlier part has written it
+                layout.write(name, whole, before)
+                if before is not None:
+                    self._undo[module, name] = before
                 sign()
+        self._give_back = _nothing
         self.release()
 
     def release(self) -> None:
@@ -67,6 +73,8 @@ class Update:
         if self._prepared is not None:
             self._prepared.close()
             self._prepared = None
+        self._give_back()
+        self._room, self._give_back = {}, _nothing
 
     def rollback(self) -> None:
         """Put back every byte."""
@@ -74,11 +82,12 @@ class Update:
         with torch.no_grad():
             for (module, name), before in self._undo.items():
                 self._layouts[module].local(name).copy_(before)
-        self._undo.clear()
+        self.commit()
 
     def commit(self) -> None:
         """There is no way back from here."""
         self._undo.clear()
+        self._memory.clear()
 
     def report(self) -> Report:
         """What was written until now."""
@@ -88,6 +97,15 @@ class Update:
             expected={module: len(self._layouts[module]) for module in written},
             complete=[module for module, names in written.items() if len(names) == len(self._layouts[module])],
         )
+
+    def _find_room(self, tensors: Tensors) -> None:
+        keys = [(module, name) for module, given in tensors.items() for name in given]
+        new = [key for key in keys if key not in self._undo]
+        try:
+            room, self._give_back = self._memory.take(self._layouts[module].local(name) for module, name in new)
+        except NoRoom as error:
+            raise Rejected(Unavailable(f"Nothing was written. {error}"), Report()) from error
+        self._room = dict(zip(new, room, strict=True))
 
     def check(self, tensors: Tensors) -> Report:
         """Raises ``Rejected`` for tensors that cannot be written; only their names, shapes and dtypes matter."""

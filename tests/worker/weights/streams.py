@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import base64
 import struct
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -12,13 +13,34 @@ from typing import Any
 
 import pytest
 
+from safelight.worker.weights import payload, received
 from safelight.worker.weights.allowed import NotAPayload
-from safelight.worker.weights.payload import interpret
-from safelight.worker.weights.received import unpickle
+from safelight.worker.weights.payload import Tensors, interpret
+from safelight.worker.weights.segment import Segments
 
 START = b"\x80\x04"
 SEGMENT = b"/torch_1_2_3"
 MANAGER = b"/tmp/torch-shm-dir-aB3dE6/manager.sock"
+
+
+def unpickle(stream: bytes, *, release: bool = True) -> Any:
+    """What the stream holds; read by the only reader, or by one who leaves it to another to release it."""
+    segments = Segments()
+    try:
+        return received.unpickle(stream, segments)
+    finally:
+        if release:
+            segments.release()
+
+
+def decode(encoded: str, modules: Sequence[str], *, release: bool = True) -> Tensors:
+    """The tensors of a payload in base64, in the same way."""
+    segments = Segments()
+    try:
+        return payload.decode(base64.b64decode(encoded), modules, segments)
+    finally:
+        if release:
+            segments.release()
 
 
 def text(value: str) -> bytes:

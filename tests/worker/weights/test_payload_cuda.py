@@ -13,8 +13,8 @@ from torch.multiprocessing import reductions
 
 from safelight.worker.weights import segment
 from safelight.worker.weights.allowed import NotAPayload
-from safelight.worker.weights.payload import decode
 
+from .streams import decode
 from .trainer import UUID, Trainer
 
 ONE = ["transformer"]

@@ -20,7 +20,7 @@ import torch
 from safelight.worker.weights.allowed import NotAPayload
 from safelight.worker.weights.payload import interpret
 from safelight.worker.weights.pickled import MAX_BYTES, MAX_DEPTH, MAX_OPCODES, parse
-from safelight.worker.weights.received import _Receiver, unpickle
+from safelight.worker.weights.received import _Receiver
 
 from .streams import (
     FLOAT,
@@ -42,6 +42,7 @@ from .streams import (
     storage,
     tensor,
     text,
+    unpickle,
 )
 from .trainer import Trainer
 

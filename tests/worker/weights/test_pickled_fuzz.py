@@ -16,10 +16,9 @@ from torch.multiprocessing import reductions
 from safelight.worker.weights import allowed, payload, pickled, received, segment
 from safelight.worker.weights.allowed import NotAPayload
 from safelight.worker.weights.payload import interpret
-from safelight.worker.weights.received import unpickle
 
 from .fuzzing import Coverage, changed, tokens
-from .streams import MANAGER, nothing_runs
+from .streams import MANAGER, nothing_runs, unpickle
 from .trainer import UUID, Trainer
 
 ROUNDS = 25

@@ -9,8 +9,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from safelight.worker.weights.received import unpickle
-
 from .streams import (
     FLOAT,
     MANAGER,
@@ -32,6 +30,7 @@ from .streams import (
     storage,
     tensor,
     text,
+    unpickle,
 )
 
 

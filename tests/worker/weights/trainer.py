@@ -23,6 +23,7 @@ from typing import Any, Self
 import psutil
 import torch
 import torch.multiprocessing
+from safetensors.torch import load_file
 from torch.multiprocessing import reductions
 
 BUCKETS, PATCH = "sglang.srt.weight_sync.tensor_bucket", "sglang.srt.utils.patch_torch"
@@ -161,6 +162,17 @@ PAYLOADS: dict[str, Callable[[], Any]] = {
 }
 
 
+FORMS: dict[str, Callable[[list[tuple[str, torch.Tensor]]], Any]] = {
+    "pairs": list,
+    "modules": lambda tensors: {"transformer": tensors},
+    "elements": lambda tensors: {"transformer": flattened(buffer(tensors, False))},
+    "bytes": lambda tensors: {"transformer": flattened(buffer(tensors, True))},
+    "plain bytes": lambda tensors: flattened(buffer(tensors, True), plain=True),
+    "object": lambda tensors: {"transformer": buffer(tensors, True)},
+}
+"""How the tensors of a checkpoint are sent."""
+
+
 class Trainer:
     """The process, seen from the test."""
 
@@ -183,6 +195,12 @@ class Trainer:
     def send(self, what: str, *, protocol: int = 4, strategy: str = "file_system", keep: bool = False) -> str:
         """A payload in base64; not kept, only the reader's reference holds its memory."""
         answer: str = self._ask(what=what, protocol=protocol, strategy=strategy, keep=keep)
+        return answer
+
+    def checkpoint(self, file: Path, form: str, *, by: float, keep: bool = False) -> str:
+        """A payload of the tensors of a safetensors file, with ``by`` added to each."""
+        command = {"what": form, "file": str(file), "by": by, "protocol": 4, "strategy": "file_system", "keep": keep}
+        answer: str = self._ask(**command)
         return answer
 
     def stream(self, what: str, *, protocol: int = 4) -> bytes:
@@ -217,6 +235,12 @@ class Trainer:
         return json.loads(self._process.stdout.readline())
 
 
+def _payload(what: str, file: str | None = None, by: float = 0.0, **_: Any) -> Any:
+    if file is None:
+        return PAYLOADS[what]()
+    return FORMS[what]([(name, tensor + by) for name, tensor in load_file(file).items()])
+
+
 def main() -> None:
     pretend()
     kept: list[Any] = []
@@ -227,7 +251,7 @@ def main() -> None:
             print("null", flush=True)
             continue
         torch.multiprocessing.set_sharing_strategy(command["strategy"])
-        payload, stream = PAYLOADS[command["what"]](), io.BytesIO()
+        payload, stream = _payload(**command), io.BytesIO()
         ForkingPickler(stream, command["protocol"]).dump(payload)
         kept += [payload] if command["keep"] else []
         del payload

@@ -1,0 +1,81 @@
+"""The weights of a server for asyncio.
+
+The work is blocking, of the disk, of digests and of a trainer's ranks, so it is done in threads; a call that is
+cancelled goes on there to its end.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager
+from typing import Concatenate, Generic, ParamSpec, TypeVar
+
+from ..protocol.operations import Barrier
+from .results import WeightUpdate
+from .weights import BegunUpdate, Weights
+
+P = ParamSpec("P")
+R = TypeVar("R")
+W = TypeVar("W")
+
+
+class _InThreads(Generic[W]):
+    def __init__(self, blocking: W) -> None:
+        self._blocking = blocking
+
+
+def _in_a_thread(method: Callable[Concatenate[W, P], R]) -> Callable[Concatenate[_InThreads[W], P], Awaitable[R]]:
+    """``method`` with its arguments and documentation, awaited."""
+
+    @functools.wraps(method)
+    async def call(self: _InThreads[W], /, *args: P.args, **kwargs: P.kwargs) -> R:
+        return await asyncio.to_thread(method, self._blocking, *args, **kwargs)
+
+    return call
+
+
+class AsyncWeights(_InThreads[Weights]):
+    """:class:`Weights`, awaited; :attr:`AsyncClient.weights` is one."""
+
+    update = _in_a_thread(Weights.update)
+    update_from_disk = _in_a_thread(Weights.update_from_disk)
+    verify = _in_a_thread(Weights.verify)
+    checksum = _in_a_thread(Weights.checksum)
+    version = _in_a_thread(Weights.version)
+
+    @asynccontextmanager
+    async def begin(
+        self,
+        version: str | None = None,
+        modules: Sequence[str] | None = None,
+        mode: Barrier = "wait",
+        timeout_s: float = 300.0,
+        *,
+        verify: bool = True,
+        require_complete: bool = False,
+    ) -> AsyncIterator[AsyncBegunUpdate]:
+        """:meth:`Weights.begin` for ``async with``."""
+        context = self._blocking.begin(
+            version, modules, mode, timeout_s, verify=verify, require_complete=require_complete
+        )
+        entering = asyncio.create_task(asyncio.to_thread(context.__enter__))
+        try:
+            yield AsyncBegunUpdate(await asyncio.shield(entering))
+        except BaseException as error:
+            await asyncio.wait([entering])  # a cancelled one has begun an update all the same
+            if entering.exception() is None:
+                await asyncio.to_thread(context.__exit__, type(error), error, error.__traceback__)
+            raise
+        await asyncio.to_thread(context.__exit__, None, None, None)
+
+
+class AsyncBegunUpdate(_InThreads[BegunUpdate]):
+    """:class:`BegunUpdate`, awaited."""
+
+    update = _in_a_thread(BegunUpdate.update)
+
+    @property
+    def result(self) -> WeightUpdate | None:
+        return self._blocking.result

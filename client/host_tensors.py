@@ -1,0 +1,82 @@
+"""Tensors as they are sent: bytes in this machine's memory. Torch is needed for casting alone."""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..protocol.digests import TORCH_DTYPES, tensor_digest
+from ..protocol.errors import InvalidRequest
+from ..protocol.tensor_files import BadTensorFile, read_head
+
+if TYPE_CHECKING:
+    import torch
+
+STORED_DTYPES = {told: stored for stored, told in TORCH_DTYPES.items()}
+"""What safetensors calls a dtype that torch has."""
+
+_FLOATING = frozenset({"F8_E5M2", "F8_E4M3", "F16", "BF16", "F32", "F64"})
+
+
+@dataclass(frozen=True, slots=True)
+class HostTensor:
+    """``data`` has the bytes row by row, little-endian; ``dtype`` is named as in safetensors."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    data: memoryview
+
+    @property
+    def nbytes(self) -> int:
+        return self.data.nbytes
+
+    def digest(self) -> str:
+        return tensor_digest(TORCH_DTYPES[self.dtype], self.shape, self.data)
+
+    def cast(self, dtype: str) -> HostTensor:
+        """This tensor as a parameter of ``dtype`` holds it: only floating dtypes are cast to each other."""
+        if dtype == self.dtype or not {dtype, self.dtype} <= _FLOATING:
+            return self
+        import torch
+
+        if not self.data:
+            return HostTensor(self.name, dtype, self.shape, self.data)
+        data = bytearray(self.data) if self.data.readonly else self.data  # torch takes no memory that is read-only
+        given = torch.frombuffer(data, dtype=_torch_dtype(self.dtype)).view(self.shape)
+        return from_torch(self.name, given.to(_torch_dtype(dtype)))
+
+
+def from_torch(name: str, tensor: torch.Tensor) -> HostTensor:
+    """``tensor``, from whatever device; no copy where it lies in order on the CPU. Raises ``InvalidRequest``."""
+    import torch
+
+    dtype = STORED_DTYPES.get(str(tensor.dtype))
+    if dtype is None or tensor.layout is not torch.strided:
+        raise InvalidRequest(f"{name} is a {tensor.layout} tensor of {tensor.dtype}, which safetensors does not have.")
+    flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+    return HostTensor(name, dtype, tuple(tensor.shape), memoryview(flat.numpy()))  # type: ignore[arg-type]  # a buffer
+
+
+def from_files(files: Iterable[Path]) -> Iterator[HostTensor]:
+    """Every tensor of the files; nothing is read until its bytes are. Raises ``InvalidRequest``."""
+    for path in files:
+        try:
+            with path.open("rb") as stream:
+                stored = read_head(stream, path.stat().st_size)
+                mapped = memoryview(mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ))  # gone with its last view
+        except (BadTensorFile, OSError) as error:
+            raise InvalidRequest(f"{path} cannot be read: {error}.") from None
+        for tensor in stored:
+            data = mapped[tensor.start : tensor.start + tensor.nbytes]
+            yield HostTensor(tensor.name, tensor.dtype, tensor.shape, data)
+
+
+def _torch_dtype(stored: str) -> torch.dtype:
+    import torch
+
+    dtype: torch.dtype = getattr(torch, TORCH_DTYPES[stored].removeprefix("torch."))
+    return dtype

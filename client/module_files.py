@@ -1,0 +1,44 @@
+"""Where the weights of modules lie on disk: in a pipeline's directory, in one module's own, or in a single file."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from ..protocol.errors import InvalidRequest
+from ..protocol.tensor_files import BadTensorFile, weight_files
+
+
+def module_paths(path: Path, wanted: Sequence[str] = ()) -> dict[str, Path]:
+    """The directory or file of each module in ``path``, or of those ``wanted``.
+
+    What is one module by itself is the one that is wanted, if one is; else it is named as its directory is, or as its
+    file. Raises ``InvalidRequest`` where there are no weights, or not those of all that are wanted.
+    """
+    if (own := own_name(path)) is not None and len(wanted) <= 1:
+        return {wanted[0] if wanted else own: path}
+    folders = sorted(path.iterdir()) if own is None and path.is_dir() else []
+    found = {folder.name: folder for folder in folders if folder.is_dir() and files_of(folder)}
+    missing = [name for name in wanted if name not in found]
+    if missing or not found:
+        what = f"no module {', '.join(missing)}" if missing and found else "no safetensors weights"
+        has = f": it has {', '.join(found)}" if found else ""
+        raise InvalidRequest(f"{path} has {what}{has}." if path.exists() else f"{path} does not exist.")
+    return {name: found[name] for name in wanted or found}
+
+
+def own_name(path: Path) -> str | None:
+    """The name of the module that ``path`` is by itself; ``None`` where it is a pipeline's directory, or nothing."""
+    if path.is_file():
+        return path.stem
+    return path.resolve().name if files_of(path) else None
+
+
+def files_of(path: Path) -> list[Path]:
+    """The weight files of the module that ``path`` is, or nothing. Raises ``InvalidRequest`` for a broken index."""
+    if path.is_file():
+        return [path]
+    try:
+        return weight_files(path)
+    except BadTensorFile as error:
+        raise InvalidRequest(f"{path}: {error}.") from None

@@ -1,0 +1,183 @@
+"""The JSON dialect of trainers against a running server: pickled handles of memory that another process shares."""
+
+from __future__ import annotations
+
+import base64
+import os
+import pickle
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from safelight.tests.worker.weights import trainer as sending
+from safelight.tests.worker.weights.streams import START, called, named, several, text
+
+from .conftest import Serve
+from .trainer import Trainer, changed, transformer
+
+ROUTE = "/update_weights_from_tensor"
+
+
+@pytest.fixture(scope="module")
+def sender() -> Iterator[sending.Trainer]:
+    """A process that holds weights of its own, and shares them by file."""
+    with sending.Trainer() as started:
+        yield started
+
+
+@pytest.fixture(autouse=True)
+def _restored(request: pytest.FixtureRequest) -> Iterator[None]:
+    yield
+    if "trainer" in request.fixturenames:
+        request.getfixturevalue("trainer").restore()
+
+
+def weights(trainer: Trainer) -> Path:
+    return trainer.directory / "transformer" / "diffusion_pytorch_model.safetensors"
+
+
+def digest_of(trainer: Trainer, by: float) -> str:
+    """The transformer's checksum with ``by`` added to every tensor, as another encoding gives it."""
+    trainer.update(changed(transformer(trainer.directory), by))
+    wanted = trainer.checksum()["transformer"]
+    trainer.restore()
+    return wanted
+
+
+def refused(trainer: Trainer, body: dict[str, Any]) -> dict[str, Any]:
+    """The JSON of the 400 that ``body`` gets; no byte has changed."""
+    before = trainer.checksum()
+    answer = trainer.post(ROUTE, body)
+    assert answer.status_code == 400, answer.text
+    assert trainer.checksum() == before
+    told: dict[str, Any] = answer.json()
+    assert told["success"] is False
+    return told
+
+
+@pytest.mark.parametrize("form", sending.FORMS)
+def test_every_form_writes_what_it_holds_and_the_senders_memory_is_free(
+    form: str, sender: sending.Trainer, trainer: Trainer
+) -> None:
+    wanted = digest_of(trainer, 0.25)
+    before = sender.segments()
+    payload = sender.checkpoint(weights(trainer), form, by=0.25)
+    assert sender.segments() > before
+    load_format = None if form in ("pairs", "modules") else "flattened_bucket"
+    told = trainer.done(
+        ROUTE, {"serialized_named_tensors": [payload], "load_format": load_format, "weight_version": form}
+    )
+    assert sender.segments() == before, "nothing of it is left when the reply has come"
+    assert (told["applied"], told["weight_version"]) == (len(transformer(trainer.directory)), form)
+    assert trainer.checksum()["transformer"] == wanted
+
+
+def test_each_rank_takes_its_own_payload_of_as_many(sender: sending.Trainer, divided: Trainer) -> None:
+    wanted = digest_of(divided, 0.5)
+    before = sender.segments()
+    payloads = [sender.checkpoint(weights(divided), "pairs", by=0.5) for _ in range(2)]
+    divided.done(ROUTE, {"serialized_named_tensors": payloads})
+    assert divided.checksum()["transformer"] == wanted
+    assert sender.segments() == before
+    divided.restore()
+
+
+def test_another_number_of_payloads_than_of_ranks(sender: sending.Trainer, trainer: Trainer) -> None:
+    payloads = [sender.checkpoint(weights(trainer), "pairs", by=0.5, keep=True) for _ in range(3)]
+    told = refused(trainer, {"serialized_named_tensors": payloads})
+    assert f"there are 3 payloads for {trainer.ranks} ranks" in told["message"]
+    sender.forget()
+
+
+def test_gpus_that_no_rank_has(sender: sending.Trainer, trainer: Trainer) -> None:
+    payload = sender.send("one", keep=True)
+    told = refused(trainer, {"serialized_named_tensors": [payload], "payload_gpu_uuids": [f"GPU-{sending.UUID}"]})
+    assert f"the payloads come from the GPUs GPU-{sending.UUID}, and rank 0 has None" in told["message"]
+    sender.forget()
+
+
+def test_an_empty_bucket_changes_nothing_and_is_no_error(sender: sending.Trainer, trainer: Trainer) -> None:
+    before, version = trainer.checksum(), trainer.draw()["weight_version"]
+    payload = sender.send("no tensors")
+    told = trainer.done(ROUTE, {"serialized_named_tensors": [payload], "load_format": "flattened_bucket"})
+    assert (told["applied"], told["weight_version"]) == (0, version)
+    assert trainer.checksum() == before
+
+
+def test_buckets_of_a_begun_update(sender: sending.Trainer, trainer: Trainer) -> None:
+    wanted = digest_of(trainer, 0.75)
+    update_id = trainer.done("/begin_weights_update", {})["update_id"]
+    for form in ("elements", "plain bytes"):
+        payload = sender.checkpoint(weights(trainer), form, by=0.75)
+        trainer.done(ROUTE, {"serialized_named_tensors": [payload], "update_id": update_id})
+    trainer.done("/commit_weights_update", {"update_id": update_id, "require_complete": True})
+    assert trainer.checksum()["transformer"] == wanted
+
+
+def test_names_that_the_model_does_not_have_and_the_senders_memory_is_free(
+    sender: sending.Trainer, trainer: Trainer
+) -> None:
+    before = sender.segments()
+    told = refused(trainer, {"serialized_named_tensors": [sender.send("pairs")]})
+    assert "plain" in told["unknown"]
+    trainer.checksum()  # behind the update that was refused
+    assert sender.segments() == before
+
+
+def test_one_tensor_twice_is_named(sender: sending.Trainer, trainer: Trainer) -> None:
+    told = refused(trainer, {"serialized_named_tensors": [sender.send("twice", keep=True)]})
+    assert told["invalid"] == [{"name": "a", "reason": "is there twice"}]
+    sender.forget()
+
+
+def test_modules_other_than_those_that_are_named(sender: sending.Trainer, trainer: Trainer) -> None:
+    body = {"serialized_named_tensors": [sender.send("modules", keep=True)], "target_modules": ["transformer"]}
+    assert "the payload is for transformer, vae" in refused(trainer, body)["message"]
+    sender.forget()
+
+
+def test_shared_file_descriptors_are_refused_with_what_to_do(sender: sending.Trainer, trainer: Trainer) -> None:
+    payload = sender.send("one", strategy="file_descriptor")
+    told = refused(trainer, {"serialized_named_tensors": [payload]})
+    assert 'torch.multiprocessing.set_sharing_strategy("file_system")' in told["message"]
+
+
+def test_segments_that_are_gone(sender: sending.Trainer, trainer: Trainer) -> None:
+    payload = sender.checkpoint(weights(trainer), "bytes", by=0.5)
+    trainer.done(ROUTE, {"serialized_named_tensors": [payload]})
+    trainer.restore()
+    assert "cannot be opened" in refused(trainer, {"serialized_named_tensors": [payload]})["message"]
+
+
+@pytest.mark.parametrize("text", ["?", "gASVx", "é", ""])
+def test_what_is_no_payload(text: str, trainer: Trainer) -> None:
+    refused(trainer, {"serialized_named_tensors": [text]})
+
+
+def test_no_payload_at_all(trainer: Trainer) -> None:
+    refused(trainer, {"serialized_named_tensors": []})
+
+
+def test_a_stream_that_would_run_something_runs_nothing(tmp_path: Path, trainer: Trainer) -> None:
+    made = tmp_path / "made"
+
+    class Runs:
+        def __reduce__(self) -> tuple[Any, ...]:
+            return os.system, (f"touch {made}",)
+
+    hidden = called(named("functools", "partial"), named("os", "system"), text(f"touch {made}"))
+    for stream in (pickle.dumps([("w", Runs())]), START + b"](" + several(text("w"), called(hidden)) + b"e."):
+        payload = base64.b64encode(stream).decode()
+        told = refused(trainer, {"serialized_named_tensors": [payload]})
+        assert "which no payload needs" in told["message"]
+    assert not made.exists()
+
+
+def test_the_dialect_can_be_switched_off(serve: Serve, sender: sending.Trainer) -> None:
+    with serve("--no-pickle-payloads") as trainer:
+        payload = sender.checkpoint(weights(trainer), "pairs", by=0.5, keep=True)
+        assert "--no-pickle-payloads" in refused(trainer, {"serialized_named_tensors": [payload]})["message"]
+        sender.forget()
+        trainer.update(changed(transformer(trainer.directory)))

@@ -1,0 +1,225 @@
+"""A rank's part of an update: whatever is raised while it writes, every byte is as it was."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from safelight.protocol.errors import InvalidRequest, Unavailable
+from safelight.worker.parallel.plan import Shard
+from safelight.worker.parallel.ranks import Ranks
+from safelight.worker.weights import undo
+from safelight.worker.weights.layout import Entry, Layout
+from safelight.worker.weights.sources import Opened, Rejected
+from safelight.worker.weights.undo import NoRoom, UndoMemory
+from safelight.worker.weights.update import Update
+
+CPU = torch.device("cpu")
+PLENTY = 1 << 30
+SHAPES = {"large": (700, 1000), "wide": (3, 400_000), "row": (5,), "scalar": (), "empty": (0, 3)}
+"""Two of more than a chunk."""
+
+
+class Stop(Exception):
+    pass
+
+
+def model() -> nn.Module:
+    torch.manual_seed(0)
+    module = nn.Module()
+    for name, shape in SHAPES.items():
+        module.register_buffer(name, torch.randn(shape))
+    module.register_buffer("low", torch.randn(300, 5000).bfloat16())
+    return module
+
+
+def state(module: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in module.state_dict().items()}
+
+
+def other(module: nn.Module) -> dict[str, torch.Tensor]:
+    """New tensors, of float32 all, and some not contiguous."""
+    new = {name: torch.randn(tensor.shape) for name, tensor in module.state_dict().items()}
+    new["large"] = torch.randn(1000, 700).t()
+    return new
+
+
+def begun(module: nn.Module, memory: UndoMemory | None = None) -> Update:
+    return Update({"transformer": Layout.whole(module)}, memory or UndoMemory(CPU, PLENTY, None))
+
+
+def opened(tensors: dict[str, torch.Tensor], then: Callable[[], object] = lambda: None) -> Opened:
+    return Opened({"transformer": tensors}, then)
+
+
+def same(one: dict[str, torch.Tensor], another: dict[str, torch.Tensor]) -> bool:
+    return all(torch.equal(one[name], another[name]) for name in one)
+
+
+def test_what_is_written_is_cast_and_what_is_rolled_back_is_bitwise_as_before() -> None:
+    module = model()
+    before, addresses = state(module), [tensor.data_ptr() for tensor in module.state_dict().values()]
+    new = other(module)
+    update = begun(module)
+    update.prepare(opened(new))
+    update.write()
+    assert same(state(module), {name: new[name].to(before[name].dtype) for name in new})
+    update.rollback()
+    assert same(state(module), before)
+    assert [tensor.data_ptr() for tensor in module.state_dict().values()] == addresses
+
+
+@pytest.mark.parametrize("at", range(7))
+def test_a_write_that_is_interrupted_after_any_tensor_is_undone(at: int) -> None:
+    module = model()
+    before, update, left = state(module), begun(module), itertools.count()
+
+    def sign() -> None:
+        if next(left) == at:
+            raise Stop
+
+    update.prepare(opened(other(module)))
+    if at < len(before):
+        with pytest.raises(Stop):
+            update.write(sign)
+        assert len(update.written["transformer"]) == at + 1
+    else:
+        update.write(sign)
+    update.rollback()
+    assert same(state(module), before)
+
+
+class _Breaks(torch.Tensor):
+    """Raises when a part of it is copied that lies behind its middle."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.Tensor.copy_ and args[1].storage_offset() > 350_000:
+            raise Stop
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
+def test_a_write_that_is_interrupted_within_a_tensor_leaves_it_as_it_was() -> None:
+    module = model()
+    before, update = state(module), begun(module)
+    new = {"large": torch.randn(700, 1000).as_subclass(_Breaks)}
+    update.prepare(opened(new))
+    with pytest.raises(Stop):
+        update.write()
+    assert same(state(module), before), "before it is rolled back already"
+    update.rollback()
+    assert same(state(module), before)
+
+
+def test_several_parts_are_undone_to_what_was_before_the_first() -> None:
+    module = model()
+    before, update = state(module), begun(module)
+    for _ in range(3):
+        update.prepare(opened({name: tensor for name, tensor in other(module).items() if name in ("large", "row")}))
+        update.write()
+    update.prepare(opened(other(module)))
+    update.release()
+    update.rollback()
+    assert same(state(module), before)
+
+
+def test_what_is_rejected_closes_its_source_and_takes_no_room() -> None:
+    module, memory, closed = model(), UndoMemory(CPU, PLENTY, None), []
+    update = begun(module, memory)
+    with pytest.raises(Rejected) as rejected:
+        update.prepare(opened({"nobody": torch.zeros(2)}, lambda: closed.append(1)))
+    assert isinstance(rejected.value.error, InvalidRequest)
+    assert closed == [1]
+    memory.free()
+    assert memory._blocks == []
+
+
+def test_more_than_is_allowed_is_refused_and_nothing_is_written() -> None:
+    module = model()
+    before, closed = state(module), []
+    update = begun(module, UndoMemory(CPU, 2_000_000, None))
+    with pytest.raises(Rejected, match=r"needs 11 MB on each rank, and 2 MB are allowed.*--undo-mb") as rejected:
+        update.prepare(opened(other(module), lambda: closed.append(1)))
+    assert isinstance(rejected.value.error, Unavailable)
+    assert (closed, same(state(module), before)) == ([1], True)
+    update.prepare(opened({"row": torch.zeros(5)}))
+    update.write()
+    update.rollback()
+    assert same(state(module), before)
+
+
+def test_what_is_not_allowed_in_memory_goes_to_files_that_leave_nothing(tmp_path: Path) -> None:
+    module = model()
+    before = state(module)
+    memory = UndoMemory(CPU, 2_000_000, tmp_path)
+    update = begun(module, memory)
+    update.prepare(opened(other(module)))
+    assert [block.in_file for block in memory._blocks] == [True]
+    update.write()
+    update.rollback()
+    assert same(state(module), before)
+    assert memory._blocks == []
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_is_said_before_anything_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(undo.os, "posix_fallocate", full)
+    update = begun(model(), UndoMemory(CPU, 2_000_000, tmp_path))
+    with pytest.raises(Rejected, match=f"no room in {tmp_path}: No space left on device"):
+        update.prepare(opened(other(model())))
+
+
+def test_the_second_update_uses_the_memory_of_the_first_and_free_gives_it_back() -> None:
+    module, memory = model(), UndoMemory(CPU, PLENTY, None)
+    update, addresses = begun(module, memory), []
+    for _ in range(3):
+        update.prepare(opened(other(module)))
+        update.write()
+        addresses.append([block.memory.data_ptr() for block in memory._blocks])
+        memory.free()  # which does nothing while there is something to undo
+        update.commit()
+    assert addresses[0] == addresses[1] == addresses[2] != []
+    memory.free()
+    assert memory._blocks == []
+
+
+def test_copies_do_not_overlap_and_are_aligned() -> None:
+    memory = UndoMemory(CPU, PLENTY, None)
+    taken, _ = memory.take([torch.zeros(shape, dtype=torch.uint8) for shape in (1, 63, 64, 65, 1_000_000)])
+    for number, tensor in enumerate(taken):
+        tensor.fill_(number)
+    assert [set(tensor.tolist()) for tensor in taken] == [{0}, {1}, {2}, {3}, {4}]
+    assert {tensor.data_ptr() % 64 for tensor in taken} == {0}
+
+
+def test_what_was_taken_and_not_used_is_there_again() -> None:
+    memory = UndoMemory(CPU, 64 << 20, None)
+    for _ in range(3):
+        _, give_back = memory.take([torch.zeros(60 << 20, dtype=torch.uint8)])
+        give_back()
+    memory.take([torch.zeros(60 << 20, dtype=torch.uint8)])
+    with pytest.raises(NoRoom):
+        memory.take([torch.zeros(5 << 20, dtype=torch.uint8)])
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_divided_tensor_of_several_blocks_is_exchanged_piece_by_piece(rank: int) -> None:
+    module = nn.Module()
+    module.register_buffer("packed", torch.randn(9, 500_000))
+    before = module.packed.clone()
+    entry = Entry("packed", "packed", (18, 500_000), Shard(0, (6, 12)))
+    layout = Layout(module, [entry], Ranks(rank, 2))
+    whole, kept = torch.randn(18, 500_000), torch.empty(9, 500_000)
+    layout.write("packed", whole, kept)
+    first, second = (slice(0, 3), slice(6, 12)) if rank == 0 else (slice(3, 6), slice(12, 18))
+    assert torch.equal(module.packed, torch.cat([whole[first], whole[second]]))
+    assert torch.equal(kept, before)
