@@ -30,7 +30,7 @@ def two(serve: Serve) -> Iterator[Trainer]:
 
 def kill(trainer: Trainer, replica: int, rank: int = 0) -> None:
     """Returns when the scheduler knows."""
-    os.kill(trainer.ranks(replica)[rank].pid, signal.SIGKILL)
+    os.kill(trainer.rank_processes(replica)[rank].pid, signal.SIGKILL)
     trainer.wait_lost(replica)
 
 
@@ -128,7 +128,7 @@ def test_with_a_journal_updates_outlive_a_process_a_server_and_a_tensor_parallel
         assert (trainer.checksum(), trainer.draw()["weight_version"]) == (wanted, "kept")
         _no_room(trainer, journal)
         assert (trainer.checksum(), version(trainer)) == (wanted, "kept")
-    with serve("--weights-journal", str(journal), "--tp", "2") as trainer:
+    with serve("--weights-journal", str(journal), ranks=2) as trainer:
         assert (trainer.checksum(), trainer.draw()["weight_version"]) == (wanted, "kept")
         trainer.update(own, weight_version="by two")
     current = json.loads((journal / "current.json").read_text())
@@ -140,7 +140,7 @@ def test_with_a_journal_updates_outlive_a_process_a_server_and_a_tensor_parallel
 
 def _no_room(trainer: Trainer, journal: Path) -> None:
     """A disk that takes no more is an update that is not made; one that does again is one that is."""
-    leader, before = trainer.ranks(0)[0].pid, trainer.checksum()
+    leader, before = trainer.rank_processes(0)[0].pid, trainer.checksum()
     files = set(journal.rglob("*"))
     for room in (0, 20_000):  # for no byte, and for a part of the file
         usual = resource.prlimit(leader, resource.RLIMIT_FSIZE, (room, resource.RLIM_INFINITY))
