@@ -174,7 +174,8 @@ class Dispatcher:
                 self._lose(replica, replica.ready(pid, model, now), "was lost and has come back")
                 if self._paused == "in_place":
                     self._outbox.to_replicas.append((number, SetPaused(True)))
-                self._operations.came(replica, now)
+                if replica.state == "ready":  # these are not the last words of a process that is gone
+                    self._operations.came(replica, now)
             case ReplicaFailed(message=why):
                 self._lose(replica, replica.failed(why), f"failed ({why})")
             case Heartbeat(stats=stats):

@@ -118,6 +118,7 @@ class Operations:
         self._changed: set[str] = set()  # modules that are not as the checkpoint has them
         self._behind: set[int] = set()  # replicas that wait to be brought to the committed version
         self._lost: set[str] = set()  # changed modules that no replica has any more
+        self._in_doubt: dict[str, set[str]] = {}  # what all replicas were lost with while they committed it: modules
         self._commits = 0
         self._numbers = itertools.count(1)
         self._line: deque[Request | Transaction] = deque()
@@ -207,15 +208,25 @@ class Operations:
     def came(self, replica: Replica, now: float) -> None:
         """A replica has loaded its model. Unless it is as the others are, it is not ready yet."""
         assert replica.model is not None, "it has just said what it serves"
-        if self._changed and replica.model.weight_version != self.version:
+        version = replica.model.weight_version
+        if self.version is None or (self._journal and version in self._in_doubt):
+            self._changed |= self._in_doubt.pop(version, set())
+            self.version = version
+        if (version == self.version) if self._journal else not self._changed:
+            self._put_to_sleep(replica.number)
+            self._is_found_again()
+        else:
             self._behind.add(replica.number)
             replica.wait_for(f"is to be brought to the weights of version {self.version}")
             self._bring_up(replica)
-        else:
-            self._put_to_sleep(replica.number)
-        if self.version is None:
-            self.version = replica.model.weight_version
         self.advance(now)
+
+    def _is_found_again(self) -> None:
+        """A replica has come that has all that was committed, and can give it to those that wait for it."""
+        was_lost, self._lost = self._lost, set()
+        for number in sorted(self._behind) if was_lost else ():
+            if (replica := self._replicas.get(number)) is not None:
+                self._bring_up(replica)
 
     def advance(self, now: float) -> None:
         """Do whatever can be done now."""
@@ -303,10 +314,21 @@ class Operations:
         if not transaction.written:
             return InvalidRequest("Nothing was written in this update; send tensors, or abort it.", field="update_id")
         partly = sorted(set(transaction.written) - transaction.complete)
+        if (refusal := self._cannot_replace(transaction, transaction.replicas or set())) is not None:
+            return refusal
         if commit.require_complete and partly:
             return InvalidRequest(
                 f"Not every tensor of {', '.join(partly)} was sent, and require_complete asks for that.",
                 field="require_complete",
+            )
+        return None
+
+    def _cannot_replace(self, transaction: Transaction, replicas: set[int]) -> SafelightError | None:
+        """Why what came cannot stand in for weights that were lost, where the replicas are those that lost them."""
+        partly = sorted((self._lost & set(transaction.written)) - transaction.complete)
+        if partly and replicas <= self._behind and transaction.only is None:
+            return Conflict(
+                f"The weights of version {self.version} were lost; send every tensor of {', '.join(partly)} at once."
             )
         return None
 
@@ -325,7 +347,7 @@ class Operations:
         running.version = own or begun or self._next_version()
         running.replicas = set(running.expected)
         transaction.running = running
-        if self._journal and transaction.only is None:
+        if self._journal:  # of a replica that is brought up too: it came with a journal that had missed a commit
             running.expected = {min(running.replicas)}
             self._order(running, "journal")
         else:
@@ -370,6 +392,10 @@ class Operations:
         if transaction.begun is not None or not transaction.written:  # an empty part is legal, and changes nothing
             self._operated(running.part, running.reports, self.version)
             return
+        if (refusal := self._cannot_replace(transaction, set(running.reports))) is not None:
+            self._undo(transaction, running)
+            self._fail(running.part, refusal)
+            return
         running.expected = set(running.reports)
         self._end_well(transaction, running)
 
@@ -387,6 +413,7 @@ class Operations:
 
     def _committed(self, transaction: Transaction, running: Running) -> None:
         if not running.reports:
+            self._in_doubt = {running.version: set(transaction.written)}
             self._fail(running.part, running.error or Unavailable("Every replica was lost.", retry_after_s=RETRY_S))
             self._end(transaction)
             return
@@ -397,6 +424,7 @@ class Operations:
                     self.version = report.weight_version
         if transaction.only is None:
             self._commits += 1
+            self._in_doubt.clear()
             self._changed.update(transaction.written)
             self._lost -= transaction.complete
         for number in set(running.reports) & self._behind:

@@ -81,6 +81,7 @@ class Operations:
         self._sign = sign
         self._place = place
         self._places = places
+        self._replica = place // ranks.size
         self._groups = Groups(place, model.device)
         self._journal = journal
         self._undo = undo
@@ -219,7 +220,11 @@ class Operations:
         known = self._model.layouts
         names = list(known) if operation.modules is None else [name for name in operation.modules if name in known]
         layouts = {name: known[name] for name in names}
-        digests = module_digests(layouts, self._ranks, self._sign) if layouts else {}
+        digests, *others = module_digests(layouts, self._ranks, self._sign) if layouts else [{}]
+        for rank, other in enumerate(others, start=1):
+            for module, digest in digests.items():
+                if other[module] != digest:
+                    raise Internal(f"Rank {rank} of replica {self._replica} has other weights in {module} than rank 0.")
         tensors = {
             name: tensor_digests(layout, [entry.name for entry in layout], self._sign)
             for name, layout in layouts.items()
@@ -270,7 +275,7 @@ class Operations:
             files = export(self._model.layouts, operation.modules, folder, self._ranks, self._sign)
         except OSError as error:
             raise Internal(f"The weights could not be written out: {error.strerror or error}.") from error
-        return Report(files=files)
+        return Report(files={module: [file.path] for module, file in files.items()})
 
 
 def _and_closed(failed: Rejected | SafelightError, group: str) -> Rejected | SafelightError:

@@ -99,7 +99,7 @@ class Replica:
             self._config.stall_timeout_s,
         )
         model = load_model(self._config, device, self._ranks)
-        if self._journal is not None and (version := self._journal.replay(model.layouts)) is not None:
+        if self._journal is not None and (version := self._journal.replay(model.layouts, self._ranks)) is not None:
             model.weight_version = version
         return model, SelfTest(model, self._config, self._report).run()
 

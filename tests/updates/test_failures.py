@@ -187,7 +187,7 @@ def test_a_rank_that_dies_while_an_update_is_written(rank: int, serve: Serve) ->
     """Stopped before, so that the others wait for it in the vote when it is killed."""
     with serve("--replicas", "2", tp=2) as trainer:
         before = trainer.checksum()
-        victim = trainer.ranks(1)[rank]
+        victim = trainer.rank_processes(1)[rank]
         victim.send_signal(signal.SIGSTOP)
         body = save(changed(transformer(trainer.directory)))
         url = httpx.URL(trainer.server.url)
@@ -207,7 +207,7 @@ def test_a_rank_that_dies_while_an_update_is_open(serve: Serve) -> None:
         new = changed(transformer(trainer.directory))
         update_id = trainer.done("/begin_weights_update", {"weight_version": "open"})["update_id"]
         trainer.update(new, update_id=update_id)
-        os.kill(trainer.ranks(1)[0].pid, signal.SIGKILL)
+        os.kill(trainer.rank_processes(1)[0].pid, signal.SIGKILL)
         trainer.done("/commit_weights_update", {"update_id": update_id})
         trainer.wait_all_ready()
         told = trainer.done("/get_weights_checksum", {"detail": True})  # a difference between replicas is a 500

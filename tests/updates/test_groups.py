@@ -250,7 +250,7 @@ def test_a_group_that_cannot_be_is_refused_at_once(changes: dict[str, Any], name
 def test_a_member_that_dies_ends_the_group_and_a_new_one_has_all(divided: Trainer, training: TrainingProcess) -> None:
     before = divided.checksum()
     group = join(divided, training, timeout_s=SOON_S)
-    os.kill(divided.ranks(1)[1].pid, signal.SIGKILL)
+    os.kill(divided.rank_processes(1)[1].pid, signal.SIGKILL)
     divided.wait_lost(1)
     divided.wait_all_ready()
     with soon(), broadcasting(divided, training, group) as answer:

@@ -32,7 +32,7 @@ def test_an_update_changes_checker_checksum_and_picture_and_all_of_them_back(tra
     new = changed(own)
     told = trainer.update(new, weight_version="step-1")
     assert (told["applied"], told["expected"], told["weight_version"]) == (len(new), len(new), "step-1")
-    assert told["ranks"] == sum(len(trainer.ranks(replica)) for replica in range(len(trainer.replicas())))
+    assert told["ranks"] == sum(len(trainer.rank_processes(replica)) for replica in range(len(trainer.replicas())))
     trainer.done("/update_weights_from_tensor_checker", {"expected_named_tensors_sha256": digests(new)})
     refused = trainer.post("/update_weights_from_tensor_checker", {"expected_named_tensors_sha256": digests(own)})
     assert refused.status_code == 400

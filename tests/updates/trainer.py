@@ -84,7 +84,7 @@ class Trainer:
         """The server's shared-memory directory."""
         return Path(httpx.get(f"{self.server.url}/server_info").json()["shared_memory"])
 
-    def ranks(self, replica: int) -> list[psutil.Process]:
+    def rank_processes(self, replica: int) -> list[psutil.Process]:
         """The processes of a replica's last start, in the order of their ranks; replicas start at the same time."""
         starts = re.findall(rf"started worker {replica} with process id ([\d, ]+)", self.server.log)
         return [psutil.Process(int(pid)) for pid in starts[-1].split(", ")]

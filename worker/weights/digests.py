@@ -25,14 +25,14 @@ def raw_bytes(tensor: torch.Tensor) -> memoryview:
     return memoryview(flat.numpy())  # type: ignore[arg-type]  # an array is a buffer
 
 
-def module_digests(layouts: Mapping[str, Layout], ranks: Ranks, sign: Sign) -> dict[str, str]:
-    """Hex of each module: SHA-256 over its tensors, sorted by name, of name and bytes.
+def module_digests(layouts: Mapping[str, Layout], ranks: Ranks, sign: Sign) -> list[dict[str, str]]:
+    """Hex of each module: SHA-256 over its tensors, sorted by name, of name and bytes. Rank after rank.
 
-    All ranks must call this together: each hashes some of the modules, while tensors for the others are gathered.
+    All ranks must call this together. What they say differs where a tensor does that each of them has whole.
     """
-    shares = _shares(layouts, max(ranks.size, _threads()))
+    shares = _shares(layouts, _threads())
     with ThreadPoolExecutor(len(shares)) as pool:
-        hashers = [_Hasher(pool, mine=number % ranks.size == ranks.rank) for number in range(len(shares))]
+        hashers = [_Hasher(pool) for _ in shares]
         for turn in zip_longest(*(_tensors(layouts, modules) for modules in shares)):
             for hasher, item in zip(hashers, turn, strict=True):
                 if item is not None:
@@ -40,8 +40,8 @@ def module_digests(layouts: Mapping[str, Layout], ranks: Ranks, sign: Sign) -> d
                     hasher.take(module, name, layouts[module].read(name))
                     sign()
         found = {module: hexadecimal for hasher in hashers for module, hexadecimal in hasher.done().items()}
-    told = ranks.exchange(msgspec.msgpack.encode(found))
-    return dict(sorted(pair for one in told for pair in msgspec.msgpack.decode(one, type=dict[str, str]).items()))
+    told = ranks.exchange(msgspec.msgpack.encode(dict(sorted(found.items()))))
+    return [msgspec.msgpack.decode(one, type=dict[str, str]) for one in told]
 
 
 def tensor_digests(layout: Layout, names: Sequence[str], sign: Sign) -> dict[str, TensorDigest]:
@@ -69,17 +69,14 @@ def _threads() -> int:
 
 
 class _Hasher:
-    """Hashes module after module in a thread, at most one tensor behind. One that is not ``mine`` only looks on."""
+    """Hashes module after module in a thread, at most one tensor behind."""
 
-    def __init__(self, pool: ThreadPoolExecutor, *, mine: bool) -> None:
+    def __init__(self, pool: ThreadPoolExecutor) -> None:
         self._pool = pool
-        self._mine = mine
         self._digests: dict[str, hashlib._Hash] = {}
         self._pending: Future[None] | None = None
 
     def take(self, module: str, name: str, tensor: torch.Tensor) -> None:
-        if not self._mine:
-            return
         if self._pending is not None:
             self._pending.result()
         digest = self._digests.setdefault(module, hashlib.sha256())

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from ...protocol.tensor_files import write_header
@@ -15,6 +17,14 @@ from .sources import DTYPES
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
+@dataclass(frozen=True, slots=True)
+class Exported:
+    """A file, and on rank 0 the SHA-256 of its bytes."""
+
+    path: str
+    sha256: str
+
+
 def export(
     layouts: Mapping[str, Layout],
     modules: Sequence[str],
@@ -23,19 +33,20 @@ def export(
     sign: Callable[[], object],
     *,
     durable: bool = False,
-) -> dict[str, list[str]]:
+) -> dict[str, Exported]:
     """A file for each module in ``folder``, which rank 0 makes; ``durable`` ones are on the disk when it returns.
 
-    All ranks must call this together. Returns the files by module. Raises ``OSError`` on rank 0, when the others are
+    All ranks must call this together. Raises ``OSError`` on rank 0, when the others are
     done too.
     """
-    written: dict[str, list[str]] = {}
+    written: dict[str, Exported] = {}
     fault: OSError | None = None
     for module in modules:
         layout = layouts[module]
         file = folder / f"{module}.safetensors"
         header = write_header([(entry.name, _NAMES[layout.dtype(entry.name)], entry.shape) for entry in layout])
         parts = (raw_bytes(whole) for _, whole in layout.tensors())
+        digest = hashlib.sha256(header)
         if ranks.rank == 0 and fault is None:
             try:
                 folder.mkdir(parents=True, exist_ok=True)
@@ -43,6 +54,7 @@ def export(
                     stream.write(header)
                     for part in parts:
                         stream.write(part)
+                        digest.update(part)
                         sign()
                     if durable:
                         stream.flush()
@@ -51,7 +63,7 @@ def export(
                 fault = error
         for _ in parts:  # the gathering takes every rank, to the end
             sign()
-        written[module] = [str(file)]
+        written[module] = Exported(str(file), digest.hexdigest())
     if fault is not None:
         raise fault
     return written
