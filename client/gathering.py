@@ -23,7 +23,7 @@ def rank_and_size() -> tuple[int, int]:
 def whole(tensor: torch.Tensor) -> torch.Tensor | None:
     """The whole tensor. Every rank that has a part must call this, and some ranks get ``None`` for it."""
     if _is(tensor, "torch.distributed.tensor", "DTensor"):
-        gathered: torch.Tensor = tensor.full_tensor()  # type: ignore[attr-defined]
+        gathered: torch.Tensor = tensor.detach().full_tensor()  # type: ignore[attr-defined]
         return gathered
     if _is(tensor, "torch.distributed._shard.sharded_tensor", "ShardedTensor"):
         return _gather(tensor)

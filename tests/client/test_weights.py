@@ -218,18 +218,35 @@ def test_parts_serve_together_when_their_context_ends(trained: Client, own: Tens
     assert trained.weights.checksum()["transformer"] == digest(new)
 
 
-def test_an_exception_in_the_context_leaves_every_byte(trained: Client, own: Tensors) -> None:
+@pytest.mark.parametrize("error", [ZeroDivisionError, KeyboardInterrupt])
+def test_an_exception_in_the_context_leaves_every_byte(
+    error: type[BaseException], trained: Client, own: Tensors
+) -> None:
     before = trained.weights.checksum()
 
     def train() -> None:
         with trained.weights.begin("never") as begun:
             begun.update(plus(own, 1))
-            raise ZeroDivisionError
+            raise error
 
-    with pytest.raises(ZeroDivisionError):
+    with pytest.raises(error):
         train()
     assert (trained.weights.checksum(), trained.weights.version()) == (before, "restored")
     trained.weights.update(own)  # nothing is open any more
+
+
+def test_ctrl_c_amid_an_update_leaves_every_byte(trained: Client, own: Tensors) -> None:
+    before = trained.weights.checksum()
+    size = sum(tensor.nbytes for tensor in own.values())
+
+    def interrupt(progress: UpdateProgress) -> None:
+        if progress.sent > size // 2:
+            raise KeyboardInterrupt
+
+    for route in ("shared", "http"):
+        with pytest.raises(KeyboardInterrupt):
+            trained.weights.update(plus(own, 1), on_progress=interrupt, bucket_bytes=SEVERAL, route=route)
+        assert (trained.weights.checksum(), trained.weights.version()) == (before, "restored")
 
 
 def test_an_incomplete_update_is_not_committed(trained: Client, own: Tensors) -> None:
