@@ -23,7 +23,7 @@ def rank_and_size() -> tuple[int, int]:
 def whole(tensor: torch.Tensor) -> torch.Tensor | None:
     """The whole tensor. Every rank that has a part must call this, and some ranks get ``None`` for it."""
     if _is(tensor, "torch.distributed.tensor", "DTensor"):
-        gathered: torch.Tensor = tensor.full_tensor()  # type: ignore[attr-defined]
+        gathered: torch.Tensor = tensor.detach().full_tensor()  # type: ignore[attr-defined]
         return gathered
     if _is(tensor, "torch.distributed._shard.sharded_tensor", "ShardedTensor"):
         return _gather(tensor)
@@ -31,12 +31,13 @@ def whole(tensor: torch.Tensor) -> torch.Tensor | None:
 
 
 def identity(tensor: torch.Tensor) -> tuple[Any, ...]:
-    """Equal for tensors that are the same elements of the same memory."""
-    if _is(tensor, "torch.distributed.tensor", "DTensor"):
-        return ("divided", *identity(tensor.to_local()))  # type: ignore[attr-defined]
-    if _is(tensor, "torch.distributed._shard.sharded_tensor", "ShardedTensor") or not tensor.numel():
+    """Equal for tensors that are the same elements of the same memory; alike on a rank that has none of them."""
+    if _is(tensor, "torch.distributed._shard.sharded_tensor", "ShardedTensor"):
         return (id(tensor),)
-    return tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride()
+    divided = _is(tensor, "torch.distributed.tensor", "DTensor")
+    local: torch.Tensor = tensor.to_local() if divided else tensor  # type: ignore[attr-defined]
+    storage = local.untyped_storage()._cdata  # where there are no elements there is no address
+    return storage, local.storage_offset(), tensor.dtype, tuple(tensor.shape), tensor.stride()
 
 
 def _is(tensor: object, module: str, kind: str) -> bool:

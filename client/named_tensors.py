@@ -120,11 +120,12 @@ def _state(module: nn.Module) -> dict[str, torch.Tensor]:
 
 def _as_saved(module: nn.Module, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """``state`` under the names that transformers saves it by; diffusers' names are the state dict's own."""
-    if (transformers := sys.modules.get("transformers")) is None or not isinstance(
-        module, transformers.PreTrainedModel
-    ):
+    if (transformers := sys.modules.get("transformers")) is None:
+        return state
+    model = next((part for part in module.modules() if isinstance(part, transformers.PreTrainedModel)), None)
+    if model is None:
         return state
     from transformers.core_model_loading import revert_weight_conversion
 
-    saved: dict[str, torch.Tensor] = revert_weight_conversion(module, state)
+    saved: dict[str, torch.Tensor] = revert_weight_conversion(model, state)
     return saved

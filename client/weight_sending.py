@@ -12,7 +12,7 @@ from .host_tensors import HostTensor
 from .results import UpdateProgress
 from .weight_routes import Parcel, Route, RouteName
 
-BUCKET_BYTES = 512 << 20
+BUCKET_BYTES = 128 << 20
 
 OnProgress = Callable[[UpdateProgress], object]
 

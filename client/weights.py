@@ -55,6 +55,7 @@ class Weights:
         Where tensors are divided among the ranks of a torch.distributed group (DTensors, FSDP), all ranks call this:
         tensors are gathered one at a time, and rank 0 sends them, raises what goes wrong, and alone gets a result.
 
+        Their memory is read until this returns, so it may not change, nor be that of the next pair of an iterable.
         They travel in buckets of ``bucket_bytes``, through shared memory where the server is on this machine, else over
         HTTP; ``route`` chooses. ``on_progress`` hears of bytes, and may be called from another thread. With ``verify``
         the server's tensors are compared by digest with what was sent, when they serve.

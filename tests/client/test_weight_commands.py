@@ -85,6 +85,12 @@ def test_a_pushed_file_is_for_the_module_that_is_named(trained: Client, own: Ten
     assert trained.weights.checksum()["transformer"] == digest(new)
 
 
+def test_what_cannot_be_pushed_is_told_in_a_sentence(trained: Client, flux: Path, tmp_path: Path) -> None:
+    for path, url in ((tmp_path, trained.base_url), (flux, "http://127.0.0.1:9")):
+        run = safelight("push", path, url)
+        assert told_in_a_sentence(run, 1), run
+
+
 def test_a_push_that_fails_in_its_second_module_changes_nothing(trained: Client, changed: Path, own: Tensors) -> None:
     before = trained.weights.checksum()
     (changed / "vae").mkdir()

@@ -67,7 +67,8 @@ def test_a_module_whose_checkpoint_has_other_names_is_sent_by_those(tmp_path: Pa
     encoder = DiffusionPipeline.from_pretrained(directory).text_encoder
     names = {tensor.name for tensor in read(directory / "text_encoder").tensors}
     assert names != set(encoder.state_dict())
-    assert {tensor.name for tensor in read(encoder).tensors} == names
+    for module in (encoder, torch.compile(encoder)):
+        assert {tensor.name for tensor in read(module).tensors} == names
 
 
 def test_a_compiled_module_has_the_names_of_its_own(trained: Client, flux: Path) -> None:
@@ -218,18 +219,35 @@ def test_parts_serve_together_when_their_context_ends(trained: Client, own: Tens
     assert trained.weights.checksum()["transformer"] == digest(new)
 
 
-def test_an_exception_in_the_context_leaves_every_byte(trained: Client, own: Tensors) -> None:
+@pytest.mark.parametrize("error", [ZeroDivisionError, KeyboardInterrupt])
+def test_an_exception_in_the_context_leaves_every_byte(
+    error: type[BaseException], trained: Client, own: Tensors
+) -> None:
     before = trained.weights.checksum()
 
     def train() -> None:
         with trained.weights.begin("never") as begun:
             begun.update(plus(own, 1))
-            raise ZeroDivisionError
+            raise error
 
-    with pytest.raises(ZeroDivisionError):
+    with pytest.raises(error):
         train()
     assert (trained.weights.checksum(), trained.weights.version()) == (before, "restored")
     trained.weights.update(own)  # nothing is open any more
+
+
+def test_ctrl_c_amid_an_update_leaves_every_byte(trained: Client, own: Tensors) -> None:
+    before = trained.weights.checksum()
+    size = sum(tensor.nbytes for tensor in own.values())
+
+    def interrupt(progress: UpdateProgress) -> None:
+        if progress.sent > size // 2:
+            raise KeyboardInterrupt
+
+    for route in ("shared", "http"):
+        with pytest.raises(KeyboardInterrupt):
+            trained.weights.update(plus(own, 1), on_progress=interrupt, bucket_bytes=SEVERAL, route=route)
+        assert (trained.weights.checksum(), trained.weights.version()) == (before, "restored")
 
 
 def test_an_incomplete_update_is_not_committed(trained: Client, own: Tensors) -> None:

@@ -16,12 +16,14 @@ from torch.distributed.tensor import Shard, distribute_tensor
 from transformers import T5EncoderModel
 
 from safelight.client import Client, TensorsRejected, WeightUpdate
+from safelight.client.named_tensors import read
 from safelight.tests.client.tensors import SEVERAL, Tensors, plus
 from safelight.worker.parallel.ranks import Ranks
 
 
 def send_each_way(ranks: Ranks, url: str, flux: Path, results: Path) -> None:
     """Update in every way of :data:`WAYS`; the server's checksums after each are written to ``results``."""
+    read_parameters_smaller_than_the_group(ranks)
     checksums = {}
     with Client(url) as client:
         for name, (send, number) in WAYS.items():
@@ -34,6 +36,19 @@ def send_each_way(ranks: Ranks, url: str, flux: Path, results: Path) -> None:
                 assert done is None, name
     if ranks.rank == 0:
         results.write_text(json.dumps(checksums))
+
+
+def read_parameters_smaller_than_the_group(ranks: Ranks) -> None:
+    """The last rank has no element of any parameter, and takes part for each of them, once for a tied one."""
+    first, last = nn.Linear(4, 1), nn.Linear(4, 1)
+    last.weight = first.weight
+    model = nn.Sequential(first, nn.Linear(4, 1), last)
+    fully_shard(model)
+    given = read(model)
+    if ranks.rank == 0:
+        assert [tensor.name for tensor in given.tensors] == ["0.weight", "0.bias", "1.weight", "1.bias", "2.bias"]
+    else:
+        given.take_part()
 
 
 def dtensors(ranks: Ranks, client: Client, flux: Path, number: float) -> WeightUpdate | None:
