@@ -208,7 +208,7 @@ class Operations:
         flushes = not isinstance(self._operation, Update) or self._operation.flush_cache
         encoders = set(self._update.written) - set(DENOISERS)
         self._update.commit()
-        if self._journal is not None and self._ranks.rank == 0:
+        if self._journal is not None:
             self._journal.commit()
         self._model.weight_version = order.weight_version
         invalidated = self._flush() if flushes or encoders else []

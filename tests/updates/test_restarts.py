@@ -128,9 +128,12 @@ def test_with_a_journal_updates_outlive_a_process_a_server_and_a_tensor_parallel
         assert (trainer.checksum(), trainer.draw()["weight_version"]) == (wanted, "kept")
         _no_room(trainer, journal)
         assert (trainer.checksum(), version(trainer)) == (wanted, "kept")
-    with serve("--weights-journal", str(journal), ranks=2) as trainer:
+    with serve("--weights-journal", str(journal), tp=2) as trainer:
         assert (trainer.checksum(), trainer.draw()["weight_version"]) == (wanted, "kept")
         trainer.update(own, weight_version="by two")
+        update_id = trainer.done("/begin_weights_update", {})["update_id"]
+        trainer.update(changed(own, 0.9), update_id=update_id)
+        trainer.done("/abort_weights_update", {"update_id": update_id})
     current = json.loads((journal / "current.json").read_text())
     assert current["weight_version"] == "by two"
     assert [folder.name for folder in journal.glob("version-*")] == [current["folder"]]

@@ -67,7 +67,7 @@ class Journal:
         except OSError:
             shutil.rmtree(folder, ignore_errors=True)
             raise
-        self._written = current
+        self._written = current if ranks.rank == 0 else None  # who has written it commits it, or drops it
 
     def _put_beside(self, current: _Current) -> None:
         """So that a commit is no more than a move, for which a full disk has room."""
