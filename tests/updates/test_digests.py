@@ -30,7 +30,7 @@ FILES = {
 @pytest.fixture(scope="module")
 def quarters(serve: Serve) -> Iterator[Trainer]:
     """One replica of four ranks, projections fused."""
-    with serve("--fuse-projections", ranks=4) as trainer:
+    with serve("--fuse-projections", tp=4) as trainer:
         yield trainer
 
 
