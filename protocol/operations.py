@@ -201,10 +201,10 @@ class Continue(msgspec.Struct, tag=True, frozen=True):
 
 
 class AbortRequests(msgspec.Struct, tag=True, frozen=True):
-    """End the requests whose ids begin with ``prefix``; all, where it is ``None``."""
+    """End what the client called ``name``: requests with that id and a number of ours; all, where it is ``None``."""
 
     request_id: str
-    prefix: str | None
+    name: str | None
 
 
 class Perform(msgspec.Struct, tag=True, frozen=True, kw_only=True):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import mmap
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,12 @@ from typing import Any, BinaryIO, Self
 
 MAX_HEADER = 100_000_000
 """The bound of the format itself."""
+
+MAX_NAME = 1000
+"""Characters of a tensor's name."""
+
+_LIMIT = 1 << 48  # of every size and position, and of the number of elements
+_SHOWN = 100  # characters of what a file says
 
 ITEM_SIZES = {
     "BOOL": 1, "U8": 1, "I8": 1, "F8_E5M2": 1, "F8_E4M3": 1, "U16": 2, "I16": 2, "F16": 2, "BF16": 2,
@@ -86,13 +93,25 @@ def write_header(tensors: Sequence[tuple[str, str, Sequence[int]]]) -> bytes:
 
 
 def _stored(name: str, told: Any, base: int) -> StoredTensor:
+    shown = f"its tensor {name[:_SHOWN]!r}"
     begin, end = told["data_offsets"]
     dtype, shape = told["dtype"], tuple(told["shape"])
-    if not all(type(number) is int and number >= 0 for number in (begin, end, *shape)):
-        raise BadTensorFile(f"the sizes of its tensor {name} are no numbers")
+    if len(name) > MAX_NAME or not name.isprintable():
+        raise BadTensorFile(f"the name of {shown} is too long, or no text")
+    if not is_shape(shape) or not all(type(number) is int and 0 <= number <= _LIMIT for number in (begin, end)):
+        raise BadTensorFile(f"the sizes of {shown} are no numbers, or too large")
     if dtype not in ITEM_SIZES or end - begin != math.prod(shape) * ITEM_SIZES[dtype]:
-        raise BadTensorFile(f"the size of its tensor {name} is not that of {dtype} {list(shape)}")
+        raise BadTensorFile(f"the size of {shown} is not that of {str(dtype)[:_SHOWN]} {list(shape)}")
     return StoredTensor(name, dtype, shape, base + begin, end - begin)
+
+
+def is_shape(numbers: Sequence[object]) -> bool:
+    """Whether these are at most 64 ints, none below zero, of a product of at most 2**48, zeros apart."""
+    return (
+        len(numbers) <= 64
+        and all(type(number) is int and 0 <= number <= _LIMIT for number in numbers)
+        and math.prod(number or 1 for number in numbers if isinstance(number, int)) <= _LIMIT
+    )
 
 
 class TensorFile(Mapping[str, StoredTensor]):
@@ -107,7 +126,7 @@ class TensorFile(Mapping[str, StoredTensor]):
 
     def __enter__(self) -> Self:
         with self._path.open("rb") as stream:
-            self._tensors = {tensor.name: tensor for tensor in read_head(stream, self._path.stat().st_size)}
+            self._tensors = {tensor.name: tensor for tensor in read_head(stream, os.fstat(stream.fileno()).st_size)}
             self._map = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
         self._bytes = memoryview(self._map)
         return self
@@ -140,9 +159,9 @@ def weight_files(folder: Path) -> list[Path]:
     """
     for stem in ("diffusion_pytorch_model", "model"):
         index = folder / f"{stem}.safetensors.index.json"
-        if index.exists():
+        if index.is_file():
             return _indexed(index)
-        if (folder / f"{stem}.safetensors").exists():
+        if (folder / f"{stem}.safetensors").is_file():
             return [folder / f"{stem}.safetensors"]
     return []
 

@@ -149,8 +149,8 @@ class Dispatcher:
                 self._pause(message)
             case Continue(request_id=request_id):
                 self._continue(request_id)
-            case AbortRequests(request_id=request_id, prefix=prefix):
-                self._abort(prefix)
+            case AbortRequests(request_id=request_id, name=name):
+                self._abort(name)
                 self._outbox.to_server.append(Operated(request_id, {}, self._operations.version))
             case ReplicaExited(replica=number, message=why):
                 if replica := self._replicas.get(number):
@@ -356,9 +356,9 @@ class Dispatcher:
                 self._outbox.to_server.append(Operated(pause.request_id, {}, self._operations.version))
             self._pausing.clear()
 
-    def _abort(self, prefix: str | None) -> None:
+    def _abort(self, name: str | None) -> None:
         for request in list(self._live.values()):
-            if prefix is None or request.id.startswith(prefix):
+            if name is None or request.id.rpartition(".")[0] == name:
                 self._stop(request, Conflict("The request was ended by an operator."))
 
     def _halted(self) -> str | None:

@@ -400,8 +400,8 @@ class Operations:
         self._end_well(transaction, running)
 
     def _undo(self, transaction: Transaction, running: Running) -> None:
-        """Have the replicas let go of what they prepared or joined, or undo what they wrote."""
-        if not isinstance(running.part.operation, Update | Commit | Join):
+        """Have the replicas let go of what they prepared, joined or put away, or undo what they wrote."""
+        if not isinstance(running.part.operation, Update | Commit | Join | Sleep):
             return
         step: Step = "release" if running.step == "prepare" else "rollback"
         for number in sorted(running.replicas or running.reports):

@@ -7,7 +7,7 @@ from starlette.exceptions import HTTPException
 
 from .. import __version__
 from ..protocol.errors import ErrorInfo
-from . import generate, health, information, metrics, weights
+from . import generate, generation_control, health, information, metrics, weights
 from .exchange import ExchangeMiddleware
 from .gate import ApiKeyMiddleware, BodyLimitMiddleware
 from .replies import error_reply
@@ -24,7 +24,7 @@ def create_app(service: Service) -> FastAPI:
         BodyLimitMiddleware,
         limit=service.config.max_body_mb * 1_000_000,
         larger={
-            "/update_weights_from_tensor": service.config.max_update_mb * 1_000_000,
+            ("/update_weights_from_tensor", weights.SAFETENSORS): service.config.max_update_mb * 1_000_000,
         },
     )
     app.add_middleware(ApiKeyMiddleware, api_key=service.config.api_key)
@@ -33,6 +33,7 @@ def create_app(service: Service) -> FastAPI:
     app.include_router(health.routes(service))
     app.include_router(information.routes(service))
     app.include_router(weights.routes(service))
+    app.include_router(generation_control.routes(service))
     app.include_router(metrics.routes(service.metrics))
     return app
 

@@ -19,12 +19,20 @@ def find_modules(path: str, wanted: list[str] | None, config: Config) -> dict[st
     ``path`` is a pipeline's directory, one component's, or a safetensors file. Raises ``NotFound``,
     ``Forbidden`` outside the roots that the server allows, and ``InvalidRequest`` for files that cannot be used.
     """
-    named = resolve_model(path)
-    found = _allowed(named, config) if isinstance(named, Path) else _download(named, config)
     try:
+        named = resolve_model(path)
+        local = isinstance(named, Path)
+        found = _allowed(named, config) if isinstance(named, Path) else _download(named, config)
         modules = _modules(found, wanted)
+        for file in (file for files in modules.values() for file in files):
+            if local:
+                _allowed(file, config)
+            if not file.is_file():
+                raise InvalidRequest(f"{file} is no file.", field="model_path")
     except BadTensorFile as error:
         raise InvalidRequest(f"{path} cannot be used: {error}.", field="model_path") from None
+    except (OSError, ValueError, RuntimeError) as error:  # too long, a loop of links, nobody's home
+        raise NotFound(f"There is nothing at {path[:200]} ({type(error).__name__}).", field="model_path") from None
     missing = [name for name in wanted or () if name not in modules]
     if missing or not modules:
         raise NotFound(
@@ -43,15 +51,14 @@ def _modules(path: Path, wanted: list[str] | None) -> dict[str, list[Path]]:
         if any(file.suffix != _SUFFIX for file in files):
             raise InvalidRequest(f"{path} is no {_SUFFIX} file, and nothing else is read.", field="model_path")
         return {wanted[0] if wanted else "transformer": files}
+    if not path.is_dir():
+        raise InvalidRequest(f"{path} is neither a directory nor a file.", field="model_path")
     folders = sorted(folder for folder in path.iterdir() if folder.is_dir())
     return {folder.name: files for folder in folders if (files := weight_files(folder))}
 
 
 def _allowed(path: Path, config: Config) -> Path:
-    try:
-        resolved = path.resolve(strict=True)
-    except (OSError, ValueError):
-        raise NotFound(f"There is nothing at {path}.", field="model_path") from None
+    resolved = path.resolve(strict=True)
     roots = [Path(root).expanduser() for root in config.weights_roots.split(os.pathsep) if root] or _own_roots(config)
     if not any(resolved.is_relative_to(root.resolve()) for root in roots):
         raise Forbidden(
@@ -63,8 +70,14 @@ def _allowed(path: Path, config: Config) -> Path:
 
 def _own_roots(config: Config) -> list[Path]:
     """Where the model itself lies, beside it, and the folder that the server was started in."""
-    model = resolve_model(config.model)
-    return [Path.cwd(), *([model.resolve().parent] if isinstance(model, Path) else [])]
+    model, here = resolve_model(config.model), Path.cwd()
+    own = [_folder_of(model.resolve())] if isinstance(model, Path) else []
+    return own if here == Path(here.anchor) else [here, *own]  # a container's root would be everything
+
+
+def _folder_of(model: Path) -> Path:
+    """Where the model lies; of a hub's cache the whole repository, since its files are links into it."""
+    return model.parent.parent if model.parent.name == "snapshots" else model.parent
 
 
 def _download(name: str, config: Config) -> Path:

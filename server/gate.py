@@ -38,10 +38,10 @@ def _check_key(header: str | None, api_key: str) -> None:
 class BodyLimitMiddleware:
     """Refuses a body over ``limit`` bytes: by its announced length at once, otherwise as soon as that much has come.
 
-    ``larger`` are limits of some paths.
+    ``larger`` are limits of some paths for bodies of some media type.
     """
 
-    def __init__(self, app: ASGIApp, *, limit: int, larger: Mapping[str, int]) -> None:
+    def __init__(self, app: ASGIApp, *, limit: int, larger: Mapping[tuple[str, str], int]) -> None:
         self._app = app
         self._limit = limit
         self._larger = larger
@@ -50,8 +50,9 @@ class BodyLimitMiddleware:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        limit = self._larger.get(scope["path"], self._limit)
-        announced = Headers(scope=scope).get("content-length", "0")
+        headers = Headers(scope=scope)
+        limit = self._larger.get((scope["path"], media_type(headers)), self._limit)
+        announced = headers.get("content-length", "0")
         if announced.isdigit() and int(announced) > limit:
             raise _too_large(limit)
         received = 0
@@ -65,6 +66,11 @@ class BodyLimitMiddleware:
             return message
 
         await self._app(scope, limited_receive, send)
+
+
+def media_type(headers: Headers) -> str:
+    """What the body is, without parameters."""
+    return headers.get("content-type", "").partition(";")[0].strip().lower()
 
 
 def _too_large(limit: int) -> BodyTooLarge:

@@ -26,6 +26,7 @@ from ..protocol.messages import ModelInfo, Status
 from .app import create_app
 from .flags import read_config
 from .http_server import HttpServer, listen, url_of
+from .journal_lock import own_journal
 from .scheduler_link import SchedulerLink
 from .service import Service
 from .supervisor import Supervisor
@@ -61,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(error.message, file=sys.stderr)
         return WRONG_START
     try:
-        with listener:
+        with listener, own_journal(config.weights_journal):
             return asyncio.run(_in_own_directory(config, listener))
     except StartFailed as error:
         print(error.message, file=sys.stderr)  # last of all, so that it is what the reader sees

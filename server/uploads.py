@@ -2,64 +2,131 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import secrets
 import shutil
+import stat
+from collections.abc import AsyncIterator
 from pathlib import Path
+from types import TracebackType
+from typing import BinaryIO, Self
 
 from fastapi import Request
 
 from ..protocol.errors import InvalidRequest, Malformed, Unavailable
-from ..protocol.tensor_files import MAX_HEADER, BadTensorFile, read_header
+from ..protocol.tensor_files import BadTensorFile, read_header
+
+MAX_HEADER = 16 << 20
+"""Bytes of a body's header; a tensor takes about a hundred."""
+
+AT_ONCE = 8
+"""Bodies that are received at a time; others wait."""
+
+IDLE_S = 60.0
+"""Seconds without a byte after which a body has ended."""
+
+_AHEAD = 256 << 20
+"""Bytes of memory that are taken for what is still to come: a client may announce what it does not have."""
+
+
+class Uploads:
+    """Receives bodies into folders of their own below ``shared``."""
+
+    def __init__(self, shared: Path) -> None:
+        self._shared = shared
+        self._turns = asyncio.Semaphore(AT_ONCE)
+
+    def receive(self, request: Request) -> Upload:
+        """A context with the body's file, which is gone after it.
+
+        Entering raises ``Malformed`` for what is no safetensors file, and ``Unavailable`` where the memory is full.
+        """
+        return Upload(self._shared / f"upload-{secrets.token_hex(8)}", self._turns, request)
 
 
 class Upload:
-    """A file in a folder of its own below ``shared``, which :meth:`remove` removes unless a worker has done so."""
+    def __init__(self, folder: Path, turns: asyncio.Semaphore, request: Request) -> None:
+        self.file = folder / "tensors.safetensors"
+        self._folder = folder
+        self._turns = turns
+        self._request = request
 
-    def __init__(self, shared: Path) -> None:
-        self.folder = shared / f"upload-{secrets.token_hex(8)}"
-        self.file = self.folder / "tensors.safetensors"
-
-    async def receive(self, request: Request) -> None:
-        """Take in the body. The header is checked before the data come.
-
-        Raises ``Malformed`` for what is no safetensors file, and ``Unavailable`` where the memory is full.
-        """
-        announced = request.headers.get("content-length", "")
-        size = int(announced) if announced.isdigit() else None
-        head, checked, received = bytearray(), False, 0
+    async def __aenter__(self) -> Self:
+        announced = self._request.headers.get("content-length", "")
+        if not announced.isdigit():
+            raise Malformed("A safetensors body needs a Content-Length.")
         try:
-            self.folder.mkdir(mode=0o700)
-            with self.file.open("xb", buffering=0) as stream:
-                if size is not None:
-                    os.posix_fallocate(stream.fileno(), 0, max(1, size))  # or there is no room, known at once
-                async for chunk in request.stream():
-                    received += len(chunk)
-                    if not checked:
-                        head += chunk
-                        checked = _check(bytes(head), size) if size is not None else True
-                    stream.write(chunk)
-                stream.truncate(received)
-        except BadTensorFile as error:
-            raise Malformed(f"The body is no safetensors file: {error}.") from None
-        except OSError as error:
-            raise Unavailable(f"The body could not be kept in shared memory: {error.strerror}.") from error
-        if size is not None and received != size:
-            raise Malformed(f"The body ended after {received} of {size} bytes.")
+            async with self._turns:
+                self._folder.mkdir(mode=0o700)
+                with self.file.open("xb", buffering=0) as stream:
+                    await _receive(_chunks(self._request), stream, int(announced))
+        except BaseException as error:
+            await self._remove()
+            if isinstance(error, BadTensorFile):
+                raise Malformed(f"The body is no safetensors file: {error}.") from None
+            if isinstance(error, TimeoutError):
+                raise Malformed(f"No more of the body came for {IDLE_S:g} seconds.") from None
+            if isinstance(error, OSError):
+                raise Unavailable(f"The body could not be kept in shared memory: {error.strerror}.") from error
+            raise
+        return self
 
-    def remove(self) -> None:
-        shutil.rmtree(self.folder, ignore_errors=True)
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self._remove()
+
+    async def _remove(self) -> None:
+        await asyncio.shield(asyncio.to_thread(shutil.rmtree, self._folder, ignore_errors=True))
 
 
-def _check(head: bytes, size: int) -> bool:
-    """Whether the header has come, and is one. Raises ``BadTensorFile``."""
-    length = int.from_bytes(head[:8], "little")
-    if len(head) >= 8 and not 2 <= length <= min(size - 8, MAX_HEADER):
-        raise BadTensorFile("it has no header")
-    if len(head) < 8 + length and len(head) < size:
-        return False
-    read_header(head, size)
-    return True
+async def _chunks(request: Request) -> AsyncIterator[bytes]:
+    """The body's pieces. Raises ``TimeoutError`` when none comes for too long."""
+    stream = aiter(request.stream())
+    while True:
+        try:
+            async with asyncio.timeout(IDLE_S):
+                chunk = await anext(stream)
+        except StopAsyncIteration:
+            return
+        if chunk:
+            yield chunk
+
+
+async def _receive(chunks: AsyncIterator[bytes], stream: BinaryIO, size: int) -> None:
+    """Write the body of ``size`` bytes. Its header is checked when it is there, before what comes behind it is kept."""
+    head = bytearray()
+    async for chunk in chunks:
+        head += chunk
+        length = int.from_bytes(head[:8], "little")
+        if len(head) >= 8 and not 2 <= length <= min(size - 8, MAX_HEADER):
+            raise BadTensorFile("it has no header, or a very large one")
+        if len(head) >= 8 + length and len(head) >= 8:
+            break
+    await asyncio.to_thread(read_header, bytes(head), size)
+    received = taken = 0
+    waiting: bytes | None = bytes(head)
+    while waiting is not None:
+        if received + len(waiting) > taken:
+            room = min(_AHEAD, size - taken)
+            await asyncio.to_thread(
+                os.posix_fallocate, stream.fileno(), taken, room
+            )  # or it is known that there is none
+            taken += room
+        received += len(waiting)
+        if received > size:
+            raise BadTensorFile(f"it has more than its {size} bytes")
+        _write(stream, waiting)
+        waiting = await anext(chunks, None)
+    if received != size:
+        raise BadTensorFile(f"it ended after {received} of {size} bytes")
+
+
+def _write(stream: BinaryIO, data: bytes) -> None:
+    left = memoryview(data)
+    while left:
+        left = left[stream.write(left) :]
 
 
 def shared_file(shared: Path, path: str) -> Path:
@@ -67,9 +134,10 @@ def shared_file(shared: Path, path: str) -> Path:
     found = Path(path)
     try:
         resolved = found.resolve(strict=True)
-    except (OSError, ValueError):
-        raise InvalidRequest(f"There is no file {path}.", field="shared.path") from None
-    if not resolved.is_relative_to(shared.resolve()) or not resolved.is_file() or found.is_symlink():
+        regular = stat.S_ISREG(found.lstat().st_mode)
+    except (OSError, ValueError, RuntimeError):
+        raise InvalidRequest(f"There is no file {path[:1000]}.", field="shared.path") from None
+    if not resolved.is_relative_to(shared.resolve()) or not regular:
         raise InvalidRequest(
             f"The file must lie in {shared}, the server's shared-memory directory (see /server_info).",
             field="shared.path",

@@ -15,12 +15,13 @@ B = TypeVar("B")
 
 Name = Annotated[str, Meta(min_length=1, max_length=1000)]
 Version = Annotated[str, Meta(min_length=1, max_length=200)]
+Modules = Annotated[list[Name], Meta(min_length=1)]
 Seconds = Annotated[float, Meta(gt=0, le=86400)]
 
 
 class FromDisk(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     model_path: Name
-    target_modules: list[Name] | None = None
+    target_modules: Modules | None = None
     weight_version: Version | None = None
     flush_cache: bool = True
     mode: Barrier = "wait"
@@ -41,7 +42,7 @@ class FromTensor(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     serialized_named_tensors: list[str] | None = None
     load_format: Literal["flattened_bucket"] | None = None
     shared: Shared | None = None
-    target_modules: list[Name] | None = None
+    target_modules: Modules | None = None
     target_module: Name | None = None
     payload_gpu_uuids: list[str] | None = None
     weight_version: Version | None = None
@@ -53,9 +54,19 @@ class FromTensor(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     update_id: Name | None = None
 
 
+class FromBody(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What stands in the query beside a safetensors body."""
+
+    target_module: Name = "transformer"
+    weight_version: Version | None = None
+    flush_cache: bool = True
+    mode: Barrier = "wait"
+    update_id: Name | None = None
+
+
 class Begin(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     weight_version: Version | None = None
-    target_modules: list[Name] | None = None
+    target_modules: Modules | None = None
     mode: Barrier = "wait"
     timeout_s: Seconds = 300.0
 
@@ -84,11 +95,14 @@ class FromDistributed(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     dtypes: list[str]
     shapes: list[list[int]]
     group_name: Name = "weight_update_group"
-    target_modules: list[Name] | None = None
+    target_modules: Modules | None = None
     weight_version: Version | None = None
     flush_cache: bool = True
     mode: Barrier = "wait"
     update_id: Name | None = None
+
+
+UpdateBody = FromDisk | FromTensor | FromBody | FromDistributed
 
 
 class DestroyGroup(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

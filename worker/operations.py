@@ -89,6 +89,12 @@ class Operations:
         modules = [part for part in model.pipeline.components.values() if isinstance(part, nn.Module)]
         self._parking = Parking(modules, model.device)
         self._operation: Operation | None = None
+        self._parked_now = False
+
+    @property
+    def holds(self) -> bool:
+        """Whether there are weights that are written and not committed, of which nothing may be computed."""
+        return bool(self._update.written)
 
     def perform(self, order: Perform) -> Performed:
         """Do a step together with the other ranks; the answer is of all of them.
@@ -99,32 +105,36 @@ class Operations:
             self._operation = order.operation
         if order.step in ("commit", "rollback", "release"):  # nothing in them may fail, or can be refused
             report = self._finish(order)
+            self._operation = None
             self._ranks.exchange(b"")
             return Performed(order.number, order.step, report)
-        vote = self._vote(order)
-        votes = [msgspec.msgpack.decode(one, type=_Vote) for one in self._ranks.exchange(msgspec.msgpack.encode(vote))]
+        votes = [msgspec.msgpack.decode(one, type=_Vote) for one in self._ranks.exchange(self._vote(order))]
         failed = next((vote for vote in votes if vote.error is not None), None)
         told = failed or votes[0]
         return Performed(
             order.number, order.step, msgspec.structs.replace(told.report, ranks=self._ranks.size), told.error
         )
 
-    def _vote(self, order: Perform) -> _Vote:
+    def _vote(self, order: Perform) -> bytes:
         try:
-            if order.step == "write":
-                return _Vote(self._write())
-            if order.step == "journal":
-                return _Vote(self._write_down(order))
-            return _Vote(self._do(self._operation, order.leads))
+            return msgspec.msgpack.encode(_Vote(self._done(order)))
         except Rejected as rejected:
-            return _Vote(rejected.report, rejected.error.info())
+            vote = _Vote(rejected.report, rejected.error.info())
         except SafelightError as error:
-            return _Vote(error=error.info())
+            vote = _Vote(error=error.info())
         except RankLost:
             raise
         except Exception:
             log.exception("an operation failed")
-            return _Vote(error=Internal("The operation failed; the server's log has the details.").info())
+            vote = _Vote(error=Internal("The operation failed; the server's log has the details.").info())
+        return msgspec.msgpack.encode(vote)
+
+    def _done(self, order: Perform) -> Report:
+        if order.step == "write":
+            return self._write()
+        if order.step == "journal":
+            return self._write_down(order)
+        return self._do(self._operation, order.leads)
 
     def _do(self, operation: Operation | None, leads: bool) -> Report:
         match operation:
@@ -175,6 +185,8 @@ class Operations:
         match self._operation:
             case Join():
                 self._groups.forget_join()
+            case Sleep() if self._parked_now:
+                self._parking.fetch(self._sign)
             case Update(source=Broadcast(group=group)):
                 self._groups.leave(group)
 
@@ -182,7 +194,7 @@ class Operations:
         self._update.write(self._sign)
         if self._model.device.type == "cuda":
             torch.cuda.synchronize(self._model.device)
-        return self._update.report()
+        return self._update.report(part=True)
 
     def _write_down(self, order: Perform) -> Report:
         assert self._journal is not None
@@ -254,9 +266,10 @@ class Operations:
         return [PROMPT_CACHE]
 
     def _sleep(self, operation: Sleep) -> Report:
-        if "weights" in operation.tags:
+        self._parked_now = "weights" in operation.tags and not self._parking.parked
+        if self._parked_now:
             try:
-                self._parking.park()
+                self._parking.park(self._sign)
             except OSError as error:
                 raise Conflict(f"The weights cannot be put away: {error.strerror or error}.") from error
         if "caches" in operation.tags:
@@ -266,7 +279,7 @@ class Operations:
 
     def _wake(self, operation: Wake) -> Report:
         if "weights" in operation.tags:
-            self._parking.fetch()
+            self._parking.fetch(self._sign)
         return Report()
 
     def _export(self, operation: Export) -> Report:

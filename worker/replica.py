@@ -139,12 +139,13 @@ class Replica:
                     case Perform():
                         self._send(operations.perform(message))
                         jobs.set_version(model.weight_version)
-            hub.turn()
+            if not operations.holds:
+                hub.turn()
 
         try:
             if self._leads:
                 self._send(ReplicaReady(self._number, os.getpid(), model.info()))
-                self._lead(hub, jobs, take)
+                self._lead(hub, jobs, lambda: hub.busy and not operations.holds, take)
             else:
                 follower = Follower(self._context, self._child.meeting_place, self._child.rank)
                 follower.run(lambda: hub.trace, take)
@@ -153,19 +154,19 @@ class Replica:
         leave(self._ranks)
         return self._leave(0)
 
-    def _lead(self, hub: Hub, jobs: Jobs, take: Callable[[Turn], None]) -> None:
+    def _lead(self, hub: Hub, jobs: Jobs, busy: Callable[[], bool], take: Callable[[Turn], None]) -> None:
         team = Leader(self._context, self._child.meeting_place, self._config.tp)
         poller = zmq.Poller()
         poller.register(self._socket, zmq.POLLIN)
         poller.register(self._awake, zmq.POLLIN)
         while not self._stopping:
             left_s = self._beat(jobs)
-            ready = dict(poller.poll(0 if hub.busy else round(left_s * 1000)))
+            ready = dict(poller.poll(0 if busy() else round(left_s * 1000)))
             if self._awake in ready:
                 os.read(self._awake, 4096)
             messages = self._received() if self._socket in ready else []
             dropped = jobs.collect()
-            if messages or dropped or hub.busy:
+            if messages or dropped or busy():
                 turn = Turn(messages, dropped, hub.trace)
                 team.tell(turn)
                 take(turn)

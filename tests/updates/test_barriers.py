@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -98,6 +99,20 @@ def test_in_place_goes_on_and_says_which_weights_it_saw(trainer: Trainer) -> Non
         assert not request.done()
         _, told = request.result()
     assert (told["weight_versions"], told["weight_version"]) == ([version, "during"], "during")
+
+
+def test_in_place_computes_nothing_with_weights_that_are_not_committed(trainer: Trainer) -> None:
+    asked = DRAWING | long(trainer)
+    wanted = trainer.done("/generate", asked)["outputs"][0]["b64"]
+    new = list(changed(transformer(trainer.directory)).items())
+    with one_that_runs(trainer) as request:
+        update_id = trainer.done("/begin_weights_update", {"mode": "in_place"})["update_id"]
+        for part in (new[::2], new[1::4]):
+            trainer.update(dict(part), update_id=update_id)
+            time.sleep(0.5)
+        assert not request.done()
+        trainer.done("/abort_weights_update", {"update_id": update_id})
+        assert request.result()[1]["outputs"][0]["b64"] == wanted
 
 
 def test_requests_behind_an_update_are_drawn_by_its_weights(trainer: Trainer) -> None:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import socket
 import struct
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -62,7 +64,7 @@ def test_a_dtype_of_another_kind(trainer: Trainer) -> None:
 
 def test_an_unknown_module(trainer: Trainer) -> None:
     answer = trainer.send(some(trainer), target_module="unet")
-    assert answer.status_code == 404
+    assert answer.status_code == 400
     assert "unet" in answer.json()["message"]
 
 
@@ -77,12 +79,94 @@ def test_an_unknown_module(trainer: Trainer) -> None:
         lambda body: body[:8] + b"[" + body[9:],
         lambda body: body.replace(b'"data_offsets":[0,', b'"data_offsets":[4,', 1),
         lambda body: body.replace(b'"F32"', b'"F99"', 1),
+        lambda body: _head({"\ud800": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}}),
+        lambda body: _head({"x" * 5000: {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}}),
+        lambda body: _head({"x": {"dtype": "F32", "shape": [0, 2**70], "data_offsets": [0, 0]}}),
+        lambda body: _head({"x": {"dtype": "F32", "shape": [0, *[10**4000] * 300], "data_offsets": [0, 0]}}),
     ],
-    ids=["cut", "longer", "empty", "no safetensors", "giant header", "no JSON", "overlap", "unknown dtype"],
+    ids=[
+        "cut",
+        "longer",
+        "empty",
+        "no safetensors",
+        "giant header",
+        "no JSON",
+        "overlap",
+        "unknown dtype",
+        "surrogate name",
+        "long name",
+        "large shape",
+        "enormous shape",
+    ],
 )
 def test_bytes_that_are_no_safetensors_file(damage: Callable[[bytes], bytes], trainer: Trainer) -> None:
     answer = trainer.post("/update_weights_from_tensor", content=damage(save(some(trainer))), headers=SAFETENSORS)
-    assert answer.status_code == 422, answer.text
+    assert answer.status_code == 400, answer.text
+
+
+def _head(header: dict[str, Any]) -> bytes:
+    """A file without data."""
+    text = json.dumps(header).encode()
+    return struct.pack("<Q", len(text)) + text
+
+
+def test_a_name_that_is_no_text_ends_no_process(trainer: Trainer) -> None:
+    pids = [replica["pid"] for replica in trainer.replicas()]
+    folder = trainer.shared() / "mine"
+    folder.mkdir()
+    (folder / "x").write_bytes(_head({"\ud800": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}}))
+    answer = trainer.post("/update_weights_from_tensor", {"shared": {"path": str(folder / "x")}})
+    shutil.rmtree(folder)
+    assert answer.status_code == 400
+    assert [replica["pid"] for replica in trainer.replicas()] == pids
+
+
+def test_a_length_that_is_announced_and_does_not_come_takes_no_memory(trainer: Trainer) -> None:
+    url = httpx.URL(trainer.server.url)
+    body = save(some(trainer))
+    header = body[: 8 + int.from_bytes(body[:8], "little")]
+    for sent in (b"abc", header):
+        with socket.create_connection((url.host, url.port)) as connection:
+            head = "POST /update_weights_from_tensor HTTP/1.1\r\nHost: x\r\nContent-Length: 9000000000\r\n"
+            connection.sendall(f"{head}Content-Type: application/x-safetensors\r\n\r\n".encode() + sent)
+            trainer.server.wait_for(lambda: list(trainer.shared().glob("upload-*")) or None, 30)
+            assert sum(file.stat().st_blocks for file in trainer.shared().rglob("*")) * 512 < 1 << 20
+        trainer.server.wait_for(lambda: not list(trainer.shared().glob("upload-*")) or None, 30)
+
+
+def test_a_parameter_that_means_nothing_beside_a_body(trainer: Trainer) -> None:
+    for name in ("weight_update_mode", "lora_rank", "load_format", "target_modules"):
+        assert trainer.send(some(trainer), **{name: "lora_merge"}).status_code == 400
+
+
+@pytest.mark.parametrize("kind", ["pipe", "index pipe", "link out", "loop"])
+def test_a_checkpoint_of_what_is_no_file(kind: str, trainer: Trainer, checkpoint: Path, tmp_path: Path) -> None:
+    folder = checkpoint.parent / f"odd-{trainer.tp}-{kind}" / "transformer"  # below a root
+    folder.mkdir(parents=True)
+    file = folder / "diffusion_pytorch_model.safetensors"
+    if kind == "link out":
+        save_file(some(trainer), tmp_path / "outside.safetensors")
+        file.symlink_to(tmp_path / "outside.safetensors")
+    elif kind == "loop":
+        file.symlink_to(file)
+    else:
+        os.mkfifo(file if kind == "pipe" else folder / "diffusion_pytorch_model.safetensors.index.json")
+    answer = trainer.post("/update_weights_from_disk", {"model_path": str(folder.parent)})
+    shutil.rmtree(folder.parent)
+    assert answer.status_code == 400, answer.text
+
+
+def test_a_client_that_goes_away_while_its_update_waits_changes_nothing(trainer: Trainer) -> None:
+    update_id = trainer.done("/begin_weights_update", {})["update_id"]
+    with pytest.raises(httpx.TimeoutException):
+        httpx.post(
+            f"{trainer.server.url}/update_weights_from_tensor",
+            content=save(changed(transformer(trainer.directory))),
+            headers=SAFETENSORS,
+            timeout=httpx.Timeout(30, read=1),
+        )
+    trainer.server.wait_for(lambda: not list(trainer.shared().glob("upload-*")) or None, 30)
+    trainer.done("/abort_weights_update", {"update_id": update_id})
 
 
 def test_a_body_that_ends_before_its_length(trainer: Trainer) -> None:
@@ -122,34 +206,34 @@ def test_a_file_that_is_not_the_server_s_to_read(where: str, trainer: Trainer, t
 
 
 @pytest.mark.parametrize(
-    ("path", "status"),
-    [("/etc", 403), ("{tmp}", 403), ("nowhere", 404), ("org/model", 403), ("{checkpoint}/scheduler", 404)],
+    "path",
+    ["/etc", "{tmp}", "nowhere", "org/model", "{checkpoint}/scheduler", "~nobody-here/x", "a" * 300],
 )
 def test_a_checkpoint_that_may_not_or_cannot_be_read(
-    path: str, status: int, trainer: Trainer, tmp_path: Path, checkpoint: Path
+    path: str, trainer: Trainer, tmp_path: Path, checkpoint: Path
 ) -> None:
     named = path.format(tmp=tmp_path, checkpoint=checkpoint)
     answer = trainer.post("/update_weights_from_disk", {"model_path": named})
-    assert answer.status_code == status, answer.text
+    assert answer.status_code == 400, answer.text
 
 
 def test_a_checkpoint_that_lacks_a_module_that_was_asked_for(trainer: Trainer, checkpoint: Path) -> None:
     asked = {"model_path": str(checkpoint), "target_modules": ["transformer", "transformer_2"]}
     answer = trainer.post("/update_weights_from_disk", asked)
-    assert answer.status_code == 404
+    assert answer.status_code == 400
     assert "transformer_2" in answer.json()["message"]
 
 
 def test_a_body_with_an_unknown_field_or_a_wrong_type(trainer: Trainer, checkpoint: Path) -> None:
     for body in ({"model_path": str(checkpoint), "modules": []}, {"model_path": 3}, {}, {"shared": {}}):
-        assert trainer.post("/update_weights_from_disk", body).status_code == 422
+        assert trainer.post("/update_weights_from_disk", body).status_code == 400
 
 
 def test_a_begun_update_whose_client_vanishes_aborts_by_itself(trainer: Trainer) -> None:
     update_id = trainer.done("/begin_weights_update", {"timeout_s": 0.3})["update_id"]
     trainer.update(some(trainer), update_id=update_id)
     trainer.draw()  # waits until it is over
-    assert trainer.post("/commit_weights_update", {"update_id": update_id}).status_code == 404
+    assert trainer.post("/commit_weights_update", {"update_id": update_id}).status_code == 400
 
 
 def test_a_wrong_part_leaves_the_update_as_it_was(trainer: Trainer) -> None:

@@ -160,7 +160,7 @@ MISTAKES: dict[str, Callable[[dict[str, Any]], tuple[dict[str, Any], int, str]]]
     "no dtype": lambda body: ({"dtypes": ["nn", *body["dtypes"][1:]]}, 400, "nn"),
     "lists of other lengths": lambda body: ({"shapes": body["shapes"][1:]}, 400, "one length"),
     "a name twice": lambda body: ({"names": [body["names"][1], *body["names"][1:]]}, 400, "twice"),
-    "a module": lambda body: ({"target_modules": ["unet"]}, 404, "unet"),
+    "a module": lambda body: ({"target_modules": ["unet"]}, 400, "unet"),
 }
 
 
@@ -177,7 +177,7 @@ def test_what_does_not_fit_is_refused_by_name_and_the_trainer_does_not_wait_for_
         with pytest.raises(RuntimeError):
             training.answer()
     training.do("leave", group=group)
-    assert trainer.post("/destroy_weights_update_group", {"group_name": group}).status_code == 404
+    assert trainer.post("/destroy_weights_update_group", {"group_name": group}).status_code == 400
 
 
 def test_a_trainer_that_dies_in_the_middle_has_changed_nothing(trainer: Trainer, checkpoint: Path) -> None:
@@ -204,9 +204,9 @@ def test_a_trainer_that_falls_silent_in_the_middle_is_waited_for_no_longer_than_
 
 
 def test_a_group_that_is_not_there(trainer: Trainer, training: TrainingProcess) -> None:
-    assert trainer.post("/destroy_weights_update_group", {"group_name": "nobody's"}).status_code == 404
+    assert trainer.post("/destroy_weights_update_group", {"group_name": "nobody's"}).status_code == 400
     answer = trainer.post("/update_weights_from_distributed", training.do("announced") | {"group_name": "nobody's"})
-    assert (answer.status_code, "nobody's" in answer.json()["message"]) == (404, True)
+    assert (answer.status_code, "nobody's" in answer.json()["message"]) == (400, True)
 
 
 def test_a_second_group_of_a_name_is_refused_and_the_first_goes_on(trainer: Trainer, training: TrainingProcess) -> None:
@@ -254,7 +254,7 @@ def test_a_member_that_dies_ends_the_group_and_a_new_one_has_all(divided: Traine
     divided.wait_lost(1)
     divided.wait_all_ready()
     with soon(), broadcasting(divided, training, group) as answer:
-        assert answer.result().status_code in (404, 503)
+        assert answer.result().status_code in (400, 503)
         assert divided.checksum() == before
         with pytest.raises(RuntimeError):
             training.answer()

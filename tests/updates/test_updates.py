@@ -99,7 +99,7 @@ def test_an_update_that_is_aborted_leaves_every_byte(trainer: Trainer) -> None:
     trainer.update(changed(transformer(trainer.directory), 0.7), update_id=update_id)  # the same tensors once more
     trainer.done("/abort_weights_update", {"update_id": update_id})
     assert trainer.checksum() == before
-    assert trainer.send({}, update_id=update_id).status_code == 404
+    assert trainer.send({}, update_id=update_id).status_code == 400
 
 
 def test_an_empty_part_is_legal_and_changes_nothing(trainer: Trainer) -> None:

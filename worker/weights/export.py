@@ -17,6 +17,9 @@ from .sources import DTYPES
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
+_SYNCED = 256 << 20
+
+
 @dataclass(frozen=True, slots=True)
 class Exported:
     """A file, and on rank 0 the SHA-256 of its bytes."""
@@ -52,9 +55,14 @@ def export(
                 folder.mkdir(parents=True, exist_ok=True)
                 with file.open("xb") as stream:
                     stream.write(header)
+                    unsynced = 0
                     for part in parts:
                         stream.write(part)
                         digest.update(part)
+                        unsynced += len(part)
+                        if durable and unsynced > _SYNCED:  # now and then, so that no wait for the disk is long
+                            os.fdatasync(stream.fileno())
+                            unsynced = 0
                         sign()
                     if durable:
                         stream.flush()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -20,6 +21,8 @@ from .digests import Sign
 from .export import export
 from .layout import Layout
 from .sources import map_file
+
+_ENTRY = re.compile(r"version-[0-9a-f]{16}")
 
 
 class _Current(msgspec.Struct, frozen=True):
@@ -92,8 +95,8 @@ class Journal:
             return
         self._beside.replace(self._directory / "current.json")
         _sync(self._directory)
-        for folder in self._directory.glob("version-*"):
-            if folder.name != self._written.folder:
+        for folder in self._directory.iterdir():
+            if _ENTRY.fullmatch(folder.name) and folder.name != self._written.folder:
                 shutil.rmtree(folder, ignore_errors=True)
         self._written = None
 

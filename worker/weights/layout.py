@@ -98,8 +98,9 @@ class Layout:
         entry, local = self._entries[name], self.local(name)
         if entry.shard is None or self._ranks.size == 1:
             return local.detach()
-        whole = local.new_empty(entry.shape)
-        for rank, part in enumerate(self._ranks.gather(local.detach().contiguous())):
+        own = local.detach().to(self._ranks.device).contiguous()  # where ranks can speak of it, also when it is parked
+        whole = own.new_empty(entry.shape)
+        for rank, part in enumerate(self._ranks.gather(own)):
             start = 0
             for index in self._indices(entry, rank):
                 piece = whole[index]

@@ -8,8 +8,9 @@ from typing import Any, TypeVar
 
 import torch
 
+from ...protocol.tensor_files import is_shape
 from .allowed import DTYPES, FIELDS, Known, NotAPayload
-from .received import is_shape, unpickle
+from .received import unpickle
 from .segment import Segments
 
 Payload = TypeVar("Payload")

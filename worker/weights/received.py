@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch.multiprocessing import reductions
 
+from ...protocol.tensor_files import is_shape
 from .allowed import Known, NotAPayload
 from .pickled import MAX_DEPTH, Call, Instance, parse
 from .segment import BadSegment, Segments, check_segment
@@ -36,15 +37,6 @@ def unpickle(stream: bytes, segments: Segments) -> Any:
     Raises :class:`NotAPayload`.
     """
     return _Receiver(segments).value(parse(stream))
-
-
-def is_shape(numbers: Sequence[object]) -> bool:
-    """Whether these are at most 64 ints, none below zero, of a product of at most 2**48, zeros apart."""
-    return (
-        len(numbers) <= 64
-        and all(type(number) is int and 0 <= number <= _LIMIT for number in numbers)
-        and math.prod(number or 1 for number in numbers if isinstance(number, int)) <= _LIMIT
-    )
 
 
 class _Receiver:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import mmap
+import os
 import shutil
+import stat
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -105,8 +107,10 @@ def _pickled(source: Pickled, reader: Reader) -> Opened:
     try:
         payload = choose(source.payloads, reader.rank, reader.ranks, source.gpu_uuids, _uuid(reader.device))
         return Opened(decode(bytes(payload), source.targets, segments), release)
-    except NotAPayload as error:
+    except BaseException as error:
         release()
+        if not isinstance(error, NotAPayload):
+            raise
         message = f"The payload cannot be used: {error}."
         faults = [Invalid(error.name, error.reason)] if isinstance(error, InvalidTensor) else []
         raise Rejected(InvalidRequest(message, field="serialized_named_tensors"), Report(invalid=faults)) from None
@@ -131,8 +135,11 @@ def _uuid(device: torch.device) -> str | None:
 def map_file(path: Path) -> dict[str, torch.Tensor]:
     """The tensors of a safetensors file, in the memory that the file is mapped to. Raises ``InvalidRequest``."""
     try:
-        with path.open("rb") as stream:
-            stored = read_head(stream, path.stat().st_size)
+        with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as stream:  # which waits for nobody's other end
+            found = os.fstat(stream.fileno())
+            if not stat.S_ISREG(found.st_mode):
+                raise BadTensorFile("it is no file")
+            stored = read_head(stream, found.st_size)
             if not stored:
                 return {}
             mapped = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_COPY)  # torch warns of memory that is read-only

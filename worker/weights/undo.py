@@ -82,6 +82,7 @@ class UndoMemory:
         size = _rounded(like.nbytes)
         block = next((block for block in self._blocks if block.memory.nbytes - block.used >= size), None)
         if block is None:
+            self.free()  # blocks that are too small, and would count
             block = self._new_block(left)
             self._blocks.append(block)
         room = block.memory[block.used : block.used + like.nbytes]
@@ -94,7 +95,7 @@ class UndoMemory:
         if held + needed <= self._limit:
             return _Block(self._in_memory(min(size, self._limit - held)), in_file=False)
         if self._spill is not None:
-            return _Block(_in_file(self._spill, size), in_file=True)
+            return _Block(_spilled(self._spill, size), in_file=True)
         raise NoRoom(
             f"The copy of what is overwritten needs {-(-(held + needed) // 1_000_000)} MB on each rank, and "
             f"{self._limit // 1_000_000} MB are allowed. Start the server with a larger --undo-mb, or --undo-spill."
@@ -112,12 +113,16 @@ class UndoMemory:
         return torch.frombuffer(mapped, dtype=torch.uint8)
 
 
-def _in_file(folder: Path, size: int) -> torch.Tensor:
-    """Memory that the kernel writes to a file of ``folder``, which has no name and ends with it."""
+def in_file(folder: Path, size: int) -> torch.Tensor:
+    """Bytes that the kernel keeps in a file of ``folder``, which has no name and ends with them. Raises ``OSError``."""
+    with tempfile.TemporaryFile(dir=folder) as file:
+        os.posix_fallocate(file.fileno(), 0, size)
+        return torch.frombuffer(mmap.mmap(file.fileno(), size), dtype=torch.uint8)
+
+
+def _spilled(folder: Path, size: int) -> torch.Tensor:
     try:
-        with tempfile.TemporaryFile(dir=folder) as file:
-            os.posix_fallocate(file.fileno(), 0, size)
-            return torch.frombuffer(mmap.mmap(file.fileno(), size), dtype=torch.uint8)
+        return in_file(folder, size)
     except OSError as error:
         raise NoRoom(f"The copy of what is overwritten has no room in {folder}: {error.strerror or error}.") from error
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from itertools import islice
+from typing import Any
 
 import torch
 
@@ -34,6 +35,7 @@ class Update:
         self._room: dict[Key, torch.Tensor] = {}
         self._give_back: Callable[[], None] = _nothing
         self._undo: dict[Key, torch.Tensor] = {}
+        self._part: dict[str, int] = {}
 
     @property
     def written(self) -> dict[str, list[str]]:
@@ -47,8 +49,9 @@ class Update:
         """Check every name, shape and dtype, and find room to undo it. Raises ``Rejected``; all is as it was then."""
         try:
             report = self.check(opened.tensors)
+            self._check_ties(opened.tensors)
             self._find_room(opened.tensors)
-        except Rejected:
+        except BaseException:
             opened.close()
             raise
         self._prepared = opened
@@ -65,6 +68,7 @@ class Update:
                 if before is not None:
                     self._undo[module, name] = before
                 sign()
+        self._part = {module: len(tensors) for module, tensors in self._prepared.tensors.items() if tensors}
         self._give_back = _nothing
         self.release()
 
@@ -80,7 +84,7 @@ class Update:
         """Put back every byte."""
         self.release()
         with torch.no_grad():
-            for (module, name), before in self._undo.items():
+            for (module, name), before in reversed(self._undo.items()):  # two names may be of the same memory
                 self._layouts[module].local(name).copy_(before)
         self.commit()
 
@@ -89,13 +93,14 @@ class Update:
         self._undo.clear()
         self._memory.clear()
 
-    def report(self) -> Report:
-        """What was written until now."""
-        written = self.written
+    def report(self, *, part: bool = False) -> Report:
+        """What was written until now, or in the last part."""
+        written = {module: len(names) for module, names in self.written.items()}
+        updated = self._part if part else written
         return Report(
-            updated={module: len(names) for module, names in written.items()},
-            expected={module: len(self._layouts[module]) for module in written},
-            complete=[module for module, names in written.items() if len(names) == len(self._layouts[module])],
+            updated=updated,
+            expected={module: len(self._layouts[module]) for module in updated},
+            complete=[module for module, number in written.items() if number == len(self._layouts[module])],
         )
 
     def _find_room(self, tensors: Tensors) -> None:
@@ -106,6 +111,20 @@ class Update:
         except NoRoom as error:
             raise Rejected(Unavailable(f"Nothing was written. {error}"), Report()) from error
         self._room = dict(zip(new, room, strict=True))
+
+    def _check_ties(self, tensors: Tensors) -> None:
+        """Raises ``Rejected`` where names of the same memory come with different values: only one could be written."""
+        seen: dict[tuple[Any, ...], tuple[str, torch.Tensor]] = {}
+        for module, given in tensors.items():
+            for name, tensor in given.items():
+                local = self._layouts[module].local(name)
+                if not local.numel():
+                    continue
+                place = (local.data_ptr(), local.dtype, local.shape, local.stride())
+                other, before = seen.setdefault(place, (f"{module}.{name}", tensor))
+                if before is not tensor and not _same(before.to(local.dtype), tensor.to(local.dtype)):
+                    fault = Invalid(name, f"it is tied to {other}, and its values are not the same")
+                    raise Rejected(InvalidRequest(_sentence([], [fault])), Report(invalid=[fault]))
 
     def check(self, tensors: Tensors) -> Report:
         """Raises ``Rejected`` for tensors that cannot be written; only their names, shapes and dtypes matter."""
@@ -119,13 +138,13 @@ class Update:
             )
         expected = {module: len(self._layouts[module]) for module in tensors}
         unknown = [
-            _in(module, name)
+            _in(tensors, module, name)
             for module, given in tensors.items()
             for name in given
             if name not in self._layouts[module]
         ]
         invalid = [
-            Invalid(_in(module, name), reason)
+            Invalid(_in(tensors, module, name), reason)
             for module, given in tensors.items()
             for name, tensor in given.items()
             if name in self._layouts[module] and (reason := _fault(self._layouts[module], name, tensor))
@@ -136,9 +155,14 @@ class Update:
         return Report(updated={module: len(given) for module, given in tensors.items()}, expected=expected)
 
 
-def _in(module: str, name: str) -> str:
-    """The name as its sender knows it: of the one module that most updates are of, without it."""
-    return name if module == "transformer" else f"{module}.{name}"
+def _in(tensors: Tensors, module: str, name: str) -> str:
+    """The name as its sender knows it; with its module's where there are several."""
+    return name if len(tensors) == 1 else f"{module}.{name}"
+
+
+def _same(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Bit by bit."""
+    return torch.equal(one.contiguous().view(torch.uint8), other.contiguous().view(torch.uint8))
 
 
 def _fault(layout: Layout, name: str, tensor: torch.Tensor) -> str | None:

@@ -129,6 +129,47 @@ def test_several_parts_are_undone_to_what_was_before_the_first() -> None:
     assert same(state(module), before)
 
 
+def tied() -> nn.Module:
+    module = nn.Module()
+    module.one = nn.Parameter(torch.randn(3, 4))
+    module.other = module.one
+    return module
+
+
+def test_two_names_of_the_same_memory_are_undone_to_what_was_there() -> None:
+    module, new = tied(), torch.randn(3, 4)
+    before, update = state(module), begun(module)
+    update.prepare(opened({"one": new, "other": new.clone()}))
+    update.write()
+    assert torch.equal(module.one, new)
+    update.rollback()
+    assert same(state(module), before)
+
+
+def test_two_names_of_the_same_memory_that_come_with_different_values_are_refused() -> None:
+    with pytest.raises(Rejected, match=r"other: it is tied to transformer\.one, and its values are not the same"):
+        begun(tied()).prepare(opened({"one": torch.zeros(3, 4), "other": torch.ones(3, 4)}))
+
+
+def test_a_part_reports_its_own_tensors_and_the_whole_all_of_them() -> None:
+    module = model()
+    update = begun(module)
+    for names in (("large", "row"), ("scalar",), ()):
+        update.prepare(opened({name: tensor for name, tensor in other(module).items() if name in names}))
+        update.write()
+        assert sum(update.report(part=True).updated.values()) == len(names)
+    assert update.report().updated == {"transformer": 3}
+
+
+def test_an_error_of_any_kind_closes_the_source(monkeypatch: pytest.MonkeyPatch) -> None:
+    closed: list[int] = []
+    update = begun(model())
+    monkeypatch.setattr(update, "_find_room", lambda tensors: (_ for _ in ()).throw(MemoryError))
+    with pytest.raises(MemoryError):
+        update.prepare(opened({"row": torch.zeros(5)}, lambda: closed.append(1)))
+    assert closed == [1]
+
+
 def test_what_is_rejected_closes_its_source_and_takes_no_room() -> None:
     module, memory, closed = model(), UndoMemory(CPU, PLENTY, None), []
     update = begun(module, memory)
@@ -190,6 +231,13 @@ def test_the_second_update_uses_the_memory_of_the_first_and_free_gives_it_back()
     assert addresses[0] == addresses[1] == addresses[2] != []
     memory.free()
     assert memory._blocks == []
+
+
+def test_memory_that_is_free_and_too_small_does_not_count() -> None:
+    memory = UndoMemory(CPU, 100 << 20, None)
+    memory.take([torch.zeros(66 << 20, dtype=torch.uint8)])
+    memory.clear()
+    memory.take([torch.zeros(80 << 20, dtype=torch.uint8)])
 
 
 def test_copies_do_not_overlap_and_are_aligned() -> None:

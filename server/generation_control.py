@@ -1,0 +1,74 @@
+"""The post-training routes for what generation does while a trainer needs the device: sleep, pause, abort, flush."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import APIRouter, Request
+
+from ..protocol.errors import InvalidRequest
+from ..protocol.operations import AbortRequests, Continue, Flush, Pause, Report, Sleep, Wake
+from . import weight_bodies as bodies
+from .operating import Handler, Operating, add_routes, success
+from .service import Service
+
+_TAGS = ["weights", "caches"]
+
+
+def routes(service: Service) -> APIRouter:
+    router = APIRouter(tags=["post-training"])
+    add_routes(router, _Routes(service).table())
+    return router
+
+
+class _Routes:
+    def __init__(self, service: Service) -> None:
+        self._service = service
+        self._operating = Operating(service)
+
+    def table(self) -> list[tuple[str, Handler, str]]:
+        return [
+            ("/release_memory_occupation", self.release, "Sleep: give memory back"),
+            ("/resume_memory_occupation", self.resume, "Wake: every byte is there again"),
+            ("/pause_generation", self.pause, "Stop generation; requests wait"),
+            ("/continue_generation", self.go_on, "Go on"),
+            ("/abort_request", self.abort_request, "End one request, or all"),
+            ("/flush_cache", self.flush, "Forget what could be made again"),
+        ]
+
+    async def release(self, request: Request) -> dict[str, Any]:
+        body = await bodies.read(request, bodies.Occupation)
+        await self._operating.operate(request, Sleep([*(body.tags or _TAGS)]), "wait")
+        return {**success("The server is asleep."), "sleeping": True}
+
+    async def resume(self, request: Request) -> dict[str, Any]:
+        body = await bodies.read(request, bodies.Occupation)
+        tags: list[str] = [*(body.tags or _TAGS)]
+        await self._operating.operate(request, Wake(tags))
+        sleeping = self._service.link.status.halted == "asleep" and set(tags) != set(_TAGS)
+        return {**success("What was asked for is awake."), "sleeping": sleeping}
+
+    async def pause(self, request: Request) -> dict[str, Any]:
+        body = await bodies.read(request, bodies.PauseGeneration)
+        await self._operating.send(request, lambda request_id: Pause(request_id, body.mode))
+        return success("Generation is paused; requests wait.")
+
+    async def go_on(self, request: Request) -> dict[str, Any]:
+        await bodies.read(request, bodies.Nothing)
+        await self._operating.send(request, Continue)
+        return success("Generation goes on.")
+
+    async def abort_request(self, request: Request) -> dict[str, Any]:
+        body = await bodies.read(request, bodies.AbortRequest)
+        if body.all == (body.request_id is not None):
+            raise InvalidRequest("Give either request_id or all = true.", field="request_id")
+        await self._operating.send(request, lambda request_id: AbortRequests(request_id, body.request_id))
+        return success("What was running under that name is ended.")
+
+    async def flush(self, request: Request) -> dict[str, Any]:
+        await bodies.read(request, bodies.Nothing)
+        operated = await self._operating.operate(request, Flush())
+        return {
+            **success("The caches are empty."),
+            "invalidated": next(iter(operated.reports.values()), Report()).invalidated,
+        }

@@ -1,0 +1,110 @@
+"""Weights that are put away come back as they were, whatever happens meanwhile."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from safelight.worker.weights import parking
+from safelight.worker.weights.parking import Parking
+
+CPU = torch.device("cpu")
+
+
+def nothing() -> None:
+    pass
+
+
+def model() -> nn.Module:
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Linear(64, 32), nn.Conv2d(3, 27, 3), nn.Linear(32, 8))
+    module[1].weight.data = module[1].weight.data.to(memory_format=torch.channels_last)
+    module[2].weight = nn.Parameter(module[0].weight.data[:8].t()[:8])  # with gaps
+    module.register_buffer("scalar", torch.tensor(3.0))
+    module.register_buffer("empty", torch.empty(0))
+    return module
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    return tmp_path
+
+
+def test_every_byte_every_stride_and_every_alignment_is_the_same_and_no_file_has_a_name(folder: Path) -> None:
+    module = model()
+    tensors = list(module.state_dict(keep_vars=True).values())
+    before = [(tensor.clone(), tensor.data_ptr() % 64) for tensor in tensors]
+    strides = [module[0].weight.stride(), module[1].weight.stride()]
+    at_home = Parking([module], CPU)
+    at_home.park(nothing)
+    assert at_home.parked
+    assert list(folder.iterdir()) == []
+    assert all(torch.equal(tensor, value) for tensor, (value, _) in zip(tensors, before, strict=True))
+    assert "(deleted)" in Path("/proc/self/maps").read_text()
+    at_home.fetch(nothing)
+    assert not at_home.parked
+    for tensor, (value, offset) in zip(tensors, before, strict=True):
+        assert torch.equal(tensor, value)
+        assert not tensor.numel() or tensor.data_ptr() % 64 == offset
+    assert [module[0].weight.stride(), module[1].weight.stride()] == strides
+
+
+def test_what_is_written_while_it_is_parked_comes_home() -> None:
+    module = model()
+    parked = Parking([module], CPU)
+    parked.park(nothing)
+    with torch.no_grad():
+        module[0].weight.fill_(2)
+    parked.fetch(nothing)
+    assert module[0].weight.eq(2).all()
+
+
+def _failing(after: int, monkeypatch: pytest.MonkeyPatch, name: str, error: type[Exception]) -> None:
+    """Has the function ``name`` of the module fail when it was called so often."""
+    usual: Callable[..., torch.Tensor] = getattr(parking, name)
+    calls = 0
+
+    def fails(*args: object) -> torch.Tensor:
+        nonlocal calls
+        calls += 1
+        if calls > after:
+            raise error
+        return usual(*args)
+
+    monkeypatch.setattr(parking, name, fails)
+
+
+def test_a_full_disk_leaves_everything_at_home(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = model()
+    before = [tensor.data_ptr() for tensor in module.parameters()]
+    parked = Parking([module], CPU)
+    with monkeypatch.context() as patched:
+        _failing(2, patched, "in_file", BlockingIOError)
+        with pytest.raises(BlockingIOError):
+            parked.park(nothing)
+    assert not parked.parked
+    assert [tensor.data_ptr() for tensor in module.parameters()] == before
+    assert list(folder.iterdir()) == []
+
+
+def test_a_wake_that_fails_midway_is_finished_by_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = model()
+    before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+    parked = Parking([module], CPU)
+    parked.park(nothing)
+    mapped = {tensor.data_ptr() for tensor in module.parameters()}
+    with monkeypatch.context() as patched:
+        _failing(2, patched, "_laid_out", MemoryError)
+        with pytest.raises(MemoryError):
+            parked.fetch(nothing)
+    assert parked.parked
+    parked.fetch(nothing)
+    assert not parked.parked
+    assert not mapped & {tensor.data_ptr() for tensor in module.parameters()}
+    assert all(torch.equal(tensor, before[name]) for name, tensor in module.state_dict().items())
