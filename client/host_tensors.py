@@ -1,16 +1,18 @@
-"""Tensors as they are sent: bytes in this machine's memory. Torch is needed for casting alone."""
+"""Tensors as they are sent: bytes in this machine's memory, or on a GPU. Torch is needed for casting alone."""
 
 from __future__ import annotations
 
+import math
 import mmap
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..protocol.digests import TORCH_DTYPES, tensor_digest
 from ..protocol.errors import InvalidRequest
-from ..protocol.tensor_files import BadTensorFile, read_head
+from ..protocol.tensor_files import ITEM_SIZES, BadTensorFile, read_head
 
 if TYPE_CHECKING:
     import torch
@@ -21,18 +23,23 @@ STORED_DTYPES = {told: stored for stored, told in TORCH_DTYPES.items()}
 _FLOATING = frozenset({"F8_E5M2", "F8_E4M3", "F16", "BF16", "F32", "F64"})
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class HostTensor:
-    """``data`` has the bytes row by row, little-endian; ``dtype`` is named as in safetensors."""
+    """``held`` are the bytes row by row, little-endian, or a tensor on a GPU; ``dtype`` is named as in safetensors."""
 
     name: str
     dtype: str
     shape: tuple[int, ...]
-    data: memoryview
+    held: memoryview | torch.Tensor
+
+    @cached_property
+    def data(self) -> memoryview:
+        """The bytes; copied from a GPU when they are first asked for."""
+        return self.held if isinstance(self.held, memoryview) else _bytes(self.held)
 
     @property
     def nbytes(self) -> int:
-        return self.data.nbytes
+        return math.prod(self.shape) * ITEM_SIZES[self.dtype]
 
     def digest(self) -> str:
         return tensor_digest(TORCH_DTYPES[self.dtype], self.shape, self.data)
@@ -51,14 +58,21 @@ class HostTensor:
 
 
 def from_torch(name: str, tensor: torch.Tensor) -> HostTensor:
-    """``tensor``, from whatever device; no copy where it lies in order on the CPU. Raises ``InvalidRequest``."""
+    """``tensor``; no copy where it lies in order on the CPU or on a GPU. Raises ``InvalidRequest``."""
     import torch
 
     dtype = STORED_DTYPES.get(str(tensor.dtype))
     if dtype is None or tensor.layout is not torch.strided:
         raise InvalidRequest(f"{name} is a {tensor.layout} tensor of {tensor.dtype}, which safetensors does not have.")
-    flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-    return HostTensor(name, dtype, tuple(tensor.shape), memoryview(flat.numpy()))  # type: ignore[arg-type]  # a buffer
+    held = tensor.detach().contiguous()
+    return HostTensor(name, dtype, tuple(tensor.shape), held if held.is_cuda else _bytes(held))
+
+
+def _bytes(tensor: torch.Tensor) -> memoryview:
+    import torch
+
+    flat = tensor.cpu().contiguous().reshape(-1).view(torch.uint8)
+    return memoryview(flat.numpy())  # type: ignore[arg-type]  # a buffer
 
 
 def from_files(files: Iterable[Path]) -> Iterator[HostTensor]:

@@ -41,6 +41,11 @@ def update_by_file(path: Path, fields: Mapping[str, Any]) -> Call:
     return Call("POST", UPDATE, {"shared": {"path": str(path)}, **fields}, again=_may_be_repeated(fields))
 
 
+def update_by_handles(handles: Sequence[Sequence[Mapping[str, Any]]], fields: Mapping[str, Any]) -> Call:
+    """The tensors that ``handles`` are of, a list for each rank of each replica."""
+    return Call("POST", UPDATE, {"shared": {"cuda_ipc": handles}, **fields}, again=_may_be_repeated(fields))
+
+
 def update_by_body(chunks: Callable[[], Iterable[bytes]], size: int, fields: Mapping[str, Any]) -> Call:
     """The tensors of a body of ``size`` bytes."""
     query = {name: str(value).lower() if isinstance(value, bool) else value for name, value in fields.items()}

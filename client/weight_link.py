@@ -17,7 +17,7 @@ from .endpoint import Endpoint
 from .errors import TensorsDiffer, decode
 from .host_tensors import STORED_DTYPES
 from .results import WeightUpdate
-from .weight_routes import open_route
+from .weight_routes import Server, open_route
 from .weight_sending import Load, Sending
 
 Dtypes = dict[str, str]
@@ -43,7 +43,7 @@ class WeightLink:
         wanted = load.route
         if wanted is None and not self._endpoint.on_this_machine:
             wanted = "http"
-        with open_route(self._shared_memory(), wanted) as route:
+        with open_route(self._server(), wanted) as route:
             sending = Sending(self._fetch, route, load, fields, dtypes)
             return sending.send(), sending.digests
 
@@ -98,6 +98,11 @@ class WeightLink:
                 shown = ", ".join(names[:_NAMED]) + (", …" if len(names) > _NAMED else "")
                 message = f"{len(names)} of {len(expected)} tensors of {module} are not what was sent: {shown}."
                 raise TensorsDiffer(message, differ.missing, differ.mismatched) from None
+
+    def _server(self) -> Server:
+        told = self.document(calls.SERVER_INFO)
+        gpus = frozenset(gpu for model in told["models"] for gpu in model["gpus"])
+        return Server(Path(told["shared_memory"]), gpus, told["config"]["tp"] * told["config"]["replicas"])
 
     def _shared_memory(self) -> Path:
         return Path(self.document(calls.SERVER_INFO)["shared_memory"])

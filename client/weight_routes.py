@@ -1,4 +1,4 @@
-"""The ways by which tensors reach a server: its shared memory, where it is on this machine, or its HTTP port."""
+"""The ways by which tensors reach a server: on its own machine a GPU's or shared memory, else its HTTP port."""
 
 from __future__ import annotations
 
@@ -17,9 +17,10 @@ from ..protocol.errors import InvalidRequest, Unavailable
 from ..protocol.tensor_files import write_header
 from . import weight_calls
 from .calls import Call
+from .cuda_handles import gpu_of, handle
 from .host_tensors import HostTensor
 
-RouteName = Literal["shared", "http"]
+RouteName = Literal["ipc", "shared", "http"]
 
 CHUNK = 1 << 20
 """Bytes that the HTTP library is given at a time; it copies them."""
@@ -41,20 +42,41 @@ class Route(Protocol):
         """Make a parcel of ``tensors``; ``fields`` are those of the update."""
 
 
-@contextmanager
-def open_route(shared: Path, wanted: RouteName | None) -> Iterator[Route]:
-    """The route ``wanted``, else the best. ``shared`` is the server's shared-memory directory, wherever that is.
+@dataclass(frozen=True, slots=True)
+class Server:
+    """Its shared-memory directory, wherever that is; the UUIDs of its GPUs; and the number of all of its ranks."""
 
-    What was put there is gone after the context. Raises ``InvalidRequest`` where the wanted one cannot be taken.
+    shared: Path
+    gpus: frozenset[str]
+    ranks: int
+
+
+@contextmanager
+def open_route(server: Server, wanted: RouteName | None) -> Iterator[Route]:
+    """The route ``wanted``, else the best.
+
+    What was put into shared memory is gone after the context. Raises ``InvalidRequest`` where the wanted one cannot be
+    taken.
     """
-    folder = None if wanted == "http" else _own_folder(shared)
-    if wanted == "shared" and folder is None:
-        raise InvalidRequest(f"{shared}, the server's shared memory, is not there for this program: send over http.")
+    folder = None if wanted == "http" else _own_folder(server.shared)
+    if wanted in ("ipc", "shared") and folder is None:
+        raise InvalidRequest(
+            f"{server.shared}, the server's shared memory, is not there for this program: send over http."
+        )
     try:
-        yield Http() if folder is None else SharedMemory(folder)
+        yield _route(server, wanted, folder)
     finally:
         if folder is not None:
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def _route(server: Server, wanted: RouteName | None, folder: Path | None) -> Route:
+    if folder is None:
+        return Http()
+    shared = SharedMemory(folder)
+    if wanted == "shared" or not (server.gpus or wanted == "ipc"):
+        return shared
+    return CudaIpc(server, None if wanted == "ipc" else shared)
 
 
 def _own_folder(shared: Path) -> Path | None:
@@ -65,6 +87,27 @@ def _own_folder(shared: Path) -> Path | None:
         return Path(tempfile.mkdtemp(prefix="client-", dir=shared))
     except OSError:
         return None
+
+
+class CudaIpc:
+    """Handles of tensors that are on a GPU of the server's; other parcels go ``otherwise``, where that is given."""
+
+    def __init__(self, server: Server, otherwise: Route | None) -> None:
+        self._server = server
+        self._otherwise = otherwise
+
+    def pack(self, tensors: Sequence[HostTensor], fields: Mapping[str, Any], tell: Tell) -> Parcel:
+        """Raises ``InvalidRequest`` for tensors that have no handle there, unless they go otherwise."""
+        there = {tensor.name: tensor.held for tensor in tensors if not isinstance(tensor.held, memoryview)}
+        if len(there) == len(tensors) and all(gpu_of(tensor) in self._server.gpus for tensor in there.values()):
+            tell(sum(tensor.nbytes for tensor in tensors))
+            handles = [[handle(*named) for named in there.items()] for _ in range(self._server.ranks)]
+            return Parcel(weight_calls.update_by_handles(handles, fields), there.clear)
+        if self._otherwise is None:
+            raise InvalidRequest(
+                "Tensors that are not on one of the server's GPUs have no handle: send by another route."
+            )
+        return self._otherwise.pack(tensors, fields, tell)
 
 
 class SharedMemory:

@@ -209,6 +209,8 @@ class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
     no_image: str | None = None
     batching: Batching
     weight_version: str
+    gpus: list[str] = []
+    """UUIDs of the GPUs that its processes see."""
 
 
 class ReplicaStats(msgspec.Struct, frozen=True):

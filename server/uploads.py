@@ -27,7 +27,10 @@ IDLE_S = 60.0
 """Seconds without a byte after which a body has ended."""
 
 _AHEAD = 256 << 20
-"""Bytes of memory that are taken for what is still to come: a client may announce what it does not have."""
+"""Bytes of memory that are taken for what is still to come, and at first as many as have come, or ``_AT_FIRST``: a client
+may announce what it does not have."""
+
+_AT_FIRST = 4 << 20
 
 
 class Uploads:
@@ -109,7 +112,8 @@ async def _receive(chunks: AsyncIterator[bytes], stream: BinaryIO, size: int) ->
     waiting: bytes | None = bytes(head)
     while waiting is not None:
         if received + len(waiting) > taken:
-            room = min(_AHEAD, size - taken)
+            ahead = min(_AHEAD, max(_AT_FIRST, received)) + len(waiting)
+            room = min(ahead, size - taken)
             await asyncio.to_thread(
                 os.posix_fallocate, stream.fileno(), taken, room
             )  # or it is known that there is none

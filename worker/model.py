@@ -108,6 +108,7 @@ class Model:
             no_image=self.no_image if self.image is None else None,
             batching=task.batching,
             weight_version=self.weight_version,
+            gpus=[str(torch.cuda.get_device_properties(index).uuid) for index in range(torch.cuda.device_count())],
         )
 
 

@@ -24,7 +24,7 @@ from safelight.client import (
 )
 from safelight.client.checksum import checksum
 from safelight.client.named_tensors import read
-from safelight.client.weight_routes import Http, RouteName, open_route
+from safelight.client.weight_routes import Http, RouteName, Server, open_route
 from safelight.tests.live import LiveServer
 from safelight.tests.tiny import save
 
@@ -315,7 +315,8 @@ def test_shared_memory_that_is_full_leaves_every_byte(bucket_bytes: int, trained
 
 
 def test_a_server_elsewhere_is_sent_to_over_http(tmp_path: Path) -> None:
-    with open_route(tmp_path / "not-here", None) as route:
+    elsewhere = Server(tmp_path / "not-here", frozenset(), 1)
+    with open_route(elsewhere, None) as route:
         assert isinstance(route, Http)
-    with pytest.raises(InvalidRequest, match="send over http"), open_route(tmp_path / "not-here", "shared"):
+    with pytest.raises(InvalidRequest, match="send over http"), open_route(elsewhere, "shared"):
         pass
