@@ -27,7 +27,7 @@ IDLE_S = 60.0
 """Seconds without a byte after which a body has ended."""
 
 _AHEAD = 256 << 20
-"""Bytes of memory that are taken for what is still to come, and at first as many as have come, or ``_AT_FIRST``: a client
+"""Bytes of memory that are taken for what is still to come; at first as many as have come, or ``_AT_FIRST``, for a client
 may announce what it does not have."""
 
 _AT_FIRST = 4 << 20
