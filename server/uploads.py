@@ -27,8 +27,8 @@ IDLE_S = 60.0
 """Seconds without a byte after which a body has ended."""
 
 _AHEAD = 256 << 20
-"""Bytes of memory that are taken for what is still to come; at first as many as have come, or ``_AT_FIRST``, for a client
-may announce what it does not have."""
+"""Bytes of memory that are taken for what is still to come. A client may announce what it does not have, so they are no
+more than have come already, or ``_AT_FIRST``."""
 
 _AT_FIRST = 4 << 20
 

@@ -256,10 +256,10 @@ def test_an_empty_update_cannot_be_committed(trainer: Trainer) -> None:
 
 
 def test_a_journal_that_cannot_be_written_is_an_update_that_is_not_made(serve: Serve, tmp_path: Path) -> None:
-    (tmp_path / "journal").write_text("a file stands where the directory should be")
     with serve("--weights-journal", str(tmp_path / "other"), "--replicas", "2") as trainer:
         before = trainer.checksum()
-        (tmp_path / "other").write_text("")
+        shutil.rmtree(tmp_path / "other")
+        (tmp_path / "other").write_text("a file stands where the directory should be")
         answer = trainer.send(changed(transformer(trainer.directory)))
         assert answer.status_code == 500
         assert "journal" in answer.json()["message"]

@@ -167,18 +167,34 @@ DAMAGES: list[Callable[[Path, Path], object]] = [
 ]
 
 
+def _start(checkpoint: Path, journal: Path) -> str:
+    """What a server says that does not start."""
+    command = [sys.executable, "-P", "-m", "safelight.server", str(checkpoint), "--port", "0", "--threads", "1"]
+    ended = subprocess.run(
+        [*command, "--weights-journal", str(journal)], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert ended.returncode in (1, 2), ended.stderr
+    return ended.stderr
+
+
+def test_two_servers_do_not_share_a_journal_and_other_folders_in_it_are_nobody_s_to_remove(
+    serve: Serve, tmp_path: Path
+) -> None:
+    own = tmp_path / "version-2-of-my-model"
+    own.mkdir()
+    with serve("--weights-journal", str(tmp_path)) as trainer:
+        assert "it is another running server's" in _start(trainer.directory, tmp_path)
+        trainer.update(changed(transformer(trainer.directory)))
+    assert own.is_dir()
+
+
 def _refused(checkpoint: Path, journal: Path, damage: Callable[[Path, Path], object]) -> None:
     """A server does not start with a damaged journal, and says so."""
     current = journal / "current.json"
     tensors = journal / json.loads(current.read_text())["folder"] / "transformer.safetensors"
     good = current.read_bytes(), tensors.read_bytes()
     damage(tensors, current)
-    command = [sys.executable, "-P", "-m", "safelight.server", str(checkpoint), "--port", "0", "--threads", "1"]
-    ended = subprocess.run(
-        [*command, "--weights-journal", str(journal)], capture_output=True, text=True, timeout=120, check=False
-    )
-    assert ended.returncode == 1, ended.stderr
-    assert f"The journal {journal} cannot be replayed" in ended.stderr
+    assert f"The journal {journal} cannot be replayed" in _start(checkpoint, journal)
     current.write_bytes(good[0])
     tensors.write_bytes(good[1])
 
