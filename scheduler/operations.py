@@ -48,20 +48,20 @@ RETRY_S = 5.0
 
 @dataclass(slots=True, eq=False)
 class Running:
-    """A part that replicas work on: which step, who has yet to answer, and what the others said.
+    """A part that ``replicas`` work on: which step, who has yet to answer it, and what the others said of it.
 
-    ``version`` is the one that is to be committed, and ``replicas`` are those that will.
+    Who is lost is in none of them any more. ``version`` is the one that is to be committed.
     """
 
     part: Operate
     number: int
     step: Step
-    expected: set[int]
+    replicas: set[int]
+    expected: set[int] = field(default_factory=set)
     reports: dict[int, Report] = field(default_factory=dict)
     error: SafelightError | None = None
     failed: Report | None = None
     version: str = ""
-    replicas: set[int] = field(default_factory=set)
 
 
 @dataclass(slots=True, eq=False)
@@ -180,7 +180,9 @@ class Operations:
         running = self._current.running if self._current is not None else None
         if running is None or (message.number, message.step) != (running.number, running.step):
             return
-        running.expected.discard(replica)
+        if replica not in running.expected:  # the last words of a process that is gone
+            return
+        running.expected.remove(replica)
         running.reports[replica] = message.report
         if message.error is not None and (running.error is None or replica == min(running.reports)):
             running.error, running.failed = from_info(message.error), message.report
@@ -196,13 +198,20 @@ class Operations:
         if self._current.replicas is not None:
             self._current.replicas.discard(replica.number)
         running = self._current.running
-        if running is not None and replica.number in running.expected:
-            running.expected.discard(replica.number)
-            if running.step != "commit":
-                running.error = Unavailable(
-                    f"Replica {replica.number} was lost; on the others everything is as it was.", retry_after_s=RETRY_S
-                )
+        if running is not None and replica.number in running.replicas:
+            self._go_on_without(replica.number, running)
         self.advance(now)
+
+    def _go_on_without(self, number: int, running: Running) -> None:
+        """What is to be undone or committed is so by the others; whoever keeps the journal, or votes, is missed."""
+        missed = number in running.expected if running.step == "journal" else running.step not in ("commit", "rollback")
+        if missed and running.error is None:
+            running.error = Unavailable(
+                f"Replica {number} was lost; on the others everything is as it was.", retry_after_s=RETRY_S
+            )
+        running.replicas.discard(number)
+        running.expected.discard(number)
+        running.reports.pop(number, None)
 
     def came(self, replica: Replica, now: float) -> None:
         """A replica has loaded its model. Unless it is as the others are, it is not ready yet."""
@@ -332,25 +341,24 @@ class Operations:
         return None
 
     def _order(self, running: Running, step: Step, operation: Operation | None = None) -> None:
-        running.step = step
+        """Have all that take part do ``step``; the journal is kept by one of them."""
+        first = min(running.replicas)
+        running.step, running.expected = step, {first} if step == "journal" else set(running.replicas)
+        running.reports.clear()
         version = running.version or None
-        for number in running.expected:
-            leads = number == min(running.expected)
+        for number in sorted(running.expected):
+            leads = number == first
             order = Perform(number=running.number, step=step, leads=leads, operation=operation, weight_version=version)
             self._to_replica(number, order)
 
     def _end_well(self, transaction: Transaction, running: Running) -> None:
-        """Commit what the replicas ``running.expected`` have written, once it stands in the journal."""
+        """Commit what the replicas have written, once it stands in the journal."""
         own = running.part.operation.weight_version if isinstance(running.part.operation, Update) else None
         begun = transaction.begun.weight_version if transaction.begun is not None else None
         running.version = own or begun or self._next_version()
-        running.replicas = set(running.expected)
         transaction.running = running
-        if self._journal:  # of a replica that is brought up too: it came with a journal that had missed a commit
-            running.expected = {min(running.replicas)}
-            self._order(running, "journal")
-        else:
-            self._order(running, "commit")
+        # The journal of a replica that is brought up too: it came with one that had missed a commit.
+        self._order(running, "journal" if self._journal else "commit")
 
     def _next_version(self) -> str:
         current = self.version or ""
@@ -363,25 +371,18 @@ class Operations:
             self._undo(transaction, running)
             self._fail(running.part, running.error, running.failed)
         elif step == "journal":
-            running.expected = running.replicas & self._alive()
-            running.reports.clear()
             transaction.running = running
             self._order(running, "commit")
         elif step == "commit":
             self._committed(transaction, running)
         elif isinstance(operation, Update) and step == "prepare":
-            self._go_on(transaction, running, "write")
+            transaction.running = running
+            self._order(running, "write")
         elif isinstance(operation, Update):
             self._written(transaction, running)
         else:
             self._done(transaction, running)
         return True
-
-    def _go_on(self, transaction: Transaction, running: Running, step: Step) -> None:
-        """The next step of the same part, on the same replicas."""
-        running.expected = set(running.reports)
-        transaction.running = running
-        self._order(running, step)
 
     def _written(self, transaction: Transaction, running: Running) -> None:
         for report in running.reports.values():
@@ -391,11 +392,10 @@ class Operations:
         if transaction.begun is not None or not transaction.written:  # an empty part is legal, and changes nothing
             self._operated(running.part, running.reports, self.version)
             return
-        if (refusal := self._cannot_replace(transaction, set(running.reports))) is not None:
+        if (refusal := self._cannot_replace(transaction, running.replicas)) is not None:
             self._undo(transaction, running)
             self._fail(running.part, refusal)
             return
-        running.expected = set(running.reports)
         self._end_well(transaction, running)
 
     def _undo(self, transaction: Transaction, running: Running) -> None:
@@ -403,7 +403,7 @@ class Operations:
         if not isinstance(running.part.operation, Update | Commit | Join):
             return
         step: Step = "release" if running.step == "prepare" else "rollback"
-        for number in sorted(running.replicas or running.reports):
+        for number in sorted(running.replicas):
             self._to_replica(number, Perform(number=running.number, step=step, leads=False))
         if step == "rollback":
             self._end(transaction)
@@ -460,9 +460,6 @@ class Operations:
             self._fail(part, NotFound("The update that this was a part of has ended."))
         transaction.parts.clear()
         self._current = None
-
-    def _alive(self) -> set[int]:
-        return {replica.number for replica in self._replicas if replica.state in ("ready", "stalled")} | self._behind
 
     def _bring_up(self, replica: Replica) -> None:
         """Have a replica that holds what was committed write it out, and this one read it."""
