@@ -192,8 +192,8 @@ class Operating(Stage):
         before = len(self.to_replicas)
         super()._collect()
         for number, order in self.to_replicas[before:]:
+            assert number in self.processes, f"replica {number} is gone, and was told: {order}"
             if isinstance(order, Perform):
-                assert number in self.processes, f"replica {number} is gone, and was told to {order.step}"
                 self.told.append((number, order))
                 self.processes[number].orders.append(order)
 

@@ -3,10 +3,10 @@
 import pytest
 
 from safelight.protocol.config import Config
-from safelight.protocol.messages import ReplicaLoading
-from safelight.protocol.operations import Abort, Commit, Digests
+from safelight.protocol.messages import ReplicaLoading, ReplicaReady
+from safelight.protocol.operations import Abort, Commit, Digests, Pause
 from safelight.tests.scheduler.operating import Operating, update
-from safelight.tests.scheduler.stage import generate
+from safelight.tests.scheduler.stage import MODEL, generate
 
 JOURNAL = Config(replicas=2, weights_journal="/journal")
 
@@ -160,3 +160,32 @@ def test_a_process_that_is_there_again_before_its_end_was_seen_does_not_hold_up_
     stage.worker(1, ReplicaLoading(1, 999, "importing"))
     stage.do_all()
     assert "Replica 1 was lost" in stage.refusal("u")
+
+
+def test_a_process_that_is_ready_before_its_predecessors_end_was_seen_does_not_hold_up_the_line() -> None:
+    stage = Operating()
+    stage.operate("u", update())
+    stage.do(0)
+    stage.start(1)
+    stage.do_all()
+    assert "Replica 1 was lost" in stage.refusal("u")
+    assert stage.serving() == [0, 1]
+
+
+def test_the_late_report_of_an_old_processes_end_does_not_fail_what_the_new_one_does() -> None:
+    stage = Operating()
+    stage.start(1)  # in place of one whose end is yet to be reported
+    stage.operate("u", update())
+    stage.exited(1)
+    stage.do_all()
+    assert sorted(stage.done("u").reports) == [0, 1]
+
+
+def test_the_last_words_of_a_process_that_is_gone_are_not_answered_with_orders() -> None:
+    stage = Operating(replicas=1)
+    stage.operate("u", update())
+    pid = stage.processes[0].pid
+    stage.kill(0)
+    stage.server(Pause("pause", "in_place"))
+    stage.worker(0, ReplicaReady(0, pid, MODEL))
+    assert stage.serving() == []
