@@ -191,6 +191,9 @@ class Operations:
     def lost(self, replica: Replica, now: float) -> None:
         """A replica's process is gone, and its part in what is being done with it."""
         self._behind.discard(replica.number)
+        of_it = [item for item in self._line if isinstance(item, Transaction) and item.only == replica.number]
+        for transaction in of_it:
+            self._line.remove(transaction)
         if self._changed and not any(self._has_committed(other) for other in self._replicas if other is not replica):
             self._lost = set(self._changed)
         if self._current is None:
@@ -214,27 +217,22 @@ class Operations:
         running.reports.pop(number, None)
 
     def came(self, replica: Replica, now: float) -> None:
-        """A replica has loaded its model. Unless it is as the others are, it is not ready yet."""
+        """A replica has loaded its model. Unless it is as the others are and will be, it is not ready yet."""
         assert replica.model is not None, "it has just said what it serves"
         version = replica.model.weight_version
         if self.version is None or (self._journal and version in self._in_doubt):
             self._changed |= self._in_doubt.pop(version, set())
             self.version = version
-        if (version == self.version) if self._journal else not self._changed:
-            self._put_to_sleep(replica.number)
-            self._is_found_again()
+        in_progress = self._current is not None and self._current.reached
+        if self._has_all(replica) and not in_progress:
+            self._is_current(replica)
         else:
+            if self._lost:
+                self._lost = set(self._changed)  # also what was sent again since: this one has nothing of it
             self._behind.add(replica.number)
             replica.wait_for(f"is to be brought to the weights of version {self.version}")
-            self._bring_up(replica)
+            self._bring_up(replica.number)
         self.advance(now)
-
-    def _is_found_again(self) -> None:
-        """A replica has come that has all that was committed, and can give it to those that wait for it."""
-        was_lost, self._lost = self._lost, set()
-        for number in sorted(self._behind) if was_lost else ():
-            if (replica := self._replicas.get(number)) is not None:
-                self._bring_up(replica)
 
     def advance(self, now: float) -> None:
         """Do whatever can be done now."""
@@ -276,12 +274,11 @@ class Operations:
 
     def _begin_part(self, transaction: Transaction, part: Operate, now: float) -> bool:
         operation = part.operation
-        replicas = self._participants(transaction, operation)
+        if transaction.only is not None:
+            return self._begin_for_one(transaction, operation, transaction.only)
+        replicas = self._participants(transaction)
         if not replicas:
             self._fail(part, Unavailable(f"No replica is ready: {self._replicas.reasons()}.", retry_after_s=RETRY_S))
-            if transaction.only is not None and (replica := self._replicas.get(transaction.only)) is not None:
-                self._lost = set(self._changed)
-                self._bring_up(replica)
             if transaction.begun is not None:
                 self._end(transaction)
             return True
@@ -293,8 +290,6 @@ class Operations:
         if isinstance(operation, Commit) and (refusal := self._cannot_commit(transaction, operation)) is not None:
             self._fail(part, refusal)
             return True
-        if isinstance(operation, Export):
-            replicas = {min(replicas)}
         steps: dict[type[Any], Step] = {Commit: "commit", Abort: "rollback"}
         step = steps.get(type(operation), "prepare")
         transaction.running = Running(part, next(self._numbers), step, set(replicas))
@@ -304,12 +299,38 @@ class Operations:
             self._order(transaction.running, step, operation)
         return True
 
-    def _participants(self, transaction: Transaction, operation: Operation) -> set[int]:
+    def _begin_for_one(self, transaction: Transaction, operation: Operation, number: int) -> bool:
+        """Make replica ``number`` as the others are by now; there is nothing to do where it is, or is gone."""
+        replica, does_it = self._replicas.get(number), number
+        assert replica is not None, "it came"
+        if isinstance(operation, Sleep):
+            operation = Sleep(sorted(self.asleep))
+            if not self.asleep or not self._has_committed(replica):
+                return True
+        elif number not in self._behind:
+            return True
+        elif isinstance(operation, Export):
+            giver = self._giver()
+            if self._has_all(replica):
+                self._is_current(replica)
+                return True
+            if giver is None:
+                self._wait_for_lost(replica)
+                return True
+            operation = Export(sorted(self._changed), f"replica-{number}-{next(self._numbers)}")
+            does_it = giver
+        transaction.running = Running(Operate("", operation), next(self._numbers), "prepare", {does_it})
+        self._order(transaction.running, "prepare", operation)
+        return True
+
+    def _giver(self) -> int | None:
+        """A replica that has what was committed, rather one that gives signs of life."""
+        having = [replica for replica in self._replicas if self._has_committed(replica)]
+        first = min(having, key=lambda replica: (replica.state != "ready", replica.number), default=None)
+        return None if first is None else first.number
+
+    def _participants(self, transaction: Transaction) -> set[int]:
         """Those that are ready; where none is, those that have lost what others had, so that it can be sent again."""
-        if isinstance(operation, Export):
-            return {replica.number for replica in self._replicas if self._has_committed(replica)} - {transaction.only}
-        if transaction.only is not None:
-            return {transaction.only}
         if transaction.replicas is None:
             ready = {replica.number for replica in self._replicas if replica.state == "ready"}
             chosen = ready or set(self._behind)
@@ -370,6 +391,8 @@ class Operations:
         if running.error is not None and step != "commit":
             self._undo(transaction, running)
             self._fail(running.part, running.error, running.failed)
+            if transaction.only in self._behind:
+                self._try_again(transaction.only, running)
         elif step == "journal":
             transaction.running = running
             self._order(running, "commit")
@@ -407,8 +430,6 @@ class Operations:
             self._to_replica(number, Perform(number=running.number, step=step, leads=False))
         if step == "rollback":
             self._end(transaction)
-        if transaction.only is not None and (replica := self._replicas.get(transaction.only)) is not None:
-            replica.failed(f"could not be brought to version {self.version}")
 
     def _committed(self, transaction: Transaction, running: Running) -> None:
         if not running.reports:
@@ -425,10 +446,13 @@ class Operations:
             self._commits += 1
             self._in_doubt.clear()
             self._changed.update(transaction.written)
-            self._lost -= transaction.complete
-        for number in set(running.reports) & self._behind:
-            if not self._lost:
-                self._is_current(number)
+        was_lost = bool(self._lost)
+        self._lost = self._lost - transaction.complete if transaction.only is None else set()
+        for number in sorted(set(running.reports) & self._behind) if not self._lost else ():
+            if (replica := self._replicas.get(number)) is not None:
+                self._is_current(replica)
+        if was_lost and not self._lost:
+            self._bring_up(*sorted(self._behind))
         self._operated(running.part, running.reports, self.version)
         self._end(transaction)
 
@@ -461,29 +485,41 @@ class Operations:
         transaction.parts.clear()
         self._current = None
 
-    def _bring_up(self, replica: Replica) -> None:
-        """Have a replica that holds what was committed write it out, and this one read it."""
-        if self._lost:
-            replica.wait_for(
-                f"the weights of version {self.version} were lost with the last process that had them: "
-                f"update {', '.join(sorted(self._lost))} again, or restart the server"
-            )
-            return
-        part = Operate("", Export(sorted(self._changed), f"replica-{replica.number}-{next(self._numbers)}"))
-        self._line.append(Transaction("in_place", deque([part]), only=replica.number))
+    def _bring_up(self, *numbers: int) -> None:
+        """Have a replica that holds what was committed write it out, and these read it, one after the other."""
+        for number in numbers:
+            self._line.append(Transaction("in_place", deque([Operate("", Export([], ""))]), only=number))
 
-    def _is_current(self, number: int) -> None:
-        self._behind.discard(number)
+    def _try_again(self, number: int, running: Running) -> None:
+        """The replica that was to give ``number`` the weights is lost; or it cannot be brought up, and starts again."""
         replica = self._replicas.get(number)
-        if replica is not None:
-            replica.waits_no_longer()
-        self._put_to_sleep(number)
+        if running.failed is None:
+            self._bring_up(number)
+        elif replica is not None and running.error is not None:
+            replica.failed(f"could not be brought to version {self.version}: {running.error.message}")
 
-    def _put_to_sleep(self, number: int) -> None:
-        """If the others sleep."""
+    def _wait_for_lost(self, replica: Replica) -> None:
+        self._lost = set(self._changed)
+        replica.wait_for(
+            f"the weights of version {self.version} were lost with the last process that had them: "
+            f"update {', '.join(sorted(self._lost))} again, or restart the server"
+        )
+
+    def _is_current(self, replica: Replica) -> None:
+        """It has all that was committed, and can give it to those that wait for it."""
+        self._behind.discard(replica.number)
+        replica.waits_no_longer()
         if self.asleep:
-            part = Operate("", Sleep(sorted(self.asleep)))
-            self._line.append(Transaction("in_place", deque([part]), only=number))
+            self._line.append(Transaction("in_place", deque([Operate("", Sleep([]))]), only=replica.number))
+        if self._lost:
+            self._lost = set()
+            self._bring_up(*sorted(self._behind))
+
+    def _has_all(self, replica: Replica) -> bool:
+        """Whether what a replica came with is what was committed."""
+        if self._journal:
+            return replica.model is not None and replica.model.weight_version == self.version
+        return not self._changed
 
     def _has_committed(self, replica: Replica) -> bool:
         return replica.state in ("ready", "stalled") and replica.number not in self._behind
