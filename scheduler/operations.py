@@ -422,14 +422,22 @@ class Operations:
         self._end_well(transaction, running)
 
     def _undo(self, transaction: Transaction, running: Running) -> None:
-        """Have the replicas let go of what they prepared or joined, or undo what they wrote."""
-        if not isinstance(running.part.operation, Update | Commit | Join):
+        """Have the replicas let go of what they prepared or joined, undo what they wrote, and wake up."""
+        operation = running.part.operation
+        if isinstance(operation, Sleep) and transaction.only is None:
+            self._order_unasked(running.replicas, "prepare", Wake(sorted(set(operation.tags) - self.asleep)))
+        if not isinstance(operation, Update | Commit | Join):
             return
         step: Step = "release" if running.step == "prepare" else "rollback"
-        for number in sorted(running.replicas):
-            self._to_replica(number, Perform(number=running.number, step=step, leads=False))
+        self._order_unasked(running.replicas, step)
         if step == "rollback":
             self._end(transaction)
+
+    def _order_unasked(self, numbers: set[int], step: Step, operation: Operation | None = None) -> None:
+        """Have replicas put back what was; nobody waits for that, as they do what they are told in its order."""
+        number = next(self._numbers)
+        for replica in sorted(numbers):
+            self._to_replica(replica, Perform(number=number, step=step, leads=False, operation=operation))
 
     def _committed(self, transaction: Transaction, running: Running) -> None:
         if not running.reports:
@@ -474,8 +482,7 @@ class Operations:
         """End a begun update of which nothing has been heard for too long, or whose replicas are all lost."""
         assert transaction.begun is not None
         logger.warning("the update %s is aborted: nothing more came", transaction.begun.update_id)
-        for number in sorted(transaction.replicas or ()):
-            self._to_replica(number, Perform(number=next(self._numbers), step="rollback", leads=False))
+        self._order_unasked(transaction.replicas or set(), "rollback")
         self._end(transaction)
 
     def _end(self, transaction: Transaction) -> None:

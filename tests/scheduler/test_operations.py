@@ -3,7 +3,7 @@
 import pytest
 
 from safelight.protocol.config import Config
-from safelight.protocol.errors import Internal
+from safelight.protocol.errors import Conflict, Internal
 from safelight.protocol.messages import Cancel, Queued
 from safelight.protocol.operations import (
     Abort,
@@ -298,3 +298,31 @@ def test_a_part_of_an_update_that_never_was_is_refused() -> None:
         stage.server(Operate(name, operation))
         assert "'x'" in stage.refusal(name)
     assert stage.told == []
+
+
+@pytest.mark.parametrize("how", ["refused", "lost"])
+def test_a_sleep_that_one_could_not_do_leaves_none_asleep(how: str) -> None:
+    stage = Operating()
+    stage.operate("sleep", Sleep(["weights"]))
+    stage.do(0)
+    if how == "lost":
+        stage.kill(1)
+    else:
+        stage.do(1, Conflict("The weights cannot be put away: No space left on device."))
+    stage.server(generate("served"))
+    assert stage.refusal("sleep")
+    stage.do_all()
+    assert stage.processes[0].asleep == set()
+    assert [to for to, order in stage.told if isinstance(order.operation, Wake)][:1] == [0]
+    assert stage.started() == [("served", 0)]
+
+
+def test_a_deeper_sleep_that_fails_leaves_the_sleep_that_was() -> None:
+    stage = Operating()
+    stage.operate("sleep", Sleep(["caches"]))
+    stage.do_all()
+    stage.operate("deeper", Sleep(["caches", "weights"]))
+    stage.do(0)
+    stage.do(1, Conflict("The weights cannot be put away."))
+    stage.do_all()
+    assert stage.processes[0].asleep == stage.processes[1].asleep == {"caches"}
