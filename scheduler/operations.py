@@ -330,10 +330,13 @@ class Operations:
         return None if first is None else first.number
 
     def _participants(self, transaction: Transaction) -> set[int]:
-        """Those that are ready; where none is, those that have lost what others had, so that it can be sent again."""
+        """Those that have what was committed; where none does, those that came without, so that it can be sent again.
+
+        One that is silent for now may serve again, so that it is not left out.
+        """
         if transaction.replicas is None:
-            ready = {replica.number for replica in self._replicas if replica.state == "ready"}
-            chosen = ready or set(self._behind)
+            having = {replica.number for replica in self._replicas if self._has_committed(replica)}
+            chosen = having or set(self._behind)
             if transaction.begun is not None:
                 transaction.replicas = chosen
             return chosen

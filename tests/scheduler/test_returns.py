@@ -312,3 +312,31 @@ def test_who_comes_while_the_others_are_put_to_sleep_sleeps_too() -> None:
     stage.start(1)
     stage.do_all()
     assert stage.processes[1].asleep == {"weights"}
+
+
+def test_a_silent_replica_that_speaks_again_serves_what_was_committed_meanwhile() -> None:
+    stage = Operating()
+    stage.wait(119.0)
+    stage.heartbeat(0)
+    stage.wait(2.0)
+    assert stage.replica(1).state == "stalled"
+    stage.operate("u", update())
+    stage.do_all()
+    stage.heartbeat(1)
+    stage.do_all()
+    stage.done("u")
+    assert stage.serving() == [0, 1]
+    assert stage.weights() == {0: "new", 1: "new"}
+
+
+def test_a_silent_replica_is_not_asked_for_its_weights_while_another_has_them() -> None:
+    stage = Operating(replicas=3)
+    updated(stage)
+    stage.wait(119.0)
+    stage.heartbeat(1)
+    stage.wait(2.0)
+    stage.kill(2)
+    stage.start(2)
+    assert not stage.processes[0].orders
+    stage.do_all()
+    assert stage.serving() == [1, 2]
