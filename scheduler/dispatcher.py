@@ -336,8 +336,8 @@ class Dispatcher:
     def _pause(self, message: Pause) -> None:
         if message.mode == "abort":
             self._end_all(Conflict("The request was ended, as generation is paused."))
-        if message.mode == "in_place":
-            self._tell_paused(True)
+        if "in_place" in (message.mode, self._paused):
+            self._tell_paused(message.mode == "in_place")
         self._paused = message.mode
         self._pausing.append(message)
 
@@ -349,7 +349,7 @@ class Dispatcher:
 
     def _tell_paused(self, paused: bool) -> None:
         for replica in self._replicas:
-            if replica.state in ("ready", "stalled"):
+            if replica.has_loaded:  # also one that is yet to be brought to the committed weights
                 self._outbox.to_replicas.append((replica.number, SetPaused(paused)))
 
     def _answer_pauses(self) -> None:

@@ -41,6 +41,11 @@ class Replica:
         """Whether the end of its last process was reported."""
         return self._exited
 
+    @property
+    def has_loaded(self) -> bool:
+        """Whether its process is there and takes orders, though maybe no requests yet."""
+        return self.model is not None and not self._exited
+
     def follows_another(self, pid: int) -> bool:
         """Whether ``pid`` is a new process, in the place of one whose end was not reported yet."""
         return self.pid not in (None, pid) and not self._exited

@@ -11,11 +11,14 @@ from safelight.protocol.operations import (
     Barrier,
     Begin,
     Commit,
+    Continue,
     Digests,
     Files,
     Flush,
     Operate,
     Operation,
+    Pause,
+    SetPaused,
     Sleep,
     Update,
     Wake,
@@ -326,3 +329,36 @@ def test_a_deeper_sleep_that_fails_leaves_the_sleep_that_was() -> None:
     stage.do(1, Conflict("The weights cannot be put away."))
     stage.do_all()
     assert stage.processes[0].asleep == stage.processes[1].asleep == {"caches"}
+
+
+def paused(stage: Operating, number: int) -> bool | None:
+    """What a replica was told last."""
+    told = [order.paused for to, order in stage.to_replicas if to == number and isinstance(order, SetPaused)]
+    return told[-1] if told else None
+
+
+@pytest.mark.parametrize("mode", ["wait", "abort"])
+def test_a_pause_of_another_kind_does_not_leave_what_runs_stopped_for_ever(mode: Barrier) -> None:
+    stage = Operating(replicas=1)
+    stage.server(generate("runs"), Pause("first", "in_place"), Pause("second", mode))
+    assert paused(stage, 0) is False, "it is to end, which takes forwards"
+    assert stage.unanswered("second")
+    stage.worker(0, result("runs"))
+    stage.done("second")
+    stage.server(generate("held"), Continue("continue"))
+    assert paused(stage, 0) is False
+    assert stage.started()[-1] == ("held", 0)
+
+
+def test_who_comes_during_a_pause_goes_on_with_the_others() -> None:
+    stage = Operating()
+    stage.operate("u", update())
+    stage.do_all()
+    stage.server(Pause("pause", "in_place"))
+    stage.kill(1)
+    stage.start(1)
+    assert paused(stage, 1) is True
+    stage.server(Continue("continue"))
+    stage.do_all()
+    assert (paused(stage, 0), paused(stage, 1)) == (False, False)
+    assert stage.serving() == [0, 1]
