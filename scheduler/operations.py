@@ -135,7 +135,8 @@ class Operations:
 
     @property
     def next_turn(self) -> float:
-        return math.inf if self._current is None else self._current.deadline
+        """When a begun update is given up, unless a part of it comes before; never while replicas work on one."""
+        return math.inf if self._current is None or self._current.running is not None else self._current.deadline
 
     def held(self) -> Iterator[Request]:
         return (item for item in self._line if isinstance(item, Request))
@@ -282,8 +283,7 @@ class Operations:
             if transaction.begun is not None:
                 self._end(transaction)
             return True
-        if transaction.begun is not None:
-            transaction.deadline = now + transaction.begun.timeout_s
+        _give_time(transaction, now)
         if isinstance(operation, Begin):
             self._operated(part, {}, self.version)
             return True
@@ -390,6 +390,7 @@ class Operations:
 
     def _finish_step(self, transaction: Transaction, running: Running, now: float) -> bool:
         transaction.running = None
+        _give_time(transaction, now)
         operation, step = running.part.operation, running.step
         if running.error is not None and step != "commit":
             self._undo(transaction, running)
@@ -543,6 +544,12 @@ class Operations:
             self._to_server(Failed(part.request_id, error.info(), report))
         else:
             logger.error("%s failed: %s", type(part.operation).__name__, error.message)
+
+
+def _give_time(transaction: Transaction, now: float) -> None:
+    """Have the time until the next part count from now."""
+    if transaction.begun is not None:
+        transaction.deadline = now + transaction.begun.timeout_s
 
 
 def _is_not_for(begun: Begin, source: Source) -> SafelightError | None:

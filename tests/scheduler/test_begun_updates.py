@@ -209,3 +209,23 @@ def test_the_time_of_an_update_does_not_run_while_it_waits_for_its_turn() -> Non
     stage.operate("1", update(part_of="u"))
     stage.do_all()
     stage.done("1")
+
+
+def test_a_part_that_takes_longer_than_the_time_between_parts_does_not_end_the_update() -> None:
+    stage = Operating()
+    stage.begin(timeout_s=10.0)
+    stage.operate("1", update("new", part_of="u"))
+    stage.wait(30.0)
+    stage.do_all()
+    stage.done("1")
+    stage.wait(9.0)
+    stage.commit()
+    assert stage.done("commit u").weight_version == "1"
+
+
+def test_the_loop_sleeps_while_a_part_takes_longer_than_the_time_between_parts() -> None:
+    stage = Operating()
+    stage.begin(timeout_s=10.0)
+    stage.operate("1", update("new", part_of="u"))
+    stage.wait(10.0)
+    assert stage.dispatcher.next_turn() > stage.now
