@@ -173,8 +173,12 @@ class Operations:
     def cancel(self, request_id: str) -> None:
         """The client of an operation is gone. One that has not begun will not; one that has ends as it would have."""
         for item in list(self._line):
-            if isinstance(item, Transaction) and item.parts and item.parts[0].request_id == request_id:
+            if isinstance(item, Transaction) and item.parts[0].request_id == request_id:
                 self._line.remove(item)
+        if self._current is not None:
+            self._current.parts = deque(part for part in self._current.parts if part.request_id != request_id)
+            if not self._current.reached and not self._current.parts:
+                self._current = None
 
     def answered(self, replica: int, message: Performed, now: float) -> None:
         """A replica has done a step."""

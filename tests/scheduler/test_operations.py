@@ -362,3 +362,30 @@ def test_who_comes_during_a_pause_goes_on_with_the_others() -> None:
     stage.do_all()
     assert (paused(stage, 0), paused(stage, 1)) == (False, False)
     assert stage.serving() == [0, 1]
+
+
+@pytest.mark.parametrize("operation", [update(), Begin(update_id="u", timeout_s=300.0)], ids=["update", "begin"])
+def test_an_operation_whose_client_goes_away_while_it_waits_for_requests_to_end_is_not_done(
+    operation: Operation,
+) -> None:
+    stage = Operating(replicas=1)
+    stage.server(generate("runs"))
+    stage.operate("gone", operation, "wait")
+    stage.server(generate("behind"))
+    stage.server(Cancel("gone"))
+    assert stage.given(0) == ["runs", "behind"], "nothing is to be waited for"
+    assert stage.told == []
+    stage.operate("next", Digests())
+    stage.do_all()
+    stage.done("next")
+
+
+def test_a_part_whose_client_goes_away_before_its_turn_is_not_written() -> None:
+    stage = Operating()
+    stage.begin()
+    stage.operate("first", update("first", part_of="u"))
+    stage.operate("gone", update("gone", part_of="u"))
+    stage.server(Cancel("gone"), Cancel("first"))
+    stage.do_all()
+    stage.commit()
+    assert stage.weights() == {0: "first", 1: "first"}
