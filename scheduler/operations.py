@@ -172,6 +172,8 @@ class Operations:
 
     def cancel(self, request_id: str) -> None:
         """The client of an operation is gone. One that has not begun will not; one that has ends as it would have."""
+        if not request_id:  # by which a server says hello; it is also what our own operations have
+            return
         for item in list(self._line):
             if isinstance(item, Transaction) and item.parts[0].request_id == request_id:
                 self._line.remove(item)

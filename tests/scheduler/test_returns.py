@@ -4,6 +4,7 @@ import pytest
 
 from safelight.protocol.config import Config
 from safelight.protocol.errors import Internal
+from safelight.protocol.messages import Cancel
 from safelight.protocol.operations import Abort, Begin, Commit, Digests, Export, Operated, Sleep, Wake
 from safelight.tests.scheduler.operating import Operating, Process, update
 from safelight.tests.scheduler.stage import generate
@@ -340,3 +341,16 @@ def test_a_silent_replica_is_not_asked_for_its_weights_while_another_has_them() 
     assert not stage.processes[0].orders
     stage.do_all()
     assert stage.serving() == [1, 2]
+
+
+def test_a_servers_greeting_takes_back_nothing_of_our_own() -> None:
+    """It is a ``Cancel`` of no request."""
+    stage = Operating()
+    updated(stage)
+    stage.operate("d", Digests())
+    stage.kill(1)
+    stage.do_all()
+    stage.operate("d2", Digests())
+    stage.start(1)
+    stage.server(Cancel(""))
+    assert all_alike(stage, "new")
