@@ -155,7 +155,8 @@ class Dispatcher:
             case ReplicaExited(replica=number, message=why):
                 if replica := self._replicas.get(number):
                     self._lose(replica, replica.exited(why), f"was lost ({why}) and will come back")
-                    self._operations.lost(replica, now)
+                    if replica.is_gone:  # else it was an earlier process, which had been missed before
+                        self._operations.lost(replica, now)
         self._settle(now)
 
     def from_worker(self, number: int, message: FromWorker, now: float) -> None:
@@ -166,15 +167,18 @@ class Dispatcher:
             return
         match message:
             case ReplicaLoading(pid=pid, stage=stage):
-                again = replica.pid not in (None, pid)
+                again = replica.follows_another(pid)
                 self._lose(replica, replica.loading(pid, stage, now), "was lost and is starting again")
                 if again:
                     self._operations.lost(replica, now)
             case ReplicaReady(pid=pid, model=model):
+                again = replica.follows_another(pid)
                 self._lose(replica, replica.ready(pid, model, now), "was lost and has come back")
-                if self._paused == "in_place":
-                    self._outbox.to_replicas.append((number, SetPaused(True)))
+                if again:
+                    self._operations.lost(replica, now)
                 if replica.state == "ready":  # these are not the last words of a process that is gone
+                    if self._paused == "in_place":
+                        self._outbox.to_replicas.append((number, SetPaused(True)))
                     self._operations.came(replica, now)
             case ReplicaFailed(message=why):
                 self._lose(replica, replica.failed(why), f"failed ({why})")
@@ -332,8 +336,8 @@ class Dispatcher:
     def _pause(self, message: Pause) -> None:
         if message.mode == "abort":
             self._end_all(Conflict("The request was ended, as generation is paused."))
-        if message.mode == "in_place":
-            self._tell_paused(True)
+        if "in_place" in (message.mode, self._paused):
+            self._tell_paused(message.mode == "in_place")
         self._paused = message.mode
         self._pausing.append(message)
 
@@ -345,7 +349,7 @@ class Dispatcher:
 
     def _tell_paused(self, paused: bool) -> None:
         for replica in self._replicas:
-            if replica.state in ("ready", "stalled"):
+            if replica.has_loaded:  # also one that is yet to be brought to the committed weights
                 self._outbox.to_replicas.append((replica.number, SetPaused(paused)))
 
     def _answer_pauses(self) -> None:

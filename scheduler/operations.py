@@ -49,20 +49,20 @@ RETRY_S = 5.0
 
 @dataclass(slots=True, eq=False)
 class Running:
-    """A part that replicas work on: which step, who has yet to answer, and what the others said.
+    """A part that ``replicas`` work on: which step, who has yet to answer it, and what the others said of it.
 
-    ``version`` is the one that is to be committed, and ``replicas`` are those that will.
+    Who is lost is in none of them any more. ``version`` is the one that is to be committed.
     """
 
     part: Operate
     number: int
     step: Step
-    expected: set[int]
+    replicas: set[int]
+    expected: set[int] = field(default_factory=set)
     reports: dict[int, Report] = field(default_factory=dict)
     error: SafelightError | None = None
     failed: Report | None = None
     version: str = ""
-    replicas: set[int] = field(default_factory=set)
 
 
 @dataclass(slots=True, eq=False)
@@ -136,7 +136,8 @@ class Operations:
 
     @property
     def next_turn(self) -> float:
-        return math.inf if self._current is None else self._current.deadline
+        """When a begun update is given up, unless a part of it comes before; never while replicas work on one."""
+        return math.inf if self._current is None or self._current.running is not None else self._current.deadline
 
     def held(self) -> Iterator[Request]:
         return (item for item in self._line if isinstance(item, Request))
@@ -172,16 +173,24 @@ class Operations:
 
     def cancel(self, request_id: str) -> None:
         """The client of an operation is gone. One that has not begun will not; one that has ends as it would have."""
+        if not request_id:  # by which a server says hello; it is also what our own operations have
+            return
         for item in list(self._line):
-            if isinstance(item, Transaction) and item.parts and item.parts[0].request_id == request_id:
+            if isinstance(item, Transaction) and item.parts[0].request_id == request_id:
                 self._line.remove(item)
+        if self._current is not None:
+            self._current.parts = deque(part for part in self._current.parts if part.request_id != request_id)
+            if not self._current.reached and not self._current.parts:
+                self._current = None
 
     def answered(self, replica: int, message: Performed, now: float) -> None:
         """A replica has done a step."""
         running = self._current.running if self._current is not None else None
         if running is None or (message.number, message.step) != (running.number, running.step):
             return
-        running.expected.discard(replica)
+        if replica not in running.expected:  # the last words of a process that is gone
+            return
+        running.expected.remove(replica)
         running.reports[replica] = message.report
         if message.error is not None and (running.error is None or replica == min(running.reports)):
             running.error, running.failed = from_info(message.error), message.report
@@ -190,6 +199,9 @@ class Operations:
     def lost(self, replica: Replica, now: float) -> None:
         """A replica's process is gone, and its part in what is being done with it."""
         self._behind.discard(replica.number)
+        of_it = [item for item in self._line if isinstance(item, Transaction) and item.only == replica.number]
+        for transaction in of_it:
+            self._line.remove(transaction)
         if self._changed and not any(self._has_committed(other) for other in self._replicas if other is not replica):
             self._lost = set(self._changed)
         if self._current is None:
@@ -197,36 +209,38 @@ class Operations:
         if self._current.replicas is not None:
             self._current.replicas.discard(replica.number)
         running = self._current.running
-        if running is not None and replica.number in running.expected:
-            running.expected.discard(replica.number)
-            if running.step != "commit":
-                running.error = Unavailable(
-                    f"Replica {replica.number} was lost; on the others everything is as it was.", retry_after_s=RETRY_S
-                )
+        if running is not None and replica.number in running.replicas:
+            self._go_on_without(replica.number, running)
         self.advance(now)
 
+    def _go_on_without(self, number: int, running: Running) -> None:
+        """What is to be undone or committed is so by the others; whoever keeps the journal, or votes, is missed."""
+        missed = number in running.expected if running.step == "journal" else running.step not in ("commit", "rollback")
+        if missed and running.error is None:
+            running.error = Unavailable(
+                f"Replica {number} was lost; on the others everything is as it was.", retry_after_s=RETRY_S
+            )
+        running.replicas.discard(number)
+        running.expected.discard(number)
+        running.reports.pop(number, None)
+
     def came(self, replica: Replica, now: float) -> None:
-        """A replica has loaded its model. Unless it is as the others are, it is not ready yet."""
+        """A replica has loaded its model. Unless it is as the others are and will be, it is not ready yet."""
         assert replica.model is not None, "it has just said what it serves"
         version = replica.model.weight_version
         if self.version is None or (self._journal and version in self._in_doubt):
             self._changed |= self._in_doubt.pop(version, set())
             self.version = version
-        if (version == self.version) if self._journal else not self._changed:
-            self._put_to_sleep(replica.number)
-            self._is_found_again()
+        in_progress = self._current is not None and self._current.reached
+        if self._has_all(replica) and not in_progress:
+            self._is_current(replica)
         else:
+            if self._lost:
+                self._lost = set(self._changed)  # also what was sent again since: this one has nothing of it
             self._behind.add(replica.number)
             replica.wait_for(f"is to be brought to the weights of version {self.version}")
-            self._bring_up(replica)
+            self._bring_up(replica.number)
         self.advance(now)
-
-    def _is_found_again(self) -> None:
-        """A replica has come that has all that was committed, and can give it to those that wait for it."""
-        was_lost, self._lost = self._lost, set()
-        for number in sorted(self._behind) if was_lost else ():
-            if (replica := self._replicas.get(number)) is not None:
-                self._bring_up(replica)
 
     def advance(self, now: float) -> None:
         """Do whatever can be done now."""
@@ -268,25 +282,21 @@ class Operations:
 
     def _begin_part(self, transaction: Transaction, part: Operate, now: float) -> bool:
         operation = part.operation
-        replicas = self._participants(transaction, operation)
+        if transaction.only is not None:
+            return self._begin_for_one(transaction, operation, transaction.only)
+        replicas = self._participants(transaction)
         if not replicas:
             self._fail(part, Unavailable(f"No replica is ready: {self._replicas.reasons()}.", retry_after_s=RETRY_S))
-            if transaction.only is not None and (replica := self._replicas.get(transaction.only)) is not None:
-                self._lost = set(self._changed)
-                self._bring_up(replica)
             if transaction.begun is not None:
                 self._end(transaction)
             return True
-        if transaction.begun is not None:
-            transaction.deadline = now + transaction.begun.timeout_s
+        _give_time(transaction, now)
         if isinstance(operation, Begin):
             self._operated(part, {}, self.version)
             return True
         if isinstance(operation, Commit) and (refusal := self._cannot_commit(transaction, operation)) is not None:
             self._fail(part, refusal)
             return True
-        if isinstance(operation, Export):
-            replicas = {min(replicas)}
         steps: dict[type[Any], Step] = {Commit: "commit", Abort: "rollback"}
         step = steps.get(type(operation), "prepare")
         transaction.running = Running(part, next(self._numbers), step, set(replicas))
@@ -296,15 +306,44 @@ class Operations:
             self._order(transaction.running, step, operation)
         return True
 
-    def _participants(self, transaction: Transaction, operation: Operation) -> set[int]:
-        """Those that are ready; where none is, those that have lost what others had, so that it can be sent again."""
-        if isinstance(operation, Export):
-            return {replica.number for replica in self._replicas if self._has_committed(replica)} - {transaction.only}
-        if transaction.only is not None:
-            return {transaction.only}
+    def _begin_for_one(self, transaction: Transaction, operation: Operation, number: int) -> bool:
+        """Make replica ``number`` as the others are by now; there is nothing to do where it is, or is gone."""
+        replica, does_it = self._replicas.get(number), number
+        assert replica is not None, "it came"
+        if isinstance(operation, Sleep):
+            operation = Sleep(sorted(self.asleep))
+            if not self.asleep or not self._has_committed(replica):
+                return True
+        elif number not in self._behind:
+            return True
+        elif isinstance(operation, Export):
+            giver = self._giver()
+            if self._has_all(replica):
+                self._is_current(replica)
+                return True
+            if giver is None:
+                self._wait_for_lost(replica)
+                return True
+            operation = Export(sorted(self._changed), f"replica-{number}-{next(self._numbers)}")
+            does_it = giver
+        transaction.running = Running(Operate("", operation), next(self._numbers), "prepare", {does_it})
+        self._order(transaction.running, "prepare", operation)
+        return True
+
+    def _giver(self) -> int | None:
+        """A replica that has what was committed, rather one that gives signs of life."""
+        having = [replica for replica in self._replicas if self._has_committed(replica)]
+        first = min(having, key=lambda replica: (replica.state != "ready", replica.number), default=None)
+        return None if first is None else first.number
+
+    def _participants(self, transaction: Transaction) -> set[int]:
+        """Those that have what was committed; where none does, those that came without, so that it can be sent again.
+
+        One that is silent for now may serve again, so that it is not left out.
+        """
         if transaction.replicas is None:
-            ready = {replica.number for replica in self._replicas if replica.state == "ready"}
-            chosen = ready or set(self._behind)
+            having = {replica.number for replica in self._replicas if self._has_committed(replica)}
+            chosen = having or set(self._behind)
             if transaction.begun is not None:
                 transaction.replicas = chosen
             return chosen
@@ -333,25 +372,24 @@ class Operations:
         return None
 
     def _order(self, running: Running, step: Step, operation: Operation | None = None) -> None:
-        running.step = step
+        """Have all that take part do ``step``; the journal is kept by one of them."""
+        first = min(running.replicas)
+        running.step, running.expected = step, {first} if step == "journal" else set(running.replicas)
+        running.reports.clear()
         version = running.version or None
-        for number in running.expected:
-            leads = number == min(running.expected)
+        for number in sorted(running.expected):
+            leads = number == first
             order = Perform(number=running.number, step=step, leads=leads, operation=operation, weight_version=version)
             self._to_replica(number, order)
 
     def _end_well(self, transaction: Transaction, running: Running) -> None:
-        """Commit what the replicas ``running.expected`` have written, once it stands in the journal."""
+        """Commit what the replicas have written, once it stands in the journal."""
         own = running.part.operation.weight_version if isinstance(running.part.operation, Update) else None
         begun = transaction.begun.weight_version if transaction.begun is not None else None
         running.version = own or begun or self._next_version()
-        running.replicas = set(running.expected)
         transaction.running = running
-        if self._journal:  # of a replica that is brought up too: it came with a journal that had missed a commit
-            running.expected = {min(running.replicas)}
-            self._order(running, "journal")
-        else:
-            self._order(running, "commit")
+        # The journal of a replica that is brought up too: it came with one that had missed a commit.
+        self._order(running, "journal" if self._journal else "commit")
 
     def _next_version(self) -> str:
         current = self.version or ""
@@ -359,30 +397,26 @@ class Operations:
 
     def _finish_step(self, transaction: Transaction, running: Running, now: float) -> bool:
         transaction.running = None
+        _give_time(transaction, now)
         operation, step = running.part.operation, running.step
         if running.error is not None and step != "commit":
             self._undo(transaction, running)
             self._fail(running.part, running.error, running.failed)
+            if transaction.only in self._behind:
+                self._try_again(transaction.only, running)
         elif step == "journal":
-            running.expected = running.replicas & self._alive()
-            running.reports.clear()
             transaction.running = running
             self._order(running, "commit")
         elif step == "commit":
             self._committed(transaction, running)
         elif isinstance(operation, Update) and step == "prepare":
-            self._go_on(transaction, running, "write")
+            transaction.running = running
+            self._order(running, "write")
         elif isinstance(operation, Update):
             self._written(transaction, running)
         else:
             self._done(transaction, running)
         return True
-
-    def _go_on(self, transaction: Transaction, running: Running, step: Step) -> None:
-        """The next step of the same part, on the same replicas."""
-        running.expected = set(running.reports)
-        transaction.running = running
-        self._order(running, step)
 
     def _written(self, transaction: Transaction, running: Running) -> None:
         for report in running.reports.values():
@@ -392,24 +426,29 @@ class Operations:
         if transaction.begun is not None or not transaction.written:  # an empty part is legal, and changes nothing
             self._operated(running.part, running.reports, self.version)
             return
-        if (refusal := self._cannot_replace(transaction, set(running.reports))) is not None:
+        if (refusal := self._cannot_replace(transaction, running.replicas)) is not None:
             self._undo(transaction, running)
             self._fail(running.part, refusal)
             return
-        running.expected = set(running.reports)
         self._end_well(transaction, running)
 
     def _undo(self, transaction: Transaction, running: Running) -> None:
-        """Have the replicas let go of what they prepared, joined or put away, or undo what they wrote."""
-        if not isinstance(running.part.operation, Update | Commit | Join | Sleep):
+        """Have the replicas let go of what they prepared or joined, undo what they wrote, and wake up."""
+        operation = running.part.operation
+        if isinstance(operation, Sleep) and transaction.only is None:
+            self._order_unasked(running.replicas, "prepare", Wake(sorted(set(operation.tags) - self.asleep)))
+        if not isinstance(operation, Update | Commit | Join):
             return
         step: Step = "release" if running.step == "prepare" else "rollback"
-        for number in sorted(running.replicas or running.reports):
-            self._to_replica(number, Perform(number=running.number, step=step, leads=False))
+        self._order_unasked(running.replicas, step)
         if step == "rollback":
             self._end(transaction)
-        if transaction.only is not None and (replica := self._replicas.get(transaction.only)) is not None:
-            replica.failed(f"could not be brought to version {self.version}")
+
+    def _order_unasked(self, numbers: set[int], step: Step, operation: Operation | None = None) -> None:
+        """Have replicas put back what was; nobody waits for that, as they do what they are told in its order."""
+        number = next(self._numbers)
+        for replica in sorted(numbers):
+            self._to_replica(replica, Perform(number=number, step=step, leads=False, operation=operation))
 
     def _committed(self, transaction: Transaction, running: Running) -> None:
         if not running.reports:
@@ -426,10 +465,13 @@ class Operations:
             self._commits += 1
             self._in_doubt.clear()
             self._changed.update(transaction.written)
-            self._lost -= transaction.complete
-        for number in set(running.reports) & self._behind:
-            if not self._lost:
-                self._is_current(number)
+        was_lost = bool(self._lost)
+        self._lost = self._lost - transaction.complete if transaction.only is None else set()
+        for number in sorted(set(running.reports) & self._behind) if not self._lost else ():
+            if (replica := self._replicas.get(number)) is not None:
+                self._is_current(replica)
+        if was_lost and not self._lost:
+            self._bring_up(*sorted(self._behind))
         self._operated(running.part, running.reports, self.version)
         self._end(transaction)
 
@@ -451,8 +493,7 @@ class Operations:
         """End a begun update of which nothing has been heard for too long, or whose replicas are all lost."""
         assert transaction.begun is not None
         logger.warning("the update %s is aborted: nothing more came", transaction.begun.update_id)
-        for number in sorted(transaction.replicas or ()):
-            self._to_replica(number, Perform(number=next(self._numbers), step="rollback", leads=False))
+        self._order_unasked(transaction.replicas or set(), "rollback")
         self._end(transaction)
 
     def _end(self, transaction: Transaction) -> None:
@@ -462,32 +503,41 @@ class Operations:
         transaction.parts.clear()
         self._current = None
 
-    def _alive(self) -> set[int]:
-        return {replica.number for replica in self._replicas if replica.state in ("ready", "stalled")} | self._behind
+    def _bring_up(self, *numbers: int) -> None:
+        """Have a replica that holds what was committed write it out, and these read it, one after the other."""
+        for number in numbers:
+            self._line.append(Transaction("in_place", deque([Operate("", Export([], ""))]), only=number))
 
-    def _bring_up(self, replica: Replica) -> None:
-        """Have a replica that holds what was committed write it out, and this one read it."""
-        if self._lost:
-            replica.wait_for(
-                f"the weights of version {self.version} were lost with the last process that had them: "
-                f"update {', '.join(sorted(self._lost))} again, or restart the server"
-            )
-            return
-        part = Operate("", Export(sorted(self._changed), f"replica-{replica.number}-{next(self._numbers)}"))
-        self._line.append(Transaction("in_place", deque([part]), only=replica.number))
-
-    def _is_current(self, number: int) -> None:
-        self._behind.discard(number)
+    def _try_again(self, number: int, running: Running) -> None:
+        """The replica that was to give ``number`` the weights is lost; or it cannot be brought up, and starts again."""
         replica = self._replicas.get(number)
-        if replica is not None:
-            replica.waits_no_longer()
-        self._put_to_sleep(number)
+        if running.failed is None:
+            self._bring_up(number)
+        elif replica is not None and running.error is not None:
+            replica.failed(f"could not be brought to version {self.version}: {running.error.message}")
 
-    def _put_to_sleep(self, number: int) -> None:
-        """If the others sleep."""
+    def _wait_for_lost(self, replica: Replica) -> None:
+        self._lost = set(self._changed)
+        replica.wait_for(
+            f"the weights of version {self.version} were lost with the last process that had them: "
+            f"update {', '.join(sorted(self._lost))} again, or restart the server"
+        )
+
+    def _is_current(self, replica: Replica) -> None:
+        """It has all that was committed, and can give it to those that wait for it."""
+        self._behind.discard(replica.number)
+        replica.waits_no_longer()
         if self.asleep:
-            part = Operate("", Sleep(sorted(self.asleep)))
-            self._line.append(Transaction("in_place", deque([part]), only=number))
+            self._line.append(Transaction("in_place", deque([Operate("", Sleep([]))]), only=replica.number))
+        if self._lost:
+            self._lost = set()
+            self._bring_up(*sorted(self._behind))
+
+    def _has_all(self, replica: Replica) -> bool:
+        """Whether what a replica came with is what was committed."""
+        if self._journal:
+            return replica.model is not None and replica.model.weight_version == self.version
+        return not self._changed
 
     def _has_committed(self, replica: Replica) -> bool:
         return replica.state in ("ready", "stalled") and replica.number not in self._behind
@@ -501,6 +551,12 @@ class Operations:
             self._to_server(Failed(part.request_id, error.info(), report))
         else:
             logger.error("%s failed: %s", type(part.operation).__name__, error.message)
+
+
+def _give_time(transaction: Transaction, now: float) -> None:
+    """Have the time until the next part count from now."""
+    if transaction.begun is not None:
+        transaction.deadline = now + transaction.begun.timeout_s
 
 
 def _is_not_for(begun: Begin, source: Source) -> SafelightError | None:

@@ -36,6 +36,20 @@ class Replica:
         self._exited = False  # the exit of `pid` was reported
         self._exits_due = 0  # exits of earlier incarnations that were not reported yet
 
+    @property
+    def is_gone(self) -> bool:
+        """Whether the end of its last process was reported."""
+        return self._exited
+
+    @property
+    def has_loaded(self) -> bool:
+        """Whether its process is there and takes orders, though maybe no requests yet."""
+        return self.model is not None and not self._exited
+
+    def follows_another(self, pid: int) -> bool:
+        """Whether ``pid`` is a new process, in the place of one whose end was not reported yet."""
+        return self.pid not in (None, pid) and not self._exited
+
     def loading(self, pid: int, stage: str, now: float) -> list[str]:
         """A worker is at ``stage`` of its start."""
         if self._is_dead(pid):

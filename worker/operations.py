@@ -89,7 +89,6 @@ class Operations:
         modules = [part for part in model.pipeline.components.values() if isinstance(part, nn.Module)]
         self._parking = Parking(modules, model.device)
         self._operation: Operation | None = None
-        self._parked_now = False
 
     @property
     def holds(self) -> bool:
@@ -185,8 +184,6 @@ class Operations:
         match self._operation:
             case Join():
                 self._groups.forget_join()
-            case Sleep() if self._parked_now:
-                self._parking.fetch(self._sign)
             case Update(source=Broadcast(group=group)):
                 self._groups.leave(group)
 
@@ -266,8 +263,7 @@ class Operations:
         return [PROMPT_CACHE]
 
     def _sleep(self, operation: Sleep) -> Report:
-        self._parked_now = "weights" in operation.tags and not self._parking.parked
-        if self._parked_now:
+        if "weights" in operation.tags:
             try:
                 self._parking.park(self._sign)
             except OSError as error:

@@ -1,0 +1,206 @@
+"""Replicas that do operations as workers do, on weights that are words, and a stage on which they stand."""
+
+from collections import deque
+from dataclasses import dataclass, field
+
+from msgspec.structs import replace
+
+from safelight.protocol.config import Config
+from safelight.protocol.errors import InvalidRequest, SafelightError
+from safelight.protocol.messages import Failed, ModelInfo, ReplicaReady
+from safelight.protocol.operations import (
+    Barrier,
+    Begin,
+    Commit,
+    Export,
+    Files,
+    Operate,
+    Operated,
+    Operation,
+    Perform,
+    Performed,
+    Report,
+    Sleep,
+    Update,
+    Wake,
+)
+from safelight.tests.scheduler.stage import MODEL, Stage
+
+CHECKPOINT = {"transformer": "checkpoint", "vae": "checkpoint"}
+TWO = Config(replicas=2)
+
+REFUSED = InvalidRequest("Nothing was written: there is 1 name that the model does not have.")
+
+
+def update(
+    word: str = "new", module: str = "transformer", *, part_of: str | None = None, version: str | None = None
+) -> Update:
+    """All tensors of ``module`` become ``word``; a word that begins with "half" is half of them."""
+    return Update(source=Files({module: [word]}), update_id=part_of, weight_version=version)
+
+
+@dataclass
+class Process:
+    """One process of a replica: its weights, what it would put back, and the orders that it has not answered."""
+
+    number: int
+    pid: int
+    version: str = "0"
+    weights: dict[str, str] = field(default_factory=lambda: dict(CHECKPOINT))
+    asleep: set[str] = field(default_factory=set)
+    orders: deque[Perform] = field(default_factory=deque)
+    _operation: Operation | None = None
+    _prepared: dict[str, list[str]] = field(default_factory=dict)
+    _undo: dict[str, str] = field(default_factory=dict)
+    _complete: set[str] = field(default_factory=set)
+
+    @property
+    def open(self) -> bool:
+        """Whether it has something that is neither committed nor undone."""
+        return bool(self._undo or self._prepared)
+
+    def perform(self, order: Perform) -> Performed:
+        self._operation = order.operation or self._operation
+        return Performed(order.number, order.step, self._do(order))
+
+    def _do(self, order: Perform) -> Report:
+        match order.step:
+            case "prepare":
+                return self._first_step()
+            case "write":
+                return self._write()
+            case "rollback":
+                self.weights |= self._undo
+                self._end()
+            case "release":
+                self._prepared = {}
+            case "commit":
+                report = self._written()
+                assert order.weight_version is not None
+                self.version = order.weight_version
+                self._end()
+                return Report(updated=report.updated, complete=report.complete, weight_version=self.version)
+        return Report()
+
+    def _first_step(self) -> Report:
+        match self._operation:
+            case Update(source=Files(modules=modules)):
+                self._prepared = modules
+                return Report(updated=dict.fromkeys(modules, 2))
+            case Export(modules=names):
+                assert not self._undo, "what is given to others is committed"
+                return Report(files={name: [self.weights[name]] for name in names})
+            case Sleep(tags=tags):
+                self.asleep.update(tags)
+            case Wake(tags=tags):
+                self.asleep.difference_update(tags)
+        return Report(weight_version=self.version)
+
+    def _write(self) -> Report:
+        for module, (word,) in self._prepared.items():
+            self._undo.setdefault(module, self.weights[module])
+            self.weights[module] = f"{self.weights[module]} and {word}" if word.startswith("half") else word
+            if not word.startswith("half"):
+                self._complete.add(module)
+        self._prepared = {}
+        return self._written()
+
+    def _written(self) -> Report:
+        return Report(updated=dict.fromkeys(self._undo, 2), complete=sorted(self._complete))
+
+    def _end(self) -> None:
+        self._undo, self._prepared, self._complete = {}, {}, set()
+
+
+class Operating(Stage):
+    """A stage whose replicas are processes that do what they are told, when the test lets them."""
+
+    def __init__(self, *, replicas: int = 2, ready: int | None = None, config: Config | None = None) -> None:
+        super().__init__(ready=(), config=config or Config(replicas=replicas))
+        self.processes: dict[int, Process] = {}
+        self.told: list[tuple[int, Perform]] = []
+        """Every order to do a step, in order, with its replica."""
+        self._pids = 100
+        for number in range(replicas if ready is None else ready):
+            self.start(number)
+
+    def start(self, number: int, process: Process | None = None) -> None:
+        """The replica is there, or there again, with the checkpoint's weights."""
+        self._pids += 1
+        self.processes[number] = process or Process(number, self._pids)
+        self.processes[number].pid = self._pids
+        model = _model(self.processes[number].version)
+        self.worker(number, ReplicaReady(number, self._pids, model))
+
+    def kill(self, number: int) -> None:
+        del self.processes[number]
+        self.exited(number)
+
+    def operate(self, request_id: str, operation: Operation, barrier: Barrier = "in_place") -> None:
+        self.server(Operate(request_id, operation, barrier))
+
+    def do(self, number: int, error: SafelightError | None = None) -> Perform:
+        """Let a replica do the first of its orders, or refuse it."""
+        order = self.processes[number].orders.popleft()
+        done = self.processes[number].perform(order) if error is None else _refusal(order, error)
+        self.worker(number, done)
+        return order
+
+    def do_all(self) -> None:
+        """Let all replicas do all that they are told, until there is no more."""
+        while busy := [number for number, process in sorted(self.processes.items()) if process.orders]:
+            self.do(busy[0])
+
+    def up_to(self, step: str) -> None:
+        """Let all replicas do what they are told before ``step``, which all of them then have yet to do."""
+        while busy := [n for n, process in self.processes.items() if process.orders and process.orders[0].step != step]:
+            self.do(busy[0])
+
+    def steps(self, number: int) -> list[str]:
+        return [order.step for to, order in self.told if to == number]
+
+    def begin(self, name: str = "u", *, timeout_s: float = 10.0, modules: list[str] | None = None) -> None:
+        self.operate(f"begin {name}", Begin(update_id=name, timeout_s=timeout_s, modules=modules))
+        self.do_all()
+
+    def commit(self, name: str = "u", *, require_complete: bool = False) -> None:
+        self.operate(f"commit {name}", Commit(name, require_complete))
+        self.do_all()
+
+    def done(self, request_id: str) -> Operated:
+        """The one answer to an operation, which must have been done."""
+        assert not self.sent(Failed, request_id), self.sent(Failed, request_id)
+        (operated,) = self.sent(Operated, request_id)
+        return operated
+
+    def refusal(self, request_id: str) -> str:
+        """The message of the one answer to an operation, which must have failed."""
+        assert not self.sent(Operated, request_id)
+        (failed,) = self.sent(Failed, request_id)
+        return failed.error.message
+
+    def unanswered(self, request_id: str) -> bool:
+        return not self.sent(Operated, request_id) and not self.sent(Failed, request_id)
+
+    def weights(self, module: str = "transformer") -> dict[int, str]:
+        return {number: process.weights[module] for number, process in sorted(self.processes.items())}
+
+    def serving(self) -> list[int]:
+        return [replica.replica for replica in self.dispatcher.status().replicas if replica.state == "ready"]
+
+    def _collect(self) -> None:
+        before = len(self.to_replicas)
+        super()._collect()
+        for number, order in self.to_replicas[before:]:
+            assert number in self.processes, f"replica {number} is gone, and was told: {order}"
+            if isinstance(order, Perform):
+                self.told.append((number, order))
+                self.processes[number].orders.append(order)
+
+
+def _model(version: str) -> ModelInfo:
+    return replace(MODEL, weight_version=version)
+
+
+def _refusal(order: Perform, error: SafelightError) -> Performed:
+    return Performed(order.number, order.step, Report(unknown=["nobody"]), error.info())

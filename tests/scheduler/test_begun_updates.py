@@ -1,0 +1,231 @@
+"""Begun updates: many parts, one version, and nobody who waits for ever."""
+
+import math
+
+import pytest
+
+from safelight.protocol.config import Config
+from safelight.protocol.errors import Internal
+from safelight.protocol.operations import Abort, Begin, Broadcast, Commit, Digests, Pickled, Source, Update
+from safelight.tests.scheduler.operating import REFUSED, Operating, update
+from safelight.tests.scheduler.stage import generate, result
+
+
+def test_parts_are_written_as_they_come_and_serve_together_under_one_version() -> None:
+    stage = Operating()
+    stage.operate("begin", Begin(update_id="u", weight_version="both"))
+    stage.server(generate("held"))
+    stage.operate("1", update("new", "transformer", part_of="u", version="ignored"))
+    stage.operate("2", update("new", "vae", part_of="u"))
+    stage.do_all()
+    assert (stage.done("1").weight_version, stage.done("2").weight_version) == ("0", "0")
+    assert stage.given(0) == []
+    stage.commit()
+    assert stage.done("commit u").weight_version == "both"
+    assert stage.steps(1) == ["prepare", "write", "prepare", "write", "commit"]
+    assert stage.started() == [("held", 0)]
+
+
+def test_an_open_update_waits_like_any_operation_for_what_came_before_it() -> None:
+    stage = Operating(replicas=1)
+    stage.server(generate("runs"))
+    stage.operate("begin", Begin(update_id="u"), "wait")
+    assert stage.unanswered("begin")
+    stage.worker(0, result("runs"))
+    stage.done("begin")
+
+
+def test_a_refused_part_leaves_the_update_open_and_what_it_wrote_there() -> None:
+    stage = Operating()
+    stage.begin()
+    stage.operate("good", update("new", part_of="u"))
+    stage.do_all()
+    stage.operate("wrong", update("wrong", "vae", part_of="u"))
+    stage.do(1, REFUSED)
+    stage.do_all()
+    assert stage.refusal("wrong") == REFUSED.message
+    stage.commit()
+    assert stage.done("commit u").weight_version == "1"
+    assert (stage.weights("transformer"), stage.weights("vae")) == (
+        {0: "new", 1: "new"},
+        dict.fromkeys((0, 1), "checkpoint"),
+    )
+
+
+def test_a_write_that_fails_ends_the_update_with_every_part_of_it_undone() -> None:
+    stage = Operating()
+    stage.begin()
+    stage.operate("1", update("new", "vae", part_of="u"))
+    stage.do_all()
+    stage.operate("2", update("new", part_of="u"))
+    stage.operate("waits", update("later", part_of="u"))
+    stage.up_to("write")
+    stage.do(0)
+    stage.do(1, Internal("The operation failed."))
+    stage.do_all()
+    assert (stage.steps(0)[-1], stage.steps(1)[-1]) == ("rollback", "rollback")
+    assert "has ended" in stage.refusal("waits")
+    stage.commit()
+    assert "'u'" in stage.refusal("commit u")
+    assert set(stage.weights("vae").values()) | set(stage.weights().values()) == {"checkpoint"}
+
+
+def test_a_journal_that_fails_ends_the_update_with_every_part_of_it_undone() -> None:
+    stage = Operating(config=Config(replicas=2, weights_journal="/journal"))
+    stage.begin()
+    stage.operate("1", update(part_of="u"))
+    stage.do_all()
+    stage.operate("commit", Commit("u"))
+    assert [(to, order.step) for to, order in stage.told][-1] == (0, "journal")
+    stage.do(0, Internal("The journal could not be written."))
+    stage.do_all()
+    assert "journal" in stage.refusal("commit")
+    assert stage.weights() == {0: "checkpoint", 1: "checkpoint"}
+    stage.operate("after", Digests())
+    stage.do_all()
+    stage.done("after")
+
+
+def test_nothing_written_is_nothing_to_commit_and_the_update_stays_open() -> None:
+    stage = Operating()
+    stage.begin()
+    stage.commit()
+    assert "Nothing was written" in stage.refusal("commit u")
+    stage.operate("abort", Abort("u"))
+    stage.do_all()
+    assert stage.done("abort").weight_version == "0"
+
+
+def test_require_complete_asks_for_every_tensor_of_what_was_touched_and_of_nothing_else() -> None:
+    stage = Operating()
+    stage.begin()
+    stage.operate("half", update("half", part_of="u"))
+    stage.do_all()
+    stage.commit(require_complete=True)
+    assert "transformer" in stage.refusal("commit u")
+    stage.operate("whole", update("whole", part_of="u"))
+    stage.do_all()
+    stage.operate("again", Commit("u", require_complete=True))
+    stage.do_all()
+    assert stage.done("again").weight_version == "1"
+
+
+def test_aborting_puts_every_byte_back_and_lets_the_line_go_on() -> None:
+    stage = Operating()
+    stage.begin()
+    stage.operate("1", update(part_of="u"))
+    stage.server(generate("held"))
+    stage.do_all()
+    stage.operate("abort", Abort("u"))
+    stage.do_all()
+    assert stage.steps(0) == stage.steps(1) == ["prepare", "write", "rollback"]
+    assert stage.done("abort").weight_version == "0"
+    assert stage.weights() == {0: "checkpoint", 1: "checkpoint"}
+    assert stage.started() == [("held", 0)]
+
+
+OTHERS: list[Source] = [
+    update("new", "vae").source,
+    Pickled([], ["transformer", "vae"]),
+    Broadcast("group", "vae", [], [], []),
+]
+
+
+@pytest.mark.parametrize("source", OTHERS, ids=lambda source: type(source).__name__)
+def test_a_part_for_a_module_that_the_update_was_not_begun_for_reaches_no_replica(source: Source) -> None:
+    stage = Operating()
+    stage.begin(modules=["transformer"])
+    stage.operate("other", Update(source=source, update_id="u"))
+    assert "vae" in stage.refusal("other")
+    assert stage.told == []
+    stage.operate("own", update(part_of="u"))
+    stage.do_all()
+    stage.commit()
+    stage.done("commit u")
+
+
+def test_a_part_of_an_update_that_has_ended_is_refused() -> None:
+    stage = Operating()
+    stage.begin()
+    stage.operate("1", update(part_of="u"))
+    stage.do_all()
+    stage.commit()
+    stage.operate("late", update("late", part_of="u"))
+    assert "it ended" in stage.refusal("late")
+    assert stage.weights() == {0: "new", 1: "new"}
+
+
+def test_a_second_update_waits_for_the_end_of_the_one_that_is_open() -> None:
+    stage = Operating()
+    stage.begin("first")
+    stage.operate("begin second", Begin(update_id="second"))
+    stage.operate("early", update(part_of="second"))
+    assert "'second'" in stage.refusal("early"), "nobody was told that it has begun"
+    assert stage.unanswered("begin second")
+    stage.operate("abort", Abort("first"))
+    stage.do_all()
+    stage.done("begin second")
+
+
+def test_an_update_of_which_nothing_more_comes_is_undone_by_itself() -> None:
+    stage = Operating()
+    stage.begin(timeout_s=10.0)
+    stage.operate("1", update(part_of="u"))
+    stage.server(generate("held"))
+    stage.do_all()
+    assert stage.dispatcher.next_turn() <= stage.now + 10.0
+    stage.wait(9.9)
+    assert stage.started() == []
+    stage.wait(0.1)
+    stage.do_all()
+    assert stage.weights() == {0: "checkpoint", 1: "checkpoint"}
+    assert stage.started() == [("held", 0)]
+    stage.commit()
+    assert "it ended" in stage.refusal("commit u")
+    assert stage.dispatcher.next_turn() < math.inf
+
+
+def test_a_part_gives_an_update_its_time_again() -> None:
+    stage = Operating()
+    stage.begin(timeout_s=10.0)
+    for number in range(3):
+        stage.wait(9.0)
+        stage.operate(f"{number}", update(f"{number}", part_of="u"))
+        stage.do_all()
+        stage.done(f"{number}")
+    stage.wait(9.0)
+    stage.commit()
+    assert stage.done("commit u").weight_version == "1"
+
+
+def test_the_time_of_an_update_does_not_run_while_it_waits_for_its_turn() -> None:
+    stage = Operating(replicas=1)
+    stage.server(generate("runs", timeout_s=100.0))
+    stage.operate("begin", Begin(update_id="u", timeout_s=10.0), "wait")
+    stage.wait(50.0)
+    stage.worker(0, result("runs"))
+    stage.done("begin")
+    stage.wait(9.0)
+    stage.operate("1", update(part_of="u"))
+    stage.do_all()
+    stage.done("1")
+
+
+def test_a_part_that_takes_longer_than_the_time_between_parts_does_not_end_the_update() -> None:
+    stage = Operating()
+    stage.begin(timeout_s=10.0)
+    stage.operate("1", update("new", part_of="u"))
+    stage.wait(30.0)
+    stage.do_all()
+    stage.done("1")
+    stage.wait(9.0)
+    stage.commit()
+    assert stage.done("commit u").weight_version == "1"
+
+
+def test_the_loop_sleeps_while_a_part_takes_longer_than_the_time_between_parts() -> None:
+    stage = Operating()
+    stage.begin(timeout_s=10.0)
+    stage.operate("1", update("new", part_of="u"))
+    stage.wait(10.0)
+    assert stage.dispatcher.next_turn() > stage.now

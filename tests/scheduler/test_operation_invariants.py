@@ -1,0 +1,465 @@
+"""Whatever is asked, fails, dies and comes back in whatever order: nobody draws with weights that were not committed.
+
+The machine plays server, trainer, workers and supervisor. It keeps its own account of what was committed, made of the
+answers alone, and its workers have weights that are words, so that wrong ones are seen.
+"""
+
+from collections import Counter, deque
+from dataclasses import dataclass, field
+from typing import TypeAlias
+
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from msgspec.structs import replace
+
+from safelight.protocol.config import Config
+from safelight.protocol.errors import Conflict
+from safelight.protocol.messages import (
+    Cancel,
+    Failed,
+    FromScheduler,
+    FromWorker,
+    Generate,
+    Heartbeat,
+    Queued,
+    ReplicaLoading,
+    ReplicaReady,
+    ReplicaStats,
+    Result,
+    ToWorker,
+)
+from safelight.protocol.operations import (
+    Abort,
+    Barrier,
+    Begin,
+    Commit,
+    Continue,
+    Digests,
+    Export,
+    Operate,
+    Operated,
+    Operation,
+    Pause,
+    Perform,
+    Performed,
+    Report,
+    SetPaused,
+    Sleep,
+    Update,
+    Wake,
+)
+from safelight.tests.scheduler.operating import CHECKPOINT, Process, update
+from safelight.tests.scheduler.stage import MODEL, Stage, generate, result, stopped
+
+REPLICAS = 3
+STALL_TIMEOUT_S, UPDATE_TIMEOUT_S = 30.0, 5.0
+
+NUMBERS = st.integers(0, REPLICAS - 1)
+BARRIERS: st.SearchStrategy[Barrier] = st.sampled_from(["wait", "abort", "in_place"])
+MODULES = st.sampled_from(sorted(CHECKPOINT))
+
+Weights: TypeAlias = dict[str, str]
+Truth: TypeAlias = tuple[str, Weights]
+"""A version and its weights."""
+
+
+@dataclass
+class Worker:
+    """A process of a replica, what it was sent and has not read, and the requests that it draws."""
+
+    process: Process
+    loaded: bool = False
+    inbox: deque[Perform | tuple[Generate, list[Truth]]] = field(default_factory=deque)
+    running: set[str] = field(default_factory=set)
+    paused: bool = False
+    journalled: Truth | None = None
+
+
+@dataclass
+class Begun:
+    version: str
+    parts: list[Update] = field(default_factory=list)
+
+
+class OperationsMachine(RuleBasedStateMachine):
+    def __init__(self) -> None:
+        super().__init__()
+        self.workers: list[Worker | None] = [None] * REPLICAS
+        self.believed = [False] * REPLICAS  # whether the scheduler may think that a loaded process is there
+        self.unreported = [0] * REPLICAS
+        self.journal: Truth | None = None
+        self.truths: list[Truth] = [("0", dict(CHECKPOINT))]
+        """What may be committed: more than one where all replicas were lost in a commit."""
+        self.asleep: set[str] = set()
+        self.asked: dict[str, Operation | None] = {}
+        self.answers: Counter[str] = Counter()
+        self.taken_back: set[str] = set()
+        self.begun: dict[str, Begun] = {}
+        self.requests: dict[str, bool] = {}  # whether each that was accepted is answered
+        self.steps_asked: set[tuple[int, str]] = set()
+        self.names = 0
+
+    @initialize(journal=st.booleans())
+    def all_are_there(self, journal: bool) -> None:
+        self.with_journal = journal
+        path = "/journal" if journal else None
+        config = Config(replicas=REPLICAS, max_running=2, stall_timeout_s=STALL_TIMEOUT_S, weights_journal=path)
+        self.stage = Stage(ready=(), config=config)
+        for number in range(REPLICAS):
+            self.start(number, at_once=True)
+
+    # What trainers and clients do.
+
+    @rule(timeout_s=st.sampled_from([None, None, 3.0]))
+    def draw(self, timeout_s: float | None) -> None:
+        self.stage.server(generate(self.name("request"), timeout_s=timeout_s))
+        self.deliver()
+
+    @rule(module=MODULES, half=st.booleans(), barrier=BARRIERS)
+    def update_at_once(self, module: str, half: bool, barrier: Barrier) -> None:
+        name = self.name("half" if half else "whole")
+        self.ask(update(name, module, version=f"version of {name}"), barrier)
+
+    @rule(barrier=BARRIERS)
+    def begin(self, barrier: Barrier) -> None:
+        name = self.name("update")
+        version = f"version of {name}"
+        self.ask(Begin(update_id=name, weight_version=version, timeout_s=UPDATE_TIMEOUT_S), barrier)
+
+    @precondition(lambda self: self.begun)
+    @rule(module=MODULES, half=st.booleans())
+    def send_a_part(self, module: str, half: bool) -> None:
+        self.ask(update(self.name("half" if half else "whole"), module, part_of=[*self.begun][-1]))
+
+    @precondition(lambda self: self.begun)
+    @rule(kind=st.sampled_from([Commit, Commit, Abort]))
+    def end(self, kind: type[Commit | Abort]) -> None:
+        self.ask(kind([*self.begun][-1]))
+
+    @rule(
+        operation=st.sampled_from([Digests(), Sleep(["weights"]), Sleep(["caches"]), Wake(["weights", "caches"])]),
+        barrier=BARRIERS,
+    )
+    def ask_for_something_else(self, operation: Operation, barrier: Barrier) -> None:
+        self.ask(operation, "wait" if isinstance(operation, Sleep) else barrier)
+
+    @rule(mode=st.sampled_from([None, "wait", "abort", "in_place"]))
+    def pause_or_continue(self, mode: Barrier | None) -> None:
+        name = self.name("pause")
+        self.asked[name] = None
+        self.stage.server(Continue(name) if mode is None else Pause(name, mode))
+        self.deliver()
+
+    @rule(data=st.data())
+    def go_away(self, data: st.DataObject) -> None:
+        if names := [name for name in (*self.asked, *self.requests) if not self.answers[name]]:
+            name = data.draw(st.sampled_from(names))
+            self.taken_back.add(name)
+            self.stage.server(Cancel(name))
+            self.deliver()
+
+    # What processes do.
+
+    @rule(number=NUMBERS, many=st.booleans())
+    def obey(self, number: int, many: bool) -> None:
+        worker = self.workers[number]
+        while worker is not None and worker.inbox:
+            self.read_next(number, worker)
+            if not many:
+                break
+
+    @rule()
+    def obey_all(self) -> None:
+        while any(worker is not None and worker.inbox for worker in self.workers):
+            for number in range(REPLICAS):
+                self.obey(number, many=True)
+
+    @rule(number=NUMBERS)
+    def refuse(self, number: int) -> None:
+        worker = self.workers[number]
+        if worker is None or not worker.inbox or not isinstance(order := worker.inbox[0], Perform):
+            return
+        if order.step in ("prepare", "write", "journal") and not isinstance(order.operation, Wake):
+            worker.inbox.popleft()
+            self.say(number, Performed(order.number, order.step, Report(), Conflict("I cannot.").info()))
+
+    @rule(number=NUMBERS, well=st.booleans())
+    def finish_a_request(self, number: int, well: bool) -> None:
+        worker = self.workers[number]
+        if worker is not None and worker.running and not worker.paused:
+            name = min(worker.running)
+            worker.running.remove(name)
+            self.say(number, result(name) if well else stopped(name))
+
+    @rule(number=NUMBERS, at_once=st.booleans())
+    def start(self, number: int, at_once: bool) -> None:
+        """A process starts; one that ran before is gone, and its end may be reported any time later."""
+        if self.workers[number] is not None:
+            self.unreported[number] += 1
+        self.names += 1
+        process = Process(number, 1000 + self.names)
+        if self.journal is not None:
+            process.version, process.weights = self.journal[0], dict(self.journal[1])
+        self.workers[number] = Worker(process)
+        if at_once:
+            self.become_ready(number)
+        else:
+            self.believed[number] = False
+            self.say(number, ReplicaLoading(number, process.pid, "importing"))
+
+    @rule(number=NUMBERS)
+    def become_ready(self, number: int) -> None:
+        worker = self.workers[number]
+        if worker is not None and not worker.loaded:
+            worker.loaded, self.believed[number] = True, True
+            model = replace(MODEL, weight_version=worker.process.version)
+            self.say(number, ReplicaReady(number, worker.process.pid, model))
+
+    @rule(number=NUMBERS, report=st.booleans())
+    def kill(self, number: int, report: bool) -> None:
+        if self.workers[number] is None:
+            return
+        self.workers[number] = None
+        self.unreported[number] += 1
+        if report:
+            self.report_ends(number)
+
+    @rule(number=NUMBERS)
+    def report_ends(self, number: int) -> None:
+        while self.unreported[number]:
+            self.unreported[number] -= 1
+            if self.workers[number] is None and not self.unreported[number]:
+                self.believed[number] = False
+            self.stage.exited(number)
+            self.deliver()
+
+    @rule(number=NUMBERS)
+    def beat(self, number: int) -> None:
+        if self.workers[number] is not None:
+            self.say(number, Heartbeat(number, ReplicaStats()))
+
+    @rule(seconds=st.sampled_from([0.0, 1.0, UPDATE_TIMEOUT_S, STALL_TIMEOUT_S]))
+    def wait(self, seconds: float) -> None:
+        self.stage.wait(seconds)
+        self.deliver()
+
+    # What must hold.
+
+    @invariant()
+    def those_who_serve_are_alike_when_all_is_done(self) -> None:
+        if any(self.unreported) or any(worker is not None and worker.inbox for worker in self.workers):
+            return
+        serving = [worker.process for number in self.serving() if (worker := self.workers[number]) is not None]
+        if any(process.open for process in serving):
+            return  # an update is open
+        for process in serving:
+            assert (process.version, process.weights) in self.truths
+            assert (process.version, process.weights) == (serving[0].version, serving[0].weights)
+            assert process.asleep <= self.asleep
+
+    def teardown(self) -> None:
+        """In the end everything is answered and all replicas serve the same, if need be after what was lost is sent."""
+        self.pause_or_continue(None)
+        self.settle()
+        self.ask(Wake(["weights", "caches"]))
+        for module in CHECKPOINT:
+            self.update_at_once(module, half=False, barrier="wait")
+            self.settle()
+        self.draw(None)
+        self.settle()
+        for name in self.asked:
+            assert self.answers[name] == 1 or name in self.taken_back, f"{name}: {self.asked[name]}"
+        assert all(self.requests.values())
+        assert self.serving() == list(range(REPLICAS))
+        for worker in self.workers:
+            assert worker is not None
+            assert [(worker.process.version, worker.process.weights)] == self.truths
+            assert not worker.process.open
+            assert not worker.process.asleep
+        status = self.stage.dispatcher.status()
+        assert (status.queued, status.running, status.halted) == (0, 0, None)
+
+    def settle(self) -> None:
+        """Nothing fails any more, and whoever says that it cannot be brought up is started again."""
+        for _ in range(4 + len(self.asked)):  # updates that nobody ends are given up one after the other
+            for number, worker in enumerate(self.workers):
+                self.report_ends(number)
+                if worker is not None and self.stage.replica(number).state == "failed":
+                    self.kill(number, report=True)
+                if self.workers[number] is None:
+                    self.start(number, at_once=True)
+                self.become_ready(number)
+            self.stage.wait(UPDATE_TIMEOUT_S)
+            for number in range(REPLICAS):
+                self.beat(number)
+            self.obey_all()
+            for number, worker in enumerate(self.workers):
+                while worker is not None and worker.running:
+                    self.finish_a_request(number, well=True)
+                    self.obey_all()
+
+    # How it is played.
+
+    def name(self, kind: str) -> str:
+        self.names += 1
+        return f"{kind} {self.names}"
+
+    def ask(self, operation: Operation, barrier: Barrier = "in_place") -> None:
+        name = self.name("operation")
+        self.asked[name] = operation
+        self.stage.server(Operate(name, operation, barrier))
+        self.deliver()
+
+    def serving(self) -> list[int]:
+        return [replica.replica for replica in self.stage.dispatcher.status().replicas if replica.state == "ready"]
+
+    def say(self, number: int, *messages: FromWorker) -> None:
+        self.stage.worker(number, *messages)
+        self.deliver()
+
+    def read_next(self, number: int, worker: Worker) -> bool:
+        if not worker.inbox:
+            return False
+        message = worker.inbox.popleft()
+        if isinstance(message, Perform):
+            self.perform(number, worker, message)
+        else:
+            self.begin_to_draw(worker, *message)
+        return True
+
+    def begin_to_draw(self, worker: Worker, request: Generate, truths: list[Truth]) -> None:
+        """By now it has obeyed all that it was told before."""
+        process = worker.process
+        found = (process.version, process.weights)
+        assert found in truths, f"it draws with {found}, and {truths} are committed"
+        if len(self.truths) > 1 and found in self.truths:
+            self.truths = [(found[0], dict(found[1]))]
+        assert not process.open
+        assert not process.asleep
+        worker.running.add(request.request_id)
+
+    def perform(self, number: int, worker: Worker, order: Perform) -> None:
+        process = worker.process
+        written = dict(process.weights)
+        if isinstance(order.operation, Export):
+            assert not process.open
+        done = process.perform(order)
+        if order.step == "journal":
+            assert order.weight_version is not None
+            worker.journalled = (order.weight_version, written)
+        elif order.step == "commit" and worker.journalled is not None:
+            self.journal, worker.journalled = worker.journalled, None
+        elif order.step == "rollback":
+            worker.journalled = None
+        self.say(number, done)
+
+    def deliver(self) -> None:
+        for message in self.stage.to_server:
+            self.hear(message)
+        self.stage.to_server.clear()
+        orders, self.stage.to_replicas = self.stage.to_replicas, []
+        self.check_leaders([(number, order) for number, order in orders if isinstance(order, Perform)])
+        for number, order in orders:
+            assert self.believed[number], f"replica {number} is gone, and was sent {order}"
+            worker = self.workers[number]
+            if worker is not None and worker.loaded:
+                self.send(worker, order)
+        if any(isinstance(order, Generate) for _, order in orders):
+            self.check_nothing_is_being_done()
+
+    def send(self, worker: Worker, order: ToWorker) -> None:
+        match order:
+            case Perform():
+                worker.inbox.append(order)
+            case Generate():
+                truths = [(version, dict(weights)) for version, weights in self.truths]
+                worker.inbox.append((order, truths))
+            case SetPaused(paused=paused):
+                worker.paused = paused
+
+    def check_leaders(self, orders: list[tuple[int, Perform]]) -> None:
+        """One of those that do a step leads; of what is only put back, nobody does."""
+        leads = Counter((order.number, order.step) for _, order in orders if order.leads)
+        for key in {(order.number, order.step) for _, order in orders}:
+            put_back = key[1] in ("rollback", "release") or all(
+                isinstance(order.operation, Wake) for _, order in orders if (order.number, order.step) == key
+            )
+            assert leads[key] == 1 or (put_back and not leads[key])
+            if key[1] == "journal":
+                assert len([order for _, order in orders if (order.number, order.step) == key]) == 1
+            if leads[key]:
+                self.steps_asked.add(key)
+
+    def check_nothing_is_being_done(self) -> None:
+        for number, worker in enumerate(self.workers):
+            for message in worker.inbox if worker is not None and self.believed[number] else ():
+                if isinstance(message, Perform):
+                    assert (message.number, message.step) not in self.steps_asked, "a request began during an operation"
+
+    def hear(self, message: FromScheduler) -> None:
+        match message:
+            case Queued(request_id=name):
+                assert name not in self.requests
+                self.requests[name] = False
+            case Operated(request_id=name):
+                self.answers[name] += 1
+                assert self.answers[name] == 1
+                self.is_done(self.asked[name], message)
+            case Result(request_id=name) | Failed(request_id=name) if name in self.requests:
+                assert not self.requests[name], "a second answer"
+                self.requests[name] = True
+            case Failed(request_id=name) if name in self.asked:
+                self.answers[name] += 1
+                assert self.answers[name] == 1
+                self.has_failed(self.asked[name])
+
+    def is_done(self, operation: Operation | None, operated: Operated) -> None:
+        match operation:
+            case Update(update_id=None):
+                assert operation.weight_version is not None
+                self.commit(operation.weight_version, [operation], operated)
+            case Update(update_id=update_id):
+                assert update_id is not None
+                self.begun[update_id].parts.append(operation)
+            case Begin(update_id=update_id, weight_version=version):
+                self.begun[update_id] = Begun(version or "")
+            case Commit(update_id=update_id):
+                begun = self.begun.pop(update_id)
+                self.commit(begun.version, begun.parts, operated)
+            case Abort(update_id=update_id):
+                del self.begun[update_id]
+            case Sleep(tags=tags):
+                self.asleep.update(tags)
+            case Wake(tags=tags):
+                self.asleep.difference_update(tags)
+
+    def commit(self, version: str, updates: list[Update], operated: Operated) -> None:
+        assert operated.weight_version == version
+        assert operated.reports
+        self.truths = [(version, _after(weights, updates)) for _, weights in self.truths]
+
+    def has_failed(self, operation: Operation | None) -> None:
+        """Where all replicas are lost in a commit, the journal knows whether it was made."""
+        version, updates = None, list[Update]()
+        match operation:
+            case Update(update_id=None, weight_version=version):
+                updates = [operation]
+            case Commit(update_id=update_id) if update_id in self.begun:
+                version, updates = self.begun[update_id].version, self.begun[update_id].parts
+        if self.journal is not None and version == self.journal[0] and version not in {name for name, _ in self.truths}:
+            assert version is not None
+            self.truths += [(version, _after(weights, updates)) for _, weights in self.truths]
+
+
+def _after(weights: Weights, updates: list[Update]) -> Weights:
+    """What ``weights`` become by ``updates``, as :class:`Process` writes them."""
+    process = Process(0, 0, weights=dict(weights))
+    for number, one in enumerate(updates):
+        process.perform(Perform(number=number, step="prepare", leads=True, operation=one))
+        process.perform(Perform(number=number, step="write", leads=True))
+    return process.weights
+
+
+TestOperations = OperationsMachine.TestCase
+TestOperations.settings = settings(max_examples=300, stateful_step_count=50, deadline=None, database=None)
