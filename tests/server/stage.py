@@ -52,7 +52,7 @@ async def stage(
     config = config or Config()
     with tempfile.TemporaryDirectory(prefix="stage-") as directory, listen("127.0.0.1", 0) as listener:
         async with PlayedScheduler(Path(directory), answer) as scheduler, SchedulerLink(scheduler.address) as link:
-            http = HttpServer(create_app(Service(config, link)), grace_s=0)
+            http = HttpServer(create_app(Service(config, link, Path(directory))), grace_s=0)
             serving = asyncio.create_task(http.serve(sockets=[listener]))
             url = url_of(listener)
             async with httpx.AsyncClient(base_url=url, timeout=20) as client:

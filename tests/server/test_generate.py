@@ -33,6 +33,7 @@ async def test_the_reply_has_the_contract_s_fields() -> None:
         "id": reply.headers["x-request-id"],
         "model": "tiny",
         "weight_version": "7",
+        "weight_versions": ["7"],
         "steps": 4,
         "timings": {"queue_s": 0.1, "encode_s": 0.2, "denoise_s": 0.3, "decode_s": 0.4},
         "outputs": [
