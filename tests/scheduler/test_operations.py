@@ -389,3 +389,18 @@ def test_a_part_whose_client_goes_away_before_its_turn_is_not_written() -> None:
     stage.do_all()
     stage.commit()
     assert stage.weights() == {0: "first", 1: "first"}
+
+
+def test_what_waited_through_a_pause_is_not_drawn_by_replicas_that_were_put_to_sleep_in_it() -> None:
+    stage = Operating(replicas=1)
+    stage.server(Pause("pause"), generate("waits"))
+    stage.operate("sleep", Sleep(["weights"]), "wait")
+    stage.do_all()
+    stage.server(Continue("continue"))
+    assert stage.given(0) == []
+    stage.operate("u", update(), "wait")
+    stage.do_all()
+    assert stage.done("u"), "what may not start is not waited for"
+    stage.operate("wake", Wake(["weights"]))
+    stage.do_all()
+    assert stage.given(0) == ["waits"]
