@@ -254,7 +254,7 @@ class Dispatcher:
                 self._fail(request, self._no_replica())
         self._operations.advance(now)
         self._answer_pauses()
-        if self._operations.lets_run and not self._paused:
+        if self._operations.lets_run and self._halted() is None:
             while (first := self._waiting.first) and self._dispatch(first, now):
                 pass
 
@@ -325,8 +325,8 @@ class Dispatcher:
         """Whether all that was accepted has ended; of what may not start now, there is nothing to wait for."""
         if self._paused == "in_place":
             return True
-        held = 0 if self._paused else len(self._waiting)
-        return held == 0 and all(replica.outstanding == 0 for replica in self._replicas)
+        waiting = len(self._waiting) if self._halted() is None else 0
+        return waiting == 0 and all(replica.outstanding == 0 for replica in self._replicas)
 
     def _end_all(self, error: SafelightError) -> None:
         held = set(self._operations.held())

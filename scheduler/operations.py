@@ -228,9 +228,7 @@ class Operations:
         """A replica has loaded its model. Unless it is as the others are and will be, it is not ready yet."""
         assert replica.model is not None, "it has just said what it serves"
         version = replica.model.weight_version
-        if self.version is None or (self._journal and version in self._in_doubt):
-            self._changed |= self._in_doubt.pop(version, set())
-            self.version = version
+        self._settle_doubt(replica, version)
         in_progress = self._current is not None and self._current.reached
         if self._has_all(replica) and not in_progress:
             self._is_current(replica)
@@ -241,6 +239,18 @@ class Operations:
             replica.wait_for(f"is to be brought to the weights of version {self.version}")
             self._bring_up(replica.number)
         self.advance(now)
+
+    def _settle_doubt(self, replica: Replica, version: str) -> None:
+        """A replica comes with ``version``: take it up if it is the first, or all were lost in its commit.
+
+        Unless another serves without that commit by now: then it is to be undone in this one.
+        """
+        if self._journal and version in self._in_doubt:
+            self._changed |= self._in_doubt.pop(version)
+            if not any(self._has_committed(other) for other in self._replicas if other is not replica):
+                self.version = version
+        if self.version is None:
+            self.version = version
 
     def advance(self, now: float) -> None:
         """Do whatever can be done now."""
@@ -452,7 +462,8 @@ class Operations:
 
     def _committed(self, transaction: Transaction, running: Running) -> None:
         if not running.reports:
-            self._in_doubt = {running.version: set(transaction.written)}
+            if transaction.only is None:
+                self._in_doubt = {running.version: set(transaction.written)}
             self._fail(running.part, running.error or Unavailable("Every replica was lost.", retry_after_s=RETRY_S))
             self._end(transaction)
             return

@@ -223,7 +223,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             if isinstance(order, Generate):
                 assert order.request_id not in worker.held
                 worker.held[order.request_id] = len(order.samples)
-            else:
+            elif isinstance(order, Cancel):
                 worker.cancelled.add(order.request_id)
         self.stage.to_replicas.clear()
         for message in self.stage.to_server:

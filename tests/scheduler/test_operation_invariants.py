@@ -6,7 +6,6 @@ answers alone, and its workers have weights that are words, so that wrong ones a
 
 from collections import Counter, deque
 from dataclasses import dataclass, field
-from typing import TypeAlias
 
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -46,9 +45,9 @@ from safelight.protocol.operations import (
     Report,
     SetPaused,
     Sleep,
-    Update,
     Wake,
 )
+from safelight.tests.scheduler.account import Account, Truth
 from safelight.tests.scheduler.operating import CHECKPOINT, Process, update
 from safelight.tests.scheduler.stage import MODEL, Stage, generate, result, stopped
 
@@ -58,10 +57,6 @@ STALL_TIMEOUT_S, UPDATE_TIMEOUT_S = 30.0, 5.0
 NUMBERS = st.integers(0, REPLICAS - 1)
 BARRIERS: st.SearchStrategy[Barrier] = st.sampled_from(["wait", "abort", "in_place"])
 MODULES = st.sampled_from(sorted(CHECKPOINT))
-
-Weights: TypeAlias = dict[str, str]
-Truth: TypeAlias = tuple[str, Weights]
-"""A version and its weights."""
 
 
 @dataclass
@@ -76,26 +71,16 @@ class Worker:
     journalled: Truth | None = None
 
 
-@dataclass
-class Begun:
-    version: str
-    parts: list[Update] = field(default_factory=list)
-
-
 class OperationsMachine(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.workers: list[Worker | None] = [None] * REPLICAS
         self.believed = [False] * REPLICAS  # whether the scheduler may think that a loaded process is there
         self.unreported = [0] * REPLICAS
-        self.journal: Truth | None = None
-        self.truths: list[Truth] = [("0", dict(CHECKPOINT))]
-        """What may be committed: more than one where all replicas were lost in a commit."""
-        self.asleep: set[str] = set()
+        self.account = Account()
         self.asked: dict[str, Operation | None] = {}
         self.answers: Counter[str] = Counter()
         self.taken_back: set[str] = set()
-        self.begun: dict[str, Begun] = {}
         self.requests: dict[str, bool] = {}  # whether each that was accepted is answered
         self.steps_asked: set[tuple[int, str]] = set()
         self.names = 0
@@ -127,15 +112,15 @@ class OperationsMachine(RuleBasedStateMachine):
         version = f"version of {name}"
         self.ask(Begin(update_id=name, weight_version=version, timeout_s=UPDATE_TIMEOUT_S), barrier)
 
-    @precondition(lambda self: self.begun)
+    @precondition(lambda self: self.account.begun)
     @rule(module=MODULES, half=st.booleans())
     def send_a_part(self, module: str, half: bool) -> None:
-        self.ask(update(self.name("half" if half else "whole"), module, part_of=[*self.begun][-1]))
+        self.ask(update(self.name("half" if half else "whole"), module, part_of=[*self.account.begun][-1]))
 
-    @precondition(lambda self: self.begun)
+    @precondition(lambda self: self.account.begun)
     @rule(kind=st.sampled_from([Commit, Commit, Abort]))
     def end(self, kind: type[Commit | Abort]) -> None:
-        self.ask(kind([*self.begun][-1]))
+        self.ask(kind([*self.account.begun][-1]))
 
     @rule(
         operation=st.sampled_from([Digests(), Sleep(["weights"]), Sleep(["caches"]), Wake(["weights", "caches"])]),
@@ -199,8 +184,8 @@ class OperationsMachine(RuleBasedStateMachine):
             self.unreported[number] += 1
         self.names += 1
         process = Process(number, 1000 + self.names)
-        if self.journal is not None:
-            process.version, process.weights = self.journal[0], dict(self.journal[1])
+        if self.account.journal is not None:
+            process.version, process.weights = self.account.journal[0], dict(self.account.journal[1])
         self.workers[number] = Worker(process)
         if at_once:
             self.become_ready(number)
@@ -254,9 +239,9 @@ class OperationsMachine(RuleBasedStateMachine):
         if any(process.open for process in serving):
             return  # an update is open
         for process in serving:
-            assert (process.version, process.weights) in self.truths
+            assert (process.version, process.weights) in self.account.truths
             assert (process.version, process.weights) == (serving[0].version, serving[0].weights)
-            assert process.asleep <= self.asleep
+            assert process.asleep <= self.account.asleep
 
     def teardown(self) -> None:
         """In the end everything is answered and all replicas serve the same, if need be after what was lost is sent."""
@@ -274,7 +259,7 @@ class OperationsMachine(RuleBasedStateMachine):
         assert self.serving() == list(range(REPLICAS))
         for worker in self.workers:
             assert worker is not None
-            assert [(worker.process.version, worker.process.weights)] == self.truths
+            assert [(worker.process.version, worker.process.weights)] == self.account.truths
             assert not worker.process.open
             assert not worker.process.asleep
         status = self.stage.dispatcher.status()
@@ -333,8 +318,8 @@ class OperationsMachine(RuleBasedStateMachine):
         process = worker.process
         found = (process.version, process.weights)
         assert found in truths, f"it draws with {found}, and {truths} are committed"
-        if len(self.truths) > 1 and found in self.truths:
-            self.truths = [(found[0], dict(found[1]))]
+        if len(self.account.truths) > 1 and found in self.account.truths:
+            self.account.truths = [(found[0], dict(found[1]))]
         assert not process.open
         assert not process.asleep
         worker.running.add(request.request_id)
@@ -349,7 +334,7 @@ class OperationsMachine(RuleBasedStateMachine):
             assert order.weight_version is not None
             worker.journalled = (order.weight_version, written)
         elif order.step == "commit" and worker.journalled is not None:
-            self.journal, worker.journalled = worker.journalled, None
+            self.account.journal, worker.journalled = worker.journalled, None
         elif order.step == "rollback":
             worker.journalled = None
         self.say(number, done)
@@ -373,7 +358,7 @@ class OperationsMachine(RuleBasedStateMachine):
             case Perform():
                 worker.inbox.append(order)
             case Generate():
-                truths = [(version, dict(weights)) for version, weights in self.truths]
+                truths = [(version, dict(weights)) for version, weights in self.account.truths]
                 worker.inbox.append((order, truths))
             case SetPaused(paused=paused):
                 worker.paused = paused
@@ -405,60 +390,14 @@ class OperationsMachine(RuleBasedStateMachine):
             case Operated(request_id=name):
                 self.answers[name] += 1
                 assert self.answers[name] == 1
-                self.is_done(self.asked[name], message)
+                self.account.is_done(self.asked[name], message)
             case Result(request_id=name) | Failed(request_id=name) if name in self.requests:
                 assert not self.requests[name], "a second answer"
                 self.requests[name] = True
             case Failed(request_id=name) if name in self.asked:
                 self.answers[name] += 1
                 assert self.answers[name] == 1
-                self.has_failed(self.asked[name])
-
-    def is_done(self, operation: Operation | None, operated: Operated) -> None:
-        match operation:
-            case Update(update_id=None):
-                assert operation.weight_version is not None
-                self.commit(operation.weight_version, [operation], operated)
-            case Update(update_id=update_id):
-                assert update_id is not None
-                self.begun[update_id].parts.append(operation)
-            case Begin(update_id=update_id, weight_version=version):
-                self.begun[update_id] = Begun(version or "")
-            case Commit(update_id=update_id):
-                begun = self.begun.pop(update_id)
-                self.commit(begun.version, begun.parts, operated)
-            case Abort(update_id=update_id):
-                del self.begun[update_id]
-            case Sleep(tags=tags):
-                self.asleep.update(tags)
-            case Wake(tags=tags):
-                self.asleep.difference_update(tags)
-
-    def commit(self, version: str, updates: list[Update], operated: Operated) -> None:
-        assert operated.weight_version == version
-        assert operated.reports
-        self.truths = [(version, _after(weights, updates)) for _, weights in self.truths]
-
-    def has_failed(self, operation: Operation | None) -> None:
-        """Where all replicas are lost in a commit, the journal knows whether it was made."""
-        version, updates = None, list[Update]()
-        match operation:
-            case Update(update_id=None, weight_version=version):
-                updates = [operation]
-            case Commit(update_id=update_id) if update_id in self.begun:
-                version, updates = self.begun[update_id].version, self.begun[update_id].parts
-        if self.journal is not None and version == self.journal[0] and version not in {name for name, _ in self.truths}:
-            assert version is not None
-            self.truths += [(version, _after(weights, updates)) for _, weights in self.truths]
-
-
-def _after(weights: Weights, updates: list[Update]) -> Weights:
-    """What ``weights`` become by ``updates``, as :class:`Process` writes them."""
-    process = Process(0, 0, weights=dict(weights))
-    for number, one in enumerate(updates):
-        process.perform(Perform(number=number, step="prepare", leads=True, operation=one))
-        process.perform(Perform(number=number, step="write", leads=True))
-    return process.weights
+                self.account.has_failed(self.asked[name])
 
 
 TestOperations = OperationsMachine.TestCase

@@ -354,3 +354,16 @@ def test_a_servers_greeting_takes_back_nothing_of_our_own() -> None:
     stage.start(1)
     stage.server(Cancel(""))
     assert all_alike(stage, "new")
+
+
+def test_a_commit_that_all_were_lost_in_is_not_taken_up_beside_one_that_serves_without_it() -> None:
+    stage = Operating(replicas=3, ready=2, config=Config(replicas=3, weights_journal="/journal"))
+    stage.operate("u", update(version="in doubt"))
+    stage.up_to("commit")
+    stage.kill(0)
+    stage.kill(1)
+    stage.start(2)  # it read the journal before the commit
+    assert stage.serving() == [2]
+    stage.start(0, Process(0, 0, "in doubt", {"transformer": "new", "vae": "checkpoint"}))
+    stage.start(1)
+    assert all_alike(stage, "checkpoint")

@@ -1,0 +1,109 @@
+"""Sleep and pause: what is not started meanwhile, and that all go on together."""
+
+import pytest
+
+from safelight.protocol.errors import Conflict
+from safelight.protocol.operations import (
+    Barrier,
+    Continue,
+    Pause,
+    SetPaused,
+    Sleep,
+    Wake,
+)
+from safelight.tests.scheduler.operating import Operating, update
+from safelight.tests.scheduler.stage import generate, result
+
+
+def test_while_asleep_nothing_is_accepted_and_what_was_held_is_told() -> None:
+    stage = Operating()
+    stage.server(generate("runs"))
+    stage.operate("sleep", Sleep(["weights"]), "wait")
+    stage.server(generate("held"))
+    stage.worker(0, result("runs"))
+    stage.do_all()
+    stage.done("sleep")
+    stage.server(generate("refused"))
+    assert (stage.error("held"), stage.error("refused")) == ("conflict", "conflict")
+    assert stage.dispatcher.status().halted == "asleep"
+    stage.operate("wake", Wake(["weights", "caches"]))
+    stage.do_all()
+    stage.server(generate("accepted"))
+    assert stage.started()[-1][0] == "accepted"
+    assert stage.dispatcher.status().halted is None
+
+
+@pytest.mark.parametrize("how", ["refused", "lost"])
+def test_a_sleep_that_one_could_not_do_leaves_none_asleep(how: str) -> None:
+    stage = Operating()
+    stage.operate("sleep", Sleep(["weights"]))
+    stage.do(0)
+    if how == "lost":
+        stage.kill(1)
+    else:
+        stage.do(1, Conflict("The weights cannot be put away: No space left on device."))
+    stage.server(generate("served"))
+    assert stage.refusal("sleep")
+    stage.do_all()
+    assert stage.processes[0].asleep == set()
+    assert [to for to, order in stage.told if isinstance(order.operation, Wake)][:1] == [0]
+    assert stage.started() == [("served", 0)]
+
+
+def test_a_deeper_sleep_that_fails_leaves_the_sleep_that_was() -> None:
+    stage = Operating()
+    stage.operate("sleep", Sleep(["caches"]))
+    stage.do_all()
+    stage.operate("deeper", Sleep(["caches", "weights"]))
+    stage.do(0)
+    stage.do(1, Conflict("The weights cannot be put away."))
+    stage.do_all()
+    assert stage.processes[0].asleep == stage.processes[1].asleep == {"caches"}
+
+
+def paused(stage: Operating, number: int) -> bool | None:
+    """What a replica was told last."""
+    told = [order.paused for to, order in stage.to_replicas if to == number and isinstance(order, SetPaused)]
+    return told[-1] if told else None
+
+
+@pytest.mark.parametrize("mode", ["wait", "abort"])
+def test_a_pause_of_another_kind_does_not_leave_what_runs_stopped_for_ever(mode: Barrier) -> None:
+    stage = Operating(replicas=1)
+    stage.server(generate("runs"), Pause("first", "in_place"), Pause("second", mode))
+    assert paused(stage, 0) is False, "it is to end, which takes forwards"
+    assert stage.unanswered("second")
+    stage.worker(0, result("runs"))
+    stage.done("second")
+    stage.server(generate("held"), Continue("continue"))
+    assert paused(stage, 0) is False
+    assert stage.started()[-1] == ("held", 0)
+
+
+def test_who_comes_during_a_pause_goes_on_with_the_others() -> None:
+    stage = Operating()
+    stage.operate("u", update())
+    stage.do_all()
+    stage.server(Pause("pause", "in_place"))
+    stage.kill(1)
+    stage.start(1)
+    assert paused(stage, 1) is True
+    stage.server(Continue("continue"))
+    stage.do_all()
+    assert (paused(stage, 0), paused(stage, 1)) == (False, False)
+    assert stage.serving() == [0, 1]
+
+
+def test_what_waited_through_a_pause_is_not_drawn_by_replicas_that_were_put_to_sleep_in_it() -> None:
+    stage = Operating(replicas=1)
+    stage.server(Pause("pause"), generate("waits"))
+    stage.operate("sleep", Sleep(["weights"]), "wait")
+    stage.do_all()
+    stage.server(Continue("continue"))
+    assert stage.given(0) == []
+    stage.operate("u", update(), "wait")
+    stage.do_all()
+    assert stage.done("u"), "what may not start is not waited for"
+    stage.operate("wake", Wake(["weights"]))
+    stage.do_all()
+    assert stage.given(0) == ["waits"]
