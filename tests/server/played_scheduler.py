@@ -71,7 +71,7 @@ def finished(generate: Generate, data: bytes = PNG) -> list[FromScheduler]:
     """Everything that a request which goes well brings about."""
     request_id = generate.request_id
     outputs = [Output(Buffer(data), generate.output_format, sample.seed, 64, 48) for sample in generate.samples]
-    result = Result(request_id, outputs, Timings(0.1, 0.2, 0.3, 0.4, 1.0), 4, "7")
+    result = Result(request_id, outputs, Timings(0.1, 0.2, 0.3, 0.4, 1.0), 4, "7", weight_versions=["7"])
     return [Queued(request_id, 0), Started(request_id, 0, 0.1), result]
 
 
