@@ -11,18 +11,14 @@ import logging
 import math
 from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from typing import Any
 
-from ..protocol.errors import Conflict, InvalidRequest, NotFound, SafelightError, Unavailable, from_info
+from ..protocol.errors import Conflict, NotFound, SafelightError, Unavailable, from_info
 from ..protocol.messages import Failed, FromScheduler, ToWorker
 from ..protocol.operations import (
     Abort,
-    Barrier,
     Begin,
-    Broadcast,
     Commit,
-    CudaShared,
     Export,
     Files,
     Join,
@@ -31,59 +27,19 @@ from ..protocol.operations import (
     Operation,
     Perform,
     Performed,
-    Pickled,
     Report,
     Sleep,
-    Source,
     Step,
     Update,
     Wake,
 )
 from .replicas import Replica, Replicas
 from .request import Request
+from .transaction import Running, Transaction
 
 logger = logging.getLogger(__name__)
 
 RETRY_S = 5.0
-
-
-@dataclass(slots=True, eq=False)
-class Running:
-    """A part that ``replicas`` work on: which step, who has yet to answer it, and what the others said of it.
-
-    Who is lost is in none of them any more. ``version`` is the one that is to be committed.
-    """
-
-    part: Operate
-    number: int
-    step: Step
-    replicas: set[int]
-    expected: set[int] = field(default_factory=set)
-    reports: dict[int, Report] = field(default_factory=dict)
-    error: SafelightError | None = None
-    failed: Report | None = None
-    version: str = ""
-
-
-@dataclass(slots=True, eq=False)
-class Transaction:
-    """What holds back everything behind it: one operation, or a begun update with its parts.
-
-    ``replicas`` are those that take part, once it has begun; ``only`` is the one that an operation of our own is for.
-    ``written`` counts the tensors of each module that parts have written, and ``complete`` are modules of which every
-    tensor came.
-    """
-
-    barrier: Barrier
-    parts: deque[Operate] = field(default_factory=deque)
-    begun: Begin | None = None
-    only: int | None = None
-    reached: bool = False
-    replicas: set[int] | None = None
-    running: Running | None = None
-    deadline: float = math.inf
-    written: dict[str, int] = field(default_factory=dict)
-    complete: set[str] = field(default_factory=set)
 
 
 class Operations:
@@ -163,7 +119,7 @@ class Operations:
             begun = operation if isinstance(operation, Begin) else None
             self._line.append(Transaction(part.barrier, deque([part]), begun))
         elif self._current is not None and self._current.begun and self._current.begun.update_id == update_id:
-            if isinstance(operation, Update) and (refusal := _is_not_for(self._current.begun, operation.source)):
+            if isinstance(operation, Update) and (refusal := self._current.refusal_of(operation.source)):
                 self._fail(part, refusal)
             else:
                 self._current.parts.append(part)
@@ -300,11 +256,11 @@ class Operations:
             if transaction.begun is not None:
                 self._end(transaction)
             return True
-        _give_time(transaction, now)
+        transaction.gives_time(now)
         if isinstance(operation, Begin):
             self._operated(part, {}, self.version)
             return True
-        if isinstance(operation, Commit) and (refusal := self._cannot_commit(transaction, operation)) is not None:
+        if isinstance(operation, Commit) and (refusal := self._refusal_to_commit(transaction, operation)) is not None:
             self._fail(part, refusal)
             return True
         steps: dict[type[Any], Step] = {Commit: "commit", Abort: "rollback"}
@@ -359,18 +315,8 @@ class Operations:
             return chosen
         return transaction.replicas
 
-    def _cannot_commit(self, transaction: Transaction, commit: Commit) -> SafelightError | None:
-        if not transaction.written:
-            return InvalidRequest("Nothing was written in this update; send tensors, or abort it.", field="update_id")
-        partly = sorted(set(transaction.written) - transaction.complete)
-        if (refusal := self._cannot_replace(transaction, transaction.replicas or set())) is not None:
-            return refusal
-        if commit.require_complete and partly:
-            return InvalidRequest(
-                f"Not every tensor of {', '.join(partly)} was sent, and require_complete asks for that.",
-                field="require_complete",
-            )
-        return None
+    def _refusal_to_commit(self, transaction: Transaction, commit: Commit) -> SafelightError | None:
+        return transaction.refusal_to_end(commit) or self._cannot_replace(transaction, transaction.replicas or set())
 
     def _cannot_replace(self, transaction: Transaction, replicas: set[int]) -> SafelightError | None:
         """Why what came cannot stand in for weights that were lost, where the replicas are those that lost them."""
@@ -407,7 +353,7 @@ class Operations:
 
     def _finish_step(self, transaction: Transaction, running: Running, now: float) -> bool:
         transaction.running = None
-        _give_time(transaction, now)
+        transaction.gives_time(now)
         operation, step = running.part.operation, running.step
         if running.error is not None and step != "commit":
             self._undo(transaction, running)
@@ -430,9 +376,7 @@ class Operations:
 
     def _written(self, transaction: Transaction, running: Running) -> None:
         for report in running.reports.values():
-            transaction.complete.update(report.complete)
-            for module, count in report.updated.items():
-                transaction.written[module] = max(transaction.written.get(module, 0), count)
+            transaction.took(report)
         if transaction.begun is not None or not transaction.written:  # an empty part is legal, and changes nothing
             self._operated(running.part, running.reports, self.version)
             return
@@ -562,24 +506,3 @@ class Operations:
             self._to_server(Failed(part.request_id, error.info(), report))
         else:
             logger.error("%s failed: %s", type(part.operation).__name__, error.message)
-
-
-def _give_time(transaction: Transaction, now: float) -> None:
-    """Have the time until the next part count from now."""
-    if transaction.begun is not None:
-        transaction.deadline = now + transaction.begun.timeout_s
-
-
-def _is_not_for(begun: Begin, source: Source) -> SafelightError | None:
-    """Why ``source`` is no part of the update, if it names a module that the update was not begun for."""
-    match source:
-        case Files(modules=modules):
-            named = list(modules)
-        case Pickled(targets=targets):
-            named = targets
-        case Broadcast(module=module) | CudaShared(module=module):
-            named = [module]
-    others = [name for name in named if begun.modules is not None and name not in begun.modules]
-    if others:
-        return InvalidRequest(f"The update was not begun for {others[0]}.", field="target_modules")
-    return None

@@ -1,0 +1,100 @@
+"""What holds back everything behind it: one operation, or a begun update with its parts."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from dataclasses import dataclass, field
+
+from ..protocol.errors import InvalidRequest, SafelightError
+from ..protocol.operations import (
+    Barrier,
+    Begin,
+    Broadcast,
+    Commit,
+    CudaShared,
+    Files,
+    Operate,
+    Pickled,
+    Report,
+    Source,
+    Step,
+)
+
+
+@dataclass(slots=True, eq=False)
+class Running:
+    """A part that ``replicas`` work on: which step, who has yet to answer it, and what the others said of it.
+
+    Who is lost is in none of them any more. ``version`` is the one that is to be committed.
+    """
+
+    part: Operate
+    number: int
+    step: Step
+    replicas: set[int]
+    expected: set[int] = field(default_factory=set)
+    reports: dict[int, Report] = field(default_factory=dict)
+    error: SafelightError | None = None
+    failed: Report | None = None
+    version: str = ""
+
+
+@dataclass(slots=True, eq=False)
+class Transaction:
+    """What holds back everything behind it: one operation, or a begun update with its parts.
+
+    ``replicas`` are those that take part, once it has begun; ``only`` is the one that an operation of our own is for.
+    ``written`` counts the tensors of each module that parts have written, and ``complete`` are modules of which every
+    tensor came.
+    """
+
+    barrier: Barrier
+    parts: deque[Operate] = field(default_factory=deque)
+    begun: Begin | None = None
+    only: int | None = None
+    reached: bool = False
+    replicas: set[int] | None = None
+    running: Running | None = None
+    deadline: float = math.inf
+    written: dict[str, int] = field(default_factory=dict)
+    complete: set[str] = field(default_factory=set)
+
+    def gives_time(self, now: float) -> None:
+        """Have the time until the next part count from ``now``."""
+        if self.begun is not None:
+            self.deadline = now + self.begun.timeout_s
+
+    def took(self, report: Report) -> None:
+        """A replica has written a part."""
+        self.complete.update(report.complete)
+        for module, count in report.updated.items():
+            self.written[module] = max(self.written.get(module, 0), count)
+
+    def refusal_of(self, source: Source) -> SafelightError | None:
+        """Why ``source`` is no part of the update, if it names a module that the update was not begun for."""
+        match source:
+            case Files(modules=modules):
+                named = list(modules)
+            case Pickled(targets=targets):
+                named = targets
+            case Broadcast(module=module) | CudaShared(module=module):
+                named = [module]
+        meant = self.begun.modules if self.begun is not None else None
+        others = [name for name in named if meant is not None and name not in meant]
+        if others:
+            return InvalidRequest(f"The update was not begun for {others[0]}.", field="target_modules")
+        return None
+
+    def refusal_to_end(self, commit: Commit) -> SafelightError | None:
+        """Why it cannot be committed, as far as it knows."""
+        if not self.written:
+            return InvalidRequest("Nothing was written in this update; send tensors, or abort it.", field="update_id")
+        named = self.begun.modules if self.begun is not None else None
+        partly = sorted({*self.written, *(named or ())} - self.complete)
+        if commit.require_complete and partly:
+            return InvalidRequest(
+                f"Not every tensor of {', '.join(partly)} was sent, and require_complete asks for that.",
+                field="require_complete",
+            )
+        return None
