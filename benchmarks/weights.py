@@ -88,6 +88,8 @@ class Routes:
             Path(httpx.get(f"{client.base_url}/server_info").json()["shared_memory"]) / "benchmark.safetensors"
         )
         self._shared.write_bytes(self._body)
+        told = client.weights.checksum(["transformer"], detail=True)
+        self._expected = {name: tensor.sha256 for name, tensor in told["transformer"].tensors.items()}
         self._base64 = base64.b64encode(self._body)
         self._trainer = subprocess.Popen(
             [sys.executable, "-m", "safelight.benchmarks.sharing_trainer", str(self._file)],
@@ -167,48 +169,62 @@ class Routes:
     def checksum_of_tensors(self) -> None:
         self._client.weights.checksum(["transformer"], detail=True)
 
+    def checker(self) -> None:
+        self._post(
+            "/update_weights_from_tensor_checker",
+            {"target_module": "transformer", "expected_named_tensors_sha256": self._expected},
+        )
+
     def _post(self, path: str, body: dict[str, Any]) -> None:
         httpx.post(f"{self._client.base_url}{path}", json=body, timeout=300).raise_for_status()
 
 
-PAIRS: dict[str, tuple[str, float | None]] = {
-    "shared_memory": ("copy", 0.6),
-    "disk": ("copy", 0.6),
-    "http": ("bare_http", 0.5),
-    "json_dialect": ("base64_alone", 0.5),
-    "checksum": ("hash_one_stream", 0.9),
-    "checksum_of_tensors": ("hash_all_cores", 0.9),
-    "client_update": ("copy", None),
-    "client_update_verified": ("copy", None),
-}
-"""Of each route its limit, and the ratio that is wanted."""
+PAIRS: list[tuple[str, str, float | None]] = [
+    ("shared_memory", "copy", 0.6),
+    ("shared_memory", "copy_of_file", None),
+    ("disk", "copy", 0.6),
+    ("disk", "copy_of_file", None),
+    ("http", "bare_http", 0.5),
+    ("json_dialect", "base64_alone", 0.5),
+    ("json_dialect", "copy", None),
+    ("checksum", "hash_one_stream", 0.9),
+    ("checker", "hash_all_cores", 0.9),
+    ("checksum_of_tensors", "hash_one_stream", None),
+    ("client_update", "copy", None),
+    ("client_update_verified", "copy", None),
+]
+"""Each route, a limit, and the ratio that is wanted."""
 
 
 def measure_routes(routes: Routes, rounds: int) -> dict[str, Any]:
     """GB/s of each route and its limit, and the median of their ratios. The first round is not counted."""
     seconds: dict[str, list[float]] = {}
-    names = dict.fromkeys([*(limit for limit, _ in PAIRS.values()), "copy_of_file", *PAIRS])
+    names = dict.fromkeys([*(limit for _, limit, _ in PAIRS), *(route for route, _, _ in PAIRS)])
+        [*(limit for limit, _ in PAIRS.values()), "copy_of_file", *(route for route in PAIRS if hasattr(Routes, route))]
+    )
     try:
         for number in range(rounds + 1):
             for name in names:
                 took = _timed(getattr(routes, name))
                 if number:
                     seconds.setdefault(name, []).append(took)
-            print(f"round {number}: " + ", ".join(f"{name} {times[-1]:.2f} s" for name, times in seconds.items()))
+            told = ", ".join(f"{name} {times[-1]:.2f} s" for name, times in seconds.items())
+            print(f"round {number}: {told}", flush=True)
     finally:
         routes.close()
     rates = {name: routes.nbytes / statistics.median(times) / 1e9 for name, times in seconds.items()}
     return {
         "bytes": routes.nbytes,
         "gb_per_s": rates,
-        "ratios": {
-            name: {
+        "ratios": [
+            {
+                "route": route,
                 "limit": limit,
                 "wanted": wanted,
-                "ratio": statistics.median(a / b for a, b in zip(seconds[limit], seconds[name], strict=True)),
+                "ratio": statistics.median(a / b for a, b in zip(seconds[limit], seconds[route], strict=True)),
             }
-            for name, (limit, wanted) in PAIRS.items()
-        },
+            for route, limit, wanted in PAIRS
+        ],
         "seconds": seconds,
     }
 
@@ -340,11 +356,11 @@ def table(found: dict[str, Any]) -> str:
         "| route | GB/s | limit | GB/s | ratio | wanted |",
         "|---|---|---|---|---|---|",
     ]
-    for name, row in routes["ratios"].items():
+    for row in routes["ratios"]:
         wanted = "" if row["wanted"] is None else f"{row['wanted']:g}"
-        rate, limit = routes["gb_per_s"][name], routes["gb_per_s"][row["limit"]]
-        lines.append(f"| {name} | {rate:.2f} | {row['limit']} | {limit:.2f} | {row['ratio']:.2f} | {wanted} |")
-    lines += ["", f"For comparison: copy_of_file {routes['gb_per_s']['copy_of_file']:.2f} GB/s.", ""]
+        rate, limit = routes["gb_per_s"][row["route"]], routes["gb_per_s"][row["limit"]]
+        lines.append(f"| {row['route']} | {rate:.2f} | {row['limit']} | {limit:.2f} | {row['ratio']:.2f} | {wanted} |")
+    lines.append("")
     for mode, row in found["pause"].items():
         lines.append(
             f"A client that draws sees a step of {row['step_s']:.2f} s become {row['pause_s']:.2f} s longer ({mode})."

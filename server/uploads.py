@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import secrets
 import shutil
 import stat
 from collections.abc import AsyncIterator
+from io import FileIO
 from pathlib import Path
 from types import TracebackType
-from typing import BinaryIO, Self
+from typing import Self
 
 from fastapi import Request
 
@@ -26,11 +28,8 @@ AT_ONCE = 8
 IDLE_S = 60.0
 """Seconds without a byte after which a body has ended."""
 
-_AHEAD = 256 << 20
-"""Bytes of memory that are taken for what is still to come. A client may announce what it does not have, so they are no
-more than have come already, or ``_AT_FIRST``."""
-
-_AT_FIRST = 4 << 20
+_TOGETHER = 4 << 20
+"""Bytes that are written at a time, in a thread, while the next ones arrive."""
 
 
 class Uploads:
@@ -62,8 +61,7 @@ class Upload:
         try:
             async with self._turns:
                 self._folder.mkdir(mode=0o700)
-                with self.file.open("xb", buffering=0) as stream:
-                    await _receive(_chunks(self._request), stream, int(announced))
+                await _receive(self._request, self.file, int(announced))
         except BaseException as error:
             await self._remove()
             if isinstance(error, BadTensorFile):
@@ -84,21 +82,38 @@ class Upload:
         await asyncio.shield(asyncio.to_thread(shutil.rmtree, self._folder, ignore_errors=True))
 
 
-async def _chunks(request: Request) -> AsyncIterator[bytes]:
-    """The body's pieces. Raises ``TimeoutError`` when none comes for too long."""
-    stream = aiter(request.stream())
-    while True:
-        try:
-            async with asyncio.timeout(IDLE_S):
-                chunk = await anext(stream)
-        except StopAsyncIteration:
-            return
-        if chunk:
-            yield chunk
-
-
-async def _receive(chunks: AsyncIterator[bytes], stream: BinaryIO, size: int) -> None:
+async def _receive(request: Request, file: Path, size: int) -> None:
     """Write the body of ``size`` bytes. Its header is checked when it is there, before what comes behind it is kept."""
+    chunks = aiter(request.stream())
+    loop = asyncio.get_running_loop()
+    async with asyncio.timeout(IDLE_S) as idle:
+        head = await _head(chunks, size)
+        await asyncio.to_thread(read_header, bytes(head), size)
+        free = os.statvfs(file.parent)
+        if size > free.f_bavail * free.f_frsize:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        batch, waiting, received = [bytes(head)], len(head), len(head)
+        with file.open("xb", buffering=0) as stream:
+            writing = asyncio.ensure_future(asyncio.sleep(0))
+            try:
+                async for chunk in chunks:
+                    idle.reschedule(loop.time() + IDLE_S)
+                    batch.append(chunk)
+                    waiting += len(chunk)
+                    received += len(chunk)
+                    if waiting >= _TOGETHER:
+                        await writing
+                        writing = asyncio.ensure_future(asyncio.to_thread(_write, stream, batch))
+                        batch, waiting = [], 0
+            finally:
+                await writing
+            await asyncio.to_thread(_write, stream, batch)
+    if received != size:
+        raise BadTensorFile(f"it has {received} bytes and not {size}")
+
+
+async def _head(chunks: AsyncIterator[bytes], size: int) -> bytearray:
+    """What has come when the header is whole."""
     head = bytearray()
     async for chunk in chunks:
         head += chunk
@@ -107,30 +122,15 @@ async def _receive(chunks: AsyncIterator[bytes], stream: BinaryIO, size: int) ->
             raise BadTensorFile("it has no header, or a very large one")
         if len(head) >= 8 + length and len(head) >= 8:
             break
-    await asyncio.to_thread(read_header, bytes(head), size)
-    received = taken = 0
-    waiting: bytes | None = bytes(head)
-    while waiting is not None:
-        if received + len(waiting) > taken:
-            ahead = min(_AHEAD, max(_AT_FIRST, received)) + len(waiting)
-            room = min(ahead, size - taken)
-            await asyncio.to_thread(
-                os.posix_fallocate, stream.fileno(), taken, room
-            )  # or it is known that there is none
-            taken += room
-        received += len(waiting)
-        if received > size:
-            raise BadTensorFile(f"it has more than its {size} bytes")
-        _write(stream, waiting)
-        waiting = await anext(chunks, None)
-    if received != size:
-        raise BadTensorFile(f"it ended after {received} of {size} bytes")
+    return head
 
 
-def _write(stream: BinaryIO, data: bytes) -> None:
-    left = memoryview(data)
-    while left:
-        left = left[stream.write(left) :]
+def _write(stream: FileIO, batch: list[bytes]) -> None:
+    """All of it, or it raises ``OSError``: a memory that is full takes a part of what it is given."""
+    for data in batch:
+        left = memoryview(data)
+        while left:
+            left = left[stream.write(left) :]
 
 
 def shared_file(shared: Path, path: str) -> Path:

@@ -229,16 +229,12 @@ class Operations:
         known = self._model.layouts
         names = list(known) if operation.modules is None else [name for name in operation.modules if name in known]
         layouts = {name: known[name] for name in names}
-        digests, *others = module_digests(layouts, self._ranks, self._sign) if layouts else [{}]
+        told, tensors = module_digests(layouts, self._ranks, self._sign, detail=operation.detail)
+        digests, *others = told
         for rank, other in enumerate(others, start=1):
             for module, digest in digests.items():
                 if other[module] != digest:
                     raise Internal(f"Rank {rank} of replica {self._replica} has other weights in {module} than rank 0.")
-        tensors = {
-            name: tensor_digests(layout, [entry.name for entry in layout], self._sign)
-            for name, layout in layouts.items()
-            if operation.detail
-        }
         return Report(digests=digests, tensors=tensors, weight_version=self._model.weight_version)
 
     def _check(self, operation: CheckTensors) -> Report:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import zip_longest
+from typing import Self
 
 import msgspec
 import torch
@@ -25,47 +27,81 @@ def raw_bytes(tensor: torch.Tensor) -> memoryview:
     return memoryview(flat.numpy())  # type: ignore[arg-type]  # an array is a buffer
 
 
-def module_digests(layouts: Mapping[str, Layout], ranks: Ranks, sign: Sign) -> list[dict[str, str]]:
+Details = dict[str, dict[str, TensorDigest]]
+"""By module and name."""
+
+
+def module_digests(
+    layouts: Mapping[str, Layout], ranks: Ranks, sign: Sign, *, detail: bool = False
+) -> tuple[list[dict[str, str]], Details]:
     """Hex of each module: SHA-256 over its tensors, sorted by name, of name and bytes. Rank after rank.
 
-    All ranks must call this together. What they say differs where a tensor does that each of them has whole.
+    All ranks must call this together. What they say differs where a tensor does that each of them has whole. With
+    ``detail`` every tensor has a digest of its own too; each is gathered once for both.
     """
     shares = _shares(layouts, _threads())
-    with ThreadPoolExecutor(len(shares)) as pool:
+    with ThreadPoolExecutor(len(shares)) as pool, _Tensors() as tensors:
         hashers = [_Hasher(pool) for _ in shares]
         for turn in zip_longest(*(_tensors(layouts, modules) for modules in shares)):
             for hasher, item in zip(hashers, turn, strict=True):
                 if item is not None:
                     module, name = item
-                    hasher.take(module, name, layouts[module].read(name))
+                    whole = layouts[module].read(name)
+                    hasher.take(module, name, whole)
+                    if detail:
+                        tensors.take(module, name, whole)
                     sign()
         found = {module: hexadecimal for hasher in hashers for module, hexadecimal in hasher.done().items()}
-    told = ranks.exchange(msgspec.msgpack.encode(dict(sorted(found.items()))))
-    return [msgspec.msgpack.decode(one, type=dict[str, str]) for one in told]
+        told = ranks.exchange(msgspec.msgpack.encode(dict(sorted(found.items()))))
+        return [msgspec.msgpack.decode(one, type=dict[str, str]) for one in told], tensors.done()
 
 
 def tensor_digests(layout: Layout, names: Sequence[str], sign: Sign) -> dict[str, TensorDigest]:
     """Of each of the tensors ``names``. All ranks must call this together; every rank has all of them."""
-
-    def digest(tensor: torch.Tensor) -> TensorDigest:
-        dtype, shape = str(tensor.dtype), list(tensor.shape)
-        return TensorDigest(tensor_digest(dtype, shape, raw_bytes(tensor)), dtype, shape)
-
-    found: dict[str, TensorDigest] = {}
-    with ThreadPoolExecutor(threads := _threads()) as pool:
-        pending: dict[str, Future[TensorDigest]] = {}
+    with _Tensors() as tensors:
         for name in names:
-            pending[name] = pool.submit(digest, layout.read(name))
+            tensors.take("", name, layout.read(name))
             sign()
-            if len(pending) > threads:  # so few whole tensors are in memory
-                first = next(iter(pending))
-                found[first] = pending.pop(first).result()
-        return found | {name: future.result() for name, future in pending.items()}
+        return tensors.done().get("", {})
 
 
 def _threads() -> int:
     """Digests that are computed at a time, on each rank; the same number on all of them."""
     return torch.get_num_threads()
+
+
+class _Tensors:
+    """Digests of tensors, computed on all cores, at most a tensor for each of them behind. A context."""
+
+    def __init__(self) -> None:
+        self._pool = ThreadPoolExecutor(_threads())
+        self._pending: deque[tuple[str, str, Future[TensorDigest]]] = deque()
+        self._found: Details = {}
+
+    def take(self, module: str, name: str, tensor: torch.Tensor) -> None:
+        self._pending.append((module, name, self._pool.submit(_digest, tensor)))
+        if len(self._pending) > _threads():  # so few whole tensors are in memory
+            self._collect()
+
+    def done(self) -> Details:
+        while self._pending:
+            self._collect()
+        return self._found
+
+    def _collect(self) -> None:
+        module, name, digest = self._pending.popleft()
+        self._found.setdefault(module, {})[name] = digest.result()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pool.shutdown()
+
+
+def _digest(tensor: torch.Tensor) -> TensorDigest:
+    dtype, shape = str(tensor.dtype), list(tensor.shape)
+    return TensorDigest(tensor_digest(dtype, shape, raw_bytes(tensor)), dtype, shape)
 
 
 class _Hasher:

@@ -142,7 +142,7 @@ def map_file(path: Path) -> dict[str, torch.Tensor]:
             stored = read_head(stream, found.st_size)
             if not stored:
                 return {}
-            mapped = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_COPY)  # torch warns of memory that is read-only
+            mapped = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
     except (OSError, BadTensorFile) as error:
         raise InvalidRequest(f"The file {path.name} cannot be used: {error}.") from None
     return {tensor.name: _view(mapped, tensor) for tensor in stored}
