@@ -200,8 +200,6 @@ def measure_routes(routes: Routes, rounds: int) -> dict[str, Any]:
     """GB/s of each route and its limit, and the median of their ratios. The first round is not counted."""
     seconds: dict[str, list[float]] = {}
     names = dict.fromkeys([*(limit for _, limit, _ in PAIRS), *(route for route, _, _ in PAIRS)])
-        [*(limit for limit, _ in PAIRS.values()), "copy_of_file", *(route for route in PAIRS if hasattr(Routes, route))]
-    )
     try:
         for number in range(rounds + 1):
             for name in names:
