@@ -15,6 +15,7 @@ from torch import nn
 
 from ..parallel.plan import Shard
 from ..parallel.ranks import ALONE, Ranks
+from .exchange import Exchange
 
 
 class Sliceable(Protocol):
@@ -73,12 +74,26 @@ class Layout:
         return self.local(name).dtype
 
     @torch.no_grad()
-    def write(self, name: str, whole: Sliceable, before: torch.Tensor | None = None) -> None:
-        """Copy this rank's part of ``whole`` into the module, cast to its dtype; into ``before`` what was there.
+    def write(self, name: str, whole: Sliceable) -> None:
+        """Copy this rank's part of ``whole`` into the module, cast to its dtype.
 
-        ``before`` is like :meth:`local`; with it, whatever is raised, the tensor is written whole or not at all. Raises
-        ``ValueError`` where the shapes do not fit; nothing is written then.
+        Raises ``ValueError`` where the shapes do not fit; nothing is written then.
         """
+        for here, piece in self._places(name, whole):
+            here.copy_(piece)
+
+    def exchange(self, name: str, whole: Sliceable, before: torch.Tensor, exchange: Exchange) -> None:
+        """:meth:`write`, and keep what was there in ``before``, which is like :meth:`local`.
+
+        Whatever is raised, the tensor is written whole or not at all.
+        """
+        places = self._places(name, whole)
+        dim = 0 if (shard := self._entries[name].shard) is None else shard.dim
+        kept = _split(before, [piece for _, piece in places], dim)
+        exchange((here, piece, old) for (here, piece), old in zip(places, kept, strict=True))
+
+    def _places(self, name: str, whole: Sliceable) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """This rank's memory, and what of ``whole`` belongs there, piece by piece."""
         pieces, local = self._pieces(name, whole), self.local(name)
         dim = 0 if (shard := self._entries[name].shard) is None else shard.dim
         shape = list(pieces[0].shape)
@@ -86,11 +101,7 @@ class Layout:
             shape[dim] = sum(piece.shape[dim] for piece in pieces)
         if shape != list(local.shape):
             raise ValueError(f"{name} has shape {tuple(shape)} on rank {self._ranks.rank}, not {tuple(local.shape)}")
-        if before is None:
-            for here, piece in zip(_split(local, pieces, dim), pieces, strict=True):
-                here.copy_(piece)
-        else:
-            _exchange(zip(_split(local, pieces, dim), pieces, _split(before, pieces, dim), strict=True))
+        return list(zip(_split(local, pieces, dim), pieces, strict=True))
 
     @torch.no_grad()
     def read(self, name: str) -> torch.Tensor:
@@ -139,36 +150,6 @@ class Layout:
 def _split(tensor: torch.Tensor, pieces: Sequence[torch.Tensor], dim: int) -> Sequence[torch.Tensor]:
     """``tensor`` in parts of the sizes of ``pieces`` along ``dim``."""
     return [tensor] if len(pieces) == 1 else torch.split(tensor, [piece.shape[dim] for piece in pieces], dim)
-
-
-_CHUNK = 1 << 20
-"""Bytes that are exchanged at a time: so few that what was read is still in a core's cache when it is written."""
-
-Triple = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
-
-
-def _exchange(pieces: Iterable[Triple]) -> None:
-    """Of each triple, copy the first to the third and the second to the first; all of them, or none."""
-    done = []
-    try:
-        for piece in pieces:
-            for local, new, before in _chunks(*piece):
-                before.copy_(local)
-                done.append((local, before))
-                local.copy_(new)
-    except BaseException:
-        for local, before in done:
-            local.copy_(before)
-        raise
-
-
-def _chunks(local: torch.Tensor, new: torch.Tensor, before: torch.Tensor) -> Iterator[Triple]:
-    if local.device.type != "cpu" or local.nbytes <= _CHUNK or not local.ndim:
-        return iter([(local, new, before)])
-    if all(tensor.is_contiguous() for tensor in (local, new, before)):
-        local, new, before = local.view(-1), new.view(-1), before.view(-1)
-    rows = max(1, _CHUNK * len(local) // local.nbytes)
-    return zip(*(torch.split(tensor, rows) for tensor in (local, new, before)), strict=True)
 
 
 def entries(whole: nn.Module, names: Sequence[tuple[str, str]], shards: dict[str, Shard]) -> list[Entry]:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import mmap
 import os
 import shutil
 import stat
+import warnings
+from bisect import bisect_right, insort
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
+from operator import itemgetter
 from pathlib import Path
 
 import torch
@@ -17,6 +22,7 @@ from ...protocol.operations import Broadcast, CudaShared, Files, Invalid, Pickle
 from ...protocol.tensor_files import BadTensorFile, StoredTensor, read_head
 from .allowed import NotAPayload
 from .cuda_handles import open_handles
+from .exchange import Read
 from .groups import Groups, Sign
 from .payload import InvalidTensor, Tensors, choose, decode
 from .segment import Segments
@@ -55,10 +61,11 @@ class Reader:
 
 
 class Opened:
-    """A source's ``tensors``, until :meth:`close`."""
+    """A source's ``tensors``, until :meth:`close`; ``read`` reads what is mapped."""
 
-    def __init__(self, tensors: Tensors, then: Callable[[], object] = lambda: None) -> None:
+    def __init__(self, tensors: Tensors, then: Callable[[], object] = lambda: None, read: Read | None = None) -> None:
         self.tensors = tensors
+        self.read = read
         self._then = then
 
     def close(self) -> None:
@@ -83,20 +90,27 @@ def open_source(source: Source, groups: Groups, reader: Reader, sign: Sign) -> O
 
 def _files(source: Files, reader: Reader) -> Opened:
     tensors: Tensors = {}
-    for module, files in source.modules.items():
-        found = tensors.setdefault(module, {})
-        for file in files:
-            for name, tensor in map_file(Path(file)).items():
-                if name in found:
-                    raise InvalidRequest(f"{module}: the files have {name} twice.")
-                found[name] = tensor
-    folders = {Path(file).parent for files in source.modules.values() for file in files}
+    mapped = MappedFiles()
+    deletes = source.delete and reader.leads and reader.rank == 0
+    folders = {Path(file).parent for files in source.modules.values() for file in files} if deletes else set()
 
-    def remove() -> None:
+    def close() -> None:
+        mapped.close()
         for folder in folders:
             shutil.rmtree(folder, ignore_errors=True)
 
-    return Opened(tensors, remove if source.delete and reader.leads and reader.rank == 0 else lambda: None)
+    try:
+        for module, files in source.modules.items():
+            found = tensors.setdefault(module, {})
+            for file in files:
+                for name, tensor in mapped.map(Path(file)).items():
+                    if name in found:
+                        raise InvalidRequest(f"{module}: the files have {name} twice.")
+                    found[name] = tensor
+    except BaseException:
+        close()
+        raise
+    return Opened(tensors, close, mapped.read)
 
 
 def _pickled(source: Pickled, reader: Reader) -> Opened:
@@ -132,20 +146,54 @@ def _uuid(device: torch.device) -> str | None:
     return str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else None
 
 
-def map_file(path: Path) -> dict[str, torch.Tensor]:
-    """The tensors of a safetensors file, in the memory that the file is mapped to. Raises ``InvalidRequest``."""
-    try:
-        with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as stream:  # which waits for nobody's other end
-            found = os.fstat(stream.fileno())
+class MappedFiles:
+    """safetensors files in mapped memory.
+
+    Until :meth:`close` their bytes can also be read, which is cheaper where all of them are wanted: a page that is
+    mapped is entered into tables first.
+    """
+
+    def __init__(self) -> None:
+        self._open = ExitStack()
+        self._starts: list[tuple[int, int]] = []  # where in memory each begins, in that order, and its descriptor
+
+    def map(self, path: Path) -> dict[str, torch.Tensor]:
+        """The tensors of a file. Raises ``InvalidRequest``."""
+        try:
+            descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # which waits for nobody's other end
+            stream = self._open.enter_context(os.fdopen(descriptor, "rb", buffering=0))
+            found = os.fstat(descriptor)
             if not stat.S_ISREG(found.st_mode):
                 raise BadTensorFile("it is no file")
             stored = read_head(stream, found.st_size)
-            if not stored:
-                return {}
-            mapped = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
-    except (OSError, BadTensorFile) as error:
-        raise InvalidRequest(f"The file {path.name} cannot be used: {error}.") from None
-    return {tensor.name: _view(mapped, tensor) for tensor in stored}
+            mapped = mmap.mmap(descriptor, 0, access=mmap.ACCESS_READ)
+        except (OSError, BadTensorFile) as error:
+            raise InvalidRequest(f"The file {path.name} cannot be used: {error}.") from None
+        start = _frombuffer(mapped, torch.uint8, len(mapped), 0).data_ptr()
+        insort(self._starts, (start, descriptor))
+        return {tensor.name: _view(mapped, tensor) for tensor in stored}
+
+    def read(self, into: memoryview, address: int) -> None:
+        """Fill ``into`` with the bytes that are mapped at ``address``. Raises ``OSError``."""
+        start, descriptor = self._starts[bisect_right(self._starts, address, key=itemgetter(0)) - 1]
+        offset = address - start
+        while into:
+            if not (count := os.preadv(descriptor, [into], offset)):
+                raise OSError(errno.EIO, "a file has become shorter")
+            into, offset = into[count:], offset + count
+
+    def close(self) -> None:
+        self._open.close()
+        self._starts.clear()
+
+
+def map_file(path: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a safetensors file, in the memory that the file is mapped to. Raises ``InvalidRequest``."""
+    files = MappedFiles()
+    try:
+        return files.map(path)
+    finally:
+        files.close()
 
 
 def _view(mapped: mmap.mmap, stored: StoredTensor) -> torch.Tensor:
@@ -153,4 +201,10 @@ def _view(mapped: mmap.mmap, stored: StoredTensor) -> torch.Tensor:
     if not stored.nbytes:
         return torch.empty(stored.shape, dtype=dtype)
     count = stored.nbytes // dtype.itemsize
-    return torch.frombuffer(mapped, dtype=dtype, count=count, offset=stored.start).view(stored.shape)
+    return _frombuffer(mapped, dtype, count, stored.start).view(stored.shape)
+
+
+def _frombuffer(mapped: mmap.mmap, dtype: torch.dtype, count: int, offset: int) -> torch.Tensor:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # that it may not be written to
+        return torch.frombuffer(mapped, dtype=dtype, count=count, offset=offset)

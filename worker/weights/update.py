@@ -10,6 +10,7 @@ import torch
 
 from ...protocol.errors import InvalidRequest, NotFound, Unavailable
 from ...protocol.operations import Invalid, Report
+from .exchange import Exchange
 from .layout import Layout
 from .payload import Tensors
 from .sources import Opened, Rejected
@@ -60,14 +61,16 @@ class Update:
     def write(self, sign: Callable[[], object] = lambda: None) -> None:
         """Write what was prepared, in place. ``sign`` is called after each tensor, to say that it goes on."""
         assert self._prepared is not None, "prepared before"
-        for module, tensors in self._prepared.tensors.items():
-            layout = self._layouts[module]
-            for name, whole in tensors.items():
-                before = self._room.get((module, name))  # none where an earlier part has written it
-                layout.write(name, whole, before)
-                if before is not None:
-                    self._undo[module, name] = before
-                sign()
+        with Exchange(self._prepared.read) as exchange:
+            for module, tensors in self._prepared.tensors.items():
+                layout = self._layouts[module]
+                for name, whole in tensors.items():
+                    if (before := self._room.get((module, name))) is None:
+                        layout.write(name, whole)  # an earlier part has kept what was there
+                    else:
+                        layout.exchange(name, whole, before, exchange)
+                        self._undo[module, name] = before
+                    sign()
         self._part = {module: len(tensors) for module, tensors in self._prepared.tensors.items() if tensors}
         self._give_back = _nothing
         self.release()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,14 @@ import torch
 from torch import nn
 
 from safelight.protocol.errors import InvalidRequest, Unavailable
+from safelight.protocol.tensor_files import write_header
 from safelight.worker.parallel.plan import Shard
 from safelight.worker.parallel.ranks import Ranks
 from safelight.worker.weights import undo
+from safelight.worker.weights.digests import raw_bytes
+from safelight.worker.weights.exchange import Exchange
 from safelight.worker.weights.layout import Entry, Layout
-from safelight.worker.weights.sources import Opened, Rejected
+from safelight.worker.weights.sources import MappedFiles, Opened, Rejected
 from safelight.worker.weights.undo import NoRoom, UndoMemory
 from safelight.worker.weights.update import Update
 
@@ -113,6 +117,50 @@ def test_a_write_that_is_interrupted_within_a_tensor_leaves_it_as_it_was() -> No
     with pytest.raises(Stop):
         update.write()
     assert same(state(module), before), "before it is rolled back already"
+    update.rollback()
+    assert same(state(module), before)
+
+
+def from_file(module: nn.Module, folder: Path) -> tuple[dict[str, torch.Tensor], Path]:
+    """New tensors of the module's own dtypes, and a file of them in which most lie off every alignment."""
+    new = {name: torch.randn(tensor.shape).to(tensor.dtype) for name, tensor in module.state_dict().items()}
+    file = folder / "new.safetensors"
+    described = [("odd", "U8", (3,))] + [
+        (name, "BF16" if tensor.dtype == torch.bfloat16 else "F32", tensor.shape) for name, tensor in new.items()
+    ]
+    file.write_bytes(b"".join([write_header(described), bytes(3), *(raw_bytes(tensor) for tensor in new.values())]))
+    return new, file
+
+
+def test_bytes_of_a_file_are_read_into_place_and_undone(tmp_path: Path) -> None:
+    module = model()
+    before = state(module)
+    new, file = from_file(module, tmp_path)
+    files, update = MappedFiles(), begun(module)
+    tensors = {name: tensor for name, tensor in files.map(file).items() if name in new}
+    update.prepare(Opened({"transformer": tensors}, files.close, files.read))
+    update.write()
+    assert same(state(module), new)
+    update.rollback()
+    assert same(state(module), before)
+
+
+@pytest.mark.parametrize("reads", [0, 1, 2, 5])
+def test_a_file_that_becomes_shorter_while_it_is_read_leaves_every_byte(reads: int, tmp_path: Path) -> None:
+    module = model()
+    before = state(module)
+    _, file = from_file(module, tmp_path)
+    files, update, done = MappedFiles(), begun(module), itertools.count()
+    tensors = {name: tensor for name, tensor in files.map(file).items() if name in before}
+
+    def read(into: memoryview, address: int) -> None:
+        if next(done) == reads:
+            os.truncate(file, 1)
+        files.read(into, address)
+
+    update.prepare(Opened({"transformer": tensors}, files.close, read))
+    with pytest.raises(OSError, match="a file has become shorter"):
+        update.write()
     update.rollback()
     assert same(state(module), before)
 
@@ -267,7 +315,8 @@ def test_a_divided_tensor_of_several_blocks_is_exchanged_piece_by_piece(rank: in
     entry = Entry("packed", "packed", (18, 500_000), Shard(0, (6, 12)))
     layout = Layout(module, [entry], Ranks(rank, 2))
     whole, kept = torch.randn(18, 500_000), torch.empty(9, 500_000)
-    layout.write("packed", whole, kept)
+    with Exchange() as exchange:
+        layout.exchange("packed", whole, kept, exchange)
     first, second = (slice(0, 3), slice(6, 12)) if rank == 0 else (slice(3, 6), slice(12, 18))
     assert torch.equal(module.packed, torch.cat([whole[first], whole[second]]))
     assert torch.equal(kept, before)
