@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
+import shutil
+from pathlib import Path
 
 from ..protocol.config import ChildConfig, Config
 from ..protocol.errors import StartFailed
@@ -69,10 +71,17 @@ class Supervisor:
                 raise StartFailed(problem)
             await worker.stop()
             self._workers.discard(worker)
+            await asyncio.to_thread(self._remove_exports, number)
             self._link.send(ReplicaExited(number, problem))
             log.error("%s It is started again in %g s.", problem, delay)
             await asyncio.sleep(delay)
             delay = min(_LONGEST_DELAY_S, max(1.0, 2 * delay))
+
+    def _remove_exports(self, number: int) -> None:
+        """What was written out for a replica that has not lived to read it."""
+        shared = ChildConfig(config=self._config, directory=self._directory).shared
+        for folder in Path(shared).glob(f"replica-{number}-*"):
+            shutil.rmtree(folder, ignore_errors=True)
 
     async def _start_replica(self, number: int, start: int) -> RankProcesses:
         worker = await RankProcesses.start(self._config, self._directory, number, start)
