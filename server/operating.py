@@ -20,8 +20,8 @@ from .service import Service
 
 Handler = Callable[[Request], Awaitable[dict[str, Any]]]
 
-_ALL_THE_SAME = {403: 400, 404: 400, 422: 400}
-"""The contract has one status for what a client did wrong here; the error's code says which it was."""
+_ALL_THE_SAME = {403: 400, 404: 400}
+"""The contract has one status for what a client asks wrongly here; the error's code says which it was."""
 
 
 def add_routes(router: APIRouter, table: list[tuple[str, Handler, str]]) -> None:

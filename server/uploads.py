@@ -16,7 +16,7 @@ from typing import Self
 
 from fastapi import Request
 
-from ..protocol.errors import InvalidRequest, Malformed, Unavailable
+from ..protocol.errors import InvalidRequest, Unavailable
 from ..protocol.tensor_files import BadTensorFile, read_header
 
 MAX_HEADER = 16 << 20
@@ -42,7 +42,7 @@ class Uploads:
     def receive(self, request: Request) -> Upload:
         """A context with the body's file, which is gone after it.
 
-        Entering raises ``Malformed`` for what is no safetensors file, and ``Unavailable`` where the memory is full.
+        Entering raises ``InvalidRequest`` for what is no safetensors file, and ``Unavailable`` where the memory is full.
         """
         return Upload(self._shared / f"upload-{secrets.token_hex(8)}", self._turns, request)
 
@@ -57,7 +57,7 @@ class Upload:
     async def __aenter__(self) -> Self:
         announced = self._request.headers.get("content-length", "")
         if not announced.isdigit():
-            raise Malformed("A safetensors body needs a Content-Length.")
+            raise InvalidRequest("A safetensors body needs a Content-Length.")
         try:
             async with self._turns:
                 self._folder.mkdir(mode=0o700)
@@ -65,9 +65,9 @@ class Upload:
         except BaseException as error:
             await self._remove()
             if isinstance(error, BadTensorFile):
-                raise Malformed(f"The body is no safetensors file: {error}.") from None
+                raise InvalidRequest(f"The body is no safetensors file: {error}.") from None
             if isinstance(error, TimeoutError):
-                raise Malformed(f"No more of the body came for {IDLE_S:g} seconds.") from None
+                raise InvalidRequest(f"No more of the body came for {IDLE_S:g} seconds.") from None
             if isinstance(error, OSError):
                 raise Unavailable(f"The body could not be kept in shared memory: {error.strerror}.") from error
             raise

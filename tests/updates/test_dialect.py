@@ -181,7 +181,7 @@ def test_cuda_handles_for_another_number_of_ranks(trainer: Trainer) -> None:
 
 
 def test_cuda_handles_that_are_none(trainer: Trainer) -> None:
-    refused(trainer, {"shared": {"cuda_ipc": [[{"name": "a"}]]}})
+    assert trainer.post(ROUTE, {"shared": {"cuda_ipc": [[{"name": "a"}]]}}).status_code == 422
     refused(trainer, {"shared": {}})
 
 
