@@ -42,7 +42,7 @@ class Uploads:
     def receive(self, request: Request) -> Upload:
         """A context with the body's file, which is gone after it.
 
-        Entering raises ``InvalidRequest`` for what is no safetensors file, and ``Unavailable`` where the memory is full.
+        Entering raises ``InvalidRequest`` for what is no safetensors file, and ``Unavailable`` where memory is full.
         """
         return Upload(self._shared / f"upload-{secrets.token_hex(8)}", self._turns, request)
 
