@@ -111,27 +111,32 @@ class CudaIpc:
 
 
 class SharedMemory:
-    """A file for each parcel, in ``folder`` within the server's shared memory."""
+    """A file for each parcel, in ``folder`` within the server's shared memory; one that was released is written again.
+
+    New memory costs several times what the copy into it does.
+    """
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._numbers = count(1)
+        self._free: list[Path] = []
 
     def pack(self, tensors: Sequence[HostTensor], fields: Mapping[str, Any], tell: Tell) -> Parcel:
         """Raises ``Unavailable`` where there is no room."""
-        path = self._folder / f"{next(self._numbers)}.safetensors"
+        path = self._free.pop() if self._free else self._folder / f"{next(self._numbers)}.safetensors"
         written = 0
         try:
-            with path.open("xb") as file:
+            with open(path, "r+b" if path.exists() else "xb") as file:
                 file.write(_header(tensors))
                 for tensor in tensors:
                     file.write(tensor.data)
                     written += tensor.nbytes
                     tell(written)
+                file.truncate()
         except OSError as error:
             told = f"{self._folder.parent} cannot take {sum(tensor.nbytes for tensor in tensors)} bytes"
             raise Unavailable(f"{told} ({error.strerror}): make buckets smaller, or /dev/shm larger.") from error
-        return Parcel(weight_calls.update_by_file(path, fields), partial(path.unlink, missing_ok=True))
+        return Parcel(weight_calls.update_by_file(path, fields), partial(self._free.append, path))
 
 
 class Http:
