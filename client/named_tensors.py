@@ -49,6 +49,8 @@ def read(named: NamedTensors) -> Given:
         named = _state(named)
     nbytes = None
     if isinstance(named, Mapping):
+        for name, tensor in named.items():
+            _check(name, tensor)
         nbytes = sum(prod(tensor.shape) * tensor.dtype.itemsize for tensor in named.values())
         named = named.items()
     pairs = iter(named)
@@ -93,14 +95,19 @@ def _each_once(tensors: Iterable[HostTensor]) -> Iterator[HostTensor]:
 
 
 def _on_host(pairs: Iterator[tuple[str, torch.Tensor]]) -> Iterator[HostTensor]:
-    import torch
 
     for name, tensor in pairs:
-        if not isinstance(tensor, torch.Tensor):
-            raise InvalidRequest(f"{name} is no tensor but {type(tensor).__name__}.")
+        _check(name, tensor)
         gathered = whole(tensor)
         assert gathered is not None, "rank 0 gets what is gathered"
         yield from_torch(name, gathered)
+
+
+def _check(name: str, tensor: object) -> None:
+    import torch
+
+    if not isinstance(tensor, torch.Tensor):
+        raise InvalidRequest(f"{name} is no tensor but {type(tensor).__name__}.")
 
 
 def _state(module: nn.Module) -> dict[str, torch.Tensor]:

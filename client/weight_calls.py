@@ -42,8 +42,8 @@ def update_by_file(path: Path, fields: Mapping[str, Any]) -> Call:
 
 
 def update_by_handles(handles: Sequence[Sequence[Mapping[str, Any]]], fields: Mapping[str, Any]) -> Call:
-    """The tensors that ``handles`` are of, a list for each rank of each replica."""
-    return Call("POST", UPDATE, {"shared": {"cuda_ipc": handles}, **fields}, again=_may_be_repeated(fields))
+    """The tensors that ``handles`` are of, a list for each rank of each replica; each may be opened once."""
+    return Call("POST", UPDATE, {"shared": {"cuda_ipc": handles}, **fields}, again=False)
 
 
 def update_by_body(chunks: Callable[[], Iterable[bytes]], size: int, fields: Mapping[str, Any]) -> Call:

@@ -98,7 +98,11 @@ class CudaIpc:
 
     def pack(self, tensors: Sequence[HostTensor], fields: Mapping[str, Any], tell: Tell) -> Parcel:
         """Raises ``InvalidRequest`` for tensors that have no handle there, unless they go otherwise."""
-        there = {tensor.name: tensor.held for tensor in tensors if not isinstance(tensor.held, memoryview)}
+        there = {
+            tensor.name: tensor.held
+            for tensor in tensors
+            if tensor.nbytes and not isinstance(tensor.held, memoryview)  # torch makes no handle of nothing
+        }
         if len(there) == len(tensors) and all(gpu_of(tensor) in self._server.gpus for tensor in there.values()):
             tell(sum(tensor.nbytes for tensor in tensors))
             handles = [[handle(*named) for named in there.items()] for _ in range(self._server.ranks)]

@@ -45,6 +45,7 @@ class Weights:
         on_progress: OnProgress | None = None,
         bucket_bytes: int = BUCKET_BYTES,
         route: RouteName | None = None,
+        timeout_s: float = 300.0,
     ) -> WeightUpdate | None:
         """Write tensors, under their checkpoint names, into ``target_module``; all of them or none.
 
@@ -79,7 +80,7 @@ class Weights:
             load = Load(target_module, chain([first], buckets), given.nbytes, on_progress, route)
             if first.last:
                 return self._update_at_once(load, version, verify, mode, flush_cache)
-            with self.begin(version, [target_module], mode, verify=verify) as begun:
+            with self.begin(version, [target_module], mode, timeout_s, verify=verify) as begun:
                 begun.send(load, flush_cache)
             return begun.result
 
@@ -110,8 +111,11 @@ class Weights:
 
         A clean exit commits it, and then verifies it; an exception aborts it, and every byte is as before. With
         ``require_complete`` it is committed only if every tensor of the modules came, else ``InvalidRequest`` is
-        raised. Generation that arrives in between waits. The server aborts an update of which it hears nothing for
-        ``timeout_s`` seconds. Raises ``Conflict`` while another update is open.
+        raised. Generation that arrives in between waits, and so does everything else that is asked of the server's
+        weights: within the context only the update's own methods get an answer. The server aborts an update of which it
+        hears nothing for ``timeout_s`` seconds; it hears of a part when the part is there.
+
+        Of a trainer's ranks all go through the same calls in it, and leave it together.
         """
         named = list(modules or [DENOISER])
         if not leads():

@@ -276,8 +276,9 @@ class Performed(msgspec.Struct, tag=True, frozen=True):
 
 
 class Operated(msgspec.Struct, tag=True, frozen=True):
-    """Every replica has done an operation. ``reports`` are theirs, by number."""
+    """Every replica has done an operation. ``reports`` are theirs, by number; ``asleep`` is what was put away."""
 
     request_id: str
     reports: dict[int, Report]
     weight_version: str | None
+    asleep: list[str] = []

@@ -18,10 +18,12 @@ from ..protocol.messages import Failed, FromScheduler, ToWorker
 from ..protocol.operations import (
     Abort,
     Begin,
+    Broadcast,
     Commit,
     Export,
     Files,
     Join,
+    Leave,
     Operate,
     Operated,
     Operation,
@@ -76,6 +78,7 @@ class Operations:
         self._lost: set[str] = set()  # changed modules that no replica has any more
         self._in_doubt: dict[str, set[str]] = {}  # what all replicas were lost with while they committed it: modules
         self._commits = 0
+        self._gone: dict[int, int] = {}  # how many commits there were when a replica's last process was lost
         self._numbers = itertools.count(1)
         self._line: deque[Request | Transaction] = deque()
         self._current: Transaction | None = None
@@ -120,11 +123,11 @@ class Operations:
             self._line.append(Transaction(part.barrier, deque([part]), begun))
         elif self._current is not None and self._current.begun and self._current.begun.update_id == update_id:
             if isinstance(operation, Update) and (refusal := self._current.refusal_of(operation.source)):
-                self._fail(part, refusal)
+                self._refuse(part, refusal)
             else:
                 self._current.parts.append(part)
         else:
-            self._fail(part, NotFound(f"There is no begun update {update_id!r}; it ended, or never was."))
+            self._refuse(part, NotFound(f"There is no begun update {update_id!r}; it ended, or never was."))
         self.advance(now)
 
     def cancel(self, request_id: str) -> None:
@@ -134,8 +137,12 @@ class Operations:
         for item in list(self._line):
             if isinstance(item, Transaction) and item.parts[0].request_id == request_id:
                 self._line.remove(item)
+                self._part_from_trainer(item.parts[0])
         if self._current is not None:
+            gone = [part for part in self._current.parts if part.request_id == request_id]
             self._current.parts = deque(part for part in self._current.parts if part.request_id != request_id)
+            for part in gone:
+                self._part_from_trainer(part)
             if not self._current.reached and not self._current.parts:
                 self._current = None
 
@@ -155,6 +162,7 @@ class Operations:
     def lost(self, replica: Replica, now: float) -> None:
         """A replica's process is gone, and its part in what is being done with it."""
         self._behind.discard(replica.number)
+        self._gone[replica.number] = self._commits
         of_it = [item for item in self._line if isinstance(item, Transaction) and item.only == replica.number]
         for transaction in of_it:
             self._line.remove(transaction)
@@ -453,10 +461,10 @@ class Operations:
 
     def _end(self, transaction: Transaction) -> None:
         """Nothing more is done in ``transaction``; parts that came meanwhile are for an update that is over."""
-        for part in transaction.parts:
-            self._fail(part, NotFound("The update that this was a part of has ended."))
-        transaction.parts.clear()
         self._current = None
+        for part in transaction.parts:
+            self._refuse(part, NotFound("The update that this was a part of has ended."))
+        transaction.parts.clear()
 
     def _bring_up(self, *numbers: int) -> None:
         """Have a replica that holds what was committed write it out, and these read it, one after the other."""
@@ -489,17 +497,38 @@ class Operations:
             self._bring_up(*sorted(self._behind))
 
     def _has_all(self, replica: Replica) -> bool:
-        """Whether what a replica came with is what was committed."""
-        if self._journal:
-            return replica.model is not None and replica.model.weight_version == self.version
-        return not self._changed
+        """Whether what a replica came with is what was committed: without updates the checkpoint, else the journal.
+
+        What was committed while it started may have the name of what the journal had before.
+        """
+        if not self._changed:
+            return not self._journal or self._is_named(replica)
+        return self._journal and self._is_named(replica) and self._gone.get(replica.number, 0) == self._commits
+
+    def _is_named(self, replica: Replica) -> bool:
+        return replica.model is not None and replica.model.weight_version == self.version
 
     def _has_committed(self, replica: Replica) -> bool:
         return replica.state in ("ready", "stalled") and replica.number not in self._behind
 
     def _operated(self, part: Operate, reports: dict[int, Report], version: str | None) -> None:
         if part.request_id:
-            self._to_server(Operated(part.request_id, dict(sorted(reports.items())), version))
+            self._to_server(Operated(part.request_id, dict(sorted(reports.items())), version, sorted(self.asleep)))
+
+    def _refuse(self, part: Operate, error: SafelightError) -> None:
+        """Of a part that no replica has heard of."""
+        self._fail(part, error)
+        self._part_from_trainer(part)
+
+    def _part_from_trainer(self, part: Operate) -> None:
+        """Leave the group over which a trainer sends what nobody receives: it would wait, or be taken for the next."""
+        match part.operation:
+            case Update(source=Broadcast(group=group)):
+                leave = Operate("", Leave(group))
+                if self._current is not None and self._current.begun is not None:
+                    self._current.parts.append(leave)
+                else:
+                    self._line.append(Transaction("in_place", deque([leave])))
 
     def _fail(self, part: Operate, error: SafelightError, report: Report | None = None) -> None:
         if part.request_id:

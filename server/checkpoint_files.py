@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Collection
 from pathlib import Path
 
 from ..protocol.config import Config
@@ -13,17 +14,20 @@ from ..protocol.tensor_files import BadTensorFile, weight_files
 _SUFFIX = ".safetensors"
 
 
-def find_modules(path: str, wanted: list[str] | None, config: Config) -> dict[str, list[str]]:
+def find_modules(
+    path: str, wanted: list[str] | None, config: Config, *, known: Collection[str]
+) -> dict[str, list[str]]:
     """The files of the modules ``wanted`` in the checkpoint ``path``; of all that it has, where that is ``None``.
 
-    ``path`` is a pipeline's directory, one component's, or a safetensors file. Raises ``NotFound``,
+    ``path`` is a pipeline's directory, one component's, or a safetensors file; those two are for the one that is
+    wanted, else for the one of the ``known`` modules that the directory is called by. Raises ``NotFound``,
     ``Forbidden`` outside the roots that the server allows, and ``InvalidRequest`` for files that cannot be used.
     """
     try:
         named = resolve_model(path)
         local = isinstance(named, Path)
         found = _allowed(named, config) if isinstance(named, Path) else _download(named, config)
-        modules = _modules(found, wanted)
+        modules = _modules(found, wanted, known)
         for file in (file for files in modules.values() for file in files):
             if local:
                 _allowed(file, config)
@@ -43,14 +47,19 @@ def find_modules(path: str, wanted: list[str] | None, config: Config) -> dict[st
     return {name: [str(file) for file in files] for name, files in modules.items() if not wanted or name in wanted}
 
 
-def _modules(path: Path, wanted: list[str] | None) -> dict[str, list[Path]]:
+def _modules(path: Path, wanted: list[str] | None, known: Collection[str]) -> dict[str, list[Path]]:
     if path.is_file() or weight_files(path):
         if wanted is not None and len(wanted) != 1:
             raise InvalidRequest("One component's files are for one module.", field="target_modules")
         files = [path] if path.is_file() else weight_files(path)
         if any(file.suffix != _SUFFIX for file in files):
             raise InvalidRequest(f"{path} is no {_SUFFIX} file, and nothing else is read.", field="model_path")
-        return {wanted[0] if wanted else "transformer": files}
+        called = path.parent.name if path.is_file() else path.name
+        if not wanted and called not in known:
+            raise InvalidRequest(
+                f"{path} is one component's; say which in target_modules: {', '.join(known)}.", field="target_modules"
+            )
+        return {wanted[0] if wanted else called: files}
     if not path.is_dir():
         raise InvalidRequest(f"{path} is neither a directory nor a file.", field="model_path")
     folders = sorted(folder for folder in path.iterdir() if folder.is_dir())

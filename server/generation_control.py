@@ -43,10 +43,8 @@ class _Routes:
 
     async def resume(self, request: Request) -> dict[str, Any]:
         body = await bodies.read(request, bodies.Occupation)
-        tags: list[str] = [*(body.tags or _TAGS)]
-        await self._operating.operate(request, Wake(tags))
-        sleeping = self._service.link.status.halted == "asleep" and set(tags) != set(_TAGS)
-        return {**success("What was asked for is awake."), "sleeping": sleeping}
+        operated = await self._operating.operate(request, Wake([*(body.tags or _TAGS)]))
+        return {**success("What was asked for is awake."), "sleeping": bool(operated.asleep)}
 
     async def pause(self, request: Request) -> dict[str, Any]:
         body = await bodies.read(request, bodies.PauseGeneration)

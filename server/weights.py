@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import base64
 import binascii
+import functools
 import time
 import uuid
+from collections.abc import Collection
 from typing import Any
 
 import msgspec
 from fastapi import APIRouter, Request
 
 from ..protocol.codec import Buffer
-from ..protocol.errors import ClientGone, Internal, InvalidRequest, NotFound
+from ..protocol.errors import ClientGone, Internal, InvalidRequest, NotFound, Unavailable
 from ..protocol.operations import (
     Abort,
     Begin,
@@ -69,7 +71,8 @@ class _Routes:
 
     async def from_disk(self, request: Request) -> dict[str, Any]:
         body = await bodies.read(request, bodies.FromDisk)
-        modules = await self._service.decode(find_modules, body.model_path, body.target_modules, self._service.config)
+        find = functools.partial(find_modules, known=self._modules())
+        modules = await self._service.decode(find, body.model_path, body.target_modules, self._service.config)
         return await self._update(request, Files(modules), body)
 
     async def from_tensor(self, request: Request) -> dict[str, Any]:
@@ -111,7 +114,7 @@ class _Routes:
 
     async def begin(self, request: Request) -> dict[str, Any]:
         body = await bodies.read(request, bodies.Begin)
-        known = self._service.link.ready_model().parameters
+        known = self._modules()  # also of a replica that waits for weights to be sent again
         for name in body.target_modules or ():
             if name not in known:
                 raise NotFound(f"The model has no module {name!r}; it has {', '.join(known)}.", field="target_modules")
@@ -172,7 +175,8 @@ class _Routes:
         body = await bodies.read(request, bodies.FromDistributed)
         targets = body.target_modules or ["transformer"]
         if len(targets) != 1:
-            raise InvalidRequest("One call is for one module.", field="target_modules")
+            self._operating.without_reply(Leave(body.group_name))  # or the trainer would wait in it
+            raise InvalidRequest("One call is for one module; the group is ended.", field="target_modules")
         source = Broadcast(body.group_name, targets[0], list(body.names), body.dtypes, body.shapes)
         return await self._update(request, source, body)
 
@@ -206,6 +210,13 @@ class _Routes:
             for name, digest in report.digests.items()
         }
         return {"modules": modules, "weight_version": report.weight_version}
+
+    def _modules(self) -> Collection[str]:
+        """Those of the model. Raises ``Unavailable`` before it has ever been loaded."""
+        model = self._service.link.model()
+        if model is None:
+            raise Unavailable("The model is still loading.")
+        return model.parameters
 
     async def _update(
         self,

@@ -6,7 +6,8 @@ import pytest
 
 from safelight.protocol.config import Config
 from safelight.protocol.errors import Internal
-from safelight.protocol.operations import Abort, Begin, Broadcast, Commit, Digests, Pickled, Source, Update
+from safelight.protocol.messages import Cancel
+from safelight.protocol.operations import Abort, Begin, Broadcast, Commit, Digests, Leave, Pickled, Source, Update
 from safelight.tests.scheduler.operating import REFUSED, Operating, update
 from safelight.tests.scheduler.stage import generate, result
 
@@ -137,7 +138,8 @@ def test_a_part_for_a_module_that_the_update_was_not_begun_for_reaches_no_replic
     stage.begin(modules=["transformer"])
     stage.operate("other", Update(source=source, update_id="u"))
     assert "vae" in stage.refusal("other")
-    assert stage.told == []
+    left = [Leave("group")] * 2 if isinstance(source, Broadcast) else []
+    assert [order.operation for _, order in stage.told] == left
     stage.operate("own", update(part_of="u"))
     stage.do_all()
     stage.commit()
@@ -229,3 +231,29 @@ def test_the_loop_sleeps_while_a_part_takes_longer_than_the_time_between_parts()
     stage.operate("1", update("new", part_of="u"))
     stage.wait(10.0)
     assert stage.dispatcher.next_turn() > stage.now
+
+
+def broadcast(part_of: str | None = None) -> Update:
+    return Update(source=Broadcast("group", "transformer", ["w"], ["float32"], [[1]]), update_id=part_of)
+
+
+@pytest.mark.parametrize("why", ["no such update", "the client is gone", "the update has ended"])
+def test_a_broadcast_that_nobody_will_receive_ends_its_group(why: str) -> None:
+    stage = Operating()
+    if why == "no such update":
+        stage.operate("it", broadcast("gone"))
+    elif why == "the client is gone":
+        stage.server(generate("runs"))
+        stage.operate("it", broadcast(), "wait")
+        stage.server(Cancel("it"))
+        stage.worker(0, result("runs"))
+    else:
+        stage.begin()
+        stage.operate("slow", update(part_of="u"))
+        stage.operate("it", broadcast("u"))
+        stage.do(0, Internal("it broke"))
+    stage.do_all()
+    assert [order.operation for _, order in stage.told if isinstance(order.operation, Leave)] == [Leave("group")] * 2
+    stage.operate("after", update())
+    stage.do_all()
+    stage.done("after")

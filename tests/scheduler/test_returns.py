@@ -367,3 +367,16 @@ def test_a_commit_that_all_were_lost_in_is_not_taken_up_beside_one_that_serves_w
     stage.start(0, Process(0, 0, "in doubt", {"transformer": "new", "vae": "checkpoint"}))
     stage.start(1)
     assert all_alike(stage, "checkpoint")
+
+
+def test_a_journal_s_version_of_the_same_name_is_not_what_was_committed_while_it_was_read() -> None:
+    stage = Operating(config=Config(replicas=2, weights_journal="/journal"))
+    for word in ("first", "second"):
+        stage.operate(word, update(word, version="latest"))
+        stage.do_all()
+        stage.done(word)
+        if word == "first":
+            stage.kill(1)
+            read = Process(1, 0, version="latest", weights={"transformer": "first", "vae": "checkpoint"})
+    stage.start(1, read)
+    assert all_alike(stage, "second")

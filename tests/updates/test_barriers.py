@@ -243,6 +243,12 @@ def test_an_operator_ends_one_request_or_all(trainer: Trainer) -> None:
         assert other.result().status_code == 409
 
 
+def test_who_wakes_a_part_is_told_whether_the_rest_sleeps(trainer: Trainer) -> None:
+    trainer.done("/release_memory_occupation", {})
+    assert trainer.done("/resume_memory_occupation", {"tags": ["weights"]})["sleeping"] is True
+    assert trainer.done("/resume_memory_occupation", {"tags": ["caches"]})["sleeping"] is False
+
+
 def test_health_says_that_a_server_sleeps(trainer: Trainer) -> None:
     trainer.done("/release_memory_occupation", {})
     trainer.server.wait_for(lambda: "asleep" in httpx.get(f"{trainer.server.url}/health").text or None, 30)

@@ -108,7 +108,10 @@ def test_weights_that_nobody_has_any_more_are_not_replaced_by_older_ones(serve: 
         partly = trainer.send(dict(list(new.items())[::2]))
         assert (partly.status_code, "every tensor of transformer" in partly.json()["message"]) == (409, True)
         assert trainer.post("/generate", DRAWING).status_code == 503
-        assert trainer.update(new, weight_version="sent again")["weight_version"] == "sent again"
+        update_id = trainer.done("/begin_weights_update", {"weight_version": "sent again"})["update_id"]
+        for part in (dict(list(new.items())[::2]), dict(list(new.items())[1::2])):
+            trainer.update(part, update_id=update_id)
+        trainer.done("/commit_weights_update", {"update_id": update_id})
         trainer.wait_all_ready()
         assert (trainer.checksum(), version(trainer)) == (wanted, "sent again")
         assert trainer.draw()["weight_version"] == "sent again"

@@ -135,3 +135,18 @@ def test_a_prompt_is_encoded_anew_when_its_encoder_has_changed(trainer: Trainer)
     assert trainer.picture() != picture
     trainer.restore()
     assert trainer.picture() == picture
+
+
+def test_one_component_s_files_are_for_the_module_that_their_folder_is_called_by(
+    alone: Trainer, checkpoint: Path
+) -> None:
+    for path in (checkpoint / "vae", checkpoint / "vae" / "diffusion_pytorch_model.safetensors"):
+        told = alone.done("/update_weights_from_disk", {"model_path": str(path)})
+        assert list(told["updated"]) == ["vae"]
+    folder = checkpoint.parent / "unnamed"
+    folder.mkdir()
+    save_file(transformer(checkpoint), folder / "diffusion_pytorch_model.safetensors")
+    answer = alone.post("/update_weights_from_disk", {"model_path": str(folder)})
+    assert (answer.status_code, "target_modules" in answer.json()["message"]) == (400, True)
+    told = alone.done("/update_weights_from_disk", {"model_path": str(folder), "target_modules": ["transformer"]})
+    assert list(told["updated"]) == ["transformer"]

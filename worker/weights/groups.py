@@ -7,6 +7,7 @@ The trainer is rank 0 and keeps the store; each rank of each replica is one of t
     group, _ = _new_process_group_helper(
         world_size, rank, [], backend, store, group_name=group_name, timeout=timeout
     )
+    _world.pg_group_ranks[group] = {i: i for i in range(world_size)}  # torch.distributed.distributed_c10d._world
 
 while it waits for the reply of ``/init_weights_update_group``; then, for every tensor that it has told
 ``/update_weights_from_distributed`` of and in the order of its names, ``broadcast(tensor, src=0, group=group)``.
