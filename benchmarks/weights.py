@@ -377,8 +377,8 @@ def table(found: dict[str, Any]) -> str:
         f"One small bucket: {small['median_ms']:.1f} ms median, {small['p95_ms']:.1f} ms p95.",
         "",
         f"{steady['updates']} updates in {steady['seconds']:.0f} s while four clients drew {steady['pictures']} "
-        f"pictures: {steady['failed_requests']} requests failed, {steady['versions_that_did_not_exist']} results were of "
-        f"versions that did not exist, {steady['older_than_the_reply_before']} older than the reply before them.",
+        f"pictures: {steady['failed_requests']} requests failed, {steady['versions_that_did_not_exist']} results were "
+        f"of versions that did not exist, {steady['older_than_the_reply_before']} older than the reply before them.",
     ]
     return "\n".join(lines) + "\n"
 
