@@ -249,9 +249,9 @@ def test_a_broadcast_that_nobody_will_receive_ends_its_group(why: str) -> None:
         stage.worker(0, result("runs"))
     else:
         stage.begin()
-        stage.operate("slow", update(part_of="u"))
+        stage.operate("part", update(part_of="u"))
+        stage.commit()
         stage.operate("it", broadcast("u"))
-        stage.do(0, Internal("it broke"))
     stage.do_all()
     assert [order.operation for _, order in stage.told if isinstance(order.operation, Leave)] == [Leave("group")] * 2
     stage.operate("after", update())

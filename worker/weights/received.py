@@ -129,8 +129,8 @@ def cuda_tensor(call: Call) -> torch.Tensor:
         ):
             _numbers(call, nbytes, start)
             _check_view(call, size, stride, offset, nbytes // dtype.itemsize)
-            _check_handles(call, nbytes, handle, *event)
             shape, index = (size, stride, offset), _cuda_device(call, device)
+            _check_handles(call, nbytes, handle, *event)
             memory = (torch.storage.TypedStorage, dtype, index, handle, nbytes, start, False, *event)
             tensor: torch.Tensor = _tried(call, reductions.rebuild_cuda_tensor, torch.Tensor, *shape, *memory)
             return tensor
