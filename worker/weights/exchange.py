@@ -8,7 +8,7 @@ from typing import Any, Self
 
 import torch
 
-CHUNK = 1 << 20
+CHUNK = 1 << 19
 """Bytes that are exchanged at a time: so few that what was read is still in a core's cache when it is written."""
 
 Read = Callable[[memoryview, int], object]
