@@ -63,7 +63,7 @@ class Exchange:
         if size < 2 * CHUNK:
             exchange(0, size)
             return
-        share = -(-size // self._threads)
+        share = -(-size // (self._threads * CHUNK)) * CHUNK
         parts = [self._pool.submit(exchange, start, min(start + share, size)) for start in range(0, size, share)]
         errors = [error for part in parts if (error := part.exception()) is not None]
         if errors:
