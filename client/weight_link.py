@@ -82,7 +82,7 @@ class WeightLink:
 
     def dtypes(self, modules: Sequence[str]) -> dict[str, Dtypes]:
         """By module. A server is asked once for each, because it computes digests with them."""
-        server = self._shared_memory()  # which no other server has, nor this one when it is started again
+        server = self._server().shared  # which no other server has, nor this one when it is started again
         unknown = [module for module in modules if (server, module) not in self._dtypes]
         for module, told in self.checksums(unknown).items() if unknown else ():
             self._dtypes[server, module] = {name: STORED_DTYPES[tensor.dtype] for name, tensor in told.tensors.items()}
@@ -103,6 +103,3 @@ class WeightLink:
         told = self.document(calls.SERVER_INFO)
         gpus = frozenset(gpu for model in told["models"] for gpu in model["gpus"])
         return Server(Path(told["shared_memory"]), gpus, told["config"]["tp"] * told["config"]["replicas"])
-
-    def _shared_memory(self) -> Path:
-        return Path(self.document(calls.SERVER_INFO)["shared_memory"])

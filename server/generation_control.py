@@ -7,23 +7,20 @@ from typing import Any
 from fastapi import APIRouter, Request
 
 from ..protocol.errors import InvalidRequest
-from ..protocol.operations import AbortRequests, Continue, Flush, Pause, Report, Sleep, Wake
+from ..protocol.operations import AbortRequests, Continue, Flush, Pause, Sleep, Wake
 from . import weight_bodies as bodies
-from .operating import Handler, Operating, add_routes, success
+from .operating import Handler, Operating, first_report, routes_of, success
 from .service import Service
 
 _TAGS = ["weights", "caches"]
 
 
 def routes(service: Service) -> APIRouter:
-    router = APIRouter(tags=["post-training"])
-    add_routes(router, _Routes(service).table())
-    return router
+    return routes_of(_Routes(service).table())
 
 
 class _Routes:
     def __init__(self, service: Service) -> None:
-        self._service = service
         self._operating = Operating(service)
 
     def table(self) -> list[tuple[str, Handler, str]]:
@@ -68,5 +65,5 @@ class _Routes:
         operated = await self._operating.operate(request, Flush())
         return {
             **success("The caches are empty."),
-            "invalidated": next(iter(operated.reports.values()), Report()).invalidated,
+            "invalidated": first_report(operated).invalidated,
         }

@@ -8,8 +8,7 @@ import msgspec
 from fastapi import APIRouter, Response
 
 from .. import __version__
-from ..protocol.errors import Unavailable
-from ..protocol.messages import ModelInfo, ReplicaStatus
+from ..protocol.messages import ReplicaStatus
 from .replies import json_reply
 from .service import Service
 
@@ -23,20 +22,13 @@ def routes(service: Service) -> APIRouter:
 
     @router.get("/model_info", summary="The model, its sizes, and the arguments that `extra` may hold")
     async def model_info() -> Response:
-        return json_reply(msgspec.to_builtins(_model(service)))
+        return json_reply(msgspec.to_builtins(service.model()))
 
     @router.get("/get_weight_version", summary="The version of the weights that serve now")
     async def get_weight_version() -> Response:
-        return json_reply({"weight_version": _model(service).weight_version})
+        return json_reply({"weight_version": service.model().weight_version})
 
     return router
-
-
-def _model(service: Service) -> ModelInfo:
-    model = service.link.model()
-    if model is None:
-        raise Unavailable("The model is still loading.")
-    return model
 
 
 def _server_info(service: Service) -> dict[str, Any]:

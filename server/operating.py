@@ -24,10 +24,12 @@ _ALL_THE_SAME = {403: 400, 404: 400}
 """The contract has one status for what a client asks wrongly here; the error's code says which it was."""
 
 
-def add_routes(router: APIRouter, table: list[tuple[str, Handler, str]]) -> None:
+def routes_of(table: list[tuple[str, Handler, str]]) -> APIRouter:
     """``table`` has paths, what answers them, and a line for the reference."""
+    router = APIRouter(tags=["post-training"])
     for path, handler, summary in table:
         router.add_api_route(path, _replying(handler), methods=["POST"], summary=summary)
+    return router
 
 
 def _replying(handler: Handler) -> Callable[[Request], Awaitable[Response]]:
@@ -68,6 +70,11 @@ def _details(report: Report | None) -> dict[str, Any]:
 
 def success(message: str) -> dict[str, Any]:
     return {"success": True, "message": message}
+
+
+def first_report(operated: Operated) -> Report:
+    """What the first of the replicas says."""
+    return next(iter(operated.reports.values()), Report())
 
 
 class Operating:

@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import ParamSpec, TypeVar
 
 from ..protocol.config import Config
+from ..protocol.errors import Unavailable
+from ..protocol.messages import ModelInfo
 from .metrics import Metrics
 from .scheduler_link import SchedulerLink
 
@@ -31,6 +33,13 @@ class Service:
         self.metrics = Metrics(link)
         self._decoding = ThreadPoolExecutor(_DECODING_THREADS, thread_name_prefix="decode")
         self._started_at = time.monotonic()
+
+    def model(self) -> ModelInfo:
+        """What was loaded last, ready or not. Raises ``Unavailable`` before that."""
+        model = self.link.model()
+        if model is None:
+            raise Unavailable("The model is still loading.")
+        return model
 
     async def decode(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """``function`` in one of a few threads of its own: what strangers send must hold up nothing else."""

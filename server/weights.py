@@ -7,14 +7,13 @@ import binascii
 import functools
 import time
 import uuid
-from collections.abc import Collection
 from typing import Any
 
 import msgspec
 from fastapi import APIRouter, Request
 
 from ..protocol.codec import Buffer
-from ..protocol.errors import ClientGone, Internal, InvalidRequest, NotFound, Unavailable
+from ..protocol.errors import ClientGone, Internal, InvalidRequest, NotFound
 from ..protocol.operations import (
     Abort,
     Begin,
@@ -35,7 +34,7 @@ from ..protocol.operations import (
 from . import weight_bodies as bodies
 from .checkpoint_files import find_modules
 from .gate import media_type
-from .operating import Handler, Operating, add_routes, success
+from .operating import Handler, Operating, first_report, routes_of, success
 from .service import Service
 from .uploads import Uploads, shared_file
 
@@ -44,9 +43,7 @@ _GROUP_TIMEOUT_S = 60.0
 
 
 def routes(service: Service) -> APIRouter:
-    router = APIRouter(tags=["post-training"])
-    add_routes(router, _Routes(service).table())
-    return router
+    return routes_of(_Routes(service).table())
 
 
 class _Routes:
@@ -71,7 +68,7 @@ class _Routes:
 
     async def from_disk(self, request: Request) -> dict[str, Any]:
         body = await bodies.read(request, bodies.FromDisk)
-        find = functools.partial(find_modules, known=self._modules())
+        find = functools.partial(find_modules, known=self._service.model().parameters)
         modules = await self._service.decode(find, body.model_path, body.target_modules, self._service.config)
         return await self._update(request, Files(modules), body)
 
@@ -114,7 +111,7 @@ class _Routes:
 
     async def begin(self, request: Request) -> dict[str, Any]:
         body = await bodies.read(request, bodies.Begin)
-        known = self._modules()  # also of a replica that waits for weights to be sent again
+        known = self._service.model().parameters  # also of a replica that waits for weights to be sent again
         for name in body.target_modules or ():
             if name not in known:
                 raise NotFound(f"The model has no module {name!r}; it has {', '.join(known)}.", field="target_modules")
@@ -211,19 +208,7 @@ class _Routes:
         }
         return {"modules": modules, "weight_version": report.weight_version}
 
-    def _modules(self) -> Collection[str]:
-        """Those of the model. Raises ``Unavailable`` before it has ever been loaded."""
-        model = self._service.link.model()
-        if model is None:
-            raise Unavailable("The model is still loading.")
-        return model.parameters
-
-    async def _update(
-        self,
-        request: Request,
-        source: Source,
-        body: bodies.FromDisk | bodies.FromTensor | bodies.FromDistributed | bodies.FromBody,
-    ) -> dict[str, Any]:
+    async def _update(self, request: Request, source: Source, body: bodies.UpdateBody) -> dict[str, Any]:
         began = time.perf_counter()
         operation = Update(
             source=source,
@@ -247,12 +232,8 @@ def _target(body: bodies.FromTensor) -> str:
     return targets[0]
 
 
-def _first(operated: Operated) -> Report:
-    return next(iter(operated.reports.values()), Report())
-
-
 def _updated(operated: Operated, message: str, began: float) -> dict[str, Any]:
-    report = _first(operated)
+    report = first_report(operated)
     return {
         **success(message),
         "updated": report.updated,
@@ -269,7 +250,7 @@ def _updated(operated: Operated, message: str, began: float) -> dict[str, Any]:
 
 def _the_same(operated: Operated) -> Report:
     """What all replicas say. Raises ``Internal`` that names the one that says something else."""
-    first = _first(operated)
+    first = first_report(operated)
     for number, report in operated.reports.items():
         for module, digest in report.digests.items():
             if digest != first.digests.get(module):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
@@ -37,6 +36,7 @@ from .weights.export import export
 from .weights.groups import Groups
 from .weights.journal import Journal
 from .weights.parking import Parking
+from .weights.sign import Sign
 from .weights.sources import Reader, Rejected, open_source
 from .weights.undo import UndoMemory
 from .weights.update import Update as RankUpdate
@@ -72,7 +72,7 @@ class Operations:
         shared: Path,
         journal: Journal | None,
         undo: UndoMemory,
-        sign: Callable[[], object],
+        sign: Sign,
     ) -> None:
         self._model = model
         self._hub = hub

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import zip_longest
 from typing import Self
@@ -16,9 +16,7 @@ from ...protocol.digests import tensor_digest
 from ...protocol.operations import TensorDigest
 from ..parallel.ranks import Ranks
 from .layout import Layout
-
-Sign = Callable[[], object]
-"""Called now and then by what takes long."""
+from .sign import Sign
 
 
 def raw_bytes(tensor: torch.Tensor) -> memoryview:

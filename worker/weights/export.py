@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +12,7 @@ from ...protocol.tensor_files import write_header
 from ..parallel.ranks import Ranks
 from .digests import raw_bytes
 from .layout import Layout
+from .sign import Sign
 from .sources import DTYPES
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -33,7 +34,7 @@ def export(
     modules: Sequence[str],
     folder: Path,
     ranks: Ranks,
-    sign: Callable[[], object],
+    sign: Sign,
     *,
     durable: bool = False,
 ) -> dict[str, Exported]:

@@ -29,9 +29,7 @@ from torch.distributed import PrefixStore, ProcessGroupGloo, TCPStore  # type: i
 
 from ...protocol.errors import Conflict, InvalidRequest, NotFound, Unavailable
 from ...protocol.operations import Broadcast, Join
-
-Sign = Callable[[], object]
-"""Called now and then while the others are waited for."""
+from .sign import Sign
 
 SENDER = 0
 """The trainer's rank in the group."""

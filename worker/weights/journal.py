@@ -17,9 +17,9 @@ import msgspec
 
 from ...protocol.errors import StartFailed
 from ..parallel.ranks import Ranks
-from .digests import Sign
 from .export import export
 from .layout import Layout
+from .sign import Sign
 from .sources import map_file
 
 _ENTRY = re.compile(r"version-[0-9a-f]{16}")

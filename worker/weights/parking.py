@@ -6,19 +6,17 @@ A parked module is whole: its tensors are elsewhere, and everything that reads a
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from torch import nn
 
+from .sign import Sign
 from .undo import in_file
 
 _ALIGNMENT = 64
 """Where a tensor begins within so many bytes decides the last bits of some CPU kernels, so it is kept."""
-
-Sign = Callable[[], object]
-"""Called after each tensor, to say that it goes on."""
 
 
 class Parking:

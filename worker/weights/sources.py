@@ -17,22 +17,21 @@ from pathlib import Path
 
 import torch
 
+from ...protocol.digests import TORCH_DTYPES
 from ...protocol.errors import InvalidRequest, SafelightError
 from ...protocol.operations import Broadcast, CudaShared, Files, Invalid, Pickled, Report, Source
 from ...protocol.tensor_files import BadTensorFile, StoredTensor, read_head
 from .allowed import NotAPayload
 from .cuda_handles import open_handles
 from .exchange import Read
-from .groups import Groups, Sign
+from .groups import Groups
 from .payload import InvalidTensor, Tensors, choose, decode
 from .segment import Segments
+from .sign import Sign
 
-DTYPES = {
-    "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "U16": torch.uint16, "I16": torch.int16,
-    "U32": torch.uint32, "I32": torch.int32, "U64": torch.uint64, "I64": torch.int64, "F16": torch.float16,
-    "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64, "C64": torch.complex64,
-    "F8_E5M2": torch.float8_e5m2, "F8_E4M3": torch.float8_e4m3fn,
-}  # fmt: skip
+DTYPES: dict[str, torch.dtype] = {
+    stored: getattr(torch, told.removeprefix("torch.")) for stored, told in TORCH_DTYPES.items()
+}
 """By safetensors' names."""
 
 

@@ -13,6 +13,7 @@ from ...protocol.operations import Invalid, Report
 from .exchange import Exchange
 from .layout import Layout
 from .payload import Tensors
+from .sign import Sign
 from .sources import Opened, Rejected
 from .undo import NoRoom, UndoMemory
 
@@ -58,7 +59,7 @@ class Update:
         self._prepared = opened
         return report
 
-    def write(self, sign: Callable[[], object] = lambda: None) -> None:
+    def write(self, sign: Sign = lambda: None) -> None:
         """Write what was prepared, in place. ``sign`` is called after each tensor, to say that it goes on."""
         assert self._prepared is not None, "prepared before"
         with Exchange(self._prepared.read) as exchange:
