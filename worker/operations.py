@@ -163,7 +163,7 @@ class Operations:
         reader = Reader(self._ranks.rank, self._ranks.size, self._place, self._places, self._model.device, leads)
         if isinstance(source, Broadcast):
             return self._receive(source, reader)
-        return self._update.prepare(open_source(source, self._groups, reader, self._sign))
+        return self._update.prepare(open_source(source, self._groups, reader, self._sign), self._sign)
 
     def _receive(self, source: Broadcast, reader: Reader) -> Report:
         """What cannot be received, or is not to be, ends the group: who waits in it, the trainer too, is told at once.
@@ -172,7 +172,7 @@ class Operations:
         """
         try:
             self._update.check({source.module: self._groups.announced(source)})
-            return self._update.prepare(open_source(source, self._groups, reader, self._sign))
+            return self._update.prepare(open_source(source, self._groups, reader, self._sign), self._sign)
         except (Rejected, SafelightError) as failed:
             if not self._groups.leave(source.group):
                 raise

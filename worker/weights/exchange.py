@@ -1,79 +1,83 @@
-"""Writing new bytes where old ones are kept: a chunk at a time, on all cores, every tensor whole or not at all."""
+"""Getting new bytes beside the old ones, or in their place with the old ones kept."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Self
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Self
 
 import torch
+
+from .sign import Sign
 
 CHUNK = 1 << 19
 """Bytes that are exchanged at a time: so few that what was read is still in a core's cache when it is written."""
 
+_READ = 8 << 20
+"""Bytes that a thread reads at a time."""
+
 Read = Callable[[memoryview, int], object]
 """Fills memory with the bytes that are mapped at an address, without touching that."""
+
+Pair = tuple[torch.Tensor, torch.Tensor]
+"""Of one shape: where to write, and what."""
 
 Triple = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 """Of one shape: where to write, what, and where what was there is kept."""
 
 
-class Exchange:
-    """Exchanges tensors; a context. ``read`` gets bytes from where new tensors lie, where that is cheaper."""
+class Staging:
+    """Copies tensors on all cores, cast where they have another dtype; a context, and when it ends all are copied.
 
-    def __init__(self, read: Read | None = None) -> None:
+    ``read`` gets bytes from where new tensors lie, where that is cheaper.
+    """
+
+    def __init__(self, read: Read | None, sign: Sign) -> None:
         self._read = read
-        self._threads = torch.get_num_threads()
-        self._pool = ThreadPoolExecutor(self._threads)
+        self._sign = sign
+        self._pool = ThreadPoolExecutor(torch.get_num_threads())
+        self._started: list[Future[object]] = []
 
-    @torch.no_grad()
-    def __call__(self, pieces: Iterable[Triple]) -> None:
-        """Copy the first of each to the third and the second to the first; all of them, or none."""
-        kept: list[tuple[torch.Tensor, torch.Tensor]] = []
-        try:
-            for local, new, before in pieces:
-                if _plain(local, new, before):
-                    self._bytes(_flat(local), _flat(new), _flat(before), kept)
-                else:
-                    for part in _chunks(local, new, before):
-                        part[2].copy_(part[0])
-                        kept.append((part[0], part[2]))
-                        part[0].copy_(part[1])
-        except BaseException:
-            for there, before in kept:
-                there.copy_(before)
-            raise
-
-    def _bytes(self, local: torch.Tensor, new: torch.Tensor, before: torch.Tensor, kept: list[Any]) -> None:
-        """The same for bytes that lie in order, in threads that each take a part."""
-        here, old, given = local.numpy(), before.numpy(), new.numpy()
-        address = new.data_ptr()
-
-        def exchange(start: int, end: int) -> None:
-            for at in range(start, end, CHUNK):
-                part = slice(at, min(at + CHUNK, end))
-                old[part] = here[part]
-                kept.append((local[part], before[part]))
-                if self._read is None:
-                    here[part] = given[part]
-                else:
-                    self._read(here[part].data, address + at)
-
-        size = len(local)
-        if size < 2 * CHUNK:
-            exchange(0, size)
-            return
-        share = -(-size // (self._threads * CHUNK)) * CHUNK
-        parts = [self._pool.submit(exchange, start, min(start + share, size)) for start in range(0, size, share)]
-        errors = [error for part in parts if (error := part.exception()) is not None]
-        if errors:
-            raise errors[0]
+    def __call__(self, pieces: Iterable[Pair]) -> None:
+        """Begin to copy the second of each to the first. Raises what the copy raises, or leaving the context does."""
+        for there, new in pieces:
+            if self._read is not None and _plain(there, new):
+                room, address = _flat(there).numpy().data, new.data_ptr()
+                for at in range(0, len(room), _READ):
+                    self._started.append(self._pool.submit(self._read, room[at : at + _READ], address + at))
+            else:
+                there.copy_(new)
+                self._sign()
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self._pool.shutdown()
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            for started in self._started if kind is None else ():
+                started.result()
+                self._sign()
+        finally:
+            self._pool.shutdown(cancel_futures=True)
+
+
+@torch.no_grad()
+def exchange(pieces: Iterable[Triple], read: Read | None = None) -> None:
+    """Copy the first of each to the third and the second to the first; all of them, or none."""
+    kept: list[Pair] = []
+    try:
+        for local, new, before in pieces:
+            for here, given, old in _chunks(local, new, before):
+                old.copy_(here)
+                kept.append((here, old))
+                if read is not None and _plain(here, given):
+                    read(_flat(here).numpy().data, given.data_ptr())
+                else:
+                    here.copy_(given)
+    except BaseException:
+        for there, before in kept:
+            there.copy_(before)
+        raise
 
 
 def _plain(*tensors: torch.Tensor) -> bool:

@@ -15,7 +15,7 @@ from torch import nn
 
 from ..parallel.plan import Shard
 from ..parallel.ranks import ALONE, Ranks
-from .exchange import Exchange
+from .exchange import Pair, Read, exchange
 
 
 class Sliceable(Protocol):
@@ -82,20 +82,29 @@ class Layout:
         for here, piece in self._places(name, whole):
             here.copy_(piece)
 
-    def exchange(self, name: str, whole: Sliceable, before: torch.Tensor, exchange: Exchange) -> None:
+    def exchange(self, name: str, whole: Sliceable, before: torch.Tensor, read: Read | None = None) -> None:
         """:meth:`write`, and keep what was there in ``before``, which is like :meth:`local`.
 
         Whatever is raised, the tensor is written whole or not at all.
         """
         places = self._places(name, whole)
-        dim = 0 if (shard := self._entries[name].shard) is None else shard.dim
-        kept = _split(before, [piece for _, piece in places], dim)
-        exchange((here, piece, old) for (here, piece), old in zip(places, kept, strict=True))
+        kept = _split(before, [piece for _, piece in places], self._dim(name))
+        exchange(((here, piece, old) for (here, piece), old in zip(places, kept, strict=True)), read)
 
-    def _places(self, name: str, whole: Sliceable) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    def beside(self, name: str, whole: Sliceable, room: torch.Tensor) -> list[Pair]:
+        """What of ``whole`` is this rank's, piece by piece, and where each belongs in ``room``, which is like
+        :meth:`local`."""
+        pieces = [piece for _, piece in self._places(name, whole)]
+        return list(zip(_split(room, pieces, self._dim(name)), pieces, strict=True))
+
+    def _dim(self, name: str) -> int:
+        """Along which the tensor is in pieces, if it is."""
+        return 0 if (shard := self._entries[name].shard) is None else shard.dim
+
+    def _places(self, name: str, whole: Sliceable) -> list[Pair]:
         """This rank's memory, and what of ``whole`` belongs there, piece by piece."""
         pieces, local = self._pieces(name, whole), self.local(name)
-        dim = 0 if (shard := self._entries[name].shard) is None else shard.dim
+        dim = self._dim(name)
         shape = list(pieces[0].shape)
         if len(pieces) > 1:
             shape[dim] = sum(piece.shape[dim] for piece in pieces)

@@ -12,11 +12,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from .pages import ALIGNMENT, home, laid_out
 from .sign import Sign
 from .undo import in_file
-
-_ALIGNMENT = 64
-"""Where a tensor begins within so many bytes decides the last bits of some CPU kernels, so it is kept."""
 
 
 class Parking:
@@ -41,7 +39,7 @@ class Parking:
             elsewhere.append(self._away(tensor.data))
             sign()
         for tensor, other in zip(tensors, elsewhere, strict=True):
-            self._offsets[id(tensor)] = tensor.data_ptr() % _ALIGNMENT
+            self._offsets[id(tensor)] = tensor.data_ptr() % ALIGNMENT
             tensor.data = other
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
@@ -65,17 +63,9 @@ class Parking:
     def _away(self, tensor: torch.Tensor) -> torch.Tensor:
         if self._device.type == "cuda":
             return tensor.cpu()
-        return _laid_out(in_file(Path(tempfile.gettempdir()), tensor.nbytes), tensor).copy_(tensor)
+        return laid_out(in_file(Path(tempfile.gettempdir()), tensor.nbytes), tensor).copy_(tensor)
 
     def _home(self, parked: torch.Tensor, offset: int) -> torch.Tensor:
         if self._device.type == "cuda":
             return parked.to(self._device)
-        raw = torch.empty(parked.nbytes + 2 * _ALIGNMENT, dtype=torch.uint8)
-        start = (offset - raw.data_ptr()) % _ALIGNMENT
-        return _laid_out(raw[start : start + parked.nbytes], parked).copy_(parked)
-
-
-def _laid_out(room: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """The bytes ``room`` as a tensor like the other, with its strides where it has no gaps."""
-    strides = torch.empty_like(like, device="meta").stride()
-    return room.view(like.dtype).as_strided(like.shape, strides)
+        return home(parked, offset).copy_(parked)

@@ -20,6 +20,7 @@ from ..parallel.ranks import Ranks
 from ..sizes import DENOISERS
 from .layout import Layout
 from .loader import CannotLoad, Loaded, WrongDegree, layout_of, load_component, make, possible_degrees
+from .pages import settle
 
 log = logging.getLogger(__name__)
 
@@ -55,6 +56,7 @@ def load_pipeline(
     pipeline = DiffusionPipeline.from_pretrained(directory, dtype=dtype, use_safetensors=True, **modules)
     pipeline.register_modules(**dict.fromkeys(left_out))
     pipeline.to(device)
+    settle(part for part in pipeline.components.values() if isinstance(part, nn.Module))
     layouts = {
         name: own[name].layout if name in own else _layout(part, directory / name)
         for name, part in pipeline.components.items()

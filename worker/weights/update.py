@@ -10,8 +10,9 @@ import torch
 
 from ...protocol.errors import InvalidRequest, NotFound, Unavailable
 from ...protocol.operations import Invalid, Report
-from .exchange import Exchange
+from .exchange import Staging
 from .layout import Layout
+from .pages import exchange, have_own
 from .payload import Tensors
 from .sign import Sign
 from .sources import Opened, Rejected
@@ -47,31 +48,38 @@ class Update:
             found.setdefault(module, []).append(name)
         return found
 
-    def prepare(self, opened: Opened) -> Report:
-        """Check every name, shape and dtype, and find room to undo it. Raises ``Rejected``; all is as it was then."""
+    def prepare(self, opened: Opened, sign: Sign = _nothing) -> Report:
+        """Check every name, shape and dtype, find room to undo it, and get ready what can be.
+
+        Raises ``Rejected``, and ``OSError`` of what is read; all is as it was then. ``sign`` is called now and then, to
+        say that it goes on.
+        """
+        self._prepared = opened
         try:
             report = self.check(opened.tensors)
             self._check_ties(opened.tensors)
             self._find_room(opened.tensors)
+            self._stage(opened, sign)
         except BaseException:
-            opened.close()
+            self.release()
             raise
-        self._prepared = opened
         return report
 
-    def write(self, sign: Sign = lambda: None) -> None:
-        """Write what was prepared, in place. ``sign`` is called after each tensor, to say that it goes on."""
+    def write(self, sign: Sign = _nothing) -> None:
+        """Write what was prepared, in place. ``sign`` is called after each tensor."""
         assert self._prepared is not None, "prepared before"
-        with Exchange(self._prepared.read) as exchange:
-            for module, tensors in self._prepared.tensors.items():
-                layout = self._layouts[module]
-                for name, whole in tensors.items():
-                    if (before := self._room.get((module, name))) is None:
-                        layout.write(name, whole)  # an earlier part has kept what was there
+        for module, tensors in self._prepared.tensors.items():
+            layout = self._layouts[module]
+            for name, whole in tensors.items():
+                if (before := self._room.get((module, name))) is None:
+                    layout.write(name, whole)  # an earlier part has kept what was there
+                else:
+                    if have_own(before):
+                        exchange(layout.local(name), before)
                     else:
-                        layout.exchange(name, whole, before, exchange)
-                        self._undo[module, name] = before
-                    sign()
+                        layout.exchange(name, whole, before, self._prepared.read)
+                    self._undo[module, name] = before
+                sign()
         self._part = {module: len(tensors) for module, tensors in self._prepared.tensors.items() if tensors}
         self._give_back = _nothing
         self.release()
@@ -89,7 +97,11 @@ class Update:
         self.release()
         with torch.no_grad():
             for (module, name), before in reversed(self._undo.items()):  # two names may be of the same memory
-                self._layouts[module].local(name).copy_(before)
+                local = self._layouts[module].local(name)
+                if have_own(before) and have_own(local):  # which a module that sleeps has not
+                    exchange(local, before)
+                else:
+                    local.copy_(before)
         self.commit()
 
     def commit(self) -> None:
@@ -115,6 +127,13 @@ class Update:
         except NoRoom as error:
             raise Rejected(Unavailable(f"Nothing was written. {error}"), Report()) from error
         self._room = dict(zip(new, room, strict=True))
+
+    def _stage(self, opened: Opened, sign: Sign) -> None:
+        """Read what will be there by an exchange of pages alone: forwards go on until then, and no reading can fail."""
+        with torch.no_grad(), Staging(opened.read, sign) as copy:
+            for (module, name), room in self._room.items():
+                if have_own(room):
+                    copy(self._layouts[module].beside(name, opened.tensors[module][name], room))
 
     def _check_ties(self, tensors: Tensors) -> None:
         """Raises ``Rejected`` where names of the same memory come with different values: only one could be written."""

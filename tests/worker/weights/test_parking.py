@@ -100,7 +100,7 @@ def test_a_wake_that_fails_midway_is_finished_by_the_next(monkeypatch: pytest.Mo
     parked.park(nothing)
     mapped = {tensor.data_ptr() for tensor in module.parameters()}
     with monkeypatch.context() as patched:
-        _failing(2, patched, "_laid_out", MemoryError)
+        _failing(2, patched, "home", MemoryError)
         with pytest.raises(MemoryError):
             parked.fetch(nothing)
     assert parked.parked

@@ -18,8 +18,9 @@ from safelight.worker.parallel.plan import Shard
 from safelight.worker.parallel.ranks import Ranks
 from safelight.worker.weights import undo
 from safelight.worker.weights.digests import raw_bytes
-from safelight.worker.weights.exchange import Exchange
 from safelight.worker.weights.layout import Entry, Layout
+from safelight.worker.weights.pages import have_own, settle
+from safelight.worker.weights.parking import Parking
 from safelight.worker.weights.sources import MappedFiles, Opened, Rejected
 from safelight.worker.weights.undo import NoRoom, UndoMemory
 from safelight.worker.weights.update import Update
@@ -34,13 +35,19 @@ class Stop(Exception):
     pass
 
 
-def model() -> nn.Module:
+def model(*, settled: bool = False) -> nn.Module:
     torch.manual_seed(0)
     module = nn.Module()
     for name, shape in SHAPES.items():
         module.register_buffer(name, torch.randn(shape))
     module.register_buffer("low", torch.randn(300, 5000).bfloat16())
+    if settled:
+        settle([module])
+        assert {name for name, tensor in module.state_dict().items() if have_own(tensor)} == {"large", "wide", "low"}
     return module
+
+
+in_pages_or_not = pytest.mark.parametrize("settled", [False, True], ids=["copied", "exchanged"])
 
 
 def state(module: nn.Module) -> dict[str, torch.Tensor]:
@@ -66,8 +73,9 @@ def same(one: dict[str, torch.Tensor], another: dict[str, torch.Tensor]) -> bool
     return all(torch.equal(one[name], another[name]) for name in one)
 
 
-def test_what_is_written_is_cast_and_what_is_rolled_back_is_bitwise_as_before() -> None:
-    module = model()
+@in_pages_or_not
+def test_what_is_written_is_cast_and_what_is_rolled_back_is_bitwise_as_before(settled: bool) -> None:
+    module = model(settled=settled)
     before, addresses = state(module), [tensor.data_ptr() for tensor in module.state_dict().values()]
     new = other(module)
     update = begun(module)
@@ -79,9 +87,10 @@ def test_what_is_written_is_cast_and_what_is_rolled_back_is_bitwise_as_before() 
     assert [tensor.data_ptr() for tensor in module.state_dict().values()] == addresses
 
 
+@in_pages_or_not
 @pytest.mark.parametrize("at", range(7))
-def test_a_write_that_is_interrupted_after_any_tensor_is_undone(at: int) -> None:
-    module = model()
+def test_a_write_that_is_interrupted_after_any_tensor_is_undone(at: int, settled: bool) -> None:
+    module = model(settled=settled)
     before, update, left = state(module), begun(module), itertools.count()
 
     def sign() -> None:
@@ -132,8 +141,9 @@ def from_file(module: nn.Module, folder: Path) -> tuple[dict[str, torch.Tensor],
     return new, file
 
 
-def test_bytes_of_a_file_are_read_into_place_and_undone(tmp_path: Path) -> None:
-    module = model()
+@in_pages_or_not
+def test_bytes_of_a_file_are_read_into_place_and_undone(settled: bool, tmp_path: Path) -> None:
+    module = model(settled=settled)
     before = state(module)
     new, file = from_file(module, tmp_path)
     files, update = MappedFiles(), begun(module)
@@ -165,8 +175,9 @@ def test_a_file_that_becomes_shorter_while_it_is_read_leaves_every_byte(reads: i
     assert same(state(module), before)
 
 
-def test_several_parts_are_undone_to_what_was_before_the_first() -> None:
-    module = model()
+@in_pages_or_not
+def test_several_parts_are_undone_to_what_was_before_the_first(settled: bool) -> None:
+    module = model(settled=settled)
     before, update = state(module), begun(module)
     for _ in range(3):
         update.prepare(opened({name: tensor for name, tensor in other(module).items() if name in ("large", "row")}))
@@ -179,13 +190,18 @@ def test_several_parts_are_undone_to_what_was_before_the_first() -> None:
 
 def tied() -> nn.Module:
     module = nn.Module()
-    module.one = nn.Parameter(torch.randn(3, 4))
-    module.other = module.one
+    module.one = nn.Parameter(torch.randn(300, 400))
+    module.other = nn.Parameter(module.one.data)
     return module
 
 
-def test_two_names_of_the_same_memory_are_undone_to_what_was_there() -> None:
-    module, new = tied(), torch.randn(3, 4)
+@in_pages_or_not
+def test_two_names_of_the_same_memory_are_undone_to_what_was_there(settled: bool) -> None:
+    module, new = tied(), torch.randn(300, 400)
+    if settled:
+        settle([module])
+        assert have_own(module.one)
+    assert module.one.data_ptr() == module.other.data_ptr()
     before, update = state(module), begun(module)
     update.prepare(opened({"one": new, "other": new.clone()}))
     update.write()
@@ -196,7 +212,7 @@ def test_two_names_of_the_same_memory_are_undone_to_what_was_there() -> None:
 
 def test_two_names_of_the_same_memory_that_come_with_different_values_are_refused() -> None:
     with pytest.raises(Rejected, match=r"other: it is tied to transformer\.one, and its values are not the same"):
-        begun(tied()).prepare(opened({"one": torch.zeros(3, 4), "other": torch.ones(3, 4)}))
+        begun(tied()).prepare(opened({"one": torch.zeros(300, 400), "other": torch.ones(300, 400)}))
 
 
 def test_a_part_reports_its_own_tensors_and_the_whole_all_of_them() -> None:
@@ -307,6 +323,70 @@ def test_what_was_taken_and_not_used_is_there_again() -> None:
         memory.take([torch.zeros(5 << 20, dtype=torch.uint8)])
 
 
+def test_a_file_that_becomes_shorter_is_found_before_anything_is_written(tmp_path: Path) -> None:
+    module, memory = model(settled=True), UndoMemory(CPU, PLENTY, None)
+    before = state(module)
+    _, file = from_file(module, tmp_path)
+    files, update, closed = MappedFiles(), begun(module, memory), []
+    tensors = {name: tensor for name, tensor in files.map(file).items() if name in before and tensor.nbytes > 1 << 18}
+    os.truncate(file, 1)
+    with pytest.raises(OSError, match="a file has become shorter"):
+        update.prepare(Opened({"transformer": tensors}, lambda: closed.append(files.close()), files.read))
+    assert (len(closed), update.written, memory._pages) == (1, {}, [])
+    assert same(state(module), before)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_divided_tensor_in_pages_is_exchanged_whole(rank: int) -> None:
+    module = nn.Module()
+    module.register_buffer("packed", torch.randn(9, 50_000))
+    settle([module])
+    before, address = module.packed.clone(), module.packed.data_ptr()
+    layout = Layout(module, [Entry("packed", "packed", (18, 50_000), Shard(0, (6, 12)))], Ranks(rank, 2))
+    update, whole = Update({"transformer": layout}, UndoMemory(CPU, PLENTY, None)), torch.randn(18, 50_000)
+    update.prepare(opened({"packed": whole}))
+    assert torch.equal(module.packed, before)
+    update.write()
+    first, second = (slice(0, 3), slice(6, 12)) if rank == 0 else (slice(3, 6), slice(12, 18))
+    assert torch.equal(module.packed, torch.cat([whole[first], whole[second]]))
+    update.rollback()
+    assert torch.equal(module.packed, before)
+    assert module.packed.data_ptr() == address
+
+
+def test_a_begun_update_of_a_module_that_was_put_away_meanwhile_is_undone() -> None:
+    module = model(settled=True)
+    before, update = state(module), begun(module)
+    update.prepare(opened(other(module)))
+    update.write()
+    parked = Parking([module], CPU)
+    parked.park(lambda: None)
+    update.rollback()
+    assert same(state(module), before)
+    parked.fetch(lambda: None)
+    assert same(state(module), before)
+
+
+def test_pages_are_used_again_and_are_within_the_limit(tmp_path: Path) -> None:
+    module, memory = model(settled=True), UndoMemory(CPU, 70 << 20, None)
+    update, addresses = begun(module, memory), []
+    for _ in range(3):
+        update.prepare(opened(other(module)))
+        addresses.append([room.data_ptr() for room in memory._pages])
+        update.write()
+        update.commit()
+    assert addresses[0] == addresses[1] == addresses[2]
+    assert len(addresses[0]) == 3
+    memory.free()
+    assert memory._held() == 0
+    before, small = state(module), begun(module, UndoMemory(CPU, 6_000_000, tmp_path))
+    small.prepare(opened(other(module)))
+    assert len(small._memory._pages) < 3
+    small.write()
+    small.rollback()
+    assert same(state(module), before)
+
+
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_divided_tensor_of_several_blocks_is_exchanged_piece_by_piece(rank: int) -> None:
     module = nn.Module()
@@ -315,8 +395,7 @@ def test_a_divided_tensor_of_several_blocks_is_exchanged_piece_by_piece(rank: in
     entry = Entry("packed", "packed", (18, 500_000), Shard(0, (6, 12)))
     layout = Layout(module, [entry], Ranks(rank, 2))
     whole, kept = torch.randn(18, 500_000), torch.empty(9, 500_000)
-    with Exchange() as exchange:
-        layout.exchange("packed", whole, kept, exchange)
+    layout.exchange("packed", whole, kept)
     first, second = (slice(0, 3), slice(6, 12)) if rank == 0 else (slice(3, 6), slice(12, 18))
     assert torch.equal(module.packed, torch.cat([whole[first], whole[second]]))
     assert torch.equal(kept, before)
