@@ -80,6 +80,7 @@ class Routes:
 
     def __init__(self, client: Client, model: Path) -> None:
         self._client = client
+        self._http = httpx.Client(base_url=client.base_url, timeout=300)  # as a trainer keeps one
         self._file = _weights_of(model)
         self._tensors = load_file(self._file)
         self.nbytes = sum(tensor.nbytes for tensor in self._tensors.values())
@@ -102,6 +103,7 @@ class Routes:
         )
 
     def close(self) -> None:
+        self._http.close()
         assert self._trainer.stdin is not None
         self._trainer.stdin.close()
         self._trainer.wait()
@@ -177,7 +179,7 @@ class Routes:
         )
 
     def _post(self, path: str, body: dict[str, Any]) -> None:
-        httpx.post(f"{self._client.base_url}{path}", json=body, timeout=300).raise_for_status()
+        self._http.post(path, json=body).raise_for_status()
 
 
 PAIRS: list[tuple[str, str, float | None]] = [

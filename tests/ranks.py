@@ -28,4 +28,5 @@ def _run(rank: int, size: int, store: str, function: Callable[..., None], argume
     torch.set_grad_enabled(False)
     ranks: Ranks = join(rank, size, store, torch.device("cpu"), TIMEOUT_S)
     function(ranks, *arguments)
+    ranks.exchange(b"")  # what was sent last has arrived, before one is gone
     leave(ranks)

@@ -46,6 +46,7 @@ class Layout:
         self._module = module
         self._ranks = ranks
         self._entries = {entry.name: entry for entry in entries}
+        self._owners: dict[str, tuple[nn.Module, str]] = {}
 
     @classmethod
     def whole(cls, module: nn.Module) -> Layout:
@@ -151,8 +152,10 @@ class Layout:
             start += block
 
     def _find(self, path: str) -> torch.Tensor:
-        owner, _, name = path.rpartition(".")
-        found: torch.Tensor = getattr(self._module.get_submodule(owner), name)
+        if path not in self._owners:
+            owner, _, name = path.rpartition(".")
+            self._owners[path] = self._module.get_submodule(owner), name
+        found: torch.Tensor = getattr(*self._owners[path])
         return found
 
 

@@ -9,13 +9,13 @@ The call is ``mremap`` with ``MREMAP_DONTUNMAP`` (Linux 5.7), so that no address
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import functools
 import mmap
 import os
 import weakref
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -27,19 +27,25 @@ ALIGNMENT = 64
 """Where a tensor begins within so many bytes decides the last bits of some CPU kernels, so it is kept."""
 
 _MAYMOVE, _FIXED, _DONTUNMAP = 1, 2, 4
+_FAILED = ctypes.c_void_p(-1).value
+_LARGE = 2 << 20
+"""Bytes of a large page: its addresses are multiples of that, and it moves as one entry."""
 
 
 class PagesLost(BaseException):
     """The pages of a tensor are neither here nor there: the end of this process."""
 
 
-class _Pages(mmap.mmap):
+@dataclass(frozen=True, slots=True)
+class _Mapping:
     """Private memory with one tensor in it, of ``used`` bytes."""
 
-    used = 0
+    address: int
+    size: int
+    used: int
 
 
-_known: weakref.WeakValueDictionary[int, _Pages] = weakref.WeakValueDictionary()
+_known: dict[int, _Mapping] = {}
 """By the address of the tensor's first byte."""
 
 
@@ -75,19 +81,18 @@ def pages(size: int, offset: int) -> torch.Tensor:
 
     Raises ``OSError`` where there is no memory.
     """
-    mapped = _Pages(-1, -(-(offset + size) // mmap.PAGESIZE) * mmap.PAGESIZE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    with contextlib.suppress(OSError, AttributeError):  # a kernel without large pages
-        mapped.madvise(mmap.MADV_HUGEPAGE)
-    mapped.used = size
-    memory = torch.frombuffer(mapped, dtype=torch.uint8)[offset : offset + size]
-    _known[memory.data_ptr()] = mapped
-    return memory
+    mapping = _map(-(-(offset + size) // mmap.PAGESIZE) * mmap.PAGESIZE, size)
+    memory = (ctypes.c_ubyte * mapping.size).from_address(mapping.address)
+    first = mapping.address + offset
+    _known[first] = mapping
+    weakref.finalize(memory, _unmap, first).atexit = False
+    return torch.frombuffer(memory, dtype=torch.uint8)[offset : offset + size]
 
 
 def have_own(tensor: torch.Tensor) -> bool:
     """Whether the tensor, all of it and nothing else, is in pages of its own."""
-    mapped = _known.get(tensor.data_ptr()) if tensor.device.type == "cpu" and tensor.numel() else None
-    return mapped is not None and mapped.used == tensor.nbytes and is_dense(tensor)
+    mapping = _known.get(tensor.data_ptr()) if tensor.device.type == "cpu" and tensor.numel() else None
+    return mapping is not None and mapping.used == tensor.nbytes and is_dense(tensor)
 
 
 def exchange(one: torch.Tensor, other: torch.Tensor) -> None:
@@ -96,23 +101,24 @@ def exchange(one: torch.Tensor, other: torch.Tensor) -> None:
     Raises ``OSError`` where the kernel has no room in its tables; both are as they were then.
     """
     first, second = (_known[tensor.data_ptr()] for tensor in (one, other))
-    if len(first) != len(second) or _offset(one) != _offset(other):
+    if first.size != second.size or one.data_ptr() - first.address != other.data_ptr() - second.address:
         raise ValueError("tensors of different places in their pages")
-    between = mmap.mmap(-1, len(first), mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    here, there = one.data_ptr() - _offset(one), other.data_ptr() - _offset(other)
-    spare = ctypes.addressof(ctypes.c_char.from_buffer(between))
+    between = _map(first.size, 0)
     done: list[tuple[int, int]] = []
+    turns = ((first, between), (second, first), (between, second))
     try:
-        for source, target in ((here, spare), (there, here), (spare, there)):
-            _move(source, target, len(first))
-            done.append((target, source))
+        for source, target in turns:
+            _move(source.address, target.address, first.size)
+            done.append((target.address, source.address))
     except OSError:
         try:
-            for source, target in reversed(done):
-                _move(source, target, len(first))
+            for there, here in reversed(done):
+                _move(there, here, first.size)
         except OSError as error:
             raise PagesLost(f"pages cannot be put back: {error}") from error
         raise
+    finally:
+        _libc().munmap(between.address, between.size)
 
 
 @functools.cache
@@ -121,7 +127,7 @@ def can_exchange() -> bool:
     try:
         one, other = pages(3, 1).fill_(1), pages(3, 1).fill_(2)
         exchange(one, other)
-    except (OSError, AttributeError):
+    except (OSError, AttributeError):  # an older kernel, or none of Linux's
         return False
     return [*one.tolist(), *other.tolist()] == [2, 2, 2, 1, 1, 1]
 
@@ -137,21 +143,46 @@ def laid_out(room: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     return room.view(like.dtype).as_strided(like.shape, strides)
 
 
-def _offset(tensor: torch.Tensor) -> int:
-    return tensor.data_ptr() % mmap.PAGESIZE
+def _map(size: int, used: int) -> _Mapping:
+    """New memory, at an address where it can be in large pages if it is large. Raises ``OSError``."""
+    spare = _LARGE if size >= _LARGE else 0
+    start = _libc().mmap(
+        None, size + spare, mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, -1, 0
+    )
+    if start == _FAILED:
+        raise _error()
+    address = -(-start // _LARGE) * _LARGE if spare else start
+    for begin, end in ((start, address), (address + size, start + size + spare)):
+        if end > begin:
+            _libc().munmap(begin, end - begin)
+    if spare:
+        _libc().madvise(address, size, mmap.MADV_HUGEPAGE)  # which a kernel without large pages refuses
+    return _Mapping(address, size, used)
+
+
+def _unmap(first: int) -> None:
+    mapping = _known.pop(first)
+    _libc().munmap(mapping.address, mapping.size)
 
 
 def _move(source: int, target: int, size: int) -> None:
-    """Move pages; there are empty ones where they were."""
-    moved = _mremap()(source, size, size, _MAYMOVE | _FIXED | _DONTUNMAP, target)
-    if moved != target:
-        number = ctypes.get_errno()
-        raise OSError(number, os.strerror(number))
+    """Move pages; there are empty ones where they were. Raises ``OSError``."""
+    if _libc().mremap(source, size, size, _MAYMOVE | _FIXED | _DONTUNMAP, target) == _FAILED:
+        raise _error()
+
+
+def _error() -> OSError:
+    number = ctypes.get_errno()
+    return OSError(number, os.strerror(number))
 
 
 @functools.cache
-def _mremap() -> ctypes._CFuncPtr:  # type: ignore[name-defined]
-    function = ctypes.CDLL(None, use_errno=True).mremap
-    function.restype = ctypes.c_void_p
-    function.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t, ctypes.c_int, ctypes.c_void_p]
-    return function
+def _libc() -> ctypes.CDLL:
+    libc = ctypes.CDLL(None, use_errno=True)
+    address, size, number = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int
+    libc.mmap.argtypes = [address, size, number, number, number, ctypes.c_long]
+    libc.munmap.argtypes = [address, size]
+    libc.madvise.argtypes = [address, size, number]
+    libc.mremap.argtypes = [address, size, size, number, address]
+    libc.mmap.restype = libc.mremap.restype = address
+    return libc

@@ -1,8 +1,8 @@
 """Host memory for the bytes that an update overwrites, used again by the next one.
 
 What has pages of its own gets such pages: there the new bytes are made ready, and the old ones are in the end.
-Everything else is copied into blocks. New memory costs more than the copy into it, as the kernel clears each page before
-it is touched (measured here: 1 GB takes 0.1 s to copy, 0.5 s into new pages of 4 KB and 0.2 s into new ones of 2 MB).
+Everything else is copied into blocks. New memory costs more than the copy into it: the kernel clears each page before
+it is touched (measured here: 1 GB takes 0.1 s to copy, 0.5 s into new pages of 4 KB and 0.2 s into ones of 2 MB).
 """
 
 from __future__ import annotations

@@ -63,10 +63,11 @@ def test_a_part_of_a_tensor_has_no_pages_of_its_own() -> None:
 def test_memory_that_is_gone_is_not_known_any_more() -> None:
     tensor = pages(1 << 20, 0)
     address = tensor.data_ptr()
+    assert f"{address:x}-" in Path("/proc/self/maps").read_text()
     del tensor
     gc.collect()
     assert address not in module_of_pages._known
-    assert str(f"{address:x}") not in Path("/proc/self/maps").read_text()
+    assert f"{address:x}-" not in Path("/proc/self/maps").read_text()
 
 
 def test_memory_that_was_exchanged_is_given_back_where_it_is() -> None:
@@ -128,7 +129,7 @@ def test_other_threads_get_no_memory_in_between() -> None:
     for thread in threads:
         thread.start()
     try:
-        for number in range(200):
+        for number in range(40):
             exchange(one, other)
             assert bool(one.eq(1 if number % 2 else 2).all())
     finally:
