@@ -129,7 +129,7 @@ class Update:
         self._room = dict(zip(new, room, strict=True))
 
     def _stage(self, opened: Opened, sign: Sign) -> None:
-        """Read what will be there by an exchange of pages alone: forwards go on until then, and no reading can fail."""
+        """Read what an exchange of pages will bring there: what can fail in that, fails before a byte is written."""
         with torch.no_grad(), Staging(opened.read, sign) as copy:
             for (module, name), room in self._room.items():
                 if have_own(room):
