@@ -114,6 +114,11 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     allow_model_source: Annotated[
         bool, Meta(description="Let an update from disk name a hub id, which is downloaded")
     ] = False
+    max_loras: Annotated[
+        int,
+        Meta(ge=0, description="Adapters that may be loaded; one more lets go of the one that was idle for longest"),
+    ] = 64
+    max_lora_mb: Annotated[int, Meta(ge=1, description="Megabytes that all loaded adapters may have")] = 8192
     request_timeout_s: Annotated[
         float, Meta(gt=0, description="Seconds after which a request without a `timeout_s` of its own gets a 504")
     ] = 600.0

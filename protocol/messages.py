@@ -13,9 +13,21 @@ from typing import Any, Literal
 
 import msgspec
 
+from .adapters import Use
 from .codec import Buffer, Codec
 from .errors import ErrorInfo
-from .operations import AbortRequests, Continue, Operate, Operated, Pause, Perform, Performed, Report, SetPaused
+from .operations import (
+    AbortRequests,
+    Continue,
+    ListAdapters,
+    Operate,
+    Operated,
+    Pause,
+    Perform,
+    Performed,
+    Report,
+    SetPaused,
+)
 
 OutputFormat = Literal["png", "jpeg", "webp", "mp4", "webm", "pt"]
 BatchingMode = Literal["merged", "interleaved", "serial"]
@@ -57,6 +69,8 @@ class Generate(msgspec.Struct, tag=True, frozen=True, kw_only=True):
     extra: dict[str, Any] = {}
     priority: int = 0
     timeout_s: float | None = None
+    lora: list[Use] | None = None
+    """The adapters of this request; ``None`` for those that are active for all."""
 
 
 class Cancel(msgspec.Struct, tag=True, frozen=True):
@@ -282,7 +296,7 @@ class Status(msgspec.Struct, tag=True, frozen=True):
     halted: str | None = None
 
 
-ToScheduler = Generate | Cancel | ReplicaExited | Operate | Pause | Continue | AbortRequests
+ToScheduler = Generate | Cancel | ReplicaExited | Operate | Pause | Continue | AbortRequests | ListAdapters
 FromScheduler = Queued | Started | Progress | Preview | Result | Failed | Operated | Status
 ToWorker = Generate | Cancel | Perform | SetPaused
 FromWorker = (

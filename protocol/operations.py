@@ -16,6 +16,7 @@ from typing import Literal
 
 import msgspec
 
+from .adapters import AdapterChange, AdapterState
 from .codec import Buffer
 from .errors import ErrorInfo
 
@@ -176,7 +177,15 @@ class Export(msgspec.Struct, tag=True, frozen=True):
     folder: str
 
 
-Operation = Update | Begin | Commit | Abort | Digests | CheckTensors | Flush | Sleep | Wake | Join | Leave | Export
+class Adapt(msgspec.Struct, tag=True, frozen=True):
+    """Change the adapters. Like an update it is prepared, written and committed."""
+
+    change: AdapterChange
+
+
+Operation = (
+    Update | Begin | Commit | Abort | Digests | CheckTensors | Flush | Sleep | Wake | Join | Leave | Export | Adapt
+)
 
 
 class Operate(msgspec.Struct, tag=True, frozen=True):
@@ -205,6 +214,12 @@ class AbortRequests(msgspec.Struct, tag=True, frozen=True):
 
     request_id: str
     name: str | None
+
+
+class ListAdapters(msgspec.Struct, tag=True, frozen=True):
+    """Tell which adapters there are, at once."""
+
+    request_id: str
 
 
 class Perform(msgspec.Struct, tag=True, frozen=True, kw_only=True):
@@ -239,7 +254,8 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
 
     ``updated`` counts the tensors of each module, of which ``expected`` is how many it has; ``complete`` are the
     modules of which every tensor was given, in all parts together. ``weight_version`` is the new one, after a commit.
-    ``digests`` and ``tensors`` are by module. ``left`` says that there was a group to leave.
+    ``digests`` and ``tensors`` are by module. ``left`` says that there was a group to leave. ``adapters`` is what will
+    be after a change of them, and ``told`` are sentences about it.
     """
 
     updated: dict[str, int] = {}
@@ -256,6 +272,8 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     mismatched: list[str] = []
     files: dict[str, list[str]] = {}
     left: bool = False
+    adapters: AdapterState | None = None
+    told: list[str] = []
 
 
 class TensorDigest(msgspec.Struct, frozen=True):
@@ -276,9 +294,11 @@ class Performed(msgspec.Struct, tag=True, frozen=True):
 
 
 class Operated(msgspec.Struct, tag=True, frozen=True):
-    """Every replica has done an operation. ``reports`` are theirs, by number; ``asleep`` is what was put away."""
+    """Every replica has done an operation. ``reports`` are theirs, by number; ``asleep`` is what was put away,
+    and ``adapters`` are those that are there now."""
 
     request_id: str
     reports: dict[int, Report]
     weight_version: str | None
     asleep: list[str] = []
+    adapters: AdapterState = AdapterState()

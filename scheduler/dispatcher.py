@@ -51,6 +51,7 @@ from ..protocol.operations import (
     AbortRequests,
     Barrier,
     Continue,
+    ListAdapters,
     Operate,
     Operated,
     Pause,
@@ -152,6 +153,10 @@ class Dispatcher:
             case AbortRequests(request_id=request_id, name=name):
                 self._abort(name)
                 self._outbox.to_server.append(Operated(request_id, {}, self._operations.version))
+            case ListAdapters(request_id=request_id):
+                operations = self._operations
+                told = Operated(request_id, {}, operations.version, adapters=operations.adapters)
+                self._outbox.to_server.append(told)
             case ReplicaExited(replica=number, message=why):
                 if replica := self._replicas.get(number):
                     self._lose(replica, replica.exited(why), f"was lost ({why}) and will come back")
@@ -271,6 +276,7 @@ class Dispatcher:
         replica.hold(request.id, request.outputs)
         self._outbox.to_server.append(Started(request.id, replica.number, request.queue_s(now)))
         self._outbox.to_replicas.append((replica.number, request.generate))
+        self._operations.used(use.name for use in request.generate.lora or ())
         return True
 
     def _answer(self, replica: Replica, message: Result | Failed, now: float) -> None:

@@ -10,13 +10,17 @@ import itertools
 import logging
 import math
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+from msgspec.structs import replace
+
+from ..protocol.adapters import AdapterState, RestoreAdapters, SetAdapters
 from ..protocol.errors import Conflict, NotFound, SafelightError, Unavailable, from_info
 from ..protocol.messages import Failed, FromScheduler, ToWorker
 from ..protocol.operations import (
     Abort,
+    Adapt,
     Begin,
     Broadcast,
     Commit,
@@ -64,6 +68,8 @@ class Operations:
     ) -> None:
         self.version: str | None = None
         """The committed version; ``None`` before a replica has loaded."""
+        self.adapters = AdapterState()
+        """Those that were committed."""
         self.asleep: set[str] = set()
         """The tags that replicas were told to let go of."""
         self._journal = journal
@@ -75,6 +81,8 @@ class Operations:
         self._drained = drained
         self._changed: set[str] = set()  # modules that are not as the checkpoint has them
         self._behind: set[int] = set()  # replicas that wait to be brought to the committed version
+        self._bare: set[int] = set()  # those of them that lack nothing but adapters
+        self._recent: dict[str, None] = {}  # adapters, the one that was not used for longest first
         self._lost: set[str] = set()  # changed modules that no replica has any more
         self._in_doubt: dict[str, set[str]] = {}  # what all replicas were lost with while they committed it: modules
         self._commits = 0
@@ -162,6 +170,7 @@ class Operations:
     def lost(self, replica: Replica, now: float) -> None:
         """A replica's process is gone, and its part in what is being done with it."""
         self._behind.discard(replica.number)
+        self._bare.discard(replica.number)
         self._gone[replica.number] = self._commits
         of_it = [item for item in self._line if isinstance(item, Transaction) and item.only == replica.number]
         for transaction in of_it:
@@ -194,7 +203,7 @@ class Operations:
         version = replica.model.weight_version
         self._settle_doubt(replica, version)
         in_progress = self._current is not None and self._current.reached
-        if self._has_all(replica) and not in_progress:
+        if self._has_all(replica) and not self.adapters.loaded and not in_progress:
             self._is_current(replica)
         else:
             if self._lost:
@@ -264,6 +273,13 @@ class Operations:
             if transaction.begun is not None:
                 self._end(transaction)
             return True
+        if isinstance(operation, Adapt):
+            if replicas <= self._behind:
+                self._fail(
+                    part, Unavailable("No replica has the weights that adapters are for.", retry_after_s=RETRY_S)
+                )
+                return True
+            operation = self._with_recent(operation)
         transaction.gives_time(now)
         if isinstance(operation, Begin):
             self._operated(part, {}, self.version)
@@ -292,13 +308,17 @@ class Operations:
             return True
         elif isinstance(operation, Export):
             giver = self._giver()
-            if self._has_all(replica):
-                self._is_current(replica)
-                return True
-            if giver is None:
+            if number in self._bare or self._has_all(replica):
+                if not self.adapters.loaded:
+                    self._is_current(replica)
+                    return True
+                self._bare.add(number)
+                operation, giver = Adapt(RestoreAdapters(self.adapters)), number
+            elif giver is None:
                 self._wait_for_lost(replica)
                 return True
-            operation = Export(sorted(self._changed), f"replica-{number}-{next(self._numbers)}")
+            else:
+                operation = Export(sorted(self._changed), f"replica-{number}-{next(self._numbers)}")
             does_it = giver
         transaction.running = Running(Operate("", operation), next(self._numbers), "prepare", {does_it})
         self._order(transaction.running, "prepare", operation)
@@ -371,11 +391,17 @@ class Operations:
         elif step == "journal":
             transaction.running = running
             self._order(running, "commit")
+        elif step == "commit" and isinstance(operation, Adapt):
+            self._adapted(transaction, running)
         elif step == "commit":
             self._committed(transaction, running)
-        elif isinstance(operation, Update) and step == "prepare":
+        elif isinstance(operation, Update | Adapt) and step == "prepare":
             transaction.running = running
             self._order(running, "write")
+        elif isinstance(operation, Adapt):
+            running.version = self.version or ""
+            transaction.running = running
+            self._order(running, "commit")
         elif isinstance(operation, Update):
             self._written(transaction, running)
         else:
@@ -399,7 +425,7 @@ class Operations:
         operation = running.part.operation
         if isinstance(operation, Sleep) and transaction.only is None:
             self._order_unasked(running.replicas, "prepare", Wake(sorted(set(operation.tags) - self.asleep)))
-        if not isinstance(operation, Update | Commit | Join):
+        if not isinstance(operation, Update | Commit | Join | Adapt):
             return
         step: Step = "release" if running.step == "prepare" else "rollback"
         self._order_unasked(running.replicas, step)
@@ -426,17 +452,51 @@ class Operations:
                     self.version = report.weight_version
         if transaction.only is None:
             self._commits += 1
+            self._bare.clear()
             self._in_doubt.clear()
             self._changed.update(transaction.written)
         was_lost = bool(self._lost)
         self._lost = self._lost - transaction.complete if transaction.only is None else set()
         for number in sorted(set(running.reports) & self._behind) if not self._lost else ():
-            if (replica := self._replicas.get(number)) is not None:
+            if (replica := self._replicas.get(number)) is None:
+                continue
+            if self.adapters.loaded:
+                self._bare.add(number)
+                self._bring_up(number)
+            else:
                 self._is_current(replica)
         if was_lost and not self._lost:
             self._bring_up(*sorted(self._behind))
         self._operated(running.part, running.reports, self.version)
         self._end(transaction)
+
+    def _adapted(self, transaction: Transaction, running: Running) -> None:
+        """The adapters are others now; what was done for one replica alone makes it like the others."""
+        if not running.reports:
+            self._fail(running.part, running.error or Unavailable("Every replica was lost.", retry_after_s=RETRY_S))
+        elif transaction.only is None:
+            report = running.reports[min(running.reports)]
+            assert report.adapters is not None, "a commit of adapters brings them"
+            self.adapters = report.adapters
+            change = running.part.operation.change if isinstance(running.part.operation, Adapt) else None
+            self.used(change.nicknames if isinstance(change, SetAdapters) else ())
+            self._operated(running.part, running.reports, self.version)
+        elif (replica := self._replicas.get(transaction.only)) is not None and transaction.only in self._behind:
+            self._is_current(replica)
+        self._end(transaction)
+
+    def used(self, adapters: Iterable[str]) -> None:
+        """A request names these."""
+        for name in adapters:
+            if name in self.adapters.loaded:
+                self._recent.pop(name, None)
+                self._recent[name] = None
+
+    def _with_recent(self, operation: Adapt) -> Adapt:
+        if not isinstance(operation.change, SetAdapters):
+            return operation
+        self._recent = {name: None for name in self._recent if name in self.adapters.loaded}
+        return Adapt(replace(operation.change, recent=list(self._recent)))
 
     def _done(self, transaction: Transaction, running: Running) -> None:
         operation, reports = running.part.operation, running.reports
@@ -489,6 +549,7 @@ class Operations:
     def _is_current(self, replica: Replica) -> None:
         """It has all that was committed, and can give it to those that wait for it."""
         self._behind.discard(replica.number)
+        self._bare.discard(replica.number)
         replica.waits_no_longer()
         if self.asleep:
             self._line.append(Transaction("in_place", deque([Operate("", Sleep([]))]), only=replica.number))
@@ -513,7 +574,8 @@ class Operations:
 
     def _operated(self, part: Operate, reports: dict[int, Report], version: str | None) -> None:
         if part.request_id:
-            self._to_server(Operated(part.request_id, dict(sorted(reports.items())), version, sorted(self.asleep)))
+            told = dict(sorted(reports.items()))
+            self._to_server(Operated(part.request_id, told, version, sorted(self.asleep), self.adapters))
 
     def _refuse(self, part: Operate, error: SafelightError) -> None:
         """Of a part that no replica has heard of."""

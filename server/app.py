@@ -7,7 +7,7 @@ from starlette.exceptions import HTTPException
 
 from .. import __version__
 from ..protocol.errors import ErrorInfo
-from . import generate, generation_control, health, information, metrics, weights
+from . import adapters, generate, generation_control, health, information, metrics, weights
 from .exchange import ExchangeMiddleware
 from .gate import ApiKeyMiddleware, BodyLimitMiddleware
 from .replies import error_reply
@@ -34,6 +34,7 @@ def create_app(service: Service) -> FastAPI:
     app.include_router(information.routes(service))
     app.include_router(weights.routes(service))
     app.include_router(generation_control.routes(service))
+    app.include_router(adapters.routes(service))
     app.include_router(metrics.routes(service.metrics))
     return app
 

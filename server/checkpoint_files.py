@@ -24,9 +24,8 @@ def find_modules(
     ``Forbidden`` outside the roots that the server allows, and ``InvalidRequest`` for files that cannot be used.
     """
     try:
-        named = resolve_model(path)
-        local = isinstance(named, Path)
-        found = _allowed(named, config) if isinstance(named, Path) else _download(named, config)
+        local = isinstance(resolve_model(path), Path)
+        found = find_path(path, config)
         modules = _modules(found, wanted, known)
         for file in (file for files in modules.values() for file in files):
             if local:
@@ -45,6 +44,15 @@ def find_modules(
             field="target_modules" if missing else "model_path",
         )
     return {name: [str(file) for file in files] for name, files in modules.items() if not wanted or name in wanted}
+
+
+def find_path(path: str, config: Config, field: str = "model_path") -> Path:
+    """The file or directory ``path``, where weights may be read from; a hub id's after its download, if that is allowed.
+
+    Raises ``Forbidden`` and ``NotFound``, and what looking at a path raises.
+    """
+    named = resolve_model(path)
+    return _allowed(named, config, field) if isinstance(named, Path) else _download(named, config, field)
 
 
 def _modules(path: Path, wanted: list[str] | None, known: Collection[str]) -> dict[str, list[Path]]:
@@ -66,13 +74,13 @@ def _modules(path: Path, wanted: list[str] | None, known: Collection[str]) -> di
     return {folder.name: files for folder in folders if (files := weight_files(folder))}
 
 
-def _allowed(path: Path, config: Config) -> Path:
+def _allowed(path: Path, config: Config, field: str = "model_path") -> Path:
     resolved = path.resolve(strict=True)
     roots = [Path(root).expanduser() for root in config.weights_roots.split(os.pathsep) if root] or _own_roots(config)
     if not any(resolved.is_relative_to(root.resolve()) for root in roots):
         raise Forbidden(
             f"Weights are read from {', '.join(map(str, roots))} only; --weights-roots says from where.",
-            field="model_path",
+            field=field,
         )
     return resolved
 
@@ -89,16 +97,16 @@ def _folder_of(model: Path) -> Path:
     return model.parent.parent if model.parent.name == "snapshots" else model.parent
 
 
-def _download(name: str, config: Config) -> Path:
+def _download(name: str, config: Config, field: str) -> Path:
     if not config.allow_model_source:
         raise Forbidden(
             f"There is no directory {name}, and weights are not fetched from a hub unless the server is started with "
             "--allow-model-source.",
-            field="model_path",
+            field=field,
         )
     from huggingface_hub import snapshot_download  # only who allows it needs it
 
     try:
         return Path(snapshot_download(name, allow_patterns=["*.safetensors", "*.json"]))
     except Exception as error:
-        raise NotFound(f"{name} could not be fetched ({type(error).__name__}).", field="model_path") from error
+        raise NotFound(f"{name} could not be fetched ({type(error).__name__}).", field=field) from error

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from ..protocol.adapters import Use
 from ..protocol.config import Config
 from ..protocol.errors import InvalidRequest
 from ..protocol.messages import Generate, Image, ImageTask, ModelInfo, OutputFormat, Parameter, Sample
@@ -62,8 +63,9 @@ def ranges(config: Config) -> dict[str, Range]:
 
 def check_ranges(body: GenerateBody, config: Config) -> None:
     """Raise ``InvalidRequest`` for what no model may be asked for."""
-    if body.lora is not None:
-        raise InvalidRequest("LoRA adapters are not supported by this version.", field="lora")
+    names = [use.name for use in body.lora or ()]
+    if len(set(names)) < len(names):
+        raise InvalidRequest("An adapter is named twice; give each once, with its scale.", field="lora")
     for name, allowed in ranges(config).items():
         if (value := getattr(body, name)) is not None:
             allowed.check(name, value)
@@ -148,6 +150,7 @@ def to_message(
         extra=body.extra,
         priority=body.priority,
         timeout_s=config.request_timeout_s if body.timeout_s is None else body.timeout_s,
+        lora=None if body.lora is None else [Use(use.name, use.scale) for use in body.lora],
     )
 
 

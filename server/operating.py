@@ -12,7 +12,17 @@ from fastapi import APIRouter, Request, Response
 
 from ..protocol.errors import ErrorInfo, SafelightError
 from ..protocol.logs import request_id_var
-from ..protocol.operations import AbortRequests, Barrier, Continue, Operate, Operated, Operation, Pause, Report
+from ..protocol.operations import (
+    AbortRequests,
+    Barrier,
+    Continue,
+    ListAdapters,
+    Operate,
+    Operated,
+    Operation,
+    Pause,
+    Report,
+)
 from .disconnect import while_connected
 from .replies import error_reply, json_reply
 from .scheduler_link import OperationFailed
@@ -87,18 +97,18 @@ class Operating:
         return await self.send(request, lambda request_id: Operate(request_id, operation, mode))
 
     async def send(
-        self, request: Request, message: Callable[[str], Operate | Pause | Continue | AbortRequests]
+        self, request: Request, message: Callable[[str], Operate | Pause | Continue | AbortRequests | ListAdapters]
     ) -> Operated:
         """Raises ``ClientGone`` when nobody waits any more: what has not begun then is not done."""
-        with self._service.link.submit(message(self._new_id())) as events:
+        with self._service.link.submit(message(self.new_id())) as events:
             return await while_connected(request.receive, events.operated())
 
     def without_reply(self, operation: Operation) -> None:
-        self._service.link.send(Operate(self._new_id(), operation))
+        self._service.link.send(Operate(self.new_id(), operation))
 
     def version(self, operated: Operated) -> dict[str, Any]:
         model = self._service.link.model()
         return {"weight_version": operated.weight_version or (model.weight_version if model is not None else None)}
 
-    def _new_id(self) -> str:
+    def new_id(self) -> str:
         return f"{request_id_var.get()}.operation-{secrets.token_hex(8)}"

@@ -29,7 +29,7 @@ from ..protocol.messages import (
     Started,
     Status,
 )
-from ..protocol.operations import AbortRequests, Continue, Operate, Operated, Pause, Report
+from ..protocol.operations import AbortRequests, Continue, ListAdapters, Operate, Operated, Pause, Report
 
 T = TypeVar("T")
 Event = Queued | Started | Progress | Preview | Result | Failed | Operated
@@ -158,7 +158,9 @@ class SchedulerLink:
             self._socket.send_multipart(TO_SCHEDULER.encode(message))  # never waits: the socket has no mark
 
     @contextlib.contextmanager
-    def submit(self, message: Generate | Operate | Pause | Continue | AbortRequests) -> Iterator[Subscription]:
+    def submit(
+        self, message: Generate | Operate | Pause | Continue | AbortRequests | ListAdapters
+    ) -> Iterator[Subscription]:
         """Send ``message`` and receive its events. Leaving before the end cancels the request."""
         if self._refusal is not None:
             raise from_info(self._refusal)

@@ -18,6 +18,7 @@ from pydantic_core import ErrorDetails
 from ..protocol.errors import InvalidRequest, Malformed, SafelightError
 from ..protocol.messages import OutputFormat
 
+_MOST_ADAPTERS = 16
 _MOST_ITEMS = 4096  # no configuration allows more outputs, so no list may be longer
 
 
@@ -32,6 +33,15 @@ def _one_or_list(item: str) -> WithJsonSchema:
 _ITEMS = Field(min_length=1, max_length=_MOST_ITEMS, fail_fast=True)
 Texts = Annotated[list[str], _ITEMS, BeforeValidator(_as_list)]
 Seeds = Annotated[list[int], _ITEMS, BeforeValidator(_as_list)]
+
+
+class LoraUse(BaseModel):
+    """A loaded adapter, by its nickname."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+    name: str = Field(min_length=1, max_length=1000)
+    scale: float = Field(1.0, ge=-100, le=100, description="How strongly it is added")
 
 
 class GenerateBody(BaseModel):
@@ -62,7 +72,11 @@ class GenerateBody(BaseModel):
         description="What to start from or to change: a PNG, JPEG or WebP as a data URI or base64, never an address; "
         "a list where the model takes several for one output",
     )
-    lora: Any = Field(None, description="Not supported by this version")
+    lora: list[LoraUse] | None = Field(
+        None,
+        max_length=_MOST_ADAPTERS,
+        description="Adapters of this request alone, in place of those that are active beside the weights",
+    )
     priority: int = Field(0, description="Requests of a higher priority run first")
     timeout_s: float | None = Field(None, description="Seconds after which the request ends with a 504")
     output_format: OutputFormat | None = Field(None, description="png for pictures and mp4 for videos when omitted")
@@ -113,6 +127,8 @@ def _is_beyond(value: Any) -> bool:
 
 def _explain(error: ErrorDetails, body: dict[str, Any]) -> SafelightError:
     field = str(error["loc"][0])
+    if field == "lora":
+        return _explain_adapters(error, body)
     index = error["loc"][1:] if isinstance(body.get(field), list) else ()
     place = field + "".join(f"[{part}]" for part in index)
     match error["type"]:
@@ -130,6 +146,25 @@ def _explain(error: ErrorDetails, body: dict[str, Any]) -> SafelightError:
             if len(error["loc"]) > 1 and not index:
                 expected += " or a list of them"
             return Malformed(f"{place} must be {expected}, not {_json_type(error['input'])}.", field=field)
+
+
+def _explain_adapters(error: ErrorDetails, body: dict[str, Any]) -> SafelightError:
+    _, *where = error["loc"]
+    place = "lora" + "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in where)
+    match error["type"]:
+        case "extra_forbidden":
+            return Malformed(f"There is no {place[:200]}; an adapter has a name and a scale.", field="lora")
+        case "missing":
+            return Malformed(f"{place} is required.", field="lora")
+        case "too_long":
+            return InvalidRequest(f"lora may name at most {_MOST_ADAPTERS} adapters.", field="lora")
+        case "greater_than_equal" | "less_than_equal" | "string_too_short" | "string_too_long":
+            return InvalidRequest(
+                f"{place} is out of range: a scale is within ±100, a name has characters.", field="lora"
+            )
+        case kind:
+            expected = _EXPECTED.get(kind, "an object" if where else "a list of objects with a name and a scale")
+            return Malformed(f"{place} must be {expected}, not {_json_type(error['input'])}.", field="lora")
 
 
 _EXPECTED = {

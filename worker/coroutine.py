@@ -8,6 +8,7 @@ from typing import Any
 from greenlet import getcurrent, greenlet
 
 from .call import Call
+from .lora.adapters import Wanted
 
 
 class Cancelled(BaseException):
@@ -17,14 +18,17 @@ class Cancelled(BaseException):
 class Coroutine:
     """Runs ``body`` in a greenlet.
 
-    ``alone`` keeps its calls out of merged forwards. When it ends, ``done`` is called with it, in the hub's greenlet;
+    ``alone`` keeps its calls out of merged forwards, and ``wanted`` are the adapters of its request. When it ends, ``done`` is called with it, in the hub's greenlet;
     then exactly one of ``result`` and ``error`` says how.
     """
 
-    def __init__(self, body: Callable[[], Any], done: Callable[[Coroutine], None], *, alone: bool = False) -> None:
+    def __init__(
+        self, body: Callable[[], Any], done: Callable[[Coroutine], None], *, alone: bool = False, wanted: Wanted = None
+    ) -> None:
         self._greenlet = greenlet(body)
         self._done = done
         self.alone = alone
+        self.wanted = wanted
         self.number = 0
         """Which start of its hub it was."""
         self.result: Any = None

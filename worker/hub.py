@@ -11,6 +11,7 @@ import logging
 import zlib
 from collections import deque
 from collections.abc import Hashable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +21,8 @@ from ..protocol.messages import BatchingMode
 from .anatomy import Anatomist, Anatomy
 from .call import Call
 from .coroutine import Cancelled, Coroutine
+from .lora.adapters import RankAdapters
+from .lora.beside import CannotMix, Uses
 from .merging import NotSplittable, merge, split
 from .prompt_cache import PromptCache, prompt_key
 
@@ -66,7 +69,13 @@ class Hub:
     """Runs coroutines. Everything happens in the caller's greenlet, in :meth:`turn`."""
 
     def __init__(
-        self, *, max_batch: int, max_tokens: int, mode: BatchingMode = "merged", cache: PromptCache | None = None
+        self,
+        *,
+        max_batch: int,
+        max_tokens: int,
+        mode: BatchingMode = "merged",
+        cache: PromptCache | None = None,
+        adapters: RankAdapters | None = None,
     ) -> None:
         self.max_batch = max_batch
         self.max_tokens = max_tokens
@@ -83,6 +92,8 @@ class Hub:
         self.paused = False
         """While it is, no coroutine goes on."""
         self._cache = cache
+        self._adapters = adapters
+        self._unmixed: set[str] = set()  # calls in which requests with other adapters cannot meet, by name
         self._anatomist = Anatomist()
         self._starting: deque[Coroutine] = deque()
         self._waiting: deque[Waiting] = deque()
@@ -170,18 +181,21 @@ class Hub:
         first = group[0].anatomy
         if first is None or self._is_cached(group[0]):
             return group
-        most = min(self.max_tokens, self._token_caps.get(group[0].call.name, self.max_tokens))
-        positions, prompts, left = first.positions, {group[0].prompt}, deque[Waiting]()
+        name = group[0].call.name
+        most = min(self.max_tokens, self._token_caps.get(name, self.max_tokens))
+        positions, prompts, left = first.positions, {self._prompt(group[0])}, deque[Waiting]()
+        uses = self._uses(group[0]) if name in self._unmixed else None
         for other in self._waiting:
             part = other.anatomy
             fits = part is not None and part.key == first.key and positions + part.positions <= most
-            asked_already = other.prompt is not None and other.prompt in prompts
+            fits = fits and (uses is None or self._uses(other) == uses)
+            asked_already = other.prompt is not None and self._prompt(other) in prompts
             if part is None or not fits or asked_already or len(group) == self.max_batch:
                 left.append(other)
                 continue
             group.append(other)
             positions += part.positions
-            prompts.add(other.prompt)
+            prompts.add(self._prompt(other))
         self._waiting = left
         return group
 
@@ -198,7 +212,8 @@ class Hub:
             return Outcome(cached)
         self.counters.forwards += 1
         try:
-            value = waiting.call.run()
+            with self._adapted([waiting]):
+                value = waiting.call.run()
         except Exception as error:  # noqa: BLE001  # goes to the coroutine that made the call
             return Outcome(error=error)
         self._keep(waiting, value, exact=True)
@@ -210,7 +225,12 @@ class Hub:
         name = group[0].call.name
         try:
             args, kwargs = merge(parts)
-            values = split(group[0].call.function(*args, **kwargs), parts)
+            with self._adapted(group):
+                values = split(group[0].call.function(*args, **kwargs), parts)
+        except CannotMix as reason:
+            log.info("requests with different adapters take turns in %s: %s", name, reason)
+            self._unmixed.add(name)
+            return self._by_adapters(group)
         except NotSplittable as reason:
             self._never_merge_again(name, f"its output cannot be divided: {reason}")
             return None
@@ -227,6 +247,19 @@ class Hub:
             self._keep(waiting, value, exact=False)
         return [Outcome(value) for value in values]
 
+    def _by_adapters(self, group: list[Waiting]) -> list[Outcome]:
+        """A forward for each choice of adapters."""
+        alike: dict[Uses, list[Waiting]] = {}
+        for waiting in group:
+            alike.setdefault(self._uses(waiting), []).append(waiting)
+        self.counters.calls -= len(group)  # which are counted again
+        outcomes = {
+            id(waiting): outcome
+            for part in alike.values()
+            for waiting, outcome in zip(part, self._forward(part), strict=True)
+        }
+        return [outcomes[id(waiting)] for waiting in group]
+
     def _one_by_one(self, group: list[Waiting]) -> list[Outcome]:
         """After a merged forward failed. If each call alone does well, calls of just this kind stay apart."""
         outcomes = [self._alone(waiting) for waiting in group]
@@ -238,16 +271,33 @@ class Hub:
         return outcomes
 
     def _is_cached(self, waiting: Waiting) -> bool:
-        return self._cache is not None and self._cache.holds(waiting.prompt, exact=waiting.coroutine.alone)
+        return self._cache is not None and self._cache.holds(self._prompt(waiting), exact=waiting.coroutine.alone)
 
     def _cached(self, waiting: Waiting) -> Any | None:
         if self._cache is None or waiting.prompt is None:
             return None
-        return self._cache.get(waiting.prompt, exact=waiting.coroutine.alone)
+        return self._cache.get(self._prompt(waiting), exact=waiting.coroutine.alone)
 
     def _keep(self, waiting: Waiting, value: Any, *, exact: bool) -> None:
         if self._cache is not None and waiting.prompt is not None:
-            self._cache.put(waiting.prompt, value, exact=exact)
+            self._cache.put(self._prompt(waiting), value, exact=exact)
+
+    def _prompt(self, waiting: Waiting) -> Hashable | None:
+        """By what a text encoder's answer is known: what it was asked, and the adapters that it has."""
+        return None if waiting.prompt is None else (waiting.prompt, self._uses(waiting))
+
+    def _uses(self, waiting: Waiting) -> Uses:
+        if self._adapters is None:
+            return ()
+        return self._adapters.uses(waiting.call.component, waiting.coroutine.wanted)
+
+    def _adapted(self, group: list[Waiting]) -> AbstractContextManager[None]:
+        """Around a forward of the group: each one's rows with the adapters that it has."""
+        if self._adapters is None:
+            return nullcontext()
+        rows = [(1 if one.anatomy is None else one.anatomy.rows, self._uses(one)) for one in group]
+        listed = group[0].anatomy is not None and group[0].anatomy.listed
+        return self._adapters.during(group[0].call.component, rows, listed=listed)
 
     def _never_merge_again(self, name: str, reason: str) -> None:
         log.warning("calls to %s run alone from now on: %s", name, reason)

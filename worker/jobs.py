@@ -19,6 +19,7 @@ from ..protocol.errors import ClientGone, Internal, InvalidRequest, SafelightErr
 from ..protocol.messages import Failed, FromWorker, Generate, Output, Preview, Progress, ReplicaStats, Result, Timings
 from .encoding import Floats, encode, encode_image, to_uint8
 from .hub import Hub
+from .lora.adapters import RankAdapters
 from .model import Model
 from .preview import preview
 from .sample import SampleRun
@@ -79,6 +80,7 @@ class Jobs:
         model: Model,
         hub: Hub,
         send: Callable[[FromWorker], None],
+        adapters: RankAdapters,
         wake: Callable[[], None] = lambda: None,
         *,
         leads: bool = True,
@@ -86,6 +88,7 @@ class Jobs:
         self._model = model
         self._hub = hub
         self._send = send
+        self._adapters = adapters
         self._wake = wake
         self._leads = leads
         self._jobs: dict[str, Job] = {}
@@ -106,11 +109,19 @@ class Jobs:
         )
 
     def submit(self, request: Generate) -> None:
-        """Start every sample of ``request``."""
+        """Start every sample of ``request``; one with an adapter that is not there fails."""
+        try:
+            wanted = self._adapters.wanted(request.lora)
+        except SafelightError as error:
+            self._failed += 1
+            self._send(Failed(request.request_id, error.info()))
+            return
         job = Job(request, versions=[self._model.weight_version])
         self._jobs[request.request_id] = job
         for index in range(len(request.samples)):
-            sample = SampleRun(self._model, request, index, self._stepped, lambda done: self._finished(job, done))
+            sample = SampleRun(
+                self._model, request, index, self._stepped, lambda done: self._finished(job, done), wanted
+            )
             job.samples.append(sample)
             self._hub.start(sample.coroutine)
 

@@ -11,6 +11,7 @@ from torch import nn
 
 from ..protocol.errors import Conflict, ErrorInfo, Internal, InvalidRequest, NotFound, SafelightError
 from ..protocol.operations import (
+    Adapt,
     Broadcast,
     CheckTensors,
     Digests,
@@ -28,6 +29,7 @@ from ..protocol.operations import (
     Wake,
 )
 from .hub import Hub
+from .lora.adapters import MERGED, RankAdapters
 from .model import Model
 from .parallel.ranks import RankLost, Ranks
 from .sizes import DENOISERS
@@ -73,6 +75,7 @@ class Operations:
         journal: Journal | None,
         undo: UndoMemory,
         sign: Sign,
+        adapters: RankAdapters,
     ) -> None:
         self._model = model
         self._hub = hub
@@ -86,6 +89,7 @@ class Operations:
         self._journal = journal
         self._undo = undo
         self._update = RankUpdate(model.layouts, undo)
+        self._adapters = adapters
         modules = [part for part in model.pipeline.components.values() if isinstance(part, nn.Module)]
         self._parking = Parking(modules, model.device)
         self._operation: Operation | None = None
@@ -157,6 +161,9 @@ class Operations:
                 return Report(left=self._groups.leave(operation.group))
             case Export():
                 return self._export(operation)
+            case Adapt():
+                self._adapters.prepare(operation.change)
+                return Report()
         raise Internal("There is no such operation.")
 
     def _prepare(self, source: Source, leads: bool) -> Report:
@@ -182,13 +189,19 @@ class Operations:
         """Of what another rank could not do. A group is left: it may be out of step, and the trainer wait in it."""
         self._update.release()
         match self._operation:
+            case Adapt():
+                self._adapters.release()
             case Join():
                 self._groups.forget_join()
             case Update(source=Broadcast(group=group)):
                 self._groups.leave(group)
 
     def _write(self) -> Report:
-        self._update.write(self._sign)
+        if isinstance(self._operation, Adapt):
+            self._adapters.write()
+        else:
+            self._update.write(self._sign)
+            self._adapters.rebuild(self._update.written)
         if self._model.device.type == "cuda":
             torch.cuda.synchronize(self._model.device)
         return self._update.report(part=True)
@@ -208,19 +221,32 @@ class Operations:
             self._let_go()
             return Report()
         if order.step == "rollback":
+            if isinstance(self._operation, Adapt):
+                self._adapters.rollback()
+            written = self._update.written
             self._update.rollback()
+            self._adapters.rebuild(written)
             if self._journal is not None:
                 self._journal.drop()
             return Report()
         assert order.weight_version is not None, "a commit brings it"
+        if isinstance(self._operation, Adapt):
+            invalidated = self._flush() if self._adapters.commit() else []
+            return Report(
+                adapters=self._adapters.state,
+                told=self._adapters.told,
+                invalidated=invalidated,
+                ranks=self._ranks.size,
+            )
         report = self._update.report()
         flushes = not isinstance(self._operation, Update) or self._operation.flush_cache
         encoders = set(self._update.written) - set(DENOISERS)
+        rebuilt = [MERGED] if self._adapters.are_in(self._update.written) else []
         self._update.commit()
         if self._journal is not None:
             self._journal.commit()
         self._model.weight_version = order.weight_version
-        invalidated = self._flush() if flushes or encoders else []
+        invalidated = [*(self._flush() if flushes or encoders else []), *rebuilt]
         return msgspec.structs.replace(
             report, invalidated=invalidated, weight_version=order.weight_version, ranks=self._ranks.size
         )

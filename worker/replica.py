@@ -32,6 +32,7 @@ from ..protocol.messages import (
 from ..protocol.operations import Perform, SetPaused
 from .hub import Hub
 from .jobs import Jobs
+from .lora.adapters import RankAdapters
 from .model import Model, find_device, load_model
 from .operations import Operations
 from .parallel.ranks import RankLost, join, leave
@@ -104,14 +105,22 @@ class Replica:
         return model, SelfTest(model, self._config, self._report).run()
 
     def _serve(self, model: Model, found: Found) -> int:
+        adapters = RankAdapters(
+            model.pipeline,
+            model.layouts,
+            self._ranks,
+            most=self._config.max_loras,
+            most_bytes=self._config.max_lora_mb * 1_000_000,
+        )
         hub = Hub(
             max_batch=self._config.max_batch,
             max_tokens=self._config.max_batch_tokens,
             mode=found.mode,
             cache=PromptCache(self._config.prompt_cache_mb * 2**20) if self._config.prompt_cache_mb else None,
+            adapters=adapters,
         )
         hub.unmergeable.update(found.unmergeable)
-        jobs = Jobs(model, hub, self._send, self._wake, leads=self._leads)
+        jobs = Jobs(model, hub, self._send, adapters, self._wake, leads=self._leads)
         operations = Operations(
             model,
             hub,
@@ -122,6 +131,7 @@ class Replica:
             journal=self._journal,
             undo=UndoMemory(model.device, _undo_limit(self._config), _path(self._config.undo_spill)),
             sign=lambda: self._beat(jobs),
+            adapters=adapters,
         )
 
         def take(turn: Turn) -> None:

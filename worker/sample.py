@@ -18,6 +18,7 @@ from .call import Call, cross
 from .coroutine import Coroutine
 from .fork import fork, schedulers
 from .input_images import image_arguments
+from .lora.adapters import Wanted
 from .model import Model
 from .sizes import DENOISERS
 from .steps import Step, watch_steps
@@ -51,6 +52,7 @@ class SampleRun:
         index: int,
         stepped: Callable[[SampleRun, Step], None],
         done: Callable[[SampleRun], None],
+        wanted: Wanted = None,
     ) -> None:
         self.request = request
         self.index = index
@@ -59,9 +61,8 @@ class SampleRun:
         self.steps = 0
         self._model = model
         self._stepped = stepped
-        self.coroutine = Coroutine(
-            self._run, lambda _: done(self), alone=request.deterministic or not model.merges(request)
-        )
+        alone = request.deterministic or not model.merges(request)
+        self.coroutine = Coroutine(self._run, lambda _: done(self), alone=alone, wanted=wanted)
 
     @property
     def task(self) -> Task:

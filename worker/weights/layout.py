@@ -47,6 +47,9 @@ class Layout:
         self._ranks = ranks
         self._entries = {entry.name: entry for entry in entries}
         self._owners: dict[str, tuple[nn.Module, str]] = {}
+        self._names = {entry.tensor if entry.rows is None else entry.name: entry.name for entry in self}
+        self.bases: dict[str, torch.Tensor] = {}
+        """This rank's part of the tensors that adapters are merged into, as they are without them."""
 
     @classmethod
     def whole(cls, module: nn.Module) -> Layout:
@@ -65,11 +68,30 @@ class Layout:
     def __len__(self) -> int:
         return len(self._entries)
 
+    def checkpoint_name(self, tensor: str) -> str | None:
+        """What the checkpoint calls the state dict's ``tensor``; ``None`` where it has none."""
+        return self._names.get(tensor)
+
     def local(self, name: str) -> torch.Tensor:
+        """This rank's part of the tensor, without adapters: all that is said and written of weights is of this."""
+        base = self.bases.get(name)
+        return self.live(name) if base is None else base
+
+    def live(self, name: str) -> torch.Tensor:
         """This rank's part of the tensor: the memory that the module computes with."""
         entry = self._entries[name]
         tensor = self._find(entry.tensor)
         return tensor if entry.rows is None else tensor[entry.rows]
+
+    def factors(self, name: str, down: torch.Tensor, up: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """This rank's part of two factors of the tensor, ``up @ down``: their product is this rank's part of it."""
+        entry = self._entries[name]
+        if entry.shard is None or self._ranks.size == 1:
+            return down, up
+        indices = list(self._indices(entry, self._ranks.rank))
+        if entry.shard.dim == 0:
+            return down, torch.cat([up[index] for index in indices])
+        return torch.cat([down[index] for index in indices], dim=1), up
 
     def dtype(self, name: str) -> torch.dtype:
         return self.local(name).dtype

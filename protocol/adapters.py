@@ -1,0 +1,105 @@
+"""LoRA adapters, as server, scheduler and workers speak of them."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+Mode = Literal["merge", "dynamic"]
+"""In the weights, or computed beside them."""
+
+WantedMode = Literal["auto", "merge", "dynamic", "request"]
+"""``request`` loads adapters for requests that name them, and changes nothing for others."""
+
+ALL = "all"
+"""The target that means every component which an adapter has layers for."""
+
+
+class Use(msgspec.Struct, frozen=True):
+    """An adapter of a request, by its nickname."""
+
+    name: str
+    scale: float = 1.0
+
+
+class Source(msgspec.Struct, frozen=True):
+    """An adapter to load. ``path`` is what its sender calls it, and ``folder`` holds the server's own copy of it.
+
+    Two with the same ``digest`` are the same, also in ``alpha``, which stands for what the files say.
+    """
+
+    nickname: str
+    path: str | None
+    folder: str
+    digest: str
+    alpha: float | None = None
+
+
+class Loaded(msgspec.Struct, frozen=True):
+    """An adapter that can be used. ``components`` are those that a request which names it has it in."""
+
+    source: Source
+    components: list[str]
+    rank: int
+    alpha: float
+    nbytes: int
+
+
+class Active(msgspec.Struct, frozen=True):
+    """An adapter of one component, for all requests. One of mode ``merge`` that is not ``merged`` has no effect."""
+
+    nickname: str
+    strength: float
+    mode: Mode
+    merged: bool
+
+
+class AdapterState(msgspec.Struct, frozen=True):
+    """What replicas have: adapters by nickname, and those that are active by component."""
+
+    loaded: dict[str, Loaded] = {}
+    active: dict[str, list[Active]] = {}
+
+
+class SetAdapters(msgspec.Struct, tag=True, frozen=True, kw_only=True):
+    """Have ``nicknames`` be the active adapters of ``target``, with these ``strengths``.
+
+    ``sources`` are loaded first, in place of what was loaded under their names. ``recent`` are all nicknames, the one
+    that was not used for longest first: while there are too many, those go.
+    """
+
+    nicknames: list[str]
+    strengths: list[float]
+    target: str = ALL
+    mode: WantedMode = "auto"
+    sources: list[Source] = []
+    recent: list[str] = []
+
+
+class MergeAdapters(msgspec.Struct, tag=True, frozen=True):
+    """Merge what is active, with other ``strengths``: one for each, or one for all."""
+
+    target: str = ALL
+    strengths: list[float] | None = None
+
+
+class UnmergeAdapters(msgspec.Struct, tag=True, frozen=True):
+    """Take what is merged out of the weights; it stays listed."""
+
+    target: str = ALL
+
+
+class UnloadAdapter(msgspec.Struct, tag=True, frozen=True):
+    """Let go of an adapter, wherever it is active."""
+
+    nickname: str
+
+
+class RestoreAdapters(msgspec.Struct, tag=True, frozen=True):
+    """Be as the others are: for a replica that comes later."""
+
+    state: AdapterState
+
+
+AdapterChange = SetAdapters | MergeAdapters | UnmergeAdapters | UnloadAdapter | RestoreAdapters

@@ -1,0 +1,80 @@
+"""Adapter files, found where weights may be read from and copied, so that every rank reads the same bytes at any time."""
+
+from __future__ import annotations
+
+import hashlib
+import secrets
+import shutil
+from pathlib import Path
+
+from ..protocol.adapters import Source
+from ..protocol.config import Config
+from ..protocol.errors import InvalidRequest, NotFound, SafelightError, Unavailable
+from ..protocol.tensor_files import BadTensorFile, read_head
+from .checkpoint_files import find_path
+
+_FIELD = "lora_path"
+_USUAL = ("adapter_model.safetensors", "pytorch_lora_weights.safetensors")
+_CONFIG = "adapter_config.json"
+_LARGEST_CONFIG = 1 << 20
+_TOGETHER = 4 << 20
+
+
+def copy_adapter(path: str, nickname: str, alpha: float | None, config: Config, shared: Path) -> Source:
+    """A copy of the adapter at ``path``, a safetensors file or a directory with one, in a folder below ``shared``.
+
+    Raises ``NotFound``, ``Forbidden`` outside the roots that the server allows, ``InvalidRequest`` for what is no
+    safetensors file, and ``Unavailable`` where there is no room; nothing is left then.
+    """
+    try:
+        found = find_path(path, config, field=_FIELD)
+        file = _file_in(found)
+        beside = (
+            find_path(str(file.parent / _CONFIG), config, field=_FIELD) if (file.parent / _CONFIG).exists() else None
+        )
+    except SafelightError:
+        raise
+    except (OSError, ValueError, RuntimeError) as error:
+        raise NotFound(f"There is nothing at {path[:200]} ({type(error).__name__}).", field=_FIELD) from None
+    folder = shared / f"adapter-{secrets.token_hex(8)}"
+    try:
+        folder.mkdir(mode=0o700)
+        digest = hashlib.sha256(repr(alpha).encode())
+        _copy(file, folder / _USUAL[0], digest)
+        if beside is not None:
+            if beside.stat().st_size > _LARGEST_CONFIG:
+                raise InvalidRequest(f"{_CONFIG} is larger than an adapter's configuration.", field=_FIELD)
+            _copy(beside, folder / _CONFIG, digest)
+        return Source(nickname, path, str(folder), digest.hexdigest(), alpha)
+    except BaseException as error:
+        shutil.rmtree(folder, ignore_errors=True)
+        if isinstance(error, BadTensorFile):
+            raise InvalidRequest(f"{path[:200]} is no safetensors file: {error}.", field=_FIELD) from None
+        if isinstance(error, OSError):
+            raise Unavailable(f"The adapter could not be kept in shared memory: {error.strerror or error}.") from error
+        raise
+
+
+def _file_in(found: Path) -> Path:
+    if not found.is_dir():
+        files = [found]
+    else:
+        files = [found / name for name in _USUAL if (found / name).is_file()] or sorted(found.glob("*.safetensors"))
+    if not files:
+        raise NotFound(f"{found} has no safetensors file, and nothing else is read.", field=_FIELD)
+    if len(files) > 1:
+        names = ", ".join(file.name for file in files[:5])
+        raise InvalidRequest(f"{found} has several files ({names}); name one of them.", field=_FIELD)
+    if files[0].suffix != ".safetensors":
+        raise InvalidRequest(f"{found} is no .safetensors file, and nothing else is read.", field=_FIELD)
+    return files[0]
+
+
+def _copy(source: Path, target: Path, digest: hashlib._Hash) -> None:
+    with source.open("rb") as read, target.open("xb") as written:
+        if target.suffix == ".safetensors":
+            read_head(read, source.stat().st_size)  # before anything of it is copied
+            read.seek(0)
+        while data := read.read(_TOGETHER):
+            digest.update(data)
+            written.write(data)

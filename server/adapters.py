@@ -1,0 +1,208 @@
+"""The routes for LoRA adapters."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Awaitable, Callable
+from typing import Annotated, Any
+
+import msgspec
+from fastapi import APIRouter, Request, Response
+from msgspec import Meta
+
+from ..protocol.adapters import (
+    ALL,
+    AdapterState,
+    MergeAdapters,
+    SetAdapters,
+    Source,
+    UnloadAdapter,
+    UnmergeAdapters,
+    WantedMode,
+)
+from ..protocol.errors import ClientGone, InvalidRequest
+from ..protocol.operations import Adapt, Barrier, ListAdapters, Operated
+from .adapter_files import copy_adapter
+from .operating import Operating, first_report
+from .replies import json_reply
+from .scheduler_link import OperationFailed
+from .service import Service
+from .weight_bodies import Name, Nothing, read
+
+Handler = Callable[[Request], Awaitable[dict[str, Any]]]
+Names = Annotated[list[Name], Meta(min_length=1, max_length=64)]
+Alpha = Annotated[float, Meta(gt=0, le=1e6)]
+
+
+class SetLora(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    lora_nickname: Name | Names
+    lora_path: Name | list[Name | None] | None = None
+    target: Name = ALL
+    strength: float | list[float] = 1.0
+    merge_mode: WantedMode | None = None
+    lora_alpha: Alpha | None = None
+    mode: Barrier | None = None
+
+
+class Merge(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    target: Name = ALL
+    strength: float | list[float] | None = None
+    mode: Barrier = "wait"
+
+
+class Unmerge(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    target: Name = ALL
+    mode: Barrier = "wait"
+
+
+class Unload(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    lora_nickname: Name
+    mode: Barrier = "wait"
+
+
+def routes(service: Service) -> APIRouter:
+    handlers = _Routes(service)
+    router = APIRouter(tags=["adapters"])
+    table: list[tuple[str, Handler, str, str]] = [
+        ("set_lora", handlers.set, "POST", "Load adapters and have them active"),
+        ("merge_lora_weights", handlers.merge, "POST", "Merge active adapters into the weights"),
+        ("unmerge_lora_weights", handlers.unmerge, "POST", "Take merged adapters out, with every byte as before"),
+        ("unload_lora", handlers.unload, "POST", "Let go of an adapter"),
+        ("list_loras", handlers.list, "GET", "The adapters that are loaded, and those that are active"),
+    ]
+    for name, handler, method, summary in table:
+        for path in (f"/v1/{name}", f"/{name}"):
+            shown = path.startswith("/v1/")
+            router.add_api_route(path, _replying(handler), methods=[method], summary=summary, include_in_schema=shown)
+    return router
+
+
+def _replying(handler: Handler) -> Callable[[Request], Awaitable[Response]]:
+    async def reply(request: Request) -> Response:
+        try:
+            return json_reply(await handler(request))
+        except OperationFailed as failed:
+            raise failed.error from failed
+
+    reply.__annotations__ = {"request": Request, "return": Response}
+    return reply
+
+
+class _Routes:
+    def __init__(self, service: Service) -> None:
+        self._service = service
+        self._operating = Operating(service)
+        self._abandoned: set[str] = set()  # folders of whose operations the end is not known
+
+    async def set(self, request: Request) -> dict[str, Any]:
+        body = await read(request, SetLora)
+        nicknames = [body.lora_nickname] if isinstance(body.lora_nickname, str) else body.lora_nickname
+        if len(set(nicknames)) < len(nicknames):
+            raise InvalidRequest("A nickname is given twice.", field="lora_nickname")
+        paths = _each(body.lora_path, nicknames, "lora_path") if body.lora_path is not None else [None] * len(nicknames)
+        strengths = [_finite(number) for number in _each(body.strength, nicknames, "strength")]
+        wanted = body.merge_mode or "auto"
+        barrier = body.mode or ("in_place" if wanted == "request" else "wait")
+        await self._sweep()
+        sources: list[Source] = []
+        try:
+            for nickname, path in zip(nicknames, paths, strict=True):
+                if path is not None:
+                    sources.append(await self._copy(path, nickname, body.lora_alpha))
+            change = SetAdapters(
+                nicknames=nicknames, strengths=strengths, target=body.target, mode=wanted, sources=sources
+            )
+            operated = await self._operating.operate(request, Adapt(change), barrier)
+        except ClientGone:
+            self._abandoned.update(source.folder for source in sources)
+            raise
+        except BaseException:
+            for source in sources:
+                shutil.rmtree(source.folder, ignore_errors=True)
+            raise
+        return _done(f"{', '.join(nicknames)} set.", operated)
+
+    async def merge(self, request: Request) -> dict[str, Any]:
+        body = await read(request, Merge)
+        given = body.strength
+        strengths = None if given is None else [_finite(one) for one in (given if isinstance(given, list) else [given])]
+        change = MergeAdapters(body.target, strengths)
+        return _done("Merged.", await self._operating.operate(request, Adapt(change), body.mode))
+
+    async def unmerge(self, request: Request) -> dict[str, Any]:
+        body = await read(request, Unmerge)
+        operated = await self._operating.operate(request, Adapt(UnmergeAdapters(body.target)), body.mode)
+        return _done("The weights are without adapters, with every byte as before.", operated)
+
+    async def unload(self, request: Request) -> dict[str, Any]:
+        body = await read(request, Unload)
+        operated = await self._operating.operate(request, Adapt(UnloadAdapter(body.lora_nickname)), body.mode)
+        return _done(f"{body.lora_nickname} unloaded.", operated)
+
+    async def list(self, request: Request) -> dict[str, Any]:
+        await read(request, Nothing)
+        return _listed((await self._operating.send(request, ListAdapters)).adapters)
+
+    async def _copy(self, path: str, nickname: str, alpha: float | None) -> Source:
+        return await self._service.decode(
+            copy_adapter, path, nickname, alpha, self._service.config, self._service.shared
+        )
+
+    async def _sweep(self) -> None:
+        """Remove the copies of clients that went away, unless their adapters are loaded after all."""
+        if not self._abandoned:
+            return
+        abandoned, self._abandoned = self._abandoned, set()
+        with self._service.link.submit(ListAdapters(self._operating.new_id())) as events:
+            kept = {one.source.folder for one in (await events.operated()).adapters.loaded.values()}
+        for folder in abandoned - kept:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _each(given: Any, nicknames: list[str], field: str) -> list[Any]:
+    """A value for each nickname. One alone is for all of them, but for a path."""
+    values = given if isinstance(given, list) else [given] * (1 if field == "lora_path" else len(nicknames))
+    if len(values) != len(nicknames):
+        raise InvalidRequest(f"There are {len(nicknames)} nicknames and {len(values)} of {field}.", field=field)
+    return values
+
+
+def _finite(strength: float) -> float:
+    if not (math.isfinite(strength) and abs(strength) <= 100):
+        raise InvalidRequest("A strength is a number within ±100.", field="strength")
+    return strength
+
+
+def _done(message: str, operated: Operated) -> dict[str, Any]:
+    report = first_report(operated)
+    told = " ".join([message, *report.told])
+    return {"status": "ok", "message": told, **_listed(operated.adapters), "weight_version": operated.weight_version}
+
+
+def _listed(state: AdapterState) -> dict[str, Any]:
+    loaded = [
+        {
+            "nickname": nickname,
+            "path": one.source.path,
+            "rank": one.rank,
+            "alpha": one.alpha,
+            "bytes": one.nbytes,
+            "components": one.components,
+        }
+        for nickname, one in state.loaded.items()
+    ]
+    active = {
+        component: [
+            {
+                "nickname": one.nickname,
+                "path": state.loaded[one.nickname].source.path,
+                "merged": one.merged,
+                "mode": one.mode,
+                "strength": one.strength,
+            }
+            for one in ones
+        ]
+        for component, ones in state.active.items()
+    }
+    return {"loaded_adapters": loaded, "active": active}
