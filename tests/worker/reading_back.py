@@ -10,9 +10,10 @@ import torch
 from safelight.worker.models import family_of
 from safelight.worker.parallel.plan import Family
 from safelight.worker.parallel.ranks import Ranks
+from safelight.worker.sizes import DENOISERS
 from safelight.worker.weights.files import WeightFiles
 from safelight.worker.weights.loader import load_component
-from safelight.worker.weights.pipeline import component_classes
+from safelight.worker.weights.pipeline import component_classes, load_pipeline
 
 CPU = torch.device("cpu")
 
@@ -20,6 +21,20 @@ CPU = torch.device("cpu")
 def planned(checkpoint: Path) -> dict[str, tuple[type[Any], Family]]:
     found = {name: (cls, family_of(cls)) for name, cls in component_classes(checkpoint).items()}
     return {name: (cls, family) for name, (cls, family) in found.items() if family is not None}
+
+
+def computes_with_its_part(ranks: Ranks, checkpoints: dict[str, Path]) -> None:
+    """What a pipeline is made of is what the layouts speak of, and no whole module beside it."""
+    for checkpoint in checkpoints.values():
+        pipeline, layouts = load_pipeline(checkpoint, torch.float32, CPU, ranks, fused=False)
+        denoisers = [name for name in layouts if name in DENOISERS]
+        assert denoisers
+        for name in denoisers:
+            divided = [entry for entry in layouts[name] if entry.shard is not None]
+            assert divided
+            for entry in divided:
+                held = pipeline.components[name].get_parameter(entry.tensor).numel()
+                assert held * ranks.size == torch.Size(entry.shape).numel(), (checkpoint.name, entry.name)
 
 
 def reads_back(ranks: Ranks, checkpoints: dict[str, Path], fused: bool) -> None:

@@ -10,7 +10,7 @@ import torch
 
 from safelight.tests.ranks import on_ranks
 from safelight.tests.tiny import save
-from safelight.tests.worker.reading_back import CPU, planned, reads_back
+from safelight.tests.worker.reading_back import CPU, computes_with_its_part, planned, reads_back
 from safelight.worker.parallel.ranks import Ranks
 from safelight.worker.weights.layout import Entry, Layout
 from safelight.worker.weights.loader import CannotLoad, load_component
@@ -30,6 +30,10 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 @pytest.mark.parametrize(("size", "fused"), [(1, True), (2, False), (4, True)])
 def test_the_ranks_together_hold_every_byte_of_the_files(size: int, fused: bool, checkpoints: dict[str, Path]) -> None:
     on_ranks(size, reads_back, checkpoints, fused)
+
+
+def test_a_pipeline_computes_with_this_rank_s_part(checkpoints: dict[str, Path]) -> None:
+    on_ranks(2, computes_with_its_part, checkpoints)
 
 
 def test_a_degree_that_does_not_divide_the_heads_is_refused_with_those_that_do(checkpoints: dict[str, Path]) -> None:

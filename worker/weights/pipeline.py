@@ -53,7 +53,9 @@ def load_pipeline(
         if names and name not in names
     }
     modules = {name: loaded.module for name, loaded in own.items()} | left_out
-    pipeline = DiffusionPipeline.from_pretrained(directory, dtype=dtype, use_safetensors=True, **modules)
+    pipeline = _pipeline_class(directory).from_pretrained(directory, dtype=dtype, use_safetensors=True, **modules)
+    if others := [name for name, module in modules.items() if pipeline.components.get(name) is not module]:
+        raise CannotLoad(f"{type(pipeline).__name__} loads its {', '.join(others)} itself; serve it with --tp 1")
     pipeline.register_modules(**dict.fromkeys(left_out))
     pipeline.to(device)
     settle(part for part in pipeline.components.values() if isinstance(part, nn.Module))
@@ -63,6 +65,13 @@ def load_pipeline(
         if isinstance(part, nn.Module)
     }
     return pipeline, layouts
+
+
+def _pipeline_class(directory: Path) -> type[DiffusionPipeline]:
+    """diffusers' own class, where it has it: asked of the base class, it loads a given optional component once more."""
+    name = json.loads((directory / "model_index.json").read_text()).get("_class_name")
+    found = getattr(diffusers, name, None) if isinstance(name, str) else None
+    return found if isinstance(found, type) and issubclass(found, DiffusionPipeline) else DiffusionPipeline
 
 
 def _layout(module: nn.Module, folder: Path) -> Layout:
