@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta
 
+from .adapters import SetAdapters
 from .errors import StartFailed
 
 ENVIRONMENT_PREFIX = "SAFELIGHT_"
@@ -114,6 +115,14 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     allow_model_source: Annotated[
         bool, Meta(description="Let an update from disk name a hub id, which is downloaded")
     ] = False
+    lora: Annotated[
+        str,
+        Meta(description="Adapters to start with, as `name=path`, separated by commas; each is a file or a directory"),
+    ] = ""
+    lora_mode: Annotated[
+        Literal["auto", "merge", "dynamic", "request"],
+        Meta(description="How the adapters of `--lora` are applied; `request` loads them for requests that name them"),
+    ] = "auto"
     max_loras: Annotated[
         int,
         Meta(ge=0, description="Adapters that may be loaded; one more lets go of the one that was idle for longest"),
@@ -209,6 +218,8 @@ class ChildConfig(msgspec.Struct, frozen=True, kw_only=True):
     replica: int | None = None
     rank: int = 0
     start: int = 0
+    adapters: SetAdapters | None = None
+    """What the scheduler is to have every replica begin with."""
 
     @property
     def directories(self) -> list[str]:

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 
 from msgspec.structs import replace
 
+from ..protocol.adapters import SetAdapters
 from ..protocol.config import Config
 from ..protocol.errors import (
     ClientGone,
@@ -84,7 +85,8 @@ class Outbox:
 class Dispatcher:
     """Owns every request and every replica's state."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, adapters: SetAdapters | None = None) -> None:
+        """``adapters`` are what replicas begin with."""
         self._config = config
         self._replicas = Replicas(config.replicas)
         self._live: dict[str, Request] = {}  # accepted, and not answered yet
@@ -102,6 +104,7 @@ class Dispatcher:
             lambda message: self._outbox.to_server.append(message),
             lambda number, order: self._outbox.to_replicas.append((number, order)),
             journal=config.weights_journal is not None,
+            first_adapters=adapters,
             resume=self._resume,
             end_all=self._end_all,
             drained=self._drained,

@@ -29,7 +29,7 @@ class Loop:
     """Two sockets around a :class:`Dispatcher`. Raises ``zmq.ZMQError`` when a socket cannot be bound."""
 
     def __init__(self, child: ChildConfig, context: zmq.Context[zmq.Socket[bytes]]) -> None:
-        self._dispatcher = Dispatcher(child.config)
+        self._dispatcher = Dispatcher(child.config, child.adapters)
         self._server: bytes | None = None  # known from its first message on
         self._frontend = _bind(context, child.frontend)
         self._backend = _bind(context, child.backend)

@@ -15,7 +15,7 @@ from typing import Any
 
 from msgspec.structs import replace
 
-from ..protocol.adapters import AdapterState, RestoreAdapters, SetAdapters
+from ..protocol.adapters import AdapterChange, AdapterState, RestoreAdapters, SetAdapters
 from ..protocol.errors import Conflict, NotFound, SafelightError, Unavailable, from_info
 from ..protocol.messages import Failed, FromScheduler, ToWorker
 from ..protocol.operations import (
@@ -62,6 +62,7 @@ class Operations:
         to_replica: Callable[[int, ToWorker], None],
         *,
         journal: bool,
+        first_adapters: SetAdapters | None = None,
         resume: Callable[[Request], None],
         end_all: Callable[[SafelightError], None],
         drained: Callable[[], bool],
@@ -70,6 +71,7 @@ class Operations:
         """The committed version; ``None`` before a replica has loaded."""
         self.adapters = AdapterState()
         """Those that were committed."""
+        self._first_adapters = first_adapters
         self.asleep: set[str] = set()
         """The tags that replicas were told to let go of."""
         self._journal = journal
@@ -203,7 +205,7 @@ class Operations:
         version = replica.model.weight_version
         self._settle_doubt(replica, version)
         in_progress = self._current is not None and self._current.reached
-        if self._has_all(replica) and not self.adapters.loaded and not in_progress:
+        if self._has_all(replica) and self._adapters_to_be is None and not in_progress:
             self._is_current(replica)
         else:
             if self._lost:
@@ -309,11 +311,11 @@ class Operations:
         elif isinstance(operation, Export):
             giver = self._giver()
             if number in self._bare or self._has_all(replica):
-                if not self.adapters.loaded:
+                if (change := self._adapters_to_be) is None:
                     self._is_current(replica)
                     return True
                 self._bare.add(number)
-                operation, giver = Adapt(RestoreAdapters(self.adapters)), number
+                operation, giver = Adapt(change), number
             elif giver is None:
                 self._wait_for_lost(replica)
                 return True
@@ -460,7 +462,7 @@ class Operations:
         for number in sorted(set(running.reports) & self._behind) if not self._lost else ():
             if (replica := self._replicas.get(number)) is None:
                 continue
-            if self.adapters.loaded:
+            if self._adapters_to_be is not None:
                 self._bare.add(number)
                 self._bring_up(number)
             else:
@@ -472,18 +474,25 @@ class Operations:
 
     def _adapted(self, transaction: Transaction, running: Running) -> None:
         """The adapters are others now; what was done for one replica alone makes it like the others."""
-        if not running.reports:
+        report = running.reports.get(min(running.reports, default=-1))
+        if report is None:
             self._fail(running.part, running.error or Unavailable("Every replica was lost.", retry_after_s=RETRY_S))
-        elif transaction.only is None:
-            report = running.reports[min(running.reports)]
-            assert report.adapters is not None, "a commit of adapters brings them"
-            self.adapters = report.adapters
-            change = running.part.operation.change if isinstance(running.part.operation, Adapt) else None
-            self.used(change.nicknames if isinstance(change, SetAdapters) else ())
-            self._operated(running.part, running.reports, self.version)
-        elif (replica := self._replicas.get(transaction.only)) is not None and transaction.only in self._behind:
+            self._end(transaction)
+            return
+        assert report.adapters is not None, "a commit of adapters brings them"
+        self.adapters, self._first_adapters = report.adapters, None
+        replica = None if transaction.only is None else self._replicas.get(transaction.only)
+        if replica is not None and replica.number in self._behind:
             self._is_current(replica)
+        change = running.part.operation.change if isinstance(running.part.operation, Adapt) else None
+        self.used(change.nicknames if isinstance(change, SetAdapters) else ())
+        self._operated(running.part, running.reports, self.version)
         self._end(transaction)
+
+    @property
+    def _adapters_to_be(self) -> AdapterChange | None:
+        """By which a replica that has loaded gets the adapters that the others have, or that all begin with."""
+        return RestoreAdapters(self.adapters) if self.adapters.loaded else self._first_adapters
 
     def used(self, adapters: Iterable[str]) -> None:
         """A request names these."""

@@ -1,4 +1,4 @@
-"""Adapter files, found where weights may be read from and copied, so that every rank reads the same bytes at any time."""
+"""Adapter files, found where weights may be read from, and copied: every rank reads the same bytes at any time."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ import secrets
 import shutil
 from pathlib import Path
 
-from ..protocol.adapters import Source
+from ..protocol.adapters import SetAdapters, Source
 from ..protocol.config import Config
-from ..protocol.errors import InvalidRequest, NotFound, SafelightError, Unavailable
+from ..protocol.errors import InvalidRequest, NotFound, SafelightError, StartFailed, Unavailable
 from ..protocol.tensor_files import BadTensorFile, read_head
 from .checkpoint_files import find_path
 
@@ -18,6 +18,25 @@ _USUAL = ("adapter_model.safetensors", "pytorch_lora_weights.safetensors")
 _CONFIG = "adapter_config.json"
 _LARGEST_CONFIG = 1 << 20
 _TOGETHER = 4 << 20
+
+
+def first_adapters(config: Config, shared: Path) -> SetAdapters | None:
+    """What ``--lora`` asks for. Raises ``StartFailed``."""
+    if not config.lora:
+        return None
+    pairs = [part.partition("=") for part in config.lora.split(",")]
+    if not all(name and path for name, _, path in pairs) or len({name for name, _, _ in pairs}) < len(pairs):
+        raise StartFailed(f"--lora is {config.lora!r}; it must be name=path, and further ones after commas.")
+    try:
+        sources = [copy_adapter(path, name, None, config, shared) for name, _, path in pairs]
+    except SafelightError as error:
+        raise StartFailed(f"--lora cannot be used: {error.message}") from None
+    return SetAdapters(
+        nicknames=[source.nickname for source in sources],
+        strengths=[1.0] * len(sources),
+        mode=config.lora_mode,
+        sources=sources,
+    )
 
 
 def copy_adapter(path: str, nickname: str, alpha: float | None, config: Config, shared: Path) -> Source:

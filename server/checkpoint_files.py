@@ -47,7 +47,7 @@ def find_modules(
 
 
 def find_path(path: str, config: Config, field: str = "model_path") -> Path:
-    """The file or directory ``path``, where weights may be read from; a hub id's after its download, if that is allowed.
+    """The file or directory ``path``, where weights may be read from; a hub id's after its download, if allowed.
 
     Raises ``Forbidden`` and ``NotFound``, and what looking at a path raises.
     """

@@ -28,7 +28,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
         "weights_roots", "weights_journal", "undo_mb", "undo_spill", "allow_model_source", "pickle_payloads",
         "max_update_mb",
     ),
-    "adapters": ("max_loras", "max_lora_mb"),
+    "adapters": ("lora", "lora_mode", "max_loras", "max_lora_mb"),
     "what one request may ask for": (
         "max_outputs", "max_steps", "max_pixels", "max_frames", "max_prompt_chars",
     ),

@@ -18,11 +18,14 @@ from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
+import msgspec
+
 from ..protocol.checkpoint import check_model
 from ..protocol.config import ChildConfig, Config
 from ..protocol.errors import StartFailed, Unavailable
 from ..protocol.logs import configure_logging
 from ..protocol.messages import ModelInfo, Status
+from .adapter_files import first_adapters
 from .app import create_app
 from .flags import read_config
 from .http_server import HttpServer, listen, url_of
@@ -77,6 +80,7 @@ async def _in_own_directory(config: Config, listener: socket.socket) -> int:
     child = ChildConfig(config=config, directory=directory)
     try:
         os.mkdir(child.shared, 0o700)
+        child = msgspec.structs.replace(child, adapters=first_adapters(config, Path(child.shared)))
         async with SchedulerLink(child.frontend) as link:
             return await Launch(child, link, listener).run()
     finally:
@@ -91,7 +95,7 @@ class Launch:
         self._config = config = child.config
         self._link = link
         self._listener = listener
-        self._supervisor = Supervisor(config, child.directory, link)
+        self._supervisor = Supervisor(child, link)
         self._http = HttpServer(create_app(Service(config, link, Path(child.shared))), grace_s=config.grace_s)
         self._interrupted = False
 

@@ -8,7 +8,7 @@ import logging
 import shutil
 from pathlib import Path
 
-from ..protocol.config import ChildConfig, Config
+from ..protocol.config import ChildConfig
 from ..protocol.errors import StartFailed
 from ..protocol.messages import ReplicaExited, Status
 from .child_process import ChildProcess
@@ -24,9 +24,11 @@ log = logging.getLogger(__name__)
 class Supervisor:
     """The child processes of one server."""
 
-    def __init__(self, config: Config, directory: str, link: SchedulerLink) -> None:
-        self._config = config
-        self._directory = directory
+    def __init__(self, child: ChildConfig, link: SchedulerLink) -> None:
+        """``child`` is the scheduler's; workers get what is theirs of it."""
+        self._child = child
+        self._config = child.config
+        self._directory = child.directory
         self._link = link
         self._scheduler: ChildProcess | None = None
         self._workers: set[RankProcesses] = set()
@@ -54,7 +56,7 @@ class Supervisor:
             await self._scheduler.stop(at_once=at_once)
 
     async def _watch_scheduler(self) -> None:
-        scheduler = await ChildProcess.start("scheduler", ChildConfig(config=self._config, directory=self._directory))
+        scheduler = await ChildProcess.start("scheduler", self._child)
         self._scheduler = scheduler
         log.info("started scheduler with process id %d", scheduler.pid)
         raise StartFailed(f"The scheduler {await scheduler.wait()}, so the server stops; the log above says more.")
@@ -79,7 +81,7 @@ class Supervisor:
 
     def _remove_exports(self, number: int) -> None:
         """What was written out for a replica that has not lived to read it."""
-        shared = ChildConfig(config=self._config, directory=self._directory).shared
+        shared = self._child.shared
         for folder in Path(shared).glob(f"replica-{number}-*"):
             shutil.rmtree(folder, ignore_errors=True)
 

@@ -18,8 +18,8 @@ class Cancelled(BaseException):
 class Coroutine:
     """Runs ``body`` in a greenlet.
 
-    ``alone`` keeps its calls out of merged forwards, and ``wanted`` are the adapters of its request. When it ends, ``done`` is called with it, in the hub's greenlet;
-    then exactly one of ``result`` and ``error`` says how.
+    ``alone`` keeps its calls out of merged forwards, and ``wanted`` are the adapters of its request. When it ends,
+    ``done`` is called with it, in the hub's greenlet; then exactly one of ``result`` and ``error`` says how.
     """
 
     def __init__(

@@ -80,10 +80,10 @@ class Jobs:
         model: Model,
         hub: Hub,
         send: Callable[[FromWorker], None],
-        adapters: RankAdapters,
         wake: Callable[[], None] = lambda: None,
         *,
         leads: bool = True,
+        adapters: RankAdapters | None = None,
     ) -> None:
         self._model = model
         self._hub = hub
@@ -111,7 +111,7 @@ class Jobs:
     def submit(self, request: Generate) -> None:
         """Start every sample of ``request``; one with an adapter that is not there fails."""
         try:
-            wanted = self._adapters.wanted(request.lora)
+            wanted = None if self._adapters is None else self._adapters.wanted(request.lora)
         except SafelightError as error:
             self._failed += 1
             self._send(Failed(request.request_id, error.info()))

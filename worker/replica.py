@@ -120,7 +120,7 @@ class Replica:
             adapters=adapters,
         )
         hub.unmergeable.update(found.unmergeable)
-        jobs = Jobs(model, hub, self._send, adapters, self._wake, leads=self._leads)
+        jobs = Jobs(model, hub, self._send, self._wake, leads=self._leads, adapters=adapters)
         operations = Operations(
             model,
             hub,

@@ -22,8 +22,9 @@ BESIDE = (nn.Linear, RowParallelLinear, GatheredColumnLinear, FusedPart, nn.Conv
 class Term:
     """What an adapter adds to one layer: ``scale * up @ down``.
 
-    ``weight`` is the name of the layer's weight in the checkpoint. ``down`` and ``up`` are this rank's: their product is
-    this rank's part of the weight's change. ``whole_up`` is of all output features, where the layer gives every rank all.
+    ``weight`` is the name of the layer's weight in the checkpoint. ``down`` and ``up`` are this rank's: their product
+    is this rank's part of the weight's change. ``whole_up`` is of all output features, where the layer gives every rank
+    all of them.
     """
 
     weight: str

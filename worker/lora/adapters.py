@@ -252,7 +252,7 @@ class RankAdapters:
         parts = self._ranks.gather(
             torch.tensor(rounded_away(layout, wanted), dtype=torch.float64, device=self._ranks.device)
         )
-        lost, added = (float(value) for value in sum(parts))  # type: ignore[arg-type]  # there is one of each rank
+        lost, added = (float(value) for value in torch.stack(parts).sum(dim=0))
         share = (lost / added) ** 0.5 if added else 0.0
         mode = "dynamic" if share > MOST_ROUNDED_AWAY else "merge"
         return mode, f"a merge would round away {100 * share:.2g} % of the change"
@@ -267,8 +267,8 @@ class RankAdapters:
         while len(state.loaded) > self._most or sum(one.nbytes for one in state.loaded.values()) > self._most_bytes:
             if not idle:
                 raise Conflict(
-                    f"There is room for {self._most} adapters with {self._most_bytes // 1_000_000} MB, and those that are "
-                    "in use fill it; unload one."
+                    f"There is room for {self._most} adapters and {self._most_bytes // 1_000_000} MB of them, and it is "
+                    "full of such as are in use; unload one."
                 )
             name = idle.pop(0)
             state = self._without(state, name, adapters)

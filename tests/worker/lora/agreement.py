@@ -186,7 +186,9 @@ def references(directory: Path) -> None:
     for name in FAMILIES_OF_THE_PROOF:
         checkpoint = save(name, directory)
         model = load_model(Config(model=str(checkpoint), device="cpu"))
-        made = [(one, write_adapter(one, model.pipeline.transformer, directory / "adapters" / name)) for one in ADAPTERS]
+        made = [
+            (one, write_adapter(one, model.pipeline.transformer, directory / "adapters" / name)) for one in ADAPTERS
+        ]
         peft = Peft(checkpoint, made)
         calls = [arguments(model, request(name, index)) for index in range(len(CHOICES))]
         plain = [peft.draw(dict(call), ()) for call in calls]
