@@ -9,6 +9,12 @@ import msgspec
 Mode = Literal["merge", "dynamic"]
 """In the weights, or computed beside them."""
 
+SENT = "lora_merge"
+"""The nickname of an adapter that came as tensors."""
+
+ADAPTER_FILE = "adapter_model.safetensors"
+"""What the server calls its own copy of an adapter."""
+
 WantedMode = Literal["auto", "merge", "dynamic", "request"]
 """``request`` loads adapters for requests that name them, and changes nothing for others."""
 
@@ -26,7 +32,8 @@ class Use(msgspec.Struct, frozen=True):
 class Source(msgspec.Struct, frozen=True):
     """An adapter to load. ``path`` is what its sender calls it, and ``folder`` holds the server's own copy of it.
 
-    Two with the same ``digest`` are the same, also in ``alpha``, which stands for what the files say.
+    Two with the same ``digest`` are the same, also in ``alpha``, which stands for what the files say. With a ``rank``
+    it must be of that.
     """
 
     nickname: str
@@ -34,6 +41,7 @@ class Source(msgspec.Struct, frozen=True):
     folder: str
     digest: str
     alpha: float | None = None
+    rank: int | None = None
 
 
 class Loaded(msgspec.Struct, frozen=True):

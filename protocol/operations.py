@@ -177,15 +177,27 @@ class Export(msgspec.Struct, tag=True, frozen=True):
     folder: str
 
 
+class Save(msgspec.Struct, tag=True, frozen=True):
+    """Write the tensors of ``source`` as an adapter's file into ``folder``, which is made."""
+
+    source: Source
+    folder: str
+
+
 class Adapt(msgspec.Struct, tag=True, frozen=True):
-    """Change the adapters. Like an update it is prepared, written and committed."""
+    """Change the adapters. Like an update it is prepared, written and committed.
+
+    One that ``publishes`` makes a new version of the weights, ``weight_version`` if it is given.
+    """
 
     change: AdapterChange
+    publishes: bool = False
+    weight_version: str | None = None
 
 
-Operation = (
-    Update | Begin | Commit | Abort | Digests | CheckTensors | Flush | Sleep | Wake | Join | Leave | Export | Adapt
-)
+AboutWeights = Update | Begin | Commit | Abort | Digests | CheckTensors | Export | Join | Leave
+AboutAdapters = Save | Adapt
+Operation = AboutWeights | AboutAdapters | Flush | Sleep | Wake
 
 
 class Operate(msgspec.Struct, tag=True, frozen=True):

@@ -69,6 +69,7 @@ class Operations:
     ) -> None:
         self.version: str | None = None
         """The committed version; ``None`` before a replica has loaded."""
+        self._base_version: str | None = None  # of the last that weights had, without adapters that came as tensors
         self.adapters = AdapterState()
         """Those that were committed."""
         self._first_adapters = first_adapters
@@ -223,9 +224,9 @@ class Operations:
         if self._journal and version in self._in_doubt:
             self._changed |= self._in_doubt.pop(version)
             if not any(self._has_committed(other) for other in self._replicas if other is not replica):
-                self.version = version
+                self.version = self._base_version = version
         if self.version is None:
-            self.version = version
+            self.version = self._base_version = version
 
     def advance(self, now: float) -> None:
         """Do whatever can be done now."""
@@ -401,7 +402,8 @@ class Operations:
             transaction.running = running
             self._order(running, "write")
         elif isinstance(operation, Adapt):
-            running.version = self.version or ""
+            published = (operation.weight_version or self._next_version()) if operation.publishes else self.version
+            running.version = published or ""
             transaction.running = running
             self._order(running, "commit")
         elif isinstance(operation, Update):
@@ -451,7 +453,7 @@ class Operations:
             if (replica := self._replicas.get(number)) is not None and report.weight_version is not None:
                 replica.has_version(report.weight_version)
                 if transaction.only is None:
-                    self.version = report.weight_version
+                    self.version = self._base_version = report.weight_version
         if transaction.only is None:
             self._commits += 1
             self._bare.clear()
@@ -481,6 +483,10 @@ class Operations:
             return
         assert report.adapters is not None, "a commit of adapters brings them"
         self.adapters, self._first_adapters = report.adapters, None
+        self.version = running.version
+        for number in running.reports:
+            if (changed := self._replicas.get(number)) is not None:
+                changed.has_version(running.version)
         replica = None if transaction.only is None else self._replicas.get(transaction.only)
         if replica is not None and replica.number in self._behind:
             self._is_current(replica)
@@ -576,7 +582,7 @@ class Operations:
         return self._journal and self._is_named(replica) and self._gone.get(replica.number, 0) == self._commits
 
     def _is_named(self, replica: Replica) -> bool:
-        return replica.model is not None and replica.model.weight_version == self.version
+        return replica.model is not None and replica.model.weight_version == self._base_version
 
     def _has_committed(self, replica: Replica) -> bool:
         return replica.state in ("ready", "stalled") and replica.number not in self._behind

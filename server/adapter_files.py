@@ -7,14 +7,14 @@ import secrets
 import shutil
 from pathlib import Path
 
-from ..protocol.adapters import SetAdapters, Source
+from ..protocol.adapters import ADAPTER_FILE, SetAdapters, Source
 from ..protocol.config import Config
 from ..protocol.errors import InvalidRequest, NotFound, SafelightError, StartFailed, Unavailable
 from ..protocol.tensor_files import BadTensorFile, read_head
 from .checkpoint_files import find_path
 
 _FIELD = "lora_path"
-_USUAL = ("adapter_model.safetensors", "pytorch_lora_weights.safetensors")
+_USUAL = (ADAPTER_FILE, "pytorch_lora_weights.safetensors")
 _CONFIG = "adapter_config.json"
 _LARGEST_CONFIG = 1 << 20
 _TOGETHER = 4 << 20
@@ -55,11 +55,11 @@ def copy_adapter(path: str, nickname: str, alpha: float | None, config: Config, 
         raise
     except (OSError, ValueError, RuntimeError) as error:
         raise NotFound(f"There is nothing at {path[:200]} ({type(error).__name__}).", field=_FIELD) from None
-    folder = shared / f"adapter-{secrets.token_hex(8)}"
+    folder = new_folder(shared)
     try:
         folder.mkdir(mode=0o700)
         digest = hashlib.sha256(repr(alpha).encode())
-        _copy(file, folder / _USUAL[0], digest)
+        _copy(file, folder / ADAPTER_FILE, digest)
         if beside is not None:
             if beside.stat().st_size > _LARGEST_CONFIG:
                 raise InvalidRequest(f"{_CONFIG} is larger than an adapter's configuration.", field=_FIELD)
@@ -72,6 +72,11 @@ def copy_adapter(path: str, nickname: str, alpha: float | None, config: Config, 
         if isinstance(error, OSError):
             raise Unavailable(f"The adapter could not be kept in shared memory: {error.strerror or error}.") from error
         raise
+
+
+def new_folder(shared: Path) -> Path:
+    """Where an adapter can be kept; it is not there yet."""
+    return shared / f"adapter-{secrets.token_hex(8)}"
 
 
 def _file_in(found: Path) -> Path:

@@ -28,11 +28,10 @@ from .operating import Operating, first_report
 from .replies import json_reply
 from .scheduler_link import OperationFailed
 from .service import Service
-from .weight_bodies import Name, Nothing, read
+from .weight_bodies import Alpha, Name, Nothing, read
 
 Handler = Callable[[Request], Awaitable[dict[str, Any]]]
 Names = Annotated[list[Name], Meta(min_length=1, max_length=64)]
-Alpha = Annotated[float, Meta(gt=0, le=1e6)]
 
 
 class SetLora(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -16,6 +16,8 @@ B = TypeVar("B")
 Name = Annotated[str, Meta(min_length=1, max_length=1000)]
 Version = Annotated[str, Meta(min_length=1, max_length=200)]
 Modules = Annotated[list[Name], Meta(min_length=1)]
+Alpha = Annotated[float, Meta(gt=0, le=1e6)]
+Rank = Annotated[int, Meta(ge=1)]
 Seconds = Annotated[float, Meta(gt=0, le=86400)]
 
 
@@ -48,8 +50,8 @@ class FromTensor(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     weight_version: Version | None = None
     flush_cache: bool = True
     weight_update_mode: Literal["lora_merge"] | None = None
-    lora_alpha: float | None = None
-    lora_rank: int | None = None
+    lora_alpha: Alpha | None = None
+    lora_rank: Rank | None = None
     mode: Barrier = "wait"
     update_id: Name | None = None
 
@@ -60,6 +62,9 @@ class FromBody(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     target_module: Name = "transformer"
     weight_version: Version | None = None
     flush_cache: bool = True
+    weight_update_mode: Literal["lora_merge"] | None = None
+    lora_alpha: Alpha | None = None
+    lora_rank: Rank | None = None
     mode: Barrier = "wait"
     update_id: Name | None = None
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import binascii
 import functools
+import shutil
 import time
 import uuid
 from typing import Any
@@ -12,10 +13,13 @@ from typing import Any
 import msgspec
 from fastapi import APIRouter, Request
 
+from ..protocol.adapters import SENT, SetAdapters
+from ..protocol.adapters import Source as AdapterSource
 from ..protocol.codec import Buffer
 from ..protocol.errors import ClientGone, Internal, InvalidRequest, NotFound
 from ..protocol.operations import (
     Abort,
+    Adapt,
     Begin,
     Broadcast,
     CheckTensors,
@@ -28,13 +32,16 @@ from ..protocol.operations import (
     Operated,
     Pickled,
     Report,
+    Save,
     Source,
     Update,
 )
 from . import weight_bodies as bodies
+from .adapter_files import new_folder
 from .checkpoint_files import find_modules
 from .gate import media_type
 from .operating import Handler, Operating, first_report, routes_of, success
+from .scheduler_link import OperationFailed
 from .service import Service
 from .uploads import Uploads, shared_file
 
@@ -76,13 +83,15 @@ class _Routes:
         if media_type(request.headers) == SAFETENSORS:
             return await self._from_body(request)
         body = await bodies.read(request, bodies.FromTensor)
-        if body.weight_update_mode is not None:
-            raise InvalidRequest("LoRA adapters are not supported by this version.", field="weight_update_mode")
         if (body.shared is None) == (body.serialized_named_tensors is None):
             raise InvalidRequest("Give either serialized_named_tensors or shared.", field="serialized_named_tensors")
         if body.shared is not None:
-            return await self._update(request, self._shared(body.shared, _target(body)), body)
-        return await self._update(request, await self._service.decode(self._pickled, body), body)
+            source = self._shared(body.shared, _target(body))
+        else:
+            source = await self._service.decode(self._pickled, body)
+        if body.weight_update_mode == "lora_merge":
+            return await self._merge(request, source, body)
+        return await self._update(request, source, body)
 
     def _shared(self, shared: bodies.Shared, module: str) -> Source:
         if (shared.path is None) == (shared.cuda_ipc is None):
@@ -107,6 +116,8 @@ class _Routes:
     async def _from_body(self, request: Request) -> dict[str, Any]:
         body = bodies.from_query(request, bodies.FromBody)
         async with self._uploads.receive(request) as upload:
+            if body.weight_update_mode == "lora_merge":
+                return await self._merge(request, Files({body.target_module: [str(upload.file)]}), body)
             return await self._update(request, Files({body.target_module: [str(upload.file)]}), body)
 
     async def begin(self, request: Request) -> dict[str, Any]:
@@ -207,6 +218,26 @@ class _Routes:
             for name, digest in report.digests.items()
         }
         return {"modules": modules, "weight_version": report.weight_version}
+
+    async def _merge(
+        self, request: Request, source: Source, body: bodies.FromTensor | bodies.FromBody
+    ) -> dict[str, Any]:
+        """Keep the tensors as a file, which outlives their sender, and merge it, in place of the last one."""
+        if body.update_id is not None:
+            raise InvalidRequest("An adapter is no part of a begun update.", field="update_id")
+        began = time.perf_counter()
+        folder = new_folder(self._service.shared)
+        target = body.target_module if isinstance(body, bodies.FromBody) else _target(body)
+        adapter = AdapterSource(SENT, None, str(folder), folder.name, body.lora_alpha, body.lora_rank)
+        change = SetAdapters(nicknames=[SENT], strengths=[1.0], target=target, mode="merge", sources=[adapter])
+        try:
+            await self._operating.operate(request, Save(source, str(folder)))
+            adapt = Adapt(change, publishes=True, weight_version=body.weight_version)
+            operated = await self._operating.operate(request, adapt, body.mode)
+        except OperationFailed:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
+        return _updated(operated, "The adapter is merged.", began)
 
     async def _update(self, request: Request, source: Source, body: bodies.UpdateBody) -> dict[str, Any]:
         began = time.perf_counter()

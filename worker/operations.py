@@ -7,9 +7,11 @@ from pathlib import Path
 
 import msgspec
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
-from ..protocol.errors import Conflict, ErrorInfo, Internal, InvalidRequest, NotFound, SafelightError
+from ..protocol.adapters import ADAPTER_FILE
+from ..protocol.errors import Conflict, ErrorInfo, Internal, InvalidRequest, NotFound, SafelightError, Unavailable
 from ..protocol.operations import (
     Adapt,
     Broadcast,
@@ -23,6 +25,7 @@ from ..protocol.operations import (
     Perform,
     Performed,
     Report,
+    Save,
     Sleep,
     Source,
     Update,
@@ -161,13 +164,32 @@ class Operations:
                 return Report(left=self._groups.leave(operation.group))
             case Export():
                 return self._export(operation)
+            case Save():
+                return self._save(operation, leads)
             case Adapt():
                 self._adapters.prepare(operation.change)
                 return Report()
         raise Internal("There is no such operation.")
 
+    def _reader(self, leads: bool) -> Reader:
+        return Reader(self._ranks.rank, self._ranks.size, self._place, self._places, self._model.device, leads)
+
+    def _save(self, operation: Save, leads: bool) -> Report:
+        opened = open_source(operation.source, self._groups, self._reader(leads), self._sign)
+        try:
+            (tensors,) = opened.tensors.values()
+            if leads and self._ranks.rank == 0:
+                folder = Path(operation.folder)
+                folder.mkdir(mode=0o700)
+                save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, folder / ADAPTER_FILE)
+        except OSError as error:
+            raise Unavailable(f"The adapter could not be kept: {error.strerror or error}.") from error
+        finally:
+            opened.close()
+        return Report()
+
     def _prepare(self, source: Source, leads: bool) -> Report:
-        reader = Reader(self._ranks.rank, self._ranks.size, self._place, self._places, self._model.device, leads)
+        reader = self._reader(leads)
         if isinstance(source, Broadcast):
             return self._receive(source, reader)
         return self._update.prepare(open_source(source, self._groups, reader, self._sign), self._sign)
@@ -232,7 +254,11 @@ class Operations:
         assert order.weight_version is not None, "a commit brings it"
         if isinstance(self._operation, Adapt):
             invalidated = self._flush() if self._adapters.commit() else []
+            self._model.weight_version = order.weight_version
             return Report(
+                updated=self._adapters.updated,
+                expected=self._adapters.updated,
+                weight_version=order.weight_version,
                 adapters=self._adapters.state,
                 told=self._adapters.told,
                 invalidated=invalidated,

@@ -53,6 +53,8 @@ class RankAdapters:
     ) -> None:
         self.state = AdapterState()
         self.told: list[str] = []
+        self.updated: dict[str, int] = {}
+        """Of the last change, how many layers of each component have adapters for all requests."""
         self._pipeline = pipeline
         self._layouts = layouts
         self._ranks = ranks
@@ -131,6 +133,10 @@ class RankAdapters:
         for nickname, loaded in self.state.loaded.items():
             self._adapters[nickname].components = frozenset(loaded.components)
         self._beside.set_loaded(list(self._adapters.values()))
+        self.updated = {
+            component: len({path for one in ones for path in self._adapters[one.nickname].terms[component]})
+            for component, ones in self.state.active.items()
+        }
         self._folders += [one.source.folder for one in before.loaded.values()]
         self._remove_folders()
         return before.active != self.state.active
@@ -188,6 +194,8 @@ class RankAdapters:
 
     def _load(self, source: Source, adapters: dict[str, Adapter]) -> AdapterFile:
         file = load_adapter(Path(source.folder), self._pipeline, weight_shapes(self._layouts), alpha=source.alpha)
+        if source.rank is not None and source.rank != file.rank:
+            raise InvalidRequest(f"The adapter has rank {file.rank}, and not {source.rank}.", field="lora_rank")
         others = [name for name in file.layers if name not in self._components]
         if others:
             raise InvalidRequest(
