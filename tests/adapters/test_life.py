@@ -85,12 +85,8 @@ def test_requests_with_their_own_adapters(server: Trainer, adapters: Adapters) -
     nicknames = ["first", "second", "third"]
     set_lora(server, nicknames, lora_path=[adapters.path(name) for name in nicknames], merge_mode="request")
     assert listed(server)["active"] == {}
-    choices: list[list[tuple[str, float]]] = [
-        [("first", 1.0)],
-        [],
-        [("second", 0.5), ("third", 1.0)],
-        [("third", -1.0)],
-    ]
+    first, third = ("first", 1.0), ("third", -1.0)
+    choices: list[list[tuple[str, float]]] = [[first], [], [("second", 0.5), third], [third]]
     bodies = [
         {"lora": [{"name": name, "scale": scale} for name, scale in uses], "deterministic": deterministic}
         for uses in choices

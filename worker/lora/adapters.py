@@ -274,10 +274,8 @@ class RankAdapters:
         idle = [name for name in dict.fromkeys(order) if name not in active and name not in change.nicknames]
         while len(state.loaded) > self._most or sum(one.nbytes for one in state.loaded.values()) > self._most_bytes:
             if not idle:
-                raise Conflict(
-                    f"There is room for {self._most} adapters and {self._most_bytes // 1_000_000} MB of them, and it is "
-                    "full of such as are in use; unload one."
-                )
+                room = f"{self._most} adapters and {self._most_bytes // 1_000_000} MB of them"
+                raise Conflict(f"There is room for {room}, and it is full of such as are in use; unload one.")
             name = idle.pop(0)
             state = self._without(state, name, adapters)
             told.append(f"{name} was unloaded to make room.")
