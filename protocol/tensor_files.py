@@ -79,6 +79,21 @@ def read_head(stream: BinaryIO, size: int) -> list[StoredTensor]:
     return read_header(start + stream.read(length) if length <= MAX_HEADER else start, size)
 
 
+def read_metadata(stream: BinaryIO, size: int) -> dict[str, str]:
+    """What the file of ``size`` bytes that ``stream`` is at the beginning of says of itself (``__metadata__``).
+
+    Raises ``BadTensorFile``; of a file that :func:`read_head` has read, where that is no text.
+    """
+    length = int.from_bytes(stream.read(8), "little")
+    try:
+        found = json.loads(stream.read(length) if length <= min(size, MAX_HEADER) else b"").get("__metadata__", {})
+    except (ValueError, AttributeError, RecursionError):
+        raise BadTensorFile("its header cannot be read") from None
+    if not isinstance(found, dict) or not all(isinstance(value, str) for value in found.values()):
+        raise BadTensorFile("its metadata is no text")
+    return found
+
+
 def write_header(tensors: Sequence[tuple[str, str, Sequence[int]]]) -> bytes:
     """The beginning of a file with tensors of such a name, dtype (as the format names it) and shape, in this order."""
     described: dict[str, Any] = {}

@@ -1,0 +1,1 @@
+"""LoRA adapters: read from files, merged into weights or computed beside them, on this rank."""
