@@ -45,8 +45,8 @@ class Told:
     def alpha_of(self, layer: str) -> float:
         return _first(self.alphas, layer, self.alpha)
 
-    def rank_of(self, layer: str) -> int:
-        return int(_first(self.ranks, layer, self.rank))
+    def rank_of(self, layer: str) -> float:
+        return _first(self.ranks, layer, self.rank)
 
 
 def scaled(rank: int, alpha: float, told: Told | None) -> float:
@@ -122,7 +122,7 @@ def _patterns(given: object, name: str, where: str) -> Patterns:
             for key, value in given.items()
         ]
     except re.error:
-        raise refused(f"{where} has a {name} that is no pattern") from None
+        raise refused(f"{where} has something else than patterns in its {name}") from None
 
 
 def _short(pattern: str) -> str:

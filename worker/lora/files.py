@@ -139,9 +139,15 @@ def read_adapter(
     by_component = read_header(metadata or {})
     pairs = find_pairs(tensors)
     scales: dict[str, tuple[float, float]] = {}
+    other: list[str] = []
     for name, pair in pairs.items():
         component, layer = split_name(name, shapes)
-        scales[name] = _scale(layer, pair, told or by_component.get(component), alpha)
+        said = told or by_component.get(component)
+        if said is not None and said.rank_of(layer) != pair.rank:
+            other.append(f"{layer}: {said.rank_of(layer):g}, not {pair.rank}")
+        scales[name] = _scale(layer, pair, said, alpha)
+    if other:
+        raise refused(f"of {len(other)} layers, another rank is told than they have", other)
     layers: dict[str, dict[str, LowRank]] = {}
     for (component, layer), found in place(pairs, pipeline, shapes).items():
         applies = {scales[name] for name in found.layers}
@@ -160,8 +166,6 @@ def read_adapter(
 
 def _scale(layer: str, pair: Pair, told: Told | None, given: float | None) -> tuple[float, float]:
     """The alpha that applies to a pair, and the scale that follows."""
-    if told is not None and told.rank_of(layer) != pair.rank:
-        raise refused(f"{told.where} says that {layer} has rank {told.rank_of(layer)}, and it has {pair.rank}")
     alpha = given if given is not None else pair.alpha
     if alpha is None:
         alpha = float(pair.rank) if told is None else told.alpha_of(layer)

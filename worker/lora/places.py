@@ -72,7 +72,9 @@ def place(pairs: Mapping[str, Pair], pipeline: DiffusionPipeline, shapes: Shapes
 
 
 def _absent(names: list[str]) -> Exception:
-    return refused(f"it has {len(names)} layers that the model does not have, or that have no known names", names)
+    return refused(
+        f"it has {len(names)} layers that the model does not have, or that cannot be converted to its names", names
+    )
 
 
 def _locate(name: str, shapes: Shapes) -> Place | None:
