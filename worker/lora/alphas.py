@@ -28,6 +28,9 @@ _OTHER_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 _LONGEST_PATTERN = 500
 
+_SLOW_PATTERN = re.compile(r"\)[*+{]|([*+{].*){4}")
+"""Repeated groups, and many repetitions: a match could take for ever."""
+
 Patterns = list[tuple[re.Pattern[str], float]]
 
 
@@ -118,16 +121,16 @@ def _patterns(given: object, name: str, where: str) -> Patterns:
         raise refused(f"{where} does not say {name} as an object")
     try:
         return [
-            (re.compile(rf"(.*\.)?({_short(key)})$"), _positive(value, f"{name} of {key[:100]}", where))
+            (re.compile(rf"(.*\.)?({_quick(key)})$"), _positive(value, f"{name} of {key[:100]}", where))
             for key, value in given.items()
         ]
     except re.error:
         raise refused(f"{where} has something else than patterns in its {name}") from None
 
 
-def _short(pattern: str) -> str:
-    if len(pattern) > _LONGEST_PATTERN:
-        raise re.error("too long")
+def _quick(pattern: str) -> str:
+    if len(pattern) > _LONGEST_PATTERN or _SLOW_PATTERN.search(pattern):
+        raise re.error("too long, or too slow")
     return pattern
 
 

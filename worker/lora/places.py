@@ -65,7 +65,8 @@ def place(pairs: Mapping[str, Pair], pipeline: DiffusionPipeline, shapes: Shapes
     if len(placed) < len(found):
         counted = Counter(_locate(name, shapes) for name in found)
         raise refused("it has a layer twice", (name for name in found if counted[_locate(name, shapes)] > 1))
-    unfit = [fault for where, pair in placed.items() if (fault := _fault(where, pair, pipeline, shapes))]
+    modules = pipeline.components
+    unfit = [fault for where, pair in placed.items() if (fault := _fault(where, pair, modules[where[0]], shapes))]
     if unfit:
         raise refused(f"{len(unfit)} of its layers do not fit the model's", unfit)
     return placed
@@ -83,11 +84,10 @@ def _locate(name: str, shapes: Shapes) -> Place | None:
     return next(((component, n) for n in (layer, layer.removeprefix(_NESTED_TEXT)) if n in layers), None)
 
 
-def _fault(where: Place, pair: Converted, pipeline: DiffusionPipeline, shapes: Shapes) -> str | None:
+def _fault(where: Place, pair: Converted, module: nn.Module, shapes: Shapes) -> str | None:
     component, layer = where
     shape, rank = shapes[component][layer], pair.down.shape[0]
-    module = pipeline.components[component].get_submodule(layer)
-    if isinstance(module, nn.Embedding) or len(shape) < 2:
+    if isinstance(module.get_submodule(layer), nn.Embedding) or len(shape) < 2:
         return f"{component}.{layer}: it is neither linear nor a convolution"
     if tuple(pair.down.shape) != (rank, *shape[1:]) or tuple(pair.up.shape) != (
         shape[0],

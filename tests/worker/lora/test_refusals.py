@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from safelight.protocol.errors import InvalidRequest
 from safelight.tests.tiny import FAMILIES
 from safelight.worker.lora.files import AdapterFile, load_adapter, read_adapter
 
-from .formats import WORDS, Tensors, adapter, kohya_flux, kohya_sdxl
+from .formats import WORDS, Tensors, adapter, kohya_flux, kohya_sdxl, xlabs_flux
 from .plain import shapes_of, written
 
 Q, K = "transformer_blocks.0.attn.to_q", "transformer_blocks.0.attn.to_k"
@@ -313,6 +314,8 @@ CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
     "a list of patterns": (config(alpha_pattern=["to_q"]), "does not say alpha_pattern as an object"),
     "no pattern": (config(alpha_pattern={"to_(q": 3}), "something else than patterns in its alpha_pattern"),
     "a long pattern": (config(rank_pattern={"x" * 501: 3}), "something else than patterns in its rank_pattern"),
+    "a slow pattern": (config(alpha_pattern={r"((\w+\.?)+)x": 3}), "something else than patterns in its alpha_pattern"),
+    "another slow pattern": (config(alpha_pattern={".*a.*b.*c.*d": 3}), "something else than patterns"),
     "a pattern of words": (
         config(alpha_pattern={"to_q": "3"}),
         "does not say alpha_pattern of to_q as a positive number",
@@ -455,3 +458,13 @@ def test_a_configuration_that_lies_beside_any_file_is_not_taken_for_its_own(
     other = written(tmp_path / "other.safetensors", good())
     assert load_adapter(other, flux, shapes_of(flux)).alpha == 4
     assert load_adapter(tmp_path / "adapter_model.safetensors", flux, shapes_of(flux)).alpha == 9
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_garbled_names_are_refused_in_words(seed: int, flux: DiffusionPipeline) -> None:
+    """Converters fail at them in many ways, and none comes through."""
+    chance = random.Random(seed)
+    tensors = chance.choice([kohya_flux((4,), (4.0,)), xlabs_flux(4), adapter({Q: (64, 64), K: (64, 64)})])
+    for name in chance.sample(sorted(tensors), 2):
+        tensors[name.replace(chance.choice("._0a"), chance.choice(["", "9", "_", "processor."]))] = tensors.pop(name)
+    assert "cannot be used" in refusal(lambda: read(flux, tensors))
