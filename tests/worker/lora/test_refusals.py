@@ -1,0 +1,470 @@
+"""What cannot be applied whole is refused by name, and the model's own words say what is wrong."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import DiffusionPipeline, FluxPipeline
+
+from safelight.protocol.errors import InvalidRequest
+from safelight.tests.tiny import FAMILIES
+from safelight.worker.lora.files import AdapterFile, load_adapter, read_adapter
+
+from .formats import WORDS, Tensors, adapter, kohya_flux, kohya_sdxl, xlabs_flux
+from .plain import shapes_of, written
+
+Q, K = "transformer_blocks.0.attn.to_q", "transformer_blocks.0.attn.to_k"
+UP, DOWN, ALPHA = (f"transformer.{Q}.{suffix}" for suffix in ("lora_B.weight", "lora_A.weight", "alpha"))
+
+ABSENT = "layers that the model does not have, or that cannot be converted to its names"
+
+
+@pytest.fixture(scope="module")
+def pipelines() -> Callable[[str], DiffusionPipeline]:
+    built: dict[str, DiffusionPipeline] = {}
+
+    def pipeline(name: str) -> DiffusionPipeline:
+        if name not in built:
+            built[name] = FAMILIES[name].build()
+        return built[name]
+
+    return pipeline
+
+
+@pytest.fixture
+def flux(pipelines: Callable[[str], DiffusionPipeline]) -> DiffusionPipeline:
+    return pipelines("flux")
+
+
+def good(**more: torch.Tensor) -> Tensors:
+    return {**adapter({Q: (64, 64), K: (64, 64)}, before="transformer."), **more}
+
+
+def config(**options: Any) -> dict[str, Any]:
+    return {"peft_type": "LORA", "r": 4, "lora_alpha": 4, **options}
+
+
+def read(pipeline: DiffusionPipeline, tensors: Tensors, told: dict[str, Any] | None = None, **more: Any) -> AdapterFile:
+    return read_adapter(tensors, told, pipeline, shapes_of(pipeline), **more)
+
+
+def refusal(call: Callable[[], object]) -> str:
+    with pytest.raises(InvalidRequest) as caught:
+        call()
+    assert caught.value.field == "lora_path"
+    return caught.value.message
+
+
+def test_what_the_refusals_start_from_is_accepted(flux: DiffusionPipeline) -> None:
+    file = read(flux, good(), config())
+    assert set(file.layers["transformer"]) == {Q, K}
+    assert file.nbytes == sum(tensor.nbytes for tensor in good().values())
+
+
+NOT_LOW_RANK = {
+    f"transformer.{Q}.lora_magnitude_vector": "DoRA",
+    "lora_unet_double_blocks_0_img_mlp_0.dora_scale": "DoRA",
+    f"transformer.{Q}.lokr_w1": "LoKr",
+    "lora_unet_double_blocks_0_img_mlp_0.hada_w1_a": "LoHa",
+    "text_encoder.token_embedding.lora_embedding_A": "embeddings",
+    "lora_unet_input_blocks_1_0_in_layers_2.lora_mid.weight": "Tucker decompositions",
+    "diffusion_model.blocks.0.norm3.diff": "differences (diff)",
+    "diffusion_model.blocks.0.self_attn.q.diff_b": "differences (diff)",
+    "diffusion_model.head.modulation.diff_m": "differences (diff)",
+    "lora_unet_double_blocks_0_norm.w_norm": "norms",
+    f"transformer.{Q}.lora_B.bias": "biases",
+    f"transformer.{Q}.lora_B.default.bias": "biases",
+}
+
+
+@pytest.mark.parametrize("name", NOT_LOW_RANK)
+def test_what_is_more_than_low_rank_is_refused_by_its_kind(name: str, flux: DiffusionPipeline) -> None:
+    message = refusal(lambda: read(flux, good(**{name: torch.ones(4)})))
+    expected = f"The adapter cannot be used: 1 of its tensors are of {NOT_LOW_RANK[name]}, which cannot be applied"
+    assert message == f"{expected} ({name})."
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["transformer.proj_out.weight", "transformer.proj_out.bias", "transformer.oft_blocks", "lora_A", "x.lora_C.weight"],
+)
+def test_a_tensor_of_no_known_name_is_refused(name: str, flux: DiffusionPipeline) -> None:
+    message = refusal(lambda: read(flux, good(**{name: torch.ones(4, 4)})))
+    assert message == f"The adapter cannot be used: 1 of its tensors are no low-rank factors ({name})."
+
+
+def test_integers_are_no_factors(flux: DiffusionPipeline) -> None:
+    message = refusal(lambda: read(flux, good(**{UP: torch.ones(64, 4, dtype=torch.int8)})))
+    assert f"1 of its tensors are no low-rank factors ({UP})" in message
+
+
+BROKEN: dict[str, tuple[Tensors, str]] = {
+    "nothing": ({}, "it has no pairs of low-rank factors."),
+    "alphas alone": ({ALPHA: torch.tensor(1.0)}, f"no pairs of low-rank factors ({ALPHA})"),
+    "no up": ({DOWN: torch.ones(4, 64)}, f"1 factors have no counterpart ({DOWN})"),
+    "no down": ({UP: torch.ones(64, 4)}, f"1 factors have no counterpart ({UP})"),
+    "an alpha of no layer": (
+        good(**{"transformer.x.alpha": torch.tensor(1.0)}),
+        "1 alphas are of no layer (transformer.x.alpha)",
+    ),
+    "an alpha of nought": (good(**{ALPHA: torch.tensor(0.0)}), f"an alpha is no positive number ({ALPHA})"),
+    "an alpha below nought": (good(**{ALPHA: torch.tensor(-1)}), "an alpha is no positive number"),
+    "an alpha that is nan": (good(**{ALPHA: torch.tensor(float("nan"))}), "an alpha is no positive number"),
+    "two alphas": (good(**{ALPHA: torch.ones(2)}), "an alpha is no positive number"),
+    "other ranks": (
+        good(**{UP: torch.ones(64, 5)}),
+        f"1 pairs do not fit each other (transformer.{Q}: [64, 5] and [4, 64])",
+    ),
+    "a vector": (good(**{UP: torch.ones(64)}), "1 pairs do not fit each other"),
+    "no rank": (good(**{UP: torch.ones(64, 0), DOWN: torch.ones(0, 64)}), "1 pairs do not fit each other"),
+    "nan": (
+        good(**{UP: torch.full((64, 4), float("nan"))}),
+        f"1 layers have values that are infinite or no numbers (transformer.{Q})",
+    ),
+    "infinite": (
+        good(**{DOWN: torch.full((4, 64), float("inf"), dtype=torch.bfloat16)}),
+        "1 layers have values that are infinite",
+    ),
+    "twice": (good(**{UP.replace("B", "B.default"): torch.ones(64, 4)}), f"it has a factor twice ({UP}, transformer."),
+    "a layer twice": (good(**adapter({Q: (64, 64)})), f"it has a layer twice (transformer.{Q}, {Q})"),
+    "too wide": (
+        good(**adapter({K: (64, 32)}, before="transformer.")),
+        f"1 of its layers do not fit the model's (transformer.{K}: [64, 4] and [4, 32], for a weight of [64, 64])",
+    ),
+    "too high": (good(**adapter({K: (192, 64)}, before="transformer.")), "1 of its layers do not fit the model's"),
+    "a convolution for a linear layer": (
+        good(**adapter({K: (64, 64, 1, 1)}, before="transformer.")),
+        "1 of its layers do not fit the model's",
+    ),
+    "an embedding": (
+        good(**adapter({"shared": (1, 1)}, before="text_encoder_2.")),
+        "1 of its layers do not fit the model's (text_encoder_2.shared: it is neither linear nor a convolution)",
+    ),
+    "a norm": (
+        good(**adapter({"transformer_blocks.0.attn.norm_q": (16, 16)}, before="transformer.")),
+        "norm_q: it is neither linear nor a convolution)",
+    ),
+    "an unknown layer": (
+        good(**adapter({"transformer_blocks.7.attn.to_q": (64, 64)}, before="transformer.")),
+        f"it has 1 {ABSENT} (transformer.transformer_blocks.7.attn.to_q)",
+    ),
+    "an unknown component": (
+        good(**adapter({"mid_block.proj": (64, 64)}, before="unet.")),
+        f"1 {ABSENT} (unet.mid_block.proj)",
+    ),
+    "a block of a high number": (
+        adapter({"blocks.99999999999.self_attn.q": (64, 64)}, before="diffusion_model."),
+        "2 of its tensors are no low-rank factors",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_what_does_not_fit_is_named(case: str, flux: DiffusionPipeline) -> None:
+    tensors, expected = BROKEN[case]
+    assert expected in refusal(lambda: read(flux, tensors))
+
+
+def test_no_more_than_three_names_are_shown(flux: DiffusionPipeline) -> None:
+    layers = {f"blocks.{number}.{'x' * 200}": (64, 64) for number in range(50)}
+    message = refusal(lambda: read(flux, adapter(layers, before="transformer.")))
+    assert "50 layers that the model does not have" in message
+    assert message.count("transformer.blocks.") == 3
+    assert len(message) < 600
+
+
+ELSEWHERE = {
+    "wan for flux": ("flux", "wan"),
+    "flux for qwen": ("qwenimage", "flux"),
+    "sd3 for flux": ("flux", "sd3"),
+    "sdxl for sd3": ("sd3", "sdxl"),
+}
+
+
+@pytest.mark.parametrize("case", ELSEWHERE)
+def test_an_adapter_for_another_model_is_refused_with_its_layers(
+    case: str, pipelines: Callable[[str], DiffusionPipeline]
+) -> None:
+    name, other = ELSEWHERE[case]
+    component = "unet" if other == "sdxl" else "transformer"
+    foreign = {layer: s for layer, s in shapes_of(pipelines(other))[component].items() if len(s) == 2}
+    known = shapes_of(pipelines(name))["transformer"]
+    absent = next(layer for layer in foreign if layer not in known)
+    message = refusal(lambda: read(pipelines(name), adapter(foreign, before=f"{component}.")))
+    assert "layers that the model does not have" in message
+    assert f"{component}.{absent}" in message
+
+
+def test_a_naming_that_no_converter_knows_is_refused(pipelines: Callable[[str], DiffusionPipeline]) -> None:
+    """Of sd-scripts' names for Stable Diffusion 3, diffusers has no converter."""
+    name = "lora_unet_joint_blocks_0_x_block_attn_qkv"
+    message = refusal(lambda: read(pipelines("sd3"), adapter({name: (192, 64)}, WORDS, alphas=(4.0,))))
+    assert f"1 {ABSENT} ({name})" in message
+
+
+def test_a_pipeline_without_a_loader_takes_plain_names_alone(pipelines: Callable[[str], DiffusionPipeline]) -> None:
+    pipeline = pipelines("pixart")
+    assert not hasattr(pipeline, "load_lora_weights")
+    layer = "transformer_blocks.0.attn1.to_q"
+    shape = shapes_of(pipeline)["transformer"][layer]
+    for before in ("base_model.model.", "transformer.", "diffusion_model.", "base_model.model.transformer.", ""):
+        assert set(read(pipeline, adapter({layer: shape}, before=before)).layers["transformer"]) == {layer}
+    kohya = adapter({f"lora_unet_{layer.replace('.', '_')}": shape}, WORDS)
+    assert "cannot be converted to its names (lora_unet_transformer_blocks" in refusal(lambda: read(pipeline, kohya))
+
+
+LOST: dict[str, tuple[str, Callable[[], Tensors], str]] = {
+    "a text projection": (
+        "flux",
+        lambda: {**kohya_flux((4,), (4.0,)), **adapter({"lora_te1_text_projection": (32, 32)}, WORDS)},
+        "lora_te1_text_projection",
+    ),
+    "T5": (
+        "flux",
+        lambda: {**kohya_flux((4,), ()), **adapter({"text_encoders.t5xxl.transformer.shared": (32, 32)}, WORDS)},
+        "text_encoders.t5xxl.transformer.shared",
+    ),
+    "two ways of naming": (
+        "flux",
+        lambda: {**kohya_flux((4,), (4.0,)), **adapter({Q: (64, 64)}, WORDS, before="transformer.")},
+        "lora_unet_double_blocks_0_img_attn_proj",
+    ),
+    "a UNet under two names": (
+        "sdxl",
+        lambda: {
+            **kohya_sdxl((4,), (4.0,)),
+            **adapter({"lora_unet_mid_block_attentions_0_proj_in": (32, 32)}, WORDS, alphas=(4.0,)),
+        },
+        "lora_unet_input_blocks_0_0",
+    ),
+    "a fused layer beside its parts": (
+        "zimage",
+        lambda: adapter(
+            {"lora_unet_layers_0_attention_qkv": (288, 96), "lora_unet_layers_0_attention_to_q": (96, 96)},
+            ("lora.down.weight", "lora.up.weight"),
+        ),
+        "lora_unet_layers_0_attention_qkv",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", LOST)
+def test_what_a_converter_would_leave_out_in_silence_is_refused(
+    case: str, pipelines: Callable[[str], DiffusionPipeline]
+) -> None:
+    name, make, lost = LOST[case]
+    message = refusal(lambda: read(pipelines(name), make()))
+    assert f"{ABSENT} ({lost}" in message
+
+
+def test_what_a_converter_leaves_out_is_no_loss_where_it_adds_nothing(flux: DiffusionPipeline) -> None:
+    empty = {name: tensor.zero_() for name, tensor in adapter({"lora_te1_text_projection": (32, 32)}, WORDS).items()}
+    with_it, without = read(flux, {**kohya_flux((4,), ()), **empty}), read(flux, kohya_flux((4,), ()))
+    assert with_it.layers["text_encoder"].keys() == without.layers["text_encoder"].keys()
+    assert with_it.layers["transformer"].keys() == without.layers["transformer"].keys()
+
+
+class Fusing(FluxPipeline):
+    """Has a converter that makes one layer of two."""
+
+    @classmethod
+    def lora_state_dict(cls, given: Tensors, **_: Any) -> Tensors:
+        down = torch.cat([given["one.lora_down.weight"], given["two.lora_down.weight"]])
+        up = torch.cat([given["one.lora_up.weight"], given["two.lora_up.weight"]], dim=1)
+        return {DOWN: down, UP: up}
+
+
+def test_two_layers_become_one_only_with_the_same_scale(flux: DiffusionPipeline) -> None:
+    fusing = Fusing(**flux.components)
+    two = {"one": (64, 64), "two": (64, 64)}
+    (pair,) = read(fusing, adapter(two, WORDS, alphas=(2.0,))).layers["transformer"].values()
+    assert (pair.rank, pair.scale) == (8, 0.5)
+    message = refusal(lambda: read(fusing, adapter(two, WORDS, alphas=(2.0, 3.0))))
+    assert "layers of different alphas or ranks are one in the model (one, two)" in message
+
+
+CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
+    "dora": (config(use_dora=True), "adapter_config.json asks for what cannot be applied (use_dora)"),
+    "modules_to_save": (config(modules_to_save=["proj_out"]), "asks for what cannot be applied (modules_to_save)"),
+    "lora_bias": (config(lora_bias=True), "asks for what cannot be applied (lora_bias)"),
+    "bias": (config(bias="all"), "asks for what cannot be applied (bias=all)"),
+    "another type": (config(peft_type="LOHA"), "adapter_config.json is of 'LOHA', not of LORA"),
+    "another base": (config(init_lora_weights="pissa_niter_4"), "says init_lora_weights='pissa_niter_4'"),
+    "no rank": ({"lora_alpha": 4}, "does not say r as a positive integer"),
+    "a rank in words": (config(r="4"), "does not say r as a positive integer"),
+    "no alpha": ({"r": 4}, "does not say lora_alpha as a positive number"),
+    "an alpha in words": (config(lora_alpha="4"), "does not say lora_alpha as a positive number"),
+    "an alpha that is true": (config(lora_alpha=True), "does not say lora_alpha as a positive number"),
+    "an alpha of nought": (config(lora_alpha=0), "does not say lora_alpha as a positive number"),
+    "an infinite alpha": (config(lora_alpha=float("inf")), "does not say lora_alpha as a positive number"),
+    "rslora in words": (config(use_rslora="no"), "use_rslora as a boolean"),
+    "another rank": (config(r=8), f"of 2 layers, another rank is told than they have ({Q}: 8, not 4, {K}: 8, not 4)"),
+    "another rank of one": (
+        config(rank_pattern={"to_k": 2}),
+        f"of 1 layers, another rank is told than they have ({K}: 2, not 4)",
+    ),
+    "half a rank": (config(rank_pattern={"to_k": 4.5}), f"({K}: 4.5, not 4)"),
+    "a list of patterns": (config(alpha_pattern=["to_q"]), "does not say alpha_pattern as an object"),
+    "no pattern": (config(alpha_pattern={"to_(q": 3}), "something else than patterns in its alpha_pattern"),
+    "a long pattern": (config(rank_pattern={"x" * 501: 3}), "something else than patterns in its rank_pattern"),
+    "a slow pattern": (config(alpha_pattern={r"((\w+\.?)+)x": 3}), "something else than patterns in its alpha_pattern"),
+    "another slow pattern": (config(alpha_pattern={".*a.*b.*c.*d": 3}), "something else than patterns"),
+    "a pattern of words": (
+        config(alpha_pattern={"to_q": "3"}),
+        "does not say alpha_pattern of to_q as a positive number",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CONFIGS)
+def test_a_configuration_that_asks_for_something_else_is_refused(case: str, flux: DiffusionPipeline) -> None:
+    told, expected = CONFIGS[case]
+    assert expected in refusal(lambda: read(flux, good(), told))
+
+
+@pytest.mark.parametrize(
+    ("header", "expected"),
+    [
+        ("{", "lora_adapter_metadata in the file's header is no JSON"),
+        ("[]", "lora_adapter_metadata in the file's header is no JSON object"),
+        ('{"transformer.r": 4}', "lora_adapter_metadata in the file's header does not say lora_alpha"),
+        ('{"transformer.r": 3, "transformer.lora_alpha": 3}', f"({Q}: 3, not 4, {K}: 3, not 4)"),
+        ('{"transformer.r": 4, "transformer.lora_alpha": 3, "transformer.use_dora": true}', "applied (use_dora)"),
+    ],
+)
+def test_a_header_that_says_something_else_is_refused(header: str, expected: str, flux: DiffusionPipeline) -> None:
+    metadata = {"lora_adapter_metadata": header}
+    assert expected in refusal(lambda: read(flux, good(), metadata=metadata))
+
+
+@pytest.mark.parametrize("alpha", [0.0, -1.0, float("nan"), float("inf")])
+def test_an_alpha_that_is_given_is_a_positive_number(alpha: float, flux: DiffusionPipeline) -> None:
+    with pytest.raises(InvalidRequest, match="is no positive number") as caught:
+        read(flux, good(), alpha=alpha)
+    assert caught.value.field == "lora_alpha"
+
+
+def _truncated(folder: Path) -> Path:
+    path = written(folder / "adapter.safetensors", good())
+    path.write_bytes(path.read_bytes()[:-1])
+    return path
+
+
+def _with_a_huge_header(folder: Path) -> Path:
+    path = folder / "adapter.safetensors"
+    path.write_bytes((10 << 30).to_bytes(8, "little") + b"{}")
+    os.truncate(path, 11 << 30)  # without blocks on the disk
+    return path
+
+
+def _with_metadata(folder: Path, metadata: str) -> Path:
+    header = f'{{"__metadata__":{metadata}}}'.encode()
+    path = folder / "adapter.safetensors"
+    path.write_bytes(len(header).to_bytes(8, "little") + header)
+    return path
+
+
+def _named(name: str) -> Callable[[Path], Path]:
+    def write(folder: Path) -> Path:
+        (folder / name).write_bytes(b"")
+        return folder / name
+
+    return write
+
+
+def _holding(*names: str) -> Callable[[Path], Path]:
+    def write(folder: Path) -> Path:
+        for name in names:
+            written(folder / name, good())
+        return folder
+
+    return write
+
+
+def _with_config(text: str) -> Callable[[Path], Path]:
+    def write(folder: Path) -> Path:
+        (folder / "adapter_config.json").write_text(text)
+        written(folder / "adapter_model.safetensors", good())
+        return folder
+
+    return write
+
+
+def _pipe(folder: Path) -> Path:
+    os.mkfifo(folder / "adapter.safetensors")
+    return folder / "adapter.safetensors"
+
+
+FILES: dict[str, tuple[Callable[[Path], Path], str]] = {
+    "missing": (lambda folder: folder / "missing.safetensors", "there is no file 'missing.safetensors'"),
+    "no path": (lambda folder: folder / "a\0b.safetensors", "there is no file"),
+    "too long": (lambda folder: folder / ("x" * 5000), "cannot be read"),
+    "a pipe": (_pipe, "there is no file 'adapter.safetensors'"),
+    "truncated": (_truncated, "The file adapter.safetensors cannot be used: its header describes"),
+    "a huge header": (_with_a_huge_header, "The file adapter.safetensors cannot be used: it has no header"),
+    "empty": (_named("adapter.safetensors"), "The file adapter.safetensors cannot be used: it has no header"),
+    "metadata that is a list": (lambda folder: _with_metadata(folder, "[]"), "its metadata is no text"),
+    "metadata of numbers": (lambda folder: _with_metadata(folder, '{"a": 1}'), "its metadata is no text"),
+    "pickled .bin": (_named("pytorch_lora_weights.bin"), "pytorch_lora_weights.bin is a pickled file"),
+    "pickled .pt": (_named("adapter.pt"), "adapter.pt is a pickled file, which could run code"),
+    "pickled .ckpt": (_named("adapter.ckpt"), "adapter.ckpt is a pickled file"),
+    "something else": (_named("adapter.txt"), "'adapter.txt' is no .safetensors file"),
+    "an empty folder": (_holding(), "has no .safetensors file"),
+    "a folder of pickled files": (
+        lambda folder: _named("adapter_model.bin")(folder).parent,
+        "has only pickled files, which could run code",
+    ),
+    "a folder of two": (
+        _holding("a.safetensors", "b.safetensors"),
+        "has 2 files that could be meant (a.safetensors, b.safetensors)",
+    ),
+    "a folder of peft's and diffusers'": (
+        _holding("adapter_model.safetensors", "pytorch_lora_weights.safetensors"),
+        "has 2 files that could be meant",
+    ),
+    "no JSON": (_with_config("{'r': 4}"), "adapter_config.json is no JSON"),
+    "no JSON object": (_with_config("4"), "adapter_config.json is no JSON object"),
+    "deep JSON": (_with_config("[" * 100_000), "adapter_config.json is no JSON"),
+    "a huge configuration": (_with_config(" " * (1 << 21)), "adapter_config.json is no file, or too large"),
+    "another rank": (_with_config(json.dumps(config(r=2))), "of 2 layers, another rank is told than they have"),
+}
+
+
+@pytest.mark.parametrize("case", FILES)
+def test_a_path_that_leads_to_no_adapter_is_refused(case: str, tmp_path: Path, flux: DiffusionPipeline) -> None:
+    make, expected = FILES[case]
+    path = make(tmp_path)
+    assert expected in refusal(lambda: load_adapter(path, flux, shapes_of(flux)))
+
+
+@pytest.mark.parametrize("names", [("any.safetensors",), ("adapter_model.safetensors", "optimizer.safetensors")])
+def test_a_folder_with_one_adapter_is_read(names: tuple[str, ...], tmp_path: Path, flux: DiffusionPipeline) -> None:
+    folder = _holding(*names)(tmp_path)
+    written(folder / "optimizer.safetensors", {"x": torch.ones(1)}) if len(names) == 2 else None
+    assert set(load_adapter(folder, flux, shapes_of(flux)).layers["transformer"]) == {Q, K}
+
+
+def test_a_configuration_that_lies_beside_any_file_is_not_taken_for_its_own(
+    tmp_path: Path, flux: DiffusionPipeline
+) -> None:
+    _with_config(json.dumps(config(lora_alpha=9)))(tmp_path)
+    other = written(tmp_path / "other.safetensors", good())
+    assert load_adapter(other, flux, shapes_of(flux)).alpha == 4
+    assert load_adapter(tmp_path / "adapter_model.safetensors", flux, shapes_of(flux)).alpha == 9
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_garbled_names_are_refused_in_words(seed: int, flux: DiffusionPipeline) -> None:
+    """Converters fail at them in many ways, and none comes through."""
+    chance = random.Random(seed)
+    tensors = chance.choice([kohya_flux((4,), (4.0,)), xlabs_flux(4), adapter({Q: (64, 64), K: (64, 64)})])
+    for name in chance.sample(sorted(tensors), 2):
+        tensors[name.replace(chance.choice("._0a"), chance.choice(["", "9", "_", "processor."]))] = tensors.pop(name)
+    assert "cannot be used" in refusal(lambda: read(flux, tensors))

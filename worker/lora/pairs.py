@@ -1,0 +1,145 @@
+"""The pairs of low-rank factors of an adapter's file, under the file's own names. Nothing in a file is left aside."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from itertools import islice
+
+import torch
+
+from ...protocol.errors import InvalidRequest
+
+_FACTOR = re.compile(
+    r"(?P<layer>.+?)\.(?:lora_(?P<letter>[AB])|(?:lora_|lora\.|lora_linear_layer\.)?(?P<word>down|up))"
+    r"(?:\.default)?\.weight"
+)
+
+_ALPHA = ".alpha"
+
+_NOT_LOW_RANK = {
+    "DoRA": re.compile(r"dora_scale|lora_magnitude_vector"),
+    "LoKr": re.compile(r"lokr_"),
+    "LoHa": re.compile(r"hada_"),
+    "embeddings": re.compile(r"lora_embedding_"),
+    "Tucker decompositions": re.compile(r"lora_mid"),
+    "differences (diff)": re.compile(r"\.diff(_b|_m)?$"),
+    "norms": re.compile(r"\.[wb]_norm$"),
+    "biases": re.compile(r"\.(lora_[AB]|lora_up|lora_down|up|down)(\.default)?\.bias$"),
+}
+"""What adapters may hold besides pairs, by what their tensors' names contain."""
+
+_LONG_NUMBER = re.compile(r"\d{5}")
+"""No model has so many blocks, and there are converters that count up to the number."""
+
+_SHOWN = 3
+_SHOWN_CHARACTERS = 120
+
+
+def refused(reason: str, names: Iterable[str] = (), *, field: str = "lora_path") -> InvalidRequest:
+    """What whoever sent an adapter is told, with a few of the ``names`` that it is about."""
+    shown = ", ".join(name[:_SHOWN_CHARACTERS] for name in islice(names, _SHOWN))
+    return InvalidRequest(f"The adapter cannot be used: {reason}{f' ({shown})' if shown else ''}.", field=field)
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """The factors of one layer, in float32 and in memory of their own; ``alpha`` as the file has it for this layer.
+
+    ``names`` are those of the two tensors, down and up, and ``alpha_name`` that of the third, where there is one.
+    """
+
+    down: torch.Tensor
+    up: torch.Tensor
+    alpha: float | None
+    names: tuple[str, str]
+    alpha_name: str | None
+
+    @property
+    def rank(self) -> int:
+        return self.down.shape[0]
+
+
+@dataclass(slots=True)
+class _Found:
+    factors: dict[str, dict[bool, str]] = field(default_factory=dict)  # by layer, the names of down and up
+    alphas: dict[str, str] = field(default_factory=dict)
+
+
+def parse_factor(name: str) -> tuple[str, bool] | None:
+    """The layer that a tensor of this name is a factor of, and whether it is the one that widens (up)."""
+    if (match := _FACTOR.fullmatch(name)) is None:
+        return None
+    return match["layer"], match["letter"] == "B" or match["word"] == "up"
+
+
+def find_pairs(tensors: Mapping[str, torch.Tensor]) -> dict[str, Pair]:
+    """All pairs by the name of their layer. Raises ``InvalidRequest`` where there is anything else, or half a pair."""
+    found = _sort(tensors)
+    if not found.factors:
+        raise refused("it has no pairs of low-rank factors", tensors)
+    halves = [name for names in found.factors.values() if len(names) == 1 for name in names.values()]
+    if halves:
+        raise refused(f"{len(halves)} factors have no counterpart", halves)
+    if alone := [name for layer, name in found.alphas.items() if layer not in found.factors]:
+        raise refused(f"{len(alone)} alphas are of no layer", alone)
+    pairs = {
+        layer: _pair(tensors, names[False], names[True], found.alphas.get(layer))
+        for layer, names in found.factors.items()
+    }
+    if unfit := [layer for layer, pair in pairs.items() if not _fit(pair)]:
+        raise refused(f"{len(unfit)} pairs do not fit each other", (_shapes(layer, pairs[layer]) for layer in unfit))
+    bad = [layer for layer, pair in pairs.items() if not (_finite(pair.down) and _finite(pair.up))]
+    if bad:
+        raise refused(f"{len(bad)} layers have values that are infinite or no numbers", bad)
+    return pairs
+
+
+def _sort(tensors: Mapping[str, torch.Tensor]) -> _Found:
+    for kind, pattern in _NOT_LOW_RANK.items():
+        if others := [name for name in tensors if pattern.search(name)]:
+            raise refused(f"{len(others)} of its tensors are of {kind}, which cannot be applied", others)
+    found, strange = _Found(), list[str]()
+    for name, tensor in tensors.items():
+        if (factor := parse_factor(name)) is not None and tensor.is_floating_point() and not _LONG_NUMBER.search(name):
+            layer, is_up = factor
+            names = found.factors.setdefault(layer, {})
+            if is_up in names:
+                raise refused("it has a factor twice", (names[is_up], name))
+            names[is_up] = name
+        elif name.endswith(_ALPHA):
+            found.alphas[name.removesuffix(_ALPHA)] = name
+        else:
+            strange.append(name)
+    if strange:
+        raise refused(f"{len(strange)} of its tensors are no low-rank factors", strange)
+    return found
+
+
+def _pair(tensors: Mapping[str, torch.Tensor], down: str, up: str, alpha: str | None) -> Pair:
+    told = None if alpha is None else _alpha(alpha, tensors[alpha])
+    return Pair(_float32(tensors[down]), _float32(tensors[up]), told, (down, up), alpha)
+
+
+def _float32(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy, as a file's memory can be read-only, and converters multiply in place."""
+    return tensor.detach().to(device="cpu", dtype=torch.float32, copy=True).contiguous()
+
+
+def _alpha(name: str, tensor: torch.Tensor) -> float:
+    if tensor.numel() != 1 or tensor.is_complex() or not 0 < float(tensor) < float("inf"):
+        raise refused("an alpha is no positive number", [name])
+    return float(tensor)
+
+
+def _fit(pair: Pair) -> bool:
+    return min(pair.down.ndim, pair.up.ndim) >= 2 and pair.down.shape[0] == pair.up.shape[1] and pair.down.shape[0] > 0
+
+
+def _shapes(layer: str, pair: Pair) -> str:
+    return f"{layer}: {list(pair.up.shape)} and {list(pair.down.shape)}"
+
+
+def _finite(tensor: torch.Tensor) -> bool:
+    return bool(torch.isfinite(tensor).all())
