@@ -85,14 +85,8 @@ def convert(pairs: Mapping[str, Pair], pipeline: DiffusionPipeline) -> dict[str,
     the factors up of fused layers in parts of equal or known sizes.
     """
     owners = {name: layer for layer, pair in pairs.items() for name in pair.names}
-    given: dict[str, torch.Tensor] = {}
-    for pair in pairs.values():
-        for name, factor in zip(pair.names, (pair.down, pair.up), strict=True):
-            given[name] = _traced(factor, name)
-        if pair.alpha_name is not None:
-            given[pair.alpha_name] = torch.tensor(float(pair.rank))
     halves: dict[str, dict[bool, Traced]] = {}
-    for name, tensor in _converted(given, pipeline).items():
+    for name, tensor in _converted(pairs, pipeline).items():
         if (factor_of := parse_factor(name)) is None or not isinstance(tensor, Traced):
             raise NotConverted([name])
         halves.setdefault(factor_of[0], {})[factor_of[1]] = tensor
@@ -101,7 +95,26 @@ def convert(pairs: Mapping[str, Pair], pipeline: DiffusionPipeline) -> dict[str,
     if incomplete := [layer for layer, half in halves.items() if len(half) == 1]:
         raise NotConverted(incomplete)
     _check_nothing_is_lost(pairs, owners, halves)
-    return {layer: _pair(half[False], half[True], owners) for layer, half in halves.items()}
+    found = {layer: _pair(half[False], half[True], owners) for layer, half in halves.items()}
+    if turned := [layer for layer, pair in found.items() if any(_is_turned(pair, pairs[of]) for of in pair.layers)]:
+        raise NotConverted(turned)
+    return found
+
+
+def _converted(pairs: Mapping[str, Pair], pipeline: DiffusionPipeline) -> dict[str, torch.Tensor]:
+    """What diffusers reads from the pairs. Some converters need alphas, and some do not know them for every layer."""
+    if not isinstance(pipeline, LoraBaseMixin):
+        raise NotConverted([])
+    alphas = {pair.alpha_name: torch.tensor(float(pair.rank)) for pair in pairs.values() if pair.alpha_name is not None}
+    factors = {
+        name: _traced(factor, name)
+        for pair in pairs.values()
+        for name, factor in zip(pair.names, (pair.down, pair.up), strict=True)
+    }
+    try:
+        return _asked({**factors, **alphas}, pipeline)
+    except NotConverted:
+        return _asked(dict(factors), pipeline)
 
 
 def _traced(tensor: torch.Tensor, name: str) -> Traced:
@@ -110,10 +123,8 @@ def _traced(tensor: torch.Tensor, name: str) -> Traced:
     return found
 
 
-def _converted(given: dict[str, torch.Tensor], pipeline: DiffusionPipeline) -> dict[str, torch.Tensor]:
-    """What diffusers reads from these tensors, under peft's names, without the alphas."""
-    if not isinstance(pipeline, LoraBaseMixin):
-        raise NotConverted([])
+def _asked(given: dict[str, torch.Tensor], pipeline: DiffusionPipeline) -> dict[str, torch.Tensor]:
+    """What the pipeline's class makes of these tensors, under peft's names, without the alphas."""
     unet = pipeline.components.get("unet")
     options = {} if unet is None else {"unet_config": unet.config}  # which SDXL's blocks are numbered by
     try:
@@ -141,6 +152,14 @@ def _check_nothing_is_lost(
 def _pair(down: Traced, up: Traced, owners: Mapping[str, str]) -> Converted:
     layers = frozenset(owners[name] for name in down.sources | up.sources)
     return Converted(down.as_subclass(torch.Tensor), up.as_subclass(torch.Tensor), layers)
+
+
+def _is_turned(pair: Converted, source: Pair) -> bool:
+    """Whether the halves of the rank have changed places in one factor alone: where scale and shift are to change
+    places, HunyuanVideo's converter does that with both factors, which is another adapter."""
+    if pair.down.shape != source.down.shape or torch.equal(pair.down, source.down):
+        return False
+    return torch.equal(pair.down, torch.cat(source.down.chunk(2)[::-1]))
 
 
 @contextmanager

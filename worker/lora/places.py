@@ -9,6 +9,7 @@ from diffusers import DiffusionPipeline
 from torch import nn
 
 from ..sizes import DENOISERS
+from ..weights.fuse import FusedPart
 from ..weights.layout import Layout
 from .convert import Converted, NotConverted, convert
 from .pairs import Pair, refused
@@ -84,11 +85,18 @@ def _locate(name: str, shapes: Shapes) -> Place | None:
     return next(((component, n) for n in (layer, layer.removeprefix(_NESTED_TEXT)) if n in layers), None)
 
 
+def _is_known(module: nn.Module) -> bool:
+    """Whether a product added to the weight is what the factors beside it would compute; with groups, it is not."""
+    if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+        return module.groups == 1
+    return isinstance(module, nn.Linear | FusedPart)
+
+
 def _fault(where: Place, pair: Converted, module: nn.Module, shapes: Shapes) -> str | None:
     component, layer = where
     shape, rank = shapes[component][layer], pair.down.shape[0]
-    if isinstance(module.get_submodule(layer), nn.Embedding) or len(shape) < 2:
-        return f"{component}.{layer}: it is neither linear nor a convolution"
+    if not _is_known(module.get_submodule(layer)):
+        return f"{component}.{layer}: it is neither linear nor a convolution without groups"
     if tuple(pair.down.shape) != (rank, *shape[1:]) or tuple(pair.up.shape) != (
         shape[0],
         rank,

@@ -174,6 +174,33 @@ def musubi_wan(ranks: Sequence[int], alphas: Sequence[float]) -> Tensors:
     return adapter(underscores(WAN), WORDS, before="lora_unet_", ranks=ranks, alphas=alphas)
 
 
+FLUX2 = {
+    "double_blocks.0.img_attn.qkv": (192, 64),
+    "double_blocks.0.img_attn.proj": (64, 64),
+    "double_blocks.0.img_mlp.0": (384, 64),
+    "double_blocks.0.img_mlp.2": (64, 192),
+    "double_blocks.0.txt_attn.qkv": (192, 64),
+    "double_blocks.0.txt_attn.proj": (64, 64),
+    "double_blocks.0.txt_mlp.0": (384, 64),
+    "double_blocks.0.txt_mlp.2": (64, 192),
+    "single_blocks.0.linear1": (576, 64),
+    "single_blocks.0.linear2": (64, 256),
+    "img_in": (64, 16),
+}
+"""The tiny FLUX.2 under its first names."""
+
+HUNYUAN = {
+    "double_blocks.0.img_attn_qkv": (192, 64),
+    "double_blocks.0.img_attn_proj": (64, 64),
+    "double_blocks.0.img_mlp.fc1": (256, 64),
+    "double_blocks.0.txt_attn_qkv": (192, 64),
+    "double_blocks.0.txt_mod.linear": (384, 64),
+    "single_blocks.0.linear2": (64, 320),
+    "single_blocks.0.modulation.linear": (192, 64),
+}
+"""The tiny HunyuanVideo under its first names."""
+
+
 def old_text_encoder() -> Tensors:
     """A text encoder's attention as diffusers wrote it, with its own names for the projections."""
     kinds = ("to_q_lora", "to_k_lora", "to_v_lora", "to_out_lora")

@@ -98,6 +98,17 @@ FILES: dict[str, tuple[str, Callable[[], Tensors], str]] = {
         ),
         "kohya",
     ),
+    "flux2 kohya": (
+        "flux2",
+        lambda: adapter(
+            formats.underscores(formats.FLUX2), WORDS, before="lora_unet_", ranks=RANKS, alphas=ALPHAS
+        ),
+        "kohya",
+    ),
+    "flux2 ai-toolkit": (
+        "flux2", lambda: adapter(formats.FLUX2, before="diffusion_model.", ranks=RANKS), "ai-toolkit",
+    ),
+    "hunyuan original": ("hunyuan_video", lambda: adapter(formats.HUNYUAN, ranks=RANKS), "peft"),
     "zimage ai-toolkit": (
         "zimage", lambda: adapter(attention(linear("zimage")), before="diffusion_model.", alphas=ALPHAS), "ai-toolkit",
     ),
@@ -111,6 +122,16 @@ def test_every_layer_gets_what_diffusers_would_add_to_it(case: str, tmp_path: Pa
     file = read(name, path)
     assert_same(deltas(file), by_diffusers(name, path))
     assert file.format == kind
+
+
+OTHERS = ("chroma", "auraflow", "ltx", "cogvideox", "lumina2", "sana", "qwenimage_edit")
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_diffusers_own_names_are_read_for_every_family(name: str, tmp_path: Path) -> None:
+    weights = {layer: shape for layer, shape in linear(name).items() if not layer.endswith("conv_depth")}
+    path = written(tmp_path / "adapter.safetensors", adapter(weights, before="transformer.", ranks=RANKS))
+    assert_same(deltas(read(name, path)), by_diffusers(name, path))
 
 
 MIXED: dict[str, tuple[str, Callable[[], Tensors]]] = {
@@ -165,3 +186,13 @@ def test_the_order_of_scale_and_shift_is_turned_around_with_the_last_modulation(
     path = written(tmp_path / "adapter.safetensors", tensors)
     shift, scale = (1.5 * product(tensors, name, WORDS)).chunk(2)
     assert_same(deltas(read("flux", path)), {("transformer", "norm_out.linear"): torch.cat([scale, shift])})
+
+
+def test_alphas_that_a_converter_does_not_know_apply(tmp_path: Path) -> None:
+    """Wan's knows them for layers in blocks alone."""
+    weights = {**formats.WAN, **formats.WAN_OUTSIDE}
+    tensors = adapter(weights, WORDS, before="diffusion_model.", alphas=(2.0,))
+    path = written(tmp_path / "adapter.safetensors", tensors)
+    without = {name: tensor for name, tensor in tensors.items() if not name.endswith(".alpha")}
+    unscaled = by_diffusers("wan", written(tmp_path / "without.safetensors", without))
+    assert_same(deltas(read("wan", path)), {place: delta / 2 for place, delta in unscaled.items()})

@@ -145,11 +145,11 @@ BROKEN: dict[str, tuple[Tensors, str]] = {
     ),
     "an embedding": (
         good(**adapter({"shared": (1, 1)}, before="text_encoder_2.")),
-        "1 of its layers do not fit the model's (text_encoder_2.shared: it is neither linear nor a convolution)",
+        "1 of its layers do not fit the model's (text_encoder_2.shared: it is neither linear nor a convolution",
     ),
     "a norm": (
         good(**adapter({"transformer_blocks.0.attn.norm_q": (16, 16)}, before="transformer.")),
-        "norm_q: it is neither linear nor a convolution)",
+        "norm_q: it is neither linear nor a convolution without groups)",
     ),
     "an unknown layer": (
         good(**adapter({"transformer_blocks.7.attn.to_q": (64, 64)}, before="transformer.")),
@@ -170,6 +170,14 @@ BROKEN: dict[str, tuple[Tensors, str]] = {
 def test_what_does_not_fit_is_named(case: str, flux: DiffusionPipeline) -> None:
     tensors, expected = BROKEN[case]
     assert expected in refusal(lambda: read(flux, tensors))
+
+
+def test_a_convolution_in_groups_is_refused(pipelines: Callable[[str], DiffusionPipeline]) -> None:
+    """A factor beside it would be in groups too, and no product of matrices is what both compute."""
+    layer = "transformer_blocks.0.ff.conv_depth"
+    shape = shapes_of(pipelines("sana"))["transformer"][layer]
+    message = refusal(lambda: read(pipelines("sana"), adapter({layer: shape}, before="transformer.")))
+    assert f"(transformer.{layer}: it is neither linear nor a convolution without groups)" in message
 
 
 def test_no_more_than_three_names_are_shown(flux: DiffusionPipeline) -> None:
@@ -243,6 +251,20 @@ LOST: dict[str, tuple[str, Callable[[], Tensors], str]] = {
             **adapter({"lora_unet_mid_block_attentions_0_proj_in": (32, 32)}, WORDS, alphas=(4.0,)),
         },
         "lora_unet_input_blocks_0_0",
+    ),
+    "a modulation of FLUX.2": (
+        "flux2",
+        lambda: adapter(
+            {"double_blocks_0_img_attn_proj": (64, 64), "final_layer_adaLN_modulation_1": (128, 64)},
+            WORDS,
+            before="lora_unet_",
+        ),
+        "lora_unet_final_layer_adaLN_modulation_1",
+    ),
+    "a modulation of HunyuanVideo, in the wrong order": (
+        "hunyuan_video",
+        lambda: adapter({"double_blocks.0.img_attn_qkv": (192, 64), "final_layer.adaLN_modulation.1": (128, 64)}),
+        "transformer.norm_out.linear",
     ),
     "a fused layer beside its parts": (
         "zimage",
