@@ -42,6 +42,7 @@ class Beside:
         self._ranks = ranks
         self._now: _Alike | _Mixed | None = None
         self._alike: OrderedDict[tuple[str, Uses], _Alike] = OrderedDict()
+        self._loaded: list[Adapter] = []
         self._stacks: dict[str, _Stacks] = {}
 
     def watch(self, component: str, module: nn.Module) -> None:
@@ -51,11 +52,9 @@ class Beside:
 
     def set_loaded(self, adapters: Sequence[Adapter]) -> None:
         """These can be used from now on."""
+        self._loaded = list(adapters)
         self._alike.clear()
-        self._stacks = {
-            component: _Stacks(component, list(adapters), self._ranks)
-            for component in {name for adapter in adapters for name in adapter.terms}
-        }
+        self._stacks.clear()
 
     @contextmanager
     def during(self, component: str, rows: Sequence[tuple[int, Uses]], *, listed: bool = False) -> Iterator[None]:
@@ -74,7 +73,17 @@ class Beside:
         first = touching[0][1]
         if all(uses == first for _, uses in touching):
             return self._of_all(component, first) if first else None
-        return _Mixed(self._stacks[component], touching, listed=listed)
+        return _Mixed(
+            self._stack(component, {adapter for _, uses in touching for adapter, _ in uses}), touching, listed=listed
+        )
+
+    def _stack(self, component: str, used: set[Adapter]) -> _Stacks:
+        """The factors of all that are loaded, and of ``used``: requests may still have what is not loaded any more."""
+        found = self._stacks.get(component)
+        if found is None or not used <= set(found.adapters):
+            found = _Stacks(component, list(dict.fromkeys([*self._loaded, *used])), self._ranks)
+            self._stacks[component] = found
+        return found
 
     def _of_all(self, component: str, uses: Uses) -> _Alike:
         key = (component, uses)
@@ -153,17 +162,17 @@ class _Stacks:
 
     def __init__(self, component: str, adapters: list[Adapter], ranks: Ranks) -> None:
         self.ranks = ranks
-        self._adapters = [adapter for adapter in adapters if component in adapter.terms]
+        self.adapters = [adapter for adapter in adapters if component in adapter.terms]
         self._component = component
         self._layers: dict[tuple[str, torch.dtype], _Factors | None] = {}
 
     def place(self, adapter: Adapter) -> int:
-        return 1 + self._adapters.index(adapter)
+        return 1 + self.adapters.index(adapter)
 
     def layer(self, path: str, dtype: torch.dtype) -> _Factors | None:
         key = (path, dtype)
         if key not in self._layers:
-            terms = [adapter.terms[self._component].get(path) for adapter in self._adapters]
+            terms = [adapter.terms[self._component].get(path) for adapter in self.adapters]
             self._layers[key] = _stacked(terms, dtype) if any(terms) else None
         return self._layers[key]
 

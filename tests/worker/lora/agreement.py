@@ -54,7 +54,7 @@ def layers_of(transformer: nn.Module, made: Made) -> dict[str, nn.Linear]:
         for path, layer in transformer.named_modules()
         if type(layer) is nn.Linear and any(part in path for part in made.layers)
     }
-    assert len(found) > 3
+    assert found
     return found
 
 
