@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 
 import torch
@@ -39,6 +40,7 @@ class Made:
     alpha: float
     layers: tuple[str, ...] = ("",)
     seed: int = 0
+    kinds: tuple[type[nn.Linear] | type[nn.Conv2d], ...] = (nn.Linear,)
 
 
 ADAPTERS = (
@@ -48,11 +50,11 @@ ADAPTERS = (
 )
 
 
-def layers_of(transformer: nn.Module, made: Made) -> dict[str, nn.Linear]:
+def layers_of(transformer: nn.Module, made: Made) -> dict[str, nn.Linear | nn.Conv2d]:
     found = {
         path: layer
         for path, layer in transformer.named_modules()
-        if type(layer) is nn.Linear and any(part in path for part in made.layers)
+        if isinstance(layer, made.kinds) and any(part in path for part in made.layers)
     }
     assert found
     return found
@@ -63,11 +65,13 @@ def write_adapter(made: Made, transformer: nn.Module, folder: Path, strength: fl
     torch.manual_seed(made.seed)
     tensors = {}
     for path, layer in layers_of(transformer, made).items():
-        size = strength * float(layer.weight.std()) * layer.in_features**0.5
-        down = torch.randn(made.rank, layer.in_features) / layer.in_features**0.5
-        up = torch.randn(layer.out_features, made.rank) * size / made.rank**0.5 * (made.rank / made.alpha)
+        out, *shape = layer.weight.shape
+        inputs = prod(shape)
+        size = strength * float(layer.weight.detach().std()) * inputs**0.5
+        down = torch.randn(made.rank, *shape) / inputs**0.5
+        up = torch.randn(out, made.rank) * size / made.rank**0.5 * (made.rank / made.alpha)
         tensors[f"base_model.model.{path}.lora_A.weight"] = down
-        tensors[f"base_model.model.{path}.lora_B.weight"] = up
+        tensors[f"base_model.model.{path}.lora_B.weight"] = up.view(*up.shape, *[1] * (len(shape) - 1))
     target = folder / made.nickname
     target.mkdir(parents=True, exist_ok=True)
     save_file(tensors, target / "adapter_model.safetensors")
