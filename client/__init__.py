@@ -18,9 +18,12 @@ from .async_client import AsyncClient
 from .async_weights import AsyncBegunUpdate, AsyncWeights
 from .errors import ConnectionLost, InvalidTensor, TensorsDiffer, TensorsRejected, Unreachable
 from .results import (
+    ActiveLora,
     Event,
     Generation,
     Health,
+    LoadedLora,
+    Loras,
     Output,
     Preview,
     Progress,
@@ -34,6 +37,7 @@ from .sync_client import Client
 from .weights import BegunUpdate, Weights
 
 __all__ = [
+    "ActiveLora",
     "AsyncBegunUpdate",
     "AsyncClient",
     "AsyncWeights",
@@ -50,6 +54,8 @@ __all__ = [
     "Internal",
     "InvalidRequest",
     "InvalidTensor",
+    "LoadedLora",
+    "Loras",
     "Malformed",
     "NotFound",
     "Output",

@@ -10,12 +10,12 @@ from typing import Any, Self
 import httpx
 
 from ..protocol.errors import DeadlinePassed, SafelightError, Unavailable
-from . import calls, weight_calls
+from . import adapter_calls, calls, weight_calls
 from .async_weights import AsyncWeights
 from .calls import Call
 from .endpoint import DEFAULT_TIMEOUT_S, DEFAULT_URL, Endpoint, ReadyWait
 from .errors import transport_errors
-from .results import Event, Generation, Health
+from .results import Event, Generation, Health, Loras
 from .retry import Retries
 from .sync_client import Client
 
@@ -92,6 +92,30 @@ class AsyncClient:
     async def flush_cache(self) -> None:
         """:meth:`Client.flush_cache`, awaited."""
         await self._fetch(weight_calls.FLUSH_CACHE)
+
+    @calls.with_arguments_of(adapter_calls.set_lora)
+    async def set_lora(self, call: Call) -> Loras:
+        """:meth:`Client.set_lora`, awaited."""
+        return self._endpoint.loras(await self._fetch(call))
+
+    @calls.with_arguments_of(adapter_calls.merge_lora)
+    async def merge_lora(self, call: Call) -> Loras:
+        """:meth:`Client.merge_lora`, awaited."""
+        return self._endpoint.loras(await self._fetch(call))
+
+    @calls.with_arguments_of(adapter_calls.unmerge_lora)
+    async def unmerge_lora(self, call: Call) -> Loras:
+        """:meth:`Client.unmerge_lora`, awaited."""
+        return self._endpoint.loras(await self._fetch(call))
+
+    @calls.with_arguments_of(adapter_calls.unload_lora)
+    async def unload_lora(self, call: Call) -> Loras:
+        """:meth:`Client.unload_lora`, awaited."""
+        return self._endpoint.loras(await self._fetch(call))
+
+    async def loras(self) -> Loras:
+        """:meth:`Client.loras`, awaited."""
+        return self._endpoint.loras(await self._fetch(adapter_calls.LIST))
 
     async def aclose(self) -> None:
         self._blocking.close()

@@ -17,7 +17,7 @@ from ..protocol.errors import SafelightError, Unavailable
 from .calls import Call
 from .errors import ConnectionLost, decode, error_from_event, error_from_reply, message_of
 from .event_stream import EventDecoder, ServerSentEvent
-from .results import Event, Generation, Health, Preview, Progress, Queued, Result
+from .results import Event, Generation, Health, Loras, Preview, Progress, Queued, Result
 from .retry import Attempts, Retries
 
 DEFAULT_URL = "http://127.0.0.1:30000"
@@ -84,6 +84,10 @@ class Endpoint:
     def generation(self, content: bytes | str) -> Generation:
         generation: Generation = decode(content, Generation, self.base_url)
         return generation
+
+    def loras(self, reply: bytes) -> Loras:
+        told: Loras = decode(reply, Loras, self.base_url)
+        return told
 
     def document(self, content: bytes) -> dict[str, Any]:
         document: dict[str, Any] = decode(content, dict[str, Any], self.base_url)

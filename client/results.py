@@ -6,7 +6,7 @@ Pictures arrive as base64 in JSON; decoding these classes gives their bytes. In 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
 
@@ -161,3 +161,32 @@ class UpdateProgress(msgspec.Struct, frozen=True):
 
     sent: int
     total: int | None
+
+
+class LoadedLora(msgspec.Struct, frozen=True):
+    """An adapter that the server has loaded; ``path`` is ``None`` for one that came as tensors."""
+
+    nickname: str
+    path: str | None
+    rank: int
+    alpha: float
+    bytes: int
+    components: tuple[str, ...]
+
+
+class ActiveLora(msgspec.Struct, frozen=True):
+    """An adapter of one component, for all requests; one of mode ``merge`` that is not ``merged`` has no effect."""
+
+    nickname: str
+    path: str | None
+    merged: bool
+    mode: Literal["merge", "dynamic"]
+    strength: float
+
+
+class Loras(msgspec.Struct, frozen=True):
+    """The server's adapters, and those that are active by component. ``message`` says what a change has done."""
+
+    loaded: tuple[LoadedLora, ...] = msgspec.field(name="loaded_adapters")
+    active: dict[str, tuple[ActiveLora, ...]]
+    message: str = ""

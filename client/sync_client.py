@@ -10,11 +10,11 @@ from typing import Any, Self
 import httpx
 
 from ..protocol.errors import DeadlinePassed, SafelightError, Unavailable
-from . import calls, weight_calls
+from . import adapter_calls, calls, weight_calls
 from .calls import Call
 from .endpoint import DEFAULT_TIMEOUT_S, DEFAULT_URL, Endpoint, ReadyWait
 from .errors import transport_errors
-from .results import Event, Generation, Health
+from .results import Event, Generation, Health, Loras
 from .retry import Retries
 from .weights import Weights
 
@@ -107,6 +107,34 @@ class Client:
     def flush_cache(self) -> None:
         """Have the server forget what it could make again, such as prompt embeddings."""
         self._fetch(weight_calls.FLUSH_CACHE)
+
+    @calls.with_arguments_of(adapter_calls.set_lora)
+    def set_lora(self, call: Call) -> Loras:
+        """Load adapters, of files or directories where the server may read, and have them active for all requests.
+
+        ``mode`` is how: ``merge`` into the weights, ``dynamic`` beside them, ``auto`` whichever loses nothing, or
+        ``request``, for requests alone that name them (``generate(lora=[{"name": nickname, "scale": 0.8}])``).
+        """
+        return self._endpoint.loras(self._fetch(call))
+
+    @calls.with_arguments_of(adapter_calls.merge_lora)
+    def merge_lora(self, call: Call) -> Loras:
+        """Merge what is active into the weights, with other strengths if they are given."""
+        return self._endpoint.loras(self._fetch(call))
+
+    @calls.with_arguments_of(adapter_calls.unmerge_lora)
+    def unmerge_lora(self, call: Call) -> Loras:
+        """Take what is merged out of the weights; every byte is as before."""
+        return self._endpoint.loras(self._fetch(call))
+
+    @calls.with_arguments_of(adapter_calls.unload_lora)
+    def unload_lora(self, call: Call) -> Loras:
+        """Have the server let go of an adapter."""
+        return self._endpoint.loras(self._fetch(call))
+
+    def loras(self) -> Loras:
+        """What is loaded, and what is active."""
+        return self._endpoint.loras(self._fetch(adapter_calls.LIST))
 
     def close(self) -> None:
         self._http.close()
