@@ -1,10 +1,10 @@
 """What adapters cost: to activate one, beside the weights for each step, and to serve many at once.
 
-``python -m safelight.benchmarks.lora [--quick]`` serves a random model of about a second a picture, for the cost of one
-step with an adapter beside the weights against the same adapter merged into them, and for the time that a loaded adapter
-takes to become active; and the embedded model under 16 clients, each with one of 8 adapters by request, against the same
-load without any, and against changing the active one between requests. Both sides of a ratio are measured in turns, in
-one run. Written to ``benchmarks/results/lora.json`` and ``lora.md``.
+``python -m safelight.benchmarks.lora [--quick]`` serves a random model of about a second a picture, for the cost of a
+step with an adapter beside the weights against the same adapter merged into them, and for the time in which a loaded
+adapter becomes active; and the embedded model under 16 clients, each with one of 8 adapters by request, against the
+same load without any, and against changing the active one between requests. Both sides of a ratio are measured in
+turns, in one run. Written to ``benchmarks/results/lora.json`` and ``lora.md``.
 """
 
 from __future__ import annotations

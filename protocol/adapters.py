@@ -10,7 +10,7 @@ Mode = Literal["merge", "dynamic"]
 """In the weights, or computed beside them."""
 
 SENT = "lora_merge"
-"""The nickname of an adapter that came as tensors."""
+"""With its component behind a colon the nickname of an adapter that came as tensors."""
 
 ADAPTER_FILE = "adapter_model.safetensors"
 """What the server calls its own copy of an adapter."""
@@ -32,8 +32,8 @@ class Use(msgspec.Struct, frozen=True):
 class Source(msgspec.Struct, frozen=True):
     """An adapter to load. ``path`` is what its sender calls it, and ``folder`` holds the server's own copy of it.
 
-    Two with the same ``digest`` are the same, also in ``alpha``, which stands for what the files say. With a ``rank``
-    it must be of that.
+    What it has for one denoiser is for the denoiser ``target``, if that is one. Two with the same ``digest`` are the
+    same, also in ``alpha``, which stands for what the files say. With a ``rank`` it must be of that.
     """
 
     nickname: str
@@ -42,6 +42,7 @@ class Source(msgspec.Struct, frozen=True):
     digest: str
     alpha: float | None = None
     rank: int | None = None
+    target: str = ALL
 
 
 class Loaded(msgspec.Struct, frozen=True):
@@ -73,8 +74,9 @@ class AdapterState(msgspec.Struct, frozen=True):
 class SetAdapters(msgspec.Struct, tag=True, frozen=True, kw_only=True):
     """Have ``nicknames`` be the active adapters of ``target``, with these ``strengths``.
 
-    ``sources`` are loaded first, in place of what was loaded under their names. ``recent`` are all nicknames, the one
-    that was not used for longest first: while there are too many, those go.
+    ``sources`` are loaded first, in place of what was loaded under their names. With ``keeps`` others stay active.
+    ``recent`` are all nicknames, the one that was not used for longest first: while there are too many, those go, but
+    for such as are ``busy``.
     """
 
     nicknames: list[str]
@@ -83,6 +85,8 @@ class SetAdapters(msgspec.Struct, tag=True, frozen=True, kw_only=True):
     mode: WantedMode = "auto"
     sources: list[Source] = []
     recent: list[str] = []
+    keeps: bool = False
+    busy: list[str] = []
 
 
 class MergeAdapters(msgspec.Struct, tag=True, frozen=True):

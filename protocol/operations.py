@@ -184,19 +184,24 @@ class Save(msgspec.Struct, tag=True, frozen=True):
     folder: str
 
 
+class Settled(msgspec.Struct, tag=True, frozen=True):
+    """Do nothing. When it is done, so is all that came before."""
+
+
 class Adapt(msgspec.Struct, tag=True, frozen=True):
     """Change the adapters. Like an update it is prepared, written and committed.
 
-    One that ``publishes`` makes a new version of the weights, ``weight_version`` if it is given.
+    One with an adapter that was ``sent``, whose nickname this is, makes a new version of the weights,
+    ``weight_version`` if it is given.
     """
 
     change: AdapterChange
-    publishes: bool = False
+    sent: str | None = None
     weight_version: str | None = None
 
 
 AboutWeights = Update | Begin | Commit | Abort | Digests | CheckTensors | Export | Join | Leave
-AboutAdapters = Save | Adapt
+AboutAdapters = Save | Adapt | Settled
 Operation = AboutWeights | AboutAdapters | Flush | Sleep | Wake
 
 

@@ -105,6 +105,7 @@ class Dispatcher:
             lambda number, order: self._outbox.to_replicas.append((number, order)),
             journal=config.weights_journal is not None,
             first_adapters=adapters,
+            named=self._named_adapters,
             resume=self._resume,
             end_all=self._end_all,
             drained=self._drained,
@@ -201,6 +202,10 @@ class Dispatcher:
                 self._operations.answered(number, message, now)
         replica.sign_of_life(now)
         self._settle(now)
+
+    def _named_adapters(self) -> set[str]:
+        """By requests that are not answered yet."""
+        return {use.name for request in self._live.values() for use in request.generate.lora or ()}
 
     def _admit(self, generate: Generate, now: float) -> None:
         if refusal := self._refusal(generate):

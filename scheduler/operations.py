@@ -34,6 +34,7 @@ from ..protocol.operations import (
     Perform,
     Performed,
     Report,
+    Settled,
     Sleep,
     Step,
     Update,
@@ -51,8 +52,8 @@ RETRY_S = 5.0
 class Operations:
     """Owns the line and what every replica has been told to be.
 
-    ``resume`` takes a request that is held no longer, ``end_all`` ends all requests that were accepted before, and
-    ``drained`` says whether none of them is left.
+    ``named`` tells the adapters that requests name. ``resume`` takes a request that is held no longer, ``end_all`` ends
+    all requests that were accepted before, and ``drained`` says whether none of them is left.
     """
 
     def __init__(
@@ -63,6 +64,7 @@ class Operations:
         *,
         journal: bool,
         first_adapters: SetAdapters | None = None,
+        named: Callable[[], Iterable[str]] = lambda: (),
         resume: Callable[[Request], None],
         end_all: Callable[[SafelightError], None],
         drained: Callable[[], bool],
@@ -73,6 +75,7 @@ class Operations:
         self.adapters = AdapterState()
         """Those that were committed."""
         self._first_adapters = first_adapters
+        self._named = named
         self.asleep: set[str] = set()
         """The tags that replicas were told to let go of."""
         self._journal = journal
@@ -270,6 +273,9 @@ class Operations:
         operation = part.operation
         if transaction.only is not None:
             return self._begin_for_one(transaction, operation, transaction.only)
+        if isinstance(operation, Settled):
+            self._operated(part, {}, self.version)
+            return True
         replicas = self._participants(transaction)
         if not replicas:
             self._fail(part, Unavailable(f"No replica is ready: {self._replicas.reasons()}.", retry_after_s=RETRY_S))
@@ -402,8 +408,9 @@ class Operations:
             transaction.running = running
             self._order(running, "write")
         elif isinstance(operation, Adapt):
-            published = (operation.weight_version or self._next_version()) if operation.publishes else self.version
-            running.version = published or ""
+            running.version = self.version or ""
+            if operation.sent is not None:
+                running.version = operation.weight_version or self._next_version()
             transaction.running = running
             self._order(running, "commit")
         elif isinstance(operation, Update):
@@ -511,7 +518,8 @@ class Operations:
         if not isinstance(operation.change, SetAdapters):
             return operation
         self._recent = {name: None for name in self._recent if name in self.adapters.loaded}
-        return Adapt(replace(operation.change, recent=list(self._recent)))
+        change = replace(operation.change, recent=list(self._recent), busy=sorted(set(self._named())))
+        return replace(operation, change=change)
 
     def _done(self, transaction: Transaction, running: Running) -> None:
         operation, reports = running.part.operation, running.reports

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import secrets
 import shutil
+import stat
 from pathlib import Path
+from typing import BinaryIO
 
-from ..protocol.adapters import ADAPTER_FILE, SetAdapters, Source
+from ..protocol.adapters import ADAPTER_FILE, ALL, SetAdapters, Source
 from ..protocol.config import Config
 from ..protocol.errors import InvalidRequest, NotFound, SafelightError, StartFailed, Unavailable
 from ..protocol.tensor_files import BadTensorFile, read_head
@@ -28,7 +31,7 @@ def first_adapters(config: Config, shared: Path) -> SetAdapters | None:
     if not all(name and path for name, _, path in pairs) or len({name for name, _, _ in pairs}) < len(pairs):
         raise StartFailed(f"--lora is {config.lora!r}; it must be name=path, and further ones after commas.")
     try:
-        sources = [copy_adapter(path, name, None, config, shared) for name, _, path in pairs]
+        sources = [copy_adapter(path, name, new_folder(shared), config) for name, _, path in pairs]
     except SafelightError as error:
         raise StartFailed(f"--lora cannot be used: {error.message}") from None
     return SetAdapters(
@@ -39,32 +42,34 @@ def first_adapters(config: Config, shared: Path) -> SetAdapters | None:
     )
 
 
-def copy_adapter(path: str, nickname: str, alpha: float | None, config: Config, shared: Path) -> Source:
-    """A copy of the adapter at ``path``, a safetensors file or a directory with one, in a folder below ``shared``.
+def new_folder(shared: Path) -> Path:
+    """Where an adapter can be kept; it is not there yet."""
+    return shared / f"adapter-{secrets.token_hex(8)}"
+
+
+def copy_adapter(
+    path: str, nickname: str, folder: Path, config: Config, *, alpha: float | None = None, target: str = ALL
+) -> Source:
+    """A copy of the adapter at ``path``, a safetensors file or a directory with one, in ``folder``, which is made.
 
     Raises ``NotFound``, ``Forbidden`` outside the roots that the server allows, ``InvalidRequest`` for what is no
     safetensors file, and ``Unavailable`` where there is no room; nothing is left then.
     """
     try:
         found = find_path(path, config, field=_FIELD)
-        file = _file_in(found)
-        beside = (
-            find_path(str(file.parent / _CONFIG), config, field=_FIELD) if (file.parent / _CONFIG).exists() else None
-        )
-    except SafelightError:
-        raise
+        file = find_path(str(_file_in(found)), config, field=_FIELD)  # a link in it may lead elsewhere
+        beside = found / _CONFIG if found.is_dir() else found.parent / _CONFIG
+        configured = beside.exists() and (found.is_dir() or found.name == ADAPTER_FILE)
+        settings = find_path(str(beside), config, field=_FIELD) if configured else None
     except (OSError, ValueError, RuntimeError) as error:
         raise NotFound(f"There is nothing at {path[:200]} ({type(error).__name__}).", field=_FIELD) from None
-    folder = new_folder(shared)
     try:
         folder.mkdir(mode=0o700)
         digest = hashlib.sha256(repr(alpha).encode())
-        _copy(file, folder / ADAPTER_FILE, digest)
-        if beside is not None:
-            if beside.stat().st_size > _LARGEST_CONFIG:
-                raise InvalidRequest(f"{_CONFIG} is larger than an adapter's configuration.", field=_FIELD)
-            _copy(beside, folder / _CONFIG, digest)
-        return Source(nickname, path, str(folder), digest.hexdigest(), alpha)
+        _copy(file, folder / ADAPTER_FILE, config.max_lora_mb * 1_000_000, digest)
+        if settings is not None:
+            _copy(settings, folder / _CONFIG, _LARGEST_CONFIG, digest)
+        return Source(nickname, path, str(folder), digest.hexdigest(), alpha, target=target)
     except BaseException as error:
         shutil.rmtree(folder, ignore_errors=True)
         if isinstance(error, BadTensorFile):
@@ -72,11 +77,6 @@ def copy_adapter(path: str, nickname: str, alpha: float | None, config: Config, 
         if isinstance(error, OSError):
             raise Unavailable(f"The adapter could not be kept in shared memory: {error.strerror or error}.") from error
         raise
-
-
-def new_folder(shared: Path) -> Path:
-    """Where an adapter can be kept; it is not there yet."""
-    return shared / f"adapter-{secrets.token_hex(8)}"
 
 
 def _file_in(found: Path) -> Path:
@@ -94,11 +94,29 @@ def _file_in(found: Path) -> Path:
     return files[0]
 
 
-def _copy(source: Path, target: Path, digest: hashlib._Hash) -> None:
-    with source.open("rb") as read, target.open("xb") as written:
+def _copy(source: Path, target: Path, most: int, digest: hashlib._Hash) -> None:
+    with _opened(source) as read, target.open("xb") as written:
+        size = os.fstat(read.fileno()).st_size
+        if size > most:
+            raise InvalidRequest(
+                f"{source.name} has {-(-size // 1_000_000)} MB; at most {most // 1_000_000} MB are allowed.",
+                field=_FIELD,
+            )
         if target.suffix == ".safetensors":
-            read_head(read, source.stat().st_size)  # before anything of it is copied
+            read_head(read, size)  # before anything of it is copied
             read.seek(0)
         while data := read.read(_TOGETHER):
             digest.update(data)
             written.write(data)
+
+
+def _opened(path: Path) -> BinaryIO:
+    """A regular file. Raises ``NotFound`` and ``InvalidRequest``."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # which waits for nobody's other end
+    except OSError as error:
+        raise NotFound(f"{path.name[:200]} cannot be read: {error.strerror}.", field=_FIELD) from None
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise InvalidRequest(f"{path.name[:200]} is no file.", field=_FIELD)
+    return os.fdopen(descriptor, "rb")

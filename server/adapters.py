@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-import shutil
 from collections.abc import Awaitable, Callable
+from pathlib import Path
 from typing import Annotated, Any
 
 import msgspec
@@ -13,6 +13,7 @@ from msgspec import Meta
 
 from ..protocol.adapters import (
     ALL,
+    SENT,
     AdapterState,
     MergeAdapters,
     SetAdapters,
@@ -21,7 +22,7 @@ from ..protocol.adapters import (
     UnmergeAdapters,
     WantedMode,
 )
-from ..protocol.errors import ClientGone, InvalidRequest
+from ..protocol.errors import InvalidRequest
 from ..protocol.operations import Adapt, Barrier, ListAdapters, Operated
 from .adapter_files import copy_adapter
 from .operating import Operating, first_report
@@ -92,34 +93,28 @@ class _Routes:
     def __init__(self, service: Service) -> None:
         self._service = service
         self._operating = Operating(service)
-        self._abandoned: set[str] = set()  # folders of whose operations the end is not known
 
     async def set(self, request: Request) -> dict[str, Any]:
         body = await read(request, SetLora)
         nicknames = [body.lora_nickname] if isinstance(body.lora_nickname, str) else body.lora_nickname
         if len(set(nicknames)) < len(nicknames):
             raise InvalidRequest("A nickname is given twice.", field="lora_nickname")
+        if body.lora_path is not None and any(nickname.startswith(SENT) for nickname in nicknames):
+            raise InvalidRequest(f"{SENT} is the name of what comes as tensors.", field="lora_nickname")
         paths = _each(body.lora_path, nicknames, "lora_path") if body.lora_path is not None else [None] * len(nicknames)
         strengths = [_finite(number) for number in _each(body.strength, nicknames, "strength")]
         wanted = body.merge_mode or "auto"
         barrier = body.mode or ("in_place" if wanted == "request" else "wait")
-        await self._sweep()
-        sources: list[Source] = []
-        try:
-            for nickname, path in zip(nicknames, paths, strict=True):
-                if path is not None:
-                    sources.append(await self._copy(path, nickname, body.lora_alpha))
+        async with self._service.folders.for_a_change() as new_folder:
+            sources = [
+                await self._copy(path, nickname, new_folder(), body)
+                for nickname, path in zip(nicknames, paths, strict=True)
+                if path is not None
+            ]
             change = SetAdapters(
                 nicknames=nicknames, strengths=strengths, target=body.target, mode=wanted, sources=sources
             )
             operated = await self._operating.operate(request, Adapt(change), barrier)
-        except ClientGone:
-            self._abandoned.update(source.folder for source in sources)
-            raise
-        except BaseException:
-            for source in sources:
-                shutil.rmtree(source.folder, ignore_errors=True)
-            raise
         return _done(f"{', '.join(nicknames)} set.", operated)
 
     async def merge(self, request: Request) -> dict[str, Any]:
@@ -132,7 +127,7 @@ class _Routes:
     async def unmerge(self, request: Request) -> dict[str, Any]:
         body = await read(request, Unmerge)
         operated = await self._operating.operate(request, Adapt(UnmergeAdapters(body.target)), body.mode)
-        return _done("The weights are without adapters, with every byte as before.", operated)
+        return _done("What was merged is out of the weights, with every byte as before.", operated)
 
     async def unload(self, request: Request) -> dict[str, Any]:
         body = await read(request, Unload)
@@ -143,20 +138,16 @@ class _Routes:
         await read(request, Nothing)
         return _listed((await self._operating.send(request, ListAdapters)).adapters)
 
-    async def _copy(self, path: str, nickname: str, alpha: float | None) -> Source:
+    async def _copy(self, path: str, nickname: str, folder: Path, body: SetLora) -> Source:
         return await self._service.decode(
-            copy_adapter, path, nickname, alpha, self._service.config, self._service.shared
+            copy_adapter,
+            path,
+            nickname,
+            folder,
+            self._service.config,
+            alpha=body.lora_alpha,
+            target=body.target,
         )
-
-    async def _sweep(self) -> None:
-        """Remove the copies of clients that went away, unless their adapters are loaded after all."""
-        if not self._abandoned:
-            return
-        abandoned, self._abandoned = self._abandoned, set()
-        with self._service.link.submit(ListAdapters(self._operating.new_id())) as events:
-            kept = {one.source.folder for one in (await events.operated()).adapters.loaded.values()}
-        for folder in abandoned - kept:
-            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _each(given: Any, nicknames: list[str], field: str) -> list[Any]:

@@ -96,7 +96,9 @@ class Launch:
         self._link = link
         self._listener = listener
         self._supervisor = Supervisor(child, link)
-        self._http = HttpServer(create_app(Service(config, link, Path(child.shared))), grace_s=config.grace_s)
+        self._http = HttpServer(
+            create_app(Service(config, link, Path(child.shared), child.adapters)), grace_s=config.grace_s
+        )
         self._interrupted = False
 
     async def run(self) -> int:

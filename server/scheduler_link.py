@@ -14,6 +14,7 @@ import zmq
 import zmq.asyncio
 
 from ..protocol import messages
+from ..protocol.adapters import AdapterState
 from ..protocol.errors import ErrorInfo, SafelightError, Unavailable, from_info
 from ..protocol.messages import (
     FROM_SCHEDULER,
@@ -106,6 +107,8 @@ class SchedulerLink:
         self._status_at = float("-inf")
         self._news = asyncio.Event()
         self._refusal: ErrorInfo | None = None
+        self.adapters = AdapterState()
+        """What the scheduler said last that there is."""
 
     async def __aenter__(self) -> Self:
         self._socket.connect(self._address)
@@ -194,5 +197,8 @@ class SchedulerLink:
                 self._status, self._status_at = event, time.monotonic()
                 self._news.set()
                 self._news = asyncio.Event()
-            elif subscription := self._subscriptions.get(event.request_id):
+                continue
+            if isinstance(event, Operated):
+                self.adapters = event.adapters
+            if subscription := self._subscriptions.get(event.request_id):
                 subscription.deliver(event)

@@ -10,9 +10,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import ParamSpec, TypeVar
 
+from ..protocol.adapters import SetAdapters
 from ..protocol.config import Config
 from ..protocol.errors import Unavailable
 from ..protocol.messages import ModelInfo
+from .adapter_folders import AdapterFolders
 from .metrics import Metrics
 from .scheduler_link import SchedulerLink
 
@@ -25,11 +27,15 @@ _DECODING_THREADS = 2
 class Service:
     """One running server, as its endpoints see it."""
 
-    def __init__(self, config: Config, link: SchedulerLink, shared: Path) -> None:
+    def __init__(
+        self, config: Config, link: SchedulerLink, shared: Path, first_adapters: SetAdapters | None = None
+    ) -> None:
         self.config = config
         self.link = link
         self.shared = shared
         """The server's own directory in shared memory."""
+        first = {source.folder for source in first_adapters.sources} if first_adapters is not None else set()
+        self.folders = AdapterFolders(shared, link, first)
         self.metrics = Metrics(link)
         self._decoding = ThreadPoolExecutor(_DECODING_THREADS, thread_name_prefix="decode")
         self._started_at = time.monotonic()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import binascii
 import functools
-import shutil
 import time
 import uuid
 from typing import Any
@@ -37,11 +36,9 @@ from ..protocol.operations import (
     Update,
 )
 from . import weight_bodies as bodies
-from .adapter_files import new_folder
 from .checkpoint_files import find_modules
 from .gate import media_type
 from .operating import Handler, Operating, first_report, routes_of, success
-from .scheduler_link import OperationFailed
 from .service import Service
 from .uploads import Uploads, shared_file
 
@@ -226,17 +223,17 @@ class _Routes:
         if body.update_id is not None:
             raise InvalidRequest("An adapter is no part of a begun update.", field="update_id")
         began = time.perf_counter()
-        folder = new_folder(self._service.shared)
         target = body.target_module if isinstance(body, bodies.FromBody) else _target(body)
-        adapter = AdapterSource(SENT, None, str(folder), folder.name, body.lora_alpha, body.lora_rank)
-        change = SetAdapters(nicknames=[SENT], strengths=[1.0], target=target, mode="merge", sources=[adapter])
-        try:
+        nickname = f"{SENT}:{target}"
+        async with self._service.folders.for_a_change() as new_folder:
+            folder = new_folder()
+            adapter = AdapterSource(nickname, None, str(folder), folder.name, body.lora_alpha, body.lora_rank, target)
+            change = SetAdapters(
+                nicknames=[nickname], strengths=[1.0], target=target, mode="merge", sources=[adapter], keeps=True
+            )
             await self._operating.operate(request, Save(source, str(folder)))
-            adapt = Adapt(change, publishes=True, weight_version=body.weight_version)
+            adapt = Adapt(change, nickname, body.weight_version)
             operated = await self._operating.operate(request, adapt, body.mode)
-        except OperationFailed:
-            shutil.rmtree(folder, ignore_errors=True)
-            raise
         return _updated(operated, "The adapter is merged.", began)
 
     async def _update(self, request: Request, source: Source, body: bodies.UpdateBody) -> dict[str, Any]:

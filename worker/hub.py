@@ -131,6 +131,10 @@ class Hub:
         if self._cache is not None:
             self._cache.clear()
 
+    def adapters_changed(self) -> None:
+        """Requests with different ones may meet again where those that there were could not."""
+        self._unmixed.clear()
+
     def turn(self) -> None:
         """Start a few coroutines, then make one forward and let those that it served run to their next call."""
         if self.paused:
@@ -284,7 +288,9 @@ class Hub:
 
     def _prompt(self, waiting: Waiting) -> Hashable | None:
         """By what a text encoder's answer is known: what it was asked, and the adapters that it has."""
-        return None if waiting.prompt is None else (waiting.prompt, self._uses(waiting))
+        if waiting.prompt is None:
+            return None
+        return waiting.prompt, tuple((adapter.number, strength) for adapter, strength in self._uses(waiting))
 
     def _uses(self, waiting: Waiting) -> Uses:
         if self._adapters is None:

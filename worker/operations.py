@@ -7,6 +7,7 @@ from pathlib import Path
 
 import msgspec
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import nn
 
@@ -100,7 +101,7 @@ class Operations:
     @property
     def holds(self) -> bool:
         """Whether there are weights that are written and not committed, of which nothing may be computed."""
-        return bool(self._update.written)
+        return bool(self._update.written) or self._adapters.written
 
     def perform(self, order: Perform) -> Performed:
         """Do a step together with the other ranks; the answer is of all of them.
@@ -177,13 +178,15 @@ class Operations:
     def _save(self, operation: Save, leads: bool) -> Report:
         opened = open_source(operation.source, self._groups, self._reader(leads), self._sign)
         try:
-            (tensors,) = opened.tensors.values()
+            ((module, tensors),) = opened.tensors.items()
             if leads and self._ranks.rank == 0:
                 folder = Path(operation.folder)
                 folder.mkdir(mode=0o700)
-                save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, folder / ADAPTER_FILE)
-        except OSError as error:
-            raise Unavailable(f"The adapter could not be kept: {error.strerror or error}.") from error
+                known = tuple(f"{name}." for name in self._model.layouts)
+                named = {name if name.startswith(known) else f"{module}.{name}": one for name, one in tensors.items()}
+                save_file({name: one.cpu().clone().contiguous() for name, one in named.items()}, folder / ADAPTER_FILE)
+        except (OSError, SafetensorError) as error:
+            raise Unavailable(f"The adapter could not be kept in shared memory ({error}).") from error
         finally:
             opened.close()
         return Report()
@@ -222,8 +225,9 @@ class Operations:
         if isinstance(self._operation, Adapt):
             self._adapters.write()
         else:
+            names = self._update.prepared
             self._update.write(self._sign)
-            self._adapters.rebuild(self._update.written)
+            self._adapters.rebuild(names)
         if self._model.device.type == "cuda":
             torch.cuda.synchronize(self._model.device)
         return self._update.report(part=True)
@@ -254,10 +258,12 @@ class Operations:
         assert order.weight_version is not None, "a commit brings it"
         if isinstance(self._operation, Adapt):
             invalidated = self._flush() if self._adapters.commit() else []
+            self._hub.adapters_changed()
             self._model.weight_version = order.weight_version
+            updated = self._adapters.layers_of(self._operation.sent) if self._operation.sent is not None else {}
             return Report(
-                updated=self._adapters.updated,
-                expected=self._adapters.updated,
+                updated=updated,
+                expected=updated,
                 weight_version=order.weight_version,
                 adapters=self._adapters.state,
                 told=self._adapters.told,

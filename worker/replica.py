@@ -109,6 +109,7 @@ class Replica:
             model.pipeline,
             model.layouts,
             self._ranks,
+            model.device,
             most=self._config.max_loras,
             most_bytes=self._config.max_lora_mb * 1_000_000,
         )

@@ -46,7 +46,12 @@ def test_an_adapter_is_merged_published_listed_replaced_and_taken_out(server: Tr
     assert server.draw()["weight_version"] == "step-1"
     assert server.checksum() == base
     (loaded,) = listed(server)["loaded_adapters"]
-    assert (loaded["nickname"], loaded["path"], loaded["rank"], loaded["alpha"]) == ("lora_merge", None, 4, 2.0)
+    assert (loaded["nickname"], loaded["path"], loaded["rank"], loaded["alpha"]) == (
+        "lora_merge:transformer",
+        None,
+        4,
+        2.0,
+    )
     assert listed(server)["active"]["transformer"][0]["merged"]
     again = send(server, adapters, "second", lora_alpha=24.5)
     assert again["weight_version"] not in ("step-1", None)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
 from torch import nn
 
+from ...protocol.adapters import ALL
+from ...protocol.errors import InvalidRequest
 from ..parallel.layers import GatheredColumnLinear, RowParallelLinear
 from ..sizes import DENOISERS
 from ..weights.fuse import FusedPart
@@ -17,10 +21,13 @@ from .files import AdapterFile, LowRank
 BESIDE = (nn.Linear, RowParallelLinear, GatheredColumnLinear, FusedPart, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 """Layers beside which a term can be computed: exactly these classes, as others are not always called."""
 
+_FIELD = "lora_path"
+_numbers = itertools.count(1)
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Term:
-    """What an adapter adds to one layer: ``scale * up @ down``.
+    """What an adapter adds to one layer, ``up @ down``, in fp32.
 
     ``weight`` is the name of the layer's weight in the checkpoint. ``down`` and ``up`` are this rank's: their product
     is this rank's part of the weight's change. ``whole_up`` is of all output features, where the layer gives every rank
@@ -31,7 +38,6 @@ class Term:
     down: torch.Tensor
     up: torch.Tensor
     whole_up: torch.Tensor
-    scale: float
 
     @property
     def rank(self) -> int:
@@ -40,47 +46,68 @@ class Term:
 
 @dataclass(slots=True, eq=False)
 class Adapter:
-    """``terms`` by component and layer. A request that names it has it in ``components``."""
+    """``terms`` by component and layer. A request that names it has it in ``components``.
+
+    ``only_merged`` are layers that it cannot be computed beside, ``only_beside`` such that it cannot be merged into.
+    ``number`` is no other's in this process.
+    """
 
     nickname: str
     terms: dict[str, dict[str, Term]] = field(default_factory=dict)
     components: frozenset[str] = frozenset()
-
-    def cannot_be_beside(self, components: Mapping[str, nn.Module], targets: list[str]) -> list[str]:
-        """Layers that only a merge can change."""
-        return [
-            f"{component}.{path}"
-            for component in targets
-            for path in self.terms.get(component, ())
-            if type(components[component].get_submodule(path)) not in BESIDE
-        ]
+    only_merged: list[str] = field(default_factory=list)
+    only_beside: list[str] = field(default_factory=list)
+    number: int = field(default_factory=lambda: next(_numbers))
 
 
 def placed(
-    file: AdapterFile, nickname: str, components: Mapping[str, nn.Module], layouts: Mapping[str, Layout]
+    file: AdapterFile,
+    nickname: str,
+    target: str,
+    components: Mapping[str, nn.Module],
+    layouts: Mapping[str, Layout],
+    device: torch.device,
 ) -> Adapter:
-    """The adapter of ``file`` on this rank; what it has for a denoiser, for every denoiser in which it fits."""
+    """The adapter of ``file`` on this rank.
+
+    What a file has for one denoiser is for the denoiser ``target``, if that is one. Raises ``InvalidRequest`` for
+    components and layers that adapters cannot change.
+    """
+    denoisers = [name for name in file.layers if name in DENOISERS]
+    moved = {denoisers[0]: target} if len(denoisers) == 1 and target in DENOISERS and target in components else {}
     adapter = Adapter(nickname)
     for component, layers in file.layers.items():
-        for other in [name for name in layouts if name in DENOISERS and component in DENOISERS] or [component]:
-            if other == component or _fits(layers, layouts[other]):
-                module, layout = components[other], layouts[other]
-                adapter.terms[other] = {path: _term(pair, path, module, layout) for path, pair in layers.items()}
+        own = moved.get(component, component)
+        if own not in components:
+            raise InvalidRequest(f"The adapter {nickname!r} has layers of {own}, which takes none.", field=_FIELD)
+        adapter.terms[own] = _terms(own, layers, components[own], layouts[own], device)
+        for path, term in adapter.terms[own].items():
+            live = layouts[own].live(term.weight)
+            if type(components[own].get_submodule(path)) not in BESIDE:
+                adapter.only_merged.append(f"{own}.{path}")
+            if type(live.data) is not torch.Tensor or not live.is_floating_point():
+                adapter.only_beside.append(f"{own}.{path}")
+    if target != ALL and target in components and target not in adapter.terms:
+        raise InvalidRequest(
+            f"The adapter {nickname!r} has no layers of {target}; it has {', '.join(adapter.terms)}.", field="target"
+        )
     return adapter
 
 
-def _fits(layers: Mapping[str, LowRank], layout: Layout) -> bool:
+def _terms(
+    component: str, layers: Mapping[str, LowRank], module: nn.Module, layout: Layout, device: torch.device
+) -> dict[str, Term]:
+    places = Counter(layout.live(entry.name).data_ptr() for entry in layout)
+    terms: dict[str, Term] = {}
     for path, pair in layers.items():
         name = layout.checkpoint_name(f"{path}.weight")
         if name is None or layout[name].shape[:2] != (pair.up.shape[0], pair.down.shape[1]):
-            return False
-    return True
-
-
-def _term(pair: LowRank, path: str, module: nn.Module, layout: Layout) -> Term:
-    name = layout.checkpoint_name(f"{path}.weight")
-    assert name is not None, "the file was checked"
-    where = layout.local(name).device
-    down, up = layout.factors(name, pair.down.to(where), pair.up.to(where))
-    whole = pair.up.to(where) if type(module.get_submodule(path)) is GatheredColumnLinear else up
-    return Term(name, down, up, whole, pair.scale)
+            raise InvalidRequest(f"{component} has no such layer as {path}, or of another shape.", field=_FIELD)
+        live = layout.live(name)
+        if places[live.data_ptr()] > 1:
+            raise InvalidRequest(f"{component}.{path} shares its memory with another layer.", field=_FIELD)
+        scaled = pair.scale * pair.up
+        down, up = (factor.to(device) for factor in layout.factors(name, pair.down, scaled))
+        whole = scaled.to(device) if type(module.get_submodule(path)) is GatheredColumnLinear else up
+        terms[path] = Term(name, down, up, whole)
+    return terms

@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
 from pathlib import Path
 
+import msgspec
 import torch
 from diffusers import DiffusionPipeline
-from msgspec.structs import replace
 from torch import nn
 
 from ...protocol.adapters import (
-    ALL,
-    Active,
     AdapterChange,
     AdapterState,
     Loaded,
     MergeAdapters,
+    Mode,
     RestoreAdapters,
     SetAdapters,
     Source,
@@ -26,10 +25,11 @@ from ...protocol.adapters import (
     UnmergeAdapters,
     Use,
 )
-from ...protocol.errors import Conflict, InvalidRequest, NotFound
+from ...protocol.errors import Conflict, InvalidRequest, Unavailable
 from ..parallel.ranks import Ranks
 from ..sizes import DENOISERS
 from ..weights.layout import Layout
+from . import planning
 from .adapter import Adapter, Term, placed
 from .beside import Beside, Uses
 from .files import AdapterFile, load_adapter, weight_shapes
@@ -44,41 +44,72 @@ MOST_ROUNDED_AWAY = 0.1
 Wanted = Uses | None
 """A request's own adapters; ``None`` for those that are active for all."""
 
+Adapters = dict[str, Adapter]
+"""By nickname."""
+
+
+@dataclass(slots=True)
+class _Next:
+    """A change in hand: what will be, and sentences about it."""
+
+    state: AdapterState
+    adapters: Adapters
+    told: list[str]
+
 
 class RankAdapters:
-    """Loads, applies and lets go of adapters; at most ``most`` of them with ``most_bytes`` on this rank."""
+    """Loads, applies and lets go of adapters; at most ``most`` of them, of ``most_bytes`` in all."""
 
     def __init__(
-        self, pipeline: DiffusionPipeline, layouts: Mapping[str, Layout], ranks: Ranks, *, most: int, most_bytes: int
+        self,
+        pipeline: DiffusionPipeline,
+        layouts: Mapping[str, Layout],
+        ranks: Ranks,
+        device: torch.device,
+        *,
+        most: int,
+        most_bytes: int,
     ) -> None:
         self.state = AdapterState()
         self.told: list[str] = []
-        self.updated: dict[str, int] = {}
-        """Of the last change, how many layers of each component have adapters for all requests."""
+        """Of the last change."""
+        self.written = False
+        """Whether the weights are of a state that is not committed, of which nothing may be computed."""
         self._pipeline = pipeline
         self._layouts = layouts
         self._ranks = ranks
+        self._device = device
         self._most = most
         self._most_bytes = most_bytes
         self._components: dict[str, nn.Module] = {
             name: pipeline.components[name] for name in layouts if name in DENOISERS or name.startswith("text_encoder")
         }
-        self._adapters: dict[str, Adapter] = {}
-        self._next: tuple[AdapterState, dict[str, Adapter]] | None = None
-        self._folders: list[str] = []  # that came with the change in hand
+        self._adapters: Adapters = {}
+        self._next: _Next | None = None
         self._beside = Beside(ranks)
-        for name, module in self._components.items():
-            self._beside.watch(name, module)
+        for module in self._components.values():
+            self._beside.watch(module)
 
     # --- in forwards
 
     def wanted(self, uses: Sequence[Use] | None) -> Wanted:
-        """The adapters that a request names. Raises ``NotFound``."""
+        """The adapters that a request names.
+
+        Raises ``NotFound``, and ``Conflict`` for one that is merged: it is in everybody's weights already.
+        """
         if uses is None:
             return None
         for use in uses:
             if use.name not in self._adapters:
-                raise self._unknown(use.name, "lora")
+                raise planning.unknown(use.name, self.state, "lora")
+            if any(one.nickname == use.name and one.merged for ones in self.state.active.values() for one in ones):
+                raise Conflict(
+                    f"{use.name} is merged into the weights, for every request; set it with merge_mode = request or "
+                    "dynamic to name it.",
+                    field="lora",
+                )
+            if only := self._adapters[use.name].only_merged:
+                raise InvalidRequest(f"{use.name} can only be merged, because of {only[0]}.", field="lora")
         return tuple((self._adapters[use.name], use.scale) for use in uses)
 
     def uses(self, component: str, wanted: Wanted) -> Uses:
@@ -98,58 +129,61 @@ class RankAdapters:
     # --- changes
 
     def prepare(self, change: AdapterChange) -> None:
-        """Read, check and decide; nothing is changed. ``told`` says why, in sentences.
+        """Read, check and decide; nothing is changed. Raises ``InvalidRequest``, ``NotFound`` or ``Conflict``.
 
-        Raises ``InvalidRequest``, ``NotFound`` or ``Conflict``.
+        All ranks must call this together.
         """
-        self._folders = [source.folder for source in change.sources] if isinstance(change, SetAdapters) else []
-        adapters, told = dict(self._adapters), self.told
-        told.clear()
+        self._next = None
+        told, components = list[str](), sorted(self._components)
+        adapters = dict(self._adapters)
         match change:
             case SetAdapters():
                 state = self._set(change, adapters, told)
             case MergeAdapters():
-                state = self._merged(change)
+                state = planning.merged(self.state, change, components)
             case UnmergeAdapters(target=target):
-                state = self._unmerged(target)
+                state = planning.unmerged(self.state, target, components, told)
             case UnloadAdapter(nickname=nickname):
-                state = self._without(self.state, nickname, adapters)
+                state = planning.without(self.state, nickname)
             case RestoreAdapters(state=state):
                 for loaded in state.loaded.values():
                     self._load(loaded.source, adapters)
-        self._next = state, adapters
+        self._next = _Next(state, {name: adapters[name] for name in state.loaded}, told)
 
     def write(self) -> None:
         """Bring the weights into the next state. What it raises leaves them to :meth:`rollback`."""
         assert self._next is not None, "prepared before"
-        self._merge_all(*self._next)
+        self.written = True
+        self._merge_all(self._next.state, self._next.adapters, unlike=self.state)
 
     def commit(self) -> bool:
         """Be in the next state from now on; says whether anything that is drawn can be another by it."""
         assert self._next is not None, "written before"
-        before = self.state
-        self.state, self._adapters = self._next
-        self._next = None
+        before = planning.effect(self.state)
+        self.state, self._adapters, self.told = self._next.state, self._next.adapters, self._next.told
         for nickname, loaded in self.state.loaded.items():
             self._adapters[nickname].components = frozenset(loaded.components)
         self._beside.set_loaded(list(self._adapters.values()))
-        self.updated = {
-            component: len({path for one in ones for path in self._adapters[one.nickname].terms[component]})
-            for component, ones in self.state.active.items()
-        }
-        self._folders += [one.source.folder for one in before.loaded.values()]
-        self._remove_folders()
-        return before.active != self.state.active
+        self._next, self.written = None, False
+        return before != planning.effect(self.state)
 
     def rollback(self) -> None:
         """Put back every byte."""
-        self._merge_all(self.state, self._adapters)
+        if self.written:
+            self._merge_all(self.state, self._adapters)
         self.release()
 
     def release(self) -> None:
         """Let go of what was prepared."""
-        self._next = None
-        self._remove_folders()
+        self._next, self.written = None, False
+
+    def layers_of(self, nickname: str) -> dict[str, int]:
+        """How many layers of each component an adapter changes for all requests."""
+        return {
+            component: len(self._adapters[nickname].terms[component])
+            for component, ones in self.state.active.items()
+            if any(one.nickname == nickname for one in ones)
+        }
 
     def are_in(self, written: Mapping[str, Iterable[str]]) -> bool:
         """Whether any of these tensors has adapters merged into it."""
@@ -164,183 +198,121 @@ class RankAdapters:
 
     # --- what will be
 
-    def _set(self, change: SetAdapters, adapters: dict[str, Adapter], told: list[str]) -> AdapterState:
-        loaded = dict(self.state.loaded)
+    def _set(self, change: SetAdapters, adapters: Adapters, told: list[str]) -> AdapterState:
+        work = _Setting(change, adapters)
+        try:
+            self._look(work, told)
+        except Exception as error:  # noqa: BLE001  # raised when the other ranks know of it
+            work.error = error
+        lost = self._together(work)
+        assert work.state is not None, "there was no error"
+        modes: dict[str, Mode] = {}
+        for component, nicknames in work.here.items():
+            modes[component] = "merge" if change.mode == "merge" else "dynamic"
+            if change.mode == "auto":
+                modes[component], why = _chosen([adapters[name] for name in nicknames], lost.get(component))
+                told.append(f"{component}: {modes[component]}, as {why}.")
+        state = planning.activated(work.state, change, work.targets, modes)
+        return planning.within_limits(state, change, self._most, self._most_bytes, told)
+
+    def _look(self, work: _Setting, told: list[str]) -> None:
+        """Load what is to be loaded, and find out what the change is about; what a rank can do by itself."""
+        change, adapters = work.change, work.adapters
+        fresh: dict[str, Loaded] = {}
         for source in change.sources:
-            known = loaded.get(source.nickname)
-            if known is None or known.source.digest != source.digest:
+            known = self.state.loaded.get(source.nickname)
+            if known is None or (known.source.digest, known.source.target) != (source.digest, source.target):
                 file = self._load(source, adapters)
-                loaded[source.nickname] = Loaded(source, [], file.rank, file.alpha, file.nbytes)
-        for nickname in change.nicknames:
-            if nickname not in adapters:
-                raise self._unknown(nickname, "lora_nickname")
-        targets = {nickname: self._targets(adapters[nickname], change.target) for nickname in change.nicknames}
-        for nickname, components in targets.items():
-            loaded[nickname] = replace(loaded[nickname], components=components)
-        active = {
-            component: ones
-            for component, ones in self.state.active.items()
-            if change.mode == "request" or change.target not in (ALL, component)
-        }
-        state = AdapterState(loaded, active)
-        if change.mode != "request":
-            strengths = dict(zip(change.nicknames, change.strengths, strict=True))
-            for component in sorted({name for components in targets.values() for name in components}):
-                here = {
-                    nickname: strengths[nickname] for nickname in change.nicknames if component in targets[nickname]
-                }
-                active[component] = self._activated(component, here, change.mode, adapters, told)
-        return self._within_limits(state, change, adapters, told)
-
-    def _load(self, source: Source, adapters: dict[str, Adapter]) -> AdapterFile:
-        file = load_adapter(Path(source.folder), self._pipeline, weight_shapes(self._layouts), alpha=source.alpha)
-        if source.rank is not None and source.rank != file.rank:
-            raise InvalidRequest(f"The adapter has rank {file.rank}, and not {source.rank}.", field="lora_rank")
-        others = [name for name in file.layers if name not in self._components]
-        if others:
-            raise InvalidRequest(
-                f"The adapter {source.nickname!r} has layers of {', '.join(others)}.", field="lora_path"
-            )
-        adapters[source.nickname] = placed(file, source.nickname, self._components, self._layouts)
-        return file
-
-    def _targets(self, adapter: Adapter, target: str) -> list[str]:
-        if target == ALL:
-            return sorted(adapter.terms)
-        if target not in self._components:
-            known = ", ".join(self._components)
-            raise NotFound(f"The model has no component {target!r} for adapters; it has {known}.", field="target")
-        if target not in adapter.terms:
-            raise InvalidRequest(
-                f"The adapter {adapter.nickname!r} has no layers of {target}; it has {', '.join(adapter.terms)}.",
-                field="target",
-            )
-        return [target]
-
-    def _activated(
-        self,
-        component: str,
-        strengths: Mapping[str, float],
-        mode: str,
-        adapters: Mapping[str, Adapter],
-        told: list[str],
-    ) -> list[Active]:
-        only_merged = [
-            layer
-            for nickname in strengths
-            for layer in adapters[nickname].cannot_be_beside(self._components, [component])
-        ]
-        if mode == "dynamic" and only_merged:
+                fresh[source.nickname] = Loaded(source, [], file.rank, file.alpha, file.nbytes)
+        has = {nickname: list(adapter.terms) for nickname, adapter in adapters.items()}
+        work.state = planning.with_loaded(self.state, fresh, change, has, told)
+        work.targets = planning.targets_of(change, work.state, has, sorted(self._components))
+        for component in sorted({name for components in work.targets.values() for name in components}):
+            work.here[component] = [name for name in change.nicknames if component in work.targets[name]]
+        named = [adapters[nickname] for nickname in change.nicknames]
+        only_merged = [layer for adapter in named for layer in adapter.only_merged]
+        only_beside = [layer for adapter in named for layer in adapter.only_beside]
+        if only_merged and (only_beside or change.mode in ("dynamic", "request")):
             raise InvalidRequest(
                 f"{', '.join(only_merged[:3])} can only be merged into; use merge_mode = merge.", field="merge_mode"
             )
-        if mode == "auto":
-            mode, why = (
-                ("merge", f"{only_merged[0]} can only be merged into")
-                if only_merged
-                else self._chosen(component, strengths, adapters)
+        if only_beside and change.mode == "merge":
+            raise InvalidRequest(
+                f"{', '.join(only_beside[:3])} cannot be merged into, as the weights are quantized; use merge_mode = "
+                "dynamic.",
+                field="merge_mode",
             )
-            told.append(f"{component}: {mode}, as {why}.")
-        return [
-            Active(nickname, strength, "merge" if mode == "merge" else "dynamic", merged=mode == "merge")
-            for nickname, strength in strengths.items()
-        ]
+        if change.mode == "auto" and not only_beside:
+            strengths = dict(zip(change.nicknames, change.strengths, strict=True))
+            for component, nicknames in work.here.items():
+                wanted = _sum(component, [(adapters[name], strengths[name]) for name in nicknames])
+                work.sums[component] = rounded_away(self._layouts[component], wanted)
 
-    def _chosen(
-        self, component: str, strengths: Mapping[str, float], adapters: Mapping[str, Adapter]
-    ) -> tuple[str, str]:
-        """What ``auto`` chooses, and why."""
-        layout = self._layouts[component]
-        wanted = _sum(component, [(adapters[nickname], strength) for nickname, strength in strengths.items()])
-        if any(
-            not layout.dtype(name).is_floating_point or type(layout.live(name).data) is not torch.Tensor
-            for name in wanted
-        ):
-            return "dynamic", "the weights are quantized"
-        parts = self._ranks.gather(
-            torch.tensor(rounded_away(layout, wanted), dtype=torch.float64, device=self._ranks.device)
-        )
-        lost, added = (float(value) for value in torch.stack(parts).sum(dim=0))
-        share = (lost / added) ** 0.5 if added else 0.0
-        mode = "dynamic" if share > MOST_ROUNDED_AWAY else "merge"
-        return mode, f"a merge would round away {100 * share:.2g} % of the change"
+    def _together(self, work: _Setting) -> dict[str, float]:
+        """What share of the change the ranks together would round away, by component.
 
-    def _within_limits(
-        self, state: AdapterState, change: SetAdapters, adapters: dict[str, Adapter], told: list[str]
-    ) -> AdapterState:
-        """Without those that were not used for longest, while there are too many, or too large ones."""
-        order = [*(name for name in change.recent if name in state.loaded), *state.loaded]
-        active = {one.nickname for ones in state.active.values() for one in ones}
-        idle = [name for name in dict.fromkeys(order) if name not in active and name not in change.nicknames]
-        while len(state.loaded) > self._most or sum(one.nbytes for one in state.loaded.values()) > self._most_bytes:
-            if not idle:
-                room = f"{self._most} adapters and {self._most_bytes // 1_000_000} MB of them"
-                raise Conflict(f"There is room for {room}, and it is full of such as are in use; unload one.")
-            name = idle.pop(0)
-            state = self._without(state, name, adapters)
-            told.append(f"{name} was unloaded to make room.")
-        return state
+        Raises the error of this rank, or that another has one.
+        """
+        said = self._ranks.exchange(msgspec.msgpack.encode(work.sums if work.error is None else None))
+        if work.error is not None:
+            raise work.error
+        every = [msgspec.msgpack.decode(one, type=dict[str, tuple[float, float]] | None) for one in said]
+        shares: dict[str, float] = {}
+        for component in work.sums:
+            lost = added = 0.0
+            for sums in every:
+                if sums is None:
+                    raise Unavailable("Another rank could not use the adapter.")
+                lost, added = lost + sums[component][0], added + sums[component][1]
+            shares[component] = (lost / added) ** 0.5 if added else 0.0
+        return shares
 
-    def _merged(self, change: MergeAdapters) -> AdapterState:
-        numbers = change.strengths
-        for component, ones in self.state.active.items():
-            if change.target in (ALL, component) and numbers is not None and len(numbers) not in (1, len(ones)):
-                raise InvalidRequest(
-                    f"There are {len(ones)} adapters in {component}, and {len(numbers)} strengths.", field="strength"
-                )
-        if not any(ones for component, ones in self.state.active.items() if change.target in (ALL, component)):
-            raise Conflict("No adapter is active there; set one first.")
-        active = {
-            component: [
-                replace(
-                    one,
-                    mode="merge",
-                    merged=True,
-                    strength=one.strength if numbers is None else numbers[min(place, len(numbers) - 1)],
-                )
-                for place, one in enumerate(ones)
-            ]
-            if change.target in (ALL, component)
-            else ones
-            for component, ones in self.state.active.items()
-        }
-        return replace(self.state, active=active)
+    def _load(self, source: Source, adapters: Adapters) -> AdapterFile:
+        file = load_adapter(Path(source.folder), self._pipeline, weight_shapes(self._layouts), alpha=source.alpha)
+        if source.rank is not None and source.rank != file.rank:
+            raise InvalidRequest(f"The adapter has rank {file.rank}, and not {source.rank}.", field="lora_rank")
+        try:
+            adapters[source.nickname] = placed(
+                file, source.nickname, source.target, self._components, self._layouts, self._device
+            )
+        except torch.OutOfMemoryError as error:
+            raise Unavailable("There is no memory for the adapter; unload another.") from error
+        return file
 
-    def _unmerged(self, target: str) -> AdapterState:
-        active = {
-            component: [replace(one, merged=False) for one in ones] if target in (ALL, component) else ones
-            for component, ones in self.state.active.items()
-        }
-        return replace(self.state, active=active)
-
-    def _without(self, state: AdapterState, nickname: str, adapters: dict[str, Adapter]) -> AdapterState:
-        if adapters.pop(nickname, None) is None:
-            raise self._unknown(nickname, "lora_nickname")
-        loaded = {name: one for name, one in state.loaded.items() if name != nickname}
-        active = {
-            component: [one for one in ones if one.nickname != nickname] for component, ones in state.active.items()
-        }
-        return AdapterState(loaded, {component: ones for component, ones in active.items() if ones})
-
-    def _merge_all(self, state: AdapterState, adapters: Mapping[str, Adapter]) -> None:
-        for component in self._components:
+    def _merge_all(self, state: AdapterState, adapters: Adapters, unlike: AdapterState | None = None) -> None:
+        """Every component's weights as ``state`` has them; only those that it has otherwise than ``unlike``."""
+        before = {} if unlike is None else planning.effect(unlike)
+        for component, ones in {name: planning.effect(state).get(name, []) for name in self._components}.items():
+            if unlike is not None and ones == before.get(component, []):
+                continue
             wanted = _merged_sum(component, state, adapters)
             if wanted or self._layouts[component].bases:
                 merge(self._layouts[component], wanted)
 
-    def _unknown(self, nickname: str, field: str) -> NotFound:
-        known = ", ".join(self._adapters) or "none"
-        return NotFound(f"There is no adapter {nickname!r}; loaded: {known}.", field=field)
 
-    def _remove_folders(self) -> None:
-        """Of adapters that are not there any more, or never were."""
-        kept = {one.source.folder for one in self.state.loaded.values()}
-        for folder in set(self._folders) - kept:
-            shutil.rmtree(folder, ignore_errors=True)
-        self._folders = []
+@dataclass(slots=True)
+class _Setting:
+    """What a rank has found out of a :class:`SetAdapters`: what was ``state``, and by component who is ``here``."""
+
+    change: SetAdapters
+    adapters: Adapters
+    state: AdapterState | None = None
+    targets: dict[str, list[str]] = field(default_factory=dict)
+    here: dict[str, list[str]] = field(default_factory=dict)
+    sums: dict[str, tuple[float, float]] = field(default_factory=dict)
+    error: Exception | None = None
 
 
-def _merged_sum(component: str, state: AdapterState, adapters: Mapping[str, Adapter]) -> Sum:
+def _chosen(adapters: Sequence[Adapter], lost: float | None) -> tuple[Mode, str]:
+    """What ``auto`` chooses for adapters of which a merge would round away such a share, and why."""
+    if lost is None:
+        return "dynamic", "the weights are quantized"
+    if only := [layer for adapter in adapters for layer in adapter.only_merged]:
+        return "merge", f"{only[0]} can only be merged into"
+    return ("dynamic" if lost > MOST_ROUNDED_AWAY else "merge"), f"a merge would round away {100 * lost:.2g} % of it"
+
+
+def _merged_sum(component: str, state: AdapterState, adapters: Adapters) -> Sum:
     merged = [(adapters[one.nickname], one.strength) for one in state.active.get(component, ()) if one.merged]
     return _sum(component, merged)
 

@@ -9,9 +9,8 @@ whatever they use.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -28,7 +27,10 @@ Uses = tuple[tuple[Adapter, float], ...]
 RANKS = (4, 8, 16, 32, 64, 128, 256)
 """The sizes that ranks are padded to in stacks; larger ones to multiples of the last."""
 
-_REMEMBERED = 64
+_REMEMBERED = 16
+"""Combinations of adapters whose factors are kept side by side."""
+
+_Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d
 
 
 class CannotMix(Exception):
@@ -40,20 +42,22 @@ class Beside:
 
     def __init__(self, ranks: Ranks) -> None:
         self._ranks = ranks
-        self._now: _Alike | _Mixed | None = None
-        self._alike: OrderedDict[tuple[str, Uses], _Alike] = OrderedDict()
+        self._now: _SameForAll | _RowByRow | None = None
         self._loaded: list[Adapter] = []
+        self._joined: OrderedDict[tuple[str, tuple[Adapter, ...]], _Joined] = OrderedDict()
         self._stacks: dict[str, _Stacks] = {}
 
-    def watch(self, component: str, module: nn.Module) -> None:
-        for path, layer in module.named_modules():
+    def watch(self, module: nn.Module) -> None:
+        """Watch every layer of a component that a term can be computed beside, under each of its names."""
+        for path, layer in module.named_modules(remove_duplicate=False):
             if type(layer) in BESIDE:
-                layer.register_forward_hook(self._hook(path), prepend=True)  # before one that divides the output
+                # before a hook that divides the output among ranks
+                layer.register_forward_hook(self._hook(path), prepend=True, with_kwargs=True)
 
     def set_loaded(self, adapters: Sequence[Adapter]) -> None:
-        """These can be used from now on."""
+        """These can be used from now on; requests may still have others."""
         self._loaded = list(adapters)
-        self._alike.clear()
+        self._joined.clear()
         self._stacks.clear()
 
     @contextmanager
@@ -68,36 +72,42 @@ class Beside:
         finally:
             self._now = None
 
-    def _prepared(self, component: str, rows: Sequence[tuple[int, Uses]], *, listed: bool) -> _Alike | _Mixed | None:
+    def _prepared(
+        self, component: str, rows: Sequence[tuple[int, Uses]], *, listed: bool
+    ) -> _SameForAll | _RowByRow | None:
         touching = [(count, _touching(component, uses)) for count, uses in rows]
         first = touching[0][1]
-        if all(uses == first for _, uses in touching):
-            return self._of_all(component, first) if first else None
-        return _Mixed(
-            self._stack(component, {adapter for _, uses in touching for adapter, _ in uses}), touching, listed=listed
-        )
+        if any(uses != first for _, uses in touching):
+            used = {adapter for _, uses in touching for adapter, _ in uses}
+            return _RowByRow(self._stack(component, used), touching, self._ranks, listed=listed)
+        if not first:
+            return None
+        joined = self._side_by_side(component, tuple(adapter for adapter, _ in first))
+        return _SameForAll(joined, [strength for _, strength in first], self._ranks)
+
+    def _side_by_side(self, component: str, adapters: tuple[Adapter, ...]) -> _Joined:
+        key = (component, adapters)
+        if key not in self._joined:
+            self._joined[key] = _Joined([adapter.terms[component] for adapter in adapters])
+        self._joined.move_to_end(key)
+        while len(self._joined) > _REMEMBERED:
+            self._joined.popitem(last=False)
+        return self._joined[key]
 
     def _stack(self, component: str, used: set[Adapter]) -> _Stacks:
         """The factors of all that are loaded, and of ``used``: requests may still have what is not loaded any more."""
         found = self._stacks.get(component)
         if found is None or not used <= set(found.adapters):
-            found = _Stacks(component, list(dict.fromkeys([*self._loaded, *used])), self._ranks)
+            before = [] if found is None else found.adapters
+            every = dict.fromkeys([*self._loaded, *before, *sorted(used, key=lambda adapter: adapter.number)])
+            found = _Stacks(component, [adapter for adapter in every if component in adapter.terms])
             self._stacks[component] = found
         return found
 
-    def _of_all(self, component: str, uses: Uses) -> _Alike:
-        key = (component, uses)
-        if key not in self._alike:
-            self._alike[key] = _Alike(component, uses, self._ranks)
-        self._alike.move_to_end(key)
-        while len(self._alike) > _REMEMBERED:
-            self._alike.popitem(last=False)
-        return self._alike[key]
-
-    def _hook(self, path: str) -> Callable[[nn.Module, Any, torch.Tensor], None]:
-        def add(layer: nn.Module, args: Any, output: torch.Tensor) -> None:
+    def _hook(self, path: str) -> Callable[[nn.Module, Any, Any, torch.Tensor], None]:
+        def add(layer: nn.Module, args: Any, kwargs: Any, output: torch.Tensor) -> None:
             if self._now is not None:
-                self._now.add(path, layer, args[0], output)
+                self._now.add(path, layer, args[0] if args else kwargs["input"], output)
 
         return add
 
@@ -106,70 +116,82 @@ def _touching(component: str, uses: Uses) -> Uses:
     return tuple((adapter, strength) for adapter, strength in uses if component in adapter.terms and strength)
 
 
-@dataclass(slots=True)
-class _Factors:
-    """Of one layer: ``down`` [rank, in, …], ``up`` [out, rank, …], ``scale`` [rank]; of a mixed one, stacks of them."""
+class _Joined:
+    """Several adapters' factors of each layer, one behind the other, as of one with a larger rank."""
 
-    down: torch.Tensor
-    up: torch.Tensor
-    scale: torch.Tensor
+    def __init__(self, terms: Sequence[Mapping[str, Term]]) -> None:
+        self._terms = terms
+        self._layers: dict[tuple[str, torch.dtype], tuple[torch.Tensor, torch.Tensor, tuple[int, ...]] | None] = {}
+
+    def layer(self, path: str, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, tuple[int, ...]] | None:
+        """``down`` [ranks, in, …], ``up`` [out, ranks, …], and each adapter's rank, 0 for one without the layer."""
+        key = (path, dtype)
+        if key not in self._layers:
+            found = [each.get(path) for each in self._terms]
+            there = [term for term in found if term is not None]
+            self._layers[key] = (
+                (
+                    torch.cat([term.down for term in there]).to(dtype),
+                    torch.cat([term.whole_up for term in there], dim=1).to(dtype),
+                    tuple(0 if term is None else term.rank for term in found),
+                )
+                if there
+                else None
+            )
+        return self._layers[key]
 
 
-@dataclass(slots=True)
-class _Alike:
-    """The same adapters for every row: their factors one behind the other, as one of a larger rank."""
+class _SameForAll:
+    """The same adapters for every row."""
 
-    component: str
-    uses: Uses
-    ranks: Ranks
-    _layers: dict[str, _Factors | None] = field(default_factory=dict)
+    def __init__(self, joined: _Joined, strengths: list[float], ranks: Ranks) -> None:
+        self._joined = joined
+        self._strengths = strengths
+        self._ranks = ranks
 
     def add(self, path: str, layer: nn.Module, input: torch.Tensor, output: torch.Tensor) -> None:
-        if path not in self._layers:
-            self._layers[path] = self._joined(path, input.dtype)
-        factors = self._layers[path]
-        if factors is None:
+        if (found := self._joined.layer(path, input.dtype)) is None:
             return
-        if isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d):
-            _add_convolved(layer, factors, input, output)
+        down, up, sizes = found
+        if isinstance(layer, _Convolution):
+            low = self._strengthened(layer._conv_forward(input, down, None), sizes, dim=1)
+            output.add_(torch.einsum("or,br...->bo...", up.flatten(1), low))
             return
-        low = functional.linear(input, factors.down)
+        low = functional.linear(input, down)
         if isinstance(layer, RowParallelLinear):
-            low = self.ranks.sum(low)
-        low = low.mul_(factors.scale)
-        try:
-            output.view(-1, output.shape[-1]).addmm_(low.view(-1, low.shape[-1]), factors.up.t())
-        except RuntimeError:  # no view of these rows
-            output.add_(functional.linear(low, factors.up))
+            low = self._ranks.sum(low)
+        low = self._strengthened(low, sizes, dim=-1)
+        if output.is_contiguous():
+            output.view(-1, output.shape[-1]).addmm_(low.view(-1, low.shape[-1]), up.t())
+        else:
+            output.add_(functional.linear(low, up))
 
-    def _joined(self, path: str, dtype: torch.dtype) -> _Factors | None:
-        terms = [
-            (term, strength) for adapter, strength in self.uses if (term := adapter.terms[self.component].get(path))
-        ]
-        if not terms:
-            return None
-        scales = [torch.full((term.rank,), term.scale * strength) for term, strength in terms]
-        where = terms[0][0].down.device
-        return _Factors(
-            torch.cat([term.down for term, _ in terms]).to(dtype),
-            torch.cat([term.whole_up for term, _ in terms], dim=1).to(dtype),
-            torch.cat(scales).to(where, dtype),
-        )
+    def _strengthened(self, low: torch.Tensor, sizes: tuple[int, ...], dim: int) -> torch.Tensor:
+        """Each adapter's part of ``low`` by its strength, in place."""
+        for part, strength in zip(torch.split(low, list(sizes), dim), self._strengths, strict=True):
+            if strength != 1 and part.numel():
+                part.mul_(strength)
+        return low
 
 
 class _Stacks:
-    """The factors of every loaded adapter, layer by layer, the first of them zeros."""
+    """The factors of every adapter, layer by layer, the first of them zeros."""
 
-    def __init__(self, component: str, adapters: list[Adapter], ranks: Ranks) -> None:
-        self.ranks = ranks
-        self.adapters = [adapter for adapter in adapters if component in adapter.terms]
+    def __init__(self, component: str, adapters: list[Adapter]) -> None:
+        self.adapters = adapters
         self._component = component
-        self._layers: dict[tuple[str, torch.dtype], _Factors | None] = {}
+        self._places = {adapter: place for place, adapter in enumerate(adapters, start=1)}
+        self._layers: dict[tuple[str, torch.dtype], tuple[torch.Tensor, torch.Tensor] | None] = {}
+
+    @property
+    def device(self) -> torch.device:
+        return next(iter(self.adapters[0].terms[self._component].values())).down.device
 
     def place(self, adapter: Adapter) -> int:
-        return 1 + self.adapters.index(adapter)
+        return self._places[adapter]
 
-    def layer(self, path: str, dtype: torch.dtype) -> _Factors | None:
+    def layer(self, path: str, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """``down`` [places, rank, in] and ``up`` [places, out, rank]; ``None`` for a layer that no adapter has."""
         key = (path, dtype)
         if key not in self._layers:
             terms = [adapter.terms[self._component].get(path) for adapter in self.adapters]
@@ -177,30 +199,29 @@ class _Stacks:
         return self._layers[key]
 
 
-def _stacked(terms: Sequence[Term | None], dtype: torch.dtype) -> _Factors:
+def _stacked(terms: Sequence[Term | None], dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
     there = [term for term in terms if term is not None]
     first, number = there[0], 1 + len(terms)
     rank = _padded(max(term.rank for term in there))
     down = first.down.new_zeros((number, rank, *first.down.shape[1:]), dtype=dtype)
     up = first.whole_up.new_zeros((number, first.whole_up.shape[0], rank), dtype=dtype)
-    scale = first.down.new_zeros(number, dtype=dtype)
     for place, term in enumerate(terms, start=1):
         if term is not None:
             down[place, : term.rank] = term.down
             up[place, :, : term.rank] = term.whole_up.flatten(1)
-            scale[place] = term.scale
-    return _Factors(down, up, scale)
+    return down, up
 
 
 def _padded(rank: int) -> int:
     return next((size for size in RANKS if size >= rank), -(-rank // RANKS[-1]) * RANKS[-1])
 
 
-class _Mixed:
+class _RowByRow:
     """Different adapters for different rows."""
 
-    def __init__(self, stacks: _Stacks, rows: Sequence[tuple[int, Uses]], *, listed: bool) -> None:
+    def __init__(self, stacks: _Stacks, rows: Sequence[tuple[int, Uses]], ranks: Ranks, *, listed: bool) -> None:
         self._stacks = stacks
+        self._ranks = ranks
         self._listed = listed
         most = max(len(uses) for _, uses in rows)
         places, strengths = [], []
@@ -208,31 +229,26 @@ class _Mixed:
             missing = most - len(uses)
             places += [[*(stacks.place(adapter) for adapter, _ in uses), *[0] * missing]] * count
             strengths += [[*(strength for _, strength in uses), *[0.0] * missing]] * count
-        self._places = torch.tensor(places)
-        self._strengths = torch.tensor(strengths)
+        self._rows = len(places)
+        self._places = torch.tensor(places, device=stacks.device)
+        self._strengths = torch.tensor(strengths, device=stacks.device)[:, None, :, None]  # [rows, 1, most, 1]
 
     def add(self, path: str, layer: nn.Module, input: torch.Tensor, output: torch.Tensor) -> None:
-        factors = self._stacks.layer(path, input.dtype)
-        if factors is None:
+        if (found := self._stacks.layer(path, input.dtype)) is None:
             return
-        rows = len(self._places)
-        if isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d):
-            raise CannotMix(f"{path} is a convolution")
-        if input.shape[0] != rows and (self._listed or input.ndim < 2 or input.shape[0] % rows):
-            raise CannotMix(f"{path} has an input of shape {tuple(input.shape)} for {rows} rows")
-        places = self._places.to(input.device)
-        low = torch.bmm(input.reshape(rows, -1, input.shape[-1]), factors.down[places].flatten(1, 2).mT)
+        self._check(path, layer, input)
+        down, up = found
+        low = torch.bmm(input.reshape(self._rows, -1, input.shape[-1]), down[self._places].flatten(1, 2).mT)
         if isinstance(layer, RowParallelLinear):
-            low = self._stacks.ranks.sum(low)
-        scale = factors.scale[places] * self._strengths.to(input.device, input.dtype)
-        low = low.mul_(scale.repeat_interleave(factors.down.shape[1], dim=1)[:, None])
-        up = factors.up[places].transpose(1, 2).flatten(2)
-        output.add_(torch.bmm(low, up.mT).view_as(output))
+            low = self._ranks.sum(low)
+        each = low.view(*low.shape[:2], self._places.shape[1], -1)
+        low = (each * self._strengths).to(low.dtype).flatten(2)
+        output.add_(torch.bmm(low, up[self._places].transpose(1, 2).flatten(2).mT).view_as(output))
 
-
-def _add_convolved(layer: nn.Module, factors: _Factors, input: torch.Tensor, output: torch.Tensor) -> None:
-    """The first factor is a convolution like the layer's, and the second one of single positions."""
-    assert isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d)
-    low = layer._conv_forward(input, factors.down, None)
-    low = low.mul_(factors.scale.view(-1, *[1] * (low.ndim - 2)))
-    output.add_(torch.einsum("or,br...->bo...", factors.up.flatten(1), low))
+    def _check(self, path: str, layer: nn.Module, input: torch.Tensor) -> None:
+        """Raises ``CannotMix`` unless the input has the rows in their order, each as often as any other."""
+        if isinstance(layer, _Convolution):
+            raise CannotMix(f"{path} is a convolution")
+        whole = input.ndim >= 3 and not self._listed and input.shape[0] % self._rows == 0
+        if input.shape[0] != self._rows and not whole:
+            raise CannotMix(f"{path} has an input of shape {tuple(input.shape)} for {self._rows} rows")

@@ -41,11 +41,11 @@ def rounded_away(layout: Layout, wanted: Sum) -> tuple[float, float]:
     """The squares of what a merge would lose by rounding, and of what it would add, summed over this rank's part."""
     lost = added = 0.0
     for name, terms in wanted.items():
-        base = layout.local(name).float()
-        change = sum(_product(term, strength).to(base.device) for term, strength in terms)
-        merged = (base + change).to(layout.dtype(name)).float()
-        lost += float((merged - base - change).square().sum(dtype=torch.float64))
-        added += float(change.square().sum(dtype=torch.float64))  # type: ignore[union-attr]  # there are terms
+        base = layout.local(name).to(terms[0][0].up.device, torch.float32)
+        merged = _summed(base, terms)
+        change = merged - base
+        lost += float((merged.to(layout.dtype(name)).float() - merged).square().sum(dtype=torch.float64))
+        added += float(change.square().sum(dtype=torch.float64))
     return lost, added
 
 
@@ -65,5 +65,5 @@ def _summed(base: torch.Tensor, terms: Sequence[tuple[Term, float]]) -> torch.Te
 
 def _product(term: Term, strength: float) -> torch.Tensor:
     """The change of this rank's part of the weight, in fp32; of a convolution, kernels and all."""
-    product = term.up.float().flatten(1) @ term.down.float().flatten(1)
-    return product.mul_(term.scale * strength).view(term.up.shape[0], *term.down.shape[1:])
+    product = term.up.flatten(1) @ term.down.flatten(1)
+    return product.mul_(strength).view(term.up.shape[0], *term.down.shape[1:])

@@ -32,10 +32,9 @@ def weight_shapes(layouts: Mapping[str, Layout]) -> dict[str, dict[str, tuple[in
 
 def _weights(layout: Layout) -> Iterator[tuple[str, tuple[int, ...]]]:
     for entry in layout:
-        layer, _, kind = entry.tensor.rpartition(".")
+        layer, _, kind = (entry.own or entry.tensor).rpartition(".")  # a fused tensor is no layer's own
         if kind == "weight":
-            own = entry.name.split(".")[-2]  # the fused layer's neighbour, where the tensor is of a fused one
-            yield (layer if entry.rows is None else f"{layer.rpartition('.')[0]}.{own}"), entry.shape
+            yield layer, entry.shape
 
 
 def split_name(name: str, shapes: Shapes) -> Place:

@@ -88,5 +88,7 @@ def fuse(module: nn.Module, family: Family, entries: list[Entry]) -> list[Entry]
                     for kind in ("weight", "bias"):
                         entry = by_tensor.get(f"{path}.{layer}.{kind}")
                         if entry is not None:
-                            moved[entry.name] = replace(entry, tensor=f"{path}.{name}.{kind}", rows=part.rows)
+                            moved[entry.name] = replace(
+                                entry, tensor=f"{path}.{name}.{kind}", rows=part.rows, own=entry.tensor
+                            )
     return [moved.get(entry.name, entry) for entry in entries]

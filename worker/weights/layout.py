@@ -29,7 +29,7 @@ class Entry:
     """One checkpoint tensor of (whole) ``shape``.
 
     It is the state dict's tensor ``tensor``, or of that the rows ``rows`` where several are fused. ``shard`` is how it
-    is divided among the ranks; ``None`` where each has it whole.
+    is divided among the ranks; ``None`` where each has it whole. ``own`` is the state dict's name before fusing.
     """
 
     name: str
@@ -37,6 +37,7 @@ class Entry:
     shape: tuple[int, ...]
     shard: Shard | None = None
     rows: slice | None = None
+    own: str | None = None
 
 
 class Layout:
@@ -47,7 +48,7 @@ class Layout:
         self._ranks = ranks
         self._entries = {entry.name: entry for entry in entries}
         self._owners: dict[str, tuple[nn.Module, str]] = {}
-        self._names = {entry.tensor if entry.rows is None else entry.name: entry.name for entry in self}
+        self._names = {entry.own or entry.tensor: entry.name for entry in self}
         self.bases: dict[str, torch.Tensor] = {}
         """This rank's part of the tensors that adapters are merged into, as they are without them."""
 

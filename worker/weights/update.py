@@ -48,6 +48,13 @@ class Update:
             found.setdefault(module, []).append(name)
         return found
 
+    @property
+    def prepared(self) -> dict[str, list[str]]:
+        """The names that are to be written, by module."""
+        return (
+            {} if self._prepared is None else {module: list(names) for module, names in self._prepared.tensors.items()}
+        )
+
     def prepare(self, opened: Opened, sign: Sign = _nothing) -> Report:
         """Check every name, shape and dtype, find room to undo it, and get ready what can be.
 

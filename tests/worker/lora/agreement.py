@@ -98,7 +98,7 @@ def request(name: str, index: int, lora: list[Use] | None = None) -> Generate:
 
 
 def new_adapters(model: Model, ranks: Ranks = ALONE, most: int = 64, most_bytes: int = 1 << 40) -> RankAdapters:
-    return RankAdapters(model.pipeline, model.layouts, ranks, most=most, most_bytes=most_bytes)
+    return RankAdapters(model.pipeline, model.layouts, ranks, model.device, most=most, most_bytes=most_bytes)
 
 
 def change(adapters: RankAdapters, wanted: AdapterChange) -> None:

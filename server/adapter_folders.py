@@ -1,0 +1,68 @@
+"""Who keeps the server's copies of adapters, and removes those that nothing needs any more."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import shutil
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+from ..protocol.errors import ClientGone
+from ..protocol.operations import Operate, Settled
+from .adapter_files import new_folder
+from .scheduler_link import SchedulerLink
+
+
+class AdapterFolders:
+    """``first`` are folders of adapters that the server starts with.
+
+    What replicas need is what the scheduler has said last: they may start again at any time, and read it then.
+    """
+
+    def __init__(self, shared: Path, link: SchedulerLink, first: set[str]) -> None:
+        self._shared = shared
+        self._link = link
+        self._first = first
+        self._pending: set[Path] = set()
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    @asynccontextmanager
+    async def for_a_change(self) -> AsyncIterator[Callable[[], Path]]:
+        """A context in which a change of adapters is made; it gives names of new folders for it."""
+        own: set[Path] = set()
+
+        def new() -> Path:
+            folder = new_folder(self._shared)
+            own.add(folder)
+            self._pending.add(folder)
+            return folder
+
+        try:
+            yield new
+        except (ClientGone, asyncio.CancelledError):  # what it becomes is not known yet
+            task = asyncio.create_task(self._wait_and_remove(own))
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+            raise
+        except BaseException:
+            await self._remove(own)
+            raise
+        await self._remove(own)
+
+    async def _wait_and_remove(self, own: set[Path]) -> None:
+        with self._link.submit(Operate(f"settled-{secrets.token_hex(8)}", Settled())) as events:
+            await events.operated()
+        await self._remove(own)
+
+    async def _remove(self, settled: set[Path]) -> None:
+        """Every folder that no replica needs, now that it is known of ``settled`` too."""
+        self._pending -= settled
+        needed = {one.source.folder for one in self._link.adapters.loaded.values()}
+        if needed & self._first:
+            self._first = set()  # they are among those that the scheduler tells of
+        kept = needed | self._first | {str(folder) for folder in self._pending}
+        gone = [folder for folder in self._shared.glob("adapter-*") if str(folder) not in kept]
+        for folder in gone:
+            await asyncio.to_thread(shutil.rmtree, folder, ignore_errors=True)
