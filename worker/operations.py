@@ -182,8 +182,8 @@ class Operations:
             if leads and self._ranks.rank == 0:
                 folder = Path(operation.folder)
                 folder.mkdir(mode=0o700)
-                known = tuple(f"{name}." for name in self._model.layouts)
-                named = {name if name.startswith(known) else f"{module}.{name}": one for name, one in tensors.items()}
+                own = "" if module in DENOISERS else f"{module}."  # bare names are taken for the denoiser's
+                named = {name if name.startswith(own) else own + name: one for name, one in tensors.items()}
                 save_file({name: one.cpu().clone().contiguous() for name, one in named.items()}, folder / ADAPTER_FILE)
         except (OSError, SafetensorError) as error:
             raise Unavailable(f"The adapter could not be kept in shared memory ({error}).") from error
