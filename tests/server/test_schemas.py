@@ -55,6 +55,11 @@ MALFORMED = [
     (b'{"prompt": "x", "output_format": 3}', "output_format", "a string, not a number"),
     (b'{"prompt": "x", "widht": 64}', "widht", "did you mean width"),
     (b'{"prompt": "x", "quite_unknown": 64}', "quite_unknown", "known are"),
+    (b'{"prompt": "x", "lora": "a"}', "lora", "must be a list of objects with a name and a scale, not a string"),
+    (b'{"prompt": "x", "lora": ["a"]}', "lora", "lora[0] must be an object, not a string"),
+    (b'{"prompt": "x", "lora": [{"scale": 1}]}', "lora", "lora[0].name is required"),
+    (b'{"prompt": "x", "lora": [{"name": "a", "scale": "1"}]}', "lora", "lora[0].scale must be a number, not a string"),
+    (b'{"prompt": "x", "lora": [{"name": "a", "path": "b"}]}', "lora", "no lora[0].path"),
 ]
 
 INVALID = [
@@ -96,7 +101,10 @@ INVALID = [
     (b'{"prompt": "x", "preview_every": -1}', "preview_every", "between 0 and"),
     (b'{"prompt": "x", "preview_every": 1}', "preview_every", "needs stream"),
     (b'{"prompt": "x", "image": "aaaa"}', "image", "takes no image: none fits"),
-    (b'{"prompt": "x", "lora": [{"name": "a"}]}', "lora", "not supported by this version"),
+    (b'{"prompt": "x", "lora": [{"name": "a"}, {"name": "a"}]}', "lora", "named twice"),
+    (b'{"prompt": "x", "lora": [{"name": "a", "scale": 101}]}', "lora", "lora[0].scale is out of range"),
+    (b'{"prompt": "x", "lora": [{"name": ""}]}', "lora", "lora[0].name is out of range"),
+    (b'{"prompt": "x", "lora": [' + b'{"name": "a"},' * 16 + b'{"name": "b"}]}', "lora", "at most 16"),
     (b'{"prompt": "x", "extra": {"width": 64}}', "extra.width", "a field of the request itself"),
     (b'{"prompt": "x", "extra": {"max_sequence_lenght": 64}}', "extra.max_sequence_lenght", "max_sequence_length"),
     (b'{"prompt": "x", "extra": {"generator": 1}}', "extra.generator", "has no argument"),
