@@ -89,6 +89,7 @@ class Operations:
         self._lost: set[str] = set()  # changed modules that no replica has any more
         self._in_doubt: dict[str, set[str]] = {}  # what all replicas were lost with while they committed it: modules
         self._commits = 0
+        self._published = 0  # versions that were made of adapters
         self._gone: dict[int, int] = {}  # how many commits there were when a replica's last process was lost
         self._numbers = itertools.count(1)
         self._line: deque[Request | Transaction] = deque()
@@ -380,7 +381,7 @@ class Operations:
 
     def _next_version(self) -> str:
         current = self.version or ""
-        return str(int(current) + 1) if current.isdecimal() else str(self._commits + 1)
+        return str(int(current) + 1) if current.isdecimal() else str(self._commits + self._published + 1)
 
     def _finish_step(self, transaction: Transaction, running: Running, now: float) -> bool:
         transaction.running = None
@@ -483,6 +484,7 @@ class Operations:
             return
         assert report.adapters is not None, "a commit of adapters brings them"
         self.adapters, self._first_adapters = report.adapters, None
+        self._published += self.version != running.version
         self.version = running.version
         for number in running.reports:
             if (changed := self._replicas.get(number)) is not None:
@@ -497,8 +499,13 @@ class Operations:
 
     @property
     def _adapters_to_be(self) -> AdapterChange | None:
-        """By which a replica that has loaded gets the adapters that the others have, or that all begin with."""
-        return RestoreAdapters(self.adapters) if self.adapters.loaded else self._first_adapters
+        """By which a replica that has loaded gets the adapters that the others have, or that all begin with.
+
+        None may be left in a version that was published with some.
+        """
+        if self.adapters.loaded or self.version != self._base_version:
+            return RestoreAdapters(self.adapters)
+        return self._first_adapters
 
     def used(self, adapters: Iterable[str]) -> None:
         """A request names these."""
@@ -522,7 +529,7 @@ class Operations:
         elif isinstance(operation, Export):
             (report,) = reports.values() or (Report(),)
             source = Files(report.files, delete=True)
-            transaction.parts.append(Operate("", Update(source=source, weight_version=self.version)))
+            transaction.parts.append(Operate("", Update(source=source, weight_version=self._base_version)))
         self._operated(running.part, reports, self.version)
         if isinstance(operation, Abort):
             self._end(transaction)
