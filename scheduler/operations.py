@@ -220,11 +220,11 @@ class Operations:
     def _settle_doubt(self, replica: Replica, version: str) -> None:
         """A replica comes with ``version``: take it up if it is the first, or all were lost in its commit.
 
-        Unless another serves without that commit by now: then it is to be undone in this one.
+        Unless another has weights without that commit by now: then it is to be undone in this one.
         """
         if self._journal and version in self._in_doubt:
             self._changed |= self._in_doubt.pop(version)
-            if not any(self._has_committed(other) for other in self._replicas if other is not replica):
+            if not any(self._has_weights(other) for other in self._replicas if other is not replica):
                 self.version = self._base_version = version
         if self.version is None:
             self.version = self._base_version = version
@@ -329,19 +329,23 @@ class Operations:
         return True
 
     def _giver(self) -> int | None:
-        """A replica that has what was committed, rather one that gives signs of life."""
-        having = [replica for replica in self._replicas if self._has_committed(replica)]
+        """A replica that has the committed weights, rather one that gives signs of life."""
+        having = [replica for replica in self._replicas if self._has_weights(replica)]
         first = min(having, key=lambda replica: (replica.state != "ready", replica.number), default=None)
         return None if first is None else first.number
 
     def _participants(self, transaction: Transaction) -> set[int]:
-        """Those that have what was committed; where none does, those that came without, so that it can be sent again.
+        """Those that have what was committed, or its weights; where none does, those that came without, so that it can
+        be sent again.
 
         One that is silent for now may serve again, so that it is not left out.
         """
         if transaction.replicas is None:
             having = {replica.number for replica in self._replicas if self._has_committed(replica)}
-            chosen = having or set(self._behind)
+            bare = {number for number in self._behind if self._have_weights([number])}
+            chosen = having or bare or set(self._behind)
+            if not having and not bare and not self._lost:  # who had all could not be given its adapters
+                self._lost = set(self._changed)
             if transaction.begun is not None:
                 transaction.replicas = chosen
             return chosen
@@ -353,7 +357,7 @@ class Operations:
     def _cannot_replace(self, transaction: Transaction, replicas: set[int]) -> SafelightError | None:
         """Why what came cannot stand in for weights that were lost, where the replicas are those that lost them."""
         partly = sorted((self._lost & set(transaction.written)) - transaction.complete)
-        if partly and replicas <= self._behind and transaction.only is None:
+        if partly and transaction.only is None and not self._have_weights(replicas):
             return Conflict(
                 f"The weights of version {self.version} were lost; send every tensor of {', '.join(partly)} at once."
             )
@@ -450,6 +454,7 @@ class Operations:
             self._fail(running.part, running.error or Unavailable("Every replica was lost.", retry_after_s=RETRY_S))
             self._end(transaction)
             return
+        had_weights = self._have_weights(running.reports)
         for number, report in running.reports.items():
             if (replica := self._replicas.get(number)) is not None and report.weight_version is not None:
                 replica.has_version(report.weight_version)
@@ -461,7 +466,7 @@ class Operations:
             self._in_doubt.clear()
             self._changed.update(transaction.written)
         was_lost = bool(self._lost)
-        self._lost = self._lost - transaction.complete if transaction.only is None else set()
+        self._lost = self._lost - transaction.complete if transaction.only is None and not had_weights else set()
         for number in sorted(set(running.reports) & self._behind) if not self._lost else ():
             if (replica := self._replicas.get(number)) is None:
                 continue
@@ -590,6 +595,14 @@ class Operations:
 
     def _is_named(self, replica: Replica) -> bool:
         return replica.model is not None and replica.model.weight_version == self._base_version
+
+    def _have_weights(self, numbers: Iterable[int]) -> bool:
+        return any(self._has_weights(replica) for replica in self._replicas if replica.number in numbers)
+
+    def _has_weights(self, replica: Replica) -> bool:
+        """Whether it has the committed weights; it may wait for adapters, or for its turn to be found complete."""
+        waits = replica.number in self._behind and replica.state == "starting"
+        return self._has_committed(replica) or (waits and (replica.number in self._bare or self._has_all(replica)))
 
     def _has_committed(self, replica: Replica) -> bool:
         return replica.state in ("ready", "stalled") and replica.number not in self._behind

@@ -382,6 +382,18 @@ def test_a_replica_that_is_brought_up_does_not_journal_the_weights_as_those_with
     assert stage.processes[1].version == "published"
 
 
+def test_weights_that_were_in_doubt_are_not_taken_up_while_another_gets_adapters_on_the_ones_before() -> None:
+    stage = Operating(config=JOURNAL)
+    change(stage, "set", INK)
+    stage.operate("u", update(version="in doubt"))
+    stage.up_to("commit")
+    stage.kill(0)
+    stage.kill(1)
+    stage.start(0)  # it read the journal before the commit
+    stage.start(1, Process(1, 0, "in doubt", {"transformer": "new", "vae": "checkpoint"}))
+    assert alike(stage)
+
+
 def test_an_update_that_comes_while_adapters_are_brought_leaves_both() -> None:
     stage = Operating()
     change(stage, "set", INK)
@@ -460,6 +472,76 @@ def test_what_is_listed_is_what_a_change_comes_to() -> None:
         assert stage.done(str(number)).adapters == listed(stage) == state
 
 
+def test_weights_that_were_sent_again_are_not_asked_for_once_more_while_adapters_are_brought_to_them() -> None:
+    stage = Operating()
+    change(stage, "set", INK)
+    stage.operate("u", update())
+    stage.do_all()
+    stage.kill(0)
+    stage.kill(1)
+    stage.start(0)
+    stage.operate("again", update("again"))
+    stage.up_to("commit")
+    stage.start(1)
+    stage.operate("vae", update("newer", "vae"))
+    stage.do_all()
+    assert stage.done("again").weight_version == "2"
+    assert stage.done("vae").weight_version == "3"
+    assert alike(stage)
+    assert stage.weights() == {0: "again", 1: "again"}
+
+
+def test_half_of_what_was_updated_is_not_all_for_who_waits_for_its_adapters() -> None:
+    stage = Operating(replicas=3, ready=1, adapters=INK)
+    stage.do_all()
+    stage.begin()
+    stage.operate("transformer", update("new"))
+    stage.operate("vae", update("newer", "vae"))
+    stage.start(1)
+    stage.kill(0)  # the begun update ends with it
+    stage.up_to("commit")
+    stage.start(2)
+    stage.do_all()
+    assert stage.done("transformer").weight_version == "1"
+    assert stage.done("vae").weight_version == "2"
+    assert alike(stage)
+    assert stage.weights() == {1: "new", 2: "new"}
+
+
+def test_what_another_replica_still_has_is_not_lost_though_it_waits_for_its_adapters() -> None:
+    stage = Operating(replicas=2, config=JOURNAL)
+    change(stage, "set", INK)
+    stage.operate("u", update(version="base"))
+    stage.do_all()
+    stage.kill(1)
+    stage.begin()
+    stage.operate("vae", update("newer", "vae"))
+    stage.start(1, Process(1, 0, "base", {"transformer": "new", "vae": "checkpoint"}))
+    stage.kill(0)
+    stage.do_all()
+    assert stage.done("vae")
+    assert alike(stage)
+    assert (stage.weights(), stage.weights("vae")) == ({1: "new"}, {1: "newer"})
+
+
+def test_half_of_a_module_can_be_sent_when_one_comes_that_has_the_rest_of_it() -> None:
+    stage = Operating(config=JOURNAL)
+    change(stage, "set", INK)
+    stage.operate("u", update(version="base"))
+    stage.do_all()
+    stage.kill(0)
+    stage.kill(1)
+    stage.start(0)  # with a journal that had missed the update
+    stage.begin()
+    stage.operate("half", update("half"))
+    stage.start(1, Process(1, 0, "base", {"transformer": "new", "vae": "checkpoint"}))
+    stage.operate("abort", Abort("u"))
+    stage.do_all()
+    assert stage.done("half")
+    assert alike(stage)
+    assert stage.weights() == {0: "new and half", 1: "new and half"}
+
+
 def test_a_new_process_has_no_part_in_a_change_that_its_predecessors_loss_lets_begin() -> None:
     stage = Operating(config=JOURNAL)
     stage.operate("set", Adapt(INK))
@@ -469,4 +551,46 @@ def test_a_new_process_has_no_part_in_a_change_that_its_predecessors_loss_lets_b
     stage.do_all()
     stage.refusal("set")
     assert list(stage.done("publish").reports) == [1]
+    assert alike(stage)
+
+
+def test_nobody_serves_half_of_what_was_committed_after_the_one_that_had_it_all_has_failed() -> None:
+    stage = Operating()
+    change(stage, "set", INK)
+    stage.operate("u", update())
+    stage.do_all()
+    stage.kill(0)
+    stage.kill(1)
+    stage.start(0)
+    stage.operate("again", update("again"))
+    while not isinstance(stage.processes[0].orders[0].operation, Adapt):
+        stage.do(0)
+    stage.operate("vae", update("newer", "vae"))
+    stage.start(1)
+    stage.do(0, FULL)
+    stage.do_all()
+    assert stage.replica(0).state == "failed"
+    assert stage.serving() == []
+    assert "were lost" in stage.replica(1).message
+    stage.operate("once more", update("once more"))
+    stage.operate("vae once more", update("once more", "vae"))
+    stage.do_all()
+    assert stage.serving() == [1]
+
+
+def test_weights_are_not_called_lost_while_one_that_has_them_waits_for_its_adapters() -> None:
+    stage = Operating()
+    change(stage, "set", INK)
+    stage.operate("u", update())
+    stage.do_all()
+    stage.kill(0)
+    stage.kill(1)
+    stage.start(0)
+    stage.operate("again", update("again"))
+    stage.up_to("commit")
+    stage.start(1)
+    stage.begin()  # which keeps the adapters from both
+    assert (stage.serving(), stage.weights()) == ([], {0: "again", 1: "again"})
+    assert "were lost" not in stage.replica(1).message
+    stage.operate("abort", Abort("u"))
     assert alike(stage)
