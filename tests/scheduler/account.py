@@ -79,6 +79,10 @@ class Account:
         """What is never in doubt: it is the scheduler that keeps it."""
         return self.truths[0][2]
 
+    def journal_has(self, truth: Truth) -> bool:
+        """Whether a process that starts has its weights."""
+        return truth[1] == (CHECKPOINT if self.journal is None else self.journal[1])
+
     def commit(self, version: str, updates: list[Update], operated: Operated) -> None:
         assert operated.weight_version == version
         assert operated.reports

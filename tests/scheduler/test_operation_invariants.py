@@ -46,6 +46,7 @@ from safelight.protocol.operations import (
     Continue,
     Digests,
     Export,
+    Files,
     ListAdapters,
     Operate,
     Operated,
@@ -54,8 +55,10 @@ from safelight.protocol.operations import (
     Perform,
     Performed,
     Report,
+    Save,
     SetPaused,
     Sleep,
+    Update,
     Wake,
 )
 from safelight.tests.scheduler.account import Account, Asked, Truth, Weights
@@ -71,6 +74,7 @@ BARRIERS: st.SearchStrategy[Barrier] = st.sampled_from(["wait", "abort", "in_pla
 MODULES = st.sampled_from(sorted(CHECKPOINT))
 NICKNAMES = st.sampled_from(["ink", "oil"])
 MODES: st.SearchStrategy[WantedMode] = st.sampled_from(["merge", "dynamic", "request"])
+KEPT = Save(Files({"transformer": ["an adapter"]}), "/shared/kept")
 
 
 @dataclass
@@ -103,14 +107,25 @@ class OperationsMachine(RuleBasedStateMachine):
         self.steps_asked: set[tuple[int, str]] = set()
         self.names = 0
 
-    @initialize(journal=st.booleans(), adapters=st.sampled_from([None, set_adapters("ink", words=["first"])]))
-    def all_are_there(self, journal: bool, adapters: SetAdapters | None) -> None:
-        self.account = Account(adapters)
+    @initialize(
+        journal=st.booleans(),
+        adapters=st.sampled_from([None, set_adapters("ink", words=["first"])]),
+        lost=st.booleans(),
+        back=st.booleans(),
+    )
+    def all_are_there(self, journal: bool, adapters: SetAdapters | None, lost: bool, back: bool) -> None:
+        """Or all are lost, which had other weights, and adapters; what is hard comes after that."""
+        self.account, self.with_journal = Account(adapters), journal
         path = "/journal" if journal else None
         config = Config(replicas=REPLICAS, max_running=2, stall_timeout_s=STALL_TIMEOUT_S, weights_journal=path)
         self.stage = Stage(ready=(), config=config, adapters=adapters)
         for number in range(REPLICAS):
             self.start(number, at_once=True)
+        if lost:
+            self.ask(update(self.name("whole"), "transformer", version="before all were lost"))
+            self.ask(Adapt(set_adapters("oil", words=[self.name("word")])))
+            self.obey_all()
+            self.kill_all(None, back)
 
     # What trainers and clients do.
 
@@ -141,7 +156,9 @@ class OperationsMachine(RuleBasedStateMachine):
         self.ask(kind([*self.account.begun][-1]))
 
     @rule(
-        operation=st.sampled_from([Digests(), Sleep(["weights"]), Sleep(["caches"]), Wake(["weights", "caches"])]),
+        operation=st.sampled_from(
+            [Digests(), KEPT, Sleep(["weights"]), Sleep(["caches"]), Wake(["weights", "caches"])]
+        ),
         barrier=BARRIERS,
     )
     def ask_for_something_else(self, operation: Operation, barrier: Barrier) -> None:
@@ -202,6 +219,20 @@ class OperationsMachine(RuleBasedStateMachine):
             for number in range(REPLICAS):
                 self.obey(number, many=True)
 
+    @rule(kind=st.sampled_from(["write", "journal", "commit", Adapt, Update, Export]))
+    def obey_up_to(self, kind: str | type[Operation]) -> None:
+        """All do what they are told, but not such a step, or the first of such an operation."""
+
+        def is_next(worker: Worker) -> bool:
+            order = worker.inbox[0]
+            if not isinstance(order, Perform):
+                return False
+            return order.step == kind if isinstance(kind, str) else isinstance(order.operation, kind)
+
+        while busy := [n for n, worker in enumerate(self.workers) if worker and worker.inbox and not is_next(worker)]:
+            for number in busy:
+                self.obey(number, many=False)
+
     @rule(number=NUMBERS)
     def refuse(self, number: int) -> None:
         worker = self.workers[number]
@@ -252,6 +283,14 @@ class OperationsMachine(RuleBasedStateMachine):
         if report:
             self.report_ends(number)
 
+    @rule(keep=st.sampled_from([None, None, *range(REPLICAS)]), back=st.booleans())
+    def kill_all(self, keep: int | None, back: bool) -> None:
+        """All but ``keep`` are gone at once, and maybe back at once."""
+        for number in set(range(REPLICAS)) - {keep}:
+            self.kill(number, report=True)
+            if back:
+                self.start(number, at_once=True)
+
     @rule(number=NUMBERS)
     def report_ends(self, number: int) -> None:
         while self.unreported[number]:
@@ -290,6 +329,11 @@ class OperationsMachine(RuleBasedStateMachine):
         self.pause_or_continue(None)
         self.settle()
         self.ask(Wake(["weights", "caches"]))
+        self.settle()
+        if self.with_journal and all(self.account.journal_has(truth) for truth in self.account.truths):
+            self.kill_all(None, back=True)
+            self.settle()
+            assert self.serving() == list(range(REPLICAS)), "nothing is to be sent again"
         for module in CHECKPOINT:
             self.update_at_once(module, half=False, barrier="wait")
             self.settle()
