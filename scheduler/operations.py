@@ -523,7 +523,7 @@ class Operations:
         if not isinstance(operation.change, SetAdapters):
             return operation
         self._recent = {name: None for name in self._recent if name in self.adapters.loaded}
-        return Adapt(replace(operation.change, recent=list(self._recent)))
+        return replace(operation, change=replace(operation.change, recent=list(self._recent)))
 
     def _done(self, transaction: Transaction, running: Running) -> None:
         operation, reports = running.part.operation, running.reports

@@ -1,6 +1,7 @@
 """Changes of adapters: everywhere or nowhere, listed as they were committed, and brought to whoever comes later."""
 
 import pytest
+from msgspec.structs import replace
 
 from safelight.protocol.adapters import (
     AdapterChange,
@@ -314,6 +315,7 @@ def test_a_change_that_publishes_makes_the_next_version_or_the_one_that_it_names
     assert stage.done("merge").weight_version == "1", "it publishes nothing"
     change(stage, "again", INK, publishes=True, version="blue")
     assert stage.done("again").weight_version == "blue"
+    assert stage.told[-6][1].operation == Adapt(replace(INK, recent=["ink"]), True, "blue")
     assert {process.version for process in stage.processes.values()} == {"blue"}
     assert {model.weight_version for n in (0, 1) if (model := stage.replica(n).model)} == {"blue"}
 
