@@ -271,7 +271,7 @@ class Operations:
         operation = part.operation
         if transaction.only is not None:
             return self._begin_for_one(transaction, operation, transaction.only)
-        replicas = self._participants(transaction)
+        replicas = self._participants(transaction, operation)
         if not replicas:
             self._fail(part, Unavailable(f"No replica is ready: {self._replicas.reasons()}.", retry_after_s=RETRY_S))
             if transaction.begun is not None:
@@ -334,17 +334,18 @@ class Operations:
         first = min(having, key=lambda replica: (replica.state != "ready", replica.number), default=None)
         return None if first is None else first.number
 
-    def _participants(self, transaction: Transaction) -> set[int]:
-        """Those that have what was committed, or its weights; where none does, those that came without, so that it can
-        be sent again.
+    def _participants(self, transaction: Transaction, operation: Operation) -> set[int]:
+        """Those that have what was committed; where none does, those that came without, so that it can be sent again.
 
-        One that is silent for now may serve again, so that it is not left out.
+        One that is silent for now may serve again, so that it is not left out. Where some lack nothing but adapters,
+        an update is for these, and the others get it from them.
         """
         if transaction.replicas is None:
             having = {replica.number for replica in self._replicas if self._has_committed(replica)}
-            bare = {number for number in self._behind if self._have_weights([number])}
+            updates = isinstance(operation, Update | Begin)
+            bare = {number for number in self._behind if updates and self._have_weights([number])}
             chosen = having or bare or set(self._behind)
-            if not having and not bare and not self._lost:  # who had all could not be given its adapters
+            if updates and not having and not bare and not self._lost:  # who had all could not be given its adapters
                 self._lost = set(self._changed)
             if transaction.begun is not None:
                 transaction.replicas = chosen
