@@ -191,12 +191,11 @@ class Settled(msgspec.Struct, tag=True, frozen=True):
 class Adapt(msgspec.Struct, tag=True, frozen=True):
     """Change the adapters. Like an update it is prepared, written and committed.
 
-    One with an adapter that was ``sent``, whose nickname this is, makes a new version of the weights,
-    ``weight_version`` if it is given.
+    One that ``publishes`` makes a new version of the weights, ``weight_version`` if it is given.
     """
 
     change: AdapterChange
-    sent: str | None = None
+    publishes: bool = False
     weight_version: str | None = None
 
 

@@ -92,6 +92,7 @@ class Operations:
         self._lost: set[str] = set()  # changed modules that no replica has any more
         self._in_doubt: dict[str, set[str]] = {}  # what all replicas were lost with while they committed it: modules
         self._commits = 0
+        self._published = 0  # versions that were made of adapters
         self._gone: dict[int, int] = {}  # how many commits there were when a replica's last process was lost
         self._numbers = itertools.count(1)
         self._line: deque[Request | Transaction] = deque()
@@ -222,11 +223,11 @@ class Operations:
     def _settle_doubt(self, replica: Replica, version: str) -> None:
         """A replica comes with ``version``: take it up if it is the first, or all were lost in its commit.
 
-        Unless another serves without that commit by now: then it is to be undone in this one.
+        Unless another has weights without that commit by now: then it is to be undone in this one.
         """
         if self._journal and version in self._in_doubt:
             self._changed |= self._in_doubt.pop(version)
-            if not any(self._has_committed(other) for other in self._replicas if other is not replica):
+            if not any(self._has_weights(other) for other in self._replicas if other is not replica):
                 self.version = self._base_version = version
         if self.version is None:
             self.version = self._base_version = version
@@ -276,7 +277,7 @@ class Operations:
         if isinstance(operation, Settled):
             self._operated(part, {}, self.version)
             return True
-        replicas = self._participants(transaction)
+        replicas = self._participants(transaction, operation)
         if not replicas:
             self._fail(part, Unavailable(f"No replica is ready: {self._replicas.reasons()}.", retry_after_s=RETRY_S))
             if transaction.begun is not None:
@@ -334,19 +335,24 @@ class Operations:
         return True
 
     def _giver(self) -> int | None:
-        """A replica that has what was committed, rather one that gives signs of life."""
-        having = [replica for replica in self._replicas if self._has_committed(replica)]
+        """A replica that has the committed weights, rather one that gives signs of life."""
+        having = [replica for replica in self._replicas if self._has_weights(replica)]
         first = min(having, key=lambda replica: (replica.state != "ready", replica.number), default=None)
         return None if first is None else first.number
 
-    def _participants(self, transaction: Transaction) -> set[int]:
+    def _participants(self, transaction: Transaction, operation: Operation) -> set[int]:
         """Those that have what was committed; where none does, those that came without, so that it can be sent again.
 
-        One that is silent for now may serve again, so that it is not left out.
+        One that is silent for now may serve again, so that it is not left out. Where some lack nothing but adapters,
+        an update is for these, and the others get it from them.
         """
         if transaction.replicas is None:
             having = {replica.number for replica in self._replicas if self._has_committed(replica)}
-            chosen = having or set(self._behind)
+            updates = isinstance(operation, Update | Begin)
+            bare = {number for number in self._behind if updates and self._have_weights([number])}
+            chosen = having or bare or set(self._behind)
+            if updates and not having and not bare and not self._lost:  # who had all could not be given its adapters
+                self._lost = set(self._changed)
             if transaction.begun is not None:
                 transaction.replicas = chosen
             return chosen
@@ -358,7 +364,7 @@ class Operations:
     def _cannot_replace(self, transaction: Transaction, replicas: set[int]) -> SafelightError | None:
         """Why what came cannot stand in for weights that were lost, where the replicas are those that lost them."""
         partly = sorted((self._lost & set(transaction.written)) - transaction.complete)
-        if partly and replicas <= self._behind and transaction.only is None:
+        if partly and transaction.only is None and not self._have_weights(replicas):
             return Conflict(
                 f"The weights of version {self.version} were lost; send every tensor of {', '.join(partly)} at once."
             )
@@ -386,7 +392,7 @@ class Operations:
 
     def _next_version(self) -> str:
         current = self.version or ""
-        return str(int(current) + 1) if current.isdecimal() else str(self._commits + 1)
+        return str(int(current) + 1) if current.isdecimal() else str(self._commits + self._published + 1)
 
     def _finish_step(self, transaction: Transaction, running: Running, now: float) -> bool:
         transaction.running = None
@@ -409,7 +415,7 @@ class Operations:
             self._order(running, "write")
         elif isinstance(operation, Adapt):
             running.version = self.version or ""
-            if operation.sent is not None:
+            if operation.publishes:
                 running.version = operation.weight_version or self._next_version()
             transaction.running = running
             self._order(running, "commit")
@@ -456,6 +462,7 @@ class Operations:
             self._fail(running.part, running.error or Unavailable("Every replica was lost.", retry_after_s=RETRY_S))
             self._end(transaction)
             return
+        had_weights = self._have_weights(running.reports)
         for number, report in running.reports.items():
             if (replica := self._replicas.get(number)) is not None and report.weight_version is not None:
                 replica.has_version(report.weight_version)
@@ -467,7 +474,7 @@ class Operations:
             self._in_doubt.clear()
             self._changed.update(transaction.written)
         was_lost = bool(self._lost)
-        self._lost = self._lost - transaction.complete if transaction.only is None else set()
+        self._lost = self._lost - transaction.complete if transaction.only is None and not had_weights else set()
         for number in sorted(set(running.reports) & self._behind) if not self._lost else ():
             if (replica := self._replicas.get(number)) is None:
                 continue
@@ -490,6 +497,7 @@ class Operations:
             return
         assert report.adapters is not None, "a commit of adapters brings them"
         self.adapters, self._first_adapters = report.adapters, None
+        self._published += self.version != running.version
         self.version = running.version
         for number in running.reports:
             if (changed := self._replicas.get(number)) is not None:
@@ -504,8 +512,13 @@ class Operations:
 
     @property
     def _adapters_to_be(self) -> AdapterChange | None:
-        """By which a replica that has loaded gets the adapters that the others have, or that all begin with."""
-        return RestoreAdapters(self.adapters) if self.adapters.loaded else self._first_adapters
+        """By which a replica that has loaded gets the adapters that the others have, or that all begin with.
+
+        None may be left in a version that was published with some.
+        """
+        if self.adapters.loaded or self.version != self._base_version:
+            return RestoreAdapters(self.adapters)
+        return self._first_adapters
 
     def used(self, adapters: Iterable[str]) -> None:
         """A request names these."""
@@ -530,7 +543,7 @@ class Operations:
         elif isinstance(operation, Export):
             (report,) = reports.values() or (Report(),)
             source = Files(report.files, delete=True)
-            transaction.parts.append(Operate("", Update(source=source, weight_version=self.version)))
+            transaction.parts.append(Operate("", Update(source=source, weight_version=self._base_version)))
         self._operated(running.part, reports, self.version)
         if isinstance(operation, Abort):
             self._end(transaction)
@@ -591,6 +604,14 @@ class Operations:
 
     def _is_named(self, replica: Replica) -> bool:
         return replica.model is not None and replica.model.weight_version == self._base_version
+
+    def _have_weights(self, numbers: Iterable[int]) -> bool:
+        return any(self._has_weights(replica) for replica in self._replicas if replica.number in numbers)
+
+    def _has_weights(self, replica: Replica) -> bool:
+        """Whether it has the committed weights; it may wait for adapters, or for its turn to be found complete."""
+        waits = replica.number in self._behind and replica.state == "starting"
+        return self._has_committed(replica) or (waits and (replica.number in self._bare or self._has_all(replica)))
 
     def _has_committed(self, replica: Replica) -> bool:
         return replica.state in ("ready", "stalled") and replica.number not in self._behind

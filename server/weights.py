@@ -232,7 +232,7 @@ class _Routes:
                 nicknames=[nickname], strengths=[1.0], target=target, mode="merge", sources=[adapter], keeps=True
             )
             await self._operating.operate(request, Save(source, str(folder)))
-            adapt = Adapt(change, nickname, body.weight_version)
+            adapt = Adapt(change, publishes=True, weight_version=body.weight_version)
             operated = await self._operating.operate(request, adapt, body.mode)
         return _updated(operated, "The adapter is merged.", began)
 

@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import nn
 
-from ..protocol.adapters import ADAPTER_FILE
+from ..protocol.adapters import ADAPTER_FILE, SetAdapters
 from ..protocol.errors import Conflict, ErrorInfo, Internal, InvalidRequest, NotFound, SafelightError, Unavailable
 from ..protocol.operations import (
     Adapt,
@@ -260,7 +260,8 @@ class Operations:
             invalidated = self._flush() if self._adapters.commit() else []
             self._hub.adapters_changed()
             self._model.weight_version = order.weight_version
-            updated = self._adapters.layers_of(self._operation.sent) if self._operation.sent is not None else {}
+            change = self._operation.change
+            updated = self._adapters.layers_of(change.nicknames) if isinstance(change, SetAdapters) else {}
             return Report(
                 updated=updated,
                 expected=updated,

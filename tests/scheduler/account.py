@@ -1,12 +1,15 @@
-"""What a trainer knows of the weights from the answers that it got, to hold against what replicas have."""
+"""What a trainer knows of weights and adapters from the answers that it got, to hold against what replicas have."""
 
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
+from safelight.protocol.adapters import AdapterState, SetAdapters
 from safelight.protocol.operations import (
     Abort,
+    Adapt,
     Begin,
     Commit,
+    ListAdapters,
     Operated,
     Operation,
     Perform,
@@ -14,11 +17,14 @@ from safelight.protocol.operations import (
     Update,
     Wake,
 )
+from safelight.tests.scheduler.adapting import adapted
 from safelight.tests.scheduler.operating import CHECKPOINT, Process
 
 Weights: TypeAlias = dict[str, str]
-Truth: TypeAlias = tuple[str, Weights]
-"""A version and its weights."""
+Truth: TypeAlias = tuple[str, Weights, AdapterState]
+"""A version, its weights, and the adapters that are used with them."""
+Asked: TypeAlias = Operation | ListAdapters | None
+"""``None`` stands for a pause or its end."""
 
 
 @dataclass
@@ -30,17 +36,26 @@ class Begun:
 class Account:
     """``truths`` are what may be committed: more than one where all replicas were lost in a commit.
 
-    ``journal`` is what the replicas have written down.
+    ``journal`` is what the replicas have written down. ``serves`` says that a replica was ready, and before that they
+    have yet to get the adapters that they begin with.
     """
 
-    def __init__(self) -> None:
-        self.truths: list[Truth] = [("0", dict(CHECKPOINT))]
-        self.journal: Truth | None = None
+    def __init__(self, first: SetAdapters | None = None) -> None:
+        adapters = AdapterState() if first is None else adapted(AdapterState(), first)
+        self.truths: list[Truth] = [("0", dict(CHECKPOINT), adapters)]
+        self.versions = {"0"}
+        self.serves = False
+        self.journal: tuple[str, Weights] | None = None
         self.asleep: set[str] = set()
         self.begun: dict[str, Begun] = {}
 
-    def is_done(self, operation: Operation | None, operated: Operated) -> None:
+    def is_done(self, operation: Asked, operated: Operated) -> None:
         match operation:
+            case Adapt():
+                self.adapt(operation, operated)
+            case ListAdapters():
+                told = operated.adapters
+                assert told == self.adapters or (told == AdapterState() and not self.serves)
             case Update(update_id=None):
                 assert operation.weight_version is not None
                 self.commit(operation.weight_version, [operation], operated)
@@ -59,12 +74,36 @@ class Account:
             case Wake(tags=tags):
                 self.asleep.difference_update(tags)
 
+    @property
+    def adapters(self) -> AdapterState:
+        """What is never in doubt: it is the scheduler that keeps it."""
+        return self.truths[0][2]
+
+    def journal_has(self, truth: Truth) -> bool:
+        """Whether a process that starts has its weights."""
+        return truth[1] == (CHECKPOINT if self.journal is None else self.journal[1])
+
     def commit(self, version: str, updates: list[Update], operated: Operated) -> None:
         assert operated.weight_version == version
         assert operated.reports
-        self.truths = [(version, _after(weights, updates)) for _, weights in self.truths]
+        self.versions.add(version)
+        self.truths = [(version, _after(weights, updates), adapters) for _, weights, adapters in self.truths]
 
-    def has_failed(self, operation: Operation | None) -> None:
+    def adapt(self, operation: Adapt, operated: Operated) -> None:
+        """Without a version of its own it is done on the last, by which it is known which one that is."""
+        adapters, version = adapted(self.adapters, operation.change), operated.weight_version
+        assert version is not None
+        assert operated.adapters == adapters
+        assert operated.reports
+        if operation.publishes:
+            assert version == operation.weight_version or operation.weight_version is None
+            assert version not in self.versions, "a name that other weights had"
+            self.versions.add(version)
+        of_it = [truth for truth in self.truths if operation.publishes or truth[0] == version]
+        assert of_it, f"it is told of version {version}, and {self.truths} are committed"
+        self.truths = [(version, weights, adapters) for _, weights, _ in of_it]
+
+    def has_failed(self, operation: Asked) -> None:
         """Where all replicas are lost in a commit, the journal knows whether it was made."""
         version: str | None = None
         updates: list[Update] = []
@@ -73,9 +112,11 @@ class Account:
                 version, updates = operation.weight_version, [operation]
             case Commit(update_id=update_id) if update_id in self.begun:
                 version, updates = self.begun[update_id].version, self.begun[update_id].parts
-        if self.journal is not None and version == self.journal[0] and version not in {name for name, _ in self.truths}:
+        known = {name for name, _, _ in self.truths}
+        if self.journal is not None and version == self.journal[0] and version not in known:
             assert version is not None
-            self.truths += [(version, _after(weights, updates)) for _, weights in self.truths]
+            self.versions.add(version)
+            self.truths += [(version, _after(weights, updates), adapters) for _, weights, adapters in self.truths]
 
 
 def _after(weights: Weights, updates: list[Update]) -> Weights:

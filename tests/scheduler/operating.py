@@ -5,10 +5,12 @@ from dataclasses import dataclass, field
 
 from msgspec.structs import replace
 
+from safelight.protocol.adapters import AdapterState, SetAdapters
 from safelight.protocol.config import Config
 from safelight.protocol.errors import InvalidRequest, SafelightError
 from safelight.protocol.messages import Failed, ModelInfo, ReplicaReady
 from safelight.protocol.operations import (
+    Adapt,
     Barrier,
     Begin,
     Commit,
@@ -24,6 +26,7 @@ from safelight.protocol.operations import (
     Update,
     Wake,
 )
+from safelight.tests.scheduler.adapting import adapted, words
 from safelight.tests.scheduler.stage import MODEL, Stage
 
 CHECKPOINT = {"transformer": "checkpoint", "vae": "checkpoint"}
@@ -41,27 +44,39 @@ def update(
 
 @dataclass
 class Process:
-    """One process of a replica: its weights, what it would put back, and the orders that it has not answered."""
+    """One process of a replica: its weights, what it would put back, and the orders that it has not answered.
+
+    ``applied`` are the adapters that its weights are with, which it has not committed yet while they are written.
+    """
 
     number: int
     pid: int
     version: str = "0"
     weights: dict[str, str] = field(default_factory=lambda: dict(CHECKPOINT))
+    adapters: AdapterState = field(default_factory=AdapterState)
+    applied: AdapterState = field(default_factory=AdapterState)
     asleep: set[str] = field(default_factory=set)
     orders: deque[Perform] = field(default_factory=deque)
     _operation: Operation | None = None
     _prepared: dict[str, list[str]] = field(default_factory=dict)
     _undo: dict[str, str] = field(default_factory=dict)
     _complete: set[str] = field(default_factory=set)
+    _next_adapters: AdapterState | None = None
 
     @property
     def open(self) -> bool:
         """Whether it has something that is neither committed nor undone."""
-        return bool(self._undo or self._prepared)
+        return bool(self._undo or self._prepared or self._next_adapters is not None or self.applied != self.adapters)
 
     def perform(self, order: Perform) -> Performed:
         self._operation = order.operation or self._operation
-        return Performed(order.number, order.step, self._do(order))
+        try:
+            report = self._do(order)
+        except SafelightError as error:
+            return _refusal(order, error)
+        if order.step in ("commit", "rollback", "release"):
+            self._operation = None
+        return Performed(order.number, order.step, report)
 
     def _do(self, order: Perform) -> Report:
         match order.step:
@@ -71,16 +86,25 @@ class Process:
                 return self._write()
             case "rollback":
                 self.weights |= self._undo
+                self.applied, self._next_adapters = self.adapters, None
                 self._end()
             case "release":
-                self._prepared = {}
+                self._prepared, self._next_adapters = {}, None
             case "commit":
-                report = self._written()
-                assert order.weight_version is not None
-                self.version = order.weight_version
-                self._end()
-                return Report(updated=report.updated, complete=report.complete, weight_version=self.version)
+                return self._commit(order)
         return Report()
+
+    def _commit(self, order: Perform) -> Report:
+        assert order.weight_version is not None
+        self.version = order.weight_version
+        if isinstance(self._operation, Adapt):
+            assert self._next_adapters is not None
+            assert self._next_adapters == self.applied, "written before"
+            self.adapters, self._next_adapters = self._next_adapters, None
+            return Report(weight_version=self.version, adapters=self.adapters)
+        report = self._written()
+        self._end()
+        return Report(updated=report.updated, complete=report.complete, weight_version=self.version)
 
     def _first_step(self) -> Report:
         match self._operation:
@@ -94,9 +118,16 @@ class Process:
                 self.asleep.update(tags)
             case Wake(tags=tags):
                 self.asleep.difference_update(tags)
+            case Adapt(change=change):
+                self._next_adapters = adapted(self.adapters, change)
+                return Report()
         return Report(weight_version=self.version)
 
     def _write(self) -> Report:
+        if isinstance(self._operation, Adapt):
+            assert self._next_adapters is not None, "prepared before"
+            self.applied = self._next_adapters
+            return Report()
         for module, (word,) in self._prepared.items():
             self._undo.setdefault(module, self.weights[module])
             self.weights[module] = f"{self.weights[module]} and {word}" if word.startswith("half") else word
@@ -115,8 +146,15 @@ class Process:
 class Operating(Stage):
     """A stage whose replicas are processes that do what they are told, when the test lets them."""
 
-    def __init__(self, *, replicas: int = 2, ready: int | None = None, config: Config | None = None) -> None:
-        super().__init__(ready=(), config=config or Config(replicas=replicas))
+    def __init__(
+        self,
+        *,
+        replicas: int = 2,
+        ready: int | None = None,
+        config: Config | None = None,
+        adapters: SetAdapters | None = None,
+    ) -> None:
+        super().__init__(ready=(), config=config or Config(replicas=replicas), adapters=adapters)
         self.processes: dict[int, Process] = {}
         self.told: list[tuple[int, Perform]] = []
         """Every order to do a step, in order, with its replica."""
@@ -184,6 +222,10 @@ class Operating(Stage):
 
     def weights(self, module: str = "transformer") -> dict[int, str]:
         return {number: process.weights[module] for number, process in sorted(self.processes.items())}
+
+    def adapters(self) -> dict[int, dict[str, str]]:
+        """The words of the adapters of each replica, by nickname."""
+        return {number: words(process.adapters) for number, process in sorted(self.processes.items())}
 
     def serving(self) -> list[int]:
         return [replica.replica for replica in self.dispatcher.status().replicas if replica.state == "ready"]

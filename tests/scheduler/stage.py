@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import TypeVar
 
+from safelight.protocol.adapters import SetAdapters, Use
 from safelight.protocol.codec import Buffer
 from safelight.protocol.config import Config
 from safelight.protocol.errors import ClientGone
@@ -49,9 +50,17 @@ MODEL = ModelInfo(
 )
 
 
-def generate(request_id: str, outputs: int = 1, *, priority: int = 0, timeout_s: float | None = None) -> Generate:
+def generate(
+    request_id: str,
+    outputs: int = 1,
+    *,
+    priority: int = 0,
+    timeout_s: float | None = None,
+    lora: Sequence[str] | None = None,
+) -> Generate:
     samples = [Sample("a red circle", seed) for seed in range(outputs)]
-    return Generate(request_id=request_id, samples=samples, priority=priority, timeout_s=timeout_s)
+    uses = None if lora is None else [Use(name) for name in lora]
+    return Generate(request_id=request_id, samples=samples, priority=priority, timeout_s=timeout_s, lora=uses)
 
 
 def result(request_id: str, data: bytes = b"png", total_s: float = 1.0) -> Result:
@@ -69,8 +78,10 @@ def stopped(request_id: str) -> Failed:
 class Stage:
     """A dispatcher, what it sent so far, and the time."""
 
-    def __init__(self, *, ready: Sequence[int] = (0,), config: Config | None = None) -> None:
-        self.dispatcher = Dispatcher(config or Config())
+    def __init__(
+        self, *, ready: Sequence[int] = (0,), config: Config | None = None, adapters: SetAdapters | None = None
+    ) -> None:
+        self.dispatcher = Dispatcher(config or Config(), adapters)
         self.now = 1000.0
         self.to_server: list[FromScheduler] = []
         self.to_replicas: list[tuple[int, ToWorker]] = []

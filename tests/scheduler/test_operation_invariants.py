@@ -1,7 +1,7 @@
-"""Whatever is asked, fails, dies and comes back in whatever order: nobody draws with weights that were not committed.
+"""Whatever is asked, fails, dies and comes back in whatever order: nobody draws with what was not committed.
 
 The machine plays server, trainer, workers and supervisor. It keeps its own account of what was committed, made of the
-answers alone, and its workers have weights that are words, so that wrong ones are seen.
+answers alone, and its workers have weights and adapters that are words, so that wrong ones are seen.
 """
 
 from collections import Counter, deque
@@ -12,6 +12,15 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from msgspec.structs import replace
 
+from safelight.protocol.adapters import (
+    ALL,
+    AdapterChange,
+    MergeAdapters,
+    SetAdapters,
+    UnloadAdapter,
+    UnmergeAdapters,
+    WantedMode,
+)
 from safelight.protocol.config import Config
 from safelight.protocol.errors import Conflict
 from safelight.protocol.messages import (
@@ -30,12 +39,15 @@ from safelight.protocol.messages import (
 )
 from safelight.protocol.operations import (
     Abort,
+    Adapt,
     Barrier,
     Begin,
     Commit,
     Continue,
     Digests,
     Export,
+    Files,
+    ListAdapters,
     Operate,
     Operated,
     Operation,
@@ -43,11 +55,14 @@ from safelight.protocol.operations import (
     Perform,
     Performed,
     Report,
+    Save,
     SetPaused,
     Sleep,
+    Update,
     Wake,
 )
-from safelight.tests.scheduler.account import Account, Truth
+from safelight.tests.scheduler.account import Account, Asked, Truth, Weights
+from safelight.tests.scheduler.adapting import set_adapters
 from safelight.tests.scheduler.operating import CHECKPOINT, Process, update
 from safelight.tests.scheduler.stage import MODEL, Stage, generate, result, stopped
 
@@ -57,6 +72,9 @@ STALL_TIMEOUT_S, UPDATE_TIMEOUT_S = 30.0, 5.0
 NUMBERS = st.integers(0, REPLICAS - 1)
 BARRIERS: st.SearchStrategy[Barrier] = st.sampled_from(["wait", "abort", "in_place"])
 MODULES = st.sampled_from(sorted(CHECKPOINT))
+NICKNAMES = st.sampled_from(["ink", "oil"])
+MODES: st.SearchStrategy[WantedMode] = st.sampled_from(["merge", "dynamic", "request"])
+KEPT = Save(Files({"transformer": ["an adapter"]}), "/shared/kept")
 
 
 @dataclass
@@ -68,7 +86,12 @@ class Worker:
     inbox: deque[Perform | tuple[Generate, list[Truth]]] = field(default_factory=deque)
     running: set[str] = field(default_factory=set)
     paused: bool = False
-    journalled: Truth | None = None
+    journalled: tuple[str, Weights] | None = None
+
+    @property
+    def truth(self) -> Truth:
+        """What it draws with."""
+        return (self.process.version, self.process.weights, self.process.adapters)
 
 
 class OperationsMachine(RuleBasedStateMachine):
@@ -77,22 +100,32 @@ class OperationsMachine(RuleBasedStateMachine):
         self.workers: list[Worker | None] = [None] * REPLICAS
         self.believed = [False] * REPLICAS  # whether the scheduler may think that a loaded process is there
         self.unreported = [0] * REPLICAS
-        self.account = Account()
-        self.asked: dict[str, Operation | None] = {}
+        self.asked: dict[str, Asked] = {}
         self.answers: Counter[str] = Counter()
         self.taken_back: set[str] = set()
         self.requests: dict[str, bool] = {}  # whether each that was accepted is answered
         self.steps_asked: set[tuple[int, str]] = set()
         self.names = 0
 
-    @initialize(journal=st.booleans())
-    def all_are_there(self, journal: bool) -> None:
-        self.with_journal = journal
+    @initialize(
+        journal=st.booleans(),
+        adapters=st.sampled_from([None, set_adapters("ink", words=["first"])]),
+        lost=st.booleans(),
+        back=st.booleans(),
+    )
+    def all_are_there(self, journal: bool, adapters: SetAdapters | None, lost: bool, back: bool) -> None:
+        """Or all are lost, which had other weights, and adapters; what is hard comes after that."""
+        self.account, self.with_journal = Account(adapters), journal
         path = "/journal" if journal else None
         config = Config(replicas=REPLICAS, max_running=2, stall_timeout_s=STALL_TIMEOUT_S, weights_journal=path)
-        self.stage = Stage(ready=(), config=config)
+        self.stage = Stage(ready=(), config=config, adapters=adapters)
         for number in range(REPLICAS):
             self.start(number, at_once=True)
+        if lost:
+            self.ask(update(self.name("whole"), "transformer", version="before all were lost"))
+            self.ask(Adapt(set_adapters("oil", words=[self.name("word")])))
+            self.obey_all()
+            self.kill_all(None, back)
 
     # What trainers and clients do.
 
@@ -123,11 +156,37 @@ class OperationsMachine(RuleBasedStateMachine):
         self.ask(kind([*self.account.begun][-1]))
 
     @rule(
-        operation=st.sampled_from([Digests(), Sleep(["weights"]), Sleep(["caches"]), Wake(["weights", "caches"])]),
+        operation=st.sampled_from(
+            [Digests(), KEPT, Sleep(["weights"]), Sleep(["caches"]), Wake(["weights", "caches"])]
+        ),
         barrier=BARRIERS,
     )
     def ask_for_something_else(self, operation: Operation, barrier: Barrier) -> None:
         self.ask(operation, "wait" if isinstance(operation, Sleep) else barrier)
+
+    @rule(nickname=NICKNAMES, loads=st.booleans(), mode=MODES, publishes=st.booleans(), named=st.booleans())
+    def set_an_adapter(self, nickname: str, loads: bool, mode: WantedMode, publishes: bool, named: bool) -> None:
+        words = [self.name("word")] if loads else []
+        version = self.name("published") if publishes and named else None
+        self.ask(Adapt(set_adapters(nickname, words=words, mode=mode), publishes, version))
+
+    @rule(
+        change=st.one_of(
+            st.sampled_from([MergeAdapters(), UnmergeAdapters(ALL)]), st.builds(UnloadAdapter, nickname=NICKNAMES)
+        ),
+        publishes=st.booleans(),
+        barrier=BARRIERS,
+    )
+    def change_adapters(self, change: AdapterChange, publishes: bool, barrier: Barrier) -> None:
+        self.ask(Adapt(change, publishes), barrier)
+
+    @rule()
+    def list_adapters(self) -> None:
+        name = self.name("list")
+        self.asked[name] = ListAdapters(name)
+        self.stage.server(ListAdapters(name))
+        self.deliver()
+        assert self.answers[name] == 1
 
     @rule(mode=st.sampled_from([None, "wait", "abort", "in_place"]))
     def pause_or_continue(self, mode: Barrier | None) -> None:
@@ -159,6 +218,20 @@ class OperationsMachine(RuleBasedStateMachine):
         while any(worker is not None and worker.inbox for worker in self.workers):
             for number in range(REPLICAS):
                 self.obey(number, many=True)
+
+    @rule(kind=st.sampled_from(["write", "journal", "commit", Adapt, Update, Export]))
+    def obey_up_to(self, kind: str | type[Operation]) -> None:
+        """All do what they are told, but not such a step, or the first of such an operation."""
+
+        def is_next(worker: Worker) -> bool:
+            order = worker.inbox[0]
+            if not isinstance(order, Perform):
+                return False
+            return order.step == kind if isinstance(kind, str) else isinstance(order.operation, kind)
+
+        while busy := [n for n, worker in enumerate(self.workers) if worker and worker.inbox and not is_next(worker)]:
+            for number in busy:
+                self.obey(number, many=False)
 
     @rule(number=NUMBERS)
     def refuse(self, number: int) -> None:
@@ -210,6 +283,14 @@ class OperationsMachine(RuleBasedStateMachine):
         if report:
             self.report_ends(number)
 
+    @rule(keep=st.sampled_from([None, None, *range(REPLICAS)]), back=st.booleans())
+    def kill_all(self, keep: int | None, back: bool) -> None:
+        """All but ``keep`` are gone at once, and maybe back at once."""
+        for number in set(range(REPLICAS)) - {keep}:
+            self.kill(number, report=True)
+            if back:
+                self.start(number, at_once=True)
+
     @rule(number=NUMBERS)
     def report_ends(self, number: int) -> None:
         while self.unreported[number]:
@@ -235,31 +316,37 @@ class OperationsMachine(RuleBasedStateMachine):
     def those_who_serve_are_alike_when_all_is_done(self) -> None:
         if any(self.unreported) or any(worker is not None and worker.inbox for worker in self.workers):
             return
-        serving = [worker.process for number in self.serving() if (worker := self.workers[number]) is not None]
-        if any(process.open for process in serving):
+        serving = [worker for number in self.serving() if (worker := self.workers[number]) is not None]
+        if any(worker.process.open for worker in serving):
             return  # an update is open
-        for process in serving:
-            assert (process.version, process.weights) in self.account.truths
-            assert (process.version, process.weights) == (serving[0].version, serving[0].weights)
-            assert process.asleep <= self.account.asleep
+        for worker in serving:
+            assert worker.truth in self.account.truths
+            assert worker.truth == serving[0].truth
+            assert worker.process.asleep <= self.account.asleep
 
     def teardown(self) -> None:
         """In the end everything is answered and all replicas serve the same, if need be after what was lost is sent."""
         self.pause_or_continue(None)
         self.settle()
         self.ask(Wake(["weights", "caches"]))
+        self.settle()
+        if self.with_journal and all(self.account.journal_has(truth) for truth in self.account.truths):
+            self.kill_all(None, back=True)
+            self.settle()
+            assert self.serving() == list(range(REPLICAS)), "nothing is to be sent again"
         for module in CHECKPOINT:
             self.update_at_once(module, half=False, barrier="wait")
             self.settle()
         self.draw(None)
         self.settle()
+        self.list_adapters()
         for name in self.asked:
             assert self.answers[name] == 1 or name in self.taken_back, f"{name}: {self.asked[name]}"
         assert all(self.requests.values())
         assert self.serving() == list(range(REPLICAS))
         for worker in self.workers:
             assert worker is not None
-            assert [(worker.process.version, worker.process.weights)] == self.account.truths
+            assert [worker.truth] == self.account.truths
             assert not worker.process.open
             assert not worker.process.asleep
         status = self.stage.dispatcher.status()
@@ -315,11 +402,10 @@ class OperationsMachine(RuleBasedStateMachine):
 
     def begin_to_draw(self, worker: Worker, request: Generate, truths: list[Truth]) -> None:
         """By now it has obeyed all that it was told before."""
-        process = worker.process
-        found = (process.version, process.weights)
+        process, found = worker.process, worker.truth
         assert found in truths, f"it draws with {found}, and {truths} are committed"
         if len(self.account.truths) > 1 and found in self.account.truths:
-            self.account.truths = [(found[0], dict(found[1]))]
+            self.account.truths = [_copy(found)]
         assert not process.open
         assert not process.asleep
         worker.running.add(request.request_id)
@@ -350,6 +436,7 @@ class OperationsMachine(RuleBasedStateMachine):
             worker = self.workers[number]
             if worker is not None and worker.loaded:
                 self.send(worker, order)
+        self.account.serves = self.account.serves or bool(self.serving())
         if any(isinstance(order, Generate) for _, order in orders):
             self.check_nothing_is_being_done()
 
@@ -358,8 +445,7 @@ class OperationsMachine(RuleBasedStateMachine):
             case Perform():
                 worker.inbox.append(order)
             case Generate():
-                truths = [(version, dict(weights)) for version, weights in self.account.truths]
-                worker.inbox.append((order, truths))
+                worker.inbox.append((order, [_copy(truth) for truth in self.account.truths]))
             case SetPaused(paused=paused):
                 worker.paused = paused
 
@@ -398,6 +484,10 @@ class OperationsMachine(RuleBasedStateMachine):
                 self.answers[name] += 1
                 assert self.answers[name] == 1
                 self.account.has_failed(self.asked[name])
+
+
+def _copy(truth: Truth) -> Truth:
+    return (truth[0], dict(truth[1]), truth[2])
 
 
 TestOperations = OperationsMachine.TestCase

@@ -380,3 +380,28 @@ def test_a_journal_s_version_of_the_same_name_is_not_what_was_committed_while_it
             read = Process(1, 0, version="latest", weights={"transformer": "first", "vae": "checkpoint"})
     stage.start(1, read)
     assert all_alike(stage, "second")
+
+
+def test_a_new_process_is_not_asked_for_the_weights_that_its_predecessor_had() -> None:
+    """It is ready before the end of the other was seen, which lets the next in line be brought up."""
+    stage = Operating(replicas=3)
+    updated(stage)
+    stage.kill(2)
+    stage.operate("digests", Digests())
+    stage.start(2)
+    stage.do(1)
+    stage.start(0)
+    assert all_alike(stage, "new")
+
+
+def test_all_who_were_put_to_sleep_are_woken_though_one_comes_that_has_the_weights() -> None:
+    stage = Operating(config=Config(replicas=2, weights_journal="/journal"))
+    updated(stage)
+    stage.kill(0)
+    stage.kill(1)
+    stage.start(0)  # with a journal that had missed the update
+    stage.operate("sleep", Sleep(["weights"]))
+    stage.operate("wake", Wake(["weights"]))
+    stage.start(1, Process(1, 0, "1", {"transformer": "new", "vae": "checkpoint"}))
+    assert all_alike(stage, "new")
+    assert not any(process.asleep for process in stage.processes.values())

@@ -177,13 +177,14 @@ class RankAdapters:
         """Let go of what was prepared."""
         self._next, self.written = None, False
 
-    def layers_of(self, nickname: str) -> dict[str, int]:
-        """How many layers of each component an adapter changes for all requests."""
-        return {
-            component: len(self._adapters[nickname].terms[component])
-            for component, ones in self.state.active.items()
-            if any(one.nickname == nickname for one in ones)
-        }
+    def layers_of(self, nicknames: Sequence[str]) -> dict[str, int]:
+        """How many layers of each component these adapters change for all requests."""
+        found: dict[str, set[str]] = {}
+        for component, ones in self.state.active.items():
+            for one in ones:
+                if one.nickname in nicknames:
+                    found.setdefault(component, set()).update(self._adapters[one.nickname].terms[component])
+        return {component: len(layers) for component, layers in found.items()}
 
     def are_in(self, written: Mapping[str, Iterable[str]]) -> bool:
         """Whether any of these tensors has adapters merged into it."""
