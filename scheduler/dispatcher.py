@@ -172,10 +172,10 @@ class Dispatcher:
                 if again:
                     self._operations.lost(replica, now)
             case ReplicaReady(pid=pid, model=model):
-                again = replica.follows_another(pid)
-                self._lose(replica, replica.ready(pid, model, now), "was lost and has come back")
-                if again:
+                if replica.follows_another(pid):  # that one's end may let the next operation begin, without this one
+                    self._lose(replica, replica.loading(pid, "loaded", now), "was lost and has come back")
                     self._operations.lost(replica, now)
+                self._lose(replica, replica.ready(pid, model, now), "was lost and has come back")
                 if replica.state == "ready":  # these are not the last words of a process that is gone
                     if self._paused == "in_place":
                         self._outbox.to_replicas.append((number, SetPaused(True)))

@@ -380,3 +380,15 @@ def test_a_journal_s_version_of_the_same_name_is_not_what_was_committed_while_it
             read = Process(1, 0, version="latest", weights={"transformer": "first", "vae": "checkpoint"})
     stage.start(1, read)
     assert all_alike(stage, "second")
+
+
+def test_a_new_process_is_not_asked_for_the_weights_that_its_predecessor_had() -> None:
+    """It is ready before the end of the other was seen, which lets the next in line be brought up."""
+    stage = Operating(replicas=3)
+    updated(stage)
+    stage.kill(2)
+    stage.operate("digests", Digests())
+    stage.start(2)
+    stage.do(1)
+    stage.start(0)
+    assert all_alike(stage, "new")
