@@ -30,6 +30,12 @@ RANKS = (4, 8, 16, 32, 64, 128, 256)
 _REMEMBERED = 16
 """Combinations of adapters whose factors are kept side by side."""
 
+_ARRANGEMENTS = 4
+"""Choices of rows that are kept: the same requests meet at every step."""
+
+_MOST_GATHERED = 256 << 20
+"""Bytes of factors, gathered for the rows of one choice, that are kept for the next step."""
+
 _Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d
 
 
@@ -46,6 +52,7 @@ class Beside:
         self._loaded: list[Adapter] = []
         self._joined: OrderedDict[tuple[str, tuple[Adapter, ...]], _Joined] = OrderedDict()
         self._stacks: dict[str, _Stacks] = {}
+        self._arranged: OrderedDict[tuple[str, bool, tuple[tuple[int, Uses], ...]], _RowByRow] = OrderedDict()
 
     def watch(self, module: nn.Module) -> None:
         """Watch every layer of a component that a term can be computed beside, under each of its names."""
@@ -59,6 +66,7 @@ class Beside:
         self._loaded = list(adapters)
         self._joined.clear()
         self._stacks.clear()
+        self._arranged.clear()
 
     @contextmanager
     def during(self, component: str, rows: Sequence[tuple[int, Uses]], *, listed: bool = False) -> Iterator[None]:
@@ -78,12 +86,21 @@ class Beside:
         touching = [(count, _touching(component, uses)) for count, uses in rows]
         first = touching[0][1]
         if any(uses != first for _, uses in touching):
-            used = {adapter for _, uses in touching for adapter, _ in uses}
-            return _RowByRow(self._stack(component, used), touching, self._ranks, listed=listed)
+            return self._row_by_row(component, tuple(touching), listed=listed)
         if not first:
             return None
         joined = self._side_by_side(component, tuple(adapter for adapter, _ in first))
         return _SameForAll(joined, [strength for _, strength in first], self._ranks)
+
+    def _row_by_row(self, component: str, rows: tuple[tuple[int, Uses], ...], *, listed: bool) -> _RowByRow:
+        key = (component, listed, rows)
+        if key not in self._arranged:
+            used = {adapter for _, uses in rows for adapter, _ in uses}
+            self._arranged[key] = _RowByRow(self._stack(component, used), rows, self._ranks, listed=listed)
+        self._arranged.move_to_end(key)
+        while len(self._arranged) > _ARRANGEMENTS:
+            self._arranged.popitem(last=False)
+        return self._arranged[key]
 
     def _side_by_side(self, component: str, adapters: tuple[Adapter, ...]) -> _Joined:
         key = (component, adapters)
@@ -231,19 +248,38 @@ class _RowByRow:
             strengths += [[*(strength for _, strength in uses), *[0.0] * missing]] * count
         self._rows = len(places)
         self._places = torch.tensor(places, device=stacks.device)
-        self._strengths = torch.tensor(strengths, device=stacks.device)[:, None, :, None]  # [rows, 1, most, 1]
+        self._strengths = torch.tensor(strengths, device=stacks.device)[:, :, None, None]  # [rows, most, 1, 1]
+        self._kept: dict[tuple[str, torch.dtype], tuple[torch.Tensor, torch.Tensor]] = {}
+        self._bytes = 0
 
     def add(self, path: str, layer: nn.Module, input: torch.Tensor, output: torch.Tensor) -> None:
         if (found := self._stacks.layer(path, input.dtype)) is None:
             return
         self._check(path, layer, input)
-        down, up = found
-        low = torch.bmm(input.reshape(self._rows, -1, input.shape[-1]), down[self._places].flatten(1, 2).mT)
+        down, up = self._gathered(path, found)
+        low = torch.bmm(input.reshape(self._rows, -1, input.shape[-1]), down)
         if isinstance(layer, RowParallelLinear):
             low = self._ranks.sum(low)
-        each = low.view(*low.shape[:2], self._places.shape[1], -1)
-        low = (each * self._strengths).to(low.dtype).flatten(2)
-        output.add_(torch.bmm(low, up[self._places].transpose(1, 2).flatten(2).mT).view_as(output))
+        if output.is_contiguous():
+            output.view(self._rows, -1, output.shape[-1]).baddbmm_(low, up)
+        else:
+            output.add_(torch.bmm(low, up).view(output.shape))
+
+    def _gathered(self, path: str, stacks: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Each row's factors, those of several adapters side by side: [rows, in, ranks] and [rows, ranks, out]."""
+        key = (path, stacks[0].dtype)
+        if key in self._kept:
+            return self._kept[key]
+        down, up = stacks
+        gathered = (
+            down[self._places].flatten(1, 2).mT,
+            (up[self._places] * self._strengths).to(up.dtype).transpose(1, 2).flatten(2).mT,
+        )
+        size = sum(factor.nbytes for factor in gathered)
+        if self._bytes + size <= _MOST_GATHERED:
+            self._bytes += size
+            self._kept[key] = gathered
+        return gathered
 
     def _check(self, path: str, layer: nn.Module, input: torch.Tensor) -> None:
         """Raises ``CannotMix`` unless the input has the rows in their order, each as often as any other."""
