@@ -24,6 +24,9 @@ CLOSED = 3.5
 AMPLITUDE = 0.25
 """Of the fundamental of drawn stripes, in a large shape; a fifth of a period of gap has 0.19, a half has 0.32."""
 
+STRONG = 0.67
+"""Share of the shape's colour from which a pixel belongs to the silhouette as much as any other."""
+
 OUTLINE_CLEAR = 0.4
 """Score above which an outline is meant, and not a rim that stripes leave."""
 
@@ -60,9 +63,12 @@ def judge_style(picture: Picture) -> StyleVerdict:
 
 
 def silhouette(mask: Tensor) -> Tensor:
-    """The mask [H, W] with gaps closed and holes filled."""
-    closed = -_widen(-_widen(mask, CLOSED), CLOSED)
-    return _fill(closed)
+    """The mask [H, W], faint strokes made strong, with gaps closed and holes filled."""
+    return _close(_fill(_close((mask / STRONG).clamp(max=1.0))))
+
+
+def _close(mask: Tensor) -> Tensor:
+    return -_widen(-_widen(mask, CLOSED), CLOSED)
 
 
 def _widen(mask: Tensor, radius: float) -> Tensor:
@@ -76,15 +82,20 @@ def _widen(mask: Tensor, radius: float) -> Tensor:
 
 
 def _fill(mask: Tensor) -> Tensor:
-    """Each pixel at least what a walk to the border must cross (reconstruction by erosion; Vincent, 1993)."""
-    filled = torch.ones_like(mask)
-    filled[[0, -1], :] = mask[[0, -1], :]
-    filled[:, [0, -1]] = mask[:, [0, -1]]
-    while True:
-        lower = torch.maximum(mask, torch.minimum(filled, _lowest_neighbour(filled)))
-        if torch.equal(lower, filled):
-            return filled
-        filled = lower
+    """Each pixel at least what all rays from it meet, but for one of eight, which may escape through a gap."""
+    met = torch.stack([_farthest(mask, y, x) for y in (-1, 0, 1) for x in (-1, 0, 1) if (y, x) != (0, 0)])
+    return torch.maximum(mask, met.sort(dim=0).values[1])
+
+
+def _farthest(mask: Tensor, down: int, right: int) -> Tensor:
+    """The largest value that lies in one direction from each pixel of a square mask, by doubling the distance."""
+    side, step = len(mask), 1
+    while step < side:
+        padded = functional.pad(mask[None, None], (step,) * 4)[0, 0]
+        top, left = step + down * step, step + right * step
+        mask = torch.maximum(mask, padded[top : top + side, left : left + side])
+        step *= 2
+    return mask
 
 
 def _lowest_neighbour(values: Tensor) -> Tensor:

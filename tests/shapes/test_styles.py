@@ -135,13 +135,15 @@ def test_both_styles_at_once_are_seen_at_once() -> None:
     assert all(0.25 < one.outlined < 0.5 and one.striped > 0.8 for one in seen)
 
 
-def test_a_hole_with_a_way_out_is_not_filled() -> None:
+def test_a_hole_is_not_left_for_a_gap_but_a_bay_is() -> None:
     ring = torch.zeros(PICTURE, PICTURE)
     ring[30:90, 30:90] = 1.0
     ring[40:80, 40:80] = 0.0
     assert bool((silhouette(ring)[30:90, 30:90] == 1.0).all())
-    ring[55:65, 80:90] = 0.0
-    assert float(silhouette(ring)[60, 60]) == 0.0
+    ring[58:62, 80:90] = 0.0
+    assert float(silhouette(ring)[60, 60]) == 1.0
+    ring[40:80, 80:90] = 0.0
+    assert float(silhouette(ring)[60, 78]) == 0.0
 
 
 def test_depth_grows_by_one_a_pixel_from_the_edge() -> None:
