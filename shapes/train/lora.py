@@ -1,8 +1,8 @@
 """`python -m safelight.shapes.train.lora`: adapters with which the embedded model draws in a style.
 
 The captions are those of plain scenes, so the style is the adapter's and no prompt's; data, noise levels and loss are
-those of the flow stage. Adapters that are trained in one run learn to be used together as well: in every third step
-both are on, and the scenes are in both styles. Each is written as diffusers' own training scripts write it.
+those of the flow stage. Adapters that are trained in one run learn to be used together as well: now and then all are
+on, and the scenes are in all their styles. Each is written as diffusers' own training scripts write it.
 """
 
 from __future__ import annotations
@@ -33,11 +33,14 @@ TARGETS = ATTENTION + FEED_FORWARD + MODULATION
 """The linear layers that an adapter changes: those that image tokens pass through."""
 
 LEARNING_RATE = 5e-3
-STEPS, RANK, SCENES = 1500, 16, 3000
+STEPS, RANK, SCENES = 1900, 16, 3000
 TOKENS = 16 * (64 + 16)
 """Tokens a step, as in the flow stage, and a third of them."""
 
 CHECKPOINT_EVERY = 50
+
+TURNS: Mapping[tuple[str, ...], int] = {("outlined",): 3}
+"""How many steps of each round it takes, where that is not one: a thin stroke is harder to learn than stripes."""
 
 StyledLatents = Mapping[tuple[str, ...], Latents]
 """Encoded scenes by the styles that they are in, all of which are on when these are learned from."""
@@ -80,18 +83,18 @@ def train(
     """Gives the transformer an adapter for each style and trains them, or resumes; other weights stay as they are."""
     adapters = add_adapters(pipeline, {style for styles in latents for style in styles}, rank, run.seed)
     model = TextToVelocity(pipeline.transformer, pipeline.text_encoder, pipeline.text_encoder_2)
-    choices = list(latents)
+    turns = [styles for styles in latents for _ in range(TURNS.get(styles, 1))]
 
     def loss(step: int) -> tuple[Tensor, Tensor]:
         generator = run.generator("lora", step)
-        styles = choices[step % len(choices)]
+        styles = turns[step % len(turns)]
         use(pipeline, styles)
         batch = draw_batch(latents[styles], generator, tokens)
         texts = [caption.text for caption in batch.captions]
         ids = tokenize(pipeline.tokenizer, pipeline.tokenizer_2, texts, batch.length)
         return flow_loss(model, batch, ids, generator, run.device)
 
-    stage = "-".join(("lora", *max(choices, key=len)))
+    stage = "-".join(("lora", *max(turns, key=len)))
     descend(run, stage, adapters.to(run.device), steps, loss, rate=LEARNING_RATE, every=CHECKPOINT_EVERY, error="mse")
 
 
