@@ -33,6 +33,9 @@ OUTLINE_CLEAR = 0.4
 RIM = (2, 3)
 """First and last pixel from the edge that belong to the rim; the very first is a mixture."""
 
+WEAK = 0.2
+"""The rim is taken for as strong as the weakest part of it, of this share."""
+
 MIDDLE = 6
 """Depth from which pixels belong to the middle, in a shape that is so deep."""
 
@@ -129,10 +132,10 @@ def _rim(depth: Tensor) -> Tensor:
 
 
 def _outlined(mask: Tensor, depth: Tensor) -> float:
-    """How much more of the colour the rim has than the middle."""
+    """How much more of the colour the rim has, even where it is weak, than the middle; stripes break the rim."""
     if float(depth.max()) < RIM[1]:
         return 0.0
-    difference = float(mask[_rim(depth)].mean() - mask[_middle(depth)].mean())
+    difference = float(mask[_rim(depth)].quantile(WEAK) - mask[_middle(depth)].mean())
     return min(max(difference, 0.0), 1.0)
 
 

@@ -88,7 +88,7 @@ def test_no_shape_or_size_scores_for_a_style_that_it_does_not_have(shape: str, s
     assert max(plain.outlined, plain.striped) < 0.12
     assert outlined.outlined > 0.75 > 0.35 > outlined.striped
     assert striped.striped > (0.3 if size == "small" else 0.6)
-    assert striped.outlined < (0.55 if size == "small" else 0.3)
+    assert striped.outlined < (0.55 if size == "small" else 0.4)
     assert striped.striped > plain.striped + 0.2
 
 
@@ -129,11 +129,12 @@ def test_the_autoencoder_does_not_wash_a_style_out(autoencoder: AutoencoderKL, s
         assert sum(right) >= 0.6 * len(scenes)
 
 
-def test_both_styles_at_once_are_seen_at_once() -> None:
-    """Stripes fill the outline's middle in part, so that it stands out from it less."""
+def test_both_styles_at_once_are_not_taken_for_stripes_alone() -> None:
+    """Stripes fill the outline's middle in part, so that it stands out from it less, but they do not break it."""
     scenes = [scene for scene in SCENES if scene.size == "large"]
-    seen = verdicts(render_styled(scenes, STYLES))
-    assert all(0.25 < one.outlined < 0.5 and one.striped > 0.8 for one in seen)
+    both, striped = (verdicts(render_styled(scenes, styles)) for styles in (STYLES, ("striped",)))
+    assert all(0.25 < one.outlined < 0.5 and one.striped > 0.8 for one in both)
+    assert statistics.median(one.outlined for one in striped) < 0.2
 
 
 def test_a_hole_is_not_left_for_a_gap_but_a_bay_is() -> None:
