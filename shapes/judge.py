@@ -84,6 +84,20 @@ class Reading:
 
 
 @dataclass(frozen=True, slots=True)
+class Layers:
+    """A picture taken apart: the ground's name, both colours [3], and how much of the shape's each pixel has.
+
+    `mask` is [128, 128] in [0, 1]; `stray` counts pixels that are no mixture of the two.
+    """
+
+    background: str
+    ground: Tensor
+    colour: Tensor
+    mask: Tensor
+    stray: float
+
+
+@dataclass(frozen=True, slots=True)
 class _Cutout:
     """A shape cut from its picture. `mask` [FRAME, FRAME]; centroid and root of the area in pixels of 128."""
 
@@ -96,7 +110,11 @@ class _Cutout:
 
 def judge(picture: Picture) -> Verdict:
     """Reads one picture, square and of any resolution. Raises ValueError for anything that is not an RGB picture."""
-    seen = read(picture)
+    return named(read(picture))
+
+
+def named(seen: Reading) -> Verdict:
+    """What was read, with names for size and place."""
     if seen.shape is None:
         return Verdict(seen.colour, None, None, None, seen.background, seen.score)
     size, position = _size(seen.radius), _position(seen.x, seen.y)
@@ -105,25 +123,35 @@ def judge(picture: Picture) -> Verdict:
 
 def read(picture: Picture) -> Reading:
     """As `judge`, but where the shape stands and how large it is in pixels."""
-    pixels = _smooth(_pixels(picture))
+    found = take_apart(_smooth(as_pixels(picture)))
+    return recognise(found) if isinstance(found, Layers) else Reading(None, None, found, 0.0)
+
+
+def take_apart(pixels: Tensor) -> Layers | str | None:
+    """The layers of a picture [3, 128, 128]; only the ground's name where nothing stands on it, or not even that."""
     background = _background(pixels)
     if background is None:
-        return Reading(None, None, None, 0.0)
+        return None
     name, ground = background
     colour = _colour(pixels, ground)
-    cutout = None if colour is None else _cut_out(pixels, ground, colour)
-    if colour is None or cutout is None:
-        return Reading(None, None, name, 0.0)
+    return name if colour is None else _layers(pixels, name, ground, colour)
+
+
+def recognise(layers: Layers) -> Reading:
+    """The drawn shape that is most like the mask."""
+    cutout = _cut_out(layers)
+    if cutout is None:
+        return Reading(None, None, layers.background, 0.0)
     template, score = _best(cutout)
-    colour_name = _name(colour)
-    if score < CLEAR_SCORE or colour_name in (None, name):
-        return Reading(colour_name, None, name, score)
+    colour = _name(layers.colour)
+    if score < CLEAR_SCORE or colour in (None, layers.background):
+        return Reading(colour, None, layers.background, score)
     radius = template.radius * cutout.side
     x, y = cutout.x - template.offset_x * radius, cutout.y - template.offset_y * radius
-    return Reading(colour_name, template.shape, name, score, radius, x, y)
+    return Reading(colour, template.shape, layers.background, score, radius, x, y)
 
 
-def _pixels(picture: Picture) -> Tensor:
+def as_pixels(picture: Picture) -> Tensor:
     """Any picture as [3, 128, 128] float32 in [0, 1]."""
     if isinstance(picture, Image.Image):
         picture = np.asarray(picture.convert("RGB"))
@@ -181,21 +209,26 @@ def _colour(pixels: Tensor, background: Tensor) -> Tensor | None:
     return pixels[:, contrast >= 0.85 * strongest].mean(dim=1)
 
 
-def _cut_out(pixels: Tensor, background: Tensor, colour: Tensor) -> _Cutout | None:
-    """The mixture of the two colours around its centroid, resampled so that every shape has the same area."""
-    axis = colour - background
-    mixture = torch.einsum("chw,c->hw", pixels - background[:, None, None], axis) / axis.dot(axis)
+def _layers(pixels: Tensor, background: str, ground: Tensor, colour: Tensor) -> Layers:
+    """Every pixel as a mixture of the two colours."""
+    axis = colour - ground
+    mixture = torch.einsum("chw,c->hw", pixels - ground[:, None, None], axis) / axis.dot(axis)
     mask = ((mixture - 0.15) / 0.7).clamp(0.0, 1.0)
-    explained = background[:, None, None] + mixture.clamp(0.0, 1.0) * axis[:, None, None]
+    explained = ground[:, None, None] + mixture.clamp(0.0, 1.0) * axis[:, None, None]
     unexplained = torch.linalg.vector_norm(pixels - explained, dim=0) / torch.linalg.vector_norm(axis)
-    stray = float((unexplained > 0.4).sum())
+    return Layers(background, ground, colour, mask, float((unexplained > 0.4).sum()))
+
+
+def _cut_out(layers: Layers) -> _Cutout | None:
+    """The mask around its centroid, resampled so that every shape has the same area."""
+    mask = layers.mask
     area = float(mask.sum())
     if area < SMALLEST_AREA:
         return None
     steps = torch.arange(PICTURE) + 0.5
     x, y = float((mask.sum(dim=0) * steps).sum()) / area, float((mask.sum(dim=1) * steps).sum()) / area
     side = area**0.5
-    return _Cutout(_resample(mask, x, y, side), stray / area, x, y, side)
+    return _Cutout(_resample(mask, x, y, side), layers.stray / area, x, y, side)
 
 
 def _resample(mask: Tensor, x: float, y: float, side: float) -> Tensor:

@@ -99,10 +99,20 @@ def place(scenes: Sequence[Scene], generator: torch.Generator | None = None) -> 
 
 
 def coverage(shapes: Sequence[str], placement: Placement, size: int = PICTURE) -> Tensor:
-    """How much of each pixel each shape covers: [B, size, size] float32 in [0, 1], on the placement's device.
+    """How much of each pixel each shape covers: [B, size, size] float32 in [0, 1], on the placement's device."""
+    return covered(distances(shapes, placement, size))
+
+
+def covered(distance: Tensor) -> Tensor:
+    """How much of a pixel lies where the signed distance, in pixels, is negative.
 
     The edge is a ramp one pixel wide across the zero of the distance: anti-aliasing by a box filter.
     """
+    return (0.5 - distance).clamp(0.0, 1.0)
+
+
+def distances(shapes: Sequence[str], placement: Placement, size: int = PICTURE) -> Tensor:
+    """Signed distance of each pixel from the edge of each shape: [B, size, size] float32, in pixels of `size`."""
     device = placement.x.device
     pixels = (torch.arange(size, device=device) + 0.5) * (PICTURE / size)
     result = torch.empty(len(shapes), size, size, device=device)
@@ -113,8 +123,7 @@ def coverage(shapes: Sequence[str], placement: Placement, size: int = PICTURE) -
         radius = placement.radius[rows, None, None]
         x = (pixels[None, None, :] - placement.x[rows, None, None]) / radius
         y = (pixels[None, :, None] - placement.y[rows, None, None]) / radius
-        distance = DISTANCES[shape](x.expand(-1, size, size), y.expand(-1, size, size)) * radius * (size / PICTURE)
-        result[rows] = (0.5 - distance).clamp(0.0, 1.0)
+        result[rows] = DISTANCES[shape](x.expand(-1, size, size), y.expand(-1, size, size)) * radius * (size / PICTURE)
     return result
 
 
@@ -126,7 +135,11 @@ def compose(mask: Tensor, colour: Tensor, background: Tensor) -> Tensor:
 
 def render(scenes: Sequence[Scene], generator: torch.Generator | None = None, size: int = PICTURE) -> Tensor:
     """Pictures of `scenes`: [B, 3, size, size] float32 in [0, 1]. With a generator, centre and radius are jittered."""
-    mask = coverage([scene.shape for scene in scenes], place(scenes, generator), size)
+    return paint(scenes, coverage([scene.shape for scene in scenes], place(scenes, generator), size))
+
+
+def paint(scenes: Sequence[Scene], mask: Tensor) -> Tensor:
+    """Each scene's colour over its background, where `mask` [B, H, W] has it: [B, 3, H, W] in [0, 1]."""
     colour = torch.tensor([COLOURS[scene.colour] for scene in scenes])
     background = torch.tensor([COLOURS[scene.background] for scene in scenes])
     return compose(mask, colour, background)

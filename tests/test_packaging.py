@@ -5,6 +5,8 @@ from __future__ import annotations
 import tomllib
 from pathlib import Path
 
+from safelight.protocol.models import EMBEDDED_ADAPTERS, embedded_adapter
+
 ROOT = Path(__file__).resolve().parent.parent
 NOT_INSTALLED = {"tests", "benchmarks", "examples", "docs", "docker", "build"}
 
@@ -15,3 +17,9 @@ def test_every_package_is_in_the_distribution() -> None:
     found = {file.parent for room in rooms if not room.name.startswith(".") for file in room.rglob("__init__.py")}
     names = {".".join(("safelight", *folder.relative_to(ROOT).parts)) for folder in found}
     assert names <= listed
+
+
+def test_no_embedded_adapter_is_left_out_of_the_distribution() -> None:
+    patterns = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]
+    packed = {file for pattern in patterns["safelight.assets"] for file in (ROOT / "assets").glob(pattern)}
+    assert {embedded_adapter(name) for name in EMBEDDED_ADAPTERS} <= packed

@@ -10,23 +10,36 @@ from torch import Tensor, nn
 from .run import Report, Run, load, one_cycle, save
 
 Loss = Callable[[int], tuple[Tensor, Tensor]]
-"""Of a step's batch: what is to become small, and the mean absolute error to report."""
+"""Of a step's batch: what is to become small, and the plain error to report."""
 
 
-def descend(run: Run, stage: str, module: nn.Module, steps: int, loss: Loss, *, rate: float, every: int) -> None:
-    """Trains `module` for `steps` steps at the peak rate `rate`; every `every` steps its state goes to `STAGE.pt`."""
+def descend(
+    run: Run,
+    stage: str,
+    module: nn.Module,
+    steps: int,
+    loss: Loss,
+    *,
+    rate: float,
+    every: int,
+    error: str = "l1",
+) -> None:
+    """Trains `module` for `steps` steps at the peak rate `rate`; every `every` steps its state goes to `STAGE.pt`.
+
+    `error` is the name under which the plain error is reported.
+    """
     optimizer = torch.optim.AdamW(module.parameters(), lr=rate, betas=(0.9, 0.99), weight_decay=0.0)
     start = _resume(run, stage, module, optimizer)
     report = Report(stage, start, steps)
     for step in report.steps():
         for group in optimizer.param_groups:
             group["lr"] = rate * one_cycle(step, steps)
-        value, absolute = loss(step)
+        value, plain = loss(step)
         optimizer.zero_grad(set_to_none=True)
         torch.autograd.backward(value)
         torch.nn.utils.clip_grad_norm_(module.parameters(), 1.0)
         optimizer.step()
-        report.update(step, l1=float(absolute))
+        report.update(step, **{error: float(plain)})
         if (step + 1) % every == 0 or step + 1 == steps:
             state = {"step": step + 1, "model": module.state_dict(), "optimizer": optimizer.state_dict()}
             save(run.checkpoint(stage), state)

@@ -93,21 +93,24 @@ class FlowTraining:
         """One step of optimisation; returns the unweighted mean squared error of the velocity."""
         generator = self._run.generator("flow", step)
         batch = draw_batch(self._latents, generator, self._tokens)
-        loss, error = self._loss(batch, generator)
+        ids = tokenize(self._clip, self._t5, [caption.text for caption in batch.captions], batch.length)
+        loss, error = flow_loss(self._averaged.model, batch, ids, generator, self._run.device)
         self._averaged.descend(step, loss)
         return float(error)
 
-    def _loss(self, batch: Batch, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        device = self._run.device
-        noise = torch.randn(batch.clean.shape, generator=generator)
-        sigma = draw_sigmas(len(noise), generator)
-        noisy = torch.lerp(batch.clean, noise, sigma[:, None, None])
-        ids = tokenize(self._clip, self._t5, [caption.text for caption in batch.captions], batch.length)
-        clip_ids, t5_ids = (part.to(device) for part in ids)
-        with narrow(device):
-            velocity = self._averaged.model(noisy.to(device), sigma.to(device), clip_ids, t5_ids)
-        error = (velocity.float() - (noise - batch.clean).to(device)).square().mean(dim=2)
-        return (error * weights(batch).to(device)).mean(), error.detach().mean()
+
+def flow_loss(
+    model: TextToVelocity, batch: Batch, ids: tuple[Tensor, Tensor], generator: torch.Generator, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """The weighted squared error of the velocity at noise levels of the generator's, and the plain mean of it."""
+    noise = torch.randn(batch.clean.shape, generator=generator)
+    sigma = draw_sigmas(len(noise), generator)
+    noisy = torch.lerp(batch.clean, noise, sigma[:, None, None])
+    clip_ids, t5_ids = (part.to(device) for part in ids)
+    with narrow(device):
+        velocity = model(noisy.to(device), sigma.to(device), clip_ids, t5_ids)
+    error = (velocity.float() - (noise - batch.clean).to(device)).square().mean(dim=2)
+    return (error * weights(batch).to(device)).mean(), error.detach().mean()
 
 
 def train(

@@ -9,8 +9,9 @@ from diffusers import AutoencoderKL, FluxPipeline
 from torch import Tensor
 from torch.nn import functional
 
-from ..render import coverage, place, render
+from ..render import coverage, place
 from ..scene import PICTURE, Scene, sample_scenes
+from ..styles import render_styled
 from .model import GRID
 from .run import Report, Run, load, save
 
@@ -28,32 +29,39 @@ class Latents:
     scale: float
 
 
-def encode_scenes(run: Run, vae: AutoencoderKL, count: int) -> Latents:
-    """`count` jittered scenes through the autoencoder, kept in `latents.pt` under the run's folder."""
-    stored = load(run.checkpoint("latents"), torch.device("cpu"))
+def encode_scenes(run: Run, vae: AutoencoderKL, count: int, styles: tuple[str, ...] = ()) -> Latents:
+    """`count` jittered scenes through the autoencoder, kept in `latents.pt` under the run's folder.
+
+    In `styles`, for an adapter of a model that exists already, they are normalised as its autoencoder says.
+    """
+    path = run.checkpoint("-".join(("latents", *styles)))
+    stored = load(path, torch.device("cpu"))
     if stored is not None:
         scenes = tuple(Scene(*words) for words in stored["scenes"])
         return Latents(scenes, stored["tokens"], stored["shown"], stored["shift"], stored["scale"])
-    latents = _encode(run, vae.eval(), tuple(sample_scenes(count, run.generator("scenes", 0))))
+    latents = _encode(run, vae.eval(), tuple(sample_scenes(count, run.generator("scenes", 0))), styles)
     words = [astuple(scene) for scene in latents.scenes]
     state = {"tokens": latents.tokens, "shown": latents.shown, "shift": latents.shift, "scale": latents.scale}
-    save(run.checkpoint("latents"), {"scenes": words, **state})
+    save(path, {"scenes": words, **state})
     return latents
 
 
-def _encode(run: Run, vae: AutoencoderKL, scenes: tuple[Scene, ...]) -> Latents:
+def _encode(run: Run, vae: AutoencoderKL, scenes: tuple[Scene, ...], styles: tuple[str, ...]) -> Latents:
     encoded: list[Tensor] = []
     shown: list[Tensor] = []
     report = Report("latents", 0, -(-len(scenes) // BATCH))
     for step in report.steps():
         part = scenes[step * BATCH : (step + 1) * BATCH]
-        pictures = render(part, run.generator("latents", step)).to(run.device) * 2 - 1
+        pictures = render_styled(part, styles, run.generator("latents", step)).to(run.device) * 2 - 1
         encoded.append(encode(vae, pictures).cpu())
         mask = coverage([scene.shape for scene in part], place(part, run.generator("latents", step)))
         shown.append(functional.max_pool2d(mask, PICTURE // GRID).flatten(1) > 0)
         report.update(step)
     raw = torch.cat(encoded)
-    shift, scale = float(raw.mean()), 1.0 / float(raw.std())
+    if styles:
+        shift, scale = vae.config.shift_factor, vae.config.scaling_factor
+    else:
+        shift, scale = float(raw.mean()), 1.0 / float(raw.std())
     return Latents(scenes, pack((raw - shift) * scale).half(), torch.cat(shown), shift, scale)
 
 
