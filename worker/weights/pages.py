@@ -57,7 +57,8 @@ def settle(modules: Iterable[nn.Module]) -> None:
     for module in modules:
         for tensor in (*module.parameters(), *module.buffers()):
             old = tensor.data
-            if type(old) is torch.Tensor and old.device.type == "cpu" and old.nbytes >= LEAST and is_dense(old):
+            large = type(old) is torch.Tensor and old.device.type == "cpu" and old.nbytes >= LEAST
+            if large and is_dense(old) and not have_own(old):
                 place = (old.data_ptr(), old.dtype, old.shape, old.stride())
                 if place not in moved:
                     moved[place] = home(old, old.data_ptr() % ALIGNMENT).copy_(old)

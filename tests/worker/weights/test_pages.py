@@ -159,7 +159,7 @@ def test_a_settled_module_is_the_same_in_other_memory() -> None:
     assert [have_own(tensor) for tensor in tensors] == [
         name not in ("large.bias", "conv.bias", "gaps") for name in module.state_dict()
     ]
-    assert module.tied.data_ptr() == module.large.weight.data_ptr()
+    assert module.tied.data_ptr() == module.large.weight.data_ptr(), "also when it is asked for again"
     for tensor, (value, stride, offset) in zip(tensors, before, strict=True):
         assert torch.equal(tensor, value)
         assert (tensor.stride(), tensor.data_ptr() % 64) == (stride, offset)
