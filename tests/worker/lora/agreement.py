@@ -138,8 +138,10 @@ def distance(one: torch.Tensor, other: torch.Tensor) -> float:
 class Peft:
     """The plain pipeline with peft's layers in its transformer."""
 
-    def __init__(self, checkpoint: Path, folders: Iterable[tuple[Made, Path]]) -> None:
-        self.pipeline = DiffusionPipeline.from_pretrained(checkpoint, dtype=torch.float32)
+    def __init__(
+        self, checkpoint: Path, folders: Iterable[tuple[Made, Path]], dtype: torch.dtype = torch.float32
+    ) -> None:
+        self.pipeline = DiffusionPipeline.from_pretrained(checkpoint, dtype=dtype)
         transformer = self.pipeline.transformer
         self._names: list[str] = []
         for made, folder in folders:
@@ -243,3 +245,32 @@ def every_way(ranks: Ranks, directory: Path, fused: bool) -> None:
         assert hub.counters.forwards - forwards[0] < hub.counters.calls - forwards[1], "they have not met"
         print(name, ranks.size, {key: f"{value:.1e}" for key, value in worst.items()})
         assert max(worst.values()) < 1e-5, (name, worst)
+
+
+def in_low_precision(directory: Path, name: str) -> None:
+    """How far bfloat16 is from fp32: with peft's layers, and in each of our ways."""
+    model = load_model(Config(model=str(directory / name), device="cpu", dtype="bfloat16"))
+    folders = directory / "adapters" / name
+    _, (expected, _) = torch.load(directory / f"{name}.pt")
+    asked = request(name, 0)
+    ((nickname, strength),) = CHOICES[0]
+    made = next(one for one in ADAPTERS if one.nickname == nickname)
+    peft = Peft(directory / name, [(made, folders / nickname)], torch.bfloat16)
+    theirs = distance(peft.draw(dict(arguments(model, asked)), CHOICES[0]), expected)
+    adapters = new_adapters(model)
+    hub = new_hub(adapters)
+    ours = {}
+    sources = [source(folders / nickname)]
+    for mode in ("request", "dynamic", "merge"):
+        change(
+            adapters,
+            SetAdapters(nicknames=[nickname], strengths=[strength], mode=mode, sources=sources),
+        )
+        lora = [Use(nickname, strength)] if mode == "request" else None
+        ours[mode] = distance(draw(model, hub, adapters, [replace(asked, lora=lora)])[0], expected)
+    others = [replace(asked, request_id="other", lora=[]), replace(asked, lora=[Use(nickname, strength)])]
+    change(adapters, SetAdapters(nicknames=[nickname], strengths=[0.0], mode="dynamic"))
+    ours["mixed"] = distance(draw(model, hub, adapters, others)[1], expected)
+    print(name, f"peft {theirs:.1e}", {mode: f"{value:.1e}" for mode, value in ours.items()})
+    assert theirs > 1e-4, "it is of low precision"
+    assert max(ours.values()) < 1.5 * theirs, (theirs, ours)

@@ -25,3 +25,7 @@ def test_one_rank_draws_what_peft_draws(directory: Path) -> None:
 @pytest.mark.parametrize("fused", [False, True])
 def test_two_ranks_draw_what_peft_draws(fused: bool, directory: Path) -> None:
     on_ranks(2, agreement.every_way, directory, fused)
+
+
+def test_in_bfloat16_an_adapter_is_as_near_to_fp32_as_peft_s(directory: Path) -> None:
+    agreement.in_low_precision(directory, "wan")  # whose noise is fp32's
