@@ -25,6 +25,7 @@ from ..protocol.operations import (
     Operation,
     Perform,
     Performed,
+    Pickled,
     Report,
     Save,
     Sleep,
@@ -176,10 +177,15 @@ class Operations:
         return Reader(self._ranks.rank, self._ranks.size, self._place, self._places, self._model.device, leads)
 
     def _save(self, operation: Save, leads: bool) -> Report:
-        opened = open_source(operation.source, self._groups, self._reader(leads), self._sign)
+        """One rank writes the file. Others read only what is for them alone, so that its sender has it back."""
+        source = operation.source
+        own = isinstance(source, Pickled) and len(source.payloads) > 1
+        if not leads or (self._ranks.rank > 0 and not own):
+            return Report()
+        opened = open_source(source, self._groups, self._reader(leads), self._sign)
         try:
             ((module, tensors),) = opened.tensors.items()
-            if leads and self._ranks.rank == 0:
+            if self._ranks.rank == 0:
                 folder = Path(operation.folder)
                 folder.mkdir(mode=0o700)
                 own = "" if module in DENOISERS else f"{module}."  # bare names are taken for the denoiser's
