@@ -179,8 +179,8 @@ class Operations:
     def _save(self, operation: Save, leads: bool) -> Report:
         """One rank writes the file. Others read only what is for them alone, so that its sender has it back."""
         source = operation.source
-        own = isinstance(source, Pickled) and len(source.payloads) > 1
-        if not leads or (self._ranks.rank > 0 and not own):
+        for_each = isinstance(source, Pickled) and len(source.payloads) > 1
+        if not leads or (self._ranks.rank > 0 and not for_each):
             return Report()
         opened = open_source(source, self._groups, self._reader(leads), self._sign)
         try:
