@@ -135,13 +135,16 @@ def can_exchange() -> bool:
 
 def is_dense(tensor: torch.Tensor) -> bool:
     """Whether the tensor has its bytes without gaps, in whatever order."""
-    return tensor.stride() == torch.empty_like(tensor, device="meta").stride()
+    return tensor.stride() == _dense_strides(tensor)
 
 
 def laid_out(room: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     """The bytes ``room`` as a tensor like the other, with its strides where it has no gaps."""
-    strides = torch.empty_like(like, device="meta").stride()
-    return room.view(like.dtype).as_strided(like.shape, strides)
+    return room.view(like.dtype).as_strided(like.shape, _dense_strides(like))
+
+
+def _dense_strides(like: torch.Tensor) -> tuple[int, ...]:
+    return torch.empty_like(like, device="meta").stride()
 
 
 def _map(size: int, used: int) -> _Mapping:

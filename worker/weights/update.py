@@ -78,13 +78,14 @@ class Update:
         for module, tensors in self._prepared.tensors.items():
             layout = self._layouts[module]
             for name, whole in tensors.items():
-                if (before := self._room.get((module, name))) is None:
+                before = self._room.get((module, name))
+                if before is None:
                     layout.write(name, whole)  # an earlier part has kept what was there
+                elif have_own(before):
+                    exchange(layout.local(name), before)
                 else:
-                    if have_own(before):
-                        exchange(layout.local(name), before)
-                    else:
-                        layout.exchange(name, whole, before, self._prepared.read)
+                    layout.exchange(name, whole, before, self._prepared.read)
+                if before is not None:
                     self._undo[module, name] = before
                 sign()
         self._part = {module: len(tensors) for module, tensors in self._prepared.tensors.items() if tensors}
