@@ -13,7 +13,10 @@ SENT = "lora_merge"
 """With its component behind a colon the nickname of an adapter that came as tensors."""
 
 ADAPTER_FILE = "adapter_model.safetensors"
-"""What the server calls its own copy of an adapter."""
+"""As peft names it, and the server its own copy of an adapter."""
+
+ADAPTER_CONFIG = "adapter_config.json"
+"""What lies beside it, where there is more to say of the adapter."""
 
 WantedMode = Literal["auto", "merge", "dynamic", "request"]
 """``request`` loads adapters for requests that name them, and changes nothing for others."""
@@ -29,7 +32,7 @@ class Use(msgspec.Struct, frozen=True):
     scale: float = 1.0
 
 
-class Source(msgspec.Struct, frozen=True):
+class AdapterSource(msgspec.Struct, frozen=True):
     """An adapter to load. ``path`` is what its sender calls it, and ``folder`` holds the server's own copy of it.
 
     What it has for one denoiser is for the denoiser ``target``, if that is one. Two with the same ``digest`` are the
@@ -46,9 +49,12 @@ class Source(msgspec.Struct, frozen=True):
 
 
 class Loaded(msgspec.Struct, frozen=True):
-    """An adapter that can be used. ``components`` are those that a request which names it has it in."""
+    """An adapter that can be used. ``components`` are those that a request which names it has it in.
 
-    source: Source
+    ``nbytes`` is what its factors take in memory, all ranks of a replica together.
+    """
+
+    source: AdapterSource
     components: list[str]
     rank: int
     alpha: float
@@ -83,7 +89,7 @@ class SetAdapters(msgspec.Struct, tag=True, frozen=True, kw_only=True):
     strengths: list[float]
     target: str = ALL
     mode: WantedMode = "auto"
-    sources: list[Source] = []
+    sources: list[AdapterSource] = []
     recent: list[str] = []
     keeps: bool = False
     busy: list[str] = []

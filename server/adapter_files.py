@@ -10,7 +10,7 @@ import stat
 from pathlib import Path
 from typing import BinaryIO
 
-from ..protocol.adapters import ADAPTER_FILE, ALL, SetAdapters, Source
+from ..protocol.adapters import ADAPTER_CONFIG, ADAPTER_FILE, ALL, AdapterSource, SetAdapters
 from ..protocol.config import Config
 from ..protocol.errors import InvalidRequest, NotFound, SafelightError, StartFailed, Unavailable
 from ..protocol.tensor_files import BadTensorFile, read_head
@@ -18,7 +18,6 @@ from .checkpoint_files import find_path
 
 _FIELD = "lora_path"
 _USUAL = (ADAPTER_FILE, "pytorch_lora_weights.safetensors")
-_CONFIG = "adapter_config.json"
 _LARGEST_CONFIG = 1 << 20
 _TOGETHER = 4 << 20
 
@@ -49,7 +48,7 @@ def new_folder(shared: Path) -> Path:
 
 def copy_adapter(
     path: str, nickname: str, folder: Path, config: Config, *, alpha: float | None = None, target: str = ALL
-) -> Source:
+) -> AdapterSource:
     """A copy of the adapter at ``path``, a safetensors file or a directory with one, in ``folder``, which is made.
 
     Raises ``NotFound``, ``Forbidden`` outside the roots that the server allows, ``InvalidRequest`` for what is no
@@ -58,7 +57,7 @@ def copy_adapter(
     try:
         found = find_path(path, config, field=_FIELD)
         file = find_path(str(_file_in(found)), config, field=_FIELD)  # a link in it may lead elsewhere
-        beside = found / _CONFIG if found.is_dir() else found.parent / _CONFIG
+        beside = found / ADAPTER_CONFIG if found.is_dir() else found.parent / ADAPTER_CONFIG
         configured = beside.exists() and (found.is_dir() or found.name == ADAPTER_FILE)
         settings = find_path(str(beside), config, field=_FIELD) if configured else None
     except (OSError, ValueError, RuntimeError) as error:
@@ -68,8 +67,8 @@ def copy_adapter(
         digest = hashlib.sha256(repr(alpha).encode())
         _copy(file, folder / ADAPTER_FILE, config.max_lora_mb * 1_000_000, digest)
         if settings is not None:
-            _copy(settings, folder / _CONFIG, _LARGEST_CONFIG, digest)
-        return Source(nickname, path, str(folder), digest.hexdigest(), alpha, target=target)
+            _copy(settings, folder / ADAPTER_CONFIG, _LARGEST_CONFIG, digest)
+        return AdapterSource(nickname, path, str(folder), digest.hexdigest(), alpha, target=target)
     except BaseException as error:
         shutil.rmtree(folder, ignore_errors=True)
         if isinstance(error, BadTensorFile):

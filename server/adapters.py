@@ -14,10 +14,10 @@ from msgspec import Meta
 from ..protocol.adapters import (
     ALL,
     SENT,
+    AdapterSource,
     AdapterState,
     MergeAdapters,
     SetAdapters,
-    Source,
     UnloadAdapter,
     UnmergeAdapters,
     WantedMode,
@@ -138,7 +138,7 @@ class _Routes:
         await read(request, Nothing)
         return _listed((await self._operating.send(request, ListAdapters)).adapters)
 
-    async def _copy(self, path: str, nickname: str, folder: Path, body: SetLora) -> Source:
+    async def _copy(self, path: str, nickname: str, folder: Path, body: SetLora) -> AdapterSource:
         return await self._service.decode(
             copy_adapter,
             path,

@@ -12,8 +12,7 @@ from typing import Any
 import msgspec
 from fastapi import APIRouter, Request
 
-from ..protocol.adapters import SENT, SetAdapters
-from ..protocol.adapters import Source as AdapterSource
+from ..protocol.adapters import SENT, AdapterSource, SetAdapters
 from ..protocol.codec import Buffer
 from ..protocol.errors import ClientGone, Internal, InvalidRequest, NotFound
 from ..protocol.operations import (

@@ -96,7 +96,7 @@ class Operations:
         self._update = RankUpdate(model.layouts, undo)
         self._adapters = adapters
         modules = [part for part in model.pipeline.components.values() if isinstance(part, nn.Module)]
-        self._parking = Parking(modules, model.device)
+        self._parking = Parking(modules, model.device, adapters.tensors)
         self._operation: Operation | None = None
 
     @property
@@ -325,6 +325,7 @@ class Operations:
 
     def _sleep(self, operation: Sleep) -> Report:
         if "weights" in operation.tags:
+            self._adapters.forget_stacks()
             try:
                 self._parking.park(self._sign)
             except OSError as error:

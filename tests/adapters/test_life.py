@@ -123,6 +123,25 @@ def test_adapters_outlive_a_change_of_the_base(server: Trainer, adapters: Adapte
     assert server.checksum() == base
 
 
+def test_adapters_sleep_with_the_weights(server: Trainer, adapters: Adapters) -> None:
+    base, plain = server.checksum(), server.picture()
+    for mode in ("merge", "dynamic"):
+        set_lora(server, "first", lora_path=adapters.path("first"), merge_mode=mode)
+        server.done("/release_memory_occupation", {})
+        assert server.checksum() == base
+        server.done("/resume_memory_occupation", {})
+        assert is_drawn(server, adapters, ("first", 1.0))
+    set_lora(server, "second", lora_path=adapters.path("second"), merge_mode="merge")
+    server.done("/release_memory_occupation", {})
+    server.done("/v1/unload_lora", {"lora_nickname": "second"})
+    set_lora(server, "third", lora_path=adapters.path("third"), merge_mode="merge")
+    assert server.checksum() == base
+    server.done("/resume_memory_occupation", {})
+    assert is_drawn(server, adapters, ("third", 1.0))
+    server.done("/v1/unmerge_lora_weights", {})
+    assert (server.picture(), server.checksum()) == (plain, base)
+
+
 def test_a_server_that_starts_with_adapters(serve: Serve, adapters: Adapters) -> None:
     given = f"first={adapters.path('first')},second={adapters.path('second')}"
     with serve("--lora", given, "--lora-mode", "merge", "--replicas", "2") as server:

@@ -9,12 +9,12 @@ from safelight.protocol.adapters import (
     ALL,
     Active,
     AdapterChange,
+    AdapterSource,
     AdapterState,
     Loaded,
     MergeAdapters,
     RestoreAdapters,
     SetAdapters,
-    Source,
     UnloadAdapter,
     UnmergeAdapters,
     WantedMode,
@@ -30,7 +30,7 @@ def set_adapters(
 ) -> SetAdapters:
     """Have these active; the first are loaded, each with its word."""
     sources = [
-        Source(nickname, f"/{word}", str(Path("/shared") / word), word)
+        AdapterSource(nickname, f"/{word}", str(Path("/shared") / word), word)
         for nickname, word in zip(nicknames, words, strict=False)
     ]
     strengths = [1.0] * len(nicknames)

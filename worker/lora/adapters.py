@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,13 +14,13 @@ from torch import nn
 
 from ...protocol.adapters import (
     AdapterChange,
+    AdapterSource,
     AdapterState,
     Loaded,
     MergeAdapters,
     Mode,
     RestoreAdapters,
     SetAdapters,
-    Source,
     UnloadAdapter,
     UnmergeAdapters,
     Use,
@@ -125,6 +125,21 @@ class RankAdapters:
     ) -> AbstractContextManager[None]:
         """Around a forward of ``component``, of which each so many rows have these."""
         return self._beside.during(component.split(".")[0], rows, listed=listed)
+
+    # --- in memory
+
+    def tensors(self) -> Iterator[torch.Tensor]:
+        """What they hold on the device: factors, and on a CPU the bases of what is merged."""
+        for adapter in self._adapters.values():
+            for terms in adapter.terms.values():
+                for term in terms.values():
+                    yield from (term.down, term.up, term.whole_up)
+        for layout in self._layouts.values():
+            yield from (base for base in layout.bases.values() if base.device.type == self._device.type)
+
+    def forget_stacks(self) -> None:
+        """Let go of what forwards make of factors, and will make again."""
+        self._beside.set_loaded(list(self._adapters.values()))
 
     # --- changes
 
@@ -268,7 +283,7 @@ class RankAdapters:
             shares[component] = (lost / added) ** 0.5 if added else 0.0
         return shares
 
-    def _load(self, source: Source, adapters: Adapters) -> AdapterFile:
+    def _load(self, source: AdapterSource, adapters: Adapters) -> AdapterFile:
         file = load_adapter(Path(source.folder), self._pipeline, weight_shapes(self._layouts), alpha=source.alpha)
         if source.rank is not None and source.rank != file.rank:
             raise InvalidRequest(f"The adapter has rank {file.rank}, and not {source.rank}.", field="lora_rank")

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import os
-import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline
 
+from ...protocol.adapters import ADAPTER_CONFIG, ADAPTER_FILE
 from ...protocol.errors import InvalidRequest
 from ...protocol.tensor_files import BadTensorFile, read_metadata
 from ..weights.sources import map_file
@@ -21,23 +21,6 @@ from .pairs import Pair, find_pairs, refused
 from .places import Shapes, place, split_name, weight_shapes
 
 __all__ = ["AdapterFile", "LowRank", "load_adapter", "read_adapter", "weight_shapes"]
-
-_CONFIG = "adapter_config.json"
-_PEFT_FILE = "adapter_model.safetensors"
-_KNOWN_FILES = (_PEFT_FILE, "pytorch_lora_weights.safetensors")
-_PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-_LONGEST_CONFIG = 1 << 20
-
-_FORMATS = (
-    (re.compile(r"^(lora_unet|lora_te|lora_transformer)"), "kohya"),
-    (re.compile(r"^(diffusion_model\.)?(double|single)_blocks\..*\.processor\."), "xlabs"),
-    (re.compile(r"^base_model\.model\."), "peft"),
-    (re.compile(r"^diffusion_model\."), "ai-toolkit"),
-    (re.compile(r"^(unet|transformer|transformer_2|text_encoder|text_encoder_2)\."), "diffusers"),
-    (re.compile(r"\.lora_[AB]\."), "peft"),
-    (re.compile(r""), "of no known kind"),
-)
-"""By what any of a file's names looks like. It is for logs alone."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,26 +45,21 @@ class LowRank:
 @dataclass(frozen=True, slots=True)
 class AdapterFile:
     """The pairs by component and layer. ``rank`` is the largest, ``alpha`` that of most layers, ``nbytes`` the size of
-    the file's tensors, ``format`` its kind in a word."""
+    all factors."""
 
     layers: dict[str, dict[str, LowRank]]
     rank: int
     alpha: float
     nbytes: int
-    format: str
 
 
-def load_adapter(path: Path, pipeline: DiffusionPipeline, shapes: Shapes, *, alpha: float | None = None) -> AdapterFile:
-    """Read a safetensors file, or a directory with one adapter in it. Raises ``InvalidRequest``."""
+def load_adapter(
+    folder: Path, pipeline: DiffusionPipeline, shapes: Shapes, *, alpha: float | None = None
+) -> AdapterFile:
+    """Read the server's copy of an adapter. Raises ``InvalidRequest``."""
+    file, beside = folder / ADAPTER_FILE, folder / ADAPTER_CONFIG
     try:
-        file = _only_file(path) if path.is_dir() else path
-        if not file.is_file():
-            raise refused(f"there is no file {file.name[:200]!r}")
-        if file.suffix in _PICKLED:
-            raise refused(f"{file.name} is a pickled file, which could run code; safetensors files are read")
-        if file.suffix != ".safetensors":
-            raise refused(f"{file.name[:200]!r} is no .safetensors file")
-        config = _read_config(file.parent / _CONFIG) if path.is_dir() or file.name == _PEFT_FILE else None
+        config = parse_object(beside.read_bytes(), ADAPTER_CONFIG) if beside.exists() else None
         tensors = map_file(file)
         with file.open("rb") as stream:
             metadata = read_metadata(stream, os.fstat(stream.fileno()).st_size)
@@ -90,33 +68,8 @@ def load_adapter(path: Path, pipeline: DiffusionPipeline, shapes: Shapes, *, alp
     except BadTensorFile as error:
         raise refused(f"{error}") from None
     except OSError as error:
-        raise refused(f"{path.name[:200]!r} cannot be read: {error.strerror}") from None
+        raise refused(f"{folder.name} cannot be read: {error.strerror}") from None
     return read_adapter(tensors, config, pipeline, shapes, alpha=alpha, metadata=metadata)
-
-
-def _only_file(folder: Path) -> Path:
-    names = sorted(file.name for file in folder.iterdir() if file.is_file())
-    for candidates in (
-        [name for name in _KNOWN_FILES if name in names],
-        [n for n in names if n.endswith(".safetensors")],
-    ):
-        if len(candidates) > 1:
-            raise refused(f"{folder.name} has {len(candidates)} files that could be meant", candidates)
-        if candidates:
-            return folder / candidates[0]
-    if pickled := [name for name in names if name.endswith(_PICKLED)]:
-        raise refused(
-            f"{folder.name} has only pickled files, which could run code; safetensors files are read", pickled
-        )
-    raise refused(f"{folder.name} has no .safetensors file")
-
-
-def _read_config(path: Path) -> dict[str, Any] | None:
-    if not path.exists():
-        return None
-    if not path.is_file() or path.stat().st_size > _LONGEST_CONFIG:
-        raise refused(f"{_CONFIG} is no file, or too large")
-    return parse_object(path.read_bytes(), _CONFIG)
 
 
 def read_adapter(
@@ -159,8 +112,7 @@ def read_adapter(
         layers=layers,
         rank=max(pair.rank for pair in every),
         alpha=Counter(pair.alpha for pair in every).most_common(1)[0][0],
-        nbytes=sum(tensor.nbytes for tensor in tensors.values()),
-        format=_format(tensors),
+        nbytes=sum(pair.down.nbytes + pair.up.nbytes for pair in every),
     )
 
 
@@ -170,7 +122,3 @@ def _scale(layer: str, pair: Pair, told: Told | None, given: float | None) -> tu
     if alpha is None:
         alpha = float(pair.rank) if told is None else told.alpha_of(layer)
     return float(alpha), scaled(pair.rank, alpha, told)
-
-
-def _format(names: Iterable[str]) -> str:
-    return next(word for pattern, word in _FORMATS if any(pattern.search(name) for name in names))

@@ -6,7 +6,7 @@ A parked module is whole: its tensors are elsewhere, and everything that reads a
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -18,10 +18,16 @@ from .undo import in_file
 
 
 class Parking:
-    """The weights of ``modules``, which are at home or parked. ``device`` is where they are at home."""
+    """The weights of ``modules``, which are at home or parked. ``device`` is where they are at home.
 
-    def __init__(self, modules: list[nn.Module], device: torch.device) -> None:
+    ``others`` gives what else is put away with them.
+    """
+
+    def __init__(
+        self, modules: list[nn.Module], device: torch.device, others: Callable[[], Iterable[torch.Tensor]] = tuple
+    ) -> None:
         self._modules = modules
+        self._others = others
         self._device = device
         self._offsets: dict[int, int] = {}  # of what is parked, by the tensor's id
 
@@ -51,14 +57,12 @@ class Parking:
                 tensor.data = self._home(tensor.data, self._offsets[id(tensor)])
                 del self._offsets[id(tensor)]
                 sign()
+        self._offsets.clear()  # of what was let go of meanwhile
 
     def _tensors(self) -> Iterator[torch.Tensor]:
-        seen: set[int] = set()
-        for module in self._modules:
-            for tensor in (*module.parameters(), *module.buffers()):
-                if id(tensor) not in seen and tensor.numel():
-                    seen.add(id(tensor))
-                    yield tensor
+        weights = (tensor for module in self._modules for tensor in (*module.parameters(), *module.buffers()))
+        every = {id(tensor): tensor for tensor in (*weights, *self._others()) if tensor.numel()}
+        yield from every.values()
 
     def _away(self, tensor: torch.Tensor) -> torch.Tensor:
         if self._device.type == "cuda":

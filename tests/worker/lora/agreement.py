@@ -15,7 +15,7 @@ from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from safelight.protocol.adapters import ALL, AdapterChange, SetAdapters, Source, UnmergeAdapters, Use
+from safelight.protocol.adapters import ALL, AdapterChange, AdapterSource, SetAdapters, UnmergeAdapters, Use
 from safelight.protocol.config import Config
 from safelight.protocol.messages import Generate, Sample
 from safelight.tests.tiny import FAMILIES, save
@@ -80,9 +80,9 @@ def write_adapter(made: Made, transformer: nn.Module, folder: Path, strength: fl
     return target
 
 
-def source(folder: Path, nickname: str | None = None, alpha: float | None = None) -> Source:
+def source(folder: Path, nickname: str | None = None, alpha: float | None = None) -> AdapterSource:
     """As the server makes one; the digest is of the name alone."""
-    return Source(nickname or folder.name, str(folder), str(folder), f"{folder} {alpha}", alpha)
+    return AdapterSource(nickname or folder.name, str(folder), str(folder), f"{folder} {alpha}", alpha)
 
 
 def request(name: str, index: int, lora: list[Use] | None = None) -> Generate:

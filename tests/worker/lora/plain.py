@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from peft.tuners.lora import LoraLayer
 from safetensors.torch import save_file
 from torch import nn
 
+from safelight.protocol.adapters import ADAPTER_FILE
 from safelight.tests.tiny import FAMILIES
 from safelight.worker.lora.files import AdapterFile, load_adapter, weight_shapes
 from safelight.worker.weights.layout import Layout
@@ -51,6 +53,10 @@ def of_layers(components: dict[str, nn.Module]) -> Deltas:
 
 def read(name: str, path: Path, **options: Any) -> AdapterFile:
     pipeline = FAMILIES[name].build()
+    if path.is_file():  # by itself, as the server copies it
+        folder = Path(tempfile.mkdtemp(dir=path.parent))
+        (folder / ADAPTER_FILE).hardlink_to(path)
+        path = folder
     return load_adapter(path, pipeline, shapes_of(pipeline), **options)
 
 

@@ -63,7 +63,6 @@ def test_a_folder_that_peft_wrote_adds_what_peft_adds(case: str, tmp_path: Path)
     trained.save_pretrained(tmp_path)
     file = read("flux", tmp_path)
     assert_same(deltas(file), of_layers({"transformer": model}))
-    assert file.format == "peft"
 
 
 @pytest.mark.parametrize("case", OPTIONS)
@@ -115,14 +114,14 @@ def test_the_configurations_alpha_stands_before_the_headers(tmp_path: Path) -> N
 
 
 def test_with_no_alpha_anywhere_the_product_is_added_as_it_is(tmp_path: Path) -> None:
-    file = read("flux", written(tmp_path / "adapter.safetensors", adapter(LAYERS, ranks=(4, 4, 6))))
+    file = read("flux", written(tmp_path / "adapter_model.safetensors", adapter(LAYERS, ranks=(4, 4, 6))))
     assert {pair.scale for pair in file.layers["transformer"].values()} == {1.0}
     assert (file.rank, file.alpha) == (6, 4.0)
 
 
 def test_an_alpha_is_not_rounded(tmp_path: Path) -> None:
     tensors = adapter(LAYERS, alphas=(0.75,))
-    path = written(tmp_path / "adapter.safetensors", tensors)
+    path = written(tmp_path / "adapter_model.safetensors", tensors)
     assert {pair.scale for pair in read("flux", path).layers["transformer"].values()} == {0.75 / 4}
     assert {pair.scale for pair in read("flux", path, alpha=0.1).layers["transformer"].values()} == {0.1 / 4}
 
@@ -137,7 +136,7 @@ def test_each_components_header_is_its_own(tmp_path: Path) -> None:
     tensors = {**adapter(LAYERS, before="transformer."), **adapter(encoder, before="text_encoder.", ranks=(2,))}
     told = {"transformer.r": 4, "transformer.lora_alpha": 8, "text_encoder.r": 2, "text_encoder.lora_alpha": 1}
     header = {"lora_adapter_metadata": json.dumps(told)}
-    layers = read("flux", written(tmp_path / "adapter.safetensors", tensors, header)).layers
+    layers = read("flux", written(tmp_path / "adapter_model.safetensors", tensors, header)).layers
     assert {component: {pair.scale for pair in found.values()} for component, found in layers.items()} == {
         "transformer": {2.0},
         "text_encoder": {0.5},

@@ -30,22 +30,20 @@ def _wan_outside() -> Tensors:
 
 
 FILES: dict[str, tuple[str, Callable[[], Tensors], str]] = {
-    "flux diffusers": ("flux", lambda: adapter(linear("flux"), before="transformer.", ranks=RANKS), "diffusers"),
-    "flux diffusers, words": ("flux", lambda: adapter(linear("flux"), WORDS, before="transformer."), "diffusers"),
+    "flux diffusers": ("flux", lambda: adapter(linear("flux"), before="transformer.", ranks=RANKS)),
+    "flux diffusers, words": ("flux", lambda: adapter(linear("flux"), WORDS, before="transformer.")),
     "flux diffusers, alphas": (
-        "flux", lambda: adapter(attention(linear("flux")), before="transformer.", ranks=RANKS, alphas=ALPHAS),
-        "diffusers",
+        "flux", lambda: adapter(attention(linear("flux")), before="transformer.", ranks=RANKS, alphas=ALPHAS)
     ),
-    "flux kohya": ("flux", lambda: formats.kohya_flux(RANKS, ALPHAS), "kohya"),
-    "flux kohya, no alphas": ("flux", lambda: formats.kohya_flux(RANKS, ()), "kohya"),
+    "flux kohya": ("flux", lambda: formats.kohya_flux(RANKS, ALPHAS)),
+    "flux kohya, no alphas": ("flux", lambda: formats.kohya_flux(RANKS, ())),
     "flux kohya, split": (
         "flux",
-        lambda: formats.split_qkv(formats.kohya_flux((6,), ALPHAS), "lora_unet_double_blocks_0_img_attn_qkv"),
-        "kohya",
+        lambda: formats.split_qkv(formats.kohya_flux((6,), ALPHAS), "lora_unet_double_blocks_0_img_attn_qkv")
     ),
-    "flux mixture": ("flux", lambda: formats.mixture_flux(RANKS, ALPHAS, linear("flux")), "kohya"),
-    "flux xlabs": ("flux", lambda: formats.xlabs_flux(4), "xlabs"),
-    "sd3 diffusers": ("sd3", lambda: adapter(linear("sd3"), before="transformer.", ranks=RANKS), "diffusers"),
+    "flux mixture": ("flux", lambda: formats.mixture_flux(RANKS, ALPHAS, linear("flux"))),
+    "flux xlabs": ("flux", lambda: formats.xlabs_flux(4)),
+    "sd3 diffusers": ("sd3", lambda: adapter(linear("sd3"), before="transformer.", ranks=RANKS)),
     "sd3 text encoders": (
         "sd3",
         lambda: {
@@ -53,75 +51,69 @@ FILES: dict[str, tuple[str, Callable[[], Tensors], str]] = {
             **adapter(
                 some(linear("sd3", "text_encoder_2"), "q_proj", "v_proj", "out_proj"), before="text_encoder_2."
             ),
-        },
-        "diffusers",
+        }
     ),
-    "sdxl kohya": ("sdxl", lambda: formats.kohya_sdxl(RANKS, (2.5,)), "kohya"),
-    "sdxl diffusers": ("sdxl", lambda: adapter(linear("sdxl", "unet"), before="unet.", ranks=RANKS), "diffusers"),
+    "sdxl kohya": ("sdxl", lambda: formats.kohya_sdxl(RANKS, (2.5,))),
+    "sdxl diffusers": ("sdxl", lambda: adapter(linear("sdxl", "unet"), before="unet.", ranks=RANKS)),
     "sdxl diffusers, dots": (
-        "sdxl", lambda: adapter(attention(linear("sdxl", "unet")), DOTS, before="unet."), "diffusers",
+        "sdxl", lambda: adapter(attention(linear("sdxl", "unet")), DOTS, before="unet.")
     ),
-    "sdxl old text encoder": ("sdxl", formats.old_text_encoder, "diffusers"),
-    "sd15 a1111": ("sd15", lambda: formats.a1111_sd15(linear("sd15", "unet"), RANKS, (2.5,)), "kohya"),
-    "sd15 old diffusers": ("sd15", lambda: formats.old_diffusers(linear("sd15", "unet")), "diffusers"),
-    "wan diffusers": ("wan", lambda: adapter(linear("wan"), before="transformer.", ranks=RANKS), "diffusers"),
-    "wan musubi": ("wan", lambda: formats.musubi_wan(RANKS, ALPHAS), "kohya"),
-    "wan original": ("wan", _wan_outside, "ai-toolkit"),
+    "sdxl old text encoder": ("sdxl", formats.old_text_encoder),
+    "sd15 a1111": ("sd15", lambda: formats.a1111_sd15(linear("sd15", "unet"), RANKS, (2.5,))),
+    "sd15 old diffusers": ("sd15", lambda: formats.old_diffusers(linear("sd15", "unet"))),
+    "wan diffusers": ("wan", lambda: adapter(linear("wan"), before="transformer.", ranks=RANKS)),
+    "wan musubi": ("wan", lambda: formats.musubi_wan(RANKS, ALPHAS)),
+    "wan original": ("wan", _wan_outside),
     "wan original, words": (
-        "wan", lambda: adapter(formats.WAN, WORDS, before="diffusion_model.", ranks=RANKS, alphas=ALPHAS), "ai-toolkit",
+        "wan", lambda: adapter(formats.WAN, WORDS, before="diffusion_model.", ranks=RANKS, alphas=ALPHAS)
     ),
-    "wan22": ("wan22", lambda: formats.musubi_wan(RANKS, ALPHAS), "kohya"),
+    "wan22": ("wan22", lambda: formats.musubi_wan(RANKS, ALPHAS)),
     "qwen kohya": (
         "qwenimage",
         lambda: adapter(
             formats.underscores(linear("qwenimage")), WORDS, before="lora_unet_", ranks=RANKS, alphas=ALPHAS
-        ),
-        "kohya",
+        )
     ),
     "qwen ai-toolkit": (
-        "qwenimage", lambda: adapter(linear("qwenimage"), before="diffusion_model.", ranks=RANKS), "ai-toolkit",
+        "qwenimage", lambda: adapter(linear("qwenimage"), before="diffusion_model.", ranks=RANKS)
     ),
-    "qwen default": ("qwenimage", lambda: adapter(attention(linear("qwenimage")), WITH_DEFAULT), "peft"),
+    "qwen default": ("qwenimage", lambda: adapter(attention(linear("qwenimage")), WITH_DEFAULT)),
     "zimage kohya": (
         "zimage",
         lambda: adapter(
             formats.underscores(some(linear("zimage"), "to_q", "to_k", "to_v", "to_out.0", "w1", "w2", "w3")),
             WORDS, before="lora_unet_", ranks=RANKS, alphas=ALPHAS,
-        ),
-        "kohya",
+        )
     ),
     "zimage kohya, fused": (
         "zimage",
         lambda: adapter(
             {"layers_0_attention_qkv": (288, 96), "layers_1_attention_out": (96, 96)}, WORDS,
             before="lora_unet_", ranks=RANKS, alphas=ALPHAS,
-        ),
-        "kohya",
+        )
     ),
     "flux2 kohya": (
         "flux2",
         lambda: adapter(
             formats.underscores(formats.FLUX2), WORDS, before="lora_unet_", ranks=RANKS, alphas=ALPHAS
-        ),
-        "kohya",
+        )
     ),
     "flux2 ai-toolkit": (
-        "flux2", lambda: adapter(formats.FLUX2, before="diffusion_model.", ranks=RANKS), "ai-toolkit",
+        "flux2", lambda: adapter(formats.FLUX2, before="diffusion_model.", ranks=RANKS)
     ),
-    "hunyuan original": ("hunyuan_video", lambda: adapter(formats.HUNYUAN, ranks=RANKS), "peft"),
+    "hunyuan original": ("hunyuan_video", lambda: adapter(formats.HUNYUAN, ranks=RANKS)),
     "zimage ai-toolkit": (
-        "zimage", lambda: adapter(attention(linear("zimage")), before="diffusion_model.", alphas=ALPHAS), "ai-toolkit",
+        "zimage", lambda: adapter(attention(linear("zimage")), before="diffusion_model.", alphas=ALPHAS)
     ),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("case", FILES)
 def test_every_layer_gets_what_diffusers_would_add_to_it(case: str, tmp_path: Path) -> None:
-    name, make, kind = FILES[case]
-    path = written(tmp_path / "adapter.safetensors", make())
+    name, make = FILES[case]
+    path = written(tmp_path / "adapter_model.safetensors", make())
     file = read(name, path)
     assert_same(deltas(file), by_diffusers(name, path))
-    assert file.format == kind
 
 
 OTHERS = ("chroma", "auraflow", "ltx", "cogvideox", "lumina2", "sana", "qwenimage_edit")
@@ -130,7 +122,7 @@ OTHERS = ("chroma", "auraflow", "ltx", "cogvideox", "lumina2", "sana", "qwenimag
 @pytest.mark.parametrize("name", OTHERS)
 def test_diffusers_own_names_are_read_for_every_family(name: str, tmp_path: Path) -> None:
     weights = {layer: shape for layer, shape in linear(name).items() if not layer.endswith("conv_depth")}
-    path = written(tmp_path / "adapter.safetensors", adapter(weights, before="transformer.", ranks=RANKS))
+    path = written(tmp_path / "adapter_model.safetensors", adapter(weights, before="transformer.", ranks=RANKS))
     assert_same(deltas(read(name, path)), by_diffusers(name, path))
 
 
@@ -159,7 +151,7 @@ def test_each_layer_has_its_own_alpha_where_diffusers_mixes_them_up(case: str, t
 def test_a_layer_is_not_taken_for_another_whose_name_ends_so(tmp_path: Path) -> None:
     weights = {"proj_out": (16, 64), "single_transformer_blocks.0.proj_out": (64, 320)}
     tensors = adapter(weights, before="transformer.", alphas=(2.0, 16.0))
-    path = written(tmp_path / "adapter.safetensors", tensors)
+    path = written(tmp_path / "adapter_model.safetensors", tensors)
     expected = {
         ("transformer", layer): scale
         * tensors[f"transformer.{layer}.lora_B.weight"]
@@ -172,7 +164,7 @@ def test_a_layer_is_not_taken_for_another_whose_name_ends_so(tmp_path: Path) -> 
 def test_a_layer_outside_of_the_blocks_is_read_where_diffusers_loses_it(tmp_path: Path) -> None:
     """Its converter gives such layers of FLUX no component's name, and drops the last layer's alpha."""
     tensors = adapter({"img_in": (64, 16), "final_layer_linear": (16, 64)}, WORDS, before="lora_unet_", alphas=(8.0,))
-    path = written(tmp_path / "adapter.safetensors", tensors)
+    path = written(tmp_path / "adapter_model.safetensors", tensors)
     expected = {
         ("transformer", layer): 2 * product(tensors, name, WORDS)
         for layer, name in {"x_embedder": "lora_unet_img_in", "proj_out": "lora_unet_final_layer_linear"}.items()
@@ -183,7 +175,7 @@ def test_a_layer_outside_of_the_blocks_is_read_where_diffusers_loses_it(tmp_path
 def test_the_order_of_scale_and_shift_is_turned_around_with_the_last_modulation(tmp_path: Path) -> None:
     name = "lora_unet_final_layer_adaLN_modulation_1"
     tensors = adapter({"final_layer_adaLN_modulation_1": (128, 64)}, WORDS, before="lora_unet_", alphas=(6.0,))
-    path = written(tmp_path / "adapter.safetensors", tensors)
+    path = written(tmp_path / "adapter_model.safetensors", tensors)
     shift, scale = (1.5 * product(tensors, name, WORDS)).chunk(2)
     assert_same(deltas(read("flux", path)), {("transformer", "norm_out.linear"): torch.cat([scale, shift])})
 
@@ -192,7 +184,7 @@ def test_alphas_that_a_converter_does_not_know_apply(tmp_path: Path) -> None:
     """Wan's knows them for layers in blocks alone."""
     weights = {**formats.WAN, **formats.WAN_OUTSIDE}
     tensors = adapter(weights, WORDS, before="diffusion_model.", alphas=(2.0,))
-    path = written(tmp_path / "adapter.safetensors", tensors)
+    path = written(tmp_path / "adapter_model.safetensors", tensors)
     without = {name: tensor for name, tensor in tensors.items() if not name.endswith(".alpha")}
     unscaled = by_diffusers("wan", written(tmp_path / "without.safetensors", without))
     assert_same(deltas(read("wan", path)), {place: delta / 2 for place, delta in unscaled.items()})

@@ -50,18 +50,18 @@ def test_the_given_tensors_stay_as_they_are_and_are_not_kept(make: Callable[[], 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.float64])
 def test_factors_of_every_dtype_are_computed_with_in_float32(dtype: torch.dtype, tmp_path: Path) -> None:
     tensors = {name: tensor.to(dtype) for name, tensor in adapter(LAYERS, before="transformer.").items()}
-    file = read("flux", written(tmp_path / "adapter.safetensors", tensors))
+    file = read("flux", written(tmp_path / "adapter_model.safetensors", tensors))
     wide = {name: tensor.float() for name, tensor in tensors.items()}
     assert_same(deltas(file), {("transformer", layer): product(wide, f"transformer.{layer}") for layer in LAYERS}, 0)
     assert {factor.dtype for p in file.layers["transformer"].values() for factor in (p.up, p.down)} == {torch.float32}
-    assert file.nbytes == sum(tensor.nbytes for tensor in tensors.values())
+    assert file.nbytes == 4 * sum(tensor.numel() for tensor in tensors.values())
 
 
 def test_alphas_are_not_rounded_to_the_dtype_of_the_factors(tmp_path: Path) -> None:
     """A converter multiplies them into bfloat16; the file's own third of the rank is not in bfloat16."""
     tensors = {name: tensor.to(torch.bfloat16) for name, tensor in kohya_flux((6,), ()).items()}
     alphas = {name.replace("lora_up.weight", "alpha"): torch.tensor(1.3) for name in tensors if "lora_up" in name}
-    file = read("flux", written(tmp_path / "adapter.safetensors", {**tensors, **alphas}))
+    file = read("flux", written(tmp_path / "adapter_model.safetensors", {**tensors, **alphas}))
     pair = file.layers["transformer"]["transformer_blocks.0.attn.to_out.0"]
     assert pair.scale == pytest.approx(1.3 / 6, rel=1e-7)
     assert torch.equal(pair.down, tensors["lora_unet_double_blocks_0_img_attn_proj.lora_down.weight"].float())
@@ -107,8 +107,8 @@ def test_a_model_that_is_divided_and_fused_has_its_whole_shapes(
     assert any(isinstance(part, FusedPart) for part in pipeline.transformer.modules()) == fused
     linear = {layer: shape for layer, shape in whole["transformer"].items() if len(shape) == 2}
     tensors = adapter(attention(linear), before="transformer.")
-    path = written(tmp_path / "adapter.safetensors", tensors)
-    assert_same(deltas(load_adapter(path, pipeline, shapes)), deltas(read(name, path)), 0)
+    path = written(tmp_path / "adapter_model.safetensors", tensors)
+    assert_same(deltas(load_adapter(tmp_path, pipeline, shapes)), deltas(read(name, path)), 0)
 
 
 def test_the_four_layers_that_flux_has_fused_in_one_are_told_apart(flux: FluxPipeline) -> None:
@@ -131,7 +131,7 @@ def test_both_denoisers_of_wan_can_be_named(tmp_path: Path) -> None:
     """What is for "transformer" alone is given so; who applies it chooses."""
     layers = {"blocks.0.attn1.to_q": (64, 64)}
     tensors = {**adapter(layers, before="transformer."), **adapter(layers, before="transformer_2.", ranks=(2,))}
-    file = read("wan22", written(tmp_path / "adapter.safetensors", tensors))
+    file = read("wan22", written(tmp_path / "adapter_model.safetensors", tensors))
     assert {name: pair.rank for name, found in file.layers.items() for pair in found.values()} == {
         "transformer": 4,
         "transformer_2": 2,

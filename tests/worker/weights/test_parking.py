@@ -108,3 +108,17 @@ def test_a_wake_that_fails_midway_is_finished_by_the_next(monkeypatch: pytest.Mo
     assert not parked.parked
     assert not mapped & {tensor.data_ptr() for tensor in module.parameters()}
     assert all(torch.equal(tensor, before[name]) for name, tensor in module.state_dict().items())
+
+
+def test_what_else_is_put_away_may_be_let_go_of_meanwhile() -> None:
+    others = [torch.randn(40, 30), torch.randn(7)]
+    before = [other.clone() for other in others]
+    homes = {other.data_ptr() for other in others}
+    parked = Parking([model()], CPU, lambda: others)
+    parked.park(nothing)
+    assert not homes & {other.data_ptr() for other in others}
+    assert all(torch.equal(other, value) for other, value in zip(others, before, strict=True))
+    del others[0]
+    parked.fetch(nothing)
+    assert not parked.parked
+    assert torch.equal(others[0], before[1])
