@@ -74,8 +74,8 @@ def test_a_file_that_diffusers_wrote_adds_what_its_header_says(case: str, tmp_pa
     told = {name: sorted(value) if isinstance(value, set) else value for name, value in options.to_dict().items()}
     layers = get_peft_model_state_dict(transformer)
     FluxPipeline.save_lora_weights(tmp_path, layers, transformer_lora_adapter_metadata=told)
-    file = read("flux", tmp_path)
     path = tmp_path / "pytorch_lora_weights.safetensors"
+    file = read("flux", path)
     assert_same(deltas(file), by_diffusers("flux", path))
     assert_same(deltas(file), of_layers({"transformer": transformer}))
 
