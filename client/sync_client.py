@@ -10,12 +10,13 @@ from typing import Any, Self
 import httpx
 
 from ..protocol.errors import DeadlinePassed, SafelightError, Unavailable
-from . import adapter_calls, calls, weight_calls
+from . import adapter_calls, calls, rollout_calls, weight_calls
 from .calls import Call
 from .endpoint import DEFAULT_TIMEOUT_S, DEFAULT_URL, Endpoint, ReadyWait
 from .errors import transport_errors
 from .results import Event, Generation, Health, Loras
 from .retry import Retries
+from .rollouts import Rollout, decode_rollouts
 from .weights import Weights
 
 
@@ -59,6 +60,15 @@ class Client:
         Dropping the iterator closes the connection, and that stops the work.
         """
         return self._events(call.streaming())
+
+    @calls.with_arguments_of(rollout_calls.rollout)
+    def rollout(self, call: Call) -> list[Rollout]:
+        """Generate with log-probabilities: a :class:`Rollout` for each sample, prompt by prompt.
+
+        ``sampler`` is ``sde``, ``cps`` or ``ode``; ``trajectory``, ``environment`` and ``debug`` say what is told. The
+        arguments of :meth:`generate` are taken too.
+        """
+        return decode_rollouts(self._fetch(call), self.base_url)
 
     def info(self) -> dict[str, Any]:
         """``/server_info``: version, configuration, replicas, and how requests share forwards."""

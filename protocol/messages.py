@@ -28,6 +28,7 @@ from .operations import (
     Report,
     SetPaused,
 )
+from .rollouts import RolledOut, Rollout
 
 OutputFormat = Literal["png", "jpeg", "webp", "mp4", "webm", "pt"]
 BatchingMode = Literal["merged", "interleaved", "serial"]
@@ -71,6 +72,8 @@ class Generate(msgspec.Struct, tag=True, frozen=True, kw_only=True):
     timeout_s: float | None = None
     lora: list[Use] | None = None
     """The adapters of this request; ``None`` for those that are active for all."""
+    rollout: Rollout | None = None
+    """That it is sampled as a rollout, and what is to be recorded."""
 
 
 class Cancel(msgspec.Struct, tag=True, frozen=True):
@@ -130,6 +133,8 @@ class Output(msgspec.Struct, frozen=True):
     height: int
     num_frames: int | None = None
     fps: int | None = None
+    rolled_out: RolledOut | None = None
+    """In place of ``data``, of a rollout."""
 
 
 class Timings(msgspec.Struct, frozen=True):
@@ -221,6 +226,8 @@ class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
     takes_text_alone: bool = True
     image_task: ImageTask | None = None
     no_image: str | None = None
+    no_rollout: str | None = None
+    """Why it cannot be rolled out; ``None`` where it can."""
     batching: Batching
     weight_version: str
     gpus: list[str] = []

@@ -7,7 +7,7 @@ from starlette.exceptions import HTTPException
 
 from .. import __version__
 from ..protocol.errors import ErrorInfo
-from . import adapters, generate, generation_control, health, information, metrics, weights
+from . import adapters, generate, generation_control, health, information, metrics, rollout, weights
 from .exchange import ExchangeMiddleware
 from .gate import ApiKeyMiddleware, BodyLimitMiddleware
 from .replies import error_reply
@@ -30,6 +30,7 @@ def create_app(service: Service) -> FastAPI:
     app.add_middleware(ApiKeyMiddleware, api_key=service.config.api_key)
     app.add_middleware(ExchangeMiddleware, metrics=service.metrics)
     app.include_router(generate.routes(service))
+    app.include_router(rollout.routes(service))
     app.include_router(health.routes(service))
     app.include_router(information.routes(service))
     app.include_router(weights.routes(service))

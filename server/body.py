@@ -51,7 +51,7 @@ async def _read_form(request: Request) -> tuple[GenerateBody, list[str | bytes]]
     try:
         if not parser.ended:
             raise Malformed("The form ends before its last boundary.")
-        body = validate(_fields(form))
+        body = validate(_fields(form), GenerateBody)
         files = [await part.read() for _, part in form.multi_items() if isinstance(part, UploadFile)]
         return body, [*(body.image or ()), *(file for file in files if file)]  # an empty one was left unchosen
     finally:

@@ -7,9 +7,8 @@ are checked in :mod:`.limits`.
 from __future__ import annotations
 
 import difflib
-import typing
 from collections.abc import Collection
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import orjson
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, WithJsonSchema
@@ -86,26 +85,34 @@ class GenerateBody(BaseModel):
     extra: dict[str, Any] = Field({}, description="Further arguments of the pipeline; see `arguments` in /model_info")
 
 
-def parse_generate(body: bytes) -> GenerateBody:
-    """The fields in ``body``, whatever its content type says.
+B = TypeVar("B", bound=GenerateBody)
 
-    Raises ``Malformed`` for what is no JSON object with these fields and types, ``InvalidRequest`` for a wrong choice.
-    """
+
+def parse_generate(body: bytes) -> GenerateBody:
+    """The fields in ``body``, whatever its content type says. Raises as :func:`validate` does."""
+    return validate(read_object(body), GenerateBody)
+
+
+def read_object(body: bytes) -> dict[str, Any]:
+    """A JSON object. Raises ``Malformed``."""
     try:
         value = orjson.loads(body)
     except orjson.JSONDecodeError as error:
         raise Malformed(f"The body cannot be read as JSON: {error}.") from None
     if not isinstance(value, dict):
         raise Malformed(f"The body must be a JSON object, not {_json_type(value)}.")
-    return validate(value)
+    return value
 
 
-def validate(value: dict[str, Any]) -> GenerateBody:
-    """The fields in ``value``. Raises as :func:`parse_generate` does."""
+def validate(value: dict[str, Any], form: type[B]) -> B:
+    """The fields in ``value``, as ``form`` has them.
+
+    Raises ``Malformed`` for what has not these fields and types, ``InvalidRequest`` for a wrong choice.
+    """
     try:
-        return GenerateBody.model_validate({name: _as_written(item) for name, item in value.items()})
+        return form.model_validate({name: _as_written(item) for name, item in value.items()})
     except ValidationError as error:
-        raise _explain(error.errors(include_url=False)[0], value) from None
+        raise _explain(error.errors(include_url=False)[0], value, form) from None
 
 
 def near(name: str, known: Collection[str]) -> str:
@@ -125,7 +132,7 @@ def _is_beyond(value: Any) -> bool:
     return isinstance(value, float) and abs(value) >= 2**63
 
 
-def _explain(error: ErrorDetails, body: dict[str, Any]) -> SafelightError:
+def _explain(error: ErrorDetails, body: dict[str, Any], form: type[GenerateBody]) -> SafelightError:
     field = str(error["loc"][0])
     if field == "lora":
         return _explain_adapters(error, body)
@@ -134,11 +141,11 @@ def _explain(error: ErrorDetails, body: dict[str, Any]) -> SafelightError:
     match error["type"]:
         case "extra_forbidden":
             shown = field[:100]
-            return Malformed(f"There is no field {shown!r}; {near(field, GenerateBody.model_fields)}", field=shown)
+            return Malformed(f"There is no field {shown!r}; {near(field, form.model_fields)}", field=shown)
         case "missing":
             return Malformed(f"The field {field} is required.", field=field)
         case "literal_error" if isinstance(error["input"], str):
-            return InvalidRequest(f"{place} must be one of {', '.join(_choices(field))}.", field=field)
+            return InvalidRequest(f"{place} must be one of {_choices(error)}.", field=field)
         case "too_short" | "too_long":
             return InvalidRequest(f"{field} must have between 1 and {_MOST_ITEMS} elements.", field=field)
         case kind:
@@ -179,10 +186,9 @@ _EXPECTED = {
 """What pydantic's kinds of error expected, in JSON's words."""
 
 
-def _choices(field: str) -> tuple[str, ...]:
-    assert field == "output_format", "the only field with choices"
-    choices: tuple[str, ...] = typing.get_args(OutputFormat)
-    return choices
+def _choices(error: ErrorDetails) -> str:
+    expected: str = error["ctx"]["expected"]
+    return expected.replace("'", "").replace(" or ", ", ")
 
 
 def _json_type(value: Any) -> str:

@@ -9,6 +9,7 @@ import traceback
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from pathlib import Path
 from queue import SimpleQueue
 
 import numpy as np
@@ -22,6 +23,7 @@ from .hub import Hub
 from .lora.adapters import RankAdapters
 from .model import Model
 from .preview import preview
+from .rollout import record
 from .sample import SampleRun
 from .steps import Step
 
@@ -84,11 +86,13 @@ class Jobs:
         *,
         leads: bool = True,
         adapters: RankAdapters | None = None,
+        shared: Path | None = None,
     ) -> None:
         self._model = model
         self._hub = hub
         self._send = send
         self._adapters = adapters
+        self._shared = shared
         self._wake = wake
         self._leads = leads
         self._jobs: dict[str, Job] = {}
@@ -236,10 +240,16 @@ class Jobs:
             pixels: Floats = widened.cpu().numpy()
             if not np.isfinite(pixels).all():
                 raise Internal("the model produced values that are not finite")
-            data = Buffer(encode(pixels, request.output_format, fps))
+            rolled_out = None
+            if request.rollout is None:
+                data = Buffer(encode(pixels, request.output_format, fps))
+            else:
+                assert sample.rolled_out is not None, "it has ended well"
+                data, shared = Buffer(b""), self._shared if request.rollout.shared_memory else None
+                rolled_out, sample.rolled_out = record.encoded(sample.rolled_out, shared), None
             height, width = pixels.shape[-2:]
             frames = pixels.shape[0] if pixels.ndim == 4 else None
-            encoded.output = Output(data, request.output_format, sample.seed, width, height, frames, fps)
+            encoded.output = Output(data, request.output_format, sample.seed, width, height, frames, fps, rolled_out)
         except SafelightError as error:
             encoded.error = error
         except Exception:

@@ -22,6 +22,7 @@ from ..protocol.models import resolve_model
 from .module_state import ModuleState
 from .parallel.ranks import ALONE, Ranks
 from .published import Published, read_published
+from .rollout.sampling import why_no_rollouts
 from .sizes import DENOISERS
 from .task import Task, new_task
 from .weights.layout import Layout
@@ -106,6 +107,7 @@ class Model:
             takes_text_alone=self.text is not None,
             image_task=_image_task(self.image),
             no_image=self.no_image if self.image is None else None,
+            no_rollout=why_no_rollouts(self.pipeline),
             batching=task.batching,
             weight_version=self.weight_version,
             gpus=[str(torch.cuda.get_device_properties(index).uuid) for index in range(torch.cuda.device_count())],

@@ -121,14 +121,15 @@ class Replica:
             adapters=adapters,
         )
         hub.unmergeable.update(found.unmergeable)
-        jobs = Jobs(model, hub, self._send, self._wake, leads=self._leads, adapters=adapters)
+        shared = Path(self._child.shared)
+        jobs = Jobs(model, hub, self._send, self._wake, leads=self._leads, adapters=adapters, shared=shared)
         operations = Operations(
             model,
             hub,
             self._ranks,
             place=self._number * self._config.tp + self._child.rank,
             places=self._config.replicas * self._config.tp,
-            shared=Path(self._child.shared),
+            shared=shared,
             journal=self._journal,
             undo=UndoMemory(model.device, _undo_limit(self._config), _path(self._config.undo_spill)),
             sign=lambda: self._beat(jobs),

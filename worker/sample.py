@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -10,16 +11,22 @@ from typing import Any
 
 import numpy as np
 import torch
+from diffusers import DiffusionPipeline
 from diffusers.utils import BaseOutput
 
+from ..protocol.errors import InvalidRequest
 from ..protocol.logs import request_id_var
 from ..protocol.messages import Generate
+from ..protocol.rollouts import Rollout
 from .call import Call, cross
 from .coroutine import Coroutine
 from .fork import fork, schedulers
 from .input_images import image_arguments
 from .lora.adapters import Wanted
 from .model import Model
+from .rollout.environment import Environment
+from .rollout.record import on_the_host, peak_memory_mb, read_tensor, told
+from .rollout.sampling import RolloutSampler, why_no_rollouts
 from .sizes import DENOISERS
 from .steps import Step, watch_steps
 from .task import Task
@@ -59,8 +66,11 @@ class SampleRun:
         self.seed = request.samples[index].seed
         self.clock = Clock()
         self.steps = 0
+        self.rolled_out: dict[str, Any] | None = None
+        """What was recorded of it, on the host, once it has ended."""
         self._model = model
         self._stepped = stepped
+        self._environment: Environment | None = None
         alone = request.deterministic or not model.merges(request)
         self.coroutine = Coroutine(self._run, lambda _: done(self), alone=alone, wanted=wanted)
 
@@ -80,35 +90,86 @@ class SampleRun:
         defaults = task.defaults
         if request.images:
             defaults, given = _without_size(defaults), _without_size(given) | image_arguments(task, request)
+        rollout = request.rollout
+        device = self._model.device if rollout is not None and rollout.generator_device == "cuda" else "cpu"
         return {
             **defaults,
             **given,
             **copy.deepcopy(request.extra),  # a pipeline may write to it
-            "generator": torch.Generator("cpu").manual_seed(self.seed),
+            **({} if rollout is None else self._rollout_arguments(rollout)),
+            "generator": torch.Generator(device).manual_seed(self.seed),
             "output_type": task.output_type,
         }
+
+    def _rollout_arguments(self, rollout: Rollout) -> dict[str, Any]:
+        """What the schedule and the noise of a rollout are to its pipeline."""
+        given: dict[str, Any] = {}
+        if rollout.sigmas is not None:
+            given["num_inference_steps"] = sum(sigma > 0 for sigma in rollout.sigmas)
+        if rollout.initial_noise:
+            noise = rollout.initial_noise[self.index if len(rollout.initial_noise) > 1 else 0]
+            given["latents"] = read_tensor(noise).to(self._model.device)
+        return given
 
     def _run(self) -> torch.Tensor:
         request_id_var.set(self.request.request_id)  # of this coroutine's own context
         self.clock.started = time.perf_counter()
         pipeline = fork(self.task.pipeline, self._cross)
-        for scheduler in schedulers(pipeline):
-            watch_steps(scheduler, self._saw)
+        arguments = self.arguments()
         try:
-            return first_output(pipeline(**self.arguments()))
+            if self.request.rollout is not None:
+                return self._roll_out(self.request.rollout, pipeline, arguments)
+            for scheduler in schedulers(pipeline):
+                watch_steps(scheduler, self._saw)
+            return first_output(pipeline(**arguments))
         finally:
             if self._model.pristine is not None:
                 self._model.pristine.restore()
 
+    def _roll_out(self, rollout: Rollout, pipeline: DiffusionPipeline, arguments: dict[str, Any]) -> torch.Tensor:
+        if (reason := why_no_rollouts(pipeline)) is not None:
+            raise InvalidRequest(f"{type(pipeline).__name__} cannot be rolled out: {reason}.", field="rollout")
+        (scheduler,) = schedulers(pipeline)
+        self._environment = Environment(_scales(pipeline, arguments)) if rollout.returns_environment else None
+        stepped = self._environment.stepped if self._environment is not None else lambda *_: None
+        sampler = RolloutSampler(scheduler, rollout, arguments["generator"], stepped)
+        watch_steps(scheduler, self._saw, sampler.step)
+        pixels = first_output(pipeline(**arguments))
+        environment = self._environment.told() if self._environment is not None else None
+        self.rolled_out = on_the_host(
+            {
+                "prompt": self.request.samples[self.index].prompt,
+                "seed": self.seed,
+                # [C, H, W], or [C, F, H, W]
+                "generated_output": (pixels if pixels.ndim == 3 else pixels.transpose(0, 1)).float(),
+                **told(rollout, sampler.end(), environment),
+                "inference_time_s": time.perf_counter() - (self.clock.started or self.clock.submitted),
+                "peak_memory_mb": peak_memory_mb(self._model.device),
+                "sampler": sampler.name,
+                "log_prob_reduction": "mean",
+            }
+        )
+        return pixels
+
     def _cross(self, call: Call) -> Any:
         if self.clock.first_denoise is None and call.component.split(".")[0] in DENOISERS:
             self.clock.first_denoise = time.perf_counter()
-        return cross(call)
+        answer = cross(call)
+        if self._environment is not None and call.name in DENOISERS:
+            self._environment.saw(call, answer)
+        return answer
 
     def _saw(self, step: Step) -> None:
         self.steps = step.number
         self.clock.last_step = time.perf_counter()
         self._stepped(self, step)
+
+
+def _scales(pipeline: DiffusionPipeline, arguments: dict[str, Any]) -> list[float]:
+    """The numbers that may be a guidance scale: arguments of the call that are called one, given or by default."""
+    parameters = inspect.signature(type(pipeline).__call__).parameters
+    named = {name: arguments.get(name, one.default) for name, one in parameters.items() if "scale" in name}
+    return sorted({float(value) for value in named.values() if isinstance(value, int | float)})
 
 
 def _without_size(given: dict[str, Any]) -> dict[str, Any]:

@@ -47,19 +47,21 @@ class Step:
         return self.prev_sample
 
 
-def watch_steps(scheduler: SchedulerMixin, seen: Callable[[Step], None]) -> None:
-    """Call ``seen`` after each step of ``scheduler``, which must be a fork's own copy.
+def watch_steps(
+    scheduler: SchedulerMixin, seen: Callable[[Step], None], take_step: Callable[..., Any] | None = None
+) -> None:
+    """Call ``seen`` after each step of ``scheduler``, which must be a fork's own copy; ``take_step`` takes them.
 
     A copy that the pipeline makes of it (for a second modality, say) takes its own steps, unseen.
     """
     number = first = 0
-    take_step = type(scheduler).step
+    take_step = take_step or types.MethodType(type(scheduler).step, scheduler)
 
     def step(model_output: torch.Tensor, timestep: Any, sample: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         nonlocal number, first
         if number == 0:
-            first = _index(scheduler, timestep)
-        result = take_step(scheduler, model_output, timestep, sample, *args, **kwargs)
+            first = first_index(scheduler, timestep)
+        result = take_step(model_output, timestep, sample, *args, **kwargs)
         number += 1
         total = len(scheduler.timesteps) - first
         seen(Step(number, total, first + number - 1, scheduler, model_output, sample, result))
@@ -68,7 +70,7 @@ def watch_steps(scheduler: SchedulerMixin, seen: Callable[[Step], None]) -> None
     _replace_step(scheduler, step)
 
 
-def _index(scheduler: SchedulerMixin, timestep: Any) -> int:
+def first_index(scheduler: SchedulerMixin, timestep: Any) -> int:
     """Where the first step of a call stands in the schedule: going on from an image, a pipeline begins further on."""
     if isinstance(timestep, torch.Tensor) and timestep.ndim > 0:
         timestep = timestep.flatten()[0]

@@ -1,0 +1,60 @@
+"""The request for rollouts, as :mod:`.calls` has those for pictures."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Literal
+
+from ..protocol.rollouts import TENSOR, SamplerName
+from ..protocol.tensor_files import write_header
+from . import calls
+from .calls import Call
+from .host_tensors import from_torch
+
+if TYPE_CHECKING:
+    import torch
+
+
+def rollout(
+    prompt: str | Sequence[str],
+    *,
+    sampler: SamplerName = "sde",
+    noise_level: float = 0.7,
+    no_const: bool = False,
+    trajectory: bool = True,
+    environment: bool = False,
+    debug: bool = False,
+    sde_steps: Sequence[int] | None = None,
+    return_steps: Sequence[int] | None = None,
+    sigmas: Sequence[float] | None = None,
+    initial_noise: torch.Tensor | None = None,
+    generator_device: Literal["cpu", "cuda"] | None = None,
+    shared_memory: bool = False,
+    **arguments: Any,
+) -> Call:
+    """``arguments`` are those of :func:`.calls.generate`."""
+    call = calls.generate(prompt, **arguments)
+    fields = {
+        "rollout_sde_type": sampler,
+        "rollout_noise_level": noise_level,
+        "rollout_log_prob_no_const": no_const,
+        "rollout_return_dit_trajectory": trajectory,
+        "rollout_return_denoising_env": environment,
+        "rollout_debug_mode": debug,
+        "rollout_sde_step_indices": None if sde_steps is None else list(sde_steps),
+        "rollout_return_step_indices": None if return_steps is None else list(return_steps),
+        "rollout_shared_memory": shared_memory,
+        "generator_device": generator_device,
+        "sigmas": None if sigmas is None else list(sigmas),
+        "initial_noise": None if initial_noise is None else _sent(initial_noise),
+    }
+    body = {**(call.body or {}), **{name: value for name, value in fields.items() if value is not None}}
+    return replace(call, path="/rollout/generate", body=body)
+
+
+def _sent(tensor: torch.Tensor) -> dict[str, Any]:
+    held = from_torch("initial_noise", tensor.float())
+    data = write_header([("t", held.dtype, held.shape)]) + bytes(held.data)
+    return {TENSOR: True, "data": base64.b64encode(data).decode("ascii")}

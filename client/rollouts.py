@@ -1,0 +1,111 @@
+"""What the server recorded of a generation, as torch tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from ..protocol.errors import Internal
+from ..protocol.rollouts import TENSOR
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True, eq=False)
+class Trajectory:
+    """``latents`` [places, ...] in fp32: x before step ``latent_indices[i]``, and behind the last step the final x.
+
+    ``timesteps`` and ``sigmas`` are [T + 1], as they were used.
+    """
+
+    latents: torch.Tensor
+    latent_indices: list[int]
+    timesteps: torch.Tensor
+    sigmas: torch.Tensor
+
+    def before(self, step: int) -> torch.Tensor:
+        """x [1, ...] before ``step``."""
+        place = self.latent_indices.index(step)
+        return self.latents[place : place + 1]
+
+    def after(self, step: int) -> torch.Tensor:
+        return self.before(step + 1)
+
+
+@dataclass(frozen=True, eq=False)
+class Rollout:
+    """A sample with what a trainer learns from.
+
+    ``output`` is [C, H, W] or [C, F, H, W], fp32 in [0, 1]; ``log_probs`` is [T], means over elements. ``environment``
+    is what the denoiser was given (see :mod:`safelight.rollout.replay`); ``debug`` are tensors [T, ...] by name.
+    """
+
+    request_id: str
+    prompt: str
+    seed: int
+    output: torch.Tensor
+    log_probs: torch.Tensor
+    trajectory: Trajectory | None
+    environment: dict[str, Any] | None
+    debug: dict[str, torch.Tensor] | None
+    weight_version: str
+    weight_versions: list[str]
+    sampler: str
+    inference_time_s: float
+    peak_memory_mb: float
+
+
+def decode_rollouts(reply: bytes, server: str) -> list[Rollout]:
+    """Raises ``Internal`` for what is no reply to a rollout. Files of tensors are read, and removed."""
+    try:
+        return [_rollout(told) for told in msgspec.msgpack.decode(reply, type=list[dict[str, Any]])]
+    except (msgspec.DecodeError, KeyError, TypeError, OSError) as error:
+        raise Internal(f"What answers at {server} sent no rollouts ({type(error).__name__}: {error}).") from None
+
+
+def _rollout(told: dict[str, Any]) -> Rollout:
+    files: dict[str, Mapping[str, torch.Tensor]] = {}
+    try:
+        whole = _with_tensors(told, files)
+    finally:
+        for file in files:
+            Path(file).unlink(missing_ok=True)
+    trajectory = whole["dit_trajectory"]
+    return Rollout(
+        request_id=whole["request_id"],
+        prompt=whole["prompt"],
+        seed=whole["seed"],
+        output=whole["generated_output"],
+        log_probs=whole["rollout_log_probs"],
+        trajectory=None if trajectory is None else Trajectory(**trajectory),
+        environment=whole["denoising_env"],
+        debug=whole["rollout_debug_tensors"],
+        weight_version=whole["weight_version"],
+        weight_versions=whole["weight_versions"],
+        sampler=whole["sampler"],
+        inference_time_s=whole["inference_time_s"],
+        peak_memory_mb=whole["peak_memory_mb"],
+    )
+
+
+def _with_tensors(value: Any, files: dict[str, Mapping[str, torch.Tensor]]) -> Any:
+    if isinstance(value, dict) and value.get(TENSOR) is True:
+        return _tensor(value, files)
+    if isinstance(value, dict):
+        return {name: _with_tensors(part, files) for name, part in value.items()}
+    return [_with_tensors(part, files) for part in value] if isinstance(value, list) else value
+
+
+def _tensor(told: dict[str, Any], files: dict[str, Mapping[str, torch.Tensor]]) -> torch.Tensor:
+    from safetensors.torch import load, load_file
+
+    if "file" not in told:
+        return load(told["data"])["t"]
+    if told["file"] not in files:
+        files[told["file"]] = load_file(told["file"])
+    return files[told["file"]][told["name"]]

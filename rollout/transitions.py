@@ -1,0 +1,72 @@
+"""Stochastic steps of flow matching, and how probable what they arrived at was.
+
+A step goes from the state x at σ to x′ at σ′ < σ, by the velocity v = dx/dσ. Its distribution is normal, with a
+standard deviation that all elements have in common; where that is 0 the step is deterministic.
+
+``sde``: the reverse SDE with the ODE's marginals (Flow-GRPO, https://arxiv.org/abs/2505.05470, equation 9).
+``cps``: as much noise is added as the mean takes away (coefficients-preserving sampling,
+https://arxiv.org/abs/2509.05952). ``ode``: the step without noise.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+Sampler = Literal["sde", "cps", "ode"]
+
+NEARLY_ALL_NOISE = 0.99
+"""From this σ on ``sde`` takes its noise from the schedule's second σ: at 1 its equation has no value."""
+
+
+@dataclass(frozen=True, slots=True)
+class Transition:
+    """A normal distribution over the next state: ``mean`` [batch, ...] in fp32, and ``std`` of every element."""
+
+    mean: torch.Tensor
+    std: float
+
+    def reach(self, noise: torch.Tensor) -> torch.Tensor:
+        """The next state that standard normal ``noise`` [batch, ...] leads to."""
+        return self.mean + self.std * noise if self.std else self.mean
+
+    def log_prob(self, reached: torch.Tensor, *, no_const: bool = False) -> torch.Tensor:
+        """The log-probability density [batch] of the state ``reached`` [batch, ...], averaged over its elements.
+
+        ``no_const`` gives −(x′ − mean)² alone. Of a step without noise it is 0.
+        """
+        if not self.std:
+            return self.mean.new_zeros(len(self.mean))
+        squares = (reached.float() - self.mean).square()
+        if no_const:
+            return -squares.flatten(1).mean(1)
+        constant = math.log(self.std) + 0.5 * math.log(2 * math.pi)
+        return (-squares / (2 * self.std**2) - constant).flatten(1).mean(1)
+
+
+def transition(
+    sampler: Sampler, x: torch.Tensor, v: torch.Tensor, sigmas: Sequence[float], step: int, noise_level: float
+) -> Transition:
+    """Step number ``step`` of the schedule ``sigmas`` [T + 1], from ``x`` [batch, ...] by the velocity ``v``, in fp32.
+
+    ``noise_level`` is η: of ``sde`` any number from 0, of ``cps`` from 0 to 1.
+    """
+    x, v = x.float(), v.float()
+    sigma, after = float(sigmas[step]), float(sigmas[step + 1])
+    dt = after - sigma
+    if sampler == "ode" or not noise_level:
+        return Transition(x + dt * v, 0.0)
+    if sampler == "cps":
+        std = after * math.sin(noise_level * math.pi / 2)
+        clean, noise = x - sigma * v, x + (1 - sigma) * v
+        return Transition(clean * (1 - after) + noise * math.sqrt(max(0.0, after**2 - std**2)), std)
+    below_one = float(sigmas[1]) if sigma >= NEARLY_ALL_NOISE else sigma
+    spread = noise_level * math.sqrt(sigma / (1 - below_one))
+    return Transition(
+        x * (1 + spread**2 / (2 * sigma) * dt) + v * ((1 + spread**2 * (1 - sigma) / (2 * sigma)) * dt),
+        spread * math.sqrt(-dt),
+    )

@@ -1,0 +1,148 @@
+"""The body of ``POST /rollout/generate``: the fields of ``/generate``, and what is to be sampled and told."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import itertools
+import math
+from typing import Any, Literal
+
+import msgspec
+from fastapi import Request
+from pydantic import Field
+
+from ..protocol.codec import Buffer
+from ..protocol.config import Config
+from ..protocol.errors import InvalidRequest, Malformed
+from ..protocol.messages import ModelInfo
+from ..protocol.rollouts import TENSOR, Rollout, SamplerName, Tensor
+from ..protocol.tensor_files import BadTensorFile, read_header
+from .limits import Range
+from .schemas import GenerateBody, read_object, validate
+
+_MOST_NOISE = 100.0
+
+
+class RolloutBody(GenerateBody):
+    """What to make, how it is sampled, and what of it is told."""
+
+    rollout: bool = Field(True, description="Always true; a generation without is POST /generate")
+    rollout_sde_type: SamplerName = Field("sde", description="How steps are made stochastic, or ode for not at all")
+    rollout_noise_level: float = Field(0.7, description="η: from 0, with cps to 1")
+    rollout_log_prob_no_const: bool = Field(False, description="Give −(x′ − mean)² in place of log-probabilities")
+    rollout_debug_mode: bool = Field(False, description="Tell noises, means, model outputs and standard deviations")
+    rollout_return_denoising_env: bool = Field(False, description="Tell what the denoiser was given")
+    rollout_return_dit_trajectory: bool = Field(False, description="Tell latents, timesteps and sigmas")
+    rollout_sde_step_indices: list[int] | None = Field(None, description="The steps that have noise; all by default")
+    rollout_return_step_indices: list[int] | None = Field(None, description="The steps that tensors are told of")
+    rollout_shared_memory: bool = Field(False, description="Tensors as files, for a client on the same machine")
+    generator_device: Literal["cpu", "cuda"] = Field("cpu", description="Where noise is drawn")
+    sigmas: list[float] | None = Field(None, description="The schedule, exactly; 0 may be left out at its end")
+    initial_noise: dict[str, Any] | None = Field(
+        None, description="A float32 tensor, one row for each sample or one for all, each like the first of its latents"
+    )
+    extra_sampling_params: dict[str, Any] = Field({}, description="The same as `extra`")
+
+
+async def read_rollout(request: Request) -> RolloutBody:
+    """The body, JSON or msgpack. Raises ``Malformed`` and ``InvalidRequest``."""
+    data = await request.body()
+    if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/msgpack":
+        value = read_object(data)
+    else:
+        try:
+            value = msgspec.msgpack.decode(data, type=dict[str, Any])
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+            raise Malformed(f"The body cannot be read as a msgpack map: {error}.") from None
+    body = validate(value, RolloutBody)
+    if shared := sorted(body.extra.keys() & body.extra_sampling_params.keys()):
+        raise InvalidRequest(f"{shared[0][:100]} is in extra and in extra_sampling_params.", field="extra")
+    return body.model_copy(update={"extra": body.extra | body.extra_sampling_params})
+
+
+def check_rollout(body: RolloutBody, model: ModelInfo, config: Config) -> None:
+    """Raise ``InvalidRequest`` for what cannot be rolled out."""
+    if not body.rollout:
+        raise InvalidRequest("rollout must be true; a generation without is POST /generate.", field="rollout")
+    if model.no_rollout is not None:
+        raise InvalidRequest(f"{model.pipeline} cannot be rolled out: {model.no_rollout}.", field="rollout")
+    if body.stream or body.preview_every:
+        raise InvalidRequest("A rollout is told at its end; leave out stream and preview_every.", field="stream")
+    if body.output_format not in (None, "pt"):
+        raise InvalidRequest("A rollout's outputs are tensors; leave out output_format.", field="output_format")
+    most = 1.0 if body.rollout_sde_type == "cps" else _MOST_NOISE
+    Range(0, most).check("rollout_noise_level", body.rollout_noise_level)
+    for name in ("rollout_sde_step_indices", "rollout_return_step_indices"):
+        _check_indices(name, getattr(body, name), config)
+    if body.generator_device == "cuda" and not model.device.startswith("cuda"):
+        raise InvalidRequest(f"The model is on {model.device}, and no noise on a GPU.", field="generator_device")
+    if body.sigmas is not None:
+        _check_sigmas(body.sigmas, body.num_inference_steps, config)
+
+
+def _check_indices(name: str, indices: list[int] | None, config: Config) -> None:
+    if indices is None:
+        return
+    if len(set(indices)) < len(indices) or not all(0 <= index < config.max_steps for index in indices):
+        raise InvalidRequest(f"{name} must be different steps, from 0 to {config.max_steps - 1}.", field=name)
+
+
+def _check_sigmas(sigmas: list[float], steps: int | None, config: Config) -> None:
+    noisy = sigmas[:-1] if sigmas and sigmas[-1] == 0 else sigmas
+    falls = all(after < before for before, after in itertools.pairwise(sigmas))
+    if not 1 <= len(noisy) <= config.max_steps or not falls or not all(0 < sigma <= 1 for sigma in noisy):
+        raise InvalidRequest(
+            f"sigmas must fall from at most 1 to above 0 in between 1 and {config.max_steps} numbers; 0 may follow.",
+            field="sigmas",
+        )
+    if steps not in (None, len(noisy)):
+        raise InvalidRequest(
+            f"sigmas are {len(noisy)} steps, and num_inference_steps is {steps}; leave it out.",
+            field="num_inference_steps",
+        )
+
+
+def to_rollout(body: RolloutBody, outputs: int) -> Rollout:
+    """Raises ``InvalidRequest`` where the initial noise is not for so many outputs."""
+    return Rollout(
+        sampler=body.rollout_sde_type,
+        noise_level=body.rollout_noise_level,
+        no_const=body.rollout_log_prob_no_const,
+        returns_debug=body.rollout_debug_mode,
+        returns_environment=body.rollout_return_denoising_env,
+        returns_trajectory=body.rollout_return_dit_trajectory,
+        sde_steps=body.rollout_sde_step_indices,
+        return_steps=body.rollout_return_step_indices,
+        sigmas=body.sigmas,
+        initial_noise=[] if body.initial_noise is None else _rows(_tensor(body.initial_noise), outputs),
+        generator_device=body.generator_device,
+        shared_memory=body.rollout_shared_memory,
+    )
+
+
+def _tensor(value: dict[str, Any]) -> Tensor:
+    """The tensor that a reply's map stands for; in JSON its data is base64."""
+    data = value.get("data")
+    try:
+        given = base64.b64decode(data, validate=True) if isinstance(data, str) else data
+        if value.get(TENSOR) is not True or not isinstance(given, bytes):
+            raise Malformed("initial_noise must be a tensor as replies have them.", field="initial_noise")
+        (stored,) = read_header(given, len(given))
+    except (binascii.Error, BadTensorFile, ValueError):
+        raise Malformed("initial_noise has no safetensors file with one tensor.", field="initial_noise") from None
+    if stored.dtype != "F32":
+        raise InvalidRequest(f"initial_noise must be float32, not {stored.dtype}.", field="initial_noise")
+    return Tensor("torch.float32", list(stored.shape), Buffer(memoryview(given)[stored.start :]))
+
+
+def _rows(noise: Tensor, outputs: int) -> list[Tensor]:
+    rows = noise.shape[0] if noise.shape else 0
+    if rows not in (1, outputs) or not math.prod(noise.shape):
+        raise InvalidRequest(
+            f"initial_noise must have one row, or one for each of the {outputs} outputs, not {rows}.",
+            field="initial_noise",
+        )
+    size = len(noise.data) // rows
+    shape = [1, *noise.shape[1:]]
+    return [Tensor(noise.dtype, shape, Buffer(noise.data.data[i * size : (i + 1) * size])) for i in range(rows)]

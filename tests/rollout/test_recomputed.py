@@ -1,0 +1,87 @@
+"""A trainer that has the denoiser alone recomputes the server's log-probabilities from what it was told."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+
+from safelight.client import Client
+from safelight.client.rollouts import Rollout
+from safelight.rollout.replay import log_probs
+from safelight.tests.live import LiveServer
+from safelight.tests.tiny import FAMILIES
+
+CLOSE = 1e-5
+NAMES = ("flux", "sd3", "qwenimage", "zimage", "wan", "wan22")
+STEPS = 4
+GUIDED = {
+    "sd3": {"guidance_scale": 5.0},
+    "qwenimage": {"true_cfg_scale": 3.0},
+    "zimage": {"guidance_scale": 4.0},
+    "wan": {"guidance_scale": 5.0},
+    "wan22": {"guidance_scale": 5.0},
+}
+"""How each is asked for two answers of its denoiser; FLUX has one."""
+
+
+def asked(name: str, **changes: Any) -> dict[str, Any]:
+    sizes = {key: FAMILIES[name].call[key] for key in ("width", "height", "num_frames") if key in FAMILIES[name].call}
+    guided = GUIDED.get(name, {})
+    negative = {"negative_prompt": "blue"} if guided else {}
+    own = {"prompt": "a red circle", "steps": STEPS, "seed": 5, "environment": True}
+    return own | sizes | guided | negative | changes
+
+
+def denoisers(path: Path) -> dict[str, Any]:
+    pipeline = DiffusionPipeline.from_pretrained(path)
+    return {name: part for name, part in pipeline.components.items() if name.startswith("transformer")}
+
+
+@torch.no_grad()
+def difference(rollout: Rollout, modules: dict[str, Any], sampler: Any = "sde", noise_level: float = 0.7) -> float:
+    """The largest between the server's log-probabilities and those that are recomputed, of steps with noise."""
+    assert rollout.trajectory is not None
+    assert rollout.environment is not None
+    noisy = range(STEPS - 1) if sampler == "cps" else range(STEPS)
+    told = rollout.log_probs[: len(noisy)]
+    got = log_probs(modules, rollout.environment, rollout.trajectory, noisy, sampler, noise_level)
+    assert told.abs().min() > 0
+    return float((got - told).abs().max())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_log_probabilities_are_recomputed_exactly(name: str, checkpoint: Callable[[str], Path]) -> None:
+    path = checkpoint(name)
+    torch.set_num_threads(1)
+    modules = denoisers(path)
+    with LiveServer(path, ["--threads", "1", "--device", "cpu"]) as server:
+        server.wait_ready()
+        client = Client(server.url)
+        for sampler, level in (("sde", 0.7), ("cps", 0.5)):
+            exact = client.rollout(**asked(name, sampler=sampler, noise_level=level, deterministic=True, n=2))
+            assert [difference(one, modules, sampler, level) for one in exact] == [0.0, 0.0]
+        if name in GUIDED:
+            assert exact[0].environment is not None
+            assert exact[0].environment["neg_cond_kwargs"]
+            assert set(exact[0].environment["guidance"]["scale"]) == set(GUIDED[name].values())
+        prompts = ["a red circle", "a blue square with a hole", "a star"]
+        with ThreadPoolExecutor() as pool:
+            batches = list(pool.map(lambda prompt: client.rollout(**asked(name, prompt=prompt, n=2)), prompts))
+        for batch in batches:
+            assert [difference(one, modules) < CLOSE for one in batch] == [True, True]
+
+
+@pytest.mark.parametrize("name", NAMES[:5])
+def test_log_probabilities_of_two_ranks_are_recomputed(name: str, checkpoint: Callable[[str], Path]) -> None:
+    path = checkpoint(name)
+    modules = denoisers(path)
+    with LiveServer(path, ["--threads", "1", "--tp", "2"]) as server:
+        server.wait_ready()
+        for rollout in Client(server.url).rollout(**asked(name, n=2)):
+            assert difference(rollout, modules) < CLOSE

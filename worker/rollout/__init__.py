@@ -1,0 +1,1 @@
+"""Rollouts: generations that record how they went, for those who train on them."""

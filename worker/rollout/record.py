@@ -1,0 +1,104 @@
+"""What was recorded of a sample, as it travels: one tree of plain values, and tensors beside it."""
+
+from __future__ import annotations
+
+import resource
+import secrets
+from collections.abc import Mapping
+from pathlib import Path as File
+from typing import Any
+
+import torch
+
+from ...protocol.codec import Buffer
+from ...protocol.digests import TORCH_DTYPES
+from ...protocol.errors import Unavailable
+from ...protocol.rollouts import TENSOR, RolledOut, Rollout, Tensor
+from ...protocol.tensor_files import write_header
+from .sampling import Path
+
+_STORED = {told: stored for stored, told in TORCH_DTYPES.items()}
+
+
+def told(rollout: Rollout, path: Path, environment: dict[str, Any] | None) -> dict[str, Any]:
+    """The recorded part of a reply, with tensors in it."""
+    trajectory = debug = None
+    if rollout.returns_trajectory:
+        trajectory = {
+            "latents": torch.stack([path.latents[place] for place in sorted(path.latents)]) if path.latents else None,
+            "latent_indices": sorted(path.latents),
+            "timesteps": torch.tensor([*path.timesteps, 0.0], dtype=torch.float32),
+            "sigmas": torch.tensor(path.sigmas, dtype=torch.float32),
+        }
+    if rollout.returns_debug and path.means:
+        debug = {
+            "rollout_variance_noises": torch.stack(path.noises),
+            "rollout_prev_sample_means": torch.stack(path.means),
+            "rollout_model_outputs": torch.stack(path.outputs),
+            "rollout_noise_std_devs": torch.tensor(path.stds, dtype=torch.float32)[:, None],
+        }
+    return {
+        "rollout_log_probs": torch.stack(path.log_probs),
+        "rollout_debug_tensors": debug,
+        "denoising_env": environment,
+        "dit_trajectory": trajectory,
+    }
+
+
+def on_the_host(value: Any) -> Any:
+    """The tree with its tensors in order in host memory, so that an encoding thread has nothing to compute."""
+    if isinstance(value, torch.Tensor):
+        return value.detach().cpu().contiguous()
+    if isinstance(value, Mapping):
+        return {name: on_the_host(part) for name, part in value.items()}
+    return [on_the_host(part) for part in value] if isinstance(value, list | tuple) else value
+
+
+def encoded(tree: dict[str, Any], shared: File | None) -> RolledOut:
+    """As it travels: tensors as buffers, or in a file of their own below ``shared``."""
+    tensors: list[torch.Tensor] = []
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, torch.Tensor):
+            tensors.append(value)
+            return {TENSOR: len(tensors) - 1}
+        if isinstance(value, dict):
+            return {name: plain(part) for name, part in value.items()}
+        if isinstance(value, list):
+            return [plain(part) for part in value]
+        return value if isinstance(value, str | int | float | bool | None) else str(value)
+
+    described = plain(tree)
+    if shared is None:
+        return RolledOut(told=described, tensors=[_sent(tensor) for tensor in tensors])
+    file = shared / f"rollout-{secrets.token_hex(8)}.safetensors"
+    header = [(str(i), _STORED[str(one.dtype)], tuple(one.shape)) for i, one in enumerate(tensors)]
+    try:
+        with file.open("xb") as written:
+            written.writelines([write_header(header), *map(_bytes, tensors)])
+    except OSError as error:
+        file.unlink(missing_ok=True)
+        raise Unavailable(f"There is no shared memory for the reply ({error.strerror}).") from error
+    left = [Tensor(str(tensor.dtype), list(tensor.shape), Buffer(b"")) for tensor in tensors]
+    return RolledOut(told=described, tensors=left, file=str(file))
+
+
+def read_tensor(sent: Tensor) -> torch.Tensor:
+    """A copy of what travelled."""
+    dtype: torch.dtype = getattr(torch, sent.dtype.removeprefix("torch."))
+    return torch.frombuffer(bytearray(sent.data.data), dtype=dtype).view(sent.shape)
+
+
+def peak_memory_mb(device: torch.device) -> float:
+    """Of this process, in 10⁶ bytes: on a GPU what torch had at most, on a CPU the largest resident set."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e6
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
+
+
+def _sent(tensor: torch.Tensor) -> Tensor:
+    return Tensor(str(tensor.dtype), list(tensor.shape), Buffer(_bytes(tensor)))
+
+
+def _bytes(tensor: torch.Tensor) -> memoryview:
+    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]  # a buffer
