@@ -10,13 +10,14 @@ from typing import Any, Self
 import httpx
 
 from ..protocol.errors import DeadlinePassed, SafelightError, Unavailable
-from . import adapter_calls, calls, weight_calls
+from . import adapter_calls, calls, rollout_calls, weight_calls
 from .async_weights import AsyncWeights
 from .calls import Call
 from .endpoint import DEFAULT_TIMEOUT_S, DEFAULT_URL, Endpoint, ReadyWait
 from .errors import transport_errors
 from .results import Event, Generation, Health, Loras
 from .retry import Retries
+from .rollouts import Rollout, decode_rollouts
 from .sync_client import Client
 
 
@@ -50,6 +51,11 @@ class AsyncClient:
     def stream(self, call: Call) -> AsyncIterator[Event]:
         """:meth:`Client.stream` for ``async for``; in ``contextlib.aclosing``, leaving it stops the work."""
         return self._events(call.streaming())
+
+    @calls.with_arguments_of(rollout_calls.rollout)
+    async def rollout(self, call: Call) -> list[Rollout]:
+        """:meth:`Client.rollout`, awaited."""
+        return decode_rollouts(await self._fetch(call), self.base_url)
 
     async def info(self) -> dict[str, Any]:
         """:meth:`Client.info`, awaited."""

@@ -298,8 +298,8 @@ def _timings(job: Job) -> Timings:
 def _explain(error: BaseException, sample: SampleRun) -> SafelightError:
     """The error as its sender may see it.
 
-    Text comes through only from a pipeline's own checks. An error before the first step of a request with images or
-    ``extra`` is taken for their doing.
+    Text comes through only from a pipeline's own checks. An error before the first step of a request with images, noise
+    or ``extra`` is taken for their doing.
     """
     if isinstance(error, SafelightError):
         return error
@@ -308,8 +308,12 @@ def _explain(error: BaseException, sample: SampleRun) -> SafelightError:
     frames = [frame.name for frame in traceback.extract_tb(error.__traceback__)]
     if isinstance(error, ValueError | TypeError) and _CHECKS & set(frames):
         return InvalidRequest(f"the pipeline refuses these arguments: {error}")
-    names = (["image"] if sample.request.images else []) + sorted(sample.request.extra)
-    if names and sample.steps == 0 and isinstance(error, _INPUT_ERRORS):
-        field = "extra" if sample.request.extra else "image"
+    rollout = sample.request.rollout
+    given = {"extra": sample.request.extra, "image": sample.request.images}
+    given["initial_noise"] = rollout.initial_noise if rollout is not None else []
+    fields = [field for field, value in given.items() if value]
+    names = [*fields[1:], *sorted(sample.request.extra)] if sample.request.extra else fields
+    if fields and sample.steps == 0 and isinstance(error, _INPUT_ERRORS):
+        field = fields[0]
         return InvalidRequest(f"the pipeline could not use these arguments: {', '.join(names)}", field=field)
     return Internal("generation failed; the server's log has the details under this request's id")

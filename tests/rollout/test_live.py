@@ -1,0 +1,273 @@
+"""What a rollout's reply holds, on live servers: filters, schedules, noise, versions, and what is refused."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx
+import msgspec
+import pytest
+import torch
+from safetensors.torch import load, save
+
+from safelight.client import AsyncClient, Client
+from safelight.client.rollouts import Rollout
+from safelight.protocol.errors import InvalidRequest
+from safelight.tests.live import LiveServer
+from safelight.tests.updates.trainer import Trainer, changed, transformer
+
+from .test_recomputed import CLOSE, asked
+
+STEPS = 4
+
+
+@pytest.fixture(scope="module")
+def server(checkpoint: Callable[[str], Path]) -> Iterator[LiveServer]:
+    with LiveServer(checkpoint("flux"), ["--threads", "1"]) as running:
+        running.wait_ready()
+        yield running
+
+
+@pytest.fixture
+def client(server: LiveServer) -> Client:
+    return Client(server.url)
+
+
+def latents(rollout: Rollout) -> torch.Tensor:
+    assert rollout.trajectory is not None
+    return rollout.trajectory.latents
+
+
+def one(client: Client, **changes: Any) -> Rollout:
+    (rollout,) = client.rollout(**asked("flux", **changes))
+    return rollout
+
+
+def same(one: Rollout, other: Rollout) -> bool:
+    return bool(
+        torch.equal(latents(one), latents(other))
+        and torch.equal(one.output, other.output)
+        and torch.equal(one.log_probs, other.log_probs)
+    )
+
+
+def test_the_reply_is_what_the_contract_says(server: LiveServer) -> None:
+    body = {
+        "prompt": "a red circle",
+        "num_outputs_per_prompt": 2,
+        "seed": 5,
+        "num_inference_steps": STEPS,
+        "width": 64,
+        "height": 64,
+        "rollout": True,
+        "rollout_debug_mode": True,
+        "rollout_return_denoising_env": True,
+        "rollout_return_dit_trajectory": True,
+    }
+    answer = httpx.post(f"{server.url}/rollout/generate", json=body, timeout=60)
+    assert answer.headers["content-type"] == "application/msgpack"
+    told = msgspec.msgpack.decode(answer.content)
+    assert [one["seed"] for one in told] == [5, 6]
+    for sample in told:
+        tensor = sample["generated_output"]
+        assert (tensor["__tensor__"], tensor["dtype"], tensor["shape"]) == (True, "torch.float32", [3, 64, 64])
+        assert list(load(tensor["data"])["t"].shape) == [3, 64, 64]
+        assert sample["rollout_log_probs"]["shape"] == [STEPS]
+        path, debug = sample["dit_trajectory"], sample["rollout_debug_tensors"]
+        latent = path["latents"]["shape"][1:]
+        assert path["latents"]["shape"][0] == STEPS + 1
+        assert path["timesteps"]["shape"] == path["sigmas"]["shape"] == [STEPS + 1]
+        for name in ("variance_noises", "prev_sample_means", "model_outputs"):
+            assert debug[f"rollout_{name}"]["shape"] == [STEPS, *latent]
+        assert debug["rollout_noise_std_devs"]["shape"] == [STEPS, 1]
+        assert sample["denoising_env"].keys() >= {"image_kwargs", "pos_cond_kwargs", "neg_cond_kwargs", "guidance"}
+        assert (sample["sampler"], sample["log_prob_reduction"], sample["weight_version"]) == ("sde", "mean", "0")
+        assert sample["prompt"] == "a red circle"
+        assert sample["inference_time_s"] > 0
+        assert sample["peak_memory_mb"] > 0
+    as_msgpack = httpx.post(
+        f"{server.url}/rollout/generate",
+        content=msgspec.msgpack.encode(body),
+        headers={"content-type": "application/msgpack"},
+        timeout=60,
+    )
+    again = msgspec.msgpack.decode(as_msgpack.content)
+    assert [one["seed"] for one in again] == [5, 6]
+
+
+def test_a_sample_is_the_same_alone_and_in_company(client: Client) -> None:
+    alone = one(client, deterministic=True)
+    with ThreadPoolExecutor() as pool:
+        asked_for = [{"seed": 3 + i, "prompt": prompt} for i, prompt in enumerate(["a star", "two", "a red circle"])]
+        together = list(pool.map(lambda changes: one(client, deterministic=True, **changes), asked_for))
+        merged = list(pool.map(lambda changes: one(client, **changes), asked_for))
+    assert same(together[2], alone)
+    assert not same(together[1], alone)
+    assert (merged[2].log_probs - alone.log_probs).abs().max() < CLOSE
+    assert (latents(merged[2]) - latents(alone)).norm() < CLOSE * latents(alone).norm()
+    group = client.rollout(**asked("flux", deterministic=True, seed=4, n=2))
+    assert same(group[1], alone)
+
+
+def test_a_group_encodes_its_prompt_once(server: LiveServer, client: Client) -> None:
+    def stats() -> dict[str, int]:
+        (replica,) = client.info()["replicas"]
+        told: dict[str, int] = replica["stats"]
+        return told
+
+    def forwards_for(outputs: int, **changes: Any) -> int:
+        before = server.wait_for(lambda: told if (told := stats())["running"] == 0 else None, 20)
+        client.rollout(**asked("flux", deterministic=True, n=outputs, **changes))
+        wanted = before["outputs"] + outputs
+        after = server.wait_for(lambda: told if (told := stats())["outputs"] == wanted else None, 20)
+        return after["forwards"] - before["forwards"]
+
+    client.rollout(**asked("flux", deterministic=True, prompt="something"))
+    time.sleep(1.5)  # until the worker has told of it
+    encoders = 2  # of FLUX
+    alone = forwards_for(1, prompt="something else")
+    assert forwards_for(3, prompt="something else again") == 3 * (alone - encoders) + encoders
+
+
+def test_an_ode_is_bitwise_what_generate_does_and_has_log_probability_zero(server: LiveServer, client: Client) -> None:
+    rolled = one(client, sampler="ode", deterministic=True)
+    plain = client.generate(
+        "a red circle", steps=STEPS, seed=5, width=64, height=64, output_format="pt", deterministic=True
+    )
+    assert torch.equal(rolled.output, load(plain.outputs[0].data)["t"])
+    assert torch.equal(rolled.log_probs, torch.zeros(STEPS))
+
+
+def test_noise_only_where_it_is_asked_for(client: Client) -> None:
+    path = one(client, deterministic=True, sde_steps=[1], debug=True)
+    assert path.debug is not None
+    assert (path.debug["rollout_noise_std_devs"][:, 0] > 0).tolist() == [False, True, False, False]
+    assert (path.log_probs != 0).tolist() == [False, True, False, False]
+    flat = one(client, deterministic=True, sampler="ode")
+    assert torch.equal(latents(path)[0], latents(flat)[0])
+    assert torch.allclose(latents(path)[1], latents(flat)[1], atol=1e-6)
+    assert not torch.allclose(latents(path)[2], latents(flat)[2], atol=1e-2)
+
+
+def test_only_the_steps_that_are_asked_for_are_told(client: Client) -> None:
+    whole = one(client, deterministic=True, debug=True)
+    part = one(client, deterministic=True, debug=True, return_steps=[2, 0])
+    assert part.trajectory is not None
+    assert part.debug is not None
+    assert whole.debug is not None
+    assert part.trajectory.latent_indices == [0, 1, 2, 3]
+    assert torch.equal(part.trajectory.after(2), latents(whole)[3:4])
+    assert torch.equal(part.debug["rollout_model_outputs"], whole.debug["rollout_model_outputs"][torch.tensor([0, 2])])
+    assert torch.equal(part.log_probs, whole.log_probs)
+    nothing = one(client, trajectory=False)
+    assert (nothing.trajectory, nothing.debug) == (None, None)
+
+
+def test_noises_and_means_make_the_next_state(client: Client) -> None:
+    path = one(client, debug=True)
+    assert path.debug is not None
+    made = path.debug["rollout_prev_sample_means"] + (
+        path.debug["rollout_noise_std_devs"][:, :, None] * path.debug["rollout_variance_noises"]
+    )
+    assert torch.allclose(made, latents(path)[1:], atol=1e-6)
+
+
+def test_given_sigmas_and_noise_are_used_exactly(client: Client) -> None:
+    sigmas = [1.0, 0.7, 0.2]
+    noise = torch.randn(2, *latents(one(client)).shape[1:], generator=torch.Generator().manual_seed(0))
+    paths = client.rollout(
+        **asked("flux", steps=None, n=2, sigmas=sigmas, initial_noise=noise, deterministic=True, sampler="ode")
+    )
+    for path, row in zip(paths, noise, strict=True):
+        assert path.trajectory is not None
+        assert torch.equal(path.trajectory.sigmas, torch.tensor([*sigmas, 0.0]))
+        assert torch.allclose(path.trajectory.timesteps, torch.tensor([1000.0, 700.0, 200.0, 0.0]))
+        assert torch.equal(latents(path)[0], row)
+    (shared,) = client.rollout(**asked("flux", seed=9, initial_noise=noise[1:], sampler="ode", deterministic=True))
+    assert torch.equal(latents(shared)[0], noise[1])
+
+
+def test_shared_memory_gives_the_same_and_nothing_is_left(server: LiveServer, client: Client) -> None:
+    plain = one(client, deterministic=True, debug=True)
+    shared = one(client, deterministic=True, debug=True, shared_memory=True)
+    assert same(plain, shared)
+    assert plain.debug is not None
+    assert shared.debug is not None
+    assert all(torch.equal(plain.debug[name], shared.debug[name]) for name in plain.debug)
+    assert not list(Path("/dev/shm").glob("safelight-*/rollout-*"))
+
+
+def test_a_rollout_names_the_versions_that_it_spans(
+    checkpoint: Callable[[str], Path], server: LiveServer, client: Client
+) -> None:
+    trainer = Trainer(server, checkpoint("flux"))
+    own = transformer(checkpoint("flux"))
+    before = one(client).weight_version
+    with ThreadPoolExecutor() as pool:
+        running = pool.submit(lambda: one(client, steps=400))
+        server.wait_for(lambda: client.info()["replicas"][0]["stats"]["running"] == 1 or None, 20)
+        told = trainer.update(changed(own), mode="in_place")
+        spanning = running.result()
+    assert spanning.weight_versions == [before, told["weight_version"]]
+    assert spanning.weight_version == told["weight_version"]
+    assert one(client).weight_versions == [told["weight_version"]]
+    trainer.restore()
+
+
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "not a rollout": ({"rollout": False}, "rollout"),
+    "an unknown sampler": ({"rollout_sde_type": "ddim"}, "rollout_sde_type"),
+    "too much noise": ({"rollout_sde_type": "cps", "rollout_noise_level": 1.5}, "rollout_noise_level"),
+    "a negative step": ({"rollout_sde_step_indices": [-1]}, "rollout_sde_step_indices"),
+    "a step twice": ({"rollout_return_step_indices": [1, 1]}, "rollout_return_step_indices"),
+    "a step that is not there": ({"rollout_sde_step_indices": [STEPS]}, "rollout_sde_step_indices"),
+    "sigmas that rise": ({"sigmas": [0.5, 0.7], "num_inference_steps": None}, "sigmas"),
+    "sigmas above one": ({"sigmas": [2.0, 0.7], "num_inference_steps": None}, "sigmas"),
+    "no sigmas": ({"sigmas": [], "num_inference_steps": None}, "sigmas"),
+    "other steps than sigmas": ({"sigmas": [0.9, 0.7]}, "num_inference_steps"),
+    "noise of another dtype": ({"initial_noise": save({"t": torch.zeros(1, 16, 16).half()})}, "initial_noise"),
+    "noise for more samples": ({"initial_noise": save({"t": torch.zeros(3, 16, 16)})}, "initial_noise"),
+    "noise of another shape": ({"initial_noise": save({"t": torch.zeros(1, 5, 7)})}, "initial_noise"),
+    "noise that is none": ({"initial_noise": b"nothing"}, "initial_noise"),
+    "a GPU that is not there": ({"generator_device": "cuda"}, "generator_device"),
+    "a stream": ({"stream": True}, "stream"),
+    "a picture's format": ({"output_format": "png"}, "output_format"),
+    "an unknown field": ({"rollout_sde": "sde"}, "rollout_sde"),
+    "an argument in two places": ({"extra": {"a": 1}, "extra_sampling_params": {"a": 2}}, "extra"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_cannot_be_rolled_out_is_a_400_that_names_it(case: str, server: LiveServer) -> None:
+    changes, field = REFUSED[case]
+    body = {"prompt": "a star", "num_inference_steps": STEPS, "width": 64, "height": 64} | changes
+    if isinstance(body.get("initial_noise"), bytes):
+        body["initial_noise"] = {"__tensor__": True, "data": base64.b64encode(body["initial_noise"]).decode()}
+    body = {name: value for name, value in body.items() if value is not None}
+    answer = httpx.post(f"{server.url}/rollout/generate", json=body, timeout=60)
+    assert answer.status_code in (400, 422), answer.text
+    assert answer.json()["error"]["field"] == field, answer.text
+
+
+def test_a_model_without_a_flow_is_refused_in_words(checkpoint: Callable[[str], Path]) -> None:
+    with LiveServer(checkpoint("sd15"), ["--threads", "1"]) as running:
+        running.wait_ready()
+        with pytest.raises(InvalidRequest, match="does not follow a flow"):
+            Client(running.url).rollout("a star", width=64, height=64)
+
+
+def test_the_async_client_does_the_same(server: LiveServer, client: Client) -> None:
+    async def roll_out() -> Rollout:
+        async with AsyncClient(server.url) as asynchronous:
+            with pytest.raises(InvalidRequest, match="rollout_noise_level"):
+                await asynchronous.rollout("a star", noise_level=-1)
+            (found,) = await asynchronous.rollout(**asked("flux", deterministic=True))
+            return found
+
+    assert same(asyncio.run(roll_out()), one(client, deterministic=True))
