@@ -201,6 +201,8 @@ class Committed:
         self._bare.clear()
         self._in_doubt.clear()
         self._changed.update(written)
+        if still_lost and any(replica.number not in reports for replica in self._late()):
+            still_lost = set(self._changed)  # also what was sent now: who came meanwhile has nothing of it
         return self._have_written(reports, still_lost)
 
     def given(self, reports: Mapping[int, Report]) -> Turns:
