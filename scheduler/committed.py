@@ -147,6 +147,11 @@ class Committed:
             self._lost = set(self._changed)
         return having or bare or set(self._behind)
 
+    @property
+    def sleepers(self) -> set[int]:
+        """Those that may sleep: also one that waits, which was put to sleep while none had what was committed."""
+        return {replica.number for replica in self._replicas if self.serves(replica)} | self._behind
+
     def refusal_of(self, partly: set[str], numbers: Container[int]) -> Conflict | None:
         """Why modules of which not every tensor came cannot replace what was lost, if none of these replicas has it."""
         lost = sorted(self._lost & partly)

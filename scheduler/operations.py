@@ -216,7 +216,10 @@ class Operations:
             return True
         replicas = transaction.replicas
         if replicas is None:
-            replicas = self._committed.participants(to_update=isinstance(operation, Update | Begin))
+            if isinstance(operation, Wake):
+                replicas = self._committed.sleepers
+            else:
+                replicas = self._committed.participants(to_update=isinstance(operation, Update | Begin))
             if transaction.begun is not None:
                 transaction.replicas = replicas
         if not replicas:

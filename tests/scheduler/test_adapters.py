@@ -14,7 +14,7 @@ from safelight.protocol.adapters import (
 )
 from safelight.protocol.config import Config
 from safelight.protocol.errors import Internal
-from safelight.protocol.operations import Abort, Adapt, Digests, ListAdapters, Sleep
+from safelight.protocol.operations import Abort, Adapt, Digests, ListAdapters, Sleep, Wake
 from safelight.tests.scheduler.adapting import adapted, set_adapters, words
 from safelight.tests.scheduler.operating import Operating, Process, update
 from safelight.tests.scheduler.stage import generate, result
@@ -430,6 +430,20 @@ def test_who_comes_back_sleeps_with_the_adapters_of_the_others() -> None:
     stage.start(1)
     assert alike(stage)
     assert stage.processes[1].asleep == {"weights"}
+
+
+def test_who_was_put_to_sleep_while_it_waited_for_its_adapters_is_woken_with_the_others() -> None:
+    stage = Operating(replicas=3, ready=0, adapters=INK)
+    stage.start(0)
+    stage.operate("sleep", Sleep(["weights"]))
+    stage.start(1)
+    stage.operate("wake", Wake(["weights"]))
+    stage.start(2)
+    stage.kill(0)  # whose adapters held up the line
+    stage.do_all()
+    assert stage.done("sleep").reports.keys() == stage.done("wake").reports.keys() == {1, 2}
+    assert alike(stage)
+    assert not any(process.asleep for process in stage.processes.values())
 
 
 def test_adapters_that_requests_used_last_are_let_go_of_last() -> None:
