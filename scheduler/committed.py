@@ -97,7 +97,7 @@ class Committed:
         return Turns([replica], self._late() if was_lost else [])
 
     def gone(self, replica: Replica) -> None:
-        """A replica's process is gone, and what it had."""
+        """A replica's process is gone, and what it had; or it has failed, and is to be ended."""
         self._behind.discard(replica.number)
         self._bare.discard(replica.number)
         self._gone[replica.number] = self._commits

@@ -421,6 +421,7 @@ class Operations:
         if running.failed is None:
             self._take_turns(Turns(to_bring_up=[replica]))
         elif running.error is not None:
+            self._committed.gone(replica)  # else it would take part in what is done until its end is known
             replica.failed(f"could not be brought to version {self._committed.version}: {running.error.message}")
 
     def _operated(self, part: Operate, reports: dict[int, Report]) -> None:

@@ -220,6 +220,48 @@ def test_a_replica_that_cannot_be_given_the_adapters_has_failed_and_holds_up_nob
     assert alike(stage)
 
 
+def test_an_operation_is_not_for_a_replica_that_could_not_be_given_the_adapters() -> None:
+    """It is about to be ended, and what it takes part in would fail with it."""
+    stage = Operating(replicas=2, ready=0, adapters=INK)
+    stage.start(0)
+    stage.operate("digests", Digests())
+    stage.start(1)
+    stage.do(0, FULL)
+    stage.kill(0)
+    stage.do_all()
+    assert list(stage.done("digests").reports) == [1]
+    assert alike(stage)
+
+
+def test_an_operation_is_refused_when_no_replica_could_be_given_the_adapters() -> None:
+    """It would wait until the last of them is ended."""
+    stage = Operating(replicas=1, ready=0, adapters=INK)
+    stage.start(0)
+    stage.operate("digests", Digests())
+    stage.do(0, FULL)
+    assert "no room" in stage.refusal("digests")
+
+
+def test_a_replica_that_could_not_be_given_the_adapters_is_not_given_them_again() -> None:
+    """It has two turns: it waited for its adapters, and for weights that were lost."""
+    stage = Operating()
+    change(stage, "set", INK)
+    stage.operate("u", update())
+    stage.do_all()
+    stage.kill(0)
+    stage.kill(1)
+    stage.start(0)
+    stage.do_all()
+    stage.operate("again", update("again"))
+    stage.up_to("commit")
+    stage.do(0)
+    assert isinstance(stage.processes[0].orders[0].operation, Adapt)
+    stage.do(0, FULL)
+    stage.do_all()
+    assert stage.replica(0).state == "failed"
+    assert stage.steps(0)[-2:] == ["prepare", "release"]
+
+
 @pytest.mark.parametrize("step", ["prepare", "write", "commit"])
 def test_a_replica_that_is_lost_while_it_gets_the_adapters_comes_back_for_another_try(step: str) -> None:
     stage = Operating()
