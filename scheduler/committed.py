@@ -97,7 +97,7 @@ class Committed:
         return Turns([replica], self._late() if was_lost else [])
 
     def gone(self, replica: Replica) -> None:
-        """A replica's process is gone, and what it had."""
+        """A replica's process is gone, and what it had; or it has failed, and is to be ended."""
         self._behind.discard(replica.number)
         self._bare.discard(replica.number)
         self._gone[replica.number] = self._commits
@@ -146,6 +146,11 @@ class Committed:
         if to_update and not having and not bare and not self._lost:  # who had all could not be given its adapters
             self._lost = set(self._changed)
         return having or bare or set(self._behind)
+
+    @property
+    def sleepers(self) -> set[int]:
+        """Those that may sleep: also one that waits, which was put to sleep while none had what was committed."""
+        return {replica.number for replica in self._replicas if self.serves(replica)} | self._behind
 
     def refusal_of(self, partly: set[str], numbers: Container[int]) -> Conflict | None:
         """Why modules of which not every tensor came cannot replace what was lost, if none of these replicas has it."""
@@ -201,6 +206,8 @@ class Committed:
         self._bare.clear()
         self._in_doubt.clear()
         self._changed.update(written)
+        if still_lost and any(replica.number not in reports for replica in self._late()):
+            still_lost = set(self._changed)  # also what was sent now: who came meanwhile has nothing of it
         return self._have_written(reports, still_lost)
 
     def given(self, reports: Mapping[int, Report]) -> Turns:

@@ -216,7 +216,10 @@ class Operations:
             return True
         replicas = transaction.replicas
         if replicas is None:
-            replicas = self._committed.participants(to_update=isinstance(operation, Update | Begin))
+            if isinstance(operation, Wake):
+                replicas = self._committed.sleepers
+            else:
+                replicas = self._committed.participants(to_update=isinstance(operation, Update | Begin))
             if transaction.begun is not None:
                 transaction.replicas = replicas
         if not replicas:
@@ -418,6 +421,7 @@ class Operations:
         if running.failed is None:
             self._take_turns(Turns(to_bring_up=[replica]))
         elif running.error is not None:
+            self._committed.gone(replica)  # else it would take part in what is done until its end is known
             replica.failed(f"could not be brought to version {self._committed.version}: {running.error.message}")
 
     def _operated(self, part: Operate, reports: dict[int, Report]) -> None:
