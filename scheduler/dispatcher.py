@@ -59,6 +59,7 @@ from ..protocol.operations import (
     Performed,
     SetPaused,
 )
+from .committed import Committed
 from .operations import Operations
 from .queue import Queue, by_deadline, by_turn
 from .replicas import Replica, Replicas
@@ -99,12 +100,13 @@ class Dispatcher:
         self._pushed = self._replicas.states()
         self._status_due = -math.inf
         self._outbox = Outbox()
+        journal = config.weights_journal is not None
+        self._committed = Committed(self._replicas, journal=journal, first_adapters=adapters)
         self._operations = Operations(
             self._replicas,
+            self._committed,
             lambda message: self._outbox.to_server.append(message),
             lambda number, order: self._outbox.to_replicas.append((number, order)),
-            journal=config.weights_journal is not None,
-            first_adapters=adapters,
             named=self._named_adapters,
             resume=self._resume,
             end_all=self._end_all,
@@ -156,10 +158,9 @@ class Dispatcher:
                 self._continue(request_id)
             case AbortRequests(request_id=request_id, name=name):
                 self._abort(name)
-                self._outbox.to_server.append(Operated(request_id, {}, self._operations.version))
+                self._outbox.to_server.append(Operated(request_id, {}, self._committed.version))
             case ListAdapters(request_id=request_id):
-                operations = self._operations
-                told = Operated(request_id, {}, operations.version, adapters=operations.adapters)
+                told = Operated(request_id, {}, self._committed.version, adapters=self._committed.adapters)
                 self._outbox.to_server.append(told)
             case ReplicaExited(replica=number, message=why):
                 if replica := self._replicas.get(number):
@@ -284,7 +285,7 @@ class Dispatcher:
         replica.hold(request.id, request.outputs)
         self._outbox.to_server.append(Started(request.id, replica.number, request.queue_s(now)))
         self._outbox.to_replicas.append((replica.number, request.generate))
-        self._operations.used(use.name for use in request.generate.lora or ())
+        self._committed.used(use.name for use in request.generate.lora or ())
         return True
 
     def _answer(self, replica: Replica, message: Result | Failed, now: float) -> None:
@@ -359,7 +360,7 @@ class Dispatcher:
         if self._paused == "in_place":
             self._tell_paused(False)
         self._paused = None
-        self._outbox.to_server.append(Operated(request_id, {}, self._operations.version))
+        self._outbox.to_server.append(Operated(request_id, {}, self._committed.version))
 
     def _tell_paused(self, paused: bool) -> None:
         for replica in self._replicas:
@@ -371,7 +372,7 @@ class Dispatcher:
         idle = all(replica.outstanding == 0 for replica in self._replicas)
         if self._pausing and (idle or self._paused in (None, "in_place")):
             for pause in self._pausing:
-                self._outbox.to_server.append(Operated(pause.request_id, {}, self._operations.version))
+                self._outbox.to_server.append(Operated(pause.request_id, {}, self._committed.version))
             self._pausing.clear()
 
     def _abort(self, name: str | None) -> None:

@@ -6,7 +6,9 @@ import math
 from collections import deque
 from dataclasses import dataclass, field
 
-from ..protocol.errors import InvalidRequest, SafelightError
+from msgspec.structs import replace
+
+from ..protocol.errors import InvalidRequest, SafelightError, Unavailable, from_info
 from ..protocol.operations import (
     Barrier,
     Begin,
@@ -15,11 +17,18 @@ from ..protocol.operations import (
     CudaShared,
     Files,
     Operate,
+    Operation,
+    Perform,
+    Performed,
     Pickled,
     Report,
     Source,
     Step,
 )
+from .replicas import Replica
+
+RETRY_S = 5.0
+"""When it is worth asking again after a replica was lost: it comes back in seconds."""
 
 
 @dataclass(slots=True, eq=False)
@@ -31,13 +40,42 @@ class Running:
 
     part: Operate
     number: int
-    step: Step
     replicas: set[int]
+    step: Step = "prepare"
     expected: set[int] = field(default_factory=set)
     reports: dict[int, Report] = field(default_factory=dict)
     error: SafelightError | None = None
     failed: Report | None = None
     version: str = ""
+
+    def begin(self, step: Step, operation: Operation | None = None) -> list[tuple[int, Perform]]:
+        """Expect ``step`` of all; the journal is kept by one of them. Returns the orders, with whom they are for."""
+        first, version = min(self.replicas), self.version or None
+        self.step, self.expected = step, {first} if step == "journal" else set(self.replicas)
+        self.reports.clear()
+        order = Perform(number=self.number, step=step, leads=False, operation=operation, weight_version=version)
+        return [(number, replace(order, leads=number == first)) for number in sorted(self.expected)]
+
+    def takes(self, replica: int, message: Performed) -> bool:
+        """What a replica says, if it is of this step, and not the last words of a process that is gone."""
+        if (message.number, message.step) != (self.number, self.step) or replica not in self.expected:
+            return False
+        self.expected.remove(replica)
+        self.reports[replica] = message.report
+        if message.error is not None and (self.error is None or replica == min(self.reports)):
+            self.error, self.failed = from_info(message.error), message.report
+        return True
+
+    def goes_on_without(self, replica: int) -> None:
+        """What is to be undone or committed is so by the others; whoever keeps the journal, or votes, is missed."""
+        missed = replica in self.expected if self.step == "journal" else self.step not in ("commit", "rollback")
+        if missed and self.error is None:
+            self.error = Unavailable(
+                f"Replica {replica} was lost; on the others everything is as it was.", retry_after_s=RETRY_S
+            )
+        self.replicas.discard(replica)
+        self.expected.discard(replica)
+        self.reports.pop(replica, None)
 
 
 @dataclass(slots=True, eq=False)
@@ -52,13 +90,18 @@ class Transaction:
     barrier: Barrier
     parts: deque[Operate] = field(default_factory=deque)
     begun: Begin | None = None
-    only: int | None = None
+    only: Replica | None = None
     reached: bool = False
     replicas: set[int] | None = None
     running: Running | None = None
     deadline: float = math.inf
     written: dict[str, int] = field(default_factory=dict)
     complete: set[str] = field(default_factory=set)
+
+    @property
+    def partly(self) -> set[str]:
+        """Modules of which tensors were written, but not all."""
+        return set(self.written) - self.complete
 
     def gives_time(self, now: float) -> None:
         """Have the time until the next part count from ``now``."""
@@ -98,3 +141,8 @@ class Transaction:
                 field="require_complete",
             )
         return None
+
+
+def of_our_own(operation: Operation, only: Replica | None = None) -> Transaction:
+    """An operation that nobody asked for, on all replicas or on one."""
+    return Transaction("in_place", deque([Operate("", operation)]), only=only)

@@ -14,7 +14,7 @@ from safelight.protocol.adapters import (
 )
 from safelight.protocol.config import Config
 from safelight.protocol.errors import Internal
-from safelight.protocol.operations import Abort, Adapt, Digests, ListAdapters, Sleep
+from safelight.protocol.operations import Abort, Adapt, Digests, ListAdapters, Sleep, Wake
 from safelight.tests.scheduler.adapting import adapted, set_adapters, words
 from safelight.tests.scheduler.operating import Operating, Process, update
 from safelight.tests.scheduler.stage import generate, result
@@ -218,6 +218,48 @@ def test_a_replica_that_cannot_be_given_the_adapters_has_failed_and_holds_up_nob
     stage.kill(1)
     stage.start(1)
     assert alike(stage)
+
+
+def test_an_operation_is_not_for_a_replica_that_could_not_be_given_the_adapters() -> None:
+    """It is about to be ended, and what it takes part in would fail with it."""
+    stage = Operating(replicas=2, ready=0, adapters=INK)
+    stage.start(0)
+    stage.operate("digests", Digests())
+    stage.start(1)
+    stage.do(0, FULL)
+    stage.kill(0)
+    stage.do_all()
+    assert list(stage.done("digests").reports) == [1]
+    assert alike(stage)
+
+
+def test_an_operation_is_refused_when_no_replica_could_be_given_the_adapters() -> None:
+    """It would wait until the last of them is ended."""
+    stage = Operating(replicas=1, ready=0, adapters=INK)
+    stage.start(0)
+    stage.operate("digests", Digests())
+    stage.do(0, FULL)
+    assert "no room" in stage.refusal("digests")
+
+
+def test_a_replica_that_could_not_be_given_the_adapters_is_not_given_them_again() -> None:
+    """It has two turns: it waited for its adapters, and for weights that were lost."""
+    stage = Operating()
+    change(stage, "set", INK)
+    stage.operate("u", update())
+    stage.do_all()
+    stage.kill(0)
+    stage.kill(1)
+    stage.start(0)
+    stage.do_all()
+    stage.operate("again", update("again"))
+    stage.up_to("commit")
+    stage.do(0)
+    assert isinstance(stage.processes[0].orders[0].operation, Adapt)
+    stage.do(0, FULL)
+    stage.do_all()
+    assert stage.replica(0).state == "failed"
+    assert stage.steps(0)[-2:] == ["prepare", "release"]
 
 
 @pytest.mark.parametrize("step", ["prepare", "write", "commit"])
@@ -430,6 +472,20 @@ def test_who_comes_back_sleeps_with_the_adapters_of_the_others() -> None:
     stage.start(1)
     assert alike(stage)
     assert stage.processes[1].asleep == {"weights"}
+
+
+def test_who_was_put_to_sleep_while_it_waited_for_its_adapters_is_woken_with_the_others() -> None:
+    stage = Operating(replicas=3, ready=0, adapters=INK)
+    stage.start(0)
+    stage.operate("sleep", Sleep(["weights"]))
+    stage.start(1)
+    stage.operate("wake", Wake(["weights"]))
+    stage.start(2)
+    stage.kill(0)  # whose adapters held up the line
+    stage.do_all()
+    assert stage.done("sleep").reports.keys() == stage.done("wake").reports.keys() == {1, 2}
+    assert alike(stage)
+    assert not any(process.asleep for process in stage.processes.values())
 
 
 def test_adapters_that_requests_used_last_are_let_go_of_last() -> None:

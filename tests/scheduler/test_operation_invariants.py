@@ -433,6 +433,8 @@ class OperationsMachine(RuleBasedStateMachine):
         self.check_leaders([(number, order) for number, order in orders if isinstance(order, Perform)])
         for number, order in orders:
             assert self.believed[number], f"replica {number} is gone, and was sent {order}"
+            if isinstance(order, Perform) and order.step not in ("release", "rollback"):
+                assert self.stage.replica(number).state != "failed", f"it is about to be ended, and was sent {order}"
             worker = self.workers[number]
             if worker is not None and worker.loaded:
                 self.send(worker, order)

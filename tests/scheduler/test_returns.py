@@ -191,6 +191,27 @@ def test_what_comes_between_two_lost_modules_does_not_serve_one_of_them() -> Non
     assert all_alike(stage, "once more")
 
 
+def test_what_comes_while_one_of_two_lost_modules_is_sent_does_not_serve_without_it() -> None:
+    stage = Operating()
+    updated(stage, "new", "vae")
+    stage.kill(1)
+    stage.kill(0)
+    stage.start(0)
+    stage.operate("transformer", update("again"))
+    stage.operate("vae", update("again", "vae"))
+    stage.up_to("write")
+    stage.start(1)
+    stage.do_all()
+    assert stage.done("transformer").reports.keys() == {0}
+    assert stage.done("vae").reports.keys() == {0, 1}
+    assert stage.serving() == []
+    assert "update transformer, vae again" in stage.replica(1).message
+    updated(stage, "once more")
+    updated(stage, "once more", "vae")
+    assert all_alike(stage, "once more")
+    assert all_alike(stage, "once more", "vae")
+
+
 def test_a_replica_that_is_lost_while_it_waits_to_be_brought_up_is_not_waited_for() -> None:
     stage = Operating(replicas=3)
     updated(stage)

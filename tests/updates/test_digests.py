@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -113,17 +114,21 @@ def flipped(process: psutil.Process, tensor: torch.Tensor) -> Iterator[None]:
     places = _addresses(process, end)
     assert places, "the rank has the end of the tensor"
 
-    def write(data: bytes) -> None:
+    def replace(old: bytes, new: bytes) -> None:
+        """Where ``old`` still is: a place that was no tensor, but memory given back, may be something else by now."""
         with open(f"/proc/{process.pid}/mem", "rb+", buffering=0) as memory:
             for place in places:
-                memory.seek(place)
-                memory.write(data)
+                with contextlib.suppress(OSError):  # it is no memory any more
+                    memory.seek(place)
+                    if memory.read(len(old)) == old:
+                        memory.seek(place)
+                        memory.write(new)
 
-    write(other)
+    replace(end, other)
     try:
         yield
     finally:
-        write(end)
+        replace(other, end)
 
 
 CASES: dict[str, tuple[str, str, Callable[[Tensors], str]]] = {
