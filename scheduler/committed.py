@@ -152,13 +152,16 @@ class Committed:
         """Those that may sleep: also one that waits, which was put to sleep while none had what was committed."""
         return {replica.number for replica in self._replicas if self.serves(replica)} | self._behind
 
-    def refusal_of(self, partly: set[str], numbers: Container[int]) -> Conflict | None:
-        """Why modules of which not every tensor came cannot replace what was lost, if none of these replicas has it."""
-        lost = sorted(self._lost & partly)
-        if lost and not self._have_weights(numbers):
-            return Conflict(
-                f"The weights of version {self.version} were lost; send every tensor of {', '.join(lost)} at once."
-            )
+    def refusal_of(self, partly: set[str], complete: set[str], numbers: Container[int]) -> Conflict | None:
+        """Why what was written cannot replace what was lost, if none of these replicas has it.
+
+        No module is made of half of it. A journal is not to have some of the lost modules as they were before: whoever
+        read it would be known by its version as one that has everything.
+        """
+        together = self._lost if self.journal else self._lost & partly
+        if together - complete and not self._have_weights(numbers):
+            names = ", ".join(sorted(together))
+            return Conflict(f"The weights of version {self.version} were lost; send every tensor of {names} at once.")
         return None
 
     def _late(self) -> list[Replica]:

@@ -238,7 +238,7 @@ class Operations:
             self._operated(part, {})
             return True
         if isinstance(operation, Commit):
-            refusal = transaction.refusal_to_end(operation) or self._committed.refusal_of(transaction.partly, replicas)
+            refusal = transaction.refusal_to_end(operation) or self._refusal_of(transaction, replicas)
             if refusal is not None:
                 self._fail(part, refusal)
                 return True
@@ -322,12 +322,15 @@ class Operations:
         if transaction.begun is not None or not transaction.written:  # an empty part is legal, and changes nothing
             self._operated(running.part, running.reports)
             return
-        refusal = self._committed.refusal_of(transaction.partly, running.replicas)
+        refusal = self._refusal_of(transaction, running.replicas)
         if transaction.only is None and refusal is not None:
             self._undo(transaction, running)
             self._fail(running.part, refusal)
             return
         self._end_well(transaction, running)
+
+    def _refusal_of(self, transaction: Transaction, replicas: set[int]) -> Conflict | None:
+        return self._committed.refusal_of(transaction.partly, transaction.complete, replicas)
 
     def _undo(self, transaction: Transaction, running: Running) -> None:
         """Have the replicas let go of what they prepared or joined, undo what they wrote, and wake up."""

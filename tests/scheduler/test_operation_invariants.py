@@ -112,20 +112,24 @@ class OperationsMachine(RuleBasedStateMachine):
         adapters=st.sampled_from([None, set_adapters("ink", words=["first"])]),
         lost=st.booleans(),
         back=st.booleans(),
+        late=st.booleans(),
     )
-    def all_are_there(self, journal: bool, adapters: SetAdapters | None, lost: bool, back: bool) -> None:
-        """Or all are lost, which had other weights, and adapters; what is hard comes after that."""
+    def all_are_there(self, journal: bool, adapters: SetAdapters | None, lost: bool, back: bool, late: bool) -> None:
+        """Or all are lost, which had other weights, and adapters, but for one that loads what was before.
+
+        What is hard comes after that.
+        """
         self.account, self.with_journal = Account(adapters), journal
         path = "/journal" if journal else None
         config = Config(replicas=REPLICAS, max_running=2, stall_timeout_s=STALL_TIMEOUT_S, weights_journal=path)
         self.stage = Stage(ready=(), config=config, adapters=adapters)
         for number in range(REPLICAS):
-            self.start(number, at_once=True)
+            self.start(number, at_once=number > 0 or not late)
         if lost:
             self.ask(update(self.name("whole"), "transformer", version="before all were lost"))
             self.ask(Adapt(set_adapters("oil", words=[self.name("word")])))
             self.obey_all()
-            self.kill_all(None, back)
+            self.kill_all(0 if late else None, back)
 
     # What trainers and clients do.
 
@@ -334,6 +338,10 @@ class OperationsMachine(RuleBasedStateMachine):
             self.kill_all(None, back=True)
             self.settle()
             assert self.serving() == list(range(REPLICAS)), "nothing is to be sent again"
+        if self.with_journal:  # of which nobody is to read half
+            words = {module: [self.name("whole")] for module in CHECKPOINT}
+            self.ask(Update(source=Files(words), weight_version=self.name("version")))
+            self.settle()
         for module in CHECKPOINT:
             self.update_at_once(module, half=False, barrier="wait")
             self.settle()

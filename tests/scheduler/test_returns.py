@@ -5,7 +5,18 @@ import pytest
 from safelight.protocol.config import Config
 from safelight.protocol.errors import Internal
 from safelight.protocol.messages import Cancel
-from safelight.protocol.operations import Abort, Begin, Commit, Digests, Export, Operated, Sleep, Wake
+from safelight.protocol.operations import (
+    Abort,
+    Begin,
+    Commit,
+    Digests,
+    Export,
+    Files,
+    Operated,
+    Sleep,
+    Update,
+    Wake,
+)
 from safelight.tests.scheduler.operating import Operating, Process, update
 from safelight.tests.scheduler.stage import generate
 
@@ -285,6 +296,29 @@ def test_with_a_journal_whoever_read_it_serves_at_once() -> None:
     stage.start(1)  # with a journal that had missed it
     assert all_alike(stage, "new")
     assert "journal" in stage.steps(1)[-4:]
+
+
+def test_a_journal_never_has_less_than_was_committed_when_lost_weights_are_sent_again() -> None:
+    stage = Operating(config=Config(replicas=2, weights_journal="/journal"))
+    stage.operate("both", Update(source=Files({"transformer": ["new"], "vae": ["new"]})))
+    stage.do_all()
+    stage.kill(1)
+    stage.kill(0)
+    stage.start(0)  # with a journal that had missed the update
+    stage.operate("one", update("again"))
+    stage.do_all()
+    assert "every tensor of transformer, vae at once" in stage.refusal("one")
+    assert [order.step for _, order in stage.told].count("journal") == 1
+    stage.begin()
+    stage.operate("1", update("again", part_of="u"))
+    stage.do_all()
+    stage.operate("too early", Commit("u"))
+    assert "every tensor of transformer, vae at once" in stage.refusal("too early")
+    stage.operate("2", update("again", "vae", part_of="u"))
+    stage.do_all()
+    stage.commit()
+    assert all_alike(stage, "again")
+    assert all_alike(stage, "again", "vae")
 
 
 def test_the_journal_knows_what_became_of_a_commit_that_all_were_lost_in() -> None:
