@@ -13,9 +13,10 @@ MAY_IMPORT = {
     "protocol": set(),
     "server": {"protocol"},
     "scheduler": {"protocol"},
-    "worker": {"protocol"},
+    "worker": {"protocol", "rollout"},
     "client": {"protocol"},
     "shapes": set(),
+    "rollout": set(),
 }
 
 
