@@ -316,5 +316,5 @@ class Operated(msgspec.Struct, tag=True, frozen=True):
     request_id: str
     reports: dict[int, Report]
     weight_version: str | None
-    asleep: list[str] = []
-    adapters: AdapterState = AdapterState()
+    asleep: list[str]
+    adapters: AdapterState

@@ -158,10 +158,9 @@ class Dispatcher:
                 self._continue(request_id)
             case AbortRequests(request_id=request_id, name=name):
                 self._abort(name)
-                self._outbox.to_server.append(Operated(request_id, {}, self._committed.version))
+                self._done(request_id)
             case ListAdapters(request_id=request_id):
-                told = Operated(request_id, {}, self._committed.version, adapters=self._committed.adapters)
-                self._outbox.to_server.append(told)
+                self._done(request_id)
             case ReplicaExited(replica=number, message=why):
                 if replica := self._replicas.get(number):
                     self._lose(replica, replica.exited(why), f"was lost ({why}) and will come back")
@@ -360,7 +359,12 @@ class Dispatcher:
         if self._paused == "in_place":
             self._tell_paused(False)
         self._paused = None
-        self._outbox.to_server.append(Operated(request_id, {}, self._committed.version))
+        self._done(request_id)
+
+    def _done(self, request_id: str) -> None:
+        """That what needed no replica's report is done."""
+        asleep, committed = sorted(self._operations.asleep), self._committed
+        self._outbox.to_server.append(Operated(request_id, {}, committed.version, asleep, committed.adapters))
 
     def _tell_paused(self, paused: bool) -> None:
         for replica in self._replicas:
@@ -372,7 +376,7 @@ class Dispatcher:
         idle = all(replica.outstanding == 0 for replica in self._replicas)
         if self._pausing and (idle or self._paused in (None, "in_place")):
             for pause in self._pausing:
-                self._outbox.to_server.append(Operated(pause.request_id, {}, self._committed.version))
+                self._done(pause.request_id)
             self._pausing.clear()
 
     def _abort(self, name: str | None) -> None:

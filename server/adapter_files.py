@@ -13,6 +13,7 @@ from typing import BinaryIO
 from ..protocol.adapters import ADAPTER_CONFIG, ADAPTER_FILE, ALL, AdapterSource, SetAdapters
 from ..protocol.config import Config
 from ..protocol.errors import InvalidRequest, NotFound, SafelightError, StartFailed, Unavailable
+from ..protocol.models import resolve_model
 from ..protocol.tensor_files import BadTensorFile, read_head
 from .checkpoint_files import find_path
 
@@ -56,10 +57,12 @@ def copy_adapter(
     """
     try:
         found = find_path(path, config, field=_FIELD)
-        file = find_path(str(_file_in(found)), config, field=_FIELD)  # a link in it may lead elsewhere
+        local, file = isinstance(resolve_model(path), Path), _file_in(found)
+        if local:  # a link in it may lead elsewhere; those of a download lead to its cache
+            file = find_path(str(file), config, field=_FIELD)
         beside = found / ADAPTER_CONFIG if found.is_dir() else found.parent / ADAPTER_CONFIG
         configured = beside.exists() and (found.is_dir() or found.name == ADAPTER_FILE)
-        settings = find_path(str(beside), config, field=_FIELD) if configured else None
+        settings = (find_path(str(beside), config, field=_FIELD) if local else beside) if configured else None
     except (OSError, ValueError, RuntimeError) as error:
         raise NotFound(f"There is nothing at {path[:200]} ({type(error).__name__}).", field=_FIELD) from None
     try:

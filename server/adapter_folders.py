@@ -49,6 +49,7 @@ class AdapterFolders:
         except BaseException:
             await self._remove(own)
             raise
+        self._first = set()  # whatever is needed of them is among what the scheduler tells of, after any change
         await self._remove(own)
 
     async def _wait_and_remove(self, own: set[Path]) -> None:
@@ -60,8 +61,6 @@ class AdapterFolders:
         """Every folder that no replica needs, now that it is known of ``settled`` too."""
         self._pending -= settled
         needed = {one.source.folder for one in self._link.adapters.loaded.values()}
-        if needed & self._first:
-            self._first = set()  # they are among those that the scheduler tells of
         kept = needed | self._first | {str(folder) for folder in self._pending}
         gone = [folder for folder in self._shared.glob("adapter-*") if str(folder) not in kept]
         for folder in gone:

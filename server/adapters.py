@@ -102,6 +102,8 @@ class _Routes:
         if body.lora_path is not None and any(nickname.startswith(SENT) for nickname in nicknames):
             raise InvalidRequest(f"{SENT} is the name of what comes as tensors.", field="lora_nickname")
         paths = _each(body.lora_path, nicknames, "lora_path") if body.lora_path is not None else [None] * len(nicknames)
+        if body.lora_alpha is not None and None in paths:
+            raise InvalidRequest("lora_alpha is for adapters that are loaded; give the path too.", field="lora_alpha")
         strengths = [_finite(number) for number in _each(body.strength, nicknames, "strength")]
         wanted = body.merge_mode or "auto"
         barrier = body.mode or ("in_place" if wanted == "request" else "wait")
@@ -131,7 +133,8 @@ class _Routes:
 
     async def unload(self, request: Request) -> dict[str, Any]:
         body = await read(request, Unload)
-        operated = await self._operating.operate(request, Adapt(UnloadAdapter(body.lora_nickname)), body.mode)
+        async with self._service.folders.for_a_change():
+            operated = await self._operating.operate(request, Adapt(UnloadAdapter(body.lora_nickname)), body.mode)
         return _done(f"{body.lora_nickname} unloaded.", operated)
 
     async def list(self, request: Request) -> dict[str, Any]:

@@ -239,6 +239,8 @@ class Hub:
             self._never_merge_again(name, f"its output cannot be divided: {reason}")
             return None
         except torch.OutOfMemoryError:
+            if self._adapters is not None:
+                self._adapters.forget_stacks()
             self._token_caps[name] = max(1, sum(part.positions for part in parts) // 2)
             log.warning("%d calls to %s are too many for the memory; fewer meet from now on", len(group), name)
             return None

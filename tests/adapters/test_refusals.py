@@ -100,6 +100,28 @@ def test_what_is_asked_wrongly(server: Trainer, adapters: Adapters) -> None:
     assert "twice" in refused(server, 400, "/generate", DRAWING | {"lora": [{"name": "a"}, {"name": "a"}]})
 
 
+def copies(server: Trainer) -> int:
+    return len(list(server.shared().glob("adapter-*")))
+
+
+def test_files_are_kept_for_as_long_as_they_are_needed(server: Trainer, adapters: Adapters) -> None:
+    """Whatever the server answers meanwhile: a replica that starts again reads them."""
+    set_lora(server, "first", lora_path=adapters.path("first"), merge_mode="merge")
+    server.done("/pause_generation", {"mode": "wait"})
+    server.done("/continue_generation", {})
+    server.done("/abort_request", {"all": True})
+    assert server.post("/v1/set_lora", {"lora_nickname": "x", "lora_path": "/none"}).status_code in (403, 404)
+    assert copies(server) == 1
+    server.done("/v1/unload_lora", {"lora_nickname": "first"})
+    assert copies(server) == 0
+
+
+def test_an_alpha_for_what_is_loaded_is_not_ignored(server: Trainer, adapters: Adapters) -> None:
+    set_lora(server, "first", lora_path=adapters.path("first"), merge_mode="request")
+    assert "path" in refused(server, 400, "/v1/set_lora", {"lora_nickname": "first", "lora_alpha": 3})
+    server.done("/v1/unload_lora", {"lora_nickname": "first"})
+
+
 def test_a_file_that_has_changed_is_read_again(server: Trainer, adapters: Adapters, altered: Path) -> None:
     set_lora(server, "mine", lora_path=str(altered))
     assert is_drawn(server, adapters, ("first", 1.0))

@@ -46,7 +46,7 @@ class Term:
 
 @dataclass(slots=True, eq=False)
 class Adapter:
-    """``terms`` by component and layer. A request that names it has it in ``components``.
+    """``terms`` by component and layer.
 
     ``only_merged`` are layers that it cannot be computed beside, ``only_beside`` such that it cannot be merged into.
     ``number`` is no other's in this process.
@@ -54,7 +54,6 @@ class Adapter:
 
     nickname: str
     terms: dict[str, dict[str, Term]] = field(default_factory=dict)
-    components: frozenset[str] = frozenset()
     only_merged: list[str] = field(default_factory=list)
     only_beside: list[str] = field(default_factory=list)
     number: int = field(default_factory=lambda: next(_numbers))

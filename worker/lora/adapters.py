@@ -41,7 +41,17 @@ MERGED = "merged_adapters"
 MOST_ROUNDED_AWAY = 0.1
 """Of an adapter's change, in the norm: from that on ``auto`` computes beside the weights."""
 
-Wanted = Uses | None
+
+@dataclass(frozen=True, slots=True)
+class Named:
+    """An adapter of a request, as it was when the request came, and the components that it is for."""
+
+    adapter: Adapter
+    scale: float
+    components: frozenset[str]
+
+
+Wanted = tuple[Named, ...] | None
 """A request's own adapters; ``None`` for those that are active for all."""
 
 Adapters = dict[str, Adapter]
@@ -110,15 +120,17 @@ class RankAdapters:
                 )
             if only := self._adapters[use.name].only_merged:
                 raise InvalidRequest(f"{use.name} can only be merged, because of {only[0]}.", field="lora")
-        return tuple((self._adapters[use.name], use.scale) for use in uses)
+        named = ((self._adapters[use.name], use.scale, self.state.loaded[use.name].components) for use in uses)
+        return tuple(Named(adapter, scale, frozenset(components)) for adapter, scale, components in named)
 
     def uses(self, component: str, wanted: Wanted) -> Uses:
-        """What is computed beside the component's weights for a request."""
+        """What is computed beside the component's weights for a request: nothing that is in them by now."""
         root = component.split(".")[0]
+        active = self.state.active.get(root, ())
         if wanted is None:
-            active = self.state.active.get(root, ())
             return tuple((self._adapters[one.nickname], one.strength) for one in active if one.mode == "dynamic")
-        return tuple((adapter, scale) for adapter, scale in wanted if root in adapter.components)
+        merged = [self._adapters[one.nickname] for one in active if one.merged]
+        return tuple((one.adapter, one.scale) for one in wanted if root in one.components and one.adapter not in merged)
 
     def during(
         self, component: str, rows: Sequence[tuple[int, Uses]], *, listed: bool = False
@@ -139,7 +151,7 @@ class RankAdapters:
 
     def forget_stacks(self) -> None:
         """Let go of what forwards make of factors, and will make again."""
-        self._beside.set_loaded(list(self._adapters.values()))
+        self._beside.forget()
 
     # --- changes
 
@@ -163,6 +175,7 @@ class RankAdapters:
             case RestoreAdapters(state=state):
                 for loaded in state.loaded.values():
                     self._load(loaded.source, adapters)
+        self._check(state, adapters)
         self._next = _Next(state, {name: adapters[name] for name in state.loaded}, told)
 
     def write(self) -> None:
@@ -176,9 +189,7 @@ class RankAdapters:
         assert self._next is not None, "written before"
         before = planning.effect(self.state)
         self.state, self._adapters, self.told = self._next.state, self._next.adapters, self._next.told
-        for nickname, loaded in self.state.loaded.items():
-            self._adapters[nickname].components = frozenset(loaded.components)
-        self._beside.set_loaded(list(self._adapters.values()))
+        self._beside.forget()
         self._next, self.written = None, False
         return before != planning.effect(self.state)
 
@@ -213,6 +224,16 @@ class RankAdapters:
                 merge(layout, _merged_sum(component, self.state, self._adapters), merged)
 
     # --- what will be
+
+    def _check(self, state: AdapterState, adapters: Adapters) -> None:
+        """Raises ``InvalidRequest`` for a layer that cannot be merged into, or computed beside, as it would be."""
+        for component, ones in state.active.items():
+            for one in ones:
+                adapter = adapters[one.nickname]
+                impossible = adapter.only_beside if one.mode == "merge" else adapter.only_merged
+                if layer := next((layer for layer in impossible if layer.startswith(f"{component}.")), None):
+                    way = "merged into" if one.mode == "merge" else "computed beside"
+                    raise InvalidRequest(f"{one.nickname}: {layer} cannot be {way}.", field="merge_mode")
 
     def _set(self, change: SetAdapters, adapters: Adapters, told: list[str]) -> AdapterState:
         work = _Setting(change, adapters)

@@ -28,8 +28,16 @@ _OTHER_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 _LONGEST_PATTERN = 500
 
-_SLOW_PATTERN = re.compile(r"\)[*+{]|([*+{].*){4}")
-"""Repeated groups, and many repetitions: a match could take for ever."""
+_SLOW_PATTERN = re.compile(r"[()]|([*+{?].*){3}")
+"""Groups, and more repetitions than two: a match could take for ever."""
+
+_MOST_PATTERNS = 64
+"""That are more than a name; peft writes one for each kind of layers."""
+
+_LARGEST = 1e6
+"""Of any alpha or rank."""
+
+_NAME = re.compile(r"[\w.]+")
 
 Patterns = list[tuple[re.Pattern[str], float]]
 
@@ -71,7 +79,7 @@ def read_config(config: Mapping[str, Any], where: str = "adapter_config.json") -
     if isinstance(first, str) and first.startswith(_OTHER_BASE):
         raise refused(f"{where} says init_lora_weights={first[:50]!r}, so that it fits other weights than the model's")
     rank, rslora = config.get("r"), config.get("use_rslora") or False
-    if type(rank) is not int or rank <= 0 or type(rslora) is not bool:
+    if type(rank) is not int or not 0 < rank <= _LARGEST or type(rslora) is not bool:
         raise refused(f"{where} does not say r as a positive integer, or use_rslora as a boolean")
     return Told(
         where=where,
@@ -108,8 +116,8 @@ def parse_object(text: str | bytes, where: str) -> dict[str, Any]:
 
 
 def _positive(value: object, name: str, where: str) -> float:
-    if type(value) not in (int, float) or not isinstance(value, int | float) or not 0 < value < math.inf:
-        raise refused(f"{where} does not say {name} as a positive number")
+    if type(value) not in (int, float) or not isinstance(value, int | float) or not 0 < value <= _LARGEST:
+        raise refused(f"{where} does not say {name} as a positive number, of at most a million")
     return float(value)
 
 
@@ -119,6 +127,8 @@ def _patterns(given: object, name: str, where: str) -> Patterns:
         return []
     if not isinstance(given, dict):
         raise refused(f"{where} does not say {name} as an object")
+    if sum(not _NAME.fullmatch(key) for key in given) > _MOST_PATTERNS:
+        raise refused(f"{where} has more than {_MOST_PATTERNS} patterns in its {name} that are no names")
     try:
         return [
             (re.compile(rf"(.*\.)?({_quick(key)})$"), _positive(value, f"{name} of {key[:100]}", where))

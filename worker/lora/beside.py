@@ -1,9 +1,9 @@
 """Adapters beside the weights: every layer's output with each row's own low-rank term.
 
 Layers are watched from the load on, so that an adapter changes no module. What a forward is to add is said around it,
-in :meth:`Beside.during`: the same adapters for all rows, or others for each. Then every loaded adapter's factors of a
-layer lie in one stack, of ranks padded to one of a few sizes, and each row gathers its own: two products for all rows,
-whatever they use.
+in :meth:`Beside.during`: the same adapters for all rows, or others for each. Then the factors of those that are used
+lie in one stack for each layer, of ranks padded to one of a few sizes, and each row gathers its own: two products for
+all rows, whatever they use.
 """
 
 from __future__ import annotations
@@ -30,6 +30,12 @@ RANKS = (4, 8, 16, 32, 64, 128, 256)
 _REMEMBERED = 16
 """Combinations of adapters whose factors are kept side by side."""
 
+_MOST_JOINED = 1 << 30
+"""Bytes of factors side by side, of several combinations."""
+
+_STACKED = 16
+"""Adapters in a stack, unless a forward uses more."""
+
 _ARRANGEMENTS = 4
 """Choices of rows that are kept: the same requests meet at every step."""
 
@@ -49,7 +55,6 @@ class Beside:
     def __init__(self, ranks: Ranks) -> None:
         self._ranks = ranks
         self._now: _SameForAll | _RowByRow | None = None
-        self._loaded: list[Adapter] = []
         self._joined: OrderedDict[tuple[str, tuple[Adapter, ...]], _Joined] = OrderedDict()
         self._stacks: dict[str, _Stacks] = {}
         self._arranged: OrderedDict[tuple[str, bool, tuple[tuple[int, Uses], ...]], _RowByRow] = OrderedDict()
@@ -61,9 +66,8 @@ class Beside:
                 # before a hook that divides the output among ranks
                 layer.register_forward_hook(self._hook(path), prepend=True, with_kwargs=True)
 
-    def set_loaded(self, adapters: Sequence[Adapter]) -> None:
-        """These can be used from now on; requests may still have others."""
-        self._loaded = list(adapters)
+    def forget(self) -> None:
+        """Let go of what was made of adapters' factors; what is used is made again."""
         self._joined.clear()
         self._stacks.clear()
         self._arranged.clear()
@@ -107,17 +111,22 @@ class Beside:
         if key not in self._joined:
             self._joined[key] = _Joined([adapter.terms[component] for adapter in adapters])
         self._joined.move_to_end(key)
-        while len(self._joined) > _REMEMBERED:
+        while len(self._joined) > _REMEMBERED or (
+            len(self._joined) > 1 and sum(joined.nbytes for joined in self._joined.values()) > _MOST_JOINED
+        ):
             self._joined.popitem(last=False)
         return self._joined[key]
 
     def _stack(self, component: str, used: set[Adapter]) -> _Stacks:
-        """The factors of all that are loaded, and of ``used``: requests may still have what is not loaded any more."""
+        """The factors of ``used``, and of some that were used before: all are padded to the largest rank of them."""
         found = self._stacks.get(component)
         if found is None or not used <= set(found.adapters):
+            largest = max(_rank(component, adapter) for adapter in used)
             before = [] if found is None else found.adapters
-            every = dict.fromkeys([*self._loaded, *before, *sorted(used, key=lambda adapter: adapter.number)])
-            found = _Stacks(component, [adapter for adapter in every if component in adapter.terms])
+            kept = [one for one in before if one not in used and _rank(component, one) <= largest]
+            room = max(0, _STACKED - len(used))
+            every = [*kept[max(0, len(kept) - room) :], *sorted(used, key=lambda adapter: adapter.number)]
+            found = _Stacks(component, every)
             self._stacks[component] = found
         return found
 
@@ -130,7 +139,13 @@ class Beside:
 
 
 def _touching(component: str, uses: Uses) -> Uses:
-    return tuple((adapter, strength) for adapter, strength in uses if component in adapter.terms and strength)
+    """Those with layers there, in an order of their own: the same adapters are the same, however they were named."""
+    touching = ((adapter, strength) for adapter, strength in uses if component in adapter.terms and strength)
+    return tuple(sorted(touching, key=lambda use: use[0].number))
+
+
+def _rank(component: str, adapter: Adapter) -> int:
+    return _padded(max(term.rank for term in adapter.terms[component].values()))
 
 
 class _Joined:
@@ -139,6 +154,10 @@ class _Joined:
     def __init__(self, terms: Sequence[Mapping[str, Term]]) -> None:
         self._terms = terms
         self._layers: dict[tuple[str, torch.dtype], tuple[torch.Tensor, torch.Tensor, tuple[int, ...]] | None] = {}
+
+    @property
+    def nbytes(self) -> int:
+        return sum(made[0].nbytes + made[1].nbytes for made in self._layers.values() if made is not None)
 
     def layer(self, path: str, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, tuple[int, ...]] | None:
         """``down`` [ranks, in, …], ``up`` [out, ranks, …], and each adapter's rank, 0 for one without the layer."""

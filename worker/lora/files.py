@@ -91,10 +91,11 @@ def read_adapter(
     told = None if config is None else read_config(config)
     by_component = read_header(metadata or {})
     pairs = find_pairs(tensors)
+    placed = place(pairs, pipeline, shapes)  # before patterns meet names, so that these are a model's
     scales: dict[str, tuple[float, float]] = {}
     other: list[str] = []
-    for name, pair in pairs.items():
-        component, layer = split_name(name, shapes)
+    for name in (name for found in placed.values() for name in found.layers):
+        (component, layer), pair = split_name(name, shapes), pairs[name]
         said = told or by_component.get(component)
         if said is not None and said.rank_of(layer) != pair.rank:
             other.append(f"{layer}: {said.rank_of(layer):g}, not {pair.rank}")
@@ -102,7 +103,7 @@ def read_adapter(
     if other:
         raise refused(f"of {len(other)} layers, another rank is told than they have", other)
     layers: dict[str, dict[str, LowRank]] = {}
-    for (component, layer), found in place(pairs, pipeline, shapes).items():
+    for (component, layer), found in placed.items():
         applies = {scales[name] for name in found.layers}
         if len(applies) != 1:
             raise refused("layers of different alphas or ranks are one in the model", sorted(found.layers))

@@ -42,7 +42,7 @@ def split_name(name: str, shapes: Shapes) -> Place:
     path = name.removeprefix(_PEFT_MODEL)
     component, _, rest = path.partition(".")
     if component in shapes:
-        return component, rest
+        return component, rest.removeprefix(_PEFT_MODEL)
     denoiser = next((found for found in DENOISERS if found in shapes), "")
     return denoiser, path.removeprefix(_FOREIGN)
 

@@ -104,7 +104,6 @@ def test_a_layer_whose_rows_are_not_those_of_requests_is_not_mixed() -> None:
     adapter = Adapter("a", {"transformer": {"0": Term("0.weight", down, 0.5 * up, 0.5 * up)}})
     beside = Beside(ALONE)
     beside.watch(nn.Sequential(layer))
-    beside.set_loaded([adapter])
     rows = [(1, ((adapter, 1.0),)), (2, ())]
     for shape in ((3, 6), (3, 4, 6), (6, 4, 6)):
         x = torch.randn(shape)

@@ -336,7 +336,15 @@ CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
     "no pattern": (config(alpha_pattern={"to_(q": 3}), "something else than patterns in its alpha_pattern"),
     "a long pattern": (config(rank_pattern={"x" * 501: 3}), "something else than patterns in its rank_pattern"),
     "a slow pattern": (config(alpha_pattern={r"((\w+\.?)+)x": 3}), "something else than patterns in its alpha_pattern"),
-    "another slow pattern": (config(alpha_pattern={".*a.*b.*c.*d": 3}), "something else than patterns"),
+    "another slow pattern": (config(alpha_pattern={".*a.*b.*c": 3}), "something else than patterns"),
+    "a pattern that doubles": (config(alpha_pattern={"a?" * 60 + "a" * 60: 3}), "something else than patterns"),
+    "a pattern of groups": (config(alpha_pattern={"(a|a)" * 60: 3}), "something else than patterns"),
+    "many patterns": (
+        config(alpha_pattern={f".*{n}": 3 for n in range(65)}),
+        "more than 64 patterns in its alpha_pattern",
+    ),
+    "a huge alpha": (config(lora_alpha=10**400), "does not say lora_alpha as a positive number, of at most a million"),
+    "a huge rank": (config(r=10**400), "does not say r as a positive integer"),
     "a pattern of words": (
         config(alpha_pattern={"to_q": "3"}),
         "does not say alpha_pattern of to_q as a positive number",

@@ -32,7 +32,7 @@ def for_components(folder: Path, nickname: str, made: dict[str, tuple[Made, nn.M
             tensors[name.replace("base_model.model.", f"{component}.")] = tensor
     target = folder / nickname
     target.mkdir(parents=True)
-    save_file(tensors, target / "pytorch_lora_weights.safetensors")
+    save_file(tensors, target / "adapter_model.safetensors")
     return target
 
 
@@ -177,3 +177,66 @@ def test_a_fused_text_encoder_takes_adapters_under_its_own_names(tmp_path: Path)
         assert distance(pictures[3 + index], pictures[index]) < 1e-5
     assert distance(pictures[1], pictures[2]) < 1e-5
     assert distance(pictures[1], pictures[0]) > 1e-4
+
+
+def test_what_is_merged_while_a_request_is_drawn_is_not_added_to_it_twice(flux: Model, tmp_path: Path) -> None:
+    folder = write_adapter(SMALL, flux.pipeline.transformer, tmp_path / "x")
+    adapters = new_adapters(flux)
+    change(adapters, setting(folder, mode="request"))
+    wanted = adapters.wanted([Use("x")])
+    assert len(adapters.uses("transformer", wanted)) == 1
+    change(adapters, SetAdapters(nicknames=["x"], strengths=[1.0], mode="merge"))
+    assert adapters.uses("transformer", wanted) == ()
+    change(adapters, MergeAdapters(ALL, [0.5]))
+    assert adapters.uses("transformer", wanted) == ()
+    change(adapters, UnloadAdapter("x"))
+    assert len(adapters.uses("transformer", wanted)) == 1
+
+
+def test_a_request_keeps_the_components_of_its_adapter(flux: Model, tmp_path: Path) -> None:
+    parts = {name: (SMALL, flux.pipeline.components[name]) for name in ("transformer", "text_encoder_2")}
+    both = for_components(tmp_path, "both", parts)
+    adapters = new_adapters(flux)
+    change(adapters, setting(both, mode="request"))
+    wanted = adapters.wanted([Use("x")])
+    assert [len(adapters.uses(name, wanted)) for name in parts] == [1, 1]
+    change(adapters, setting(both, mode="request", target="text_encoder_2"))
+    assert [len(adapters.uses(name, wanted)) for name in parts] == [1, 1]
+    assert [len(adapters.uses(name, adapters.wanted([Use("x")]))) for name in parts] == [0, 1]
+
+
+def test_a_large_adapter_that_is_not_used_makes_no_stack_larger(flux: Model, tmp_path: Path) -> None:
+    made = [Made(f"small-{number}", 2, 2.0, seed=number) for number in range(3)] + [Made("large", 64, 2.0, seed=9)]
+    adapters = new_adapters(flux)
+    for one in made:
+        change(
+            adapters,
+            setting(write_adapter(one, flux.pipeline.transformer, tmp_path / one.nickname), one.nickname, "request"),
+        )
+    beside = adapters._beside
+
+    def bytes_for(*names: str) -> int:
+        rows = [(1, adapters.uses("transformer", adapters.wanted([Use(name)]))) for name in names]
+        with adapters.during("transformer", rows):
+            stacks = beside._stacks["transformer"]
+            path = next(iter(rows[0][1][0][0].terms["transformer"]))
+            down, up = stacks.layer(path, torch.float32) or ()
+        return int(down.nbytes + up.nbytes) // (1 + len(stacks.adapters))
+
+    small = bytes_for("small-0", "small-1")
+    assert bytes_for("small-0", "large") > 4 * small
+    assert bytes_for("small-1", "small-2") == small
+
+
+def test_the_same_adapters_in_another_order_are_the_same(flux: Model, tmp_path: Path) -> None:
+    adapters = new_adapters(flux)
+    for one in (SMALL, OTHER):
+        change(
+            adapters,
+            setting(write_adapter(one, flux.pipeline.transformer, tmp_path / one.nickname), one.nickname, "request"),
+        )
+    for names in (("small", "other"), ("other", "small")):
+        uses = adapters.uses("transformer", adapters.wanted([Use(name) for name in names]))
+        with adapters.during("transformer", [(2, uses)]):
+            pass
+    assert len(adapters._beside._joined) == 1
