@@ -55,7 +55,7 @@ class AsyncClient:
     @calls.with_arguments_of(rollout_calls.rollout)
     async def rollout(self, call: Call) -> list[Rollout]:
         """:meth:`Client.rollout`, awaited."""
-        return decode_rollouts(await self._fetch(call), self.base_url)
+        return decode_rollouts(await self._fetch(call), call, self.base_url)
 
     async def info(self) -> dict[str, Any]:
         """:meth:`Client.info`, awaited."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,9 +11,14 @@ import msgspec
 
 from ..protocol.errors import Internal
 from ..protocol.rollouts import TENSOR
+from .calls import Call
 
 if TYPE_CHECKING:
     import torch
+
+
+_SHARED = re.compile(r"/[^.]*/safelight-[\w-]+/rollout-[0-9a-f]{16}\.safetensors")
+"""How the server names them."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,21 +65,21 @@ class Rollout:
     peak_memory_mb: float
 
 
-def decode_rollouts(reply: bytes, server: str) -> list[Rollout]:
-    """Raises ``Internal`` for what is no reply to a rollout. Files of tensors are read, and removed."""
+def decode_rollouts(reply: bytes, call: Call, server: str) -> list[Rollout]:
+    """Raises ``Internal`` for what is no reply to ``call``. Files are read and removed, if it asked for them."""
+    shared = bool(call.body and call.body.get("rollout_shared_memory"))
     try:
-        return [_rollout(told) for told in msgspec.msgpack.decode(reply, type=list[dict[str, Any]])]
-    except (msgspec.DecodeError, KeyError, TypeError, OSError) as error:
+        return [_rollout(told, shared=shared) for told in msgspec.msgpack.decode(reply, type=list[dict[str, Any]])]
+    except (msgspec.DecodeError, KeyError, TypeError, ValueError, OSError) as error:
         raise Internal(f"What answers at {server} sent no rollouts ({type(error).__name__}: {error}).") from None
 
 
-def _rollout(told: dict[str, Any]) -> Rollout:
-    files: dict[str, Mapping[str, torch.Tensor]] = {}
+def _rollout(told: dict[str, Any], *, shared: bool) -> Rollout:
+    files = _Files(shared)
     try:
         whole = _with_tensors(told, files)
     finally:
-        for file in files:
-            Path(file).unlink(missing_ok=True)
+        files.remove()
     trajectory = whole["dit_trajectory"]
     return Rollout(
         request_id=whole["request_id"],
@@ -93,7 +98,7 @@ def _rollout(told: dict[str, Any]) -> Rollout:
     )
 
 
-def _with_tensors(value: Any, files: dict[str, Mapping[str, torch.Tensor]]) -> Any:
+def _with_tensors(value: Any, files: _Files) -> Any:
     if isinstance(value, dict) and value.get(TENSOR) is True:
         return _tensor(value, files)
     if isinstance(value, dict):
@@ -101,11 +106,30 @@ def _with_tensors(value: Any, files: dict[str, Mapping[str, torch.Tensor]]) -> A
     return [_with_tensors(part, files) for part in value] if isinstance(value, list) else value
 
 
-def _tensor(told: dict[str, Any], files: dict[str, Mapping[str, torch.Tensor]]) -> torch.Tensor:
-    from safetensors.torch import load, load_file
+def _tensor(told: dict[str, Any], files: _Files) -> torch.Tensor:
+    from safetensors.torch import load
 
-    if "file" not in told:
-        return load(told["data"])["t"]
-    if told["file"] not in files:
-        files[told["file"]] = load_file(told["file"])
-    return files[told["file"]][told["name"]]
+    return load(told["data"])["t"] if "file" not in told else files.tensor(told["file"], told["name"])
+
+
+class _Files:
+    """Files of a server's directory in shared memory; others are neither read nor removed, whatever a reply names."""
+
+    def __init__(self, allowed: bool) -> None:
+        self._allowed = allowed
+        self._read: dict[Path, dict[str, torch.Tensor]] = {}
+
+    def tensor(self, file: str, name: str) -> torch.Tensor:
+        from safetensors.torch import load_file
+
+        path = Path(file)
+        if not self._allowed or not _SHARED.fullmatch(file) or path.is_symlink():
+            raise ValueError(f"{file[:200]} is no file that was asked for")
+        if path not in self._read:
+            self._read[path] = {}
+            self._read[path] = load_file(path)
+        return self._read[path][name]
+
+    def remove(self) -> None:
+        for path in self._read:
+            path.unlink(missing_ok=True)

@@ -68,7 +68,7 @@ class Client:
         ``sampler`` is ``sde``, ``cps`` or ``ode``; ``trajectory``, ``environment`` and ``debug`` say what is told. The
         arguments of :meth:`generate` are taken too.
         """
-        return decode_rollouts(self._fetch(call), self.base_url)
+        return decode_rollouts(self._fetch(call), call, self.base_url)
 
     def info(self) -> dict[str, Any]:
         """``/server_info``: version, configuration, replicas, and how requests share forwards."""

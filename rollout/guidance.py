@@ -14,12 +14,15 @@ norm of the positive answer over the last dimension, as in Qwen-Image's."""
 GUIDED: tuple[Rule, ...] = ("from_negative", "from_positive", "normed")
 
 
-def guided(rule: Rule, positive: torch.Tensor, negative: torch.Tensor | None, scale: float) -> torch.Tensor:
-    """The answers put together, by the operations of diffusers' pipelines in their order."""
+def guided(
+    rule: Rule, positive: torch.Tensor, negative: torch.Tensor | None, scale: float, *, widened: bool = False
+) -> torch.Tensor:
+    """The answers put together, by the operations of diffusers' pipelines in their order; in fp32 if ``widened``."""
     if negative is None:
         return positive
-    if rule == "from_positive":
+    if widened:
         positive, negative = positive.float(), negative.float()
+    if rule == "from_positive":
         return positive + scale * (positive - negative)
     combined = negative + scale * (positive - negative)
     if rule == "normed":

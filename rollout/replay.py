@@ -32,22 +32,18 @@ def velocity(denoisers: Mapping[str, Denoiser], environment: Mapping[str, Any], 
     replay, guidance = environment["replay"], environment["guidance"]
     if replay is None:
         raise ValueError("the server could not tell how this pipeline makes a velocity of the denoiser's answers")
-    denoiser = denoisers[replay["components"][step]]
-    positive = environment["image_kwargs"] | environment["pos_cond_kwargs"]
-    others = environment["neg_cond_kwargs"]
-    if others is None:
-        answers = _answers(denoiser, replay, [positive], x, step)
+    denoiser, shared = denoisers[replay["components"][step]], environment["image_kwargs"]
+    conditions = [environment["pos_cond_kwargs"]]
+    if environment["neg_cond_kwargs"] is not None:
+        conditions.append(environment["neg_cond_kwargs"])
+    if replay["joined"] is None:
+        answers = [row for one in conditions for row in _answers(denoiser, replay, shared, [one], x, step)]
     else:
-        negative = environment["image_kwargs"] | others
-        order = [negative, positive] if replay["joined"] == "negative_first" else [positive, negative]
-        if replay["joined"] is None:
-            answers = [answer for one in order for answer in _answers(denoiser, replay, [one], x, step)]
-        else:
-            answers = _answers(denoiser, replay, order, x, step)
-        if replay["joined"] == "negative_first":
-            answers.reverse()
+        order = slice(None, None, -1 if replay["joined"] == "negative_first" else 1)
+        answers = _answers(denoiser, replay, shared, conditions[order], x, step)[order]
     rest = answers[1] if len(answers) == 2 else None
-    return guidance["sign"] * guided(guidance["rule"], answers[0], rest, guidance["scale"][step])
+    scale, widened = guidance["scale"][step], guidance["widened"]
+    return guidance["sign"] * guided(guidance["rule"], answers[0], rest, scale, widened=widened)
 
 
 def log_probs(
@@ -72,7 +68,12 @@ def log_probs(
 
 
 def _answers(
-    denoiser: Denoiser, replay: Mapping[str, Any], conditions: list[dict[str, Any]], x: torch.Tensor, step: int
+    denoiser: Denoiser,
+    replay: Mapping[str, Any],
+    shared: Mapping[str, Any],
+    conditions: Sequence[Mapping[str, Any]],
+    x: torch.Tensor,
+    step: int,
 ) -> list[torch.Tensor]:
     """What the denoiser says under each of the conditions, in one call."""
     rows = len(conditions)
@@ -81,15 +82,13 @@ def _answers(
     if replay["timesteps"] is not None:
         times[replay["timestep"]] = replay["timesteps"][step : step + 1].expand(rows)
     given: Any = [latents] * rows if replay["listed"] else torch.stack([latents] * rows)
-    arguments = {name: _together([one[name] for one in conditions]) for name in conditions[0]}
-    output = denoiser(**{replay["latents"]: given}, **times, **arguments, return_dict=False)[0]
+    own = {name: _together([one[name] for one in conditions]) for name in conditions[0]}
+    output = denoiser(**{replay["latents"]: given}, **times, **shared, **own, return_dict=False)[0]
     return [row.reshape(x.shape) for row in output]
 
 
 def _together(values: list[Any]) -> Any:
-    if len(values) == 1:
-        return values[0]
+    """The rows of one argument, of each condition."""
     if isinstance(values[0], list):
         return [item for value in values for item in value]
-    alike = not isinstance(values[0], torch.Tensor) or values[0] is values[1]
-    return values[0] if alike else torch.cat(values)
+    return torch.cat(values) if isinstance(values[0], torch.Tensor) and len(values) > 1 else values[0]

@@ -23,6 +23,10 @@ NEARLY_ALL_NOISE = 0.99
 """From this σ on ``sde`` takes its noise from the schedule's second σ: at 1 its equation has no value."""
 
 
+LEAST_NOISE = 1e-6
+"""Of a standard deviation. Less is none: in fp32 it would be lost in the state."""
+
+
 @dataclass(frozen=True, slots=True)
 class Transition:
     """A normal distribution over the next state: ``mean`` [batch, ...] in fp32, and ``std`` of every element."""
@@ -41,11 +45,11 @@ class Transition:
         """
         if not self.std:
             return self.mean.new_zeros(len(self.mean))
-        squares = (reached.float() - self.mean).square()
+        off = reached.float() - self.mean
         if no_const:
-            return -squares.flatten(1).mean(1)
+            return -off.square().flatten(1).mean(1)
         constant = math.log(self.std) + 0.5 * math.log(2 * math.pi)
-        return (-squares / (2 * self.std**2) - constant).flatten(1).mean(1)
+        return (-(off / self.std).square() / 2 - constant).flatten(1).mean(1)
 
 
 def transition(
@@ -61,12 +65,16 @@ def transition(
     if sampler == "ode" or not noise_level:
         return Transition(x + dt * v, 0.0)
     if sampler == "cps":
-        std = after * math.sin(noise_level * math.pi / 2)
+        std = _noise(after * math.sin(noise_level * math.pi / 2))
         clean, noise = x - sigma * v, x + (1 - sigma) * v
         return Transition(clean * (1 - after) + noise * math.sqrt(max(0.0, after**2 - std**2)), std)
     below_one = float(sigmas[1]) if sigma >= NEARLY_ALL_NOISE else sigma
     spread = noise_level * math.sqrt(sigma / (1 - below_one))
     return Transition(
         x * (1 + spread**2 / (2 * sigma) * dt) + v * ((1 + spread**2 * (1 - sigma) / (2 * sigma)) * dt),
-        spread * math.sqrt(-dt),
+        _noise(spread * math.sqrt(-dt)),
     )
+
+
+def _noise(std: float) -> float:
+    return std if std > LEAST_NOISE else 0.0

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
+import ipaddress
 import itertools
-import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import msgspec
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import StreamingResponse
 
+from ..protocol.errors import InvalidRequest
 from ..protocol.logs import request_id_var
 from ..protocol.messages import Generate, Result
 from .disconnect import while_connected
@@ -22,6 +24,8 @@ from .service import Service
 
 _KEPT_S = 600.0
 """Seconds that a reply in shared memory is kept for a client that does not fetch it."""
+
+_SHARED = "rollout_shared_memory"
 
 _OPENAPI = {
     "requestBody": {
@@ -37,7 +41,7 @@ def routes(service: Service) -> APIRouter:
     numbers = itertools.count(1)
 
     @router.post("/rollout/generate", summary="Generate with log-probabilities", openapi_extra=_OPENAPI)
-    async def rollout(request: Request) -> Response:
+    async def generate(request: Request) -> Response:
         body = await read_rollout(request)
         check_ranges(body, service.config)
         model = service.link.ready_model()
@@ -47,11 +51,14 @@ def routes(service: Service) -> APIRouter:
         images = await service.decode(read_images, sources, service.config.max_pixels) if sources else []
         request_id = f"{request_id_var.get()}.{next(numbers)}"
         message = to_message(body, images, request_id, "pt", service.config)
-        message = msgspec.structs.replace(message, rollout=to_rollout(body, len(message.samples)))
+        rollout = await service.decode(to_rollout, body, len(message.samples))
+        message = msgspec.structs.replace(message, rollout=rollout)
         if body.rollout_shared_memory:
-            _forget_unfetched(service.shared)
+            _check_near(request)
         result = await while_connected(request.receive, _result(service, message))
         service.metrics.count_outputs(len(result.outputs))
+        if body.rollout_shared_memory:
+            asyncio.get_running_loop().call_later(_KEPT_S, _forget_files, result)
         return _reply(result)
 
     return router
@@ -80,11 +87,15 @@ async def _each(found: list[Piece]) -> AsyncIterator[Piece]:
         yield part
 
 
-def _forget_unfetched(shared: Path) -> None:
-    """Remove what clients have had time to fetch; those that did have removed it."""
-    for file in shared.glob("rollout-*"):
-        try:
-            if time.time() - file.stat().st_mtime > _KEPT_S:
-                file.unlink()
-        except FileNotFoundError:  # it has just been fetched
-            continue
+def _check_near(request: Request) -> None:
+    """Raises ``InvalidRequest`` unless the client is on this machine: nobody else can fetch the files."""
+    host = request.client.host if request.client is not None else ""
+    if not ipaddress.ip_address(host).is_loopback:
+        raise InvalidRequest("Only a client on the server's machine can have shared memory.", field=_SHARED)
+
+
+def _forget_files(result: Result) -> None:
+    """Remove what the client has had time to fetch; one that did has removed it."""
+    for output in result.outputs:
+        if output.rolled_out is not None and output.rolled_out.file is not None:
+            Path(output.rolled_out.file).unlink(missing_ok=True)

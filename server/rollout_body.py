@@ -6,9 +6,10 @@ import base64
 import binascii
 import itertools
 import math
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
+import numpy as np
 from fastapi import Request
 from pydantic import Field
 
@@ -22,6 +23,9 @@ from .limits import Range
 from .schemas import GenerateBody, read_object, validate
 
 _MOST_NOISE = 100.0
+_LEAST = 1e-6  # of a sigma, and between two
+_FARTHEST = 1e4  # of a number in initial noise
+_LIST = Field(max_length=4096, fail_fast=True)
 
 
 class RolloutBody(GenerateBody):
@@ -34,11 +38,17 @@ class RolloutBody(GenerateBody):
     rollout_debug_mode: bool = Field(False, description="Tell noises, means, model outputs and standard deviations")
     rollout_return_denoising_env: bool = Field(False, description="Tell what the denoiser was given")
     rollout_return_dit_trajectory: bool = Field(False, description="Tell latents, timesteps and sigmas")
-    rollout_sde_step_indices: list[int] | None = Field(None, description="The steps that have noise; all by default")
-    rollout_return_step_indices: list[int] | None = Field(None, description="The steps that tensors are told of")
+    rollout_sde_step_indices: Annotated[list[int], _LIST] | None = Field(
+        None, description="The steps that have noise; all by default"
+    )
+    rollout_return_step_indices: Annotated[list[int], _LIST] | None = Field(
+        None, description="The steps that tensors are told of"
+    )
     rollout_shared_memory: bool = Field(False, description="Tensors as files, for a client on the same machine")
     generator_device: Literal["cpu", "cuda"] = Field("cpu", description="Where noise is drawn")
-    sigmas: list[float] | None = Field(None, description="The schedule, exactly; 0 may be left out at its end")
+    sigmas: Annotated[list[float], _LIST] | None = Field(
+        None, description="The schedule, exactly, in fp32; 0 may be left out at its end"
+    )
     initial_noise: dict[str, Any] | None = Field(
         None, description="A float32 tensor, one row for each sample or one for all, each like the first of its latents"
     )
@@ -71,6 +81,9 @@ def check_rollout(body: RolloutBody, model: ModelInfo, config: Config) -> None:
         raise InvalidRequest("A rollout is told at its end; leave out stream and preview_every.", field="stream")
     if body.output_format not in (None, "pt"):
         raise InvalidRequest("A rollout's outputs are tensors; leave out output_format.", field="output_format")
+    for name in ("sigmas", "timesteps"):
+        if name in body.extra:
+            raise InvalidRequest(f"A rollout takes its schedule as sigmas, not in extra.{name}.", field=f"extra.{name}")
     most = 1.0 if body.rollout_sde_type == "cps" else _MOST_NOISE
     Range(0, most).check("rollout_noise_level", body.rollout_noise_level)
     for name in ("rollout_sde_step_indices", "rollout_return_step_indices"):
@@ -90,10 +103,11 @@ def _check_indices(name: str, indices: list[int] | None, config: Config) -> None
 
 def _check_sigmas(sigmas: list[float], steps: int | None, config: Config) -> None:
     noisy = sigmas[:-1] if sigmas and sigmas[-1] == 0 else sigmas
-    falls = all(after < before for before, after in itertools.pairwise(sigmas))
-    if not 1 <= len(noisy) <= config.max_steps or not falls or not all(0 < sigma <= 1 for sigma in noisy):
+    falls = all(after <= before - _LEAST for before, after in itertools.pairwise(noisy))
+    if not 1 <= len(noisy) <= config.max_steps or not falls or not all(_LEAST <= sigma <= 1 for sigma in noisy):
         raise InvalidRequest(
-            f"sigmas must fall from at most 1 to above 0 in between 1 and {config.max_steps} numbers; 0 may follow.",
+            f"sigmas must fall from at most 1, by {_LEAST:g} each and not below it, in 1 to {config.max_steps} "
+            "numbers; 0 may follow.",
             field="sigmas",
         )
     if steps not in (None, len(noisy)):
@@ -143,6 +157,9 @@ def _rows(noise: Tensor, outputs: int) -> list[Tensor]:
             f"initial_noise must have one row, or one for each of the {outputs} outputs, not {rows}.",
             field="initial_noise",
         )
+    numbers = np.frombuffer(noise.data.data, np.float32)
+    if not (np.abs(numbers) <= _FARTHEST).all():
+        raise InvalidRequest("initial_noise has numbers that are no noise.", field="initial_noise")
     size = len(noise.data) // rows
     shape = [1, *noise.shape[1:]]
     return [Tensor(noise.dtype, shape, Buffer(noise.data.data[i * size : (i + 1) * size])) for i in range(rows)]

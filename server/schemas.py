@@ -123,7 +123,7 @@ def near(name: str, known: Collection[str]) -> str:
 
 def _as_written(value: Any) -> Any:
     """Undo that orjson reads an integer beyond 64 bits as a float: it is out of range, not of a wrong type."""
-    if isinstance(value, list):
+    if isinstance(value, list) and len(value) <= _MOST_ITEMS:
         return [int(item) if _is_beyond(item) else item for item in value]
     return int(value) if _is_beyond(value) else value
 

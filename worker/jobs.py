@@ -152,6 +152,7 @@ class Jobs:
             encoded = self._encoded.get()
             job = encoded.job
             if self._gone(job):
+                record.forget(encoded.output)
                 continue
             if encoded.error is not None:
                 self._failed += 1
@@ -222,6 +223,8 @@ class Jobs:
         try:
             if error is not None:
                 raise error
+            if sample.rolled_out is not None:
+                sample.rolled_out = record.on_the_host(sample.rolled_out)
             self._threads.submit(self._encode_output, job, sample, _widened(pixels))
         except BaseException as failure:  # the pipeline's, or memory for the copy: this request's failure
             log.error("output %d failed", sample.index, exc_info=failure, extra=_in(job))
@@ -308,12 +311,10 @@ def _explain(error: BaseException, sample: SampleRun) -> SafelightError:
     frames = [frame.name for frame in traceback.extract_tb(error.__traceback__)]
     if isinstance(error, ValueError | TypeError) and _CHECKS & set(frames):
         return InvalidRequest(f"the pipeline refuses these arguments: {error}")
-    rollout = sample.request.rollout
-    given = {"extra": sample.request.extra, "image": sample.request.images}
-    given["initial_noise"] = rollout.initial_noise if rollout is not None else []
-    fields = [field for field, value in given.items() if value]
-    names = [*fields[1:], *sorted(sample.request.extra)] if sample.request.extra else fields
-    if fields and sample.steps == 0 and isinstance(error, _INPUT_ERRORS):
-        field = fields[0]
+    names = (["image"] if sample.request.images else []) + sorted(sample.request.extra)
+    if sample.request.rollout is not None and sample.request.rollout.initial_noise:
+        names.append("initial_noise")
+    if names and sample.steps == 0 and isinstance(error, _INPUT_ERRORS):
+        field = "extra" if sample.request.extra else names[0]
         return InvalidRequest(f"the pipeline could not use these arguments: {', '.join(names)}", field=field)
     return Internal("generation failed; the server's log has the details under this request's id")

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.utils import BaseOutput
+from torch.utils import _pytree as pytree
 
 from ..protocol.errors import InvalidRequest
 from ..protocol.logs import request_id_var
@@ -25,7 +26,7 @@ from .input_images import image_arguments
 from .lora.adapters import Wanted
 from .model import Model
 from .rollout.environment import Environment
-from .rollout.record import on_the_host, peak_memory_mb, read_tensor, told
+from .rollout.record import peak_memory_mb, read_tensor, told
 from .rollout.sampling import RolloutSampler, why_no_rollouts
 from .sizes import DENOISERS
 from .steps import Step, watch_steps
@@ -34,6 +35,9 @@ from .task import Task
 _REQUEST_FIELDS = (
     "negative_prompt", "width", "height", "num_frames", "num_inference_steps", "guidance_scale", "true_cfg_scale",
 )  # fmt: skip
+
+
+_GUIDANCE = ("guidance_scale", "true_cfg_scale")
 
 
 @dataclass(slots=True)
@@ -67,10 +71,11 @@ class SampleRun:
         self.clock = Clock()
         self.steps = 0
         self.rolled_out: dict[str, Any] | None = None
-        """What was recorded of it, on the host, once it has ended."""
+        """What was recorded of it, once it has ended."""
         self._model = model
         self._stepped = stepped
         self._environment: Environment | None = None
+        self._shapes: list[torch.Size] | None = None  # that the denoiser's first call must have
         alone = request.deterministic or not model.merges(request)
         self.coroutine = Coroutine(self._run, lambda _: done(self), alone=alone, wanted=wanted)
 
@@ -131,27 +136,47 @@ class SampleRun:
             raise InvalidRequest(f"{type(pipeline).__name__} cannot be rolled out: {reason}.", field="rollout")
         (scheduler,) = schedulers(pipeline)
         self._environment = Environment(_scales(pipeline, arguments)) if rollout.returns_environment else None
+        if rollout.initial_noise:
+            self._shapes = self._usual_shapes(arguments)
         stepped = self._environment.stepped if self._environment is not None else lambda *_: None
         sampler = RolloutSampler(scheduler, rollout, arguments["generator"], stepped)
         watch_steps(scheduler, self._saw, sampler.step)
         pixels = first_output(pipeline(**arguments))
         environment = self._environment.told() if self._environment is not None else None
-        self.rolled_out = on_the_host(
-            {
-                "prompt": self.request.samples[self.index].prompt,
-                "seed": self.seed,
-                # [C, H, W], or [C, F, H, W]
-                "generated_output": (pixels if pixels.ndim == 3 else pixels.transpose(0, 1)).float(),
-                **told(rollout, sampler.end(), environment),
-                "inference_time_s": time.perf_counter() - (self.clock.started or self.clock.submitted),
-                "peak_memory_mb": peak_memory_mb(self._model.device),
-                "sampler": sampler.name,
-                "log_prob_reduction": "mean",
-            }
-        )
+        self.rolled_out = {
+            "prompt": self.request.samples[self.index].prompt,
+            "seed": self.seed,
+            # [C, H, W], or [C, F, H, W]
+            "generated_output": (pixels if pixels.ndim == 3 else pixels.transpose(0, 1)).float(),
+            **told(rollout, sampler.end(), environment),
+            "inference_time_s": time.perf_counter() - (self.clock.started or self.clock.submitted),
+            "peak_memory_mb": peak_memory_mb(self._model.device),
+            "sampler": sampler.name,
+            "log_prob_reduction": "mean",
+        }
         return pixels
 
+    def _usual_shapes(self, arguments: dict[str, Any]) -> list[torch.Size]:
+        """Those of the denoiser's arguments with noise of the pipeline's own, of the size that was asked for."""
+
+        def until_denoiser(call: Call) -> Any:
+            if call.name in DENOISERS:
+                raise _Reached(call)
+            return cross(call)
+
+        generator = torch.Generator(arguments["generator"].device).manual_seed(self.seed)
+        given = {name: value for name, value in arguments.items() if name != "latents"}
+        try:
+            fork(self.task.pipeline, until_denoiser)(**given | {"generator": generator})
+        except _Reached as reached:
+            return _shapes(reached.call)
+        raise InvalidRequest("This pipeline takes no initial noise.", field="initial_noise")
+
     def _cross(self, call: Call) -> Any:
+        if self._shapes is not None and call.name in DENOISERS:
+            if _shapes(call) != self._shapes:
+                raise InvalidRequest("initial_noise has another shape than such a sample's.", field="initial_noise")
+            self._shapes = None
         if self.clock.first_denoise is None and call.component.split(".")[0] in DENOISERS:
             self.clock.first_denoise = time.perf_counter()
         answer = cross(call)
@@ -165,11 +190,24 @@ class SampleRun:
         self._stepped(self, step)
 
 
+class _Reached(Exception):
+    """A pipeline has come to its denoiser's first call."""
+
+    def __init__(self, call: Call) -> None:
+        super().__init__()
+        self.call = call
+
+
+def _shapes(call: Call) -> list[torch.Size]:
+    return [leaf.shape for leaf in pytree.tree_leaves((call.args, call.kwargs)) if isinstance(leaf, torch.Tensor)]
+
+
 def _scales(pipeline: DiffusionPipeline, arguments: dict[str, Any]) -> list[float]:
     """The numbers that may be a guidance scale: arguments of the call that are called one, given or by default."""
     parameters = inspect.signature(type(pipeline).__call__).parameters
-    named = {name: arguments.get(name, one.default) for name, one in parameters.items() if "scale" in name}
-    return sorted({float(value) for value in named.values() if isinstance(value, int | float)})
+    names = sorted((name for name in parameters if "scale" in name), key=lambda name: name not in _GUIDANCE)
+    values = (arguments.get(name, parameters[name].default) for name in names)
+    return list(dict.fromkeys(float(value) for value in values if isinstance(value, int | float)))
 
 
 def _without_size(given: dict[str, Any]) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import math
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -17,8 +18,9 @@ import torch
 from safetensors.torch import load, save
 
 from safelight.client import AsyncClient, Client
-from safelight.client.rollouts import Rollout
-from safelight.protocol.errors import InvalidRequest
+from safelight.client.rollout_calls import rollout
+from safelight.client.rollouts import Rollout, decode_rollouts
+from safelight.protocol.errors import Internal, InvalidRequest
 from safelight.tests.live import LiveServer
 from safelight.tests.updates.trainer import Trainer, changed, transformer
 
@@ -203,6 +205,25 @@ def test_shared_memory_gives_the_same_and_nothing_is_left(server: LiveServer, cl
     assert not list(Path("/dev/shm").glob("safelight-*/rollout-*"))
 
 
+@pytest.mark.parametrize("level", [1e-25, 1e-30])
+def test_noise_that_is_lost_in_fp32_is_none(level: float, client: Client) -> None:
+    for sampler in ("sde", "cps"):
+        path = one(client, sampler=sampler, noise_level=level, no_const=False)
+        assert torch.equal(path.log_probs, torch.zeros(STEPS))
+
+
+def test_a_file_that_a_reply_names_is_neither_read_nor_removed_unless_asked_for(tmp_path: Path) -> None:
+    file = tmp_path / "safelight-x" / "rollout-0123456789abcdef.safetensors"
+    file.parent.mkdir()
+    other = tmp_path / "checkpoint.safetensors"
+    for path, shared in ((file, False), (other, True)):
+        path.write_bytes(save({"0": torch.zeros(1)}))
+        reply = msgspec.msgpack.encode([{"generated_output": {"__tensor__": True, "file": str(path), "name": "0"}}])
+        with pytest.raises(Internal, match="no file that was asked for"):
+            decode_rollouts(reply, rollout("a star", shared_memory=shared), "here")
+        assert path.exists()
+
+
 def test_a_rollout_names_the_versions_that_it_spans(
     checkpoint: Callable[[str], Path], server: LiveServer, client: Client
 ) -> None:
@@ -234,6 +255,13 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "noise of another dtype": ({"initial_noise": save({"t": torch.zeros(1, 16, 16).half()})}, "initial_noise"),
     "noise for more samples": ({"initial_noise": save({"t": torch.zeros(3, 16, 16)})}, "initial_noise"),
     "noise of another shape": ({"initial_noise": save({"t": torch.zeros(1, 5, 7)})}, "initial_noise"),
+    "noise of a larger picture": ({"initial_noise": save({"t": torch.zeros(1, 64, 16)})}, "initial_noise"),
+    "noise without end": ({"initial_noise": save({"t": torch.full((1, 16, 16), 1e38)})}, "initial_noise"),
+    "noise that is no number": ({"initial_noise": save({"t": torch.full((1, 16, 16), math.nan)})}, "initial_noise"),
+    "sigmas that are one in fp32": ({"sigmas": [1.0, 0.99999999999, 0.5], "num_inference_steps": None}, "sigmas"),
+    "a sigma that is none in fp32": ({"sigmas": [1.0, 1e-46], "num_inference_steps": None}, "sigmas"),
+    "a schedule by another way": ({"extra": {"sigmas": [0.9, 0.3, 0.5]}}, "extra.sigmas"),
+    "many sigmas": ({"sigmas": [0.5] * 5000, "num_inference_steps": None}, "sigmas"),
     "noise that is none": ({"initial_noise": b"nothing"}, "initial_noise"),
     "a GPU that is not there": ({"generator_device": "cuda"}, "generator_device"),
     "a stream": ({"stream": True}, "stream"),

@@ -18,7 +18,7 @@ from safelight.tests.live import LiveServer
 from safelight.tests.tiny import FAMILIES
 
 CLOSE = 1e-5
-NAMES = ("flux", "sd3", "qwenimage", "zimage", "wan", "wan22")
+NAMES = ("flux", "sd3", "qwenimage", "zimage", "wan", "wan22", "sana", "ltx")
 STEPS = 4
 GUIDED = {
     "sd3": {"guidance_scale": 5.0},
@@ -26,6 +26,8 @@ GUIDED = {
     "zimage": {"guidance_scale": 4.0},
     "wan": {"guidance_scale": 5.0},
     "wan22": {"guidance_scale": 5.0},
+    "sana": {"guidance_scale": 4.5},
+    "ltx": {"guidance_scale": 3.0},
 }
 """How each is asked for two answers of its denoiser; FLUX has one."""
 
@@ -33,13 +35,13 @@ GUIDED = {
 def asked(name: str, **changes: Any) -> dict[str, Any]:
     sizes = {key: FAMILIES[name].call[key] for key in ("width", "height", "num_frames") if key in FAMILIES[name].call}
     guided = GUIDED.get(name, {})
-    negative = {"negative_prompt": "blue"} if guided else {}
+    negative = {"negative_prompt": "a blue square"} if guided else {}  # as many words as the prompt
     own = {"prompt": "a red circle", "steps": STEPS, "seed": 5, "environment": True}
     return own | sizes | guided | negative | changes
 
 
-def denoisers(path: Path) -> dict[str, Any]:
-    pipeline = DiffusionPipeline.from_pretrained(path)
+def denoisers(path: Path, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
+    pipeline = DiffusionPipeline.from_pretrained(path, torch_dtype=dtype)
     return {name: part for name, part in pipeline.components.items() if name.startswith("transformer")}
 
 
@@ -75,6 +77,31 @@ def test_log_probabilities_are_recomputed_exactly(name: str, checkpoint: Callabl
             batches = list(pool.map(lambda prompt: client.rollout(**asked(name, prompt=prompt, n=2)), prompts))
         for batch in batches:
             assert [difference(one, modules) < CLOSE for one in batch] == [True, True]
+
+
+@pytest.mark.parametrize("name", ["flux", "qwenimage", "zimage", "sana", "ltx"])
+def test_log_probabilities_of_a_model_in_bfloat16_are_recomputed(name: str, checkpoint: Callable[[str], Path]) -> None:
+    """States and sums are in fp32 all the same; some pipelines put answers together in fp32, and some do not."""
+    path = checkpoint(name)
+    torch.set_num_threads(1)
+    modules = denoisers(path, torch.bfloat16)
+    with LiveServer(path, ["--threads", "1", "--dtype", "bfloat16"]) as server:
+        server.wait_ready()
+        (rollout,) = Client(server.url).rollout(**asked(name, deterministic=True))
+        assert rollout.trajectory is not None
+        assert rollout.trajectory.latents.dtype == torch.float32
+        assert difference(rollout, modules) == 0
+
+
+def test_what_cannot_be_made_again_has_no_replay(checkpoint: Callable[[str], Path]) -> None:
+    """Its guiders call the denoiser in ways of their own."""
+    with LiveServer(checkpoint("hunyuan_video15"), ["--threads", "1"]) as server:
+        server.wait_ready()
+        (rollout,) = Client(server.url).rollout(**asked("hunyuan_video15"))
+        assert rollout.environment is not None
+        assert rollout.environment["replay"] is None
+        assert rollout.environment["pos_cond_kwargs"]
+        assert rollout.log_probs.isfinite().all()
 
 
 @pytest.mark.parametrize("name", NAMES[:5])

@@ -7,6 +7,7 @@ rule that gives what the scheduler was given is told, or that none does.
 from __future__ import annotations
 
 import inspect
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -42,17 +43,21 @@ class _Seen:
 class _Combined:
     """How a step's velocity was made: ``sign`` times the denoiser's answers, ``guided`` by ``scale``.
 
-    ``swapped`` says that the positive answer is the second.
+    ``widened`` are answers that were made fp32 before; ``swapped`` says that the positive one is the second.
     """
 
     rule: Rule
     scale: float
     sign: int
+    widened: bool
     swapped: bool
 
 
 class Environment:
-    """Sees the denoiser's calls of a sample. ``scales`` are the numbers that may be a guidance scale."""
+    """Sees the denoiser's calls of a sample. ``scales`` are the numbers that may be a guidance scale, likely first.
+
+    Calls can be made again from what is told only if they were alike at every step, and were given the state itself.
+    """
 
     def __init__(self, scales: list[float]) -> None:
         self._scales = scales
@@ -61,86 +66,91 @@ class Environment:
         self._components: list[str] = []
         self._timesteps: list[torch.Tensor] = []
         self._combined: list[_Combined | None] = []
-        self._shape: tuple[int, ...] = ()
+        self._alike = True
 
     def saw(self, call: Call, output: Any) -> None:
         forward = call.function.forward if isinstance(call.function, nn.Module) else call.function
         bound = inspect.signature(forward).bind(*call.args, **call.kwargs).arguments
-        arguments = {name: value for name, value in bound.items() if name not in ("args", "kwargs")}
-        latents = next(iter(arguments))
-        timestep = next((name for name in _TIMESTEPS if name in arguments), None)
+        latents = next(iter(bound))
+        timestep = next((name for name in _TIMESTEPS if name in bound), None)
+        arguments = {name: value for name, value in bound.items() if name != "return_dict"}
         self._calls.append(_Seen(call.component, arguments, latents, timestep, output))
 
     def stepped(self, velocity: torch.Tensor, sample: torch.Tensor) -> None:
         """A step is taken by the velocity that the calls since the last one have led to."""
         calls, self._calls = self._calls, []
-        if not calls:
-            self._combined.append(None)
-            return
         if not self._first:
-            self._first, self._shape = calls, tuple(sample.shape)
-        self._components.append(calls[0].component)
-        if calls[0].timestep is not None:
-            self._timesteps.append(torch.as_tensor(calls[0].arguments[calls[0].timestep]).reshape(-1)[:1].detach())
-        self._combined.append(self._combination(_answers(calls, velocity), velocity))
+            self._first = [_Seen(one.component, one.arguments, one.latents, one.timestep, None) for one in calls]
+        times = [seen.arguments[seen.timestep] for seen in calls if seen.timestep is not None]
+        same = [torch.as_tensor(time).reshape(-1) for time in times]
+        self._alike &= (
+            0 < len(calls) == len(self._first)
+            and all(map(_is_alike, calls, self._first))
+            and all(_is_of(seen.arguments[seen.latents], sample) for seen in calls)
+            and all(torch.equal(time, same[0][:1].expand_as(time)) for time in same)
+        )
+        answers = _answers(calls, velocity)
+        self._components.append(calls[0].component if calls else "")
+        self._timesteps += [time[:1].detach() for time in same[:1]]
+        self._combined.append(None if answers is None else self._combination(answers, velocity))
 
     def told(self) -> dict[str, Any]:
-        """As the reply has it, with tensors."""
+        """As the reply has it, with tensors. Without a ``replay`` the calls cannot be made again from it."""
         combined = [one for one in self._combined if one is not None]
-        agree = len(combined) == len(self._combined) and len({(c.rule, c.sign, c.swapped) for c in combined}) == 1
-        if not self._first or not agree:
-            given = [{name: _kept(value) for name, value in seen.arguments.items()} for seen in self._first]
-            return {"image_kwargs": {}, "pos_cond_kwargs": given[0] if given else {}, "neg_cond_kwargs": None} | {
-                "guidance": {"rule": None, "scale": None, "sign": None},
-                "replay": None,
-            }
-        first, chosen = self._first[0], combined[0]
-        parts = _conditions(self._first, swapped=chosen.swapped)
-        shared, positive, negative = _apart(parts)
-        joined = None
-        if len(self._first) == 1 and first.rows == 2:
-            joined = "negative_first" if chosen.swapped else "positive_first"
-        latents = first.arguments[first.latents]
+        kinds = {(one.rule, one.sign, one.widened, one.swapped) for one in combined}
+        chosen = combined[0] if len(combined) == len(self._combined) and len(kinds) == 1 else None
+        joined = len(self._first) == 1 and self._first[0].rows == 2
+        swapped = chosen is not None and chosen.swapped
+        shared, positive, negative = _apart(_conditions(self._first, joined=joined, swapped=swapped))
+        guidance = {"rule": None, "scale": None, "sign": None, "widened": None}
+        if chosen is not None:
+            scales = [one.scale for one in combined]
+            guidance = {"rule": chosen.rule, "scale": scales, "sign": chosen.sign, "widened": chosen.widened}  # type: ignore[dict-item]  # of several kinds
         return {
             "image_kwargs": shared,
             "pos_cond_kwargs": positive,
             "neg_cond_kwargs": negative,
-            "guidance": {"rule": chosen.rule, "scale": [one.scale for one in combined], "sign": chosen.sign},
-            "replay": {
-                "components": self._components,
-                "latents": first.latents,
-                "shape": list(latents[0].shape),
-                "listed": isinstance(latents, list),
-                "timestep": first.timestep,
-                "timesteps": torch.cat(self._timesteps) if self._timesteps else None,
-                "joined": joined,
-            },
+            "guidance": guidance,
+            "replay": self._replay(joined=joined, swapped=swapped) if chosen is not None and self._alike else None,
         }
 
-    def _combination(self, answers: list[torch.Tensor] | None, velocity: torch.Tensor) -> _Combined | None:
-        if answers is None:
-            return None
+    def _replay(self, *, joined: bool, swapped: bool) -> dict[str, Any]:
+        first = self._first[0]
+        latents = first.arguments[first.latents]
+        order = "negative_first" if swapped else "positive_first"
+        return {
+            "components": self._components,
+            "latents": first.latents,
+            "shape": list(latents[0].shape),
+            "listed": isinstance(latents, list),
+            "timestep": first.timestep,
+            "timesteps": torch.cat(self._timesteps) if self._timesteps else None,
+            "joined": order if joined else None,
+        }
+
+    def _combination(self, answers: list[torch.Tensor], velocity: torch.Tensor) -> _Combined | None:
+        """What was found for the step before, if it fits here too; else what fits best."""
+        before = next((one for one in reversed(self._combined) if one is not None), None)
+        if before is not None and _distance(before, answers, velocity) < _EXACT_ENOUGH:
+            return before
         tried = [(_distance(one, answers, velocity), one) for one in self._possible(len(answers))]
-        distance, best = min(tried, key=lambda pair: pair[0])
+        distance, best = min(tried, key=lambda pair: pair[0], default=(1.0, None))
         return best if distance < _EXACT_ENOUGH else None
 
     def _possible(self, answers: int) -> Iterator[_Combined]:
-        for sign in (1, -1):
-            if answers == 1:
-                yield _Combined("none", 1.0, sign, swapped=False)
-                continue
-            for rule in GUIDED:
-                for scale in self._scales:
-                    yield _Combined(rule, scale, sign, swapped=False)
-                    yield _Combined(rule, scale, sign, swapped=True)
+        if answers == 1:
+            for sign in (1, -1):
+                yield _Combined("none", 1.0, sign, widened=False, swapped=False)
+            return
+        for scale, sign, rule in itertools.product(self._scales, (1, -1), GUIDED):
+            for widened, swapped in itertools.product((False, True), (False, True)):
+                yield _Combined(rule, scale, sign, widened=widened, swapped=swapped)
 
 
 def _distance(how: _Combined, answers: list[torch.Tensor], velocity: torch.Tensor) -> float:
-    positive, negative = (answers[0], None) if len(answers) == 1 else answers
-    if how.swapped:
-        assert negative is not None, "there are two"
-        positive, negative = negative, positive
-    made = how.sign * guided(how.rule, positive, negative, how.scale)
+    """Relative L2."""
+    positive, negative = (answers[0], None) if len(answers) == 1 else (answers[how.swapped], answers[not how.swapped])
+    made = how.sign * guided(how.rule, positive, negative, how.scale, widened=how.widened)
     return float((made.float() - velocity.float()).norm() / velocity.float().norm().clamp_min(1e-30))
 
 
@@ -155,30 +165,58 @@ def _answers(calls: list[_Seen], velocity: torch.Tensor) -> list[torch.Tensor] |
     return [row.reshape(velocity.shape) for row in rows]
 
 
-def _conditions(calls: list[_Seen], *, swapped: bool) -> list[dict[str, Any]]:
-    """The arguments beside latents and timestep: of the positive answer, and of the negative, if there is one."""
+def _is_alike(seen: _Seen, first: _Seen) -> bool:
+    """Whether a call was given what the first step's was, but for the latents and the time."""
+    changes = (seen.latents, seen.timestep)
+    return seen.arguments.keys() == first.arguments.keys() and all(
+        _equal(value, first.arguments[name]) for name, value in seen.arguments.items() if name not in changes
+    )
+
+
+def _is_of(latents: Any, sample: torch.Tensor) -> bool:
+    """Whether every row of the latents is the state."""
+    return all(
+        row.numel() == sample.numel() and torch.equal(row.reshape(sample.shape), sample.to(row.dtype))
+        for row in latents
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Conditions:
+    """What an answer was given beside latents and time: arguments, and those that are a row of what was given."""
+
+    arguments: dict[str, Any]
+    rows: frozenset[str] = frozenset()
+
+
+def _conditions(calls: list[_Seen], *, joined: bool, swapped: bool) -> list[_Conditions]:
+    """Of the positive answer, and of the negative, if there is one."""
     own = [
-        {
-            name: _kept(value)
-            for name, value in seen.arguments.items()
-            if name not in (seen.latents, seen.timestep, "return_dict")
-        }
+        {name: _kept(value) for name, value in seen.arguments.items() if name not in (seen.latents, seen.timestep)}
         for seen in calls
     ]
-    if len(calls) == 1 and calls[0].rows == 2:
-        own = [{name: _half(value, half) for name, value in own[0].items()} for half in (0, 1)]
-    return own[::-1] if swapped else own
+    if joined:
+        rows = frozenset(name for name, value in own[0].items() if _has_two_rows(value))
+        halves = ({name: _half(value, half) for name, value in own[0].items()} for half in (0, 1))
+        parts = [_Conditions(half, rows) for half in halves]
+    else:
+        parts = [_Conditions(arguments) for arguments in own[:2]]
+    return parts[::-1] if swapped else parts
 
 
-def _apart(parts: list[dict[str, Any]]) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any] | None]:
+def _apart(parts: list[_Conditions]) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any] | None]:
     """What is of the image, as far as can be told, what of the prompt, and what of the negative one."""
-    positive = {name: value for name, value in parts[0].items() if _tells(value)}
+    if not parts:
+        return {}, {}, None
+    positive = {name: value for name, value in parts[0].arguments.items() if _tells(value)}
     if len(parts) == 1:
         shared = {name for name in positive if any(word in name for word in _OF_THE_IMAGE)}
         negative = None
     else:
-        shared = {name for name, value in positive.items() if name in parts[1] and _equal(value, parts[1][name])}
-        negative = {name: value for name, value in parts[1].items() if name not in shared and _tells(value)}
+        other = parts[1].arguments
+        alike = {name for name, value in positive.items() if name in other and _equal(value, other[name])}
+        shared = alike - parts[0].rows
+        negative = {name: value for name, value in other.items() if name not in shared and _tells(value)}
     image = {name: positive[name] for name in positive if name in shared}
     return image, {name: value for name, value in positive.items() if name not in shared}, negative
 
@@ -188,10 +226,16 @@ def _tells(value: Any) -> bool:
     return value is not None and not isinstance(value, dict)
 
 
+def _has_two_rows(value: Any) -> bool:
+    return (
+        isinstance(value, torch.Tensor | list)
+        and (not isinstance(value, torch.Tensor) or value.ndim > 0)
+        and (len(value) == 2)
+    )
+
+
 def _half(value: Any, half: int) -> Any:
-    if isinstance(value, torch.Tensor) and value.ndim and len(value) == 2:
-        return value[half : half + 1]
-    return [value[half]] if isinstance(value, list) and len(value) == 2 else value
+    return value[half : half + 1] if _has_two_rows(value) else value
 
 
 def _kept(value: Any) -> Any:

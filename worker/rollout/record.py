@@ -13,6 +13,7 @@ import torch
 from ...protocol.codec import Buffer
 from ...protocol.digests import TORCH_DTYPES
 from ...protocol.errors import Unavailable
+from ...protocol.messages import Output
 from ...protocol.rollouts import TENSOR, RolledOut, Rollout, Tensor
 from ...protocol.tensor_files import write_header
 from .sampling import Path
@@ -46,9 +47,9 @@ def told(rollout: Rollout, path: Path, environment: dict[str, Any] | None) -> di
 
 
 def on_the_host(value: Any) -> Any:
-    """The tree with its tensors in order in host memory, so that an encoding thread has nothing to compute."""
+    """A copy of the tree, its tensors in order in host memory, so that an encoding thread has nothing to compute."""
     if isinstance(value, torch.Tensor):
-        return value.detach().cpu().contiguous()
+        return value.detach().cpu().clone(memory_format=torch.contiguous_format)
     if isinstance(value, Mapping):
         return {name: on_the_host(part) for name, part in value.items()}
     return [on_the_host(part) for part in value] if isinstance(value, list | tuple) else value
@@ -81,6 +82,12 @@ def encoded(tree: dict[str, Any], shared: File | None) -> RolledOut:
         raise Unavailable(f"There is no shared memory for the reply ({error.strerror}).") from error
     left = [Tensor(str(tensor.dtype), list(tensor.shape), Buffer(b"")) for tensor in tensors]
     return RolledOut(told=described, tensors=left, file=str(file))
+
+
+def forget(output: Output | None) -> None:
+    """Remove the file of a reply that nobody waits for any more."""
+    if output is not None and output.rolled_out is not None and output.rolled_out.file is not None:
+        File(output.rolled_out.file).unlink(missing_ok=True)
 
 
 def read_tensor(sent: Tensor) -> torch.Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,6 +20,9 @@ from ..steps import first_index
 
 _EULER = "FlowMatchEulerDiscreteScheduler"
 
+MOST_BYTES = 2 << 30
+"""Of latents and debug tensors of one sample: they are kept until its end."""
+
 
 def why_no_rollouts(pipeline: DiffusionPipeline) -> str | None:
     """Why the pipeline's steps cannot be taken by a rollout; ``None`` where they can."""
@@ -30,6 +34,8 @@ def why_no_rollouts(pipeline: DiffusionPipeline) -> str | None:
     flows = name.startswith("FlowMatch") or config.get("prediction_type") == "flow_prediction"
     if not flows or not hasattr(scheduler, "sigmas"):
         return f"its {name} does not follow a flow from noise to pictures"
+    if config.get("invert_sigmas") or config.get("stochastic_sampling"):
+        return f"its {name} goes another way than from noise at 1 to pictures at 0"
     if getattr(scheduler, "order", 1) != 1:
         return f"its {name} calls the denoiser several times for one step"
     return None
@@ -73,7 +79,7 @@ class RolloutSampler:
         self._stepped = stepped
         self._first: int | None = None
         self._state: torch.Tensor | None = None
-        self._given: torch.Tensor | None = None  # the state, as the pipeline has it
+        self._given: tuple[torch.Tensor, int] | None = None  # the state as the pipeline has it, and its version
         if rollout.sigmas is not None:
             _follow(scheduler, rollout.sigmas)
 
@@ -97,15 +103,17 @@ class RolloutSampler:
         noise = self._noise(x) if taken.std else None
         reached = taken.mean if noise is None else taken.reach(noise)
         self._record(number, x, model_output, taken, noise, reached)
-        self._state, self._given = reached, reached.to(sample.dtype)
-        return _Stepped(self._given) if kwargs.get("return_dict", True) else (self._given,)
+        given = reached.to(sample.dtype, copy=True)  # which the pipeline may write to
+        self._state, self._given = reached, (given, given._version)
+        return _Stepped(given) if kwargs.get("return_dict", True) else (given,)
 
     def end(self) -> Path:
         """What was recorded. Raises where the pipeline did not take all steps by this scheduler."""
         if len(self.path.log_probs) != len(self.path.timesteps) or not self.path.log_probs:
-            raise Internal(
-                f"The pipeline took {len(self.path.log_probs)} of {len(self.path.timesteps)} steps by its scheduler."
-            )
+            taken, steps = len(self.path.log_probs), len(self.path.timesteps)
+            raise InvalidRequest(f"This pipeline took {taken} of {steps} steps by its own scheduler.", field="rollout")
+        if not torch.stack(self.path.log_probs).isfinite().all():
+            raise Internal("The model produced log-probabilities that are not finite.")
         return self.path
 
     def _begin(self, timestep: Any, sample: torch.Tensor) -> None:
@@ -114,6 +122,14 @@ class RolloutSampler:
         self._first = first_index(self._scheduler, timestep)
         self.path.sigmas = self._scheduler.sigmas[self._first :].double().tolist()
         self.path.timesteps = self._scheduler.timesteps[self._first :].double().tolist()
+        if not all(1 >= sigma > after >= 0 for sigma, after in itertools.pairwise(self.path.sigmas)):
+            raise InvalidRequest("This pipeline's sigmas do not fall from at most 1 to 0.", field="rollout")
+        told = self._rollout.returns_trajectory + 3 * self._rollout.returns_debug
+        if 4 * sample.numel() * (len(self.path.timesteps) + 1) * told > MOST_BYTES:
+            raise InvalidRequest(
+                f"What is to be told of one sample is more than {MOST_BYTES >> 20} MiB; name steps, or take fewer.",
+                field="rollout_return_step_indices",
+            )
         for name, steps in (
             ("rollout_sde_step_indices", self._rollout.sde_steps),
             ("rollout_return_step_indices", self._rollout.return_steps),
@@ -122,10 +138,16 @@ class RolloutSampler:
                 raise InvalidRequest(f"There are {len(self.path.timesteps)} steps, from 0 on.", field=name)
 
     def _state_of(self, sample: torch.Tensor) -> torch.Tensor:
-        """In fp32 what was reached by the last step, unless the pipeline has changed it since."""
-        if self._state is not None and self._given is not None and torch.equal(sample, self._given):
+        """In fp32 what was reached by the last step. Raises where the pipeline has changed it since."""
+        if self._state is None or self._given is None:
+            return sample.detach().float().clone()
+        given, version = self._given
+        if (sample is given and sample._version == version) or torch.equal(sample, self._state.to(sample.dtype)):
             return self._state
-        return sample.detach().float().clone()
+        raise InvalidRequest(
+            "This pipeline changes the latents between steps, so that no log-probability is of what is drawn.",
+            field="rollout",
+        )
 
     def _is_noisy(self, number: int) -> bool:
         return self._rollout.sde_steps is None or number in self._rollout.sde_steps
