@@ -40,6 +40,7 @@ class AsyncWeights(_InThreads[Weights]):
     """:class:`Weights`, awaited; :attr:`AsyncClient.weights` is one."""
 
     update = _in_a_thread(Weights.update)
+    update_lora = _in_a_thread(Weights.update_lora)
     update_from_disk = _in_a_thread(Weights.update_from_disk)
     verify = _in_a_thread(Weights.verify)
     checksum = _in_a_thread(Weights.checksum)

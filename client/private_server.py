@@ -29,12 +29,19 @@ _LINES_KEPT = 200
 class PrivateServer:
     """A context in which a server for ``model`` runs; ``None`` serves what the environment or the default says.
 
-    With port 0 it takes a free one.
+    With port 0 it takes a free one. ``options`` are further ones of ``safelight serve``.
     """
 
-    def __init__(self, model: str | None, *, port: int = 0, program: Sequence[str] = SERVER_PROGRAM) -> None:
+    def __init__(
+        self,
+        model: str | None,
+        *,
+        port: int = 0,
+        options: Sequence[str] = (),
+        program: Sequence[str] = SERVER_PROGRAM,
+    ) -> None:
         place = ("--host", "127.0.0.1", "--port", str(port), "--log-level", "info", "--log-format", "text")
-        self._command = [*program, *([] if model is None else [model]), *place, "--until-stdin-closes"]
+        self._command = [*program, *([] if model is None else [model]), *options, *place, "--until-stdin-closes"]
         self._listening: Future[str] = Future()
         self._tail: deque[str] = deque(maxlen=_LINES_KEPT)
 

@@ -22,7 +22,7 @@ from .named_tensors import NamedTensors, leads, read, to_the_end
 from .results import WeightUpdate
 from .weight_link import Dtypes, WeightLink
 from .weight_routes import RouteName
-from .weight_sending import BUCKET_BYTES, Load, OnProgress, digests, in_buckets
+from .weight_sending import BUCKET_BYTES, Bucket, Load, OnProgress, digests, in_buckets
 
 DENOISER = "transformer"
 
@@ -95,6 +95,40 @@ class Weights:
         if verify:
             self._link.check({load.module: hashed})
         return updated
+
+    def update_lora(
+        self,
+        named_tensors: NamedTensors,
+        *,
+        target_module: str = DENOISER,
+        alpha: float | None = None,
+        rank: int | None = None,
+        version: str | None = None,
+        mode: Barrier = "wait",
+        on_progress: OnProgress | None = None,
+        route: RouteName | None = None,
+    ) -> WeightUpdate | None:
+        """Merge a LoRA adapter's tensors into ``target_module``, in place of those that were sent so before.
+
+        ``named_tensors`` are under the names of any format that adapters' files have, PEFT's and diffusers' too;
+        ``alpha`` and ``rank`` are for tensors that do not say theirs. They travel in one bucket and are not verified by
+        digest. The server lists the adapter as ``lora_merge:transformer``, and gives the base's bytes back when it is
+        unmerged. Raises ``InvalidRequest`` for what is no adapter of the module, and ``ConnectionLost`` or
+        ``DeadlinePassed`` without an answer: then :meth:`version` says whether it serves.
+        """
+        given = read(named_tensors)
+        if not leads():
+            given.take_part()
+            return None
+        lora = {"lora_alpha": alpha, "lora_rank": rank, "weight_version": version}
+        given_too = {name: value for name, value in lora.items() if value is not None}
+        fields = {"mode": mode, "weight_update_mode": "lora_merge", **given_too}
+        began = time.monotonic()
+        with to_the_end(given) as tensors:
+            whole = Bucket(list(tensors), last=True)
+            load = Load(target_module, [whole], given.nbytes, on_progress, route)
+            reply, _ = self._link.send(load, fields, None)
+        return replace(self._link.updated(reply), elapsed_s=time.monotonic() - began)
 
     @contextmanager
     def begin(

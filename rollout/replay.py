@@ -1,4 +1,7 @@
-"""A rollout's forwards made again, from what the server told of them."""
+"""The forwards of rollouts made again, from what the server told of them: of one sample, or of many in one call.
+
+A batch of one is computed as the server computed it, to the bit; a larger one is faster.
+"""
 
 from __future__ import annotations
 
@@ -17,78 +20,127 @@ Denoiser = Any
 class Trajectory(Protocol):
     """What is needed of a rollout's trajectory; the client's is one."""
 
-    sigmas: torch.Tensor
+    @property
+    def sigmas(self) -> torch.Tensor: ...
 
     def before(self, step: int) -> torch.Tensor: ...
     def after(self, step: int) -> torch.Tensor: ...
 
 
-def velocity(denoisers: Mapping[str, Denoiser], environment: Mapping[str, Any], x: torch.Tensor, step: int) -> Any:
-    """The velocity [1, ...] at ``x`` [1, ...], by the denoiser of that step's component ("transformer").
+def velocity(
+    denoisers: Mapping[str, Denoiser], environments: Sequence[Mapping[str, Any]], x: torch.Tensor, step: int
+) -> torch.Tensor:
+    """The velocities [B, ...] at ``x`` [B, ...], by the denoiser of that step's component ("transformer").
 
-    Its arguments are those of the server's call, in the denoiser's dtype as the pipeline has them; the answers are put
-    together by the pipeline's own rule. Raises ``ValueError`` where the server could not tell how.
+    Its arguments are those of the server's calls for these B samples, in the denoiser's dtype as the pipeline has them;
+    the answers are put together by the pipeline's own rule. Raises ``ValueError`` where the server could not tell how,
+    and for samples that cannot be in one call.
     """
-    replay, guidance = environment["replay"], environment["guidance"]
+    replay, guidance = environments[0]["replay"], environments[0]["guidance"]
     if replay is None:
         raise ValueError("the server could not tell how this pipeline makes a velocity of the denoiser's answers")
-    denoiser, shared = denoisers[replay["components"][step]], environment["image_kwargs"]
-    conditions = [environment["pos_cond_kwargs"]]
-    if environment["neg_cond_kwargs"] is not None:
-        conditions.append(environment["neg_cond_kwargs"])
+    if not all(equal((one["replay"], one["guidance"]), (replay, guidance)) for one in environments):
+        raise ValueError("the samples' calls differ in schedule, shape or guidance; replay them apart")
+    denoiser = denoisers[replay["components"][step]]
+    conditions = [[one["pos_cond_kwargs"] for one in environments]]
+    if environments[0]["neg_cond_kwargs"] is not None:
+        conditions.append([one["neg_cond_kwargs"] for one in environments])
+    images = [one["image_kwargs"] for one in environments]
     if replay["joined"] is None:
-        answers = [row for one in conditions for row in _answers(denoiser, replay, shared, [one], x, step)]
+        answers = [_answers(denoiser, replay, _together(images), [own], x, step)[0] for own in conditions]
     else:
+        shared = {name: _common(name, [one[name] for one in images]) for name in images[0]}
         order = slice(None, None, -1 if replay["joined"] == "negative_first" else 1)
         answers = _answers(denoiser, replay, shared, conditions[order], x, step)[order]
-    rest = answers[1] if len(answers) == 2 else None
+    negatives = answers[1] if len(answers) == 2 else None
     scale, widened = guidance["scale"][step], guidance["widened"]
-    return guidance["sign"] * guided(guidance["rule"], answers[0], rest, scale, widened=widened)
+    sign: int = guidance["sign"]
+    return sign * guided(guidance["rule"], answers[0], negatives, scale, widened=widened)
 
 
 def log_probs(
     denoisers: Mapping[str, Denoiser],
-    environment: Mapping[str, Any],
-    trajectory: Trajectory,
+    environments: Sequence[Mapping[str, Any]],
+    trajectories: Sequence[Trajectory],
     steps: Sequence[int],
     sampler: Sampler,
     noise_level: float,
     *,
     no_const: bool = False,
 ) -> torch.Tensor:
-    """The log-probabilities [len(steps)] of a rollout's ``steps``, all of which had noise."""
-    sigmas = trajectory.sigmas.tolist()
+    """The log-probabilities [B, len(steps)] of the ``steps``, all of which had noise, of B rollouts.
+
+    Raises what :func:`velocity` does, and ``ValueError`` for rollouts of several schedules.
+    """
+    sigmas = trajectories[0].sigmas.tolist()
+    if any(one.sigmas.tolist() != sigmas for one in trajectories):
+        raise ValueError("the rollouts have several schedules; replay them apart")
     found = []
     for step in steps:
-        x = trajectory.before(step)
-        v = velocity(denoisers, environment, x, step)
+        x = torch.cat([one.before(step) for one in trajectories])
+        reached = torch.cat([one.after(step) for one in trajectories])
+        v = velocity(denoisers, environments, x, step)
         taken = transition(sampler, x, v, sigmas, step, noise_level)
-        found.append(taken.log_prob(trajectory.after(step), no_const=no_const)[0])
-    return torch.stack(found)
+        found.append(taken.log_prob(reached, no_const=no_const))
+    return torch.stack(found, dim=1)
 
 
 def _answers(
     denoiser: Denoiser,
     replay: Mapping[str, Any],
     shared: Mapping[str, Any],
-    conditions: Sequence[Mapping[str, Any]],
+    conditions: Sequence[Sequence[Mapping[str, Any]]],
     x: torch.Tensor,
     step: int,
 ) -> list[torch.Tensor]:
-    """What the denoiser says under each of the conditions, in one call."""
-    rows = len(conditions)
-    latents = x.reshape(replay["shape"]).to(denoiser.dtype)
+    """What the denoiser says of all samples under each of the conditions, in one call."""
+    rows = len(conditions) * len(x)
+    latents = [row.reshape(replay["shape"]).to(denoiser.dtype) for row in x] * len(conditions)
     times = {}
     if replay["timesteps"] is not None:
         times[replay["timestep"]] = replay["timesteps"][step : step + 1].expand(rows)
-    given: Any = [latents] * rows if replay["listed"] else torch.stack([latents] * rows)
-    own = {name: _together([one[name] for one in conditions]) for name in conditions[0]}
+    given: Any = latents if replay["listed"] else torch.stack(latents)
+    own = _together([one for condition in conditions for one in condition])
     output = denoiser(**{replay["latents"]: given}, **times, **shared, **own, return_dict=False)[0]
-    return [row.reshape(x.shape) for row in output]
+    answers = torch.stack([row.reshape(x.shape[1:]) for row in output])
+    return list(answers.reshape(len(conditions), *x.shape))
 
 
-def _together(values: list[Any]) -> Any:
-    """The rows of one argument, of each condition."""
-    if isinstance(values[0], list):
+def _together(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The arguments of several rows as those of one call."""
+    first, *others = rows
+    if any(one.keys() != first.keys() for one in others):
+        raise ValueError("the samples' calls have different arguments; replay them apart")
+    return {name: _joined(name, [one[name] for one in rows]) for name in first}
+
+
+def _joined(name: str, values: list[Any]) -> Any:
+    """One argument: tensors and lists of one row are put together, others are what all rows have in common."""
+    first, *others = values
+    if not others:
+        return first
+    if isinstance(first, list) and len(first) == 1:
         return [item for value in values for item in value]
-    return torch.cat(values) if isinstance(values[0], torch.Tensor) and len(values) > 1 else values[0]
+    if isinstance(first, torch.Tensor) and first.ndim > 0 and len(first) == 1:
+        if any(value.shape != first.shape for value in others):
+            raise ValueError(f"{name} is of different lengths; replay the samples apart")
+        return torch.cat(values)
+    return _common(name, values)
+
+
+def _common(name: str, values: list[Any]) -> Any:
+    first, *others = values
+    if not all(equal(value, first) for value in others):
+        raise ValueError(f"{name} differs between samples; replay them apart")
+    return first
+
+
+def equal(one: Any, other: Any) -> bool:
+    """Of tensors, numbers and texts, and of what is made of them."""
+    if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
+        return one.shape == other.shape and torch.equal(one, other)
+    if isinstance(one, Mapping) and isinstance(other, Mapping):
+        return one.keys() == other.keys() and all(equal(value, other[name]) for name, value in one.items())
+    if isinstance(one, list | tuple) and isinstance(other, list | tuple):
+        return len(one) == len(other) and all(map(equal, one, other))
+    return type(one) is type(other) and bool(one == other)

@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file, save, save_file
 
+from safelight.client import Client, InvalidRequest
+from safelight.client.weight_routes import RouteName
 from safelight.tests.updates.trainer import SAFETENSORS, Trainer
 from safelight.tests.worker.weights import trainer as sending
 
@@ -75,6 +77,22 @@ def test_the_dialect_and_shared_memory(form: str, sender: sending.Trainer, serve
     server.done(ROUTE, {"shared": {"path": str(shared)}, "weight_update_mode": "lora_merge", "lora_alpha": 1.0})
     shared.unlink()
     assert is_drawn(server, adapters, ("third", 1.0))
+    assert server.checksum() == base
+
+
+@pytest.mark.parametrize("route", ["shared", "http"])
+def test_the_client_sends_them(route: RouteName, server: Trainer, adapters: Adapters) -> None:
+    base, tensors = server.checksum(), load_file(file_of(adapters, "first"))
+    with Client(server.server.url) as client:
+        done = client.weights.update_lora(tensors, alpha=2.0, rank=4, version=f"by {route}", route=route)
+        assert done is not None
+        assert done.weight_version == client.weights.version() == f"by {route}"
+        assert is_drawn(server, adapters, ("first", 1.0))
+        half = {name: tensor for name, tensor in tensors.items() if "lora_A" in name}
+        with pytest.raises(InvalidRequest, match="no counterpart"):
+            client.weights.update_lora(half, route=route)
+        assert is_drawn(server, adapters, ("first", 1.0))
+        assert client.weights.version() == f"by {route}"
     assert server.checksum() == base
 
 

@@ -46,13 +46,14 @@ def denoisers(path: Path, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def difference(rollout: Rollout, modules: dict[str, Any], sampler: Any = "sde", noise_level: float = 0.7) -> float:
-    """The largest between the server's log-probabilities and those that are recomputed, of steps with noise."""
-    assert rollout.trajectory is not None
-    assert rollout.environment is not None
+def difference(*rollouts: Rollout, modules: dict[str, Any], sampler: Any = "sde", noise_level: float = 0.7) -> float:
+    """The largest between the server's log-probabilities and those recomputed in one call, of steps with noise."""
+    environments = [one.environment for one in rollouts if one.environment is not None]
+    trajectories = [one.trajectory for one in rollouts if one.trajectory is not None]
+    assert len(environments) == len(trajectories) == len(rollouts)
     noisy = range(STEPS - 1) if sampler == "cps" else range(STEPS)
-    told = rollout.log_probs[: len(noisy)]
-    got = log_probs(modules, rollout.environment, rollout.trajectory, noisy, sampler, noise_level)
+    told = torch.stack([one.log_probs[: len(noisy)] for one in rollouts])
+    got = log_probs(modules, environments, trajectories, noisy, sampler, noise_level)
     assert told.abs().min() > 0
     return float((got - told).abs().max())
 
@@ -67,7 +68,8 @@ def test_log_probabilities_are_recomputed_exactly(name: str, checkpoint: Callabl
         client = Client(server.url)
         for sampler, level in (("sde", 0.7), ("cps", 0.5)):
             exact = client.rollout(**asked(name, sampler=sampler, noise_level=level, deterministic=True, n=2))
-            assert [difference(one, modules, sampler, level) for one in exact] == [0.0, 0.0]
+            assert [difference(one, modules=modules, sampler=sampler, noise_level=level) for one in exact] == [0, 0]
+            assert difference(*exact, modules=modules, sampler=sampler, noise_level=level) < CLOSE
         if name in GUIDED:
             assert exact[0].environment is not None
             assert exact[0].environment["neg_cond_kwargs"]
@@ -76,7 +78,7 @@ def test_log_probabilities_are_recomputed_exactly(name: str, checkpoint: Callabl
         with ThreadPoolExecutor() as pool:
             batches = list(pool.map(lambda prompt: client.rollout(**asked(name, prompt=prompt, n=2)), prompts))
         for batch in batches:
-            assert [difference(one, modules) < CLOSE for one in batch] == [True, True]
+            assert [difference(one, modules=modules) < CLOSE for one in batch] == [True, True]
 
 
 @pytest.mark.parametrize("name", ["flux", "qwenimage", "zimage", "sana", "ltx"])
@@ -90,7 +92,7 @@ def test_log_probabilities_of_a_model_in_bfloat16_are_recomputed(name: str, chec
         (rollout,) = Client(server.url).rollout(**asked(name, deterministic=True))
         assert rollout.trajectory is not None
         assert rollout.trajectory.latents.dtype == torch.float32
-        assert difference(rollout, modules) == 0
+        assert difference(rollout, modules=modules) == 0
 
 
 def test_what_cannot_be_made_again_has_no_replay(checkpoint: Callable[[str], Path]) -> None:
@@ -111,4 +113,4 @@ def test_log_probabilities_of_two_ranks_are_recomputed(name: str, checkpoint: Ca
     with LiveServer(path, ["--threads", "1", "--tp", "2"]) as server:
         server.wait_ready()
         for rollout in Client(server.url).rollout(**asked(name, n=2)):
-            assert difference(rollout, modules) < CLOSE
+            assert difference(rollout, modules=modules) < CLOSE

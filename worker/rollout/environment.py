@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from ...rollout.guidance import GUIDED, Rule, guided
+from ...rollout.replay import equal
 from ..call import Call
 
 _TIMESTEPS = ("timestep", "timesteps", "t")
@@ -169,7 +170,7 @@ def _is_alike(seen: _Seen, first: _Seen) -> bool:
     """Whether a call was given what the first step's was, but for the latents and the time."""
     changes = (seen.latents, seen.timestep)
     return seen.arguments.keys() == first.arguments.keys() and all(
-        _equal(value, first.arguments[name]) for name, value in seen.arguments.items() if name not in changes
+        equal(value, first.arguments[name]) for name, value in seen.arguments.items() if name not in changes
     )
 
 
@@ -214,7 +215,7 @@ def _apart(parts: list[_Conditions]) -> tuple[dict[str, Any], dict[str, Any], di
         negative = None
     else:
         other = parts[1].arguments
-        alike = {name for name, value in positive.items() if name in other and _equal(value, other[name])}
+        alike = {name for name, value in positive.items() if name in other and equal(value, other[name])}
         shared = alike - parts[0].rows
         negative = {name: value for name, value in other.items() if name not in shared and _tells(value)}
     image = {name: positive[name] for name in positive if name in shared}
@@ -240,11 +241,3 @@ def _half(value: Any, half: int) -> Any:
 
 def _kept(value: Any) -> Any:
     return value.detach() if isinstance(value, torch.Tensor) else value
-
-
-def _equal(one: Any, other: Any) -> bool:
-    if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
-        return one.shape == other.shape and torch.equal(one, other)
-    if isinstance(one, list | tuple) and isinstance(other, list | tuple):
-        return len(one) == len(other) and all(map(_equal, one, other))
-    return type(one) is type(other) and bool(one == other)
