@@ -1,0 +1,71 @@
+"""The denoiser that learns, beside the server's that draws."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import FluxTransformer2DModel
+from peft import LoraConfig, get_peft_model_state_dict
+from safetensors.torch import load_file
+
+from safelight import assets
+from safelight.client import Client
+from safelight.client.rollouts import Rollout
+from safelight.rollout.replay import log_probs
+from safelight.rollout.transitions import Sampler
+
+EMBEDDED = Path(assets.__file__).parent / "shapes"
+START = Path(__file__).parent / "start.safetensors"
+"""Transformer and text encoders of the embedded model as they were early in their training, in bfloat16."""
+
+LORA_LAYERS = ["to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2", "proj_mlp", "proj_out", "norm.linear"]
+
+
+class Policy:
+    """A FLUX transformer in fp32, of which all weights learn, or a LoRA adapter of ``lora_rank``."""
+
+    def __init__(self, lora_rank: int | None) -> None:
+        self._start = _modules(load_file(START))
+        self.transformer: Any = FluxTransformer2DModel.from_pretrained(EMBEDDED, subfolder="transformer")
+        self.transformer.load_state_dict(self._start["transformer"])
+        self._lora_rank = lora_rank
+        if lora_rank is not None:
+            self.transformer.requires_grad_(False)
+            self.transformer.add_adapter(LoraConfig(r=lora_rank, lora_alpha=lora_rank, target_modules=LORA_LAYERS))
+
+    @property
+    def parameters(self) -> list[torch.nn.Parameter]:
+        """Those that learn."""
+        return [parameter for parameter in self.transformer.parameters() if parameter.requires_grad]
+
+    def log_probs(self, rollouts: Sequence[Rollout], steps: Sequence[int], sampler: Sampler, noise: float) -> Any:
+        """[B, len(steps)], with gradients: what the server's ``log_probs`` would be with these weights."""
+        environments = [rollout.environment or {} for rollout in rollouts]
+        trajectories = [rollout.trajectory for rollout in rollouts if rollout.trajectory is not None]
+        return log_probs({"transformer": self.transformer}, environments, trajectories, steps, sampler, noise)
+
+    def push_start(self, client: Client) -> None:
+        """Have the server draw as badly as the training begins; all three modules, or none."""
+        with client.weights.begin("start", list(self._start)) as update:
+            for module, tensors in self._start.items():
+                update.update(tensors, target_module=module)
+
+    def push(self, client: Client, version: str) -> None:
+        """Have the server draw with what was learned; verified by digest, but for an adapter that is merged."""
+        if self._lora_rank is None:
+            client.weights.update(self.transformer, version=version)
+        else:
+            adapter = get_peft_model_state_dict(self.transformer)
+            client.weights.update_lora(adapter, alpha=self._lora_rank, version=version)
+
+
+def _modules(named: dict[str, torch.Tensor]) -> dict[str, dict[str, torch.Tensor]]:
+    """Tensors by module, of names such as ``transformer/proj_out.weight``; fp32."""
+    modules: dict[str, dict[str, torch.Tensor]] = {}
+    for name, tensor in named.items():
+        module, _, rest = name.partition("/")
+        modules.setdefault(module, {})[rest] = tensor.float()
+    return modules

@@ -1,0 +1,118 @@
+"""The example trains a live server: pushes change its pictures, versions march on, runs stop and go on."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+
+from safelight.client import Client
+from safelight.tests.live import LiveServer
+
+SMALL = [
+    "--prompts",
+    "2",
+    "--group",
+    "4",
+    "--examined",
+    "4",
+    "--examine-every",
+    "1",
+    "--steps",
+    "6",
+    "--noisy-among",
+    "4",
+]
+EXAMPLE = [sys.executable, "-m", "safelight.examples.flow_grpo", *SMALL]
+PROMPT = "a large red circle in the center on a white background"
+
+
+@pytest.fixture(scope="module")
+def url() -> Iterator[str]:
+    with LiveServer("shapes", ["--dtype", "float32", "--threads", "2"]) as server:
+        server.wait_ready()
+        yield server.url
+
+
+def train(out: Path, *options: str) -> list[dict[str, Any]]:
+    """The log's lines, after a run of the example."""
+    subprocess.run([*EXAMPLE, "--out", str(out), *options], check=True, timeout=280)
+    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+
+
+def drawn(client: Client) -> NDArray[np.uint8]:
+    return np.asarray(client.generate(PROMPT, seed=3, steps=4).outputs[0].image)
+
+
+def test_pushes_change_the_pictures_and_versions_march_on(url: str, tmp_path: Path) -> None:
+    with Client(url) as client:
+        pictures = [drawn(client)]
+        log = train(tmp_path, "--server", url, "--iterations", "2", "--lr", "1e-3")
+        pictures.append(drawn(client))
+        assert [line.get("drawn_with") for line in log] == [None, ["start"], ["step-1"]]
+        assert client.weights.version() == log[-1]["pushed"] == "step-2"
+
+        log = train(tmp_path, "--server", url, "--iterations", "4", "--lr", "1e-3")
+        pictures.append(drawn(client))
+        assert [line.get("drawn_with") for line in log[3:]] == [["step-2"], ["step-3"]]
+        assert [line.get("iteration") for line in log] == [None, 1, 2, 3, 4]
+        assert client.weights.version() == "step-4"
+        assert not np.array_equal(pictures[0], pictures[1])
+        assert not np.array_equal(pictures[1], pictures[2])
+    for line in log[1:]:
+        assert line["first_ratio_off"] < 1e-5, "the server's log-probabilities are the trainer's own"
+        assert 0 <= line["held_out"] <= 1
+        assert line["grad_norm"] > 0
+    assert len({line["held_out_reward"] for line in log}) == len(log), "each push changes what is drawn"
+    with Image.open(tmp_path / "curve.png") as curve:
+        assert curve.format == "PNG"
+
+
+def test_what_serves_at_the_end_is_what_was_learned(url: str, tmp_path: Path) -> None:
+    train(tmp_path, "--server", url, "--iterations", "1")
+    learned = torch.load(tmp_path / "checkpoint.pt", weights_only=True)["learned"]
+    with Client(url) as client:
+        held = client.weights.checksum(["transformer"], detail=True)["transformer"].tensors
+        from safelight.examples.flow_grpo.policy import Policy
+
+        names = [name for name, _ in Policy(None).transformer.named_parameters()]
+        assert set(names) == set(held)
+        client.weights.verify(dict(zip(names, learned, strict=True)))
+
+
+def test_an_adapter_is_learned_instead(url: str, tmp_path: Path) -> None:
+    with Client(url) as client:
+        log = train(tmp_path, "--server", url, "--iterations", "2", "--lora", "4", "--lr", "1e-3")
+        assert [line.get("drawn_with") for line in log] == [None, ["start"], ["step-1"]]
+        assert log[2]["first_ratio_off"] < 1e-5, "the merged adapter draws as the trainer's own does"
+        assert [lora.nickname for lora in client.loras().loaded] == ["lora_merge:transformer"]
+        client.unmerge_lora()
+        client.unload_lora("lora_merge:transformer")
+
+
+def test_it_is_stopped_by_ctrl_c_and_goes_on_from_there(tmp_path: Path) -> None:
+    """Here it starts a server of its own, which ends with it."""
+    run = subprocess.Popen([*EXAMPLE, "--out", str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    assert run.stdout is not None
+    while "iteration 1 " not in (line := run.stdout.readline()):
+        assert line, "it ended by itself"
+    time.sleep(0.5)
+    run.send_signal(signal.SIGINT)
+    rest, _ = run.communicate(timeout=120)
+    assert run.returncode == 130
+    assert "goes on from the last iteration" in rest
+    done = torch.load(tmp_path / "checkpoint.pt", weights_only=True)["iteration"]
+    log = train(tmp_path, "--iterations", str(done + 1))
+    assert log[-1]["iteration"] == done + 1
+    assert log[-1]["drawn_with"] == [f"step-{done}"]
