@@ -27,7 +27,7 @@ from torch import nn
 
 from safelight.benchmarks.machine import describe
 from safelight.benchmarks.models import save_mid_size
-from safelight.benchmarks.serving import PROMPTS, SHAPES, safelight, serving
+from safelight.benchmarks.serving import PROMPTS, SHAPES, measuring_options, safelight, serving
 from safelight.client import Client
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -36,12 +36,7 @@ ADAPTERS, CLIENTS, RANK = 8, 16, 16
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="one round: to see that it runs")
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
-    parser.add_argument("--threads", type=int, default=2)
-    options = parser.parse_args()
+    options = measuring_options(__doc__)
     rounds = 1 if options.quick else options.rounds
     found: dict[str, Any] = {"machine": describe(), "options": vars(options)}
     with tempfile.TemporaryDirectory() as folder:

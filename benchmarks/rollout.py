@@ -19,7 +19,7 @@ import torch
 from diffusers import DiffusionPipeline
 
 from safelight.benchmarks.machine import describe
-from safelight.benchmarks.serving import PROMPTS, SHAPES, SIDE, TEXT_LENGTH, safelight, serving
+from safelight.benchmarks.serving import PROMPTS, SHAPES, SIDE, TEXT_LENGTH, measuring_options, safelight, serving
 from safelight.client import Client
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -27,12 +27,7 @@ GROUP, STEPS = 16, 10
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="one round: to see that it runs")
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
-    parser.add_argument("--threads", type=int, default=2)
-    options = parser.parse_args()
+    options = measuring_options(__doc__)
     torch.set_num_threads(options.threads)
     command, port = safelight(SHAPES, options.dtype, options.threads)
     with serving(command, port) as url, Client(url) as client:

@@ -10,15 +10,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..protocol.digests import TORCH_DTYPES, tensor_digest
+from ..protocol.digests import STORED_DTYPES, TORCH_DTYPES, tensor_digest
 from ..protocol.errors import InvalidRequest
 from ..protocol.tensor_files import ITEM_SIZES, BadTensorFile, read_head
 
 if TYPE_CHECKING:
     import torch
-
-STORED_DTYPES = {told: stored for stored, told in TORCH_DTYPES.items()}
-"""What safetensors calls a dtype that torch has."""
 
 _FLOATING = frozenset({"F8_E5M2", "F8_E4M3", "F16", "BF16", "F32", "F64"})
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import msgspec
 
+from ..protocol.digests import STORED_DTYPES
 from ..protocol.errors import NotFound, SafelightError
 from ..protocol.operations import Barrier
 from . import calls, weight_calls
@@ -15,7 +16,6 @@ from .calls import Call
 from .checksum import ModuleChecksum
 from .endpoint import Endpoint
 from .errors import TensorsDiffer, decode
-from .host_tensors import STORED_DTYPES
 from .results import WeightUpdate
 from .weight_routes import Server, open_route
 from .weight_sending import Load, Sending

@@ -16,6 +16,9 @@ TORCH_DTYPES = {
 }  # fmt: skip
 """What torch calls a dtype that safetensors has."""
 
+STORED_DTYPES = {told: stored for stored, told in TORCH_DTYPES.items()}
+"""What safetensors calls a dtype that torch has."""
+
 
 def tensor_digest(dtype: str, shape: Sequence[int], data: Bytes) -> str:
     """Hex of dtype (as torch writes it), shape (as Python writes a tuple) and the bytes of the full tensor."""

@@ -9,7 +9,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
+from torch.utils._pytree import tree_map_only
 
+from .equality import equal
 from .guidance import guided
 from .transitions import Sampler, transition
 
@@ -36,12 +38,15 @@ def velocity(
     the answers are put together by the pipeline's own rule. Raises ``ValueError`` where the server could not tell how,
     and for samples that cannot be in one call.
     """
+    if len(environments) != len(x):
+        raise ValueError(f"{len(x)} states have {len(environments)} environments")
     replay, guidance = environments[0]["replay"], environments[0]["guidance"]
     if replay is None:
         raise ValueError("the server could not tell how this pipeline makes a velocity of the denoiser's answers")
     if not all(equal((one["replay"], one["guidance"]), (replay, guidance)) for one in environments):
         raise ValueError("the samples' calls differ in schedule, shape or guidance; replay them apart")
     denoiser = denoisers[replay["components"][step]]
+    x = x.to(denoiser.device)
     conditions = [[one["pos_cond_kwargs"] for one in environments]]
     if environments[0]["neg_cond_kwargs"] is not None:
         conditions.append([one["neg_cond_kwargs"] for one in environments])
@@ -80,8 +85,8 @@ def log_probs(
         x = torch.cat([one.before(step) for one in trajectories])
         reached = torch.cat([one.after(step) for one in trajectories])
         v = velocity(denoisers, environments, x, step)
-        taken = transition(sampler, x, v, sigmas, step, noise_level)
-        found.append(taken.log_prob(reached, no_const=no_const))
+        taken = transition(sampler, x.to(v.device), v, sigmas, step, noise_level)
+        found.append(taken.log_prob(reached.to(v.device), no_const=no_const))
     return torch.stack(found, dim=1)
 
 
@@ -101,7 +106,10 @@ def _answers(
         times[replay["timestep"]] = replay["timesteps"][step : step + 1].expand(rows)
     given: Any = latents if replay["listed"] else torch.stack(latents)
     own = _together([one for condition in conditions for one in condition])
-    output = denoiser(**{replay["latents"]: given}, **times, **shared, **own, return_dict=False)[0]
+    conditions_there = tree_map_only(
+        torch.Tensor, lambda tensor: tensor.to(denoiser.device), {**times, **shared, **own}
+    )
+    output = denoiser(**{replay["latents"]: given}, **conditions_there, return_dict=False)[0]
     answers = torch.stack([row.reshape(x.shape[1:]) for row in output])
     return list(answers.reshape(len(conditions), *x.shape))
 
@@ -133,14 +141,3 @@ def _common(name: str, values: list[Any]) -> Any:
     if not all(equal(value, first) for value in others):
         raise ValueError(f"{name} differs between samples; replay them apart")
     return first
-
-
-def equal(one: Any, other: Any) -> bool:
-    """Of tensors, numbers and texts, and of what is made of them."""
-    if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
-        return one.shape == other.shape and torch.equal(one, other)
-    if isinstance(one, Mapping) and isinstance(other, Mapping):
-        return one.keys() == other.keys() and all(equal(value, other[name]) for name, value in one.items())
-    if isinstance(one, list | tuple) and isinstance(other, list | tuple):
-        return len(one) == len(other) and all(map(equal, one, other))
-    return type(one) is type(other) and bool(one == other)

@@ -20,7 +20,8 @@ import torch
 Sampler = Literal["sde", "cps", "ode"]
 
 NEARLY_ALL_NOISE = 0.99
-"""From this σ on ``sde`` takes its noise from the schedule's second σ: at 1 its equation has no value."""
+"""A schedule that begins here or above takes the noise of its first ``sde`` step from its second σ: the equation has no
+value at 1."""
 
 
 LEAST_NOISE = 1e-6
@@ -68,7 +69,7 @@ def transition(
         std = _noise(after * math.sin(noise_level * math.pi / 2))
         clean, noise = x - sigma * v, x + (1 - sigma) * v
         return Transition(clean * (1 - after) + noise * math.sqrt(max(0.0, after**2 - std**2)), std)
-    below_one = float(sigmas[1]) if sigma >= NEARLY_ALL_NOISE else sigma
+    below_one = after if step == 0 and sigma >= NEARLY_ALL_NOISE else sigma
     spread = noise_level * math.sqrt(sigma / (1 - below_one))
     return Transition(
         x * (1 + spread**2 / (2 * sigma) * dt) + v * ((1 + spread**2 * (1 - sigma) / (2 * sigma)) * dt),

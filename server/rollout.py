@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import ipaddress
 import itertools
+import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -24,6 +26,9 @@ from .service import Service
 
 _KEPT_S = 600.0
 """Seconds that a reply in shared memory is kept for a client that does not fetch it."""
+
+_LATE_S = 60.0
+"""And so much longer until they are looked for: a worker may still write them when a request has ended."""
 
 _SHARED = "rollout_shared_memory"
 
@@ -55,10 +60,12 @@ def routes(service: Service) -> APIRouter:
         message = msgspec.structs.replace(message, rollout=rollout)
         if body.rollout_shared_memory:
             _check_near(request)
-        result = await while_connected(request.receive, _result(service, message))
+        try:
+            result = await while_connected(request.receive, _result(service, message))
+        finally:
+            if body.rollout_shared_memory:
+                asyncio.get_running_loop().call_later(_KEPT_S + _LATE_S, sweep, service.shared)
         service.metrics.count_outputs(len(result.outputs))
-        if body.rollout_shared_memory:
-            asyncio.get_running_loop().call_later(_KEPT_S, _forget_files, result)
         return _reply(result)
 
     return router
@@ -94,8 +101,9 @@ def _check_near(request: Request) -> None:
         raise InvalidRequest("Only a client on the server's machine can have shared memory.", field=_SHARED)
 
 
-def _forget_files(result: Result) -> None:
-    """Remove what the client has had time to fetch; one that did has removed it."""
-    for output in result.outputs:
-        if output.rolled_out is not None and output.rolled_out.file is not None:
-            Path(output.rolled_out.file).unlink(missing_ok=True)
+def sweep(shared: Path) -> None:
+    """Remove the files below ``shared`` that clients have had time to fetch; one that did has removed its own."""
+    for file in shared.glob("rollout-*.safetensors"):
+        with contextlib.suppress(FileNotFoundError):
+            if time.time() - file.stat().st_mtime > _KEPT_S:
+                file.unlink()

@@ -7,7 +7,7 @@ from typing import Any
 
 import msgspec
 
-from ..protocol.digests import TORCH_DTYPES
+from ..protocol.digests import STORED_DTYPES
 from ..protocol.messages import Output
 from ..protocol.rollouts import TENSOR, RolledOut, Tensor
 from ..protocol.tensor_files import write_header
@@ -16,7 +16,6 @@ MEDIA_TYPE = "application/msgpack"
 
 Piece = bytes | memoryview
 
-_STORED = {told: stored for stored, told in TORCH_DTYPES.items()}
 _PART = 1 << 20
 """Bytes that are written to a connection at once."""
 
@@ -76,7 +75,7 @@ def _tensor(number: int, rolled_out: RolledOut) -> Iterator[Piece]:
 
 def _file(tensor: Tensor) -> Iterator[Piece]:
     """A safetensors file with the tensor ``t``, as a msgpack byte string."""
-    head = write_header([("t", _STORED[tensor.dtype], tensor.shape)])
+    head = write_header([("t", STORED_DTYPES[tensor.dtype], tensor.shape)])
     yield b"\xc6" + (len(head) + len(tensor.data)).to_bytes(4, "big") + head
     yield tensor.data.data
 

@@ -174,17 +174,24 @@ class Jobs:
     def drop(self, request_id: str) -> None:
         """Stop the work of a request whose failure was sent."""
         job = self._jobs.pop(request_id, None)
-        for sample in job.samples if job is not None else ():
-            self._hub.cancel(sample.coroutine)
+        if job is not None:
+            self._stop(job)
 
     def close(self) -> None:
         self._threads.shutdown(cancel_futures=True)
 
     def _end(self, job: Job, message: Result | Failed) -> None:
         del self._jobs[job.request.request_id]
+        if isinstance(message, Failed):
+            self._stop(job)
+        self._send(message)
+
+    def _stop(self, job: Job) -> None:
+        """Nobody waits for it any more: neither for what is in progress nor for what is done."""
         for sample in job.samples:
             self._hub.cancel(sample.coroutine)
-        self._send(message)
+        for output in job.outputs.values():
+            record.forget(output)
 
     def _fail(self, job: Job, error: SafelightError) -> None:
         self._failed += 1

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import inspect
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -13,7 +12,6 @@ import numpy as np
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.utils import BaseOutput
-from torch.utils import _pytree as pytree
 
 from ..protocol.errors import InvalidRequest
 from ..protocol.logs import request_id_var
@@ -25,7 +23,8 @@ from .fork import fork, schedulers
 from .input_images import image_arguments
 from .lora.adapters import Wanted
 from .model import Model
-from .rollout.environment import Environment
+from .rollout.environment import Environment, likely_scales
+from .rollout.initial_noise import shapes, usual_shapes
 from .rollout.record import peak_memory_mb, read_tensor, told
 from .rollout.sampling import RolloutSampler, why_no_rollouts
 from .sizes import DENOISERS
@@ -35,9 +34,6 @@ from .task import Task
 _REQUEST_FIELDS = (
     "negative_prompt", "width", "height", "num_frames", "num_inference_steps", "guidance_scale", "true_cfg_scale",
 )  # fmt: skip
-
-
-_GUIDANCE = ("guidance_scale", "true_cfg_scale")
 
 
 @dataclass(slots=True)
@@ -135,9 +131,9 @@ class SampleRun:
         if (reason := why_no_rollouts(pipeline)) is not None:
             raise InvalidRequest(f"{type(pipeline).__name__} cannot be rolled out: {reason}.", field="rollout")
         (scheduler,) = schedulers(pipeline)
-        self._environment = Environment(_scales(pipeline, arguments)) if rollout.returns_environment else None
+        self._environment = Environment(likely_scales(pipeline, arguments)) if rollout.returns_environment else None
         if rollout.initial_noise:
-            self._shapes = self._usual_shapes(arguments)
+            self._shapes = usual_shapes(self.task.pipeline, arguments, self.seed)
         stepped = self._environment.stepped if self._environment is not None else lambda *_: None
         sampler = RolloutSampler(scheduler, rollout, arguments["generator"], stepped)
         watch_steps(scheduler, self._saw, sampler.step)
@@ -156,25 +152,9 @@ class SampleRun:
         }
         return pixels
 
-    def _usual_shapes(self, arguments: dict[str, Any]) -> list[torch.Size]:
-        """Those of the denoiser's arguments with noise of the pipeline's own, of the size that was asked for."""
-
-        def until_denoiser(call: Call) -> Any:
-            if call.name in DENOISERS:
-                raise _Reached(call)
-            return cross(call)
-
-        generator = torch.Generator(arguments["generator"].device).manual_seed(self.seed)
-        given = {name: value for name, value in arguments.items() if name != "latents"}
-        try:
-            fork(self.task.pipeline, until_denoiser)(**given | {"generator": generator})
-        except _Reached as reached:
-            return _shapes(reached.call)
-        raise InvalidRequest("This pipeline takes no initial noise.", field="initial_noise")
-
     def _cross(self, call: Call) -> Any:
         if self._shapes is not None and call.name in DENOISERS:
-            if _shapes(call) != self._shapes:
+            if shapes(call) != self._shapes:
                 raise InvalidRequest("initial_noise has another shape than such a sample's.", field="initial_noise")
             self._shapes = None
         if self.clock.first_denoise is None and call.component.split(".")[0] in DENOISERS:
@@ -188,26 +168,6 @@ class SampleRun:
         self.steps = step.number
         self.clock.last_step = time.perf_counter()
         self._stepped(self, step)
-
-
-class _Reached(Exception):
-    """A pipeline has come to its denoiser's first call."""
-
-    def __init__(self, call: Call) -> None:
-        super().__init__()
-        self.call = call
-
-
-def _shapes(call: Call) -> list[torch.Size]:
-    return [leaf.shape for leaf in pytree.tree_leaves((call.args, call.kwargs)) if isinstance(leaf, torch.Tensor)]
-
-
-def _scales(pipeline: DiffusionPipeline, arguments: dict[str, Any]) -> list[float]:
-    """The numbers that may be a guidance scale: arguments of the call that are called one, given or by default."""
-    parameters = inspect.signature(type(pipeline).__call__).parameters
-    names = sorted((name for name in parameters if "scale" in name), key=lambda name: name not in _GUIDANCE)
-    values = (arguments.get(name, parameters[name].default) for name in names)
-    return list(dict.fromkeys(float(value) for value in values if isinstance(value, int | float)))
 
 
 def _without_size(given: dict[str, Any]) -> dict[str, Any]:

@@ -37,32 +37,36 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m safelight.examples.flow_grpo", description=__doc__)
     parser.formatter_class = argparse.ArgumentDefaultsHelpFormatter
     parser.add_argument("--out", type=Path, required=True, help="folder for the log, the curve and the checkpoint")
-    parser.add_argument("--server", metavar="URL", help="one that serves the embedded model; else one is started")
+    parser.add_argument("--server", metavar="URL", help="one whose embedded model is to learn; else one is started")
     parser.add_argument("--minutes", type=float, default=60, help="when to stop")
     parser.add_argument("--iterations", type=int, default=1_000_000, help="when to stop at the latest")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--lora", type=int, metavar="RANK", help="learn an adapter instead of all weights")
-    parser.add_argument("--lr", type=float, default=1e-4, help="learning rate")
+    parser.add_argument("--lr", type=float, default=2e-4, help="learning rate")
     parser.add_argument("--prompts", type=int, default=12, help="groups of an iteration")
     parser.add_argument("--group", type=int, default=8, help="samples of a group")
     parser.add_argument("--updates", type=int, default=2, help="optimiser steps of an iteration")
     parser.add_argument("--batch", type=int, default=48, help="samples of a forward")
-    parser.add_argument("--steps", type=int, default=10, help="denoising steps")
+    parser.add_argument("--steps", type=int, default=8, help="denoising steps")
     parser.add_argument("--noisy", type=int, default=3, help="how many of them are noisy, and learned from")
-    parser.add_argument("--noisy-among", type=int, default=6, help="they are among so many first ones")
+    parser.add_argument("--noisy-among", type=int, default=5, help="they are among so many first ones")
     parser.add_argument("--sampler", choices=("sde", "cps"), default="cps")
     parser.add_argument("--noise", type=float, default=0.8, help="noise level")
-    parser.add_argument("--clip", type=float, default=2e-4, help="how far a probability ratio may go from 1")
-    parser.add_argument("--warmup", type=int, default=20, help="optimiser steps until the whole learning rate")
-    parser.add_argument("--examine-every", type=int, default=10, help="iterations between examinations")
+    parser.add_argument("--clip", type=float, default=5e-4, help="how far a probability ratio may go from 1")
+    parser.add_argument("--warmup", type=int, default=5, help="iterations until the whole learning rate")
+    parser.add_argument("--examine-every", type=int, default=20, help="iterations between examinations")
     parser.add_argument("--examined", type=int, default=200, help="held-out prompts of an examination")
     parser.add_argument("--threads", type=int, default=2, help="of this program and of the server it starts")
-    return parser.parse_args()
+    options = parser.parse_args()
+    if options.group < 2:
+        parser.error("--group must be at least 2: a sample is compared with the others of its group")
+    return options
 
 
 def main() -> int:
     options = arguments()
     torch.set_num_threads(options.threads)
+    torch.manual_seed(options.seed)
     options.out.mkdir(parents=True, exist_ok=True)
     try:
         with server(options) as client:
@@ -70,7 +74,7 @@ def main() -> int:
     except KeyboardInterrupt:
         print("stopped; the same command goes on from the last iteration")
         return 130
-    except (SafelightError, OSError) as error:
+    except (SafelightError, OSError, NotThisRun) as error:
         print(error, file=sys.stderr)
         return 1
     return 0
@@ -96,27 +100,34 @@ class Training:
         self._options, self._client = options, client
         self._policy = Policy(options.lora)
         self._optimizer = torch.optim.AdamW(self._policy.parameters, lr=options.lr, betas=(0.9, 0.99), weight_decay=0)
-        self._scheduler = torch.optim.lr_scheduler.LinearLR(self._optimizer, 1 / options.warmup, 1.0, options.warmup)
-        self._iteration, self._spent = 0, 0.0
-        self._resume()
+        self._iteration = 0
+        self._log = options.out / "log.jsonl"
+        self._began = time.monotonic() - 60 * self._resume()
 
     def run(self) -> None:
-        options, began = self._options, time.monotonic() - 60 * self._spent
+        options = self._options
         self._policy.push_start(self._client)
         if self._iteration:
             self._policy.push(self._client, f"step-{self._iteration}")
         else:
-            self._log({"minutes": 0.0, **self._examine()})
-        while self._iteration < options.iterations and self._spent < options.minutes:
+            self._tell({"iteration": 0, **self._examine()})
+        while self._done() < 1:
             told = self._iterate()
             self._iteration += 1
-            self._spent = (time.monotonic() - began) / 60
-            done = self._iteration == options.iterations or self._spent >= options.minutes
-            told |= {"iteration": self._iteration, "minutes": self._spent}
-            if done or self._iteration % options.examine_every == 0:
+            told = {"iteration": self._iteration} | told
+            if self._done() >= 1 or self._iteration % options.examine_every == 0:
                 told |= self._examine()
-            self._log(told)
+            self._tell(told)
             self._save()
+        plot([self._log], options.out / "curve.png")
+
+    def _minutes(self) -> float:
+        return (time.monotonic() - self._began) / 60
+
+    def _done(self) -> float:
+        """How much of the run has been done, from 0 to 1."""
+        options = self._options
+        return float(max(self._minutes() / options.minutes, self._iteration / options.iterations))
 
     def _iterate(self) -> dict[str, Any]:
         """Samples, rewards, optimiser steps, a push; returns what to log."""
@@ -129,7 +140,7 @@ class Training:
         rollouts = self._client.rollout(
             [caption(scene) for scene in scenes],
             n=options.group,
-            seed=int(torch.randint(2**31, (1,), generator=generator)),
+            seed=torch.randint(2**48, (options.prompts * options.group,), generator=generator).tolist(),
             steps=options.steps,
             sampler=options.sampler,
             noise_level=options.noise,
@@ -165,8 +176,10 @@ class Training:
         self, rollouts: Sequence[Rollout], advantages: torch.Tensor, steps: Sequence[int], generator: torch.Generator
     ) -> dict[str, float]:
         """Clipped policy-gradient steps, each on its own share of the samples."""
-        options, ratios, norms = self._options, [], []
+        options, off, clipped, norms = self._options, [], [], []
         order = torch.randperm(len(rollouts), generator=generator)
+        for parameters in self._optimizer.param_groups:
+            parameters["lr"] = options.lr * self._rate()
         for chosen in order.chunk(options.updates):
             self._optimizer.zero_grad(set_to_none=True)
             for part in torch.split(chosen, options.batch):
@@ -174,65 +187,88 @@ class Training:
                 old = torch.stack([rollout.log_probs[steps] for rollout in batch])
                 new = self._policy.log_probs(batch, steps, options.sampler, options.noise)
                 ratio = (new - old).exp()
-                clipped = ratio.clamp(1 - options.clip, 1 + options.clip)
-                gain = torch.minimum(ratio * advantages[part, None], clipped * advantages[part, None])
+                free = ratio * advantages[part, None]
+                held = ratio.clamp(1 - options.clip, 1 + options.clip) * advantages[part, None]
+                gain = torch.minimum(free, held)
+                clipped.append((held < free).float())
                 torch.autograd.backward(-gain.mean() * len(part) / len(chosen))
-                ratios.append(ratio.detach() - 1)
+                off.append((ratio.detach() - 1).abs())
             norms.append(torch.nn.utils.clip_grad_norm_(self._policy.parameters, 1.0))
             self._optimizer.step()
-            self._scheduler.step()
-        moved = torch.cat(ratios).abs()
         return {
-            "first_ratio_off": float(ratios[0].abs().max()),  # of samples that these very weights have drawn: near 0
-            "clipped": float((moved > options.clip).float().mean()),
+            "first_ratio_off": float(off[0].max()),  # of samples that these very weights have drawn: near 0
+            "clipped": float(torch.cat(clipped).mean()),
             "grad_norm": float(torch.stack(norms).mean()),
         }
+
+    def _rate(self) -> float:
+        """The learning rate's factor: a linear rise, and in the second half of the run a linear way down to 0."""
+        rise = (self._iteration + 1) / max(1, self._options.warmup)
+        return float(min(1.0, rise, 2 * max(0.0, 1 - self._done())))
 
     def _examine(self) -> dict[str, float]:
         """How many pictures of held-out prompts are right, drawn without noise."""
         scenes = held_out()[: self._options.examined]
         prompts = [caption(scene) for scene in scenes]
         pictures = self._client.rollout(
-            prompts, steps=self._options.steps, sampler="ode", trajectory=False, seed=0, shared_memory=True, **PICTURE
+            prompts,
+            steps=self._options.steps,
+            sampler="ode",
+            trajectory=False,
+            seed=list(range(len(scenes))),
+            shared_memory=True,
+            **PICTURE,
         )
-        marks = list(map(mark, (picture.output for picture in pictures), scenes))
+        marks = [mark(picture.output, scene) for picture, scene in zip(pictures, scenes, strict=True)]
         return {
             "held_out": sum(one.score for one in marks) / len(marks),
             "held_out_all_right": sum(one.all_right for one in marks) / len(marks),
             "held_out_reward": sum(one.reward for one in marks) / len(marks),
         }
 
-    def _log(self, line: dict[str, Any]) -> None:
+    def _tell(self, line: dict[str, Any]) -> None:
+        line |= {"minutes": self._minutes()}
         rounded = {name: round(value, 6) if isinstance(value, float) else value for name, value in line.items()}
-        log = self._options.out / "log.jsonl"
-        with log.open("a", encoding="utf-8") as file:
+        with self._log.open("a", encoding="utf-8") as file:
             file.write(json.dumps(rounded) + "\n")
         print(" ".join(f"{name} {value}" for name, value in rounded.items()), flush=True)
-        plot([log], self._options.out / "curve.png")
+        if "held_out" in line:
+            plot([self._log], self._options.out / "curve.png")
 
     def _save(self) -> None:
         state = {
             "iteration": self._iteration,
-            "minutes": self._spent,
+            "minutes": self._minutes(),
+            "lora": self._options.lora,
             "learned": [parameter.detach() for parameter in self._policy.parameters],
             "optimizer": self._optimizer.state_dict(),
-            "scheduler": self._scheduler.state_dict(),
         }
         partial = self._options.out / "checkpoint.partial"
         torch.save(state, partial)
         partial.replace(self._options.out / "checkpoint.pt")
 
-    def _resume(self) -> None:
+    def _resume(self) -> float:
+        """Returns the minutes that were spent before. What the log has of an iteration that was not saved goes."""
         path = self._options.out / "checkpoint.pt"
         if not path.exists():
-            return
+            self._log.unlink(missing_ok=True)
+            return 0.0
         state = torch.load(path, weights_only=True)
-        self._iteration, self._spent = state["iteration"], state["minutes"]
+        if state["lora"] != self._options.lora:
+            raise NotThisRun(f"{path} is of a run with --lora {state['lora']}; choose another --out for this one.")
+        self._iteration = state["iteration"]
+        lines = self._log.read_text(encoding="utf-8").splitlines(keepends=True)
+        self._log.write_text("".join(lines[: self._iteration + 1]), encoding="utf-8")
         with torch.no_grad():
             for parameter, stored in zip(self._policy.parameters, state["learned"], strict=True):
                 parameter.copy_(stored)
         self._optimizer.load_state_dict(state["optimizer"])
-        self._scheduler.load_state_dict(state["scheduler"])
+        minutes: float = state["minutes"]
+        return minutes
+
+
+class NotThisRun(Exception):
+    """The folder is of a run with other parameters."""
 
 
 class Clock:

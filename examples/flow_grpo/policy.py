@@ -41,14 +41,18 @@ class Policy:
         """Those that learn."""
         return [parameter for parameter in self.transformer.parameters() if parameter.requires_grad]
 
-    def log_probs(self, rollouts: Sequence[Rollout], steps: Sequence[int], sampler: Sampler, noise: float) -> Any:
+    def log_probs(
+        self, rollouts: Sequence[Rollout], steps: Sequence[int], sampler: Sampler, noise: float
+    ) -> torch.Tensor:
         """[B, len(steps)], with gradients: what the server's ``log_probs`` would be with these weights."""
-        environments = [rollout.environment or {} for rollout in rollouts]
+        environments = [rollout.environment for rollout in rollouts if rollout.environment is not None]
         trajectories = [rollout.trajectory for rollout in rollouts if rollout.trajectory is not None]
         return log_probs({"transformer": self.transformer}, environments, trajectories, steps, sampler, noise)
 
     def push_start(self, client: Client) -> None:
-        """Have the server draw as badly as the training begins; all three modules, or none."""
+        """Have the server draw as badly as the training begins; all three modules, or none, and without adapters."""
+        for lora in client.loras().loaded:
+            client.unload_lora(lora.nickname)
         with client.weights.begin("start", list(self._start)) as update:
             for module, tensors in self._start.items():
                 update.update(tensors, target_module=module)

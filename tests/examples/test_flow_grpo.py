@@ -66,7 +66,7 @@ def test_pushes_change_the_pictures_and_versions_march_on(url: str, tmp_path: Pa
         log = train(tmp_path, "--server", url, "--iterations", "4", "--lr", "1e-3")
         pictures.append(drawn(client))
         assert [line.get("drawn_with") for line in log[3:]] == [["step-2"], ["step-3"]]
-        assert [line.get("iteration") for line in log] == [None, 1, 2, 3, 4]
+        assert [line["iteration"] for line in log] == [0, 1, 2, 3, 4]
         assert client.weights.version() == "step-4"
         assert not np.array_equal(pictures[0], pictures[1])
         assert not np.array_equal(pictures[1], pictures[2])
@@ -97,22 +97,31 @@ def test_an_adapter_is_learned_instead(url: str, tmp_path: Path) -> None:
         assert [line.get("drawn_with") for line in log] == [None, ["start"], ["step-1"]]
         assert log[2]["first_ratio_off"] < 1e-5, "the merged adapter draws as the trainer's own does"
         assert [lora.nickname for lora in client.loras().loaded] == ["lora_merge:transformer"]
-        client.unmerge_lora()
-        client.unload_lora("lora_merge:transformer")
+
+        log = train(tmp_path / "whole", "--server", url, "--iterations", "2", "--lr", "1e-3")
+        assert client.loras().loaded == (), "what was merged before would be in what is drawn"
+        assert log[2]["first_ratio_off"] < 1e-5
+    other = subprocess.run(
+        [*EXAMPLE, "--out", str(tmp_path), "--server", url], capture_output=True, text=True, timeout=120
+    )
+    assert other.returncode == 1
+    assert "is of a run with --lora 4" in other.stderr
 
 
 def test_it_is_stopped_by_ctrl_c_and_goes_on_from_there(tmp_path: Path) -> None:
     """Here it starts a server of its own, which ends with it."""
     run = subprocess.Popen([*EXAMPLE, "--out", str(tmp_path)], stdout=subprocess.PIPE, text=True)
     assert run.stdout is not None
-    while "iteration 1 " not in (line := run.stdout.readline()):
-        assert line, "it ended by itself"
-    time.sleep(0.5)
+    while not (tmp_path / "checkpoint.pt").exists():
+        assert run.poll() is None, "it ended by itself"
+        time.sleep(0.1)
     run.send_signal(signal.SIGINT)
     rest, _ = run.communicate(timeout=120)
     assert run.returncode == 130
     assert "goes on from the last iteration" in rest
     done = torch.load(tmp_path / "checkpoint.pt", weights_only=True)["iteration"]
+    with (tmp_path / "log.jsonl").open("a") as file:
+        file.write(json.dumps({"iteration": done + 1}) + "\n")  # as if stopped between this line and the checkpoint
     log = train(tmp_path, "--iterations", str(done + 1))
-    assert log[-1]["iteration"] == done + 1
+    assert [line["iteration"] for line in log] == list(range(done + 2))
     assert log[-1]["drawn_with"] == [f"step-{done}"]

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import json
 import math
+import os
+import socket
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import httpx
 import msgspec
@@ -21,6 +25,7 @@ from safelight.client import AsyncClient, Client
 from safelight.client.rollout_calls import rollout
 from safelight.client.rollouts import Rollout, decode_rollouts
 from safelight.protocol.errors import Internal, InvalidRequest
+from safelight.server.rollout import sweep
 from safelight.tests.live import LiveServer
 from safelight.tests.updates.trainer import Trainer, changed, transformer
 
@@ -206,6 +211,34 @@ def test_shared_memory_gives_the_same_and_nothing_is_left(server: LiveServer, cl
 
 
 @pytest.mark.parametrize("level", [1e-25, 1e-30])
+def test_a_client_that_goes_away_leaves_nothing_in_shared_memory(checkpoint: Callable[[str], Path]) -> None:
+    """Samples come one after the other here, so that some are there when it goes."""
+    body = asked("flux", n=16, steps=8, shared_memory=True)
+    with LiveServer(checkpoint("flux"), ["--threads", "1", "--batching", "serial"]) as server:
+        server.wait_ready()
+        told = httpx.get(f"{server.url}/server_info").json()
+        folder = Path(told["shared_memory"])
+        call, place = rollout(**body), urlsplit(server.url)
+        with socket.create_connection((place.hostname, place.port)) as connection:
+            content = json.dumps(call.body).encode()
+            head = f"POST {call.path} HTTP/1.1\r\nHost: here\r\nContent-Type: application/json\r\n"
+            connection.sendall(f"{head}Content-Length: {len(content)}\r\n\r\n".encode() + content)
+            server.wait_for(lambda: len(list(folder.glob("rollout-*"))) > 1 or None, 60)
+        server.wait_for(lambda: not list(folder.glob("rollout-*")) or None, 60)
+        time.sleep(0.5)
+        assert not list(folder.glob("rollout-*"))
+
+
+def test_what_is_not_fetched_is_swept_away(tmp_path: Path) -> None:
+    names = ("rollout-1.safetensors", "rollout-2.safetensors", "adapter-1.safetensors")
+    for name in names:
+        (tmp_path / name).touch()
+    for name in (names[0], names[2]):
+        os.utime(tmp_path / name, (0, 0))
+    sweep(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter-1.safetensors", "rollout-2.safetensors"]
+
+
 def test_noise_that_is_lost_in_fp32_is_none(level: float, client: Client) -> None:
     for sampler in ("sde", "cps"):
         path = one(client, sampler=sampler, noise_level=level, no_const=False)

@@ -76,6 +76,16 @@ def test_a_schedule_that_begins_just_below_one_is_stepped_like_one_that_begins_a
     assert torch.allclose(below.mean, at.mean, atol=1e-3)
 
 
+def test_only_the_first_step_takes_its_noise_from_the_next_sigma() -> None:
+    """A schedule that is shifted far has several steps above 0.99, and its equation a value at all but the first."""
+    sigmas = [12 * s / (1 + 11 * s) for s in (1 - i / 40 for i in range(41))]
+    assert sigmas[3] > 0.99
+    x, v = torch.randn(2, 1, 64)
+    for step in (1, 2, 3):
+        taken, s0, s1 = transition("sde", x, v, sigmas, step, 0.7), sigmas[step], sigmas[step + 1]
+        assert taken.std == pytest.approx(0.7 * math.sqrt(s0 / (1 - s0)) * math.sqrt(s0 - s1), rel=1e-9)
+
+
 def test_what_is_more_probable_is_nearer_to_the_mean() -> None:
     taken = Transition(torch.zeros(3, 8), 0.5)
     near, middle, far = taken.log_prob(torch.tensor([0.0, 0.4, 2.0])[:, None].expand(3, 8)).tolist()

@@ -244,14 +244,7 @@ def test_an_operation_is_refused_when_no_replica_could_be_given_the_adapters() -
 
 def test_a_replica_that_could_not_be_given_the_adapters_is_not_given_them_again() -> None:
     """It has two turns: it waited for its adapters, and for weights that were lost."""
-    stage = Operating()
-    change(stage, "set", INK)
-    stage.operate("u", update())
-    stage.do_all()
-    stage.kill(0)
-    stage.kill(1)
-    stage.start(0)
-    stage.do_all()
+    stage = one_without_the_weights()
     stage.operate("again", update("again"))
     stage.up_to("commit")
     stage.do(0)
@@ -291,7 +284,8 @@ def test_adapters_outlive_all_replicas() -> None:
     assert stage.processes[0].version == "1"
 
 
-def test_a_change_is_refused_while_no_replica_has_the_weights() -> None:
+def one_without_the_weights() -> Operating:
+    """Adapters and weights were given to two replicas, and of those one has come back: nobody has the weights."""
     stage = Operating()
     change(stage, "set", INK)
     stage.operate("u", update())
@@ -300,6 +294,11 @@ def test_a_change_is_refused_while_no_replica_has_the_weights() -> None:
     stage.kill(1)
     stage.start(0)
     stage.do_all()
+    return stage
+
+
+def test_a_change_is_refused_while_no_replica_has_the_weights() -> None:
+    stage = one_without_the_weights()
     stage.operate("unload", Adapt(UnloadAdapter("ink")))
     stage.do_all()
     assert "No replica has the weights" in stage.refusal("unload")

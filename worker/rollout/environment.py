@@ -13,13 +13,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from diffusers import DiffusionPipeline
 from torch import nn
 
+from ...rollout.equality import equal
 from ...rollout.guidance import GUIDED, Rule, guided
-from ...rollout.replay import equal
 from ..call import Call
 
 _TIMESTEPS = ("timestep", "timesteps", "t")
+_GUIDANCE = ("guidance_scale", "true_cfg_scale")
 _OF_THE_IMAGE = ("img", "image", "rotary")
 _EXACT_ENOUGH = 1e-3
 """Of the velocity, in relative L2: a rule that comes closer is the pipeline's."""
@@ -146,6 +148,14 @@ class Environment:
         for scale, sign, rule in itertools.product(self._scales, (1, -1), GUIDED):
             for widened, swapped in itertools.product((False, True), (False, True)):
                 yield _Combined(rule, scale, sign, widened=widened, swapped=swapped)
+
+
+def likely_scales(pipeline: DiffusionPipeline, arguments: dict[str, Any]) -> list[float]:
+    """The numbers that may be a guidance scale: arguments of the call that are called one, given or by default."""
+    parameters = inspect.signature(type(pipeline).__call__).parameters
+    names = sorted((name for name in parameters if "scale" in name), key=lambda name: name not in _GUIDANCE)
+    values = (arguments.get(name, parameters[name].default) for name in names)
+    return list(dict.fromkeys(float(value) for value in values if isinstance(value, int | float)))
 
 
 def _distance(how: _Combined, answers: list[torch.Tensor], velocity: torch.Tensor) -> float:

@@ -11,14 +11,12 @@ from typing import Any
 import torch
 
 from ...protocol.codec import Buffer
-from ...protocol.digests import TORCH_DTYPES
+from ...protocol.digests import STORED_DTYPES
 from ...protocol.errors import Unavailable
 from ...protocol.messages import Output
 from ...protocol.rollouts import TENSOR, RolledOut, Rollout, Tensor
 from ...protocol.tensor_files import write_header
 from .sampling import Path
-
-_STORED = {told: stored for stored, told in TORCH_DTYPES.items()}
 
 
 def told(rollout: Rollout, path: Path, environment: dict[str, Any] | None) -> dict[str, Any]:
@@ -73,7 +71,7 @@ def encoded(tree: dict[str, Any], shared: File | None) -> RolledOut:
     if shared is None:
         return RolledOut(told=described, tensors=[_sent(tensor) for tensor in tensors])
     file = shared / f"rollout-{secrets.token_hex(8)}.safetensors"
-    header = [(str(i), _STORED[str(one.dtype)], tuple(one.shape)) for i, one in enumerate(tensors)]
+    header = [(str(i), STORED_DTYPES[str(one.dtype)], tuple(one.shape)) for i, one in enumerate(tensors)]
     try:
         with file.open("xb") as written:
             written.writelines([write_header(header), *map(_bytes, tensors)])

@@ -1,0 +1,104 @@
+"""What cannot be replayed in one call is refused, not mixed up."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from safelight.client.rollouts import Trajectory
+from safelight.rollout.replay import log_probs, velocity
+
+
+class Denoiser(nn.Module):
+    """Says what it was told: latents times the condition, plus the time."""
+
+    device, dtype = torch.device("cpu"), torch.float32
+
+    def forward(self, latents: torch.Tensor, t: torch.Tensor, own: torch.Tensor, ids: Any, **_: Any) -> Any:
+        return (latents * own.mean((1, 2))[:, None] + t[:, None],)
+
+
+MODULES = {"transformer": Denoiser()}
+
+
+def environment(own: float, *, length: int = 2, **changes: Any) -> dict[str, Any]:
+    replay = {
+        "components": ["transformer"] * 2,
+        "latents": "latents",
+        "shape": [3],
+        "listed": False,
+        "timestep": "t",
+        "timesteps": torch.tensor([1.0, 0.5]),
+        "joined": None,
+    }
+    conditions = {"own": torch.full((1, length, 4), own), "ids": torch.arange(length)}
+    guidance = {"rule": "none", "scale": [1.0, 1.0], "sign": 1, "widened": False}
+    told = {"image_kwargs": {}, "pos_cond_kwargs": conditions, "neg_cond_kwargs": None, "guidance": guidance}
+    return told | {"replay": replay} | changes
+
+
+def trajectory(sigmas: tuple[float, ...] = (1.0, 0.5, 0.0)) -> Trajectory:
+    return Trajectory(torch.randn(3, 3), [0, 1, 2], torch.zeros(3), torch.tensor(sigmas))
+
+
+def test_each_sample_of_a_call_has_its_own_condition() -> None:
+    x = torch.randn(3, 3)
+    own = [2.0, 3.0, 5.0]
+    got = velocity(MODULES, [environment(one) for one in own], x, 1)
+    assert torch.equal(got, x * torch.tensor(own)[:, None] + 0.5)
+
+
+def test_negative_answers_stay_with_their_samples() -> None:
+    negative = {"own": torch.full((1, 2, 4), 1.0), "ids": torch.arange(2)}
+    guidance = {"rule": "from_negative", "scale": [4.0, 4.0], "sign": -1, "widened": False}
+    x = torch.randn(2, 3)
+    for joined in (None, "positive_first", "negative_first"):
+        told = [environment(own, neg_cond_kwargs=negative, guidance=guidance) for own in (2.0, 3.0)]
+        told = [one | {"replay": one["replay"] | {"joined": joined}} for one in told]
+        if joined is not None:  # what all rows of a call have in common is told apart from theirs
+            told = [one | {"image_kwargs": {"ids": torch.arange(2)}} for one in told]
+            told = [
+                one | {name: without_ids(one[name]) for name in ("pos_cond_kwargs", "neg_cond_kwargs")} for one in told
+            ]
+        got = velocity(MODULES, told, x, 0)
+        wanted = torch.stack([-(row + 1 + 4 * (row * own - row)) for row, own in zip(x, (2.0, 3.0), strict=True)])
+        assert torch.allclose(got, wanted, atol=1e-6), joined
+
+
+def without_ids(conditions: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in conditions.items() if name != "ids"}
+
+
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "lengths": (environment(1.0, length=3), "own is of different lengths"),
+    "guidance": (
+        environment(1.0, guidance={"rule": "none", "scale": [2.0, 1.0], "sign": 1, "widened": False}),
+        "guidance",
+    ),
+    "arguments": (environment(1.0, pos_cond_kwargs={"own": torch.ones(1, 2, 4)}), "different arguments"),
+    "what is shared": (
+        environment(1.0, pos_cond_kwargs={"own": torch.ones(1, 2, 4), "ids": torch.tensor([0, 2])}),
+        "ids differs",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_samples_that_cannot_be_in_one_call_are_refused(case: str) -> None:
+    other, message = REFUSED[case]
+    with pytest.raises(ValueError, match=message):
+        velocity(MODULES, [environment(1.0), other], torch.randn(2, 3), 0)
+
+
+def test_what_does_not_belong_together_is_refused() -> None:
+    told = environment(1.0)
+    with pytest.raises(ValueError, match="2 states have 1 environments"):
+        log_probs(MODULES, [told], [trajectory(), trajectory()], [0], "sde", 0.7)
+    with pytest.raises(ValueError, match="several schedules"):
+        log_probs(MODULES, [told, told], [trajectory(), trajectory((1.0, 0.4, 0.0))], [0], "sde", 0.7)
+    with pytest.raises(ValueError, match="could not tell"):
+        velocity(MODULES, [told | {"replay": None}], torch.randn(1, 3), 0)
