@@ -37,7 +37,9 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m safelight.examples.flow_grpo", description=__doc__)
     parser.formatter_class = argparse.ArgumentDefaultsHelpFormatter
     parser.add_argument("--out", type=Path, required=True, help="folder for the log, the curve and the checkpoint")
-    parser.add_argument("--server", metavar="URL", help="one whose embedded model is to learn; else one is started")
+    parser.add_argument(
+        "--server", metavar="URL", help="one whose embedded model is to learn; if not given, one is started"
+    )
     parser.add_argument("--minutes", type=float, default=60, help="when to stop")
     parser.add_argument("--iterations", type=int, default=1_000_000, help="when to stop at the latest")
     parser.add_argument("--seed", type=int, default=0)
@@ -105,7 +107,11 @@ class Training:
         self._began = time.monotonic() - 60 * self._resume()
 
     def run(self) -> None:
-        options = self._options
+        options, config = self._options, self._client.info()["config"]
+        if config["dtype"] != "float32":
+            raise NotThisRun(
+                f"The server computes in {config['dtype']}; start it with --dtype float32, as is done here."
+            )
         self._policy.push_start(self._client)
         if self._iteration:
             self._policy.push(self._client, f"step-{self._iteration}")
@@ -268,7 +274,7 @@ class Training:
 
 
 class NotThisRun(Exception):
-    """The folder is of a run with other parameters."""
+    """The folder or the server is for another run."""
 
 
 class Clock:

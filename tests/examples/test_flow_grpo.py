@@ -40,7 +40,7 @@ PROMPT = "a large red circle in the center on a white background"
 
 @pytest.fixture(scope="module")
 def url() -> Iterator[str]:
-    with LiveServer("shapes", ["--dtype", "float32", "--threads", "2"]) as server:
+    with LiveServer("shapes", ["--dtype", "float32", "--threads", "2", "--max-outputs", "200"]) as server:
         server.wait_ready()
         yield server.url
 
