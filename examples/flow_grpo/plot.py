@@ -22,7 +22,9 @@ def plot(logs: Sequence[Path], png: Path) -> None:
         axes.plot(*zip(*scores, strict=True), marker="o", color=colour, label=log.parent.name)
         axes.plot(*zip(*rewards, strict=True), color=colour, linewidth=0.5, alpha=0.6)
     axes.set(
-        xlabel="minutes", ylabel="held-out pictures that are right, %", title="thin: mean reward in training, × 100"
+        xlabel="minutes",
+        ylabel="right attributes of held-out pictures, %",
+        title="thin: mean reward in training, × 100",
     )
     axes.grid(alpha=0.3)
     axes.legend()

@@ -210,7 +210,6 @@ def test_shared_memory_gives_the_same_and_nothing_is_left(server: LiveServer, cl
     assert not list(Path("/dev/shm").glob("safelight-*/rollout-*"))
 
 
-@pytest.mark.parametrize("level", [1e-25, 1e-30])
 def test_a_client_that_goes_away_leaves_nothing_in_shared_memory(checkpoint: Callable[[str], Path]) -> None:
     """Samples come one after the other here, so that some are there when it goes."""
     body = asked("flux", n=16, steps=8, shared_memory=True)
@@ -239,6 +238,7 @@ def test_what_is_not_fetched_is_swept_away(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter-1.safetensors", "rollout-2.safetensors"]
 
 
+@pytest.mark.parametrize("level", [1e-25, 1e-30])
 def test_noise_that_is_lost_in_fp32_is_none(level: float, client: Client) -> None:
     for sampler in ("sde", "cps"):
         path = one(client, sampler=sampler, noise_level=level, no_const=False)
