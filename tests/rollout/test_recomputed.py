@@ -67,7 +67,7 @@ def test_log_probabilities_are_recomputed_exactly(name: str, checkpoint: Callabl
         server.wait_ready()
         client = Client(server.url)
         for sampler, level in (("sde", 0.7), ("cps", 0.5)):
-            two = ["a red circle", "a blue square"]  # of as many words, so that they can be in one call
+            two = ["a red circle", "a red square"]  # of as many words, so that they can be in one call
             exact = client.rollout(**asked(name, prompt=two, sampler=sampler, noise_level=level, deterministic=True))
             assert [difference(one, modules=modules, sampler=sampler, noise_level=level) for one in exact] == [0, 0]
             assert difference(*exact, modules=modules, sampler=sampler, noise_level=level) < CLOSE
