@@ -125,7 +125,6 @@ class Training:
                 told |= self._examine()
             self._tell(told)
             self._save()
-        plot([self._log], options.out / "curve.png")
 
     def _minutes(self) -> float:
         return (time.monotonic() - self._began) / 60

@@ -18,23 +18,11 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from safelight.client import Client
+from safelight.examples.flow_grpo.policy import Policy
 from safelight.tests.live import LiveServer
 
-SMALL = [
-    "--prompts",
-    "2",
-    "--group",
-    "4",
-    "--examined",
-    "4",
-    "--examine-every",
-    "1",
-    "--steps",
-    "6",
-    "--noisy-among",
-    "4",
-]
-EXAMPLE = [sys.executable, "-m", "safelight.examples.flow_grpo", *SMALL]
+SMALL = "--prompts 2 --group 4 --examined 4 --examine-every 1 --steps 6 --noisy-among 4"
+EXAMPLE = [sys.executable, "-m", "safelight.examples.flow_grpo", *SMALL.split()]
 PROMPT = "a large red circle in the center on a white background"
 
 
@@ -84,8 +72,6 @@ def test_what_serves_at_the_end_is_what_was_learned(url: str, tmp_path: Path) ->
     learned = torch.load(tmp_path / "checkpoint.pt", weights_only=True)["learned"]
     with Client(url) as client:
         held = client.weights.checksum(["transformer"], detail=True)["transformer"].tensors
-        from safelight.examples.flow_grpo.policy import Policy
-
         names = [name for name, _ in Policy(None).transformer.named_parameters()]
         assert set(names) == set(held)
         client.weights.verify(dict(zip(names, learned, strict=True)))
