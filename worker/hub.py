@@ -29,8 +29,10 @@ from .prompt_cache import PromptCache, prompt_key
 log = logging.getLogger(__name__)
 
 STARTS_PER_TURN = 2
-"""A start runs a coroutine up to its first call while everybody else waits, so few are done between two forwards."""
+"""A start runs a coroutine up to its first call while everybody else waits, so few are done between two forwards.
 
+Where nobody waits, as many start as one forward takes: a group's samples then make all their steps together.
+"""
 
 MOST_KINDS_APART = 1000
 """Kinds of calls that are remembered as failing when merged; then they are forgotten, and tried again."""
@@ -139,7 +141,7 @@ class Hub:
         """Start a few coroutines, then make one forward and let those that it served run to their next call."""
         if self.paused:
             return
-        for _ in range(STARTS_PER_TURN):
+        for _ in range(STARTS_PER_TURN if self._waiting else self.max_batch):
             # looked at anew each time: a coroutine that fails at once may cancel others that wait to start
             if not self._starting or (self.mode == "serial" and self._active):
                 break

