@@ -5,6 +5,7 @@ DISK_MB ?= 4000# that the environment needs
 PROMPT ?= a small yellow star at the top left on a black background
 PORT ?=
 MODEL ?=
+JOBS ?= 2# files of tests that run at once
 ARGS ?=
 
 ENVIRONMENT := .venv/.installed
@@ -22,8 +23,8 @@ help: ## list these commands
 demo: $(ENVIRONMENT) ## draw a picture: PROMPT="…" for another one, PORT=… for a port of your choice
 	@$(BIN)/python examples/demo.py "$$PROMPT" $(if $(PORT),--port $(PORT))
 
-test: $(ENVIRONMENT) ## run the tests: ARGS="tests/client -q" for some of them
-	$(BIN)/python -m pytest $(ARGS)
+test: $(ENVIRONMENT) ## run the tests: ARGS="tests/client -q" for some of them, JOBS=4 for more files at once
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 lint: $(ENVIRONMENT) ## check style, format and types
 	$(BIN)/ruff check .

@@ -134,7 +134,8 @@ class Dispatcher:
         states = self._replicas.states()
         if now >= self._status_due or states != self._pushed:
             self._pushed, self._status_due = states, now + STATUS_INTERVAL_S
-            self._outbox.to_server.append(self.status())
+            # before the answer to what changed it: who has the answer and asks again hears of the change
+            self._outbox.to_server.insert(0, self.status())
 
     def status(self) -> Status:
         waiting = len(self._waiting) + sum(1 for _ in self._operations.held())

@@ -21,7 +21,7 @@ from safelight.client import Client
 from safelight.examples.flow_grpo.policy import Policy
 from safelight.tests.live import LiveServer
 
-SMALL = "--prompts 2 --group 4 --examined 4 --examine-every 1 --steps 6 --noisy-among 4"
+SMALL = "--prompts 2 --group 4 --examined 4 --examine-every 1 --steps 4 --noisy 2 --noisy-among 3"
 EXAMPLE = [sys.executable, "-m", "safelight.examples.flow_grpo", *SMALL.split()]
 PROMPT = "a large red circle in the center on a white background"
 
@@ -35,7 +35,7 @@ def url() -> Iterator[str]:
 
 def train(out: Path, *options: str) -> list[dict[str, Any]]:
     """The log's lines, after a run of the example."""
-    subprocess.run([*EXAMPLE, "--out", str(out), *options], check=True, timeout=280)
+    subprocess.run([*EXAMPLE, "--out", str(out), *options], check=True)
     return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
 
 
@@ -44,6 +44,7 @@ def drawn(client: Client) -> NDArray[np.uint8]:
 
 
 def test_pushes_change_the_pictures_and_versions_march_on(url: str, tmp_path: Path) -> None:
+    """And what serves at the end is what was learned."""
     with Client(url) as client:
         pictures = [drawn(client)]
         log = train(tmp_path, "--server", url, "--iterations", "2", "--lr", "1e-3")
@@ -58,6 +59,12 @@ def test_pushes_change_the_pictures_and_versions_march_on(url: str, tmp_path: Pa
         assert client.weights.version() == "step-4"
         assert not np.array_equal(pictures[0], pictures[1])
         assert not np.array_equal(pictures[1], pictures[2])
+
+        learned = torch.load(tmp_path / "checkpoint.pt", weights_only=True)["learned"]
+        held = client.weights.checksum(["transformer"], detail=True)["transformer"].tensors
+        names = [name for name, _ in Policy(None).transformer.named_parameters()]
+        assert set(names) == set(held)
+        client.weights.verify(dict(zip(names, learned, strict=True)))
     for line in log[1:]:
         assert line["first_ratio_off"] < 1e-5, "the server's log-probabilities are the trainer's own"
         assert 0 <= line["held_out"] <= 1
@@ -67,16 +74,6 @@ def test_pushes_change_the_pictures_and_versions_march_on(url: str, tmp_path: Pa
         assert curve.format == "PNG"
 
 
-def test_what_serves_at_the_end_is_what_was_learned(url: str, tmp_path: Path) -> None:
-    train(tmp_path, "--server", url, "--iterations", "1")
-    learned = torch.load(tmp_path / "checkpoint.pt", weights_only=True)["learned"]
-    with Client(url) as client:
-        held = client.weights.checksum(["transformer"], detail=True)["transformer"].tensors
-        names = [name for name, _ in Policy(None).transformer.named_parameters()]
-        assert set(names) == set(held)
-        client.weights.verify(dict(zip(names, learned, strict=True)))
-
-
 def test_an_adapter_is_learned_instead(url: str, tmp_path: Path) -> None:
     with Client(url) as client:
         log = train(tmp_path, "--server", url, "--iterations", "2", "--lora", "4", "--lr", "1e-3")
@@ -84,12 +81,10 @@ def test_an_adapter_is_learned_instead(url: str, tmp_path: Path) -> None:
         assert log[2]["first_ratio_off"] < 1e-5, "the merged adapter draws as the trainer's own does"
         assert [lora.nickname for lora in client.loras().loaded] == ["lora_merge:transformer"]
 
-        log = train(tmp_path / "whole", "--server", url, "--iterations", "2", "--lr", "1e-3")
+        log = train(tmp_path / "whole", "--server", url, "--iterations", "1", "--lr", "1e-3")
         assert client.loras().loaded == (), "what was merged before would be in what is drawn"
-        assert log[2]["first_ratio_off"] < 1e-5
-    other = subprocess.run(
-        [*EXAMPLE, "--out", str(tmp_path), "--server", url], capture_output=True, text=True, timeout=120
-    )
+        assert log[1]["first_ratio_off"] < 1e-5
+    other = subprocess.run([*EXAMPLE, "--out", str(tmp_path), "--server", url], capture_output=True, text=True)
     assert other.returncode == 1
     assert "is of a run with --lora 4" in other.stderr
 
@@ -102,7 +97,7 @@ def test_it_is_stopped_by_ctrl_c_and_goes_on_from_there(tmp_path: Path) -> None:
         assert run.poll() is None, "it ended by itself"
         time.sleep(0.1)
     run.send_signal(signal.SIGINT)
-    rest, _ = run.communicate(timeout=120)
+    rest, _ = run.communicate()
     assert run.returncode == 130
     assert "goes on from the last iteration" in rest
     done = torch.load(tmp_path / "checkpoint.pt", weights_only=True)["iteration"]

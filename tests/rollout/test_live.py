@@ -207,7 +207,8 @@ def test_shared_memory_gives_the_same_and_nothing_is_left(server: LiveServer, cl
     assert plain.debug is not None
     assert shared.debug is not None
     assert all(torch.equal(plain.debug[name], shared.debug[name]) for name in plain.debug)
-    assert not list(Path("/dev/shm").glob("safelight-*/rollout-*"))
+    folder = Path(httpx.get(f"{server.url}/server_info").json()["shared_memory"])
+    assert not list(folder.glob("rollout-*"))
 
 
 def test_a_client_that_goes_away_leaves_nothing_in_shared_memory(checkpoint: Callable[[str], Path]) -> None:

@@ -4,6 +4,7 @@ import pytest
 
 from safelight.protocol.config import Config
 from safelight.protocol.errors import Internal
+from safelight.protocol.messages import Status
 from safelight.protocol.operations import (
     Abort,
     Begin,
@@ -11,6 +12,7 @@ from safelight.protocol.operations import (
     Digests,
     Files,
     Flush,
+    Operated,
     Operation,
     Sleep,
     Update,
@@ -34,6 +36,21 @@ def test_no_replica_goes_a_step_further_before_all_have_done_the_one_before() ->
     assert sorted(stage.done("u").reports) == [0, 1]
     assert stage.replica(0).model == stage.replica(1).model
     assert stage.weights() == {0: "new", 1: "new"}
+
+
+def test_who_hears_that_an_update_is_done_has_heard_of_its_version() -> None:
+    """Else who asks for the version at once could be told the one before."""
+    stage = Operating()
+    stage.wait(0.0)
+    stage.operate("u", update(version="named"))
+    stage.up_to("commit")
+    for number, process in stage.processes.items():  # both come before the scheduler's next turn
+        stage.dispatcher.from_worker(number, process.perform(process.orders.popleft()), stage.now)
+    stage.wait(0.0)
+    status, operated = stage.to_server[-2:]
+    assert isinstance(operated, Operated)
+    assert isinstance(status, Status)
+    assert [replica.model.weight_version for replica in status.replicas if replica.model] == ["named"] * 2
 
 
 def test_the_operation_comes_with_the_first_step_and_the_version_with_those_that_keep_it() -> None:

@@ -79,6 +79,9 @@ class Reduced:
     def __reduce__(self) -> tuple[Any, ...]:
         return self._reduced
 
+    def __repr__(self) -> str:
+        return f"{self._reduced[0].__name__}{self._reduced[1:]}"
+
 
 class Marked:
     """Would leave a trace if it were made, or given a state."""
