@@ -7,38 +7,19 @@ from typing import Any
 
 import diffusers
 from diffusers import DiffusionPipeline
-from diffusers.pipelines.auto_pipeline import (
-    AUTO_IMAGE2IMAGE_PIPELINES_MAPPING,
-    AUTO_IMAGE2VIDEO_PIPELINES_MAPPING,
-    AUTO_TEXT2IMAGE_PIPELINES_MAPPING,
-    AUTO_TEXT2VIDEO_PIPELINES_MAPPING,
-)
 
-_MAPPINGS: tuple[tuple[dict[str, Any], dict[str, Any]], ...] = (
-    (AUTO_TEXT2IMAGE_PIPELINES_MAPPING, AUTO_IMAGE2IMAGE_PIPELINES_MAPPING),
-    (AUTO_TEXT2VIDEO_PIPELINES_MAPPING, AUTO_IMAGE2VIDEO_PIPELINES_MAPPING),
-)
-"""Diffusers' own tables: a family's pipeline for text, and the one for images."""
+_ENDINGS = ("Img2ImgPipeline", "ImageToVideoPipeline")
+"""How diffusers names a family's pipeline for images, after the one for text."""
 
-_FURTHER = {
-    "AltDiffusionPipeline": "AltDiffusionImg2ImgPipeline",
-    "AmusedPipeline": "AmusedImg2ImgPipeline",
-    "ChromaPipeline": "ChromaImg2ImgPipeline",
-    "CogVideoXPipeline": "CogVideoXImageToVideoPipeline",
-    "HunyuanVideo15Pipeline": "HunyuanVideo15ImageToVideoPipeline",
-    "HunyuanVideoPipeline": "HunyuanVideoImageToVideoPipeline",
-    "Kandinsky5T2IPipeline": "Kandinsky5I2IPipeline",
-    "Kandinsky5T2VPipeline": "Kandinsky5I2VPipeline",
-    "LTX2Pipeline": "LTX2ImageToVideoPipeline",
-    "MotifVideoPipeline": "MotifVideoImage2VideoPipeline",
-    "SanaSprintPipeline": "SanaSprintImg2ImgPipeline",
-    "SanaVideoPipeline": "SanaImageToVideoPipeline",
-    "SkyReelsV2DiffusionForcingPipeline": "SkyReelsV2DiffusionForcingImageToVideoPipeline",
-    "SkyReelsV2Pipeline": "SkyReelsV2ImageToVideoPipeline",
-    "WanPipeline": "WanImageToVideoPipeline",
+_NAMED_OTHERWISE: dict[str, tuple[str, ...]] = {
+    "Kandinsky5T2IPipeline": ("Kandinsky5I2IPipeline",),
+    "Kandinsky5T2VPipeline": ("Kandinsky5I2VPipeline",),
+    "KandinskyCombinedPipeline": ("KandinskyImg2ImgCombinedPipeline",),
+    "KandinskyV22CombinedPipeline": ("KandinskyV22Img2ImgCombinedPipeline",),
+    "MotifVideoPipeline": ("MotifVideoImage2VideoPipeline",),
+    "SanaPipeline": (),  # the one that is named after it is for SanaVideoPipeline
+    "SanaVideoPipeline": ("SanaImageToVideoPipeline",),
 }
-"""Pairs that diffusers has and its tables lack. Where the second needs other weights, it will not run."""
-
 
 _IMAGE_ARGUMENTS = ("image", "control_image")
 """Where a pipeline takes an image: to go on from it, or else, where it has no such argument, to be guided by it."""
@@ -90,10 +71,14 @@ def on_components(cls: type[DiffusionPipeline], pipeline: DiffusionPipeline) -> 
 
 
 def _partners(cls: type[DiffusionPipeline]) -> list[type[DiffusionPipeline]]:
-    """The classes for images that diffusers' tables, and then ours, pair with ``cls``."""
-    paired = [images.get(family) for texts, images in _MAPPINGS for family, text in texts.items() if text is cls]
-    further = getattr(diffusers, _FURTHER.get(cls.__name__, ""), None)
-    return [other for other in dict.fromkeys([*paired, further]) if other is not None and takes_image(other)]
+    """The classes for images that are named after ``cls``. Where one needs other weights, it will not run.
+
+    Diffusers' own tables of such pairs are not asked, as that imports every pipeline that they name.
+    """
+    family = cls.__name__.removesuffix("Pipeline")
+    names = _NAMED_OTHERWISE.get(cls.__name__, tuple(family + ending for ending in _ENDINGS))
+    found = [getattr(diffusers, name, None) for name in names]
+    return [other for other in found if other is not None and takes_image(other)]
 
 
 def _is_required(parameter: inspect.Parameter) -> bool:

@@ -9,6 +9,7 @@ import socket
 import stat
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -26,12 +27,11 @@ ENDLESS = {**QUICK, "num_inference_steps": 1000, "width": 256, "height": 256}
 
 
 @pytest.fixture
-def scratch(tmp_path: Path) -> Iterator[Path]:
-    """A directory for temporary files, which has to be empty again in the end."""
-    directory = tmp_path / "t"
-    directory.mkdir()
-    yield directory
-    assert [entry.name for entry in directory.iterdir() if entry.name.startswith("safelight")] == []
+def scratch() -> Iterator[Path]:
+    """A directory for temporary files, which has to be empty again in the end. Its path is short, as a socket's is."""
+    with tempfile.TemporaryDirectory() as name:
+        yield Path(name)
+        assert [entry.name for entry in Path(name).iterdir() if entry.name.startswith("safelight")] == []
 
 
 @pytest.fixture

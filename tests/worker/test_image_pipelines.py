@@ -1,0 +1,37 @@
+"""Which pipelines are tried for requests with an image."""
+
+from __future__ import annotations
+
+import diffusers
+import pytest
+from diffusers.pipelines import auto_pipeline
+
+from safelight.worker.image_pipelines import for_images, takes_image
+
+TABLES = (
+    (auto_pipeline.AUTO_TEXT2IMAGE_PIPELINES_MAPPING, auto_pipeline.AUTO_IMAGE2IMAGE_PIPELINES_MAPPING),
+    (auto_pipeline.AUTO_TEXT2VIDEO_PIPELINES_MAPPING, auto_pipeline.AUTO_IMAGE2VIDEO_PIPELINES_MAPPING),
+)
+
+
+def test_diffusers_own_pairs_are_found() -> None:
+    """But for those in which the pipeline for text takes images itself, with which nothing else is tried."""
+    pairs = [(text, images[name]) for texts, images in TABLES for name, text in texts.items() if images.get(name)]
+    assert len(pairs) > 20
+    for text, image in pairs:
+        assert for_images(text) == [text if takes_image(text) else image]
+
+
+@pytest.mark.parametrize(
+    ("text", "images"),
+    [
+        ("FluxPipeline", ["FluxImg2ImgPipeline"]),
+        ("WanPipeline", ["WanImageToVideoPipeline"]),
+        ("Kandinsky5T2VPipeline", ["Kandinsky5I2VPipeline"]),
+        ("SanaVideoPipeline", ["SanaImageToVideoPipeline"]),
+        ("SanaPipeline", []),
+        ("Flux2Pipeline", ["Flux2Pipeline"]),
+    ],
+)
+def test_pairs_of_names(text: str, images: list[str]) -> None:
+    assert [cls.__name__ for cls in for_images(getattr(diffusers, text))] == images
