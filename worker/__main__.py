@@ -13,9 +13,10 @@ def main() -> int:
     child = read_child_config()
     rank = f".{child.rank}" if child.config.tp > 1 else ""
     configure_logging(child.config, f"worker-{child.replica}{rank}")
-    sys.modules["peft"] = None  # type: ignore[assignment]  # so it is not there: we have no use for it, and diffusers
-    # and transformers import it wherever it is installed, for a sixth of the time that all imports take
-    gc.disable()  # among the objects of thousands of modules it finds nothing, and takes a tenth of the import's time
+    # Diffusers and transformers import peft wherever it is installed, for a sixth of the imports' time, and we have no
+    # use for it; collecting garbage among the objects of thousands of modules finds nothing, and takes a tenth.
+    sys.modules["peft"] = None  # type: ignore[assignment]  # as if it were not installed
+    gc.disable()
     from .replica import Replica  # imports torch: after the pipe to the launcher is watched
 
     gc.freeze()

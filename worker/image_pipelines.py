@@ -20,6 +20,7 @@ _NAMED_OTHERWISE: dict[str, tuple[str, ...]] = {
     "SanaPipeline": (),  # the one that is named after it is for SanaVideoPipeline
     "SanaVideoPipeline": ("SanaImageToVideoPipeline",),
 }
+"""Those whose pipelines for images have other names, or that have none."""
 
 _IMAGE_ARGUMENTS = ("image", "control_image")
 """Where a pipeline takes an image: to go on from it, or else, where it has no such argument, to be guided by it."""
