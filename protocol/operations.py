@@ -270,8 +270,9 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
 
     ``updated`` counts the tensors of each module, of which ``expected`` is how many it has; ``complete`` are the
     modules of which every tensor was given, in all parts together. ``weight_version`` is the new one, after a commit.
-    ``digests`` and ``tensors`` are by module. ``left`` says that there was a group to leave. ``adapters`` is what will
-    be after a change of them, and ``told`` are sentences about it.
+    ``digests`` and ``tensors`` are by module. ``given`` is equal for replicas that were given the same tensors.
+    ``left`` says that there was a group to leave. ``adapters`` is what will be after a change of them, and ``told`` are
+    sentences about it.
     """
 
     updated: dict[str, int] = {}
@@ -288,6 +289,7 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     mismatched: list[str] = []
     files: dict[str, list[str]] = {}
     left: bool = False
+    given: str = ""
     adapters: AdapterState | None = None
     told: list[str] = []
 

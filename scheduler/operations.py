@@ -294,6 +294,8 @@ class Operations:
         transaction.running = None
         transaction.gives_time(now)
         operation, step = running.part.operation, running.step
+        if step == "prepare":
+            running.compare()
         if running.error is not None and step != "commit":
             self._undo(transaction, running)
             self._fail(running.part, running.error, running.failed)

@@ -66,6 +66,16 @@ class Running:
             self.error, self.failed = from_info(message.error), message.report
         return True
 
+    def compare(self) -> None:
+        """Fail a step in which replicas were given different tensors."""
+        first = min(self.reports, default=0)
+        others = [number for number, report in self.reports.items() if report.given != self.reports[first].given]
+        if others and self.error is None:
+            self.error = InvalidRequest(
+                f"Nothing was written: replica {min(others)} was given other tensors than replica {first}. "
+                "Every rank of every replica needs the same full tensors."
+            )
+
     def goes_on_without(self, replica: int) -> None:
         """What is to be undone or committed is so by the others; whoever keeps the journal, or votes, is missed."""
         missed = replica in self.expected if self.step == "journal" else self.step not in ("commit", "rollback")

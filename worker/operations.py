@@ -25,7 +25,6 @@ from ..protocol.operations import (
     Operation,
     Perform,
     Performed,
-    Pickled,
     Report,
     Save,
     Sleep,
@@ -38,6 +37,7 @@ from .lora.adapters import MERGED, RankAdapters
 from .model import Model
 from .parallel.ranks import RankLost, Ranks
 from .sizes import DENOISERS
+from .weights.agreement import Given, describe, differences, differs_by_rank, fingerprint, is_for_each_rank
 from .weights.digests import module_digests, tensor_digests
 from .weights.export import export
 from .weights.groups import Groups
@@ -59,6 +59,8 @@ class _Vote(msgspec.Struct, frozen=True):
 
     report: Report = Report()
     error: ErrorInfo | None = None
+    given: Given = {}
+    """The tensors that it was given in this step."""
 
 
 class Operations:
@@ -98,6 +100,7 @@ class Operations:
         modules = [part for part in model.pipeline.components.values() if isinstance(part, nn.Module)]
         self._parking = Parking(modules, model.device, adapters.tensors)
         self._operation: Operation | None = None
+        self._given: Given = {}
 
     @property
     def holds(self) -> bool:
@@ -118,14 +121,16 @@ class Operations:
             return Performed(order.number, order.step, report)
         votes = [msgspec.msgpack.decode(one, type=_Vote) for one in self._ranks.exchange(self._vote(order))]
         failed = next((vote for vote in votes if vote.error is not None), None)
-        told = failed or votes[0]
+        told = failed or _agreed(votes)
         return Performed(
             order.number, order.step, msgspec.structs.replace(told.report, ranks=self._ranks.size), told.error
         )
 
     def _vote(self, order: Perform) -> bytes:
+        self._given = {}
         try:
-            return msgspec.msgpack.encode(_Vote(self._done(order)))
+            report = self._done(order)
+            return msgspec.msgpack.encode(_Vote(report, given=self._given))
         except Rejected as rejected:
             vote = _Vote(rejected.report, rejected.error.info())
         except SafelightError as error:
@@ -179,11 +184,12 @@ class Operations:
     def _save(self, operation: Save, leads: bool) -> Report:
         """One rank writes the file. Others read only what is for them alone, so that its sender has it back."""
         source = operation.source
-        for_each = isinstance(source, Pickled) and len(source.payloads) > 1
+        for_each = is_for_each_rank(source)
         if not leads or (self._ranks.rank > 0 and not for_each):
             return Report()
         opened = open_source(source, self._groups, self._reader(leads), self._sign)
         try:
+            self._given = describe(opened.tensors, self._sign, hashed=differs_by_rank(source))
             ((module, tensors),) = opened.tensors.items()
             if self._ranks.rank == 0:
                 folder = Path(operation.folder)
@@ -201,7 +207,13 @@ class Operations:
         reader = self._reader(leads)
         if isinstance(source, Broadcast):
             return self._receive(source, reader)
-        return self._update.prepare(open_source(source, self._groups, reader, self._sign), self._sign)
+        return self._prepare_from(source, reader)
+
+    def _prepare_from(self, source: Source, reader: Reader) -> Report:
+        opened = open_source(source, self._groups, reader, self._sign)
+        report = self._update.prepare(opened, self._sign)
+        self._given = describe(opened.tensors, self._sign, hashed=differs_by_rank(source))
+        return msgspec.structs.replace(report, given=fingerprint(self._given))
 
     def _receive(self, source: Broadcast, reader: Reader) -> Report:
         """What cannot be received, or is not to be, ends the group: who waits in it, the trainer too, is told at once.
@@ -210,7 +222,7 @@ class Operations:
         """
         try:
             self._update.check({source.module: self._groups.announced(source)})
-            return self._update.prepare(open_source(source, self._groups, reader, self._sign), self._sign)
+            return self._prepare_from(source, reader)
         except (Rejected, SafelightError) as failed:
             if not self._groups.leave(source.group):
                 raise
@@ -347,6 +359,18 @@ class Operations:
         except OSError as error:
             raise Internal(f"The weights could not be written out: {error.strerror or error}.") from error
         return Report(files={module: [file.path] for module, file in files.items()})
+
+
+def _agreed(votes: list[_Vote]) -> _Vote:
+    """What the ranks say that could all do it; an error where they were given different tensors."""
+    if not (faults := differences([vote.given for vote in votes])):
+        return votes[0]
+    first = faults[0]
+    error = InvalidRequest(
+        f"Nothing was written: the ranks were given different tensors ({first.name}: {first.reason}). Every rank needs "
+        "the same full tensors; one payload can serve all ranks."
+    )
+    return _Vote(Report(expected=votes[0].report.expected, invalid=faults), error.info())
 
 
 def _and_closed(failed: Rejected | SafelightError, group: str) -> Rejected | SafelightError:

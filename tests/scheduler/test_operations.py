@@ -1,6 +1,7 @@
 """The steps of an operation, who does them, and the one answer that the server gets."""
 
 import pytest
+from msgspec.structs import replace
 
 from safelight.protocol.config import Config
 from safelight.protocol.errors import Internal
@@ -167,3 +168,18 @@ def test_a_part_of_an_update_that_never_was_is_refused() -> None:
         stage.operate(name, operation)
         assert "'x'" in stage.refusal(name)
     assert stage.told == []
+
+
+def test_replicas_that_were_given_different_tensors_write_none_of_them() -> None:
+    """A list of GPU handles for each rank, or a file that changes meanwhile: every rank of a replica may agree, and
+    another replica hold other tensors."""
+    stage = Operating()
+    stage.operate("torn", update("new"))
+    for number in (0, 1):
+        order = stage.processes[number].orders.popleft()
+        done = stage.processes[number].perform(order)
+        stage.worker(number, replace(done, report=replace(done.report, given=f"what {number} was given")))
+    stage.do_all()
+    assert "replica 1 was given other tensors than replica 0" in stage.refusal("torn")
+    assert stage.weights() == dict.fromkeys((0, 1), "checkpoint")
+    assert stage.steps(0) == stage.steps(1) == ["prepare", "release"]

@@ -10,7 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
+from safelight.client.checksum import checksum
 from safelight.tests.worker.weights import trainer as sending
 from safelight.tests.worker.weights.streams import START, called, named, several, text
 
@@ -44,6 +47,10 @@ def digest_of(trainer: Trainer, by: float) -> str:
     wanted = trainer.checksum()["transformer"]
     trainer.restore()
     return wanted
+
+
+def checksum_of_files(directory: Path) -> dict[str, str]:
+    return {module: digests.sha256 for module, digests in checksum(directory).items()}
 
 
 def refused(trainer: Trainer, body: dict[str, Any]) -> dict[str, Any]:
@@ -82,6 +89,61 @@ def test_each_rank_takes_its_own_payload_of_as_many(sender: sending.Trainer, div
     assert divided.checksum()["transformer"] == wanted
     assert sender.segments() == before
     divided.restore()
+
+
+@pytest.mark.parametrize("torn", ["values", "names", "empty", "dtypes"])
+@pytest.mark.parametrize("odd_rank", [0, 1])
+def test_ranks_that_are_sent_different_tensors_write_none_of_them(
+    odd_rank: int, torn: str, sender: sending.Trainer, divided: Trainer, tmp_path: Path
+) -> None:
+    before, file = sender.segments(), tmp_path / "other.safetensors"
+    tensors = transformer(divided.directory)
+    if torn == "dtypes":
+        tensors = {name: tensor.double() for name, tensor in tensors.items()}
+    last = max(tensors)
+    if torn == "names":
+        del tensors[last]
+    save_file(tensors, file)
+    by = 0.25 if torn == "values" else 0.5
+    odd = sender.send("no tensors") if torn == "empty" else sender.checkpoint(file, "pairs", by=by)
+    payloads = [sender.checkpoint(weights(divided), "pairs", by=0.5), odd]
+    if odd_rank == 0:
+        payloads.reverse()
+    update_id = divided.done("/begin_weights_update", {})["update_id"]
+    answer = divided.post(ROUTE, {"serialized_named_tensors": payloads, "update_id": update_id})
+    assert answer.status_code == 400, answer.text
+    commit = divided.post("/commit_weights_update", {"update_id": update_id, "require_complete": True})
+    assert commit.status_code == 400, "there is nothing complete"
+    divided.done("/abort_weights_update", {"update_id": update_id})
+    whole = 1 - odd_rank
+    reason = {
+        "values": "rank 1 was given other values than rank 0",
+        "names": f"only rank {whole} was given it, not rank {odd_rank}",
+        "empty": f"only rank {whole} was given it, not rank {odd_rank}",
+    }.get(torn)
+    told = answer.json()["invalid"]
+    assert reason is None or told[0]["reason"] == reason
+    if torn == "names":
+        assert told == [{"name": last, "reason": reason}]
+    assert divided.checksum() == checksum_of_files(divided.directory)
+    assert sender.segments() == before, "the sender has its memory back"
+
+
+def test_an_adapter_that_is_sent_to_each_rank_is_the_same_for_all(
+    sender: sending.Trainer, divided: Trainer, tmp_path: Path
+) -> None:
+    layer = next(name for name in transformer(divided.directory) if name.endswith("to_q.weight"))
+    rows, columns = transformer(divided.directory)[layer].shape
+    payloads = []
+    for number in range(2):
+        factors = {
+            layer.replace(".weight", ".lora_A.weight"): torch.full((2, columns), 0.1 + number),
+            layer.replace(".weight", ".lora_B.weight"): torch.full((rows, 2), 0.1),
+        }
+        save_file(factors, file := tmp_path / f"{number}.safetensors")
+        payloads.append(sender.checkpoint(file, "pairs", by=0.0))
+    told = refused(divided, {"serialized_named_tensors": payloads, "weight_update_mode": "lora_merge"})
+    assert told["invalid"][0]["reason"] == "rank 1 was given other values than rank 0"
 
 
 def test_another_number_of_payloads_than_of_ranks(sender: sending.Trainer, trainer: Trainer) -> None:

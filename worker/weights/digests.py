@@ -77,7 +77,7 @@ class _Tensors:
         self._found: Details = {}
 
     def take(self, module: str, name: str, tensor: torch.Tensor) -> None:
-        self._pending.append((module, name, self._pool.submit(_digest, tensor)))
+        self._pending.append((module, name, self._pool.submit(digest, tensor)))
         if len(self._pending) > _threads():  # so few whole tensors are in memory
             self._collect()
 
@@ -87,8 +87,8 @@ class _Tensors:
         return self._found
 
     def _collect(self) -> None:
-        module, name, digest = self._pending.popleft()
-        self._found.setdefault(module, {})[name] = digest.result()
+        module, name, found = self._pending.popleft()
+        self._found.setdefault(module, {})[name] = found.result()
 
     def __enter__(self) -> Self:
         return self
@@ -97,7 +97,8 @@ class _Tensors:
         self._pool.shutdown()
 
 
-def _digest(tensor: torch.Tensor) -> TensorDigest:
+def digest(tensor: torch.Tensor) -> TensorDigest:
+    """Of one whole tensor."""
     dtype, shape = str(tensor.dtype), list(tensor.shape)
     return TensorDigest(tensor_digest(dtype, shape, raw_bytes(tensor)), dtype, shape)
 
@@ -113,18 +114,18 @@ class _Hasher:
     def take(self, module: str, name: str, tensor: torch.Tensor) -> None:
         if self._pending is not None:
             self._pending.result()
-        digest = self._digests.setdefault(module, hashlib.sha256())
+        hasher = self._digests.setdefault(module, hashlib.sha256())
 
         def update() -> None:
-            digest.update(name.encode())
-            digest.update(raw_bytes(tensor))
+            hasher.update(name.encode())
+            hasher.update(raw_bytes(tensor))
 
         self._pending = self._pool.submit(update)
 
     def done(self) -> dict[str, str]:
         if self._pending is not None:
             self._pending.result()
-        return {module: digest.hexdigest() for module, digest in self._digests.items()}
+        return {module: hasher.hexdigest() for module, hasher in self._digests.items()}
 
 
 def _shares(layouts: Mapping[str, Layout], number: int) -> list[list[str]]:
