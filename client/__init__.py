@@ -14,6 +14,7 @@ from ..protocol.errors import (
     Unauthorized,
     Unavailable,
 )
+from .adapter_warning import OffPolicy
 from .async_client import AsyncClient
 from .async_weights import AsyncBegunUpdate, AsyncWeights
 from .errors import ConnectionLost, InvalidTensor, TensorsDiffer, TensorsRejected, Unreachable
@@ -58,6 +59,7 @@ __all__ = [
     "Loras",
     "Malformed",
     "NotFound",
+    "OffPolicy",
     "Output",
     "Preview",
     "Progress",

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
 
+from ..protocol.adapters import Drawn
 from ..protocol.messages import OutputFormat, Timings
 from . import notebook
 from .pictures import open_picture
@@ -67,7 +68,11 @@ class Output(msgspec.Struct, frozen=True):
 
 
 class Generation(msgspec.Struct, frozen=True):
-    """The answer to one request: its outputs in the order of prompts and seeds, and the weights that made them."""
+    """The answer to one request: its outputs in the order of prompts and seeds, and the weights that made them.
+
+    ``weight_version`` is the last of ``weight_versions``: all by which outputs were made, as an update with mode
+    ``in_place`` changes the weights under them. ``adapters`` had a part in them.
+    """
 
     id: str
     model: str
@@ -75,6 +80,8 @@ class Generation(msgspec.Struct, frozen=True):
     outputs: tuple[Output, ...]
     timings: Timings
     steps: int
+    weight_versions: tuple[str, ...] = ()
+    adapters: tuple[Drawn, ...] = ()
 
     @property
     def image(self) -> Image:
@@ -139,12 +146,22 @@ class Health(msgspec.Struct, frozen=True):
     """Whether anything answered at all."""
 
 
+class ActiveLora(msgspec.Struct, frozen=True):
+    """An adapter of one component, for all requests; one of mode ``merge`` that is not ``merged`` has no effect."""
+
+    nickname: str
+    path: str | None
+    merged: bool
+    mode: Literal["merge", "dynamic"]
+    strength: float
+
+
 class WeightUpdate(msgspec.Struct, frozen=True):
     """An update that serves now, on every rank of every replica.
 
     ``updated`` counts the tensors of each module, ``applied`` is their sum, and the modules have ``expected`` tensors
     in all. ``elapsed_s`` is in seconds, from the beginning to the server's answer; ``invalidated`` names the caches
-    that were emptied.
+    that were emptied. ``adapters`` are active by component: what is drawn is by these weights and by them.
     """
 
     updated: dict[str, int]
@@ -154,6 +171,7 @@ class WeightUpdate(msgspec.Struct, frozen=True):
     ranks: int
     elapsed_s: float
     invalidated: tuple[str, ...]
+    adapters: dict[str, tuple[ActiveLora, ...]] = {}
 
 
 class UpdateProgress(msgspec.Struct, frozen=True):
@@ -172,16 +190,6 @@ class LoadedLora(msgspec.Struct, frozen=True):
     alpha: float
     bytes: int
     components: tuple[str, ...]
-
-
-class ActiveLora(msgspec.Struct, frozen=True):
-    """An adapter of one component, for all requests; one of mode ``merge`` that is not ``merged`` has no effect."""
-
-    nickname: str
-    path: str | None
-    merged: bool
-    mode: Literal["merge", "dynamic"]
-    strength: float
 
 
 class Loras(msgspec.Struct, frozen=True):

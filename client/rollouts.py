@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from ..protocol.adapters import Drawn
 from ..protocol.errors import Internal
 from ..protocol.rollouts import TENSOR
 from .calls import Call
@@ -48,6 +49,8 @@ class Rollout:
 
     ``output`` is [C, H, W] or [C, F, H, W], fp32 in [0, 1]; ``log_probs`` is [T], means over elements. ``environment``
     is what the denoiser was given (see :mod:`safelight.rollout.replay`); ``debug`` are tensors [T, ...] by name.
+    ``step_weight_versions`` [T] has ``None`` where the weights changed between the denoiser's calls of one step;
+    ``adapters`` had a part in the sample.
     """
 
     request_id: str
@@ -60,6 +63,8 @@ class Rollout:
     debug: dict[str, torch.Tensor] | None
     weight_version: str
     weight_versions: list[str]
+    step_weight_versions: list[str | None]
+    adapters: list[Drawn]
     sampler: str
     inference_time_s: float
     peak_memory_mb: float
@@ -92,6 +97,8 @@ def _rollout(told: dict[str, Any], *, shared: bool) -> Rollout:
         debug=whole["rollout_debug_tensors"],
         weight_version=whole["weight_version"],
         weight_versions=whole["weight_versions"],
+        step_weight_versions=whole["step_weight_versions"],
+        adapters=[Drawn(**one) for one in whole["adapters"]],
         sampler=whole["sampler"],
         inference_time_s=whole["inference_time_s"],
         peak_memory_mb=whole["peak_memory_mb"],

@@ -127,12 +127,19 @@ def server_table(url: str, info: dict[str, Any]) -> Table:
         table.add_row("runs on", f"{model['device']}, {model['dtype']}")
         table.add_row("draws", f"{model['default_width']}x{model['default_height']} when not told otherwise")
         table.add_row("weights", model["weight_version"])
+    for component, adapters in info.get("adapters", {}).items():
+        table.add_row("adapters", f"{component}: {', '.join(map(_adapter, adapters))}")
     if batching := info["batching"]:
         table.add_row("batching", f"{batching['mode']}: {batching['reason']}")
     table.add_row("queue", f"{info['queued']} waiting, {info['running']} running")
     for replica in info["replicas"]:
         table.add_row(f"replica {replica['replica']}", _replica(replica))
     return table
+
+
+def _adapter(adapter: dict[str, Any]) -> str:
+    state = "dynamic" if adapter["mode"] == "dynamic" else "merged" if adapter["merged"] else "taken out"
+    return f"{adapter['nickname']} ({state}, strength {adapter['strength']:g})"
 
 
 def _replica(replica: dict[str, Any]) -> str:

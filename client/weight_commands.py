@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -12,6 +13,7 @@ from rich.console import Console
 
 from ..protocol.errors import InvalidRequest, SafelightError
 from . import checksum as files
+from .adapter_warning import OffPolicy
 from .checksum import ModuleChecksum, TensorChecksum
 from .module_files import module_paths, own_name
 from .options import ApiKey
@@ -44,6 +46,7 @@ def push(
     DIR is a pipeline's directory, or one module's own; then, and for a FILE, --module says which module it is for.
     """
     paths = module_paths(path, module or ())
+    warnings.simplefilter("ignore", OffPolicy)  # it is logged too
     with (
         Client(url, api_key=api_key) as client,
         PushView(standard_error(), paths) as view,

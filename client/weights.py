@@ -12,9 +12,11 @@ from typing import Any, Literal, overload
 
 from msgspec.structs import replace
 
+from ..protocol.adapters import SENT
 from ..protocol.errors import InvalidRequest, NotFound
 from ..protocol.operations import Barrier
 from . import weight_calls
+from .adapter_warning import warn_of_adapters
 from .calls import Call
 from .checksum import ModuleChecksum
 from .endpoint import Endpoint
@@ -64,6 +66,8 @@ class Weights:
         ``mode`` says what becomes of requests that came before: they end first (``wait``), are ended (``abort``), or go
         on with the new weights (``in_place``).
 
+        Warns ``OffPolicy`` where adapters have a part in what the server then draws, merged or dynamic.
+
         Raises ``TensorsRejected`` for names, shapes and dtypes that the model does not have, ``TensorsDiffer`` where
         the server does not hold what was sent, and ``ConnectionLost`` or ``DeadlinePassed`` without an answer: then
         :meth:`version` says whether the update serves.
@@ -94,6 +98,7 @@ class Weights:
         updated = replace(self._link.updated(reply), elapsed_s=time.monotonic() - began)
         if verify:
             self._link.check({load.module: hashed})
+        warn_of_adapters(updated, stacklevel=3)
         return updated
 
     def update_lora(
@@ -128,7 +133,9 @@ class Weights:
             whole = Bucket(list(tensors), last=True)
             load = Load(target_module, [whole], given.nbytes, on_progress, route)
             reply, _ = self._link.send(load, fields, None)
-        return replace(self._link.updated(reply), elapsed_s=time.monotonic() - began)
+        updated = replace(self._link.updated(reply), elapsed_s=time.monotonic() - began)
+        warn_of_adapters(updated, [f"{SENT}:{target_module}"], stacklevel=2)
+        return updated
 
     @contextmanager
     def begin(
@@ -168,6 +175,7 @@ class Weights:
         begun.result = replace(committed, elapsed_s=time.monotonic() - began)
         if verify:
             self._link.check(begun.digests)
+        warn_of_adapters(committed, stacklevel=3)
 
     def update_from_disk(
         self,
@@ -183,7 +191,9 @@ class Weights:
         ``InvalidRequest`` where they are not there, or do not fit.
         """
         call = weight_calls.update_from_disk(path, target_modules=target_modules, version=version, mode=mode)
-        return self._link.update_from_disk(call)
+        updated = self._link.update_from_disk(call)
+        warn_of_adapters(updated, stacklevel=2)
+        return updated
 
     def verify(self, named_tensors: NamedTensors, *, target_module: str = DENOISER) -> None:
         """Compare the server's tensors with these. Raises ``TensorsDiffer`` with the names of those that differ."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 import msgspec
@@ -75,6 +76,30 @@ class AdapterState(msgspec.Struct, frozen=True):
 
     loaded: dict[str, Loaded] = {}
     active: dict[str, list[Active]] = {}
+
+
+class Drawn(msgspec.Struct, frozen=True):
+    """An adapter of ``component`` that had a part in what was drawn: merged, dynamic for all, or by request."""
+
+    nickname: str
+    component: str
+    strength: float
+    mode: Literal["merge", "dynamic", "request"]
+
+
+def drawn(state: AdapterState, uses: Sequence[Use] | None) -> list[Drawn]:
+    """The adapters that draw a request which names ``uses``; ``None`` where it names none and takes what is active."""
+    active = [(component, one) for component, ones in state.active.items() for one in ones]
+    found = [
+        Drawn(one.nickname, component, one.strength, one.mode)
+        for component, one in active
+        if one.merged or (one.mode == "dynamic" and uses is None)
+    ]
+    for use in uses or ():
+        loaded = state.loaded.get(use.name)
+        for component in loaded.components if loaded is not None else ():
+            found.append(Drawn(use.name, component, use.scale, "request"))
+    return found
 
 
 class SetAdapters(msgspec.Struct, tag=True, frozen=True, kw_only=True):

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import msgspec
 
-from .adapters import Use
+from .adapters import AdapterState, Drawn, Use
 from .codec import Buffer, Codec
 from .errors import ErrorInfo
 from .operations import (
@@ -153,7 +153,8 @@ class Timings(msgspec.Struct, frozen=True):
 class Result(msgspec.Struct, tag=True, frozen=True):
     """All outputs of a request, in the order of its samples.
 
-    ``weight_version`` is the last one that made any of them, and ``weight_versions`` are all, in their order.
+    ``weight_version`` is the last one that made any of them, and ``weight_versions`` are all, in their order;
+    ``adapters`` are all that had a part in any.
     """
 
     request_id: str
@@ -162,6 +163,7 @@ class Result(msgspec.Struct, tag=True, frozen=True):
     steps: int
     weight_version: str
     weight_versions: list[str] = []
+    adapters: list[Drawn] = []
 
 
 class Failed(msgspec.Struct, tag=True, frozen=True):
@@ -294,13 +296,15 @@ class ReplicaStatus(msgspec.Struct, frozen=True, kw_only=True):
 class Status(msgspec.Struct, tag=True, frozen=True):
     """Pushed to the server whenever a replica changes state, and about every second.
 
-    ``halted`` is why no request is started, though replicas are ready: "asleep" or "paused".
+    ``halted`` is why no request is started, though replicas are ready: "asleep" or "paused". ``adapters`` are what is
+    committed.
     """
 
     queued: int
     running: int
     replicas: list[ReplicaStatus]
     halted: str | None = None
+    adapters: AdapterState = AdapterState()
 
 
 ToScheduler = Generate | Cancel | ReplicaExited | Operate | Pause | Continue | AbortRequests | ListAdapters

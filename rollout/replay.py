@@ -90,6 +90,15 @@ def log_probs(
     return torch.stack(found, dim=1)
 
 
+def steps_of(version: str, step_versions: Sequence[Sequence[str | None]]) -> list[int]:
+    """The steps that in every one of the samples were made by weights of ``version`` alone.
+
+    ``step_versions`` are the samples' ``step_weight_versions``. Steps of other weights have other log-probabilities
+    than a denoiser of this version computes.
+    """
+    return [step for step, versions in enumerate(zip(*step_versions, strict=True)) if set(versions) == {version}]
+
+
 def _answers(
     denoiser: Denoiser,
     replay: Mapping[str, Any],

@@ -97,7 +97,6 @@ class Dispatcher:
         self._durations: deque[float] = deque(maxlen=REMEMBERED_DURATIONS)
         self._paused: Barrier | None = None
         self._pausing: list[Pause] = []  # whose replies wait for what runs
-        self._pushed = self._replicas.states()
         self._status_due = -math.inf
         self._outbox = Outbox()
         journal = config.weights_journal is not None
@@ -112,6 +111,7 @@ class Dispatcher:
             end_all=self._end_all,
             drained=self._drained,
         )
+        self._pushed = self._shown()
 
     def take_outbox(self) -> Outbox:
         outbox, self._outbox = self._outbox, Outbox()
@@ -131,16 +131,26 @@ class Dispatcher:
         """Do what time alone makes due, and report changes of state."""
         self._replicas.check_stalls(now, self._config.stall_timeout_s)
         self._settle(now)
-        states = self._replicas.states()
-        if now >= self._status_due or states != self._pushed:
-            self._pushed, self._status_due = states, now + STATUS_INTERVAL_S
+        shown = self._shown()
+        if now >= self._status_due or shown != self._pushed:
+            self._pushed, self._status_due = shown, now + STATUS_INTERVAL_S
             # before the answer to what changed it: who has the answer and asks again hears of the change
             self._outbox.to_server.insert(0, self.status())
+
+    def _shown(self) -> tuple[object, ...]:
+        """What operations and replicas change of the status: it is pushed at once, before the answer to the change."""
+        return self._replicas.states(), self._halted(), self._committed.adapters
 
     def status(self) -> Status:
         waiting = len(self._waiting) + sum(1 for _ in self._operations.held())
         running, replicas = len(self._live) - waiting, self._replicas.status()
-        return Status(queued=waiting, running=running, replicas=replicas, halted=self._halted())
+        return Status(
+            queued=waiting,
+            running=running,
+            replicas=replicas,
+            halted=self._halted(),
+            adapters=self._committed.adapters,
+        )
 
     def from_server(self, message: ToScheduler, now: float) -> None:
         match message:

@@ -25,7 +25,7 @@ from ..protocol.adapters import (
 from ..protocol.errors import InvalidRequest
 from ..protocol.operations import Adapt, Barrier, ListAdapters, Operated
 from .adapter_files import copy_adapter
-from .operating import Operating, first_report
+from .operating import Operating, active_adapters, first_report
 from .replies import json_reply
 from .scheduler_link import OperationFailed
 from .service import Service
@@ -185,17 +185,4 @@ def _listed(state: AdapterState) -> dict[str, Any]:
         }
         for nickname, one in state.loaded.items()
     ]
-    active = {
-        component: [
-            {
-                "nickname": one.nickname,
-                "path": state.loaded[one.nickname].source.path,
-                "merged": one.merged,
-                "mode": one.mode,
-                "strength": one.strength,
-            }
-            for one in ones
-        ]
-        for component, ones in state.active.items()
-    }
-    return {"loaded_adapters": loaded, "active": active}
+    return {"loaded_adapters": loaded, "active": active_adapters(state)}

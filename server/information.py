@@ -9,6 +9,7 @@ from fastapi import APIRouter, Response
 
 from .. import __version__
 from ..protocol.messages import ReplicaStatus
+from .operating import active_adapters
 from .replies import json_reply
 from .service import Service
 
@@ -46,6 +47,7 @@ def _server_info(service: Service) -> dict[str, Any]:
         "queued": status.queued,
         "running": status.running,
         "halted": status.halted,
+        "adapters": active_adapters(status.adapters),
         "shared_memory": str(service.shared),
         "replicas": [_replica(replica) for replica in status.replicas],
     }

@@ -10,6 +10,7 @@ from typing import Any
 import msgspec
 from fastapi import APIRouter, Request, Response
 
+from ..protocol.adapters import AdapterState
 from ..protocol.errors import ErrorInfo, SafelightError
 from ..protocol.logs import request_id_var
 from ..protocol.operations import (
@@ -85,6 +86,23 @@ def success(message: str) -> dict[str, Any]:
 def first_report(operated: Operated) -> Report:
     """What the first of the replicas says."""
     return next(iter(operated.reports.values()), Report())
+
+
+def active_adapters(state: AdapterState) -> dict[str, Any]:
+    """By component, those that are in every request's weights or beside them."""
+    return {
+        component: [
+            {
+                "nickname": one.nickname,
+                "path": state.loaded[one.nickname].source.path,
+                "merged": one.merged,
+                "mode": one.mode,
+                "strength": one.strength,
+            }
+            for one in ones
+        ]
+        for component, ones in state.active.items()
+    }
 
 
 class Operating:

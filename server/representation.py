@@ -11,6 +11,7 @@ import msgspec
 import orjson
 from fastapi import Response
 
+from ..protocol.adapters import Drawn
 from ..protocol.codec import Buffer
 from ..protocol.messages import Output, Result
 from .accept import MEDIA_TYPES
@@ -44,6 +45,7 @@ class Reply:
             "model": self._model,
             "weight_version": self._result.weight_version,
             "weight_versions": self._result.weight_versions,
+            "adapters": msgspec.to_builtins(self._result.adapters),
             "outputs": [_output(output) for output in self._result.outputs],
             "timings": msgspec.to_builtins(self._timings),
             "steps": self._result.steps,
@@ -55,6 +57,8 @@ class Reply:
             "id": self._id,
             "model": self._model,
             "weight-version": self._result.weight_version,
+            "weight-versions": ", ".join(self._result.weight_versions),
+            "adapters": ", ".join(map(_adapter, self._result.adapters)) or None,
             "seed": output.seed,
             "steps": self._result.steps,
             "width": output.width,
@@ -68,6 +72,10 @@ class Reply:
             for name, value in values.items()
             if value is not None
         }
+
+
+def _adapter(drawn: Drawn) -> str:
+    return f"{drawn.nickname} in {drawn.component} at {drawn.strength:g} by {drawn.mode}"
 
 
 def base64_of(data: Buffer) -> str:

@@ -81,6 +81,7 @@ def _reply(result: Result) -> Response:
         "request_id": request_id_var.get(),
         "weight_version": result.weight_version,
         "weight_versions": result.weight_versions,
+        "adapters": msgspec.to_builtins(result.adapters),
     }
     found = pieces(result.outputs, more)
     size = str(sum(map(len, found)))

@@ -37,7 +37,7 @@ from ..protocol.operations import (
 from . import weight_bodies as bodies
 from .checkpoint_files import find_modules
 from .gate import media_type
-from .operating import Handler, Operating, first_report, routes_of, success
+from .operating import Handler, Operating, active_adapters, first_report, routes_of, success
 from .service import Service
 from .uploads import Uploads, shared_file
 
@@ -272,6 +272,7 @@ def _updated(operated: Operated, message: str, began: float) -> dict[str, Any]:
         "ranks": sum(report.ranks for report in operated.reports.values()),
         "elapsed_s": round(time.perf_counter() - began, 6),
         "invalidated": report.invalidated,
+        "adapters": active_adapters(operated.adapters),
     }
 
 

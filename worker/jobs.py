@@ -15,6 +15,7 @@ from queue import SimpleQueue
 import numpy as np
 import torch
 
+from ..protocol.adapters import AdapterState, Drawn, Use, drawn
 from ..protocol.codec import Buffer
 from ..protocol.errors import ClientGone, Internal, InvalidRequest, SafelightError, Unavailable
 from ..protocol.messages import Failed, FromWorker, Generate, Output, Preview, Progress, ReplicaStats, Result, Timings
@@ -46,6 +47,7 @@ class Job:
     outputs: dict[int, Output] = field(default_factory=dict)
     previews_owed: int = 0
     versions: list[str] = field(default_factory=list)
+    adapters: list[Drawn] = field(default_factory=list)
     failed: bool = False
     finished: int = 0
 
@@ -120,7 +122,7 @@ class Jobs:
             self._failed += 1
             self._send(Failed(request.request_id, error.info()))
             return
-        job = Job(request, versions=[self._model.weight_version])
+        job = Job(request, versions=[self._model.weight_version], adapters=self._drawn(request.lora))
         self._jobs[request.request_id] = job
         for index in range(len(request.samples)):
             sample = SampleRun(
@@ -130,10 +132,18 @@ class Jobs:
             self._hub.start(sample.coroutine)
 
     def set_version(self, weight_version: str) -> None:
-        """The weights are others from now on, also for what is in progress."""
+        """The weights or the adapters may be others from now on, also for what is in progress."""
         for job in self._jobs.values():
-            if job.versions[-1] != weight_version and not job.drawn:
+            if job.drawn:
+                continue
+            if job.versions[-1] != weight_version:
                 job.versions.append(weight_version)
+            # what a request names itself was decided when it came
+            now = self._drawn(None if job.request.lora is None else [])
+            job.adapters += [one for one in now if one not in job.adapters]
+
+    def _drawn(self, uses: list[Use] | None) -> list[Drawn]:
+        return drawn(AdapterState() if self._adapters is None else self._adapters.state, uses)
 
     def cancel(self, request_id: str) -> None:
         """Stop the request's work where it stands. An unknown or finished request is ignored."""
@@ -282,7 +292,7 @@ class Jobs:
         outputs = [job.outputs[index] for index in range(len(job.samples))]
         steps = max(sample.steps for sample in job.samples)
         request_id, versions = job.request.request_id, job.versions
-        return Result(request_id, outputs, _timings(job), steps, versions[-1], versions)
+        return Result(request_id, outputs, _timings(job), steps, versions[-1], versions, job.adapters)
 
 
 def _widened(pixels: torch.Tensor) -> torch.Tensor:

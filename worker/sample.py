@@ -72,6 +72,8 @@ class SampleRun:
         self._stepped = stepped
         self._environment: Environment | None = None
         self._shapes: list[torch.Size] | None = None  # that the denoiser's first call must have
+        self._versions: set[str] = set()  # by which the denoiser answered since the last step
+        self._step_versions: list[str | None] = []
         alone = request.deterministic or not model.merges(request)
         self.coroutine = Coroutine(self._run, lambda _: done(self), alone=alone, wanted=wanted)
 
@@ -134,8 +136,7 @@ class SampleRun:
         self._environment = Environment(likely_scales(pipeline, arguments)) if rollout.returns_environment else None
         if rollout.initial_noise:
             self._shapes = usual_shapes(self.task.pipeline, arguments, self.seed)
-        stepped = self._environment.stepped if self._environment is not None else lambda *_: None
-        sampler = RolloutSampler(scheduler, rollout, arguments["generator"], stepped)
+        sampler = RolloutSampler(scheduler, rollout, arguments["generator"], self._took_step)
         watch_steps(scheduler, self._saw, sampler.step)
         pixels = first_output(pipeline(**arguments))
         environment = self._environment.told() if self._environment is not None else None
@@ -147,6 +148,7 @@ class SampleRun:
             **told(rollout, sampler.end(), environment),
             "inference_time_s": time.perf_counter() - (self.clock.started or self.clock.submitted),
             "peak_memory_mb": peak_memory_mb(self._model.device),
+            "step_weight_versions": self._step_versions,
             "sampler": sampler.name,
             "log_prob_reduction": "mean",
         }
@@ -160,9 +162,18 @@ class SampleRun:
         if self.clock.first_denoise is None and call.component.split(".")[0] in DENOISERS:
             self.clock.first_denoise = time.perf_counter()
         answer = cross(call)
+        if call.component.split(".")[0] in DENOISERS:
+            self._versions.add(self._model.weight_version)  # still that of the forward: nothing comes between
         if self._environment is not None and call.name in DENOISERS:
             self._environment.saw(call, answer)
         return answer
+
+    def _took_step(self, velocity: torch.Tensor, sample: torch.Tensor) -> None:
+        """A rollout's step: it has no version of its own where the denoiser's weights changed between its calls."""
+        self._step_versions.append(next(iter(self._versions)) if len(self._versions) == 1 else None)
+        self._versions.clear()
+        if self._environment is not None:
+            self._environment.stepped(velocity, sample)
 
     def _saw(self, step: Step) -> None:
         self.steps = step.number

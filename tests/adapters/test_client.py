@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import warnings
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file
 
-from safelight.client import AsyncClient, Client, InvalidRequest, Loras, NotFound
-from safelight.tests.updates.trainer import DRAWING, Trainer
+from safelight.client import AsyncClient, Client, InvalidRequest, Loras, NotFound, OffPolicy
+from safelight.protocol.adapters import ADAPTER_FILE, Drawn, WantedMode
+from safelight.tests.updates.trainer import DRAWING, Trainer, transformer
 
 from .conftest import Adapters
 
@@ -37,6 +40,39 @@ def test_a_life_by_the_client(alone: Trainer, adapters: Adapters) -> None:
             client.generate(PROMPT, lora=[{"name": "first"}], **CALL)
         with pytest.raises(InvalidRequest, match="strength"):
             client.set_lora("first", adapters.path("first"), strength=[1.0, 2.0])
+
+
+@pytest.mark.parametrize("mode", ["merge", "dynamic"])
+def test_a_trainer_whose_samples_are_drawn_with_an_adapter_is_told_by_every_answer(
+    mode: WantedMode, alone: Trainer, adapters: Adapters
+) -> None:
+    own = transformer(alone.directory)
+    rollout = {name: value for name, value in CALL.items() if name not in ("output_format", "num_inference_steps")}
+    with Client(alone.server.url) as client:
+        client.set_lora("first", adapters.path("first"), strength=0.5, mode=mode)
+        named = [Drawn("first", "transformer", 0.5, mode)]
+        assert [*client.generate(PROMPT, **CALL).adapters] == named
+        assert client.rollout(PROMPT, steps=2, **rollout)[0].adapters == named
+        (active,) = client.info()["adapters"]["transformer"]
+        assert (active["nickname"], active["mode"], active["merged"]) == ("first", mode, mode == "merge")
+        with pytest.warns(OffPolicy, match="first .*transformer, strength 0.5.*off-policy") as warned:
+            client.weights.update(own)
+        assert warned[0].filename == __file__
+        with pytest.warns(OffPolicy), client.weights.begin() as begun:
+            begun.update(own)
+        with pytest.warns(OffPolicy):
+            client.weights.update_from_disk(alone.directory)
+        client.set_lora("second", adapters.path("second"), mode="request")
+        mine = client.generate(PROMPT, lora=[{"name": "second", "scale": 2.0}], **CALL)
+        assert [*mine.adapters] == (named if mode == "merge" else []) + [Drawn("second", "transformer", 2.0, "request")]
+        client.unload_lora("second")
+        client.unload_lora("first")
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            client.weights.update_lora(load_file(Path(adapters.path("first")) / ADAPTER_FILE))
+        assert [one.nickname for one in client.generate(PROMPT, **CALL).adapters] == ["lora_merge:transformer"]
+        client.unload_lora("lora_merge:transformer")
+        assert (client.info()["adapters"], client.generate(PROMPT, **CALL).adapters) == ({}, ())
 
 
 def test_the_async_client_does_the_same(alone: Trainer, adapters: Adapters) -> None:

@@ -36,6 +36,9 @@ INFO = {
     "batching": {"mode": "merged", "reason": "apart and together gave the same"},
     "queued": 1,
     "running": 2,
+    "adapters": {
+        "transformer": [{"nickname": "style", "path": "/s", "merged": True, "mode": "merge", "strength": 0.5}]
+    },
     "replicas": [
         {
             "replica": 0,
@@ -195,7 +198,7 @@ def test_info_shows_model_replicas_batching_and_queue() -> None:
         text = safelight("info", "--url", server.url).stdout
     for told in (
         server.url, "FluxPipeline, 5.0 M parameters", "merged: apart and together", "1 waiting, 2 running",
-        "2.5 calls a forward",
+        "2.5 calls a forward", "transformer: style (merged, strength 0.5)",
     ):  # fmt: skip
         assert told in text
 

@@ -27,6 +27,14 @@ def test_a_reply_becomes_typed_values() -> None:
     assert result.timings.total_s == 0.4
 
 
+def test_a_result_that_spans_updates_has_all_versions_and_the_adapters_that_drew_it() -> None:
+    own = {"nickname": "style", "component": "transformer", "strength": 0.5, "mode": "merge"}
+    told = {**generation(), "weight_version": "2", "weight_versions": ["1", "2"], "adapters": [own]}
+    result = Endpoint().generation(json.dumps(told))
+    assert (result.weight_version, result.weight_versions) == ("2", ("1", "2"))
+    assert [(one.nickname, one.component, one.strength, one.mode) for one in result.adapters] == [tuple(own.values())]
+
+
 def test_a_field_of_a_newer_server_is_passed_over() -> None:
     assert Endpoint().generation(json.dumps({**generation(), "new": 1})).id == "r1"
 

@@ -25,6 +25,7 @@ from safelight.client import AsyncClient, Client
 from safelight.client.rollout_calls import rollout
 from safelight.client.rollouts import Rollout, decode_rollouts
 from safelight.protocol.errors import Internal, InvalidRequest
+from safelight.rollout.replay import steps_of
 from safelight.server.rollout import sweep
 from safelight.tests.live import LiveServer
 from safelight.tests.updates.trainer import Trainer, changed, transformer
@@ -269,9 +270,15 @@ def test_a_rollout_names_the_versions_that_it_spans(
         server.wait_for(lambda: client.info()["replicas"][0]["stats"]["running"] == 1 or None, 20)
         told = trainer.update(changed(own), mode="in_place")
         spanning = running.result()
-    assert spanning.weight_versions == [before, told["weight_version"]]
-    assert spanning.weight_version == told["weight_version"]
-    assert one(client).weight_versions == [told["weight_version"]]
+    new = told["weight_version"]
+    assert spanning.weight_versions == [before, new]
+    assert spanning.weight_version == new
+    steps = spanning.step_weight_versions
+    old = steps_of(before, [steps])
+    assert 0 < len(old) < 400, "the update came under it"
+    assert (old, steps_of(new, [steps])) == (list(range(len(old))), list(range(len(old), 400)))
+    after = one(client)
+    assert (after.weight_versions, after.step_weight_versions) == ([new], [new] * STEPS)
     trainer.restore()
 
 

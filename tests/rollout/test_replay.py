@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from safelight.client.rollouts import Trajectory
-from safelight.rollout.replay import log_probs, velocity
+from safelight.rollout.replay import log_probs, steps_of, velocity
 
 
 class Denoiser(nn.Module):
@@ -102,3 +102,7 @@ def test_what_does_not_belong_together_is_refused() -> None:
         log_probs(MODULES, [told, told], [trajectory(), trajectory((1.0, 0.4, 0.0))], [0], "sde", 0.7)
     with pytest.raises(ValueError, match="could not tell"):
         velocity(MODULES, [told | {"replay": None}], torch.randn(1, 3), 0)
+
+
+def test_steps_of_a_version_are_those_that_it_made_alone_in_every_sample() -> None:
+    assert steps_of("2", [["1", "2", "2", None], ["1", "1", "2", "2"]]) == [2]

@@ -10,13 +10,16 @@ from safelight.protocol.operations import (
     Abort,
     Begin,
     Commit,
+    Continue,
     Digests,
     Files,
     Flush,
     Operated,
     Operation,
+    Pause,
     Sleep,
     Update,
+    Wake,
 )
 from safelight.tests.scheduler.operating import REFUSED, TWO, Operating, update
 
@@ -168,6 +171,42 @@ def test_a_part_of_an_update_that_never_was_is_refused() -> None:
         stage.operate(name, operation)
         assert "'x'" in stage.refusal(name)
     assert stage.told == []
+
+
+class Turning(Operating):
+    """A stage on which each message has a turn of its own, as in the scheduler's loop."""
+
+    def _collect(self) -> None:
+        self.dispatcher.turn(self.now)
+        super()._collect()
+
+
+@pytest.mark.parametrize(
+    ("changes", "halted"),
+    [
+        ([Sleep(["weights"])], "asleep"),
+        ([Sleep(["weights"]), Wake(["weights"])], None),
+        ([Sleep(["weights", "caches"]), Wake(["weights"])], "asleep"),
+        ([Pause], "paused"),
+        ([Pause, Continue], None),
+    ],
+)
+def test_who_has_the_answer_to_sleep_wake_or_pause_is_told_the_state_that_it_made(
+    changes: list[Sleep | Wake | type[Pause | Continue]], halted: str | None
+) -> None:
+    """Else ``/health`` says for another second what was before."""
+    stage = Turning(replicas=1)
+    for number, change in enumerate(changes):
+        if isinstance(change, Sleep | Wake):
+            stage.operate(f"{number}", change)
+            stage.do_all()
+        else:
+            stage.server(change(f"{number}"))
+    answer = next(message for message in stage.sent(Operated) if message.request_id == f"{len(changes) - 1}")
+    told = [message for message in stage.to_server if isinstance(message, Status) or message is answer]
+    statuses = told[: told.index(answer)]
+    assert isinstance(statuses[-1], Status)
+    assert statuses[-1].halted == halted
 
 
 def test_replicas_that_were_given_different_tensors_write_none_of_them() -> None:

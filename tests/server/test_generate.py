@@ -36,6 +36,7 @@ async def test_the_reply_has_the_contract_s_fields() -> None:
         "model": "tiny",
         "weight_version": "7",
         "weight_versions": ["7"],
+        "adapters": [],
         "steps": 4,
         "timings": {"queue_s": 0.1, "encode_s": 0.2, "denoise_s": 0.3, "decode_s": 0.4},
         "outputs": [
@@ -82,6 +83,7 @@ async def test_accepting_a_picture_gives_the_file_and_puts_the_rest_into_headers
     assert told == {
         "x-safelight-model": "tiny",
         "x-safelight-weight-version": "7",
+        "x-safelight-weight-versions": "7",
         "x-safelight-seed": "9",
         "x-safelight-steps": "4",
         "x-safelight-width": "64",

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load
 
 from safelight.protocol.messages import Failed, FromWorker, Generate, Preview, Progress, Result, Sample
+from safelight.protocol.rollouts import Rollout
 from safelight.worker.hub import Hub
 from safelight.worker.jobs import Jobs
 from safelight.worker.model import Model
@@ -116,3 +117,26 @@ def test_weights_that_are_not_finite_are_an_error_and_no_picture(
     other.jobs.close()
     assert isinstance(failed, Failed)
     assert (failed.error.status, "finite" in failed.error.message) == (500, True)
+
+
+def test_a_rollouts_step_has_the_version_of_its_own_forwards_or_none_where_they_differ(
+    tiny_model: Callable[[str], Model],
+) -> None:
+    """Qwen-Image calls its transformer twice for a guided step, and weights may change in between."""
+    model = tiny_model("qwenimage")
+    stage, forwards = Stage(model), list[str]()
+    model.pipeline.transformer.register_forward_hook(lambda *_: forwards.append(model.weight_version))
+    guided = {"true_cfg_scale": 3.0, "negative_prompt": "a blue square", "width": 32, "height": 32}
+    stage.jobs.submit(generate("spanning", rollout=Rollout(), **guided))
+    while len(forwards) < 3:
+        stage.hub.turn()
+    model.weight_version = "new"
+    stage.jobs.set_version("new")
+    (result,) = stage.settle()
+    stage.jobs.close()
+    assert isinstance(result, Result)
+    assert forwards == ["0", "0", "0", "new", "new", "new"]
+    rolled_out = result.outputs[0].rolled_out
+    assert rolled_out is not None
+    assert rolled_out.told["step_weight_versions"] == ["0", None, "new"]
+    assert result.weight_versions == ["0", "new"]
