@@ -43,7 +43,8 @@ class Role(enum.Enum):
 class Anatomy:
     """A call's arguments, taken apart. Two calls with the same ``key`` can meet in one forward.
 
-    ``positions`` is the work in the primary argument: rows times tokens, or rows times latent pixels.
+    ``positions`` is the work in the primary argument: rows times tokens, or rows times latent pixels. Calls with the
+    same ``form`` differ in their tensors alone, so their outputs are built alike.
     """
 
     leaves: list[Any]
@@ -53,6 +54,7 @@ class Anatomy:
     positions: int
     listed: bool
     key: Hashable
+    form: Hashable
 
 
 class Anatomist:
@@ -69,11 +71,13 @@ class Anatomist:
         listed = isinstance(primary, list)
         rows = len(primary)
         tree = (call.args, call.kwargs)
-        leaves, spec = pytree.tree_flatten(tree, is_leaf=lambda node: is_row_list(node, rows, listed))
+        leaves, spec = pytree.tree_flatten(tree, is_leaf=lambda node: _is_row_list(node, rows, listed))
         roles = [_role(leaf, rows) for leaf in leaves]
         places = _position_ids(call)
         marks = tuple(self._mark(leaf, role, id(leaf) in places) for leaf, role in zip(leaves, roles, strict=True))
-        return Anatomy(leaves, spec, roles, rows, _positions(primary), listed, (call.name, spec, marks))
+        plain = tuple(mark for leaf, mark in zip(leaves, marks, strict=True) if not isinstance(leaf, torch.Tensor))
+        key, form = (call.name, spec, marks), (call.name, spec, plain)
+        return Anatomy(leaves, spec, roles, rows, _positions(primary), listed, key, form)
 
     def _mark(self, leaf: Any, role: Role, places: bool) -> Hashable:
         """What must be equal in two calls for this leaf to merge."""
@@ -111,7 +115,7 @@ def _position_ids(call: Call) -> set[int]:
     return {id(value) for name, value in call.kwargs.items() if name.endswith("ids")}
 
 
-def is_row_list(node: Any, rows: int, listed: bool) -> bool:
+def _is_row_list(node: Any, rows: int, listed: bool) -> bool:
     """Whether ``node`` is a list with an element per row, and no container of other things.
 
     Where the primary argument is itself a list, so is every list of tensors of that length; where it is a tensor, a

@@ -23,7 +23,7 @@ from .call import Call
 from .coroutine import Cancelled, Coroutine
 from .lora.adapters import RankAdapters
 from .lora.beside import CannotMix, Uses
-from .merging import NotSplittable, merge, split
+from .merging import NotSplittable, RowLists, merge
 from .prompt_cache import PromptCache, prompt_key
 
 log = logging.getLogger(__name__)
@@ -97,6 +97,7 @@ class Hub:
         self._adapters = adapters
         self._unmixed: set[str] = set()  # calls in which requests with other adapters cannot meet, by name
         self._anatomist = Anatomist()
+        self._row_lists = RowLists()
         self._starting: deque[Coroutine] = deque()
         self._waiting: deque[Waiting] = deque()
         self._started = 0
@@ -230,9 +231,8 @@ class Hub:
         parts = [waiting.anatomy for waiting in group if waiting.anatomy is not None]
         name = group[0].call.name
         try:
-            args, kwargs = merge(parts)
-            with self._adapted(group):
-                values = split(group[0].call.function(*args, **kwargs), parts)
+            output = self._run(group, parts)
+            values = self._row_lists.split(output, parts, lambda: self._run(group[:1], parts[:1]))
         except CannotMix as reason:
             log.info("requests with different adapters take turns in %s: %s", name, reason)
             self._unmixed.add(name)
@@ -249,11 +249,18 @@ class Hub:
         except Exception:  # one of the calls, or the merge: alone, each shows which
             log.warning("a forward of %d calls to %s failed; they run one by one", len(group), name, exc_info=True)
             return None
-        self.counters.forwards += 1
         self.merged_names.add(name)
         for waiting, value in zip(group, values, strict=True):
             self._keep(waiting, value, exact=False)
         return [Outcome(value) for value in values]
+
+    def _run(self, group: list[Waiting], parts: list[Anatomy]) -> Any:
+        """The output of one forward with the rows of ``group``."""
+        args, kwargs = merge(parts)
+        with self._adapted(group):
+            output = group[0].call.function(*args, **kwargs)
+        self.counters.forwards += 1
+        return output
 
     def _by_adapters(self, group: list[Waiting]) -> list[Outcome]:
         """A forward for each choice of adapters."""

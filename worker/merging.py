@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from torch.utils import _pytree as pytree
 
-from .anatomy import Anatomy, Role, is_row_list
+from .anatomy import Anatomy, Role
+
+MOST_LISTS = 1000
+"""Lists whose elements are known to be rows, or not; then they are forgotten, and looked at again."""
+
+Path = tuple[int, ...]
+"""Where a part of an output stands: which child of which child of the whole."""
 
 
 class NotSplittable(Exception):
@@ -24,20 +31,102 @@ def merge(parts: Sequence[Anatomy]) -> tuple[tuple[Any, ...], dict[str, Any]]:
     return args, kwargs
 
 
-def split(output: Any, parts: Sequence[Anatomy]) -> list[Any]:
-    """``output`` of a merged call, cut into what each part's own call would have returned.
+class RowLists:
+    """Knows which lists in outputs have an element for each row.
 
-    Raises ``NotSplittable`` when a leaf has neither a row for each of the merged call's nor is plainly shared.
+    Such a list of a merged output is as long as there are rows, and so may be a list of anything else (a safety
+    checker's flags, a residual for each of as many levels). A call with fewer rows tells them apart: the one list
+    is shorter there, the other is not.
     """
-    total = sum(part.rows for part in parts)
-    listed = parts[0].listed
-    leaves, spec = pytree.tree_flatten(output, is_leaf=lambda node: is_row_list(node, total, listed))
-    results, start = [], 0
-    for part in parts:
-        rows = slice(start, start + part.rows)
-        results.append(pytree.tree_unflatten([_cut(leaf, rows, total) for leaf in leaves], spec))
-        start += part.rows
-    return results
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[Hashable, Path], bool] = {}
+
+    def split(self, output: Any, parts: Sequence[Anatomy], first_alone: Callable[[], Any]) -> list[Any]:
+        """``output`` of a merged call, cut into what each part's own call would have returned.
+
+        ``first_alone`` makes the first part's call by itself, where that has to be looked at. Raises
+        ``NotSplittable`` when a part of ``output`` has no row for each of the merged call's.
+        """
+        return _Cut(parts, self, first_alone).cut(output, ())
+
+    def knows(self, form: Hashable, path: Path) -> bool | None:
+        return self._known.get((form, path))
+
+    def learn(self, form: Hashable, path: Path, has_rows: bool) -> None:
+        if len(self._known) == MOST_LISTS:
+            self._known.clear()
+        self._known[form, path] = has_rows
+
+
+class _Cut:
+    """One merged output being cut."""
+
+    def __init__(self, parts: Sequence[Anatomy], lists: RowLists, first_alone: Callable[[], Any]) -> None:
+        ends = np.cumsum([part.rows for part in parts]).tolist()
+        self._rows = [slice(end - part.rows, end) for part, end in zip(parts, ends, strict=True)]
+        self._total: int = ends[-1]
+        self._first = parts[0]
+        self._lists = lists
+        self._first_alone = first_alone
+        self._seen_alone: list[Any] = []
+
+    def cut(self, node: Any, path: Path) -> list[Any]:
+        """``node``, which stands at ``path`` in the output, for each part."""
+        if node is None:
+            return [None for _ in self._rows]
+        if isinstance(node, torch.Tensor | np.ndarray):
+            return self._cut_array(node)
+        if type(node) is DiagonalGaussianDistribution:
+            parameters = self._cut_array(node.parameters)
+            return [DiagonalGaussianDistribution(rows, deterministic=node.deterministic) for rows in parameters]
+        if type(node) in (list, tuple) and len(node) == self._total and self._has_rows(node, path):
+            return [node[rows] for rows in self._rows]
+        children, spec = _children(node)
+        if spec.is_leaf():
+            raise NotSplittable(f"{node!r:.40} is no row's" if _is_plain(node) else f"a {type(node).__name__}")
+        columns = [self.cut(child, (*path, index)) for index, child in enumerate(children)]
+        return [
+            pytree.tree_unflatten([column[number] for column in columns], spec) for number in range(len(self._rows))
+        ]
+
+    def _cut_array(self, array: torch.Tensor | np.ndarray[Any, Any]) -> list[Any]:
+        if array.ndim == 0 or array.shape[0] != self._total:
+            kind = "a tensor" if isinstance(array, torch.Tensor) else "an array"
+            raise NotSplittable(f"{kind} of shape {tuple(array.shape)} among {self._total} rows")
+        return [array[rows] for rows in self._rows]
+
+    def _has_rows(self, merged: list[Any] | tuple[Any, ...], path: Path) -> bool:
+        """Whether the elements of ``merged``, which are as many as the rows, are theirs."""
+        known = self._lists.knows(self._first.form, path)
+        if known is not None:
+            return known
+        alone = self._alone_at(path)
+        if type(alone) is not type(merged) or len(alone) not in (self._first.rows, self._total):
+            raise NotSplittable(f"a {type(merged).__name__} that a call alone returns in another form")
+        has_rows = len(alone) == self._first.rows
+        self._lists.learn(self._first.form, path, has_rows)
+        return has_rows
+
+    def _alone_at(self, path: Path) -> Any:
+        """What the first part's call alone returns at ``path``."""
+        if not self._seen_alone:
+            self._seen_alone.append(self._first_alone())
+        node = self._seen_alone[0]
+        for index in path:
+            children, _ = _children(node)
+            if index >= len(children):
+                return None
+            node = children[index]
+        return node
+
+
+def _children(node: Any) -> tuple[list[Any], pytree.TreeSpec]:
+    return pytree.tree_flatten(node, is_leaf=lambda inner: inner is not node)
+
+
+def _is_plain(node: Any) -> bool:
+    return isinstance(node, str | int | float | bool)
 
 
 def _join(column: list[Any], role: Role, parts: Sequence[Anatomy]) -> Any:
@@ -48,17 +137,3 @@ def _join(column: list[Any], role: Role, parts: Sequence[Anatomy]) -> Any:
     if role is Role.LISTED:
         return [element for leaf in column for element in leaf]
     return column[0]
-
-
-def _cut(leaf: Any, rows: slice, total: int) -> Any:
-    if isinstance(leaf, torch.Tensor):
-        if leaf.ndim == 0 or leaf.shape[0] != total:
-            raise NotSplittable(f"a tensor of shape {tuple(leaf.shape)} among {total} rows")
-        return leaf[rows]
-    if isinstance(leaf, list):
-        return leaf[rows]
-    if isinstance(leaf, DiagonalGaussianDistribution):
-        return DiagonalGaussianDistribution(leaf.parameters[rows], deterministic=leaf.deterministic)
-    if isinstance(leaf, str | int | float | bool | None):
-        return leaf
-    raise NotSplittable(f"a {type(leaf).__name__}")

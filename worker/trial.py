@@ -258,7 +258,7 @@ def _has_channels_first(picture: torch.Tensor) -> bool:
 
 
 def _merged_verdict(hub: Hub) -> Verdict:
-    if hub.counters.forwards == hub.counters.calls:
+    if not hub.merged_names:
         why = "; ".join(f"{name}: {reason}" for name, reason in sorted(hub.unmergeable.items()))
         return Verdict("interleaved", why or "no two calls were alike enough to meet")
     reason = f"three small requests took {hub.counters.forwards} forwards for {hub.counters.calls} calls"

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 import torch
+from diffusers.utils import BaseOutput
+from torch.utils import _pytree as pytree
 
 from safelight.worker.anatomy import Anatomist, Anatomy
 from safelight.worker.call import Call
-from safelight.worker.merging import NotSplittable, merge, split
+from safelight.worker.merging import NotSplittable, RowLists, merge
 
 
 def call(*args: Any, method: str = "__call__", **kwargs: Any) -> Call:
@@ -21,13 +26,19 @@ def dissected(anatomist: Anatomist, *calls: Call) -> list[Anatomy]:
     return [part for part in parts if part is not None]
 
 
+def split(component: Callable[[torch.Tensor], Any], *rows: torch.Tensor) -> list[Any]:
+    """What each of the calls gets from one forward of ``component``, which is also asked for the first call alone."""
+    parts = dissected(Anatomist(), *(call(each) for each in rows))
+    return RowLists().split(component(torch.cat(rows)), parts, lambda: component(rows[0]))
+
+
 def test_rows_of_different_counts_come_back_to_their_calls() -> None:
     one, two = torch.randn(1, 4, 3), torch.randn(2, 4, 3)
     parts = dissected(Anatomist(), call(hidden_states=one), call(hidden_states=two))
     assert parts[0].key == parts[1].key
     _, kwargs = merge(parts)
     assert kwargs["hidden_states"].shape == (3, 4, 3)
-    outputs = split((kwargs["hidden_states"] * 2,), parts)
+    outputs = split(lambda x: (x * 2,), one, two)
     assert torch.equal(outputs[0][0], one * 2)
     assert torch.equal(outputs[1][0], two * 2)
 
@@ -49,7 +60,7 @@ def test_lists_of_prompts_of_different_lengths_are_extended() -> None:
     assert parts[0].key == parts[1].key
     args, _ = merge(parts)
     assert [len(text) for text in args[2]] == [5, 9]
-    outputs = split((args[0],), parts)
+    outputs = RowLists().split((args[0],), parts, lambda: (a.args[0],))
     assert torch.equal(outputs[1][0][0], b.args[0][0])
 
 
@@ -100,10 +111,98 @@ def test_methods_whose_rows_may_depend_on_each_other_have_no_anatomy() -> None:
 
 
 def test_an_output_that_belongs_to_no_row_is_refused() -> None:
-    parts = dissected(Anatomist(), call(torch.zeros(1, 4)), call(torch.zeros(1, 4)))
-    for output in (torch.tensor(1.0), torch.zeros(3, 4), object()):
+    one, two = torch.zeros(1, 4), torch.zeros(1, 4)
+    for output in (torch.tensor(1.0), torch.zeros(3, 4), np.zeros((3, 4)), np.zeros(()), object(), {1, 2}):
         with pytest.raises(NotSplittable):
-            split((output,), parts)
+            split(lambda _, output=output: (output,), one, two)
+
+
+class Named(NamedTuple):
+    flags: list[bool]
+    scores: tuple[float, ...]
+
+
+@dataclass
+class Checked(BaseOutput):
+    flags: list[bool]
+    images: torch.Tensor
+    boxes: list[list[int]] | None = None
+
+
+@pytest.mark.parametrize(
+    "per_row",
+    [
+        pytest.param(lambda x: (x, [bool(row[0] > 0) for row in x]), id="flags in a list"),
+        pytest.param(lambda x: (x, tuple(float(row[0]) for row in x)), id="numbers in a tuple"),
+        pytest.param(lambda x: {"inner": ([str(float(row[0])) for row in x],)}, id="texts in a list in a dictionary"),
+        pytest.param(lambda x: [{"score": float(row[0]), "found": row.tolist()} for row in x], id="a report per row"),
+        pytest.param(lambda x: [x[i] if x[i, 0] > 0 else None for i in range(len(x))], id="a tensor or none per row"),
+        pytest.param(lambda x: [list(row) for row in x], id="a list of tensors per row"),
+        pytest.param(lambda x: x.numpy(), id="an array"),
+        pytest.param(lambda x: [row.numpy() for row in x], id="an array per row"),
+        pytest.param(
+            lambda x: Named([bool(row[0] > 0) for row in x], tuple(float(row[1]) for row in x)), id="a named tuple"
+        ),
+        pytest.param(
+            lambda x: Checked([bool(row[0] > 0) for row in x], x, [[int(row[0])] for row in x]), id="an output class"
+        ),
+        pytest.param(lambda x: ([x * 2, x * 3], [x], x), id="a tensor per level, as many as rows or fewer"),
+        pytest.param(lambda x: ([x.numpy(), x.numpy() * 2], [None, None], [None]), id="none per level"),
+        pytest.param(lambda x: ([[row.tolist() for row in x], [row.sum() for row in x]],), id="rows within levels"),
+    ],
+)
+@pytest.mark.parametrize("counts", [(1, 1), (1, 2), (2, 1)], ids=str)
+def test_every_call_gets_its_own_rows_of_an_output_that_is_no_tensor(
+    per_row: Callable[[torch.Tensor], Any], counts: tuple[int, ...]
+) -> None:
+    rows = torch.tensor([[1.0, 2.0, 3.0], [-4.0, 5.0, 6.0], [7.0, -8.0, 9.0]])[: sum(counts)].split(counts)
+    for given, got in zip(rows, split(per_row, *rows), strict=True):
+        assert alike(got, per_row(given))
+
+
+@pytest.mark.parametrize(
+    "of_all_rows",
+    [
+        pytest.param(lambda x: (x, [64, 64]), id="a list of numbers that is as long as there are rows"),
+        pytest.param(lambda x: (x, (len(x), 2)), id="a shape"),
+        pytest.param(lambda x: (x, float(x.sum())), id="a sum over all rows"),
+        pytest.param(lambda x: (x, bool((x > 0).any())), id="a flag for all rows"),
+        pytest.param(lambda x: {"sample": x, "kind": "image"}, id="a text"),
+        pytest.param(lambda x: (x, {0: 1.0, 1: 2.0}), id="a dictionary by row"),
+        pytest.param(lambda x: (x, [element for row in x for element in row.tolist()]), id="all rows in one list"),
+        pytest.param(lambda x: (x, [float(row[0]) for row in x if row[0] > 0]), id="a list of some rows"),
+        pytest.param(lambda x: (x, list(range(max(2, len(x))))), id="a list that is never shorter"),
+    ],
+)
+def test_a_value_that_cannot_be_attributed_to_a_row_is_given_to_no_call(
+    of_all_rows: Callable[[torch.Tensor], Any],
+) -> None:
+    with pytest.raises(NotSplittable):
+        split(of_all_rows, torch.tensor([[1.0, 2.0, 3.0]]), torch.tensor([[-4.0, 5.0, 6.0]]))
+
+
+def test_a_call_is_made_alone_once_to_see_what_its_lists_are() -> None:
+    lists, seen = RowLists(), []
+    for count in (2, 2, 3):
+        rows = [torch.full((1, 3), float(number)) for number in range(count)]
+        parts = dissected(Anatomist(), *(call(each) for each in rows))
+
+        def alone(rows: list[torch.Tensor] = rows) -> Any:
+            seen.append(rows[0])
+            return [0.0]
+
+        assert lists.split([float(number) for number in range(count)], parts, alone) == [[0.0], [1.0], [2.0]][:count]
+    assert len(seen) == 1
+
+
+def alike(one: Any, other: Any) -> bool:
+    """Whether both have the same structure and the same values."""
+    leaves, spec = pytree.tree_flatten(one)
+    others, other_spec = pytree.tree_flatten(other)
+    return spec == other_spec and all(
+        type(a) is type(b) and (np.array_equal(a, b) if isinstance(a, torch.Tensor | np.ndarray) else a == b)
+        for a, b in zip(leaves, others, strict=True)
+    )
 
 
 def test_positions_count_tokens_and_latent_pixels() -> None:
