@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import types
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,12 +12,15 @@ from typing import Any
 import torch
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
+_WATCHED = ("model_output", "timestep", "sample")
+"""The arguments of a step that are told of it, wherever they stand in its signature."""
+
 
 @dataclass(frozen=True, slots=True)
 class Step:
     """The ``number``-th of ``total`` steps was taken: from ``sample`` to ``prev_sample`` by ``model_output``.
 
-    It stands at ``index`` in the scheduler's timesteps.
+    It stands at ``index`` in the scheduler's timesteps; ``result`` is what the scheduler returned.
     """
 
     number: int
@@ -25,13 +29,8 @@ class Step:
     scheduler: SchedulerMixin
     model_output: torch.Tensor
     sample: torch.Tensor
+    prev_sample: torch.Tensor
     result: Any
-
-    @property
-    def prev_sample(self) -> torch.Tensor:
-        sample: torch.Tensor
-        sample = self.result[0] if isinstance(self.result, tuple) else self.result.prev_sample
-        return sample
 
     def clean_estimate(self) -> torch.Tensor:
         """What the sample would be without its noise, as far as this step knows: x0, or else the next sample."""
@@ -52,22 +51,39 @@ def watch_steps(
 ) -> None:
     """Call ``seen`` after each step of ``scheduler``, which must be a fork's own copy; ``take_step`` takes them.
 
-    A copy that the pipeline makes of it (for a second modality, say) takes its own steps, unseen.
+    A copy that the pipeline makes of it (for a second modality, say) takes its own steps, unseen. So does a scheduler
+    whose step goes by other arguments than from a sample at a timestep, or to something else than a tensor.
     """
+    own_step = types.MethodType(type(scheduler).step, scheduler)
+    signature = inspect.signature(own_step)
+    if not set(_WATCHED) <= signature.parameters.keys():
+        assert take_step is None, "only schedulers of flows are told how to step"
+        return
+    take = take_step or own_step
     number = first = 0
-    take_step = take_step or types.MethodType(type(scheduler).step, scheduler)
 
-    def step(model_output: torch.Tensor, timestep: Any, sample: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+    def step(*args: Any, **kwargs: Any) -> Any:
         nonlocal number, first
+        given = signature.bind(*args, **kwargs)
+        given.apply_defaults()
+        model_output, timestep, sample = (given.arguments[name] for name in _WATCHED)
         if number == 0:
             first = first_index(scheduler, timestep)
-        result = take_step(model_output, timestep, sample, *args, **kwargs)
-        number += 1
-        total = len(scheduler.timesteps) - first
-        seen(Step(number, total, first + number - 1, scheduler, model_output, sample, result))
+        result = take(*args, **kwargs)
+        reached = _reached(result)
+        if reached is not None:
+            number += 1
+            total = len(scheduler.timesteps) - first
+            seen(Step(number, total, first + number - 1, scheduler, model_output, sample, reached, result))
         return result
 
     _replace_step(scheduler, step)
+
+
+def _reached(result: Any) -> torch.Tensor | None:
+    """The next sample, if a step has returned one in the way of diffusers' schedulers."""
+    first = result[0] if isinstance(result, tuple) and result else getattr(result, "prev_sample", None)
+    return first if isinstance(first, torch.Tensor) else None
 
 
 def first_index(scheduler: SchedulerMixin, timestep: Any) -> int:
@@ -79,10 +95,13 @@ def first_index(scheduler: SchedulerMixin, timestep: Any) -> int:
 
 
 def answer_steps(scheduler: SchedulerMixin, sample: torch.Tensor) -> None:
-    """Make every step of ``scheduler`` arrive at ``sample``, whatever it is given. Copies of it step as ever."""
+    """Make every step of ``scheduler`` arrive at ``sample``, whatever it is given. Copies of it step as ever.
+
+    A tuple has the clean sample behind the next one, as some pipelines ask for it; others take the first alone.
+    """
 
     def step(*_: Any, **kwargs: Any) -> Any:
-        return _Arrived(sample, sample) if kwargs.get("return_dict", True) else (sample,)
+        return _Arrived(sample, sample) if kwargs.get("return_dict", True) else (sample, sample)
 
     _replace_step(scheduler, step)
 

@@ -8,6 +8,7 @@ from typing import Any
 import msgspec
 import pytest
 import torch
+from diffusers import CogVideoXDPMScheduler
 
 from safelight.protocol.config import Config
 from safelight.protocol.messages import BatchingMode, Generate, Sample
@@ -66,6 +67,28 @@ def test_a_request_through_the_boundary_is_bitwise_what_diffusers_gives(
     asked = request(name, 1)
     expected = plain(model, asked)
     assert torch.equal(through_hub(model, new_hub(), [asked])[0], expected)
+
+
+def test_a_scheduler_whose_step_takes_the_last_step_s_estimate_too_is_served(
+    tiny_model: Callable[[str], Model],
+) -> None:
+    """CogVideoX with the scheduler that its larger models are recommended with."""
+    model = tiny_model("cogvideox")
+    pipeline = model.pipeline
+    pipeline.scheduler = CogVideoXDPMScheduler.from_config(pipeline.scheduler.config, timestep_spacing="trailing")
+    found = SelfTest(model, Config()).run()
+    assert (found.mode, model.main.supports_preview) == ("merged", True), model.main.batching.reason
+    steps: list[tuple[int, int, int]] = []
+    asked = request("cogvideox", 1)
+    run = SampleRun(
+        model, asked, 0, lambda _, step: steps.append((step.number, step.total, step.index)), lambda _: None
+    )
+    hub = new_hub()
+    hub.start(run.coroutine)
+    while hub.busy:
+        hub.turn()
+    assert torch.equal(run.coroutine.result, plain(model, asked))
+    assert steps == [(1, 3, 0), (2, 3, 1), (3, 3, 2)]
 
 
 @pytest.mark.parametrize("name", JSON_FAMILIES)

@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
+from collections.abc import Iterator
+from typing import Any
 
+import diffusers
+import pytest
 import torch
-from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers import CogVideoXDPMScheduler, DDIMScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
 from safelight.worker.steps import Step, answer_steps, watch_steps
+
+UNSEEN = {"KarrasVeScheduler"}
+"""Schedulers whose steps go from a sigma to the next, and know no timestep."""
 
 
 def flow(steps: int = 4) -> FlowMatchEulerDiscreteScheduler:
@@ -77,3 +86,75 @@ def test_an_answering_scheduler_arrives_where_it_was_told_in_both_return_forms()
     sample = torch.zeros(1, 4)
     assert scheduler.step(sample, scheduler.timesteps[0], sample, return_dict=False)[0] is goal
     assert scheduler.step(sample, scheduler.timesteps[0], sample).prev_sample is goal
+
+
+def scheduler_classes() -> Iterator[type[SchedulerMixin]]:
+    """Every scheduler of diffusers that takes steps and can be imported here."""
+    for name in sorted(dir(diffusers)):
+        found = getattr(diffusers, name) if name.endswith("Scheduler") else None
+        if isinstance(found, type) and issubclass(found, SchedulerMixin) and "step" in vars(found):
+            yield found
+
+
+@pytest.mark.parametrize("by_name", [False, True], ids=["by position", "by name"])
+@pytest.mark.parametrize("cls", list(scheduler_classes()), ids=lambda cls: cls.__name__)
+def test_a_scheduler_with_other_arguments_is_given_them_as_the_pipeline_gave_them(
+    cls: type[SchedulerMixin], by_name: bool
+) -> None:
+    """Its step is a played one with the real one's signature: what arrives must be what was given."""
+    received: list[dict[str, Any]] = []
+
+    @functools.wraps(cls.step)
+    def step(self: SchedulerMixin, *args: Any, **kwargs: Any) -> tuple[torch.Tensor]:
+        received.append(inspect.signature(cls.step).bind(self, *args, **kwargs).arguments)
+        return (arrived,)
+
+    scheduler = object.__new__(type(cls.__name__, (cls,), {"step": step}))
+    timesteps = torch.tensor([9.0, 7.0, 3.0])
+    vars(scheduler)["timesteps"] = timesteps
+    parameters = inspect.signature(cls.step).parameters
+    names = list(parameters)[1:]
+    given = {name: torch.full((2,), float(place)) for place, name in enumerate(names)} | {"timestep": timesteps[1]}
+    given = {name: given[name] for name in names}
+    arrived, seen = torch.ones(2), list[Step]()
+    watch_steps(scheduler, seen.append)
+    named = {name for name in names if by_name or parameters[name].kind is inspect.Parameter.KEYWORD_ONLY}
+    result = scheduler.step(
+        *(given[name] for name in names if name not in named), **{name: given[name] for name in named}
+    )
+    assert result[0] is arrived
+    assert all(received[0][name] is given[name] for name in names)
+    if cls.__name__ in UNSEEN:
+        assert not seen
+        return
+    (step_seen,) = seen
+    assert step_seen.model_output is given["model_output"]
+    assert step_seen.sample is given["sample"]
+    assert step_seen.prev_sample is arrived
+    assert (step_seen.number, step_seen.total, step_seen.index) == (1, 2, 1)
+
+
+def test_all_schedulers_of_diffusers_are_tried() -> None:
+    assert len(list(scheduler_classes())) > 40
+
+
+def test_a_step_that_returns_something_else_than_the_next_sample_is_unseen() -> None:
+    class Odd(SchedulerMixin):
+        timesteps = torch.arange(3)
+
+        def step(self, model_output: torch.Tensor, timestep: Any, sample: torch.Tensor | None = None) -> str:
+            return "somewhere"
+
+    scheduler, seen = Odd(), list[Step]()
+    watch_steps(scheduler, seen.append)
+    assert scheduler.step(torch.ones(1), 2) == "somewhere"
+    assert not seen
+
+
+def test_an_answering_scheduler_returns_the_clean_sample_to_those_that_ask_for_it() -> None:
+    scheduler, goal = CogVideoXDPMScheduler(), torch.full((1, 4), 7.0)
+    scheduler.set_timesteps(2)
+    answer_steps(scheduler, goal)
+    sample, clean = scheduler.step(goal, None, scheduler.timesteps[0], None, goal, return_dict=False)
+    assert sample is goal
+    assert clean is goal
