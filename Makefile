@@ -23,6 +23,7 @@ help: ## list these commands
 demo: $(ENVIRONMENT) ## draw a picture: PROMPT="…" for another one, PORT=… for a port of your choice
 	@$(BIN)/python examples/demo.py "$$PROMPT" $(if $(PORT),--port $(PORT))
 
+# With a Chromium on the PATH (apt install chromium), web pages attack the server too; without one that is skipped.
 test: $(ENVIRONMENT) ## run the tests: ARGS="tests/client -q" for some of them, JOBS=4 for more files at once
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder $(ARGS)
 

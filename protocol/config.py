@@ -36,6 +36,19 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     api_key: Annotated[
         str | None, Meta(description="When given, every route but the health checks asks for it as a bearer token")
     ] = None
+    allowed_hosts: Annotated[
+        str,
+        Meta(
+            description="Names, separated by commas, by which clients may address this server besides loopback names "
+            "and the address it listens on; `*` allows every name"
+        ),
+    ] = ""
+    cors_origins: Annotated[
+        str,
+        Meta(
+            description="Origins, separated by commas, whose web pages may call this server, as `https://example.com`"
+        ),
+    ] = ""
     device: Annotated[
         Literal["auto", "cpu", "cuda"], Meta(description="Where the model runs; auto takes CUDA when there is one")
     ] = "auto"

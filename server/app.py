@@ -8,16 +8,22 @@ from starlette.exceptions import HTTPException
 from .. import __version__
 from ..protocol.errors import ErrorInfo
 from . import adapters, generate, generation_control, health, information, metrics, rollout, weights
+from .callers import Callers, CallersMiddleware, CorsMiddleware
 from .exchange import ExchangeMiddleware
 from .gate import ApiKeyMiddleware, BodyLimitMiddleware
 from .replies import error_reply
+from .rollout_reply import MEDIA_TYPE
 from .service import Service
+
+OWN_TYPES = {"/update_weights_from_tensor": weights.SAFETENSORS, "/rollout/generate": MEDIA_TYPE}
+"""The media type that a route's body may have besides JSON and forms."""
 
 _CODES = {404: "not_found", 405: "method_not_allowed"}
 
 
 def create_app(service: Service) -> FastAPI:
     """The application of ``service``. A request goes through the layers from the last one added to the first."""
+    callers = Callers.of(service.config, OWN_TYPES)
     app = FastAPI(title="Safelight", version=__version__, redirect_slashes=False)
     app.add_exception_handler(HTTPException, _http_error)
     app.add_middleware(
@@ -28,7 +34,9 @@ def create_app(service: Service) -> FastAPI:
         },
     )
     app.add_middleware(ApiKeyMiddleware, api_key=service.config.api_key)
+    app.add_middleware(CallersMiddleware, callers=callers)
     app.add_middleware(ExchangeMiddleware, metrics=service.metrics)
+    app.add_middleware(CorsMiddleware, origins=callers.origins)
     app.include_router(generate.routes(service))
     app.include_router(rollout.routes(service))
     app.include_router(health.routes(service))

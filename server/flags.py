@@ -11,10 +11,11 @@ from typing import Any, Literal, NoReturn
 
 from ..protocol.config import Config, Option, load_config, options
 from ..protocol.errors import StartFailed
+from .callers import Callers
 
 GROUPS: dict[str, tuple[str, ...]] = {
     "model": ("model", "served_model_name", "device", "dtype"),
-    "HTTP": ("host", "port", "api_key", "max_body_mb"),
+    "HTTP": ("host", "port", "api_key", "allowed_hosts", "cors_origins", "max_body_mb"),
     "replicas": (
         "replicas", "tp", "fuse_projections", "threads", "start_timeout_s", "stall_timeout_s", "grace_s",
         "until_stdin_closes",
@@ -53,7 +54,9 @@ def read_config(arguments: Sequence[str], environment: Mapping[str, str]) -> Con
         if "model" in given:
             raise StartFailed(f"The model is given twice, as {positional!r} and with --model; leave one of them out.")
         given["model"] = positional
-    return load_config(given, environment, file)
+    config = load_config(given, environment, file)
+    Callers.of(config, {})  # whoever starts the server is told here what cannot be read
+    return config
 
 
 def make_parser() -> argparse.ArgumentParser:

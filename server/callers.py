@@ -1,0 +1,157 @@
+"""Who may call: the hosts that a request may be addressed to, and the web pages that may send one.
+
+A browser lets any page send requests to any server that its machine reaches, so a server on localhost is open to every
+page that its user visits. Two headers that no page can forge tell such requests apart: ``Host`` names the site that the
+browser believes it talks to (another one after DNS rebinding), ``Origin`` and ``Sec-Fetch-Site`` name the page.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+
+from starlette.datastructures import Headers
+from starlette.middleware.cors import CORSMiddleware
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from ..protocol.config import Config
+from ..protocol.errors import Forbidden, Malformed, StartFailed
+from .gate import media_type
+
+ANY = "*"
+"""In ``--allowed-hosts``: every host is right."""
+
+_HOST = re.compile(r"(?P<name>\[[0-9a-f:.]+\]|[^\s:\[\]/@]+)(:[0-9]{1,5})?")
+_ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://(\[[0-9a-f:.]+\]|[^\s:\[\]/@*,]+)(:[0-9]{1,5})?")
+_TYPES = ("application/json", "multipart/form-data")
+
+
+@dataclass(frozen=True)
+class Callers:
+    """Loopback names, and the address that a connection came in on, need not be among ``hosts``."""
+
+    hosts: Collection[str]
+    origins: Collection[str]
+    own_types: Mapping[str, str]
+    """By path: the media type that a body may have besides JSON and forms."""
+
+    @classmethod
+    def of(cls, config: Config, own_types: Mapping[str, str]) -> Callers:
+        """Raises ``StartFailed`` for what is not a host or an origin."""
+        hosts = {config.host.lower()} | frozenset(_host_of(entry) for entry in _entries(config.allowed_hosts))
+        origins = frozenset(_origin_of(entry) for entry in _entries(config.cors_origins))
+        return cls(hosts, origins, own_types)
+
+    def check(self, scope: Scope) -> None:
+        """Raises ``Forbidden`` for a foreign caller, and ``Malformed`` for a body that a page could send unasked."""
+        headers = Headers(scope=scope)
+        host = headers.get("host", "")
+        if not self._is_own_host(host, scope):
+            raise Forbidden(
+                f"This server does not answer as {host[:100]!r}; use a loopback name or the address that it listens "
+                "on, or start it with --allowed-hosts."
+            )
+        self._check_origin(headers, host)
+        if "origin" in headers and _has_body(headers):
+            self._check_type(media_type(headers), scope["path"])
+
+    def _is_own_host(self, host: str, scope: Scope) -> bool:
+        found = _HOST.fullmatch(host.lower())
+        name = "" if found is None else found["name"].strip("[]").rstrip(".")
+        if name and (ANY in self.hosts or name in self.hosts or name == "localhost"):
+            return True
+        address = _address(name)
+        connected_to = scope.get("server") or ("", None)
+        return address is not None and (address.is_loopback or address == _address(connected_to[0]))
+
+    def _check_origin(self, headers: Headers, host: str) -> None:
+        origins, sites = headers.getlist("origin"), headers.getlist("sec-fetch-site")
+        if len(origins) == 1 and origins[0] in self.origins:
+            return
+        for origin in origins:
+            if not _is_same(origin.lower(), host.lower(), sites):
+                raise Forbidden(
+                    f"Web pages of {origin[:100]!r} may not call this server; start it with --cors-origins to let them."
+                )
+        if not {site.strip().lower() for site in sites} <= {"same-origin", "none"}:
+            raise Forbidden(
+                "Another site's web page sent this request; start the server with --cors-origins to let it."
+            )
+
+    def _check_type(self, kind: str, path: str) -> None:
+        types = [*_TYPES, *([self.own_types[path]] if path in self.own_types else [])]
+        if kind not in types:
+            raise Malformed(f"A body from a web page needs a Content-Type of {' or '.join(types)}, not {kind[:100]!r}.")
+
+
+def _is_same(origin: str, host: str, sites: list[str]) -> bool:
+    """Whether a page is the server's own. Behind a proxy that speaks TLS, the browser's word for it is needed too."""
+    return origin == f"http://{host}" or (origin == f"https://{host}" and sites == ["same-origin"])
+
+
+def _has_body(headers: Headers) -> bool:
+    return "transfer-encoding" in headers or headers.get("content-length", "0").strip() != "0"
+
+
+def _address(name: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
+    try:
+        address = ipaddress.ip_address(name)
+    except ValueError:
+        return None
+    mapped = address.ipv4_mapped if isinstance(address, ipaddress.IPv6Address) else None
+    return mapped or address
+
+
+def _entries(text: str) -> list[str]:
+    return [entry.strip() for entry in text.split(",") if entry.strip()]
+
+
+def _host_of(entry: str) -> str:
+    found = _HOST.fullmatch(entry.lower())
+    if found is None:
+        raise StartFailed(f"--allowed-hosts takes names and addresses such as gpu.example.com, not {entry!r}.")
+    return found["name"].strip("[]").rstrip(".")
+
+
+def _origin_of(entry: str) -> str:
+    origin = entry.lower().rstrip("/")
+    if not _ORIGIN.fullmatch(origin):
+        raise StartFailed(
+            f"--cors-origins takes origins such as https://app.example.com, each by itself, not {entry!r}."
+        )
+    return origin
+
+
+class CallersMiddleware:
+    """Lets nothing of a foreign caller reach any route."""
+
+    def __init__(self, app: ASGIApp, *, callers: Callers) -> None:
+        self._app = app
+        self._callers = callers
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            self._callers.check(scope)
+        await self._app(scope, receive, send)
+
+
+class CorsMiddleware:
+    """Answers the browsers of listed origins as they ask (Fetch, "CORS protocol"); all others see nothing of it."""
+
+    def __init__(self, app: ASGIApp, *, origins: Collection[str]) -> None:
+        self._app = app
+        self._origins = origins
+        self._cors = CORSMiddleware(
+            app,
+            allow_origins=origins,
+            allow_methods=("GET", "POST", "DELETE"),
+            allow_headers=("Authorization", "X-Request-Id"),
+            allow_private_network=True,
+            expose_headers=("*",),
+        )
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        listed = scope["type"] == "http" and Headers(scope=scope).get("origin") in self._origins
+        await (self._cors if listed else self._app)(scope, receive, send)

@@ -1,0 +1,122 @@
+"""Who may call: no foreign web page reaches a route, unless its origin is listed; programs go on as before."""
+
+from __future__ import annotations
+
+import pytest
+
+from safelight.protocol.config import Config
+from safelight.protocol.errors import StartFailed
+from safelight.protocol.operations import Pause
+from safelight.server.callers import Callers
+from safelight.server.flags import read_config
+
+from .stage import Stage, stage
+
+pytestmark = pytest.mark.anyio
+
+LISTED = Config(cors_origins="https://app.example.com, http://localhost:5173", allowed_hosts="gpu.example.com")
+ROUTES = [
+    ("GET", "/health"),
+    ("GET", "/liveness"),
+    ("GET", "/nothing"),
+    ("POST", "/generate"),
+    ("POST", "/pause_generation"),
+    ("POST", "/update_weights_from_disk"),
+    ("OPTIONS", "/generate"),
+]
+
+
+async def ask(played: Stage, method: str, path: str, headers: dict[str, str]) -> tuple[int, str]:
+    content = b'{"prompt": "a"}' if path == "/generate" else b"{}"
+    reply = await played.client.request(method, path, headers=headers, content=content if method == "POST" else None)
+    return reply.status_code, reply.json()["error"]["code"] if reply.status_code >= 400 else ""
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {"Origin": "http://evil.example", "Content-Type": "text/plain"},
+        {"Origin": "http://evil.example", "Content-Type": "application/json"},
+        {"Origin": "null", "Content-Type": "text/plain"},
+        {"Origin": ""},
+        {"Origin": "http://localhost:1"},
+        {"Origin": "http://127.0.0.1"},
+        {"Origin": "http://localhost.evil.example"},
+        {"Sec-Fetch-Site": "cross-site"},
+        {"Sec-Fetch-Site": "same-site"},
+        {"Sec-Fetch-Site": "Cross-Site"},
+        {"Sec-Fetch-Site": "anything"},
+        {"Origin": "http://evil.example", "Sec-Fetch-Site": "same-origin"},
+        {"Host": "evil.example"},
+        {"Host": "127.0.0.1.evil.example"},
+        {"Host": "localhost@evil.example"},
+        {"Host": "192.0.2.1"},
+        {"Host": ""},
+    ],
+)
+async def test_a_foreign_page_or_a_rebound_name_reaches_no_route(headers: dict[str, str]) -> None:
+    async with stage() as played:
+        asked = [await ask(played, *route, headers) for route in ROUTES]
+        assert asked == [(403, "forbidden")] * len(ROUTES)
+        assert played.scheduler.generates() == []
+        assert not any(isinstance(message, Pause) for message in played.scheduler.received)
+
+
+async def test_programs_need_no_content_type_and_no_origin() -> None:
+    async with stage() as played:
+        for kind in ("application/x-www-form-urlencoded", "text/plain", "application/json", ""):
+            assert (await ask(played, "POST", "/generate", {"Content-Type": kind}))[0] == 200
+        for host in ("localhost", "LOCALHOST:9", "127.0.0.1", "127.8.9.10:80", "[::1]:30000", "localhost."):
+            assert (await ask(played, "GET", "/health", {"Host": host}))[0] == 200
+
+
+async def test_the_server_s_own_page_may_send_what_no_other_page_could() -> None:
+    async with stage() as played:
+        own = {"Origin": played.url, "Sec-Fetch-Site": "same-origin"}
+        assert (await ask(played, "POST", "/generate", {**own, "Content-Type": "application/json"}))[0] == 200
+        assert (await ask(played, "POST", "/generate", {**own, "Content-Type": "text/plain"}))[0] == 422
+        assert (await ask(played, "POST", "/generate", {**own, "Content-Type": ""}))[0] == 422
+        assert (await ask(played, "GET", "/health", own))[0] == 200
+        typed = {**own, "Content-Type": "application/msgpack"}
+        assert (await ask(played, "POST", "/generate", typed))[0] == 422, "it is another route's type"
+
+
+async def test_a_listed_origin_is_answered_as_browsers_ask() -> None:
+    origin = "https://app.example.com"
+    headers = {"Origin": origin, "Sec-Fetch-Site": "cross-site", "Content-Type": "application/json"}
+    async with stage(LISTED) as played:
+        asks = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "authorization,content-type"}
+        preflight = await played.client.options("/generate", headers={"Origin": origin, **asks})
+        reply = await played.client.post("/generate", headers=headers, json={"prompt": "a"})
+        refused = await played.client.post("/generate", headers=headers, json={"prompt": 1})
+        other = await played.client.options("/generate", headers={"Origin": "https://example.com", **asks})
+    for answer, status in ((preflight, 200), (reply, 200), (refused, 422)):
+        assert (answer.status_code, answer.headers["access-control-allow-origin"]) == (status, origin)
+    assert other.status_code == 403
+    assert "access-control-allow-origin" not in other.headers
+
+
+async def test_a_listed_host_is_right_and_others_stay_wrong() -> None:
+    async with stage(LISTED) as played:
+        assert (await ask(played, "GET", "/health", {"Host": "GPU.example.com:8080"}))[0] == 200
+        assert (await ask(played, "GET", "/health", {"Host": "other.example.com"}))[0] == 403
+    async with stage(Config(allowed_hosts="*")) as played:
+        assert (await ask(played, "GET", "/health", {"Host": "any.example.com"}))[0] == 200
+
+
+def test_the_address_that_a_connection_came_in_on_is_a_right_host() -> None:
+    """A server on all addresses has many."""
+    callers = Callers.of(Config(host="0.0.0.0"), {})
+    scope = {"type": "http", "path": "/", "server": ("192.0.2.7", 80), "headers": [(b"host", b"192.0.2.7:80")]}
+    callers.check(scope)
+    callers.check({**scope, "server": ("::ffff:192.0.2.7", 80)})
+
+
+@pytest.mark.parametrize(
+    ("flag", "value"),
+    [("--cors-origins", "*"), ("--cors-origins", "example.com"), ("--cors-origins", "https://a.example/path"),
+     ("--cors-origins", "null"), ("--allowed-hosts", "http://a.example")],
+)  # fmt: skip
+async def test_a_list_that_cannot_be_read_ends_the_start(flag: str, value: str) -> None:
+    with pytest.raises(StartFailed, match=flag):
+        read_config([flag, value], {})
