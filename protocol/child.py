@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import threading
+from pathlib import Path
 from typing import Protocol, TypeVar
 
 import msgspec
@@ -35,9 +37,18 @@ def read_child(kind: type[_Child]) -> _Child:
 
     The launcher's directories are removed then, too.
     """
-    child = msgspec.json.decode(_read_line(), type=kind)
+    line = _read_line()
+    if not line:
+        os._exit(ORPHANED)
+    child = msgspec.json.decode(line, type=kind)
     threading.Thread(target=_exit_with_launcher, args=(child.directories,), daemon=True, name="launcher-watch").start()
     return child
+
+
+def name_process(name: str) -> None:
+    """Show this process as ``sl-`` and ``name`` in ``ps`` and ``top``, which see its first 15 letters; Linux only."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/comm").write_text(f"sl-{name}")
 
 
 def _read_line() -> bytes:

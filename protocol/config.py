@@ -19,7 +19,7 @@ from .errors import StartFailed
 
 ENVIRONMENT_PREFIX = "SAFELIGHT_"
 
-_SHARED_MEMORY = "/dev/shm"  # where Linux keeps files in memory
+SHARED_MEMORY = "/dev/shm"  # where Linux keeps files in memory
 
 
 class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -66,6 +66,13 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         bool, Meta(description="Compute layers with one input (queries, keys, values; gate and up) as one product")
     ] = False
     replicas: Annotated[int, Meta(ge=1, le=64, description="Copies of the model, each in a process of its own")] = 1
+    nursery: Annotated[
+        bool,
+        Meta(
+            description="Fork workers from one process that has imported torch and diffusers, so that they start in a "
+            "fraction of the time; only on Linux"
+        ),
+    ] = True
     threads: Annotated[
         int, Meta(ge=0, le=1024, description="CPU threads of each replica; 0 divides the cores among them")
     ] = 0
@@ -248,7 +255,7 @@ class ChildConfig(msgspec.Struct, frozen=True, kw_only=True):
     def shared(self) -> str:
         """The directory in shared memory through which large tensors come; nobody else's, like ``directory``."""
         name = Path(self.directory).name
-        return f"{_SHARED_MEMORY}/{name}" if Path(_SHARED_MEMORY).is_dir() else f"{self.directory}/shared"
+        return f"{SHARED_MEMORY}/{name}" if Path(SHARED_MEMORY).is_dir() else f"{self.directory}/shared"
 
     @property
     def frontend(self) -> str:

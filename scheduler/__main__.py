@@ -9,7 +9,7 @@ from types import FrameType
 
 import zmq
 
-from ..protocol.child import read_child_config
+from ..protocol.child import name_process, read_child_config
 from ..protocol.logs import configure_logging
 from .loop import Loop
 
@@ -21,6 +21,7 @@ def main() -> int:
     signal.signal(signal.SIGTERM, _leave)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the launcher too, which first lets requests finish
     child = read_child_config()
+    name_process("scheduler")
     configure_logging(child.config, "scheduler")
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
     try:

@@ -1,4 +1,4 @@
-"""One process of ours: started as a program, fed its configuration through a pipe, and ended by its own id."""
+"""One process of ours: started as a program or forked by the nursery, fed through a pipe, and ended by its own id."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import contextlib
 import os
 import signal
 import sys
+import threading
 from typing import Literal, Self
 
 import msgspec
@@ -16,17 +17,19 @@ from ..protocol.config import ChildConfig
 TERMINATION_S = 5.0
 """Seconds that a process gets between SIGTERM and SIGKILL."""
 
-_STANDARD_ERROR = 2
+_STDIN, _STDOUT, _STDERR = range(3)
 
 _ENVIRONMENT = {
     "GOMP_SPINCOUNT": "2000",
     "MALLOC_MMAP_THRESHOLD_": str(32 * 2**20),
     "MALLOC_TOP_PAD_": str(64 * 2**20),
     "MALLOC_TRIM_THRESHOLD_": str(2**30),
+    "PYTORCH_NVML_BASED_CUDA_CHECK": "1",
 }
 """What children get unless the environment says otherwise; docs/decisions/0006 has the measurements.
 
 Threads that wait for work spin for microseconds, then sleep. The heap keeps the memory of a forward for the next one.
+Libraries that ask for a GPU while they are imported do not open it: a process that has cannot fork workers.
 """
 
 
@@ -38,37 +41,58 @@ def _environment() -> dict[str, str]:
     return {**own, **os.environ}
 
 
-class ChildProcess:
-    """A running scheduler or worker. The open pipe to its standard input tells it that the launcher lives."""
+def spawn(module: str, stdin: int) -> int:
+    """Start the program ``safelight.<module>`` with the descriptor ``stdin``. Returns its process id.
 
-    def __init__(self, name: str, process: asyncio.subprocess.Process) -> None:
+    It leads a session of its own, so that Ctrl-C in a terminal reaches the launcher alone, and writes its standard
+    output to standard error: the launcher's own standard output is left to its few lines.
+    """
+    # -P: what lies in the current folder does not take the place of installed modules.
+    command = [sys.executable, "-P", "-m", f"{__package__.rpartition('.')[0]}.{module}"]
+    redirected = [(os.POSIX_SPAWN_DUP2, stdin, _STDIN), (os.POSIX_SPAWN_DUP2, _STDERR, _STDOUT)]
+    return os.posix_spawn(sys.executable, command, _environment(), file_actions=redirected, setsid=True)
+
+
+class ChildProcess:
+    """A running scheduler, nursery or worker: a child of this process that leads a process group.
+
+    ``lifeline`` is the end that we hold of the pipe or socket to its standard input; when it closes, the child ends.
+    """
+
+    def __init__(self, name: str, pid: int, lifeline: int) -> None:
         self.name = name
-        self._process = process
+        self.pid = pid
+        self._lifeline = lifeline
+        self._loop = asyncio.get_running_loop()
+        self._status: asyncio.Future[int] = self._loop.create_future()
+        threading.Thread(target=self._reap, daemon=True, name=f"reap-{pid}").start()
 
     @classmethod
     async def start(cls, program: Literal["scheduler", "worker"], config: ChildConfig) -> Self:
-        process = await asyncio.create_subprocess_exec(
-            # -P: what lies in the current folder does not take the place of installed modules.
-            *(sys.executable, "-P", "-m", f"{__package__.rpartition('.')[0]}.{program}"),
-            stdin=asyncio.subprocess.PIPE,
-            stdout=_STANDARD_ERROR,  # the launcher's own standard output is left to its few lines
-            env=_environment(),
-            start_new_session=True,  # so that Ctrl-C in a terminal reaches the launcher alone
-        )
-        assert process.stdin is not None
-        process.stdin.write(msgspec.json.encode(config) + b"\n")
-        with contextlib.suppress(ConnectionError):  # it is gone already: `wait` tells
-            await process.stdin.drain()
-        name = program if config.replica is None else f"{program} {config.replica}"
-        return cls(name, process)
+        """Start ``program`` and give it its configuration. Raises ``OSError``."""
+        stdin, lifeline = os.pipe()
+        try:
+            pid = spawn(program, stdin)
+        except OSError:
+            os.close(lifeline)
+            raise
+        finally:
+            os.close(stdin)
+        process = cls(program if config.replica is None else f"{program} {config.replica}", pid, lifeline)
+        await process.configure(config)
+        return process
+
+    async def configure(self, config: ChildConfig) -> None:
+        """Write ``config`` to the process's standard input, which stays open."""
+        await asyncio.to_thread(_write, self._lifeline, msgspec.json.encode(config) + b"\n")
 
     @property
-    def pid(self) -> int:
-        return self._process.pid
+    def running(self) -> bool:
+        return not self._status.done()
 
     async def wait(self) -> str:
         """Wait for the end; says how it was, as in "ended with status 1"."""
-        status = await self._process.wait()
+        status = await asyncio.shield(self._status)
         return f"was killed by {_signal_name(-status)}" if status < 0 else f"ended with status {status}"
 
     async def stop(self, *, at_once: bool = False) -> None:
@@ -76,16 +100,27 @@ class ChildProcess:
         if not at_once:
             self._signal(signal.SIGTERM)
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._process.wait(), TERMINATION_S)
+                await asyncio.wait_for(asyncio.shield(self._status), TERMINATION_S)
         self._signal(signal.SIGKILL)
-        await self._process.wait()
-        assert self._process.stdin is not None
-        self._process.stdin.close()
+        await asyncio.shield(self._status)
+        os.close(self._lifeline)
 
     def _signal(self, number: signal.Signals) -> None:
-        if self._process.returncode is None:
+        if self.running:
             with contextlib.suppress(ProcessLookupError):
-                os.killpg(self._process.pid, number)
+                os.killpg(self.pid, number)
+
+    def _reap(self) -> None:
+        _, status = os.waitpid(self.pid, 0)
+        with contextlib.suppress(RuntimeError):  # the loop is closed
+            self._loop.call_soon_threadsafe(self._status.set_result, os.waitstatus_to_exitcode(status))
+
+
+def _write(descriptor: int, data: bytes) -> None:
+    """Write all of ``data``; a reader that is gone is noticed by its end."""
+    with contextlib.suppress(BrokenPipeError):
+        while data:
+            data = data[os.write(descriptor, data) :]
 
 
 def _signal_name(number: int) -> str:

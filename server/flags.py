@@ -17,7 +17,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "model": ("model", "served_model_name", "device", "dtype"),
     "HTTP": ("host", "port", "api_key", "allowed_hosts", "cors_origins", "max_body_mb"),
     "replicas": (
-        "replicas", "tp", "fuse_projections", "threads", "start_timeout_s", "stall_timeout_s", "grace_s",
+        "replicas", "tp", "fuse_projections", "nursery", "threads", "start_timeout_s", "stall_timeout_s", "grace_s",
         "until_stdin_closes",
     ),
     "batching and queue": (

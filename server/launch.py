@@ -1,19 +1,16 @@
-"""``python -m safelight.server``: checks, starts every process, serves, and leaves nothing behind."""
+"""``python -m safelight.server``: checks, starts every process, serves, and leaves nothing behind.
+
+FastAPI and what else serves is imported after the nursery was started, whose own imports take longer.
+"""
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import functools
-import logging
 import os
-import shutil
 import signal
 import socket
 import sys
-import tempfile
-import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 from typing import NoReturn
@@ -21,18 +18,14 @@ from typing import NoReturn
 import msgspec
 
 from ..protocol.checkpoint import check_model
-from ..protocol.config import ChildConfig, Config
-from ..protocol.errors import StartFailed, Unavailable
+from ..protocol.config import ChildConfig
+from ..protocol.errors import StartFailed
 from ..protocol.logs import configure_logging
-from ..protocol.messages import ModelInfo, Status
-from .adapter_files import first_adapters
-from .app import create_app
 from .flags import read_config
-from .http_server import HttpServer, listen, url_of
+from .http_server import listen
 from .journal_lock import own_journal
-from .scheduler_link import SchedulerLink
-from .service import Service
-from .supervisor import Supervisor
+from .nursery import Nursery
+from .own_directories import own_directories
 
 WRONG_START = 2
 """Exit status when the server was asked for something that cannot be."""
@@ -40,20 +33,12 @@ WRONG_START = 2
 FAILED = 1
 """Exit status when a process was lost that the server cannot go on without."""
 
-INTERRUPTED = 130
-"""Exit status after a second signal, which ends everything at once."""
-
-_STDIN = 0
-_LAST_REPLIES_S = 2.0  # for the clients that are told that the server gives up
-_LONGEST_DIRECTORY = 80  # a unix socket's path has at most 107 bytes
-
-log = logging.getLogger(__name__)
-
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a server until it is told to stop. Returns the exit status."""
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, _leave)  # until there is something to stop
+    os.umask(0o077)  # what any process of the server writes is nobody else's to read
     try:
         config = read_config(sys.argv[1:] if arguments is None else arguments, os.environ)
         if config.until_stdin_closes and sys.stdin is None:
@@ -65,109 +50,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(error.message, file=sys.stderr)
         return WRONG_START
     try:
-        with listener, own_journal(config.weights_journal):
-            return asyncio.run(_in_own_directory(config, listener))
+        with listener, own_journal(config.weights_journal), own_directories(config) as child:
+            return asyncio.run(_serve(child, listener))
     except StartFailed as error:
         print(error.message, file=sys.stderr)  # last of all, so that it is what the reader sees
         return FAILED
 
 
-async def _in_own_directory(config: Config, listener: socket.socket) -> int:
-    directory = tempfile.mkdtemp(prefix="safelight-")  # mode 0700: the sockets in it are nobody else's
-    if len(directory) > _LONGEST_DIRECTORY:
-        os.rmdir(directory)
-        directory = tempfile.mkdtemp(prefix="safelight-", dir="/tmp")
-    child = ChildConfig(config=config, directory=directory)
+async def _serve(child: ChildConfig, listener: socket.socket) -> int:
+    config = child.config
+    nursery = Nursery() if config.nursery and Nursery.AVAILABLE else None
     try:
-        os.mkdir(child.shared, 0o700)
+        from .adapter_files import first_adapters
+        from .run import Run
+        from .scheduler_link import SchedulerLink
+
         child = msgspec.structs.replace(child, adapters=first_adapters(config, Path(child.shared)))
         async with SchedulerLink(child.frontend) as link:
-            return await Launch(child, link, listener).run()
+            return await Run(child, link, listener, nursery).until_stopped()
     finally:
-        for own in child.directories:
-            shutil.rmtree(own, ignore_errors=True)
-
-
-class Launch:
-    """One run of a server, from the first process's start to the last one's end."""
-
-    def __init__(self, child: ChildConfig, link: SchedulerLink, listener: socket.socket) -> None:
-        self._config = config = child.config
-        self._link = link
-        self._listener = listener
-        self._supervisor = Supervisor(child, link)
-        self._http = HttpServer(
-            create_app(Service(config, link, Path(child.shared), child.adapters)), grace_s=config.grace_s
-        )
-        self._interrupted = False
-
-    async def run(self) -> int:
-        """Serve until a signal. Returns the exit status; raises ``StartFailed`` when a needed process was lost."""
-        loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, self._on_signal, number)
-        if self._config.until_stdin_closes:
-            watch = functools.partial(_read_to_end, lambda: loop.call_soon_threadsafe(self._on_stdin_closed))
-            threading.Thread(target=watch, daemon=True, name="stdin-watch").start()
-        serving = asyncio.create_task(self._http.serve(sockets=[self._listener]))
-        supervision = asyncio.create_task(self._supervisor.run())
-        announcement = asyncio.create_task(self._announce())
-        try:
-            await asyncio.wait({serving, supervision}, return_when=asyncio.FIRST_COMPLETED)
-            if supervision.done():
-                await self._give_up(serving)
-                supervision.result()
-            await serving
-            return INTERRUPTED if self._interrupted else 0
-        finally:
-            for task in (announcement, supervision):
-                task.cancel()
-            await asyncio.gather(announcement, supervision, return_exceptions=True)
-            await self._supervisor.stop(at_once=self._interrupted)
-            for number in (signal.SIGTERM, signal.SIGINT):
-                loop.remove_signal_handler(number)
-                signal.signal(number, signal.SIG_IGN)  # one more of them must not spoil the exit status now
-
-    def _on_signal(self, number: signal.Signals) -> None:
-        stopped = Unavailable("The server was stopped.")
-        if self._http.should_exit:
-            self._interrupted = True
-            self._link.abandon_all(stopped)
-            self._http.stop(at_once=True)
-            return
-        log.info("%s: stopping; running requests get %g s to finish", number.name, self._config.grace_s)
-        self._http.stop()
-        asyncio.get_running_loop().call_later(self._config.grace_s, self._link.abandon_all, stopped)
-
-    def _on_stdin_closed(self) -> None:
-        if not self._http.should_exit:
-            self._on_signal(signal.SIGTERM)
-
-    async def _announce(self) -> None:
-        log.info("listening on %s", url_of(self._listener))
-        model = await self._link.status_where(_first_ready)
-        print(f"ready: {url_of(self._listener)} serves {model.model}", flush=True)
-
-    async def _give_up(self, serving: asyncio.Task[None]) -> None:
-        """End the HTTP server, and tell the clients that wait."""
-        self._link.abandon_all(Unavailable("The server lost a process that it needs, and stops."))
-        self._http.stop()
-        asyncio.get_running_loop().call_later(_LAST_REPLIES_S, lambda: self._http.stop(at_once=True))
-        await serving
-
-
-def _read_to_end(then: Callable[[], object]) -> None:
-    """Read standard input, whatever it is, until there is no more; ``then`` is called unless the loop is gone."""
-    with contextlib.suppress(OSError):  # a terminal that hangs up
-        while os.read(_STDIN, 65536):
-            pass
-    with contextlib.suppress(RuntimeError):
-        then()
+        if nursery is not None:
+            await nursery.stop()
 
 
 def _leave(number: int, frame: FrameType | None) -> NoReturn:
     sys.exit(0)
-
-
-def _first_ready(status: Status) -> ModelInfo | None:
-    return next((replica.model for replica in status.replicas if replica.state == "ready"), None)

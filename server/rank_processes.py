@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Awaitable, Callable
 from typing import Self
 
 from ..protocol.config import ChildConfig, Config
 from .child_process import ChildProcess
+
+StartRank = Callable[[ChildConfig], Awaitable[ChildProcess]]
 
 
 class RankProcesses:
@@ -16,12 +19,17 @@ class RankProcesses:
         self._ranks = ranks
 
     @classmethod
-    async def start(cls, config: Config, directory: str, replica: int, start: int) -> Self:
-        children = (
-            ChildConfig(config=config, directory=directory, replica=replica, rank=rank, start=start)
-            for rank in range(config.tp)
-        )
-        return cls([await ChildProcess.start("worker", child) for child in children])
+    async def start(cls, config: Config, directory: str, replica: int, start: int, start_rank: StartRank) -> Self:
+        """Start every rank by ``start_rank``, or none: raises its ``OSError`` when the ranks before it have ended."""
+        ranks: list[ChildProcess] = []
+        try:
+            for rank in range(config.tp):
+                child = ChildConfig(config=config, directory=directory, replica=replica, rank=rank, start=start)
+                ranks.append(await start_rank(child))
+        except BaseException:
+            await cls(ranks).stop(at_once=True)
+            raise
+        return cls(ranks)
 
     @property
     def pid(self) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import logging
 import shutil
@@ -12,6 +13,7 @@ from ..protocol.config import ChildConfig
 from ..protocol.errors import StartFailed
 from ..protocol.messages import ReplicaExited, Status
 from .child_process import ChildProcess
+from .nursery import Nursery
 from .rank_processes import RankProcesses
 from .scheduler_link import SchedulerLink
 
@@ -24,19 +26,21 @@ log = logging.getLogger(__name__)
 class Supervisor:
     """The child processes of one server."""
 
-    def __init__(self, child: ChildConfig, link: SchedulerLink) -> None:
-        """``child`` is the scheduler's; workers get what is theirs of it."""
+    def __init__(self, child: ChildConfig, link: SchedulerLink, nursery: Nursery | None = None) -> None:
+        """``child`` is the scheduler's; workers get their part of it. ``nursery`` forks them if given."""
         self._child = child
         self._config = child.config
         self._directory = child.directory
         self._link = link
         self._scheduler: ChildProcess | None = None
         self._workers: set[RankProcesses] = set()
+        self._nursery = nursery
+        self._served = False  # whether any replica was ready once
 
     async def run(self) -> None:
         """Start everything and supervise it. Ends only by ``StartFailed``, or by being cancelled.
 
-        Raised when the scheduler ends, and when a replica's very first start fails.
+        Raised when the scheduler ends, and when a replica's very first start fails before any replica was ready.
         """
         tasks = [asyncio.create_task(self._watch_scheduler())]
         tasks += [asyncio.create_task(self._keep_replica(number)) for number in range(self._config.replicas)]
@@ -62,22 +66,34 @@ class Supervisor:
         raise StartFailed(f"The scheduler {await scheduler.wait()}, so the server stops; the log above says more.")
 
     async def _keep_replica(self, number: int) -> None:
-        was_ready, delay = False, 0.0
+        delay = 0.0
         for start in itertools.count():
-            worker = await self._start_replica(number, start)
-            problem = await self._becomes_ready(worker, number)
-            if problem is None:
-                was_ready, delay = True, 0.0
-                problem = await self._ends(worker, number)
-            elif not was_ready:
+            problem, was_ready = await self._live(number, start)
+            if not was_ready and not self._served:
                 raise StartFailed(problem)
-            await worker.stop()
-            self._workers.discard(worker)
-            await asyncio.to_thread(self._remove_exports, number)
+            delay = 0.0 if was_ready else delay
+            with contextlib.suppress(OSError):  # the next end of the replica, or the server's, removes them
+                await asyncio.to_thread(self._remove_exports, number)
             self._link.send(ReplicaExited(number, problem))
             log.error("%s It is started again in %g s.", problem, delay)
             await asyncio.sleep(delay)
             delay = min(_LONGEST_DELAY_S, max(1.0, 2 * delay))
+
+    async def _live(self, number: int, start: int) -> tuple[str, bool]:
+        """Start a replica and wait for its end. Returns the reason, in a sentence, and whether it was ready."""
+        try:
+            worker = await self._start_replica(number, start)
+        except OSError as error:  # too few descriptors, processes or bytes: there may be more of them later
+            return f"Replica {number} could not be started: {error}.", False
+        try:
+            problem = await self._becomes_ready(worker, number)
+            if problem is not None:
+                return problem, False
+            self._served = True
+            return await self._ends(worker, number), True
+        finally:
+            await worker.stop()
+            self._workers.discard(worker)
 
     def _remove_exports(self, number: int) -> None:
         """What was written out for a replica that has not lived to read it."""
@@ -86,10 +102,21 @@ class Supervisor:
             shutil.rmtree(folder, ignore_errors=True)
 
     async def _start_replica(self, number: int, start: int) -> RankProcesses:
-        worker = await RankProcesses.start(self._config, self._directory, number, start)
+        """Raises ``OSError``."""
+        limit = self._config.start_timeout_s
+        try:
+            async with asyncio.timeout(limit):
+                worker = await RankProcesses.start(self._config, self._directory, number, start, self._start_rank)
+        except TimeoutError:
+            raise OSError(f"there was no process for it after {limit:g} s; raise --start-timeout-s") from None
         self._workers.add(worker)
         log.info("started worker %d with process id %s", number, ", ".join(map(str, worker.pids)))
         return worker
+
+    async def _start_rank(self, child: ChildConfig) -> ChildProcess:
+        if self._nursery is not None:
+            return await self._nursery.fork(child)
+        return await ChildProcess.start("worker", child)
 
     async def _ends(self, worker: RankProcesses, number: int) -> str:
         """Wait until a process of the replica ends, or until it gives no sign of life; says which, in a sentence."""

@@ -83,16 +83,15 @@ class LiveServer:
         return "".join(self._output)
 
     def children(self) -> dict[str, psutil.Process]:
-        """The living child processes, as ``"scheduler"`` and ``"worker"``; of several workers, the newest."""
+        """The living child processes by what they are: scheduler, nursery, worker; of several workers, the newest."""
         found = {}
         with contextlib.suppress(psutil.NoSuchProcess):
             for child in sorted(psutil.Process(self.pid).children(recursive=True), key=lambda p: p.create_time()):
                 self._seen[child.pid] = child
                 with contextlib.suppress(psutil.NoSuchProcess, psutil.ZombieProcess):
-                    command = child.cmdline()
-                    for name in ("scheduler", "worker"):
-                        if f"safelight.{name}" in command:
-                            found[name] = child
+                    kind = re.match(r"sl-(\w+)", child.name())
+                    if kind is not None:
+                        found[kind[1]] = child
         return found
 
     def survivors(self) -> list[psutil.Process]:

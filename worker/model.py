@@ -191,6 +191,8 @@ def find_device(config: Config, replica: int = 0, rank: int = 0) -> torch.device
         raise StartFailed("--device cuda was asked for, but torch finds no CUDA device; use --device cpu or auto.")
     if not available or config.device == "cpu":
         return torch.device("cpu")
+    if torch.cuda._is_in_bad_fork():
+        raise StartFailed("CUDA was opened before this worker was forked, and cannot be used in it; add --no-nursery.")
     if config.tp > torch.cuda.device_count():
         raise StartFailed(f"--tp {config.tp} needs a GPU for each rank, and there are {torch.cuda.device_count()}.")
     return torch.device("cuda", (replica * config.tp + rank) % torch.cuda.device_count())

@@ -156,13 +156,15 @@ def test_it_answers_while_it_starts_and_sigterm_then_ends_it_with_status_0(tiny_
         wait_until_gone(server, 0.5)
 
 
-def test_the_life_of_a_server(tiny_flux: Path, scratch: Path, asking: ThreadPoolExecutor) -> None:
+@pytest.mark.parametrize("flag", ["--nursery", "--no-nursery"])
+def test_the_life_of_a_server(flag: str, tiny_flux: Path, scratch: Path, asking: ThreadPoolExecutor) -> None:
     """One after the other, because each start costs seconds: ready, serve, lose the worker, serve again, stop."""
-    with LiveServer(tiny_flux, [*FLAGS, "--grace-s", "20"], temporary=scratch) as server:
+    with LiveServer(tiny_flux, [*FLAGS, "--grace-s", "20", flag], temporary=scratch) as server:
         server.wait_ready()
         assert server.output == f"ready: {server.url} serves flux\n"
         assert server.url.startswith("http://127.0.0.1:")
         _check_privacy(server, scratch)
+        assert ("nursery" in server.children()) == (flag == "--nursery")
         assert ask(server, QUICK).status_code == 200
 
         asked = ask_and_wait_until_it_runs(server, asking, ENDLESS)
@@ -184,10 +186,58 @@ def test_the_life_of_a_server(tiny_flux: Path, scratch: Path, asking: ThreadPool
         wait_until_gone(server, 0.5)
 
 
+def test_workers_come_from_one_process_that_may_be_lost_and_one_that_never_served_takes_no_other_down(
+    tiny_flux: Path, scratch: Path
+) -> None:
+    """One after the other, because each start costs seconds."""
+    with LiveServer(tiny_flux, [*FLAGS, "--replicas", "2"], temporary=scratch) as server:
+        workers = server.wait_for(lambda: found if len(found := _workers(server)) == 2 else None, 60)
+        nursery = server.children()["nursery"]
+        assert {tuple(worker.cmdline()) for worker in workers} == {tuple(nursery.cmdline())}, "all imported once"
+        assert {worker.ppid() for worker in workers} == {server.pid}
+
+        workers[1].suspend()
+        server.wait_ready()
+        workers[1].kill()
+        server.wait_for_line("The process of replica 1 was killed by SIGKILL while it started")
+        server.wait_for(lambda: _all_ready(server) or None, 60)
+
+        nursery.kill()
+        assert ask(server, QUICK).status_code == 200, "its workers do not need it any more"
+        server.children()["worker"].kill()
+        server.wait_for_line("It is started again")
+        server.wait_for(lambda: _all_ready(server) or None, 60)
+        assert server.children()["nursery"].pid != nursery.pid
+
+
+def test_too_few_descriptors_for_a_new_worker_do_not_end_the_server(tiny_flux: Path, scratch: Path) -> None:
+    with LiveServer(tiny_flux, FLAGS, temporary=scratch) as server:
+        server.wait_ready()
+        process = psutil.Process(server.pid)
+        before = process.rlimit(psutil.RLIMIT_NOFILE)
+        process.rlimit(psutil.RLIMIT_NOFILE, (3, before[1]))  # fewer than it has open, so that none can be added
+        server.children()["worker"].kill()
+        server.wait_for_line("Replica 0 could not be started: [Errno 24] Too many open files")
+        process.rlimit(psutil.RLIMIT_NOFILE, before)
+        server.wait_ready()
+        assert ask(server, QUICK).status_code == 200
+
+
+def _workers(server: LiveServer) -> list[psutil.Process]:
+    """In the order of their replicas' numbers."""
+    children = psutil.Process(server.pid).children()
+    return sorted((child for child in children if child.name().startswith("sl-worker")), key=lambda child: child.name())
+
+
+def _all_ready(server: LiveServer) -> bool:
+    replicas = httpx.get(f"{server.url}/health").json()["replicas"]
+    return all(replica["state"] == "ready" for replica in replicas)
+
+
 def _check_privacy(server: LiveServer, scratch: Path) -> None:
     (directory,) = scratch.glob("safelight-*")
     assert stat.S_IMODE(directory.stat().st_mode) == 0o700
-    assert {entry.name for entry in directory.iterdir()} == {"frontend", "backend"}
+    assert {entry.name for entry in directory.iterdir()} == {"frontend", "backend", "owner"}
     for process in (psutil.Process(server.pid), *server.children().values()):
         listening = [c.laddr for c in process.net_connections("inet") if c.status == psutil.CONN_LISTEN]
         assert all(address.ip == "127.0.0.1" for address in listening)

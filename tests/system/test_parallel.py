@@ -56,8 +56,7 @@ def pair(checkpoint: Callable[[str], Path]) -> Iterator[LiveServer]:
 
 def ranks(server: LiveServer) -> list[psutil.Process]:
     """The ranks' processes, the leader first."""
-    children = psutil.Process(server.pid).children()
-    found = [child for child in children if "safelight.worker" in child.cmdline()]
+    found = [child for child in psutil.Process(server.pid).children() if child.name().startswith("sl-worker")]
     return sorted(found, key=lambda child: child.create_time())
 
 

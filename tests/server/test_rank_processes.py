@@ -1,0 +1,40 @@
+"""The processes of a replica's ranks, with the scheduler's program in place of a worker, which starts much faster."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import psutil
+import pytest
+
+from safelight.protocol.config import ChildConfig, Config
+from safelight.server.child_process import ChildProcess
+from safelight.server.rank_processes import RankProcesses
+
+
+@pytest.mark.anyio
+async def test_a_rank_that_cannot_be_started_leaves_no_brother_behind(tmp_path: Path) -> None:
+    started: list[ChildProcess] = []
+
+    async def start_rank(child: ChildConfig) -> ChildProcess:
+        if child.rank == 2:
+            raise OSError(24, "Too many open files")
+        started.append(await ChildProcess.start("scheduler", child))
+        return started[-1]
+
+    with pytest.raises(OSError, match="Too many open files"):
+        await RankProcesses.start(Config(tp=3), str(tmp_path), 0, 0, start_rank)
+    assert len(started) == 2
+    assert [process.pid for process in started if psutil.pid_exists(process.pid)] == []
+
+
+@pytest.mark.anyio
+async def test_the_end_of_one_rank_is_told_with_its_number_and_its_status(tmp_path: Path) -> None:
+    async def start_rank(child: ChildConfig) -> ChildProcess:
+        return await ChildProcess.start("scheduler", child)
+
+    ranks = await RankProcesses.start(Config(tp=2), str(tmp_path), 0, 0, start_rank)
+    psutil.Process(ranks.pids[1]).kill()
+    assert await ranks.wait() == "(rank 1 of 2) was killed by SIGKILL"
+    await ranks.stop()
+    assert [pid for pid in ranks.pids if psutil.pid_exists(pid)] == []

@@ -1,0 +1,71 @@
+"""``python -m safelight.worker.nursery``: imports what a worker needs once, and forks workers from itself.
+
+Its standard input is a socket of packets to the launcher. Each packet brings the standard input of a new worker and is
+answered with that worker's process id; the worker's parent is the launcher. The nursery touches no device and has one
+thread, so that its forks are as good as new processes.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import sys
+
+from ..protocol.child import name_process
+
+_STDIN = 0
+
+
+def main() -> int:
+    name_process("nursery")
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    from .__main__ import import_replica, run_replica  # torch
+
+    import_replica()
+    stdin = _fork_workers(socket.socket(fileno=os.dup(_STDIN)))
+    if stdin is None:
+        return 0
+    os.dup2(stdin, _STDIN)
+    os.close(stdin)
+    return run_replica()
+
+
+def _fork_workers(channel: socket.socket) -> int | None:
+    """Fork workers until the launcher is gone. Returns ``None`` then, and in a worker its standard input."""
+    with channel:
+        while True:
+            packet, descriptors, _, _ = socket.recv_fds(channel, 64, 1)
+            if not packet:
+                return None
+            (stdin,) = descriptors
+            pid = _fork_orphan()
+            if pid is None:
+                return stdin
+            os.close(stdin)
+            channel.send(str(pid).encode())
+
+
+def _fork_orphan() -> int | None:
+    """Fork a child whose parent ends at once. Returns its process id, and ``None`` in the child.
+
+    The child leads a session of its own before its id is known, so that a signal to its group reaches it.
+    """
+    known, tell = os.pipe()
+    between = os.fork()
+    if between == 0:
+        if os.fork() != 0:
+            os._exit(0)
+        os.close(known)
+        os.setsid()
+        os.write(tell, str(os.getpid()).encode())
+        os.close(tell)
+        return None
+    os.close(tell)
+    os.waitpid(between, 0)
+    with open(known, "rb") as pipe:
+        return int(pipe.read())
+
+
+if __name__ == "__main__":
+    sys.exit(main())
