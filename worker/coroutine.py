@@ -18,16 +18,24 @@ class Cancelled(BaseException):
 class Coroutine:
     """Runs ``body`` in a greenlet.
 
-    ``alone`` keeps its calls out of merged forwards, and ``wanted`` are the adapters of its request. When it ends,
-    ``done`` is called with it, in the hub's greenlet; then exactly one of ``result`` and ``error`` says how.
+    ``alone`` keeps its calls out of merged forwards, and an ``exclusive`` one has the hub to itself from its start to
+    its end; ``wanted`` are the adapters of its request. When it ends, ``done`` is called with it, in the hub's
+    greenlet; then exactly one of ``result`` and ``error`` says how.
     """
 
     def __init__(
-        self, body: Callable[[], Any], done: Callable[[Coroutine], None], *, alone: bool = False, wanted: Wanted = None
+        self,
+        body: Callable[[], Any],
+        done: Callable[[Coroutine], None],
+        *,
+        alone: bool = False,
+        exclusive: bool = False,
+        wanted: Wanted = None,
     ) -> None:
         self._greenlet = greenlet(body)
         self._done = done
         self.alone = alone
+        self.exclusive = exclusive
         self.wanted = wanted
         self.number = 0
         """Which start of its hub it was."""

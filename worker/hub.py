@@ -144,7 +144,7 @@ class Hub:
             return
         for _ in range(STARTS_PER_TURN if self._waiting else self.max_batch):
             # looked at anew each time: a coroutine that fails at once may cancel others that wait to start
-            if not self._starting or (self.mode == "serial" and self._active):
+            if not self._starting or not self._may_start(self._starting[0]):
                 break
             coroutine = self._starting.popleft()
             self._active.add(coroutine)
@@ -155,6 +155,12 @@ class Hub:
             self.trace = zlib.crc32(numbers.encode(), self.trace)
             for waiting, outcome in zip(group, self._forward(group), strict=True):
                 self._continue(waiting.coroutine, self._answer(waiting.coroutine, outcome))
+
+    def _may_start(self, coroutine: Coroutine) -> bool:
+        """Those behind one that has to wait wait too, so that its time comes."""
+        if self.mode == "serial" or coroutine.exclusive:
+            return not self._active
+        return not any(active.exclusive for active in self._active)
 
     def _answer(self, coroutine: Coroutine, outcome: Outcome) -> Call | None:
         if coroutine in self._cancelled:

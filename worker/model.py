@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from ..protocol.config import Config
 from ..protocol.errors import InvalidRequest, StartFailed
-from ..protocol.messages import Generate, ImageTask, ModelInfo
+from ..protocol.messages import BatchingMode, Generate, ImageTask, ModelInfo
 from ..protocol.models import resolve_model
 from .module_state import ModuleState
 from .parallel.ranks import ALONE, Ranks
@@ -73,10 +73,10 @@ class Model:
             raise InvalidRequest(f"this model takes {'no image' if request.images else 'an image'}", field="image")
         return task
 
-    def merges(self, request: Generate) -> bool:
-        """Whether the forwards of ``request`` may be shared, as far as its task is concerned."""
+    def batching_mode(self, request: Generate) -> BatchingMode:
+        """How ``request`` shares the components with others, as far as its task is concerned."""
         task = self.image if request.images else self.text
-        return task is None or task.batching.mode == "merged"
+        return "merged" if task is None else task.batching.mode
 
     @property
     def default_fps(self) -> int | None:

@@ -74,8 +74,9 @@ class SampleRun:
         self._shapes: list[torch.Size] | None = None  # that the denoiser's first call must have
         self._versions: set[str] = set()  # by which the denoiser answered since the last step
         self._step_versions: list[str | None] = []
-        alone = request.deterministic or not model.merges(request)
-        self.coroutine = Coroutine(self._run, lambda _: done(self), alone=alone, wanted=wanted)
+        mode = model.batching_mode(request)
+        alone, exclusive = request.deterministic or mode != "merged", mode == "serial"
+        self.coroutine = Coroutine(self._run, lambda _: done(self), alone=alone, exclusive=exclusive, wanted=wanted)
 
     @property
     def task(self) -> Task:
@@ -126,7 +127,7 @@ class SampleRun:
                 watch_steps(scheduler, self._saw)
             return first_output(pipeline(**arguments))
         finally:
-            if self._model.pristine is not None:
+            if self.coroutine.exclusive and self._model.pristine is not None:
                 self._model.pristine.restore()
 
     def _roll_out(self, rollout: Rollout, pipeline: DiffusionPipeline, arguments: dict[str, Any]) -> torch.Tensor:

@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """The hub's mode. ``unmergeable`` are the calls that must run alone, and why."""
+    """The hub's mode, which leaves each task its own. ``unmergeable`` are the calls that must run alone, and why."""
 
     mode: BatchingMode
     unmergeable: dict[str, str]
@@ -48,11 +48,10 @@ class SelfTest:
                 f"The pipeline {type(self._model.pipeline).__name__} was loaded but makes nothing from a prompt "
                 f"({self._no_text}), and nothing from an image ({self._model.no_image})."
             )
-        found = _together(verdicts)
-        if found.mode == "serial":
-            pristine.restore()
+        pristine.restore()
+        if any(verdict.mode == "serial" for verdict in verdicts):
             self._model.pristine = pristine
-        return found
+        return _together(verdicts)
 
     def _text(self) -> Verdict | None:
         assert self._model.text is not None
@@ -81,21 +80,18 @@ class SelfTest:
         return None
 
     def _try_images(self, pipeline: DiffusionPipeline) -> Verdict:
-        """Raises ``DoesNotRun``, also where images would take from text its shared forwards."""
+        """Raises ``DoesNotRun``."""
         self._model.image = image = new_task(pipeline, self._config, self._model.published.defaults)
         trial = Trial(self._model, self._config, self._report, images=True)
         verdict = trial.judge()
-        text = self._model.text
-        if verdict.mode == "serial" and text is not None and text.batching.mode != "serial":
-            raise DoesNotRun(f"requests with images could only run one by one: {verdict.reason}")
         image.several_images = trial.takes_several_images()
         image.batching = Batching(verdict.mode, verdict.reason)
         return verdict
 
 
 def _together(verdicts: list[Verdict]) -> Found:
-    """The hub's way with tasks that share components: one at a time if any needs it, or else merging what can be."""
+    """The hub merges if any task's calls can be; requests of the others keep out of it by themselves."""
     modes = {verdict.mode for verdict in verdicts}
-    mode = next(mode for mode in ("serial", "merged", "interleaved") if mode in modes)
+    mode = next(mode for mode in ("merged", "interleaved", "serial") if mode in modes)
     unmergeable = {name: why for verdict in verdicts for name, why in verdict.unmergeable.items()}
     return Found(mode, unmergeable)

@@ -61,7 +61,7 @@ class Examination:
         self._enter("diffusers")
         expected = [first_output(plain(**_arguments(model, asked))).float() for asked in requests]
         self._enter("serve")
-        self._row.mode = "serial" if found.mode == "serial" else task.batching.mode
+        self._row.mode = task.batching.mode
         self._row.reason = task.batching.reason
         self._serve(Service(model, found, self._config), requests, expected)
         self._enter("done")

@@ -33,14 +33,19 @@ def hub(*, max_batch: int = 16, max_tokens: int = 10**6, mode: BatchingMode = "m
     return Hub(max_batch=max_batch, max_tokens=max_tokens, mode=mode)
 
 
-def request(component: Callable[..., Any], value: float, steps: int, width: int = 2, alone: bool = False) -> Coroutine:
-    """A coroutine that calls ``component`` ``steps`` times with a row of ``value`` and keeps what comes back."""
+def request_body(component: Callable[..., Any], value: float, steps: int, width: int = 2) -> Callable[[], list[float]]:
+    """Calls ``component`` ``steps`` times with a row of ``value`` and keeps what comes back."""
 
     def body() -> list[float]:
         rows = [torch.full((1, width), value) for _ in range(steps)]
         return [float(cross(Call("transformer", "__call__", component, (row,), {}))[0, 0]) for row in rows]
 
-    return Coroutine(body, lambda _: None, alone=alone)
+    return body
+
+
+def request(component: Callable[..., Any], value: float, steps: int, width: int = 2, alone: bool = False) -> Coroutine:
+    """A coroutine with such a body."""
+    return Coroutine(request_body(component, value, steps, width), lambda _: None, alone=alone)
 
 
 def drain(running: Hub) -> None:
@@ -59,6 +64,18 @@ def test_requests_that_start_later_join_the_forwards_of_those_that_run() -> None
     drain(running)
     assert (first.result, second.result) == ([2.0] * 4, [10.0] * 2)
     assert component.forwards == [[1.0], [1.0], [1.0, 5.0], [1.0, 5.0]]
+
+
+def test_an_exclusive_coroutine_shares_the_hub_with_nobody_and_its_time_comes() -> None:
+    component, running = Doubler(), hub()
+    before = [request(component, value, 3) for value in (1.0, 2.0)]
+    only = Coroutine(request_body(component, 5.0, 3), lambda _: None, exclusive=True)
+    behind = [request(component, value, 3) for value in (6.0, 7.0)]
+    for coroutine in (*before, only, *behind):
+        running.start(coroutine)
+    drain(running)
+    assert component.forwards == [[1.0, 2.0]] * 3 + [[5.0]] * 3 + [[6.0, 7.0]] * 3
+    assert only.result == [10.0] * 3
 
 
 def test_no_shape_starves_while_another_keeps_coming() -> None:
