@@ -19,9 +19,9 @@ def set_lora(
     path: AdapterPath | Sequence[AdapterPath | None] | None = None,
     *,
     strength: float | Sequence[float] = 1.0,
-    target: str = ALL,
+    target: str | Sequence[str] = ALL,
     mode: WantedMode = "auto",
-    alpha: float | None = None,
+    alpha: float | Sequence[float | None] | None = None,
 ) -> Call:
     several = not isinstance(nickname, str)
     if path is None or isinstance(path, str | PathLike):
@@ -32,9 +32,9 @@ def set_lora(
         "lora_nickname": list(nickname) if several else nickname,
         "lora_path": paths,
         "strength": list(strength) if isinstance(strength, Sequence) else strength,
-        "target": target,
+        "target": target if isinstance(target, str) else list(target),
         "merge_mode": mode,
-        "lora_alpha": alpha,
+        "lora_alpha": list(alpha) if isinstance(alpha, Sequence) else alpha,
     }
     return Call("POST", "/v1/set_lora", {name: value for name, value in fields.items() if value is not None})
 

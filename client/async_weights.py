@@ -76,6 +76,7 @@ class AsyncBegunUpdate(_InThreads[BegunUpdate]):
     """:class:`BegunUpdate`, awaited."""
 
     update = _in_a_thread(BegunUpdate.update)
+    update_lora = _in_a_thread(BegunUpdate.update_lora)
 
     @property
     def result(self) -> WeightUpdate | None:

@@ -24,7 +24,7 @@ from .named_tensors import NamedTensors, leads, read, to_the_end
 from .results import WeightUpdate
 from .weight_link import Dtypes, WeightLink
 from .weight_routes import RouteName
-from .weight_sending import BUCKET_BYTES, Bucket, Load, OnProgress, digests, in_buckets
+from .weight_sending import BUCKET_BYTES, Load, OnProgress, digests, in_buckets
 
 DENOISER = "transformer"
 
@@ -111,30 +111,38 @@ class Weights:
         version: str | None = None,
         mode: Barrier = "wait",
         on_progress: OnProgress | None = None,
+        bucket_bytes: int = BUCKET_BYTES,
         route: RouteName | None = None,
+        timeout_s: float = 300.0,
     ) -> WeightUpdate | None:
         """Merge a LoRA adapter's tensors into ``target_module``, in place of those that were sent so before.
 
         ``named_tensors`` are under the names of any format that adapters' files have, PEFT's and diffusers' too;
-        ``alpha`` and ``rank`` are for tensors that do not say theirs. They travel in one bucket and are not verified by
-        digest. The server lists the adapter as ``lora_merge:transformer``, and gives the base's bytes back when it is
-        unmerged. Raises ``InvalidRequest`` for what is no adapter of the module, and ``ConnectionLost`` or
-        ``DeadlinePassed`` without an answer: then :meth:`version` says whether it serves.
+        ``alpha`` and ``rank`` are for tensors that do not say theirs. They travel in buckets of ``bucket_bytes``, which
+        are merged all at once or not at all, and are not verified by digest. The server lists the adapter as
+        ``lora_merge:transformer``, and gives the base's bytes back when it is unmerged. Raises ``InvalidRequest`` for
+        what is no adapter of the module, and ``ConnectionLost`` or ``DeadlinePassed`` without an answer: then
+        :meth:`version` says whether it serves.
         """
         given = read(named_tensors)
         if not leads():
             given.take_part()
             return None
-        lora = {"lora_alpha": alpha, "lora_rank": rank, "weight_version": version}
-        given_too = {name: value for name, value in lora.items() if value is not None}
-        fields = {"mode": mode, "weight_update_mode": "lora_merge", **given_too}
         began = time.monotonic()
         with to_the_end(given) as tensors:
-            whole = Bucket(list(tensors), last=True)
-            load = Load(target_module, [whole], given.nbytes, on_progress, route)
-            reply, _ = self._link.send(load, fields, None)
+            buckets = in_buckets(tensors, bucket_bytes)
+            first = next(buckets, None)
+            if first is None:
+                raise InvalidRequest("There are no tensors to merge.")
+            load = Load(target_module, chain([first], buckets), given.nbytes, on_progress, route)
+            if not first.last:
+                with self.begin(version, [target_module], mode, timeout_s, verify=False) as begun:
+                    begun.send_lora(load, alpha, rank)
+                return begun.result
+            alone = {"mode": mode, "lora_complete": True, **({} if version is None else {"weight_version": version})}
+            reply, _ = self._link.send(load, {**_lora(alpha, rank), **alone}, None)
         updated = replace(self._link.updated(reply), elapsed_s=time.monotonic() - began)
-        warn_of_adapters(updated, [f"{SENT}:{target_module}"], stacklevel=2)
+        warn_of_adapters(updated, [_sent(target_module)], stacklevel=2)
         return updated
 
     @contextmanager
@@ -175,7 +183,7 @@ class Weights:
         begun.result = replace(committed, elapsed_s=time.monotonic() - began)
         if verify:
             self._link.check(begun.digests)
-        warn_of_adapters(committed, stacklevel=3)
+        warn_of_adapters(committed, begun.adapters, stacklevel=3)
 
     def update_from_disk(
         self,
@@ -246,6 +254,8 @@ class BegunUpdate:
         """What serves, once the context was left; ``None`` on ranks that do not send."""
         self.digests: dict[str, dict[str, str]] = {}
         """Of every tensor that was sent, by module."""
+        self.adapters: set[str] = set()
+        """The nicknames of those that were sent."""
         self._link = link
         self._fields = fields
         self._modules = modules
@@ -270,17 +280,56 @@ class BegunUpdate:
             buckets = in_buckets(tensors, bucket_bytes)
             self.send(Load(target_module, buckets, given.nbytes, on_progress, route), flush_cache)
 
+    def update_lora(
+        self,
+        named_tensors: NamedTensors,
+        *,
+        target_module: str = DENOISER,
+        alpha: float | None = None,
+        rank: int | None = None,
+        on_progress: OnProgress | None = None,
+        bucket_bytes: int = BUCKET_BYTES,
+        route: RouteName | None = None,
+    ) -> None:
+        """Add layers to an adapter, with the arguments of :meth:`Weights.update_lora`; it is merged with the commit."""
+        given = read(named_tensors)
+        if not leads():
+            given.take_part()
+            return
+        with to_the_end(given) as tensors:
+            buckets = in_buckets(tensors, bucket_bytes)
+            self.send_lora(Load(target_module, buckets, given.nbytes, on_progress, route), alpha, rank)
+
+    def send_lora(self, load: Load, alpha: float | None, rank: int | None) -> None:
+        """Add layers that are in buckets already."""
+        self._check_module(load.module)
+        self.adapters.add(_sent(load.module))
+        self._link.send(load, {**self._fields, **_lora(alpha, rank)}, None)
+
+    def _check_module(self, module: str) -> None:
+        if module not in self._modules:
+            raise InvalidRequest(
+                f"This update was begun for {', '.join(self._modules)}: name {module} in begin(modules=[…])."
+            )
+
     def send(self, load: Load, flush_cache: bool) -> None:
         """Write a part that is in buckets already."""
-        if load.module not in self._modules:
-            raise InvalidRequest(
-                f"This update was begun for {', '.join(self._modules)}: name {load.module} in begin(modules=[…])."
-            )
+        self._check_module(load.module)
         dtypes = None if self._dtypes is None else self._dtypes[load.module]
         fields = {**self._fields, "flush_cache": flush_cache}
         _, hashed = self._link.send(load, fields, dtypes)
         if hashed:
             self.digests.setdefault(load.module, {}).update(hashed)
+
+
+def _sent(module: str) -> str:
+    """The nickname of an adapter that comes as tensors."""
+    return f"{SENT}:{module}"
+
+
+def _lora(alpha: float | None, rank: int | None) -> dict[str, Any]:
+    fields = {"weight_update_mode": "lora_merge", "lora_alpha": alpha, "lora_rank": rank}
+    return {name: value for name, value in fields.items() if value is not None}
 
 
 def _refuse_absent(wanted: Sequence[str] | None, found: Collection[str]) -> None:

@@ -105,7 +105,8 @@ def drawn(state: AdapterState, uses: Sequence[Use] | None) -> list[Drawn]:
 class SetAdapters(msgspec.Struct, tag=True, frozen=True, kw_only=True):
     """Have ``nicknames`` be the active adapters of ``target``, with these ``strengths``.
 
-    ``sources`` are loaded first, in place of what was loaded under their names. With ``keeps`` others stay active.
+    ``targets``, where given, has one for each nickname instead of ``target``. ``sources`` are loaded first, in place of
+    what was loaded under their names. With ``keeps`` others stay active.
     ``recent`` are all nicknames, the one that was not used for longest first: while there are too many, those go, but
     for such as are ``busy``.
     """
@@ -113,11 +114,15 @@ class SetAdapters(msgspec.Struct, tag=True, frozen=True, kw_only=True):
     nicknames: list[str]
     strengths: list[float]
     target: str = ALL
+    targets: list[str] | None = None
     mode: WantedMode = "auto"
     sources: list[AdapterSource] = []
     recent: list[str] = []
     keeps: bool = False
     busy: list[str] = []
+
+    def target_of(self, nickname: str) -> str:
+        return self.target if self.targets is None else self.targets[self.nicknames.index(nickname)]
 
 
 class MergeAdapters(msgspec.Struct, tag=True, frozen=True):

@@ -16,7 +16,7 @@ from typing import Literal
 
 import msgspec
 
-from .adapters import AdapterChange, AdapterState
+from .adapters import AdapterChange, AdapterSource, AdapterState
 from .codec import Buffer
 from .errors import ErrorInfo
 
@@ -177,11 +177,22 @@ class Export(msgspec.Struct, tag=True, frozen=True):
     folder: str
 
 
-class Save(msgspec.Struct, tag=True, frozen=True):
-    """Write the tensors of ``source`` as an adapter's file into ``folder``, which is made."""
+class Save(msgspec.Struct, tag=True, frozen=True, kw_only=True):
+    """Write ``adapter`` into its folder, which is made: the parts that came before, and this one, of ``source``.
+
+    Of a begun update those are in the folder ``onto``, if there are any. Otherwise they are what is loaded under the
+    adapter's nickname. ``version`` names the weights that this is a part of, and ``complete`` says that it is the last.
+    ``alpha`` is of the layers in it, and ``rank`` the largest of these.
+    """
 
     source: Source
-    folder: str
+    adapter: AdapterSource
+    version: str | None = None
+    alpha: float | None = None
+    rank: int | None = None
+    complete: bool = False
+    update_id: str | None = None
+    onto: str | None = None
 
 
 class Settled(msgspec.Struct, tag=True, frozen=True):
@@ -272,7 +283,7 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     modules of which every tensor was given, in all parts together. ``weight_version`` is the new one, after a commit.
     ``digests`` and ``tensors`` are by module. ``given`` is equal for replicas that were given the same tensors.
     ``left`` says that there was a group to leave. ``adapters`` is what will be after a change of them, and ``told`` are
-    sentences about it.
+    sentences about it. ``waiting`` are factors whose counterparts did not come yet.
     """
 
     updated: dict[str, int] = {}
@@ -292,6 +303,7 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     given: str = ""
     adapters: AdapterState | None = None
     told: list[str] = []
+    waiting: list[str] = []
 
 
 class TensorDigest(msgspec.Struct, frozen=True):

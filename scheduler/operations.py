@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator
 
 from msgspec.structs import replace
 
-from ..protocol.adapters import SetAdapters
+from ..protocol.adapters import AdapterChange, SetAdapters
 from ..protocol.errors import Conflict, NotFound, SafelightError, Unavailable
 from ..protocol.messages import Failed, FromScheduler, ToWorker
 from ..protocol.operations import (
@@ -33,6 +33,7 @@ from ..protocol.operations import (
     Perform,
     Performed,
     Report,
+    Save,
     Settled,
     Sleep,
     Step,
@@ -115,12 +116,12 @@ class Operations:
     def add(self, part: Operate, now: float) -> None:
         """An operation has arrived."""
         operation = part.operation
-        update_id = operation.update_id if isinstance(operation, Update | Commit | Abort) else None
+        update_id = operation.update_id if isinstance(operation, Update | Save | Commit | Abort) else None
         if update_id is None:
             begun = operation if isinstance(operation, Begin) else None
             self._line.append(Transaction(part.barrier, deque([part]), begun))
         elif self._current is not None and self._current.begun and self._current.begun.update_id == update_id:
-            if isinstance(operation, Update) and (refusal := self._current.refusal_of(operation.source)):
+            if isinstance(operation, Update | Save) and (refusal := self._current.refusal_of(operation.source)):
                 self._refuse(part, refusal)
             else:
                 self._current.parts.append(part)
@@ -227,11 +228,11 @@ class Operations:
             if transaction.begun is not None:
                 self._end(transaction)
             return True
+        if isinstance(operation, Adapt | Save) and all(self._committed.is_behind(number) for number in replicas):
+            nobody = Unavailable("No replica has the weights that adapters are for.", retry_after_s=RETRY_S)
+            self._refuse(part, nobody)
+            return True
         if isinstance(operation, Adapt):
-            if all(self._committed.is_behind(number) for number in replicas):
-                nobody = Unavailable("No replica has the weights that adapters are for.", retry_after_s=RETRY_S)
-                self._fail(part, nobody)
-                return True
             operation = self._with_recent(operation)
         transaction.gives_time(now)
         if isinstance(operation, Begin):
@@ -243,7 +244,10 @@ class Operations:
                 self._fail(part, refusal)
                 return True
         running = Running(part, next(self._numbers), set(replicas))
-        if isinstance(operation, Commit):
+        if isinstance(operation, Commit) and transaction.adapters:
+            adapt = self._with_recent(Adapt(transaction.adapters_change()))
+            self._order(transaction, running, "prepare", adapt)
+        elif isinstance(operation, Commit):
             self._end_well(transaction, running)
         else:
             self._order(transaction, running, "rollback" if isinstance(operation, Abort) else "prepare", operation)
@@ -288,7 +292,7 @@ class Operations:
         begun = transaction.begun.weight_version if transaction.begun is not None else None
         running.version = own or begun or self._committed.next_version
         # The journal of a replica that is brought up too: it came with one that had missed a commit.
-        self._order(transaction, running, "journal" if self._committed.journal else "commit")
+        self._order(transaction, running, "journal" if self._committed.journal and transaction.written else "commit")
 
     def _finish_step(self, transaction: Transaction, running: Running, now: float) -> bool:
         transaction.running = None
@@ -305,8 +309,10 @@ class Operations:
             self._order(transaction, running, "commit")
         elif step == "commit":
             self._finish_commit(transaction, running)
-        elif isinstance(operation, Update | Adapt) and step == "prepare":
+        elif isinstance(operation, Update | Adapt | Commit) and step == "prepare":
             self._order(transaction, running, "write")
+        elif isinstance(operation, Commit):
+            self._end_well(transaction, running)
         elif isinstance(operation, Adapt):
             running.version = self._committed.version or ""
             if operation.publishes:
@@ -339,7 +345,7 @@ class Operations:
         operation = running.part.operation
         if isinstance(operation, Sleep) and transaction.only is None:
             self._order_unasked(running.replicas, "prepare", Wake(sorted(set(operation.tags) - self.asleep)))
-        if not isinstance(operation, Update | Commit | Join | Adapt):
+        if not isinstance(operation, Update | Save | Commit | Join | Adapt):
             return
         step: Step = "release" if running.step == "prepare" else "rollback"
         self._order_unasked(running.replicas, step)
@@ -357,26 +363,32 @@ class Operations:
         operation = running.part.operation
         if running.reports:
             if isinstance(operation, Adapt):
-                self._adapted(transaction, running, operation)
+                self._adapted(transaction, running, operation.change)
             elif transaction.only is None:
-                self._take_turns(self._committed.updated(running.reports, transaction.written, transaction.complete))
+                self._committed_update(transaction, running)
             else:
                 self._take_turns(self._committed.given(running.reports))
             self._operated(running.part, running.reports)
         else:
-            if transaction.only is None and not isinstance(operation, Adapt):
+            if transaction.only is None and transaction.written:
                 self._committed.lost_in_commit(running.version, transaction.written)
             self._fail(running.part, running.error or Unavailable("Every replica was lost.", retry_after_s=RETRY_S))
         self._end(transaction)
 
-    def _adapted(self, transaction: Transaction, running: Running, operation: Adapt) -> None:
+    def _committed_update(self, transaction: Transaction, running: Running) -> None:
+        if transaction.written:
+            self._take_turns(self._committed.updated(running.reports, transaction.written, transaction.complete))
+        if transaction.adapters:
+            self._adapted(transaction, running, transaction.adapters_change())
+
+    def _adapted(self, transaction: Transaction, running: Running, change: AdapterChange) -> None:
         """The adapters are others now; what was done for one replica alone makes it like the others."""
         adapters = running.reports[min(running.reports)].adapters
         assert adapters is not None, "a commit of adapters brings them"
         self._committed.adapted(adapters, running.version, running.reports)
         if transaction.only is not None and self._committed.is_behind(transaction.only.number):
             self._take_turns(self._committed.completed(transaction.only))
-        self._committed.used(operation.change.nicknames if isinstance(operation.change, SetAdapters) else ())
+        self._committed.used(change.nicknames if isinstance(change, SetAdapters) else ())
 
     def _with_recent(self, operation: Adapt) -> Adapt:
         if not isinstance(operation.change, SetAdapters):
@@ -390,6 +402,8 @@ class Operations:
             self.asleep.update(operation.tags)
         elif isinstance(operation, Wake):
             self.asleep.difference_update(operation.tags)
+        elif isinstance(operation, Save) and transaction.begun is not None:
+            transaction.kept(operation.adapter, reports.values())
         elif isinstance(operation, Export):
             (report,) = reports.values() or (Report(),)
             source = Files(report.files, delete=True)
@@ -443,7 +457,7 @@ class Operations:
     def _part_from_trainer(self, part: Operate) -> None:
         """Leave the group over which a trainer sends what nobody receives: it would wait, or be taken for the next."""
         match part.operation:
-            case Update(source=Broadcast(group=group)):
+            case Update(source=Broadcast(group=group)) | Save(source=Broadcast(group=group)):
                 if self._current is not None and self._current.begun is not None:
                     self._current.parts.append(Operate("", Leave(group)))
                 else:

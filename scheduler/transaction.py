@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from collections import deque
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from msgspec.structs import replace
 
+from ..protocol.adapters import AdapterSource, SetAdapters
 from ..protocol.errors import InvalidRequest, SafelightError, Unavailable, from_info
 from ..protocol.operations import (
     Barrier,
@@ -94,7 +96,7 @@ class Transaction:
 
     ``replicas`` are those that take part, once it has begun; ``only`` is the one that an operation of our own is for.
     ``written`` counts the tensors of each module that parts have written, and ``complete`` are modules of which every
-    tensor came.
+    tensor came. ``adapters`` are those that came in parts, with what is ``waiting`` for its counterpart, by nickname.
     """
 
     barrier: Barrier
@@ -107,6 +109,8 @@ class Transaction:
     deadline: float = math.inf
     written: dict[str, int] = field(default_factory=dict)
     complete: set[str] = field(default_factory=set)
+    adapters: dict[str, AdapterSource] = field(default_factory=dict)
+    waiting: dict[str, list[str]] = field(default_factory=dict)
 
     @property
     def partly(self) -> set[str]:
@@ -123,6 +127,22 @@ class Transaction:
         self.complete.update(report.complete)
         for module, count in report.updated.items():
             self.written[module] = max(self.written.get(module, 0), count)
+
+    def kept(self, adapter: AdapterSource, reports: Iterable[Report]) -> None:
+        """A replica has kept a part of an adapter, with those before."""
+        self.adapters[adapter.nickname] = adapter
+        self.waiting[adapter.nickname] = [name for report in reports for name in report.waiting]
+
+    def adapters_change(self) -> SetAdapters:
+        """How the adapters that came in parts become active."""
+        return SetAdapters(
+            nicknames=list(self.adapters),
+            strengths=[1.0] * len(self.adapters),
+            targets=[adapter.target for adapter in self.adapters.values()],
+            mode="merge",
+            sources=list(self.adapters.values()),
+            keeps=True,
+        )
 
     def refusal_of(self, source: Source) -> SafelightError | None:
         """Why ``source`` is no part of the update, if it names a module that the update was not begun for."""
@@ -141,10 +161,16 @@ class Transaction:
 
     def refusal_to_end(self, commit: Commit) -> SafelightError | None:
         """Why it cannot be committed, as far as it knows."""
-        if not self.written:
+        if not self.written and not self.adapters:
             return InvalidRequest("Nothing was written in this update; send tensors, or abort it.", field="update_id")
-        named = self.begun.modules if self.begun is not None else None
-        partly = sorted({*self.written, *(named or ())} - self.complete)
+        if waiting := [name for names in self.waiting.values() for name in names]:
+            return InvalidRequest(
+                f"{len(waiting)} factors have no counterpart ({', '.join(waiting[:3])}); send them or abort.",
+                field="update_id",
+            )
+        named = set(self.begun.modules or () if self.begun is not None else ())
+        adapted = {adapter.target for adapter in self.adapters.values()}
+        partly = sorted((named - adapted | set(self.written)) - self.complete)
         if commit.require_complete and partly:
             return InvalidRequest(
                 f"Not every tensor of {', '.join(partly)} was sent, and require_complete asks for that.",

@@ -27,6 +27,33 @@ class AdapterFolders:
         self._first = first
         self._pending: set[Path] = set()
         self._tasks: set[asyncio.Task[None]] = set()
+        self._parts: dict[str, dict[str, Path]] = {}
+        self._locks: dict[str, asyncio.Lock] = {}
+
+    @asynccontextmanager
+    async def parts_of(self, update_id: str | None) -> AsyncIterator[None]:
+        """A context in which one part of an adapter is added, to those of a begun update or to what is merged."""
+        async with self._locks.setdefault(update_id or "", asyncio.Lock()):
+            yield
+
+    def part(self, update_id: str | None, target: str) -> str | None:
+        """Where the parts are that a begun update has for ``target``."""
+        folder = self._parts.get(update_id or "", {}).get(target)
+        return None if folder is None else str(folder)
+
+    def keep_part(self, update_id: str, target: str, folder: Path) -> None:
+        """Keep ``folder``, with all parts that came, until the update ends."""
+        self._parts.setdefault(update_id, {})[target] = folder
+
+    def begin_parts(self, update_id: str) -> None:
+        """An update has begun, so that every one before it has ended."""
+        for other in self._parts.keys() - {update_id}:
+            self.end_parts(other)
+
+    def end_parts(self, update_id: str) -> None:
+        """A begun update has ended."""
+        self._parts.pop(update_id, None)
+        self._locks.pop(update_id, None)
 
     @asynccontextmanager
     async def for_a_change(self) -> AsyncIterator[Callable[[], Path]]:
@@ -61,7 +88,8 @@ class AdapterFolders:
         """Every folder that no replica needs, now that it is known of ``settled`` too."""
         self._pending -= settled
         needed = {one.source.folder for one in self._link.adapters.loaded.values()}
-        kept = needed | self._first | {str(folder) for folder in self._pending}
+        parts = {folder for folders in self._parts.values() for folder in folders.values()}
+        kept = needed | self._first | {str(folder) for folder in self._pending | parts}
         gone = [folder for folder in self._shared.glob("adapter-*") if str(folder) not in kept]
         for folder in gone:
             await asyncio.to_thread(shutil.rmtree, folder, ignore_errors=True)

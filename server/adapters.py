@@ -38,10 +38,10 @@ Names = Annotated[list[Name], Meta(min_length=1, max_length=64)]
 class SetLora(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     lora_nickname: Name | Names
     lora_path: Name | list[Name | None] | None = None
-    target: Name = ALL
+    target: Name | list[Name] = ALL
     strength: float | list[float] = 1.0
     merge_mode: WantedMode | None = None
-    lora_alpha: Alpha | None = None
+    lora_alpha: Alpha | list[Alpha | None] | None = None
     mode: Barrier | None = None
 
 
@@ -102,19 +102,21 @@ class _Routes:
         if body.lora_path is not None and any(nickname.startswith(SENT) for nickname in nicknames):
             raise InvalidRequest(f"{SENT} is the name of what comes as tensors.", field="lora_nickname")
         paths = _each(body.lora_path, nicknames, "lora_path") if body.lora_path is not None else [None] * len(nicknames)
-        if body.lora_alpha is not None and None in paths:
+        targets = _each(body.target, nicknames, "target")
+        alphas = _each(body.lora_alpha, nicknames, "lora_alpha")
+        if any(alpha is not None and path is None for alpha, path in zip(alphas, paths, strict=True)):
             raise InvalidRequest("lora_alpha is for adapters that are loaded; give the path too.", field="lora_alpha")
         strengths = [_finite(number) for number in _each(body.strength, nicknames, "strength")]
         wanted = body.merge_mode or "auto"
         barrier = body.mode or ("in_place" if wanted == "request" else "wait")
         async with self._service.folders.for_a_change() as new_folder:
             sources = [
-                await self._copy(path, nickname, new_folder(), body)
-                for nickname, path in zip(nicknames, paths, strict=True)
+                await self._copy(path, nickname, new_folder(), alpha, target)
+                for nickname, path, alpha, target in zip(nicknames, paths, alphas, targets, strict=True)
                 if path is not None
             ]
             change = SetAdapters(
-                nicknames=nicknames, strengths=strengths, target=body.target, mode=wanted, sources=sources
+                nicknames=nicknames, strengths=strengths, targets=targets, mode=wanted, sources=sources
             )
             operated = await self._operating.operate(request, Adapt(change), barrier)
         return _done(f"{', '.join(nicknames)} set.", operated)
@@ -141,15 +143,9 @@ class _Routes:
         await read(request, Nothing)
         return _listed((await self._operating.send(request, ListAdapters)).adapters)
 
-    async def _copy(self, path: str, nickname: str, folder: Path, body: SetLora) -> AdapterSource:
+    async def _copy(self, path: str, nickname: str, folder: Path, alpha: float | None, target: str) -> AdapterSource:
         return await self._service.decode(
-            copy_adapter,
-            path,
-            nickname,
-            folder,
-            self._service.config,
-            alpha=body.lora_alpha,
-            target=body.target,
+            copy_adapter, path, nickname, folder, self._service.config, alpha=alpha, target=target
         )
 
 

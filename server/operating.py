@@ -84,7 +84,7 @@ def success(message: str) -> dict[str, Any]:
 
 
 def first_report(operated: Operated) -> Report:
-    """What the first of the replicas says."""
+    """What the first of the replicas says, which leads in what is done once."""
     return next(iter(operated.reports.values()), Report())
 
 

@@ -52,6 +52,7 @@ class FromTensor(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     weight_update_mode: Literal["lora_merge"] | None = None
     lora_alpha: Alpha | None = None
     lora_rank: Rank | None = None
+    lora_complete: bool = False
     mode: Barrier = "wait"
     update_id: Name | None = None
 
@@ -65,6 +66,7 @@ class FromBody(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     weight_update_mode: Literal["lora_merge"] | None = None
     lora_alpha: Alpha | None = None
     lora_rank: Rank | None = None
+    lora_complete: bool = False
     mode: Barrier = "wait"
     update_id: Name | None = None
 
@@ -101,13 +103,19 @@ class FromDistributed(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     shapes: list[list[int]]
     group_name: Name = "weight_update_group"
     target_modules: Modules | None = None
+    load_format: None = None
     weight_version: Version | None = None
     flush_cache: bool = True
+    weight_update_mode: Literal["lora_merge"] | None = None
+    lora_alpha: Alpha | None = None
+    lora_rank: Rank | None = None
+    lora_complete: bool = False
     mode: Barrier = "wait"
     update_id: Name | None = None
 
 
 UpdateBody = FromDisk | FromTensor | FromBody | FromDistributed
+LoraBody = FromTensor | FromBody | FromDistributed
 
 
 class DestroyGroup(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -12,12 +12,10 @@ from typing import Any
 import msgspec
 from fastapi import APIRouter, Request
 
-from ..protocol.adapters import SENT, AdapterSource, SetAdapters
 from ..protocol.codec import Buffer
 from ..protocol.errors import ClientGone, Internal, InvalidRequest, NotFound
 from ..protocol.operations import (
     Abort,
-    Adapt,
     Begin,
     Broadcast,
     CheckTensors,
@@ -30,11 +28,11 @@ from ..protocol.operations import (
     Operated,
     Pickled,
     Report,
-    Save,
     Source,
     Update,
 )
 from . import weight_bodies as bodies
+from .adapter_parts import AdapterParts
 from .checkpoint_files import find_modules
 from .gate import media_type
 from .operating import Handler, Operating, active_adapters, first_report, routes_of, success
@@ -54,6 +52,7 @@ class _Routes:
         self._service = service
         self._uploads = Uploads(service.shared)
         self._operating = Operating(service)
+        self._parts = AdapterParts(service, self._operating)
 
     def table(self) -> list[tuple[str, Handler, str]]:
         return [
@@ -86,7 +85,7 @@ class _Routes:
         else:
             source = await self._service.decode(self._pickled, body)
         if body.weight_update_mode == "lora_merge":
-            return await self._merge(request, source, body)
+            return await self._merge(request, source, _target(body), body)
         return await self._update(request, source, body)
 
     def _shared(self, shared: bodies.Shared, module: str) -> Source:
@@ -112,9 +111,10 @@ class _Routes:
     async def _from_body(self, request: Request) -> dict[str, Any]:
         body = bodies.from_query(request, bodies.FromBody)
         async with self._uploads.receive(request) as upload:
+            source = Files({body.target_module: [str(upload.file)]})
             if body.weight_update_mode == "lora_merge":
-                return await self._merge(request, Files({body.target_module: [str(upload.file)]}), body)
-            return await self._update(request, Files({body.target_module: [str(upload.file)]}), body)
+                return await self._merge(request, source, body.target_module, body)
+            return await self._update(request, source, body)
 
     async def begin(self, request: Request) -> dict[str, Any]:
         body = await bodies.read(request, bodies.Begin)
@@ -134,17 +134,22 @@ class _Routes:
         except ClientGone:  # who does not know its id
             self._operating.without_reply(Abort(update_id))
             raise
+        self._service.folders.begin_parts(update_id)
         return {**success("The update has begun."), "update_id": update_id}
 
     async def commit(self, request: Request) -> dict[str, Any]:
         body = await bodies.read(request, bodies.Commit)
         began = time.perf_counter()
-        operated = await self._operating.operate(request, Commit(body.update_id, body.require_complete))
+        async with self._service.folders.for_a_change():
+            operated = await self._operating.operate(request, Commit(body.update_id, body.require_complete))
+            self._service.folders.end_parts(body.update_id)
         return _updated(operated, "The update is committed.", began)
 
     async def abort(self, request: Request) -> dict[str, Any]:
         body = await bodies.read(request, bodies.Abort)
-        operated = await self._operating.operate(request, Abort(body.update_id))
+        async with self._service.folders.for_a_change():
+            operated = await self._operating.operate(request, Abort(body.update_id))
+            self._service.folders.end_parts(body.update_id)
         return {**success("The update is aborted; every byte is as before."), **self._operating.version(operated)}
 
     async def init_group(self, request: Request) -> dict[str, Any]:
@@ -182,6 +187,8 @@ class _Routes:
             self._operating.without_reply(Leave(body.group_name))  # or the trainer would wait in it
             raise InvalidRequest("One call is for one module; the group is ended.", field="target_modules")
         source = Broadcast(body.group_name, targets[0], list(body.names), body.dtypes, body.shapes)
+        if body.weight_update_mode == "lora_merge":
+            return await self._merge(request, source, targets[0], body)
         return await self._update(request, source, body)
 
     async def destroy_group(self, request: Request) -> dict[str, Any]:
@@ -215,25 +222,10 @@ class _Routes:
         }
         return {"modules": modules, "weight_version": report.weight_version}
 
-    async def _merge(
-        self, request: Request, source: Source, body: bodies.FromTensor | bodies.FromBody
-    ) -> dict[str, Any]:
-        """Keep the tensors as a file, which outlives their sender, and merge it, in place of the last one."""
-        if body.update_id is not None:
-            raise InvalidRequest("An adapter is no part of a begun update.", field="update_id")
+    async def _merge(self, request: Request, source: Source, target: str, body: bodies.LoraBody) -> dict[str, Any]:
         began = time.perf_counter()
-        target = body.target_module if isinstance(body, bodies.FromBody) else _target(body)
-        nickname = f"{SENT}:{target}"
-        async with self._service.folders.for_a_change() as new_folder:
-            folder = new_folder()
-            adapter = AdapterSource(nickname, None, str(folder), folder.name, body.lora_alpha, body.lora_rank, target)
-            change = SetAdapters(
-                nicknames=[nickname], strengths=[1.0], target=target, mode="merge", sources=[adapter], keeps=True
-            )
-            await self._operating.operate(request, Save(source, str(folder)))
-            adapt = Adapt(change, publishes=True, weight_version=body.weight_version)
-            operated = await self._operating.operate(request, adapt, body.mode)
-        return _updated(operated, "The adapter is merged.", began)
+        merged = await self._parts.merge(request, source, target, body)
+        return {**_updated(merged.operated, merged.message, began), "waiting": merged.waiting}
 
     async def _update(self, request: Request, source: Source, body: bodies.UpdateBody) -> dict[str, Any]:
         began = time.perf_counter()

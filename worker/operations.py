@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 
 import msgspec
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import nn
 
-from ..protocol.adapters import ADAPTER_FILE, SetAdapters
-from ..protocol.errors import Conflict, ErrorInfo, Internal, InvalidRequest, NotFound, SafelightError, Unavailable
+from ..protocol.adapters import AdapterChange, SetAdapters
+from ..protocol.errors import Conflict, ErrorInfo, Internal, InvalidRequest, NotFound, SafelightError
 from ..protocol.operations import (
     Adapt,
     Broadcast,
@@ -44,7 +43,7 @@ from .weights.groups import Groups
 from .weights.journal import Journal
 from .weights.parking import Parking
 from .weights.sign import Sign
-from .weights.sources import Reader, Rejected, open_source
+from .weights.sources import Opened, Reader, Rejected, open_source
 from .weights.undo import UndoMemory
 from .weights.update import Update as RankUpdate
 
@@ -185,23 +184,33 @@ class Operations:
         """One rank writes the file. Others read only what is for them alone, so that its sender has it back."""
         source = operation.source
         for_each = is_for_each_rank(source)
-        if not leads or (self._ranks.rank > 0 and not for_each):
+        writes = leads and self._ranks.rank == 0
+        if not (writes or (leads and for_each) or isinstance(source, Broadcast)):
             return Report()
-        opened = open_source(source, self._groups, self._reader(leads), self._sign)
+        reader = self._reader(leads)
+        opened = self._received(source, reader) if isinstance(source, Broadcast) else self._opened(source, reader)
         try:
-            self._given = describe(opened.tensors, self._sign, hashed=differs_by_rank(source))
-            ((module, tensors),) = opened.tensors.items()
-            if self._ranks.rank == 0:
-                folder = Path(operation.folder)
-                folder.mkdir(mode=0o700)
-                own = "" if module in DENOISERS else f"{module}."  # bare names are taken for the denoiser's
-                named = {name if name.startswith(own) else own + name: one for name, one in tensors.items()}
-                save_file({name: one.cpu().clone().contiguous() for name, one in named.items()}, folder / ADAPTER_FILE)
-        except (OSError, SafetensorError) as error:
-            raise Unavailable(f"The adapter could not be kept in shared memory ({error}).") from error
+            if for_each:
+                self._given = describe(opened.tensors, self._sign, hashed=differs_by_rank(source))
+            if not writes:
+                return Report()
+            ((_, tensors),) = opened.tensors.items()
+            return self._adapters.keep(operation, tensors)
         finally:
             opened.close()
-        return Report()
+
+    def _opened(self, source: Source, reader: Reader) -> Opened:
+        return open_source(source, self._groups, reader, self._sign)
+
+    def _received(self, source: Broadcast, reader: Reader) -> Opened:
+        """Factors, whose shapes nothing says beforehand. What cannot be received ends the group."""
+        try:
+            self._groups.announced(source)
+            return self._opened(source, reader)
+        except SafelightError as failed:
+            if not self._groups.leave(source.group):
+                raise
+            raise _and_closed(failed, source.group) from failed
 
     def _prepare(self, source: Source, leads: bool) -> Report:
         reader = self._reader(leads)
@@ -236,7 +245,7 @@ class Operations:
                 self._adapters.release()
             case Join():
                 self._groups.forget_join()
-            case Update(source=Broadcast(group=group)):
+            case Update(source=Broadcast(group=group)) | Save(source=Broadcast(group=group)):
                 self._groups.leave(group)
 
     def _write(self) -> Report:
@@ -267,28 +276,27 @@ class Operations:
         if order.step == "rollback":
             if isinstance(self._operation, Adapt):
                 self._adapters.rollback()
-            written = self._update.written
+            undone = self._update.written
             self._update.rollback()
-            self._adapters.rebuild(written)
+            self._adapters.rebuild(undone)
             if self._journal is not None:
                 self._journal.drop()
             return Report()
         assert order.weight_version is not None, "a commit brings it"
-        if isinstance(self._operation, Adapt):
-            invalidated = self._flush() if self._adapters.commit() else []
-            self._hub.adapters_changed()
-            self._model.weight_version = order.weight_version
-            change = self._operation.change
-            updated = self._adapters.layers_of(change.nicknames) if isinstance(change, SetAdapters) else {}
-            return Report(
-                updated=updated,
-                expected=updated,
-                weight_version=order.weight_version,
-                adapters=self._adapters.state,
-                told=self._adapters.told,
-                invalidated=invalidated,
-                ranks=self._ranks.size,
-            )
+        adapted = self._commit_adapters(self._operation.change) if isinstance(self._operation, Adapt) else None
+        written = self._commit_update() if adapted is None or self._update.written else Report()
+        self._model.weight_version = order.weight_version
+        report = msgspec.structs.replace(written, weight_version=order.weight_version, ranks=self._ranks.size)
+        return report if adapted is None else _both(report, adapted)
+
+    def _commit_adapters(self, change: AdapterChange) -> Report:
+        invalidated = self._flush() if self._adapters.commit() else []
+        self._hub.adapters_changed()
+        updated = self._adapters.layers_of(change.nicknames) if isinstance(change, SetAdapters) else {}
+        state, told = self._adapters.state, self._adapters.told
+        return Report(updated=updated, expected=updated, adapters=state, told=told, invalidated=invalidated)
+
+    def _commit_update(self) -> Report:
         report = self._update.report()
         flushes = not isinstance(self._operation, Update) or self._operation.flush_cache
         encoders = set(self._update.written) - set(DENOISERS)
@@ -296,11 +304,8 @@ class Operations:
         self._update.commit()
         if self._journal is not None:
             self._journal.commit()
-        self._model.weight_version = order.weight_version
         invalidated = [*(self._flush() if flushes or encoders else []), *rebuilt]
-        return msgspec.structs.replace(
-            report, invalidated=invalidated, weight_version=order.weight_version, ranks=self._ranks.size
-        )
+        return msgspec.structs.replace(report, invalidated=invalidated)
 
     def _digests(self, operation: Digests) -> Report:
         known = self._model.layouts
@@ -371,6 +376,22 @@ def _agreed(votes: list[_Vote]) -> _Vote:
         "the same full tensors; one payload can serve all ranks."
     )
     return _Vote(Report(expected=votes[0].report.expected, invalid=faults), error.info())
+
+
+def _both(written: Report, adapted: Report) -> Report:
+    """Of a commit, what was written and which adapters there are now."""
+
+    def added(one: Mapping[str, int], other: Mapping[str, int]) -> dict[str, int]:
+        return {module: one.get(module, 0) + other.get(module, 0) for module in {**one, **other}}
+
+    return msgspec.structs.replace(
+        written,
+        updated=added(written.updated, adapted.updated),
+        expected=added(written.expected, adapted.expected),
+        adapters=adapted.adapters,
+        told=adapted.told,
+        invalidated=list(dict.fromkeys([*written.invalidated, *adapted.invalidated])),
+    )
 
 
 def _and_closed(failed: Rejected | SafelightError, group: str) -> Rejected | SafelightError:

@@ -81,6 +81,15 @@ def test_a_life(server: Trainer, adapters: Adapters) -> None:
     assert (server.picture(), server.checksum()) == (plain, base)
 
 
+def test_each_nickname_has_its_own_target_and_alpha(server: Trainer, adapters: Adapters) -> None:
+    paths = [adapters.path("first"), adapters.path("second")]
+    lists = {"target": ["transformer", "all"], "lora_alpha": [4.0, None], "strength": [0.5, 0.7]}
+    set_lora(server, ["first", "second"], lora_path=paths, merge_mode="merge", **lists)
+    assert is_drawn(server, adapters, ("first", 1.0), ("second", 0.7))
+    body = {"lora_nickname": ["first", "second"], "target": ["transformer"]}
+    assert "2 nicknames and 1 of target" in server.post("/v1/set_lora", body).json()["error"]["message"]
+
+
 def test_requests_with_their_own_adapters(server: Trainer, adapters: Adapters) -> None:
     nicknames = ["first", "second", "third"]
     set_lora(server, nicknames, lora_path=[adapters.path(name) for name in nicknames], merge_mode="request")

@@ -68,10 +68,13 @@ def _set(state: AdapterState, change: SetAdapters) -> AdapterState:
     active = dict(state.active)
     if change.mode != "request":
         merged = change.mode == "merge"
-        active[change.target] = [
-            Active(nickname, strength, "merge" if merged else "dynamic", merged)
-            for nickname, strength in zip(change.nicknames, change.strengths, strict=True)
-        ]
+        for target in {change.target_of(nickname) for nickname in change.nicknames}:
+            others = active.get(target, []) if change.keeps else []
+            active[target] = [one for one in others if one.nickname not in change.nicknames] + [
+                Active(nickname, strength, "merge" if merged else "dynamic", merged)
+                for nickname, strength in zip(change.nicknames, change.strengths, strict=True)
+                if change.target_of(nickname) == target
+            ]
     state = AdapterState(loaded, active)
     used = {*change.nicknames, *(one.nickname for ones in active.values() for one in ones)}
     for nickname in (*change.recent, *loaded):

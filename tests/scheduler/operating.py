@@ -101,10 +101,10 @@ class Process:
             assert self._next_adapters is not None
             assert self._next_adapters == self.applied, "written before"
             self.adapters, self._next_adapters = self._next_adapters, None
-            return Report(weight_version=self.version, adapters=self.adapters)
+        adapters = self.adapters if isinstance(self._operation, Adapt) else None
         report = self._written()
         self._end()
-        return Report(updated=report.updated, complete=report.complete, weight_version=self.version)
+        return replace(report, weight_version=self.version, adapters=adapters)
 
     def _first_step(self) -> Report:
         match self._operation:
@@ -177,10 +177,11 @@ class Operating(Stage):
     def operate(self, request_id: str, operation: Operation, barrier: Barrier = "in_place") -> None:
         self.server(Operate(request_id, operation, barrier))
 
-    def do(self, number: int, error: SafelightError | None = None) -> Perform:
-        """Let a replica do the first of its orders, or refuse it."""
+    def do(self, number: int, error: SafelightError | None = None, *, report: Report | None = None) -> Perform:
+        """Let a replica do the first of its orders, or refuse it; ``report`` is what it says instead of its own."""
         order = self.processes[number].orders.popleft()
         done = self.processes[number].perform(order) if error is None else _refusal(order, error)
+        done = done if report is None else replace(done, report=report)
         self.worker(number, done)
         return order
 

@@ -15,6 +15,7 @@ from msgspec.structs import replace
 from safelight.protocol.adapters import (
     ALL,
     AdapterChange,
+    AdapterSource,
     MergeAdapters,
     SetAdapters,
     UnloadAdapter,
@@ -74,7 +75,10 @@ BARRIERS: st.SearchStrategy[Barrier] = st.sampled_from(["wait", "abort", "in_pla
 MODULES = st.sampled_from(sorted(CHECKPOINT))
 NICKNAMES = st.sampled_from(["ink", "oil"])
 MODES: st.SearchStrategy[WantedMode] = st.sampled_from(["merge", "dynamic", "request"])
-KEPT = Save(Files({"transformer": ["an adapter"]}), "/shared/kept")
+KEPT = Save(
+    source=Files({"transformer": ["an adapter"]}),
+    adapter=AdapterSource("lora_merge:transformer", None, "/shared/kept", "kept"),
+)
 
 
 @dataclass

@@ -10,6 +10,7 @@ from pathlib import Path
 import msgspec
 import torch
 from diffusers import DiffusionPipeline
+from safetensors import SafetensorError
 from torch import nn
 
 from ...protocol.adapters import (
@@ -26,14 +27,16 @@ from ...protocol.adapters import (
     Use,
 )
 from ...protocol.errors import Conflict, InvalidRequest, Unavailable
+from ...protocol.operations import Report, Save
 from ..parallel.ranks import Ranks
 from ..sizes import DENOISERS
 from ..weights.layout import Layout
 from . import planning
 from .adapter import Adapter, Term, placed
 from .beside import Beside, Uses
-from .files import AdapterFile, load_adapter, weight_shapes
+from .files import AdapterFile, load_adapter, read_adapter, weight_shapes
 from .merge import Sum, merge, rounded_away
+from .parts import Part, Parts, joined, layer_of, of_module, read_parts, write_parts
 
 MERGED = "merged_adapters"
 """What is merged anew when weights change, as replies name it."""
@@ -202,6 +205,28 @@ class RankAdapters:
     def release(self) -> None:
         """Let go of what was prepared."""
         self._next, self.written = None, False
+
+    def keep(self, save: Save, tensors: Mapping[str, torch.Tensor]) -> Report:
+        """Write an adapter that comes in parts, with one more. Raises ``InvalidRequest``, and ``Unavailable``."""
+        loaded = self.state.loaded.get(save.adapter.nickname) if save.update_id is None else None
+        before = save.onto if loaded is None else loaded.source.folder
+        part = Part(
+            of_module(tensors, save.adapter.target),
+            version=save.version,
+            alpha=save.alpha,
+            rank=save.rank,
+            complete=save.complete,
+            begun=save.update_id is not None,
+        )
+        parts, told = joined(Parts() if before is None else read_parts(Path(before)), part)
+        if part.begun and parts.tensors:  # else the next step reads it
+            read_adapter(parts.tensors, None, self._pipeline, weight_shapes(self._layouts), alphas=parts.notes.alphas)
+        try:
+            write_parts(parts, Path(save.adapter.folder))
+        except (OSError, SafetensorError) as error:
+            raise Unavailable(f"The adapter could not be kept in shared memory ({error}).") from error
+        layers = {layer_of(name) for name in parts.tensors}
+        return Report(updated={save.adapter.target: len(layers)}, waiting=sorted(parts.waiting), told=told)
 
     def layers_of(self, nicknames: Sequence[str]) -> dict[str, int]:
         """How many layers of each component these adapters change for all requests."""

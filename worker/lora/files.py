@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from ...protocol.tensor_files import BadTensorFile, read_metadata
 from ..weights.sources import map_file
 from .alphas import Told, parse_object, read_config, read_header, scaled
 from .pairs import Pair, find_pairs, refused
+from .parts import layer_of, read_notes
 from .places import Shapes, place, split_name, weight_shapes
 
 __all__ = ["AdapterFile", "LowRank", "load_adapter", "read_adapter", "weight_shapes"]
@@ -69,7 +71,8 @@ def load_adapter(
         raise refused(f"{error}") from None
     except OSError as error:
         raise refused(f"{folder.name} cannot be read: {error.strerror}") from None
-    return read_adapter(tensors, config, pipeline, shapes, alpha=alpha, metadata=metadata)
+    alphas = notes.alphas if (notes := read_notes(folder)) is not None else {}
+    return read_adapter(tensors, config, pipeline, shapes, alpha=alpha, alphas=alphas, metadata=metadata)
 
 
 def read_adapter(
@@ -79,18 +82,22 @@ def read_adapter(
     shapes: Shapes,
     *,
     alpha: float | None = None,
+    alphas: Mapping[str, float] = MappingProxyType({}),
     metadata: Mapping[str, str] | None = None,
 ) -> AdapterFile:
     """The adapter of these tensors, with ``config`` that lay beside them and the ``metadata`` of their header.
 
-    ``alpha`` is for all layers, whatever the file says. Otherwise a layer's own applies, else the configuration's, else
-    the header's, else the rank. Raises ``InvalidRequest``.
+    ``alpha`` is for all layers, and ``alphas`` are for some, whatever the file says. Otherwise a layer's own applies,
+    else the configuration's, else the header's, else the rank. Raises ``InvalidRequest``.
     """
     if alpha is not None and not 0 < alpha < float("inf"):
         raise refused(f"an alpha of {alpha} is no positive number", field="lora_alpha")
     told = None if config is None else read_config(config)
     by_component = read_header(metadata or {})
-    pairs = find_pairs(tensors)
+    pairs = {
+        name: replace(pair, alpha=alphas.get(layer_of(f"{name}.alpha"), pair.alpha))
+        for name, pair in find_pairs(tensors).items()
+    }
     placed = place(pairs, pipeline, shapes)  # before patterns meet names, so that these are a model's
     scales: dict[str, tuple[float, float]] = {}
     other: list[str] = []

@@ -12,8 +12,8 @@ import torch
 from ...protocol.errors import InvalidRequest
 
 _FACTOR = re.compile(
-    r"(?P<layer>.+?)\.(?:lora_(?P<letter>[AB])|(?:lora_|lora\.|lora_linear_layer\.)?(?P<word>down|up))"
-    r"(?:\.default)?\.weight"
+    r"(?P<layer>.+?)\.(?:lora_(?P<letter>[AB])(?:\.default)?(?:\.weight)?"
+    r"|(?:lora_|lora\.|lora_linear_layer\.)?(?P<word>down|up)(?:\.default)?\.weight)"
 )
 
 _ALPHA = ".alpha"
@@ -119,7 +119,8 @@ def _sort(tensors: Mapping[str, torch.Tensor]) -> _Found:
 
 def _pair(tensors: Mapping[str, torch.Tensor], down: str, up: str, alpha: str | None) -> Pair:
     told = None if alpha is None else _alpha(alpha, tensors[alpha])
-    return Pair(_float32(tensors[down]), _float32(tensors[up]), told, (down, up), alpha)
+    full_names = tuple(name if name.endswith(".weight") else f"{name}.weight" for name in (down, up))
+    return Pair(_float32(tensors[down]), _float32(tensors[up]), told, (full_names[0], full_names[1]), alpha)
 
 
 def _float32(tensor: torch.Tensor) -> torch.Tensor:

@@ -51,13 +51,14 @@ def targets_of(change: SetAdapters, state: AdapterState, has: Has, components: S
     for nickname in change.nicknames:
         if nickname not in state.loaded:
             raise unknown(nickname, state, "lora_nickname")
-        check_target(change.target, components)
-        if change.target != ALL and change.target not in has[nickname]:
+        target = change.target_of(nickname)
+        check_target(target, components)
+        if target != ALL and target not in has[nickname]:
             raise InvalidRequest(
-                f"The adapter {nickname!r} has no layers of {change.target}; it has {', '.join(has[nickname])}.",
+                f"The adapter {nickname!r} has no layers of {target}; it has {', '.join(has[nickname])}.",
                 field="target",
             )
-        found[nickname] = sorted(has[nickname]) if change.target == ALL else [change.target]
+        found[nickname] = sorted(has[nickname]) if target == ALL else [target]
     return found
 
 
@@ -78,9 +79,10 @@ def activated(
     if change.mode == "request":
         return AdapterState(loaded, state.active)
     strengths = dict(zip(change.nicknames, change.strengths, strict=True))
+    named = {change.target_of(nickname) for nickname in change.nicknames}
     active: dict[str, list[Active]] = {}
     for component in sorted({*state.active, *modes}):
-        is_target = change.target in (ALL, component)
+        is_target = not named.isdisjoint((ALL, component))
         kept = [
             one
             for one in state.active.get(component, ())

@@ -99,6 +99,22 @@ def test_each_denoiser_has_its_own_factors(tiny_model: Callable[[str], Model], t
     assert list(adapters._adapters["y"].terms) == ["transformer_2"]
 
 
+def test_each_of_two_adapters_is_for_its_own_target(tiny_model: Callable[[str], Model], tmp_path: Path) -> None:
+    model = tiny_model("wan22")
+    given = [write_adapter(one, model.pipeline.transformer, tmp_path) for one in (SMALL, OTHER)]
+    targets = ["transformer", "transformer_2"]
+    sources = [replace(source(one), target=target) for one, target in zip(given, targets, strict=True)]
+    adapters = new_adapters(model)
+    change(
+        adapters,
+        SetAdapters(nicknames=["small", "other"], strengths=[1.0, 1.0], targets=targets, mode="merge", sources=sources),
+    )
+    assert {name: [one.nickname for one in ones] for name, ones in adapters.state.active.items()} == {
+        "transformer": ["small"],
+        "transformer_2": ["other"],
+    }
+
+
 def test_what_is_merged_cannot_be_named_by_a_request(flux: Model, tmp_path: Path) -> None:
     adapters = new_adapters(flux)
     change(adapters, setting(write_adapter(SMALL, flux.pipeline.transformer, tmp_path)))

@@ -1,0 +1,233 @@
+"""An adapter that arrives in parts is one adapter, replaced layer by layer, and what peft draws with it is drawn."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model_state_dict
+
+from safelight.protocol.adapters import AdapterSource, SetAdapters, UnmergeAdapters
+from safelight.protocol.errors import InvalidRequest
+from safelight.protocol.operations import Files, Report, Save
+from safelight.worker.lora.adapters import RankAdapters
+from safelight.worker.lora.parts import read_parts
+from safelight.worker.model import Model
+from safelight.worker.parallel.ranks import ALONE
+from safelight.worker.weights.digests import module_digests
+
+from .agreement import change, new_adapters
+
+NICKNAME = "lora_merge:transformer"
+RANK, ALPHA = 4, 6.0
+Tensors = Mapping[str, torch.Tensor]
+
+
+@pytest.fixture
+def flux(tiny_model: Callable[[str], Model]) -> Model:
+    return tiny_model("flux")
+
+
+@pytest.fixture
+def adapters(flux: Model) -> RankAdapters:
+    return new_adapters(flux)
+
+
+class Trainer:
+    """Sends parts as the server has them kept and merged."""
+
+    def __init__(self, adapters: RankAdapters, folder: Path) -> None:
+        self._adapters = adapters
+        self._folder = folder
+        self._numbers = count(1)
+        self.begun: list[AdapterSource] = []
+
+    def keep(self, tensors: Tensors, **options: Any) -> tuple[AdapterSource, Report]:
+        folder = self._folder / f"part {next(self._numbers)}"
+        adapter = AdapterSource(NICKNAME, None, str(folder), folder.name, target="transformer")
+        onto = self.begun[-1].folder if self.begun and "update_id" in options else None
+        save = Save(source=Files({}), adapter=adapter, onto=onto, **options)
+        return adapter, self._adapters.keep(save, tensors)
+
+    def send(self, tensors: Tensors, **options: Any) -> Report:
+        adapter, report = self.keep(tensors, **options)
+        self._merge(adapter)
+        return report
+
+    def part(self, tensors: Tensors, **options: Any) -> Report:
+        adapter, report = self.keep(tensors, update_id="u", **options)
+        self.begun.append(adapter)
+        return report
+
+    def commit(self) -> None:
+        self._merge(self.begun[-1])
+
+    def _merge(self, adapter: AdapterSource) -> None:
+        wanted = SetAdapters(
+            nicknames=[NICKNAME], strengths=[1.0], target="transformer", mode="merge", sources=[adapter], keeps=True
+        )
+        change(self._adapters, wanted)
+
+
+@pytest.fixture
+def trainer(adapters: RankAdapters, tmp_path: Path) -> Trainer:
+    return Trainer(adapters, tmp_path)
+
+
+def of_peft(model: Model, seed: int, layers: str = r".*attn\.to_[qkv]") -> tuple[Tensors, dict[str, torch.Tensor]]:
+    """A trainer's adapter under peft's names, and what peft adds to each weight with it."""
+    from safelight.tests.tiny import FAMILIES
+
+    transformer = FAMILIES["flux"].build().transformer
+    transformer.load_state_dict(model.pipeline.transformer.state_dict())
+    torch.manual_seed(seed)
+    transformer.add_adapter(
+        LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=layers, init_lora_weights=False)  # type: ignore[arg-type]
+    )
+    tensors = {name: tensor.detach().clone() for name, tensor in get_peft_model_state_dict(transformer).items()}
+    added = {
+        f"{path}.weight": layer.get_delta_weight("default").detach()
+        for path, layer in transformer.named_modules()
+        if hasattr(layer, "get_delta_weight")
+    }
+    return tensors, added
+
+
+def is_merged(model: Model, base: Tensors, added: Tensors) -> bool:
+    live = model.pipeline.transformer.state_dict()
+    expected = {name: base[name] + added[name] if name in added else base[name] for name in base}
+    return all(torch.allclose(live[name], expected[name], rtol=0, atol=1e-6) for name in base)
+
+
+def weights(model: Model) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in model.pipeline.transformer.state_dict().items()}
+
+
+def buckets(tensors: Tensors, size: int) -> list[dict[str, torch.Tensor]]:
+    named = list(tensors.items())
+    return [dict(named[start : start + size]) for start in range(0, len(named), size)]
+
+
+@pytest.mark.parametrize("size", [2, 3, 7], ids="in buckets of {}".format)
+@pytest.mark.parametrize("suffix", [".weight", ""])
+def test_no_bucket_of_a_version_replaces_the_layers_of_the_one_before(
+    flux: Model, trainer: Trainer, size: int, suffix: str
+) -> None:
+    """Odd sizes cut pairs in two, as buckets do that are filled up to a number of bytes."""
+    base = weights(flux)
+    tensors, added = of_peft(flux, seed=1)
+    sent = {name.removesuffix(".weight") + suffix: tensor for name, tensor in tensors.items()}
+    for bucket in buckets(sent, size):
+        report = trainer.send(bucket, version="step-1", alpha=ALPHA, rank=RANK)
+    assert not report.waiting
+    assert is_merged(flux, base, added)
+
+
+def test_layers_of_before_stay_until_a_version_is_complete(flux: Model, trainer: Trainer) -> None:
+    base = weights(flux)
+    first, added = of_peft(flux, seed=1)
+    trainer.send(first, version="step-1", alpha=ALPHA)
+    second, added_later = of_peft(flux, seed=2, layers=r".*attn\.to_q")
+    front, back = buckets(second, len(second) // 2)
+    trainer.send(front, version="step-2", alpha=ALPHA)
+    named = {f"{name.rpartition('.lora_')[0]}.weight" for name in front}
+    assert is_merged(flux, base, {**added, **{name: added_later[name] for name in named}})
+    trainer.send(back, version="step-2", alpha=ALPHA)
+    assert is_merged(flux, base, {**added, **added_later})
+    trainer.send({}, version="step-2", complete=True)
+    assert is_merged(flux, base, added_later)
+
+
+def test_each_part_has_its_own_alpha(flux: Model, trainer: Trainer) -> None:
+    base = weights(flux)
+    tensors, added = of_peft(flux, seed=1)
+    front, back = buckets(tensors, len(tensors) // 2)
+    trainer.send(front, version="step-1", alpha=ALPHA)
+    trainer.send(back, version="step-1", alpha=2 * ALPHA)
+    doubled = {f"{name.rpartition('.lora_')[0]}.weight" for name in back}
+    assert is_merged(flux, base, {name: one * (2 if name in doubled else 1) for name, one in added.items()})
+
+
+def test_half_a_pair_changes_nothing_until_its_counterpart_comes(flux: Model, trainer: Trainer) -> None:
+    base = weights(flux)
+    first, added = of_peft(flux, seed=1)
+    trainer.send(first, version="step-1", alpha=ALPHA)
+    second, added_later = of_peft(flux, seed=2)
+    downs = {name: tensor for name, tensor in second.items() if "lora_A" in name}
+    report = trainer.send(downs, version="step-2", alpha=ALPHA / 2)
+    assert report.waiting == sorted(downs)
+    assert is_merged(flux, base, added)
+    trainer.send({name: tensor for name, tensor in second.items() if "lora_B" in name}, version="step-2")
+    assert is_merged(flux, base, {name: one / 2 for name, one in added_later.items()})
+
+
+def test_what_waits_is_told_of_when_another_version_comes_instead(flux: Model, trainer: Trainer) -> None:
+    base = weights(flux)
+    tensors, added = of_peft(flux, seed=1)
+    trainer.send(tensors, version="step-1", alpha=ALPHA)
+    down = next(name for name in tensors if "lora_A" in name)
+    trainer.send({down: tensors[down] * 5}, version="step-2", alpha=ALPHA)
+    report = trainer.send(tensors, version="step-3", alpha=ALPHA)
+    assert down in report.told[0]
+    assert is_merged(flux, base, added)
+
+
+@pytest.mark.parametrize("options", [{}, {"version": "step-1", "complete": True}])
+def test_half_a_pair_is_refused_where_nothing_can_follow(
+    options: dict[str, Any], flux: Model, trainer: Trainer
+) -> None:
+    base = weights(flux)
+    tensors, _ = of_peft(flux, seed=1)
+    down = next(name for name in tensors if "lora_A" in name)
+    others = {name: tensor for name, tensor in tensors.items() if name != down}
+    with pytest.raises(InvalidRequest, match="1 factors have no counterpart"):
+        trainer.send(others, **options)
+    assert is_merged(flux, base, {})
+
+
+def test_the_parts_of_a_begun_update_are_all_of_the_adapter_and_change_nothing_before_its_end(
+    flux: Model, adapters: RankAdapters, trainer: Trainer
+) -> None:
+    base, digest = weights(flux), module_digests(flux.layouts, ALONE, lambda: None)[0][0]
+    first, added = of_peft(flux, seed=1)
+    trainer.send(first, alpha=ALPHA)
+    second, added_later = of_peft(flux, seed=2, layers=r".*attn\.to_q")
+    for bucket in buckets(second, 3):
+        trainer.part(bucket, alpha=ALPHA, rank=RANK)
+        assert is_merged(flux, base, added)
+    trainer.commit()
+    assert is_merged(flux, base, added_later)
+    assert module_digests(flux.layouts, ALONE, lambda: None)[0][0] == digest
+    change(adapters, UnmergeAdapters())
+    assert all(torch.equal(one, base[name]) for name, one in weights(flux).items())
+
+
+def test_a_part_that_the_model_has_no_layers_for_is_refused_when_it_comes(flux: Model, trainer: Trainer) -> None:
+    tensors, _ = of_peft(flux, seed=1)
+    trainer.part(tensors, alpha=ALPHA)
+    strange = {"no.such.layer.lora_A": torch.ones(4, 64), "no.such.layer.lora_B": torch.ones(64, 4)}
+    with pytest.raises(InvalidRequest, match=r"no\.such\.layer"):
+        trainer.part(strange)
+    assert "no.such.layer.lora_A" not in read_parts(Path(trainer.begun[-1].folder)).tensors
+
+
+@pytest.mark.parametrize("prefix", ["base_model.model.", "transformer.", "diffusion_model.", ""])
+def test_a_layer_is_the_same_one_whatever_its_prefix(flux: Model, trainer: Trainer, prefix: str) -> None:
+    base = weights(flux)
+    first, _ = of_peft(flux, seed=1)
+    trainer.send(first, version="step-1", alpha=ALPHA)
+    second, added = of_peft(flux, seed=2)
+    trainer.send({prefix + name: tensor for name, tensor in second.items()}, version="step-2", alpha=ALPHA)
+    assert is_merged(flux, base, added)
+
+
+def test_a_rank_that_is_told_wrongly_is_refused_with_the_layers_rank(flux: Model, trainer: Trainer) -> None:
+    tensors, _ = of_peft(flux, seed=1)
+    with pytest.raises(InvalidRequest, match="it has rank 4, and not 5"):
+        trainer.send(tensors, rank=5)
+    with pytest.raises(InvalidRequest, match="it has rank 4, and not 3"):
+        trainer.send(tensors, version="step-1", rank=3)
