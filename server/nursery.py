@@ -65,7 +65,7 @@ class Nursery:
 
     def _start_unless_running(self) -> _Running:
         if self._running is None or not self._running.process.running:
-            _adopt_orphans()
+            adopt_orphans()
             ours, its = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
             ours.setblocking(False)
             with its:
@@ -74,7 +74,7 @@ class Nursery:
         return self._running
 
 
-def _adopt_orphans() -> None:
+def adopt_orphans() -> None:
     """Become the parent of descendants whose parent has ended. Raises ``OSError``."""
     if ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) != 0:
         raise OSError(ctypes.get_errno(), "this process cannot adopt the workers that are forked for it")

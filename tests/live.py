@@ -13,10 +13,12 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Self, TypeVar
+from typing import IO, Any, Self, TypeVar
 
 import httpx
 import psutil
+
+from safelight.tests.forked import Forked
 
 T = TypeVar("T")
 
@@ -25,7 +27,10 @@ _LISTENING = re.compile(r"listening on (http://\S+)")
 
 
 class LiveServer:
-    """``python -m safelight.server`` on a free port, as a context that ends at once, with every process gone.
+    """A server on a free port, as a context that ends at once, with every process gone.
+
+    It is ``python -m safelight.server`` where ``program`` is set or ``environment`` is given, as that may change what
+    libraries do; else it is forked, as are all its processes (:mod:`.forked`).
 
     ``flags`` are further command line flags. Entering waits until the server listens; :meth:`wait_ready` until it
     serves. ``log`` and ``output`` are what it wrote so far to standard error (its children too) and standard output.
@@ -38,14 +43,21 @@ class LiveServer:
         *,
         environment: Mapping[str, str] | None = None,
         temporary: Path | None = None,
+        program: bool = False,
     ) -> None:
-        command = [sys.executable, "-P", "-m", "safelight.server", str(model), "--port", "0", *flags]
+        arguments = [str(model), "--port", "0", *flags]
         variables = {**os.environ, "PYTHONUNBUFFERED": "1", **(environment or {})}
         if temporary is not None:
             variables["TMPDIR"] = str(temporary)
-        self._process = subprocess.Popen(
-            command, env=variables, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
-        )
+        options: dict[str, Any] = {
+            "env": variables, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "start_new_session": True
+        }  # fmt: skip
+        self._process: subprocess.Popen[str]
+        if program or environment:
+            command = [sys.executable, "-P", "-m", "safelight.server", *arguments]
+            self._process = subprocess.Popen(command, text=True, **options)
+        else:
+            self._process = Forked("safelight.server.launch:main", arguments, **options)
         self._lines: list[str] = []
         self._output: list[str] = []
         self._seen: dict[int, psutil.Process] = {}

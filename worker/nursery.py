@@ -20,15 +20,15 @@ _STDIN = 0
 def main() -> int:
     name_process("nursery")
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    from .__main__ import import_replica, run_replica  # torch
+    from .__main__ import import_replica, leave, run_replica  # torch
 
     import_replica()
     stdin = _fork_workers(socket.socket(fileno=os.dup(_STDIN)))
-    if stdin is None:
-        return 0
-    os.dup2(stdin, _STDIN)
-    os.close(stdin)
-    return run_replica()
+    if stdin is not None:
+        os.dup2(stdin, _STDIN)
+        os.close(stdin)
+        leave(run_replica())
+    return 0
 
 
 def _fork_workers(channel: socket.socket) -> int | None:
@@ -39,14 +39,14 @@ def _fork_workers(channel: socket.socket) -> int | None:
             if not packet:
                 return None
             (stdin,) = descriptors
-            pid = _fork_orphan()
+            pid = fork_orphan()
             if pid is None:
                 return stdin
             os.close(stdin)
             channel.send(str(pid).encode())
 
 
-def _fork_orphan() -> int | None:
+def fork_orphan() -> int | None:
     """Fork a child whose parent ends at once. Returns its process id, and ``None`` in the child.
 
     The child leads a session of its own before its id is known, so that a signal to its group reaches it.

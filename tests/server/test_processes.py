@@ -105,7 +105,7 @@ def test_a_wrong_start_is_one_sentence_on_standard_error_and_status_2(tmp_path: 
 
 def test_a_signal_before_there_is_anything_to_stop_leaves_nothing(scratch: Path, tiny_flux: Path) -> None:
     for delay in (0.0, 0.3, 0.5, 0.7):
-        server = LiveServer(tiny_flux, FLAGS, temporary=scratch)
+        server = LiveServer(tiny_flux, FLAGS, temporary=scratch, program=True)
         time.sleep(delay)
         server.signal(signal.SIGTERM)
         assert server.wait_exit(10) in (0, -signal.SIGTERM)
@@ -159,7 +159,7 @@ def test_it_answers_while_it_starts_and_sigterm_then_ends_it_with_status_0(tiny_
 @pytest.mark.parametrize("flag", ["--nursery", "--no-nursery"])
 def test_the_life_of_a_server(flag: str, tiny_flux: Path, scratch: Path, asking: ThreadPoolExecutor) -> None:
     """One after the other, because each start costs seconds: ready, serve, lose the worker, serve again, stop."""
-    with LiveServer(tiny_flux, [*FLAGS, "--grace-s", "20", flag], temporary=scratch) as server:
+    with LiveServer(tiny_flux, [*FLAGS, "--grace-s", "20", flag], temporary=scratch, program=True) as server:
         server.wait_ready()
         assert server.output == f"ready: {server.url} serves flux\n"
         assert server.url.startswith("http://127.0.0.1:")
@@ -190,7 +190,7 @@ def test_workers_come_from_one_process_that_may_be_lost_and_one_that_never_serve
     tiny_flux: Path, scratch: Path
 ) -> None:
     """One after the other, because each start costs seconds."""
-    with LiveServer(tiny_flux, [*FLAGS, "--replicas", "2"], temporary=scratch) as server:
+    with LiveServer(tiny_flux, [*FLAGS, "--replicas", "2"], temporary=scratch, program=True) as server:
         workers = server.wait_for(lambda: found if len(found := _workers(server)) == 2 else None, 60)
         nursery = server.children()["nursery"]
         assert {tuple(worker.cmdline()) for worker in workers} == {tuple(nursery.cmdline())}, "all imported once"
@@ -284,7 +284,7 @@ def test_a_second_ctrl_c_stops_at_once(tiny_flux: Path, scratch: Path, asking: T
 def test_kill_9_of_the_server_or_the_scheduler_leaves_nothing_running(
     victim: str, tiny_flux: Path, scratch: Path
 ) -> None:
-    with LiveServer(tiny_flux, FLAGS, temporary=scratch) as server:
+    with LiveServer(tiny_flux, FLAGS, temporary=scratch, program=True) as server:
         server.wait_ready()
         if victim == "server":
             server.signal(signal.SIGKILL)
