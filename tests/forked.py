@@ -21,7 +21,7 @@ import msgspec
 from safelight.tests.fork_server import Program
 
 
-class Forked(subprocess.Popen[str]):
+class Forked(subprocess.Popen[Any]):
     """``entry``, a ``module:function`` without arguments, called with ``arguments`` as the command line.
 
     ``options`` are those of ``Popen``, of which the text mode is the default.

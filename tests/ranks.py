@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import tempfile
 from collections.abc import Callable
 from typing import Any
@@ -20,7 +21,10 @@ def on_ranks(size: int, function: Callable[..., None], *arguments: Any) -> None:
     ``function`` must come from a module that was imported as ``safelight.tests.…``, so that the processes find it.
     """
     with tempfile.TemporaryDirectory() as directory:
-        mp.spawn(_run, (size, f"{directory}/store", function, arguments), nprocs=size)
+        multiprocessing.set_forkserver_preload(["safelight.worker.replica"])
+        mp.start_processes(
+            _run, (size, f"{directory}/store", function, arguments), nprocs=size, start_method="forkserver"
+        )
 
 
 def _run(rank: int, size: int, store: str, function: Callable[..., None], arguments: tuple[Any, ...]) -> None:

@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 
 from safelight import __version__
+from safelight.tests.forked import run
 
 from .played_server import PlayedServer, Reply, error_reply, event, event_reply, generation, json_reply
 
@@ -56,15 +57,7 @@ Run = subprocess.CompletedProcess[str]
 
 def safelight(*arguments: str | Path, folder: Path | None = None, **environment: str) -> Run:
     kept = {name: value for name, value in os.environ.items() if not name.startswith("SAFELIGHT_")}
-    program = "from safelight.client.cli import main; main()"
-    return subprocess.run(
-        [sys.executable, "-P", "-c", program, *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        cwd=folder,
-        env={**kept, "COLUMNS": "200", **environment},
-    )
+    return run("safelight.client.cli:main", arguments, cwd=folder, env={**kept, "COLUMNS": "200", **environment})
 
 
 def drawn(*seeds: int, **changes: Any) -> Reply:

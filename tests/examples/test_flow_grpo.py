@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,10 +18,11 @@ from PIL import Image
 
 from safelight.client import Client
 from safelight.examples.flow_grpo.policy import Policy
+from safelight.tests.forked import Forked, run
 from safelight.tests.live import LiveServer
 
 SMALL = "--prompts 2 --group 4 --examined 4 --examine-every 1 --steps 4 --noisy 2 --noisy-among 3"
-EXAMPLE = [sys.executable, "-m", "safelight.examples.flow_grpo", *SMALL.split()]
+EXAMPLE = "safelight.examples.flow_grpo.__main__:main"
 PROMPT = "a large red circle in the center on a white background"
 
 
@@ -35,7 +35,7 @@ def url() -> Iterator[str]:
 
 def train(out: Path, *options: str) -> list[dict[str, Any]]:
     """The log's lines, after a run of the example."""
-    subprocess.run([*EXAMPLE, "--out", str(out), *options], check=True)
+    run(EXAMPLE, [*SMALL.split(), "--out", out, *options], timeout=900).check_returncode()
     return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
 
 
@@ -84,21 +84,20 @@ def test_an_adapter_is_learned_instead(url: str, tmp_path: Path) -> None:
         log = train(tmp_path / "whole", "--server", url, "--iterations", "1", "--lr", "1e-3")
         assert client.loras().loaded == (), "what was merged before would be in what is drawn"
         assert log[1]["first_ratio_off"] < 1e-5
-    other = subprocess.run([*EXAMPLE, "--out", str(tmp_path), "--server", url], capture_output=True, text=True)
+    other = run(EXAMPLE, [*SMALL.split(), "--out", tmp_path, "--server", url])
     assert other.returncode == 1
     assert "is of a run with --lora 4" in other.stderr
 
 
 def test_it_is_stopped_by_ctrl_c_and_goes_on_from_there(tmp_path: Path) -> None:
     """Here it starts a server of its own, which ends with it."""
-    run = subprocess.Popen([*EXAMPLE, "--out", str(tmp_path)], stdout=subprocess.PIPE, text=True)
-    assert run.stdout is not None
+    trainer = Forked(EXAMPLE, [*SMALL.split(), "--out", tmp_path], stdout=subprocess.PIPE)
     while not (tmp_path / "checkpoint.pt").exists():
-        assert run.poll() is None, "it ended by itself"
+        assert trainer.poll() is None, "it ended by itself"
         time.sleep(0.1)
-    run.send_signal(signal.SIGINT)
-    rest, _ = run.communicate()
-    assert run.returncode == 130
+    trainer.send_signal(signal.SIGINT)
+    rest, _ = trainer.communicate()
+    assert trainer.returncode == 130
     assert "goes on from the last iteration" in rest
     done = torch.load(tmp_path / "checkpoint.pt", weights_only=True)["iteration"]
     with (tmp_path / "log.jsonl").open("a") as file:

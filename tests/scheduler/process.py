@@ -3,7 +3,6 @@
 import os
 import shutil
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -27,6 +26,7 @@ from safelight.protocol.messages import (
     ToScheduler,
     ToWorker,
 )
+from safelight.tests.forked import Forked
 from safelight.tests.scheduler.stage import MODEL
 
 M = TypeVar("M")
@@ -83,8 +83,7 @@ class Scheduler:
         self.child = ChildConfig(config=config, directory=self.directory)
         self._log = tempfile.TemporaryFile()  # noqa: SIM115  # open as long as the process
         self._peers: list[Peer[Any, Any]] = []
-        command = [sys.executable, "-m", "safelight.scheduler"]
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stderr=self._log)
+        self.process = Forked("safelight.scheduler.__main__:main", text=False, stdin=subprocess.PIPE, stderr=self._log)
         assert self.process.stdin is not None
         self.launcher_pipe = self.process.stdin
         self.launcher_pipe.write(msgspec.json.encode(self.child) + b"\n")

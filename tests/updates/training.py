@@ -20,6 +20,7 @@ from torch.distributed.distributed_c10d import _new_process_group_helper, _world
 from torch.distributed.rendezvous import rendezvous
 
 from safelight.protocol.digests import tensor_digest
+from safelight.tests.forked import Forked
 from safelight.worker.weights.digests import raw_bytes
 
 
@@ -108,8 +109,9 @@ class TrainingProcess:
     """The process, from outside. A command may be sent before the answer to it is read."""
 
     def __init__(self, checkpoint: Path) -> None:
-        command = [sys.executable, "-P", "-m", "safelight.tests.updates.training", str(checkpoint)]
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.process = Forked(
+            "safelight.tests.updates.training:main", [checkpoint], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        )
 
     def __enter__(self) -> Self:
         assert self._read() == "ready"
@@ -138,7 +140,3 @@ class TrainingProcess:
     def _read(self) -> Any:
         assert self.process.stdout is not None
         return json.loads(self.process.stdout.readline())
-
-
-if __name__ == "__main__":
-    main()

@@ -8,7 +8,6 @@ from __future__ import annotations
 import base64
 import io
 import json
-import os
 import subprocess
 import sys
 import time
@@ -25,6 +24,8 @@ import torch
 import torch.multiprocessing
 from safetensors.torch import load_file
 from torch.multiprocessing import reductions
+
+from safelight.tests.forked import Forked
 
 BUCKETS, PATCH = "sglang.srt.weight_sync.tensor_bucket", "sglang.srt.utils.patch_torch"
 UUID = "3b0a6f4c-5a0e-4d3a-9f0a-0d7a54f0c9e1"
@@ -177,8 +178,9 @@ class Trainer:
     """The process, seen from the test."""
 
     def __enter__(self) -> Self:
-        command = [sys.executable, __file__]
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self._process = Forked(
+            "safelight.tests.worker.weights.trainer:main", stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        )
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -256,8 +258,3 @@ def main() -> None:
         kept += [payload] if command["keep"] else []
         del payload
         print(json.dumps(base64.b64encode(stream.getvalue()).decode()), flush=True)
-
-
-if __name__ == "__main__":
-    os.environ["OMP_NUM_THREADS"] = "1"
-    main()
