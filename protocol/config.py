@@ -34,8 +34,16 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     host: Annotated[str, Meta(description="The address to listen on")] = "127.0.0.1"
     port: Annotated[int, Meta(ge=0, le=65535, description="The port to listen on; 0 takes a free one")] = 30000
     api_key: Annotated[
-        str | None, Meta(description="When given, every route but the health checks asks for it as a bearer token")
+        str | None,
+        Meta(
+            description="When given, every route but the health checks asks for it as a bearer token; every local user "
+            "can read a flag in the process list, so better use the variable or `--api-key-file`"
+        ),
     ] = None
+    api_key_file: Annotated[str | None, Meta(description="A file that holds the API key, and nothing else")] = None
+    insecure: Annotated[
+        bool, Meta(description="Listen on addresses that other machines reach although there is no API key")
+    ] = False
     allowed_hosts: Annotated[
         str,
         Meta(
@@ -240,6 +248,10 @@ class ChildConfig(msgspec.Struct, frozen=True, kw_only=True):
     start: int = 0
     adapters: SetAdapters | None = None
     """What the scheduler is to have every replica begin with."""
+
+    def without_key(self) -> ChildConfig:
+        """For a child process, which asks nobody for the key."""
+        return msgspec.structs.replace(self, config=msgspec.structs.replace(self.config, api_key=None))
 
     @property
     def directories(self) -> list[str]:

@@ -38,7 +38,7 @@ def _environment() -> dict[str, str]:
     own = {
         name: value for name, value in _ENVIRONMENT.items() if "OMP" not in name or "OMP_WAIT_POLICY" not in os.environ
     }
-    return {**own, **os.environ}
+    return {name: value for name, value in {**own, **os.environ}.items() if name != "SAFELIGHT_API_KEY"}
 
 
 def spawn(module: str, stdin: int) -> int:
@@ -84,7 +84,7 @@ class ChildProcess:
 
     async def configure(self, config: ChildConfig) -> None:
         """Write ``config`` to the process's standard input, which stays open."""
-        await asyncio.to_thread(_write, self._lifeline, msgspec.json.encode(config) + b"\n")
+        await asyncio.to_thread(_write, self._lifeline, msgspec.json.encode(config.without_key()) + b"\n")
 
     @property
     def running(self) -> bool:

@@ -11,11 +11,12 @@ from typing import Any, Literal, NoReturn
 
 from ..protocol.config import Config, Option, load_config, options
 from ..protocol.errors import StartFailed
+from .api_key import with_key
 from .callers import Callers
 
 GROUPS: dict[str, tuple[str, ...]] = {
     "model": ("model", "served_model_name", "device", "dtype"),
-    "HTTP": ("host", "port", "api_key", "allowed_hosts", "cors_origins", "max_body_mb"),
+    "HTTP": ("host", "port", "api_key", "api_key_file", "insecure", "allowed_hosts", "cors_origins", "max_body_mb"),
     "replicas": (
         "replicas", "tp", "fuse_projections", "nursery", "threads", "start_timeout_s", "stall_timeout_s", "grace_s",
         "until_stdin_closes",
@@ -56,7 +57,7 @@ def read_config(arguments: Sequence[str], environment: Mapping[str, str]) -> Con
         given["model"] = positional
     config = load_config(given, environment, file)
     Callers.of(config, {})  # whoever starts the server is told here what cannot be read
-    return config
+    return with_key(config)
 
 
 def make_parser() -> argparse.ArgumentParser:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ipaddress
 import math
 import socket
 from collections.abc import Iterator
@@ -16,12 +17,20 @@ _BACKLOG = 2048
 _IDLE_S = 30  # longer than clients keep idle connections, so that it is the client who closes them
 
 
-def listen(host: str, port: int) -> socket.socket:
-    """A listening socket. Raises ``StartFailed`` that says why there is none."""
+def listen(host: str, port: int, *, beyond_loopback: bool = False) -> socket.socket:
+    """A listening socket. Raises ``StartFailed`` that says why there is none.
+
+    Unless ``beyond_loopback``, an address that other machines may reach is refused.
+    """
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
     except OSError as error:
         raise StartFailed(f"The address {host!r} cannot be resolved ({error.strerror}); give another --host.") from None
+    if not beyond_loopback and not ipaddress.ip_address(address[0]).is_loopback:
+        raise StartFailed(
+            f"Other machines may reach {host}, and everybody there could use and change this server: set an API key "
+            "(SAFELIGHT_API_KEY or --api-key-file), or add --insecure if the network keeps strangers out."
+        )
     listener = socket.socket(family, kind, protocol)
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

@@ -45,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise StartFailed("--until-stdin-closes was asked for, but standard input is closed already.")
         configure_logging(config, "server")
         check_model(config.model)
-        listener = listen(config.host, config.port)
+        listener = listen(config.host, config.port, beyond_loopback=config.insecure or config.api_key is not None)
     except StartFailed as error:
         print(error.message, file=sys.stderr)
         return WRONG_START

@@ -9,6 +9,7 @@ import pytest
 from safelight.protocol.config import options
 from safelight.protocol.errors import StartFailed
 from safelight.server.flags import GROUPS, make_parser, read_config
+from safelight.server.http_server import listen
 
 
 def test_every_option_has_a_flag_and_a_place_in_the_help() -> None:
@@ -53,3 +54,34 @@ def test_a_wrong_flag_is_told_in_one_sentence(arguments: list[str], told: str) -
         read_config(arguments, {})
     assert told in raised.value.message
     assert "\n" not in raised.value.message
+
+
+def test_a_key_comes_from_a_variable_or_a_file_that_no_process_list_shows(tmp_path: Path) -> None:
+    file = tmp_path / "key"
+    file.write_text("from-a-file\n")
+    assert read_config(["--api-key-file", str(file)], {}).api_key == "from-a-file"
+    assert read_config([], {"SAFELIGHT_API_KEY_FILE": str(file)}).api_key == "from-a-file"
+    assert read_config([], {"SAFELIGHT_API_KEY": "from-a-variable"}).api_key == "from-a-variable"
+
+
+@pytest.mark.parametrize("key", ["", " ", "two words", "line\nend", "\x1b[0m"])
+def test_a_key_that_no_client_could_send_ends_the_start(key: str, tmp_path: Path) -> None:
+    file = tmp_path / "key"
+    file.write_text(key)
+    for arguments in (["--api-key", key], ["--api-key-file", str(file)]):
+        with pytest.raises(StartFailed, match="API key must be"):
+            read_config(arguments, {})
+
+
+def test_a_key_file_that_is_not_there_or_not_alone_ends_the_start(tmp_path: Path) -> None:
+    with pytest.raises(StartFailed, match="No such file"):
+        read_config(["--api-key-file", str(tmp_path / "nothing")], {})
+    with pytest.raises(StartFailed, match="given twice"):
+        read_config(["--api-key-file", str(tmp_path / "nothing")], {"SAFELIGHT_API_KEY": "k"})
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::"])
+def test_a_server_that_strangers_reach_needs_a_key(host: str) -> None:
+    with pytest.raises(StartFailed, match="--insecure"):
+        listen(host, 0)
+    listen(host, 0, beyond_loopback=True).close()

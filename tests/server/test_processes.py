@@ -93,6 +93,7 @@ def test_a_wrong_start_is_one_sentence_on_standard_error_and_status_2(tmp_path: 
         ((tmp_path,), "model_index.json"),
         ((pickled,), "only pickled weights"),
         (("--port", "x"), "port"),
+        (("--host", "0.0.0.0"), "--insecure"),
         (("--no-such-flag",), "--no-such-flag"),
     ]:
         done, seconds = start(*arguments)
