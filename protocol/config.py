@@ -109,6 +109,10 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     max_pixels: Annotated[int, Meta(ge=1, description="Width times height that one output may have")] = 16_777_216
     max_frames: Annotated[int, Meta(ge=1, description="Frames that one video may have")] = 1024
     max_prompt_chars: Annotated[int, Meta(ge=1, description="Characters that one prompt may have")] = 10_000
+    max_connections: Annotated[
+        int,
+        Meta(ge=1, description="Connections that clients may have open; beyond it, one that waits for its client ends"),
+    ] = 4096
     max_body_mb: Annotated[int, Meta(ge=1, description="Megabytes that a request's body may have")] = 64
     max_update_mb: Annotated[int, Meta(ge=1, description="Megabytes that the body of a weight update may have")] = 65536
     pickle_payloads: Annotated[

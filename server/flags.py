@@ -16,7 +16,10 @@ from .callers import Callers
 
 GROUPS: dict[str, tuple[str, ...]] = {
     "model": ("model", "served_model_name", "device", "dtype"),
-    "HTTP": ("host", "port", "api_key", "api_key_file", "insecure", "allowed_hosts", "cors_origins", "max_body_mb"),
+    "HTTP": (
+        "host", "port", "api_key", "api_key_file", "insecure", "allowed_hosts", "cors_origins", "max_connections",
+        "max_body_mb",
+    ),
     "replicas": (
         "replicas", "tp", "fuse_projections", "nursery", "threads", "start_timeout_s", "stall_timeout_s", "grace_s",
         "until_stdin_closes",

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+import errno
 import ipaddress
 import math
 import socket
@@ -12,8 +14,12 @@ import uvicorn
 from starlette.types import ASGIApp
 
 from ..protocol.errors import StartFailed
+from .connections import Connection, Connections, room_for_connections
 
 _BACKLOG = 2048
+_EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
+_RETRY_S = 0.5
+_FULL = b"HTTP/1.1 503 Service Unavailable\r\nConnection: close\r\nContent-Length: 0\r\nRetry-After: 1\r\n\r\n"
 _IDLE_S = 30  # longer than clients keep idle connections, so that it is the client who closes them
 
 
@@ -54,11 +60,12 @@ def url_of(listener: socket.socket) -> str:
 
 
 class HttpServer(uvicorn.Server):
-    """uvicorn, which leaves the signals to the launcher, and so the exit status too."""
+    """uvicorn, which leaves the signals to the launcher, and so the exit status too, and connections to us."""
 
-    def __init__(self, app: ASGIApp, *, grace_s: float) -> None:
+    def __init__(self, app: ASGIApp, *, grace_s: float, max_connections: int = 4096) -> None:
         config = uvicorn.Config(
             app,
+            http=Connection,
             lifespan="off",
             ws="none",
             access_log=False,
@@ -71,6 +78,8 @@ class HttpServer(uvicorn.Server):
             timeout_graceful_shutdown=math.ceil(grace_s) + 2,
         )
         super().__init__(config)
+        self._connections = Connections(room_for_connections(max_connections))
+        self._accepting: list[asyncio.Task[None]] = []
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -80,3 +89,37 @@ class HttpServer(uvicorn.Server):
         """Accept nothing more and end when the running requests have; or at once."""
         self.should_exit = True
         self.force_exit = self.force_exit or at_once
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets=[])
+        self._accepting = [asyncio.create_task(self._accept(listener)) for listener in sockets or ()]
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        for accepting in self._accepting:
+            accepting.cancel()
+        await asyncio.gather(*self._accepting, return_exceptions=True)
+        await super().shutdown(sockets)
+
+    async def _accept(self, listener: socket.socket) -> None:
+        """In place of asyncio's own loop, which has no bound, and logs thousands of lines where descriptors are out."""
+        loop = asyncio.get_running_loop()
+        while True:
+            try:
+                accepted, _ = await loop.sock_accept(listener)
+            except OSError as error:
+                if error.errno in _EXHAUSTED:
+                    self._connections.complain(f"no connection can be accepted: {error.strerror}")
+                    await asyncio.sleep(_RETRY_S)
+                continue  # anything else is the client's, who has gone already
+            if self._connections.make_room():
+                await loop.connect_accepted_socket(self._new_connection, accepted)
+            else:
+                _turn_away(accepted)
+
+    def _new_connection(self) -> Connection:
+        return Connection(self._connections, self.config, self.server_state, self.lifespan.state)
+
+
+def _turn_away(accepted: socket.socket) -> None:
+    with accepted, contextlib.suppress(OSError):
+        accepted.send(_FULL)

@@ -21,6 +21,7 @@ from ..protocol.checkpoint import check_model
 from ..protocol.config import ChildConfig
 from ..protocol.errors import StartFailed
 from ..protocol.logs import configure_logging
+from .connections import raise_descriptor_limit
 from .flags import read_config
 from .http_server import listen
 from .journal_lock import own_journal
@@ -38,6 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a server until it is told to stop. Returns the exit status."""
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, _leave)  # until there is something to stop
+    raise_descriptor_limit()
     os.umask(0o077)  # what any process of the server writes is nobody else's to read
     try:
         config = read_config(sys.argv[1:] if arguments is None else arguments, os.environ)

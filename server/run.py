@@ -43,7 +43,9 @@ class Run:
         self._listener = listener
         self._supervisor = Supervisor(child, link, nursery)
         self._http = HttpServer(
-            create_app(Service(config, link, Path(child.shared), child.adapters)), grace_s=config.grace_s
+            create_app(Service(config, link, Path(child.shared), child.adapters)),
+            grace_s=config.grace_s,
+            max_connections=config.max_connections,
         )
         self._interrupted = False
 

@@ -28,6 +28,7 @@ class Stage:
     scheduler: PlayedScheduler
     link: SchedulerLink
     url: str
+    http: HttpServer
 
     async def until(self, condition: Callable[[], object], timeout_s: float = 5) -> None:
         deadline = time.monotonic() + timeout_s
@@ -52,11 +53,13 @@ async def stage(
     config = config or Config()
     with tempfile.TemporaryDirectory(prefix="stage-") as directory, listen("127.0.0.1", 0) as listener:
         async with PlayedScheduler(Path(directory), answer) as scheduler, SchedulerLink(scheduler.address) as link:
-            http = HttpServer(create_app(Service(config, link, Path(directory))), grace_s=0)
+            http = HttpServer(
+                create_app(Service(config, link, Path(directory))), grace_s=0, max_connections=config.max_connections
+            )
             serving = asyncio.create_task(http.serve(sockets=[listener]))
             url = url_of(listener)
             async with httpx.AsyncClient(base_url=url, timeout=20) as client:
-                played = Stage(client, scheduler, link, url)
+                played = Stage(client, scheduler, link, url, http)
                 await played.until(lambda: scheduler.received)
                 await scheduler.say(status or ready())
                 await played.until(lambda: link.answers)
