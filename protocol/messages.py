@@ -124,7 +124,7 @@ class Preview(msgspec.Struct, tag=True, frozen=True):
 
 
 class Output(msgspec.Struct, frozen=True):
-    """One finished picture, clip or tensor, encoded as ``format``."""
+    """One finished picture, clip or tensor, encoded as ``format``; ``audio_sample_rate`` of a clip with sound."""
 
     data: Buffer
     format: OutputFormat
@@ -133,6 +133,7 @@ class Output(msgspec.Struct, frozen=True):
     height: int
     num_frames: int | None = None
     fps: int | None = None
+    audio_sample_rate: int | None = None
     rolled_out: RolledOut | None = None
     """In place of ``data``, of a rollout."""
 
@@ -177,13 +178,18 @@ class Failed(msgspec.Struct, tag=True, frozen=True):
 class Parameter(msgspec.Struct, frozen=True):
     """One argument of the pipeline's ``__call__`` that a request may set.
 
-    ``types`` are JSON types ("int", "float", "str", "bool", "list", "dict", "null"); ``default`` is the pipeline's own,
-    and ``maximum`` the largest value that makes sense for this model, where one is known.
+    ``types`` are JSON types ("int", "float", "str", "bool", "list", "null"); ``default`` is the pipeline's own, and
+    ``maximum`` the largest value that makes sense for this model, where one is known. Of a list, ``items`` are the JSON
+    types of its elements, empty where any will do, and ``length`` is the only one it may have; the pipeline gets it as
+    a tuple where ``is_tuple``.
     """
 
     types: list[str]
     default: Any = None
     maximum: int | None = None
+    items: list[str] = []
+    length: int | None = None
+    is_tuple: bool = False
 
 
 class Batching(msgspec.Struct, frozen=True):

@@ -48,7 +48,7 @@ def routes(service: Service) -> APIRouter:
 
         def finish(result: Result) -> Reply:
             service.metrics.count_outputs(len(result.outputs))
-            return Reply(request_id_var.get(), model.model, result, time.perf_counter() - started_at)
+            return Reply(request_id_var.get(), model.model, message, result, time.perf_counter() - started_at)
 
         async def finish_event(result: Result) -> bytes:
             return await finish(result).as_json()

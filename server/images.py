@@ -30,10 +30,15 @@ LONGEST = 32
 _FIELD = "image"
 _DATA_URI = re.compile(r"data:[^;,]*(;[^;,]*)*;base64,", re.IGNORECASE)
 _ADDRESS = re.compile(r"[a-z][a-z0-9+.-]*://", re.IGNORECASE)
-_SPACES = dict.fromkeys(map(ord, " \t\r\n"))
+_PLAIN = dict.fromkeys(map(ord, " \t\r\n")) | {ord("-"): "+", ord("_"): "/"}
+"""Makes the one alphabet of base64 of both, the second of which is for addresses (RFC 4648, section 5)."""
 
 _MOST_SCANS = 64
 """Scans of a JPEG: each takes time for every pixel, and a few bytes in the file. A progressive one has about ten."""
+
+_MARKER = re.compile(rb"\xff([^\x00\xff\xd0-\xd7])")  # but for those inside a scan
+_START_OF_IMAGE, _END_OF_IMAGE, _START_OF_SCAN = 0xD8, 0xD9, 0xDA
+_WITHOUT_LENGTH = (0x01, _START_OF_IMAGE)
 
 _BROKEN = (OSError, ValueError, SyntaxError, IndexError, TypeError)
 """What Pillow raises for files that are not what they say."""
@@ -64,8 +69,9 @@ def decode_text(text: str) -> bytes:
         if uri is None:
             raise InvalidRequest("image must be a data URI of the form data:image/png;base64,…", field=_FIELD)
         text = text[uri.end() :]
+    plain = text.translate(_PLAIN).rstrip("=")
     try:
-        return base64.b64decode(text.translate(_SPACES), validate=True)
+        return base64.b64decode(plain + "=" * (-len(plain) % 4), validate=True)
     except (binascii.Error, ValueError):
         raise InvalidRequest("image must be base64 or a data URI, and it is neither.", field=_FIELD) from None
 
@@ -96,11 +102,24 @@ def _open(file: bytes) -> pillow.Image:
         raise InvalidRequest(f"image must be a file of the format {', '.join(FORMATS)}.", field=_FIELD) from None
     if frames > 1:
         raise InvalidRequest("image must be a single picture, not an animation.", field=_FIELD)
-    if picture.format in ("JPEG", "MPO") and file.count(b"\xff\xda") > _MOST_SCANS:
+    if picture.format in ("JPEG", "MPO") and _scans(file) > _MOST_SCANS:
         raise InvalidRequest("The image has far too many scans.", field=_FIELD)
     if max(picture.size) > LONGEST * min(picture.size):
         raise InvalidRequest(f"image may be up to {LONGEST} times as long as wide.", field=_FIELD)
     return picture
+
+
+def _scans(jpeg: bytes) -> int:
+    """The scans of a JPEG (ITU-T T.81, annex B) up to its end; behind that a phone may keep whole films."""
+    scans = at = 0
+    while (marker := _MARKER.search(jpeg, at)) is not None and scans <= _MOST_SCANS:
+        kind, at = marker[1][0], marker.end()
+        if kind == _END_OF_IMAGE:
+            break
+        scans += kind == _START_OF_SCAN
+        if kind not in _WITHOUT_LENGTH:
+            at += int.from_bytes(jpeg[at : at + 2])
+    return scans
 
 
 def _decode(picture: pillow.Image) -> Image:

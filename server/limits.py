@@ -25,6 +25,7 @@ _PIPELINE_FIELDS = (
     "negative_prompt", "width", "height", "num_frames", "num_inference_steps", "guidance_scale", "true_cfg_scale",
 )  # fmt: skip
 _SIDES = ("width", "height")
+_RATE = "fps"  # the request's is the rate at which the clip plays; a pipeline's is what its model is told
 _EXTRA_VALUES = 10_000
 _EXTRA_DEPTH = 32
 _SCHEDULES = ("timesteps", "sigmas")  # arguments whose length is a number of steps
@@ -103,9 +104,9 @@ def check_model(body: GenerateBody, images: int, model: ModelInfo, config: Confi
             f"output_format must be one of {', '.join(FORMATS[model.kind])} for a model that makes {model.kind}s.",
             field="output_format",
         )
+    _check_bulk(body.extra)
     for name, value in body.extra.items():
         _check_extra(name, value, task, config)
-    _check_bulk(body.extra)
 
 
 def _task(images: int, model: ModelInfo) -> ModelInfo | ImageTask:
@@ -222,22 +223,35 @@ def _check_size(body: GenerateBody, model: ModelInfo, multiple: int, config: Con
 def _check_extra(name: str, value: Any, task: ModelInfo | ImageTask, config: Config) -> None:
     shown = name[:100]
     field = f"extra.{shown}"
-    if name in GenerateBody.model_fields:
+    if name in GenerateBody.model_fields and not (name == _RATE and name in task.arguments):
         raise InvalidRequest(f"{shown} is a field of the request itself; give it there, not in extra.", field=field)
     parameter = task.arguments.get(name)
     if parameter is None:
-        known = task.arguments.keys() - GenerateBody.model_fields.keys()
+        known = task.arguments.keys() - (GenerateBody.model_fields.keys() - {_RATE})
         raise InvalidRequest(f"{task.pipeline} has no argument {shown!r}; {near(name, known)}", field=field)
     if not _fits(value, parameter):
         raise InvalidRequest(
             f"{field} must be of type {' or '.join(parameter.types)}, not {_type_of(value)}.", field=field
         )
+    if isinstance(value, list):
+        _check_list(field, value, parameter)
     if name == "strength" and isinstance(value, int | float):
         Range(0, 1).check(field, value, field)
     if parameter.maximum is not None and isinstance(value, int):
         Range(1, parameter.maximum).check(field, value, field)
     if name in _SCHEDULES and isinstance(value, list):
         Range(1, config.max_steps).check(f"The length of {field}", len(value), field)
+
+
+def _check_list(field: str, value: list[Any], parameter: Parameter) -> None:
+    if parameter.length is not None and len(value) != parameter.length:
+        raise InvalidRequest(f"{field} must have {parameter.length} elements, not {len(value)}.", field=field)
+    for index, item in enumerate(value):
+        kind = _type_of(item)
+        if parameter.items and kind not in parameter.items and not (kind == "int" and "float" in parameter.items):
+            raise InvalidRequest(
+                f"{field}[{index}] must be of type {' or '.join(parameter.items)}, not {kind}.", field=field
+            )
 
 
 def _check_bulk(extra: dict[str, Any]) -> None:

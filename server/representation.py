@@ -13,18 +13,21 @@ from fastapi import Response
 
 from ..protocol.adapters import Drawn
 from ..protocol.codec import Buffer
-from ..protocol.messages import Output, Result
+from ..protocol.messages import Generate, Output, Result
 from .accept import MEDIA_TYPES
 
 _OFF_THE_LOOP = 256 * 1024
 """From this size on, base64 and JSON are made in a thread, so that other requests do not wait for them."""
 
+_ROUNDED = ("width", "height", "num_frames")
+
 
 class Reply:
-    """``result`` under the request's own id, with ``total_s`` as the client saw it."""
+    """``result`` of ``asked`` under the request's own id, with ``total_s`` as the client saw it."""
 
-    def __init__(self, request_id: str, model: str, result: Result, total_s: float) -> None:
+    def __init__(self, request_id: str, model: str, asked: Generate, result: Result, total_s: float) -> None:
         self._id = request_id
+        self._warnings = _warnings(asked, result)
         self._model = model
         self._result = result
         self._timings = msgspec.structs.replace(result.timings, total_s=total_s)
@@ -49,6 +52,7 @@ class Reply:
             "outputs": [_output(output) for output in self._result.outputs],
             "timings": msgspec.to_builtins(self._timings),
             "steps": self._result.steps,
+            "warnings": self._warnings,
         }
         return orjson.dumps(reply)
 
@@ -65,6 +69,8 @@ class Reply:
             "height": output.height,
             "num-frames": output.num_frames,
             "fps": output.fps,
+            "audio-sample-rate": output.audio_sample_rate,
+            "warnings": " ".join(self._warnings) or None,
         }
         values |= {name.replace("_", "-"): f"{s:.6f}" for name, s in msgspec.structs.asdict(self._timings).items()}
         return {
@@ -76,6 +82,16 @@ class Reply:
 
 def _adapter(drawn: Drawn) -> str:
     return f"{drawn.nickname} in {drawn.component} at {drawn.strength:g} by {drawn.mode}"
+
+
+def _warnings(asked: Generate, result: Result) -> list[str]:
+    """A sentence for each size that is not the one asked for: pipelines round them to what their model can make."""
+    made = result.outputs[0]
+    return [
+        f"{name} is {getattr(made, name)}, not {getattr(asked, name)} as asked: the pipeline rounds it."
+        for name in _ROUNDED
+        if getattr(asked, name) not in (None, getattr(made, name))
+    ]
 
 
 def base64_of(data: Buffer) -> str:
@@ -91,4 +107,5 @@ def _output(output: Output) -> dict[str, Any]:
         "height": output.height,
         "num_frames": output.num_frames,
         "fps": output.fps,
+        "audio_sample_rate": output.audio_sample_rate,
     }

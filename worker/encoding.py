@@ -7,12 +7,15 @@ gives OpenMP more threads than there are cores, after which those of the model s
 from __future__ import annotations
 
 import io
+from dataclasses import dataclass
 from fractions import Fraction
 from typing import Literal
 
 import av
 import numpy as np
 import numpy.typing as npt
+from av.audio.stream import AudioStream
+from av.container import OutputContainer
 from PIL import Image
 from safetensors.numpy import save as save_safetensors
 
@@ -33,16 +36,34 @@ _VIDEO: dict[str, tuple[Literal["libx264", "libvpx-vp9"], dict[str, str]]] = {
 }
 """Containers with their codec and its options: constant quality, near to what the eye can tell."""
 
+_SOUND: dict[str, tuple[Literal["aac", "libopus"], tuple[int, ...]]] = {
+    "mp4": ("aac", (8000, 11025, 12000, 16000, 22050, 24000, 32000, 44100, 48000, 64000, 88200, 96000)),
+    "webm": ("libopus", (8000, 12000, 16000, 24000, 48000)),
+}
+"""Containers with the codec of their sound and the sample rates that it has."""
 
-def encode(pixels: Floats, output_format: OutputFormat, fps: int | None) -> bytes:
-    """The file for ``pixels``: in [0, 1], [C, H, W] for a picture or [F, C, H, W] for a clip.
 
-    ``"pt"`` gives a safetensors file with the one tensor ``t`` in fp32, unrounded.
+@dataclass(frozen=True, slots=True)
+class Waveform:
+    """``samples`` are [channels, samples] in [-1, 1], ``rate`` of them a second."""
+
+    samples: Floats
+    rate: int
+
+
+def encode(pixels: Floats, output_format: OutputFormat, fps: int | None = None, sound: Waveform | None = None) -> bytes:
+    """The file for ``pixels``: in [0, 1], [C, H, W] for a picture or [F, C, H, W] for a clip, which may have a sound.
+
+    ``"pt"`` gives a safetensors file with the tensor ``t`` in fp32, unrounded, and the sound's samples as ``audio``.
     """
     if output_format == "pt":
-        return bytes(save_safetensors({"t": np.ascontiguousarray(pixels)}))
+        tensors = {"t": np.ascontiguousarray(pixels)}
+        if sound is None:
+            return bytes(save_safetensors(tensors))
+        tensors["audio"] = np.ascontiguousarray(sound.samples)
+        return bytes(save_safetensors(tensors, {"audio_sample_rate": str(sound.rate)}))
     if output_format in _VIDEO:
-        return encode_video(to_uint8(pixels), fps or 1, output_format)
+        return encode_video(to_uint8(pixels), fps or 1, output_format, sound)
     if pixels.ndim != 3:
         raise InvalidRequest(
             f"a clip cannot be encoded as {output_format}; ask for {', '.join(_VIDEO)} or pt", field="output_format"
@@ -66,7 +87,7 @@ def encode_image(image: Pixels, output_format: str) -> bytes:
     return file.getvalue()
 
 
-def encode_video(frames: Pixels, fps: int, container: str = "mp4") -> bytes:
+def encode_video(frames: Pixels, fps: int, container: str = "mp4", sound: Waveform | None = None) -> bytes:
     """[F, H, W, 3] as a video; odd sizes lose their last row or column, as 4:2:0 chroma needs even ones."""
     codec, options = _VIDEO[container]
     height, width = frames.shape[1] // 2 * 2, frames.shape[2] // 2 * 2
@@ -74,8 +95,28 @@ def encode_video(frames: Pixels, fps: int, container: str = "mp4") -> bytes:
     with av.open(file, mode="w", format=container) as opened:
         stream = opened.add_stream(codec, rate=Fraction(fps), options=options)
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+        audible = None if sound is None else _new_sound_stream(opened, sound, container)  # before the first packet
         for frame in frames:
             picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame[:height, :width]), format="rgb24")
             opened.mux(stream.encode(picture))
         opened.mux(stream.encode())
+        if sound is not None and audible is not None:
+            _write_sound(opened, audible, sound)
     return file.getvalue()
+
+
+def _new_sound_stream(opened: OutputContainer, sound: Waveform, container: str) -> AudioStream:
+    codec, rates = _SOUND[container]
+    rate = min((one for one in rates if one >= sound.rate), default=rates[-1])
+    return opened.add_stream(codec, rate=rate, layout="mono" if len(sound.samples) == 1 else "stereo")
+
+
+def _write_sound(opened: OutputContainer, stream: AudioStream, sound: Waveform) -> None:
+    """The samples in the rate and the number format of the stream's codec, the channels beyond two left out."""
+    samples = np.ascontiguousarray(sound.samples[:2].clip(-1, 1), dtype=np.float32)
+    heard = av.AudioFrame.from_ndarray(samples, format="fltp", layout=stream.layout.name)
+    heard.sample_rate = sound.rate
+    resampler = av.AudioResampler(stream.format, stream.layout, stream.rate, stream.codec_context.frame_size or None)
+    for frame in [*resampler.resample(heard), *resampler.resample(None)]:
+        opened.mux(stream.encode(frame))
+    opened.mux(stream.encode())

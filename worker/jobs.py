@@ -19,13 +19,14 @@ from ..protocol.adapters import AdapterState, Drawn, Use, drawn
 from ..protocol.codec import Buffer
 from ..protocol.errors import ClientGone, Internal, InvalidRequest, SafelightError, Unavailable
 from ..protocol.messages import Failed, FromWorker, Generate, Output, Preview, Progress, ReplicaStats, Result, Timings
-from .encoding import Floats, encode, encode_image, to_uint8
+from .encoding import Floats, Waveform, encode, encode_image, to_uint8
 from .hub import Hub
 from .lora.adapters import RankAdapters
 from .model import Model
 from .preview import preview
 from .rollout import record
 from .sample import SampleRun
+from .sound import Sound
 from .steps import Step
 
 log = logging.getLogger(__name__)
@@ -230,8 +231,9 @@ class Jobs:
     def _finished(self, job: Job, sample: SampleRun) -> None:
         if self._gone(job):
             return
-        error, pixels = sample.coroutine.error, sample.coroutine.result
-        sample.coroutine.error = sample.coroutine.result = None  # they are large, and the job may live on for long
+        error, pixels, sound = sample.coroutine.error, sample.coroutine.result, sample.sound
+        # they are large, and the job may live on for long
+        sample.coroutine.error = sample.coroutine.result = sample.sound = None
         if error is None and not self._leads:
             job.finished += 1
             if job.finished == len(job.samples):
@@ -242,7 +244,7 @@ class Jobs:
                 raise error
             if sample.rolled_out is not None:
                 sample.rolled_out = record.on_the_host(sample.rolled_out)
-            self._threads.submit(self._encode_output, job, sample, _widened(pixels))
+            self._threads.submit(self._encode_output, job, sample, _widened(pixels), sound)
         except BaseException as failure:  # the pipeline's, or memory for the copy: this request's failure
             log.error("output %d failed", sample.index, exc_info=failure, extra=_in(job))
             self._fail(job, _explain(failure, sample))
@@ -250,26 +252,37 @@ class Jobs:
     def _gone(self, job: Job) -> bool:
         return job.failed or self._jobs.get(job.request.request_id) is not job
 
-    def _encode_output(self, job: Job, sample: SampleRun, widened: torch.Tensor) -> None:
+    def _encode_output(self, job: Job, sample: SampleRun, widened: torch.Tensor, sound: Sound | None) -> None:
         if self._gone(job):
             return
         request = job.request
         encoded = _Encoded(job, sample.index)
-        fps = (request.fps or self._model.default_fps) if widened.ndim == 4 else None
+        fps = (request.fps or self._model.frame_rate(sample.task)) if widened.ndim == 4 else None
         try:
             pixels: Floats = widened.cpu().numpy()
-            if not np.isfinite(pixels).all():
+            heard = None if sound is None else Waveform(sound.samples.cpu().numpy(), sound.rate)
+            if not np.isfinite(pixels).all() or (heard is not None and not np.isfinite(heard.samples).all()):
                 raise Internal("the model produced values that are not finite")
             rolled_out = None
             if request.rollout is None:
-                data = Buffer(encode(pixels, request.output_format, fps))
+                data = Buffer(encode(pixels, request.output_format, fps, heard))
             else:
                 assert sample.rolled_out is not None, "it has ended well"
                 data, shared = Buffer(b""), self._shared if request.rollout.shared_memory else None
                 rolled_out, sample.rolled_out = record.encoded(sample.rolled_out, shared), None
             height, width = pixels.shape[-2:]
             frames = pixels.shape[0] if pixels.ndim == 4 else None
-            encoded.output = Output(data, request.output_format, sample.seed, width, height, frames, fps, rolled_out)
+            encoded.output = Output(
+                data,
+                request.output_format,
+                sample.seed,
+                width,
+                height,
+                frames,
+                fps,
+                audio_sample_rate=None if heard is None else heard.rate,
+                rolled_out=rolled_out,
+            )
         except SafelightError as error:
             encoded.error = error
         except Exception:

@@ -19,6 +19,7 @@ from ..protocol.config import Config
 from ..protocol.errors import InvalidRequest, StartFailed
 from ..protocol.messages import BatchingMode, Generate, ImageTask, ModelInfo
 from ..protocol.models import resolve_model
+from .frame_rate import frame_rate
 from .module_state import ModuleState
 from .parallel.ranks import ALONE, Ranks
 from .published import Published, read_published
@@ -33,8 +34,6 @@ log = logging.getLogger(__name__)
 
 INITIAL_VERSION = "0"
 """The weight version of a checkpoint as it was loaded."""
-
-_DEFAULT_FPS = 16
 
 
 @dataclass(slots=True)
@@ -78,13 +77,9 @@ class Model:
         task = self.image if request.images else self.text
         return "merged" if task is None else task.batching.mode
 
-    @property
-    def default_fps(self) -> int | None:
-        if self.main.kind == "image":
-            return None
-        rate = self.main.arguments.get("frame_rate")
-        own = int(rate.default) if rate is not None and rate.default else _DEFAULT_FPS
-        return self.published.fps or own
+    def frame_rate(self, task: Task) -> int:
+        """Frames a second of a clip, where a request says nothing of it."""
+        return self.published.fps or frame_rate(type(task.pipeline), task.arguments, task.defaults)
 
     def info(self) -> ModelInfo:
         task = self.main
@@ -102,7 +97,7 @@ class Model:
             default_width=task.sizes.width,
             default_height=task.sizes.height,
             default_num_frames=task.defaults.get("num_frames", frames.default if frames is not None else None),
-            default_fps=self.default_fps,
+            default_fps=None if task.kind == "image" else self.frame_rate(task),
             supports_preview=task.supports_preview,
             takes_text_alone=self.text is not None,
             image_task=_image_task(self.image),

@@ -17,6 +17,7 @@ from ..protocol.errors import InvalidRequest
 from ..protocol.logs import request_id_var
 from ..protocol.messages import Generate
 from ..protocol.rollouts import Rollout
+from .arguments import as_declared
 from .call import Call, cross
 from .coroutine import Coroutine
 from .fork import fork, schedulers
@@ -28,6 +29,7 @@ from .rollout.initial_noise import shapes, usual_shapes
 from .rollout.record import peak_memory_mb, read_tensor, told
 from .rollout.sampling import RolloutSampler, why_no_rollouts
 from .sizes import DENOISERS
+from .sound import Sound, first_sound
 from .steps import Step, watch_steps
 from .task import Task
 
@@ -68,6 +70,8 @@ class SampleRun:
         self.steps = 0
         self.rolled_out: dict[str, Any] | None = None
         """What was recorded of it, once it has ended."""
+        self.sound: Sound | None = None
+        """Of a clip that has one, once it has ended."""
         self._model = model
         self._stepped = stepped
         self._environment: Environment | None = None
@@ -97,9 +101,9 @@ class SampleRun:
         rollout = request.rollout
         device = self._model.device if rollout is not None and rollout.generator_device == "cuda" else "cpu"
         return {
-            **defaults,
-            **given,
-            **copy.deepcopy(request.extra),  # a pipeline may write to it
+            **as_declared(
+                task.arguments, defaults | given | copy.deepcopy(request.extra)
+            ),  # a pipeline may write to it
             **({} if rollout is None else self._rollout_arguments(rollout)),
             "generator": torch.Generator(device).manual_seed(self.seed),
             "output_type": task.output_type,
@@ -125,7 +129,9 @@ class SampleRun:
                 return self._roll_out(self.request.rollout, pipeline, arguments)
             for scheduler in schedulers(pipeline):
                 watch_steps(scheduler, self._saw)
-            return first_output(pipeline(**arguments))
+            output = pipeline(**arguments)
+            self.sound = first_sound(self.task.pipeline, output)
+            return first_output(output)
         finally:
             if self.coroutine.exclusive and self._model.pristine is not None:
                 self._model.pristine.restore()

@@ -12,7 +12,7 @@ from diffusers import DiffusionPipeline
 
 from ..protocol.config import Config
 from ..protocol.messages import Batching, Parameter
-from .arguments import call_arguments
+from .arguments import offered_arguments
 from .image_pipelines import image_argument
 from .sizes import Sizes, denoiser_config, find_sizes
 
@@ -54,7 +54,7 @@ class Task:
 def new_task(pipeline: DiffusionPipeline, config: Config, published: Mapping[str, Any]) -> Task:
     """``published`` are the checkpoint's own defaults, of which the pipeline takes what it has an argument for."""
     pipeline.set_progress_bar_config(disable=True)
-    arguments = _bounded(call_arguments(type(pipeline)), pipeline, config)
+    arguments = _bounded(offered_arguments(pipeline), pipeline, config)
     own = {name: value for name, value in published.items() if name in arguments}
     sizes = find_sizes(pipeline, arguments, own)
     lengths = default_text_length(pipeline, arguments)

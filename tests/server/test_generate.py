@@ -16,7 +16,16 @@ import pytest
 
 from safelight.protocol.codec import Buffer
 from safelight.protocol.errors import DeadlinePassed, InvalidRequest, QueueFull, SafelightError
-from safelight.protocol.messages import Failed, Preview, Queued, Status
+from safelight.protocol.messages import (
+    Failed,
+    FromScheduler,
+    Generate,
+    Parameter,
+    Preview,
+    Queued,
+    Result,
+    Status,
+)
 
 from .played_scheduler import IMAGE_MODEL, PNG, finished, ready
 from .stage import stage
@@ -48,9 +57,11 @@ async def test_the_reply_has_the_contract_s_fields() -> None:
                 "height": 48,
                 "num_frames": None,
                 "fps": None,
+                "audio_sample_rate": None,
             }
             for seed in (3, 4)
         ],
+        "warnings": [],
     }
 
 
@@ -94,6 +105,51 @@ async def test_accepting_a_picture_gives_the_file_and_puts_the_rest_into_headers
         "x-safelight-decode-s": "0.400000",
     }
     assert "evil" not in reply.headers
+
+
+async def test_a_size_that_the_pipeline_rounds_is_said_in_every_form_of_the_answer() -> None:
+    asked = {"prompt": "a", "num_frames": 18}
+    video = msgspec.structs.replace(
+        IMAGE_MODEL, kind="video", arguments=IMAGE_MODEL.arguments | {"num_frames": Parameter(["int"], 81)}
+    )
+
+    def answer(generate: Generate) -> list[FromScheduler]:
+        *events, result = finished(generate)
+        assert isinstance(result, Result)
+        made = [msgspec.structs.replace(output, num_frames=17) for output in result.outputs]
+        return [*events, msgspec.structs.replace(result, outputs=made)]
+
+    async with stage(status=ready(video), answer=answer) as played:
+        reply = (await played.client.post("/generate", json=asked)).json()
+        file = await played.client.post("/generate", json=asked, headers={"Accept": "video/mp4"})
+        stream = await played.client.post("/generate", json=asked | {"stream": True})
+        exact = (await played.client.post("/generate", json=asked | {"num_frames": 17})).json()
+    assert reply["outputs"][0]["num_frames"] == 17
+    (warning,) = reply["warnings"]
+    assert "num_frames is 17, not 18" in warning
+    assert "num_frames is 17, not 18" in file.headers["x-safelight-warnings"]
+    assert "num_frames is 17, not 18" in stream.text
+    assert exact["warnings"] == []
+
+
+async def test_a_pipeline_s_own_frame_rate_is_told_beside_the_clip_s() -> None:
+    video = msgspec.structs.replace(
+        IMAGE_MODEL,
+        kind="video",
+        arguments=IMAGE_MODEL.arguments | {"num_frames": Parameter(["int"], 14), "fps": Parameter(["int"], 7)},
+    )
+    async with stage(status=ready(video)) as played:
+        both = await played.client.post("/generate", json={"prompt": "a", "fps": 12, "extra": {"fps": 5}})
+        await played.client.post("/generate", json={"prompt": "a", "extra": {"fps": 5}})
+        wrong = await played.client.post("/generate", json={"prompt": "a", "extra": {"fps": "5"}})
+        first, second = played.scheduler.generates()
+    assert both.status_code == 200
+    assert (first.fps, first.extra) == (12, {"fps": 5})
+    assert (second.fps, second.extra) == (None, {"fps": 5})
+    assert (wrong.status_code, wrong.json()["error"]["field"]) == (400, "extra.fps")
+    async with stage() as played:
+        reply = await played.client.post("/generate", json={"prompt": "a", "extra": {"fps": 5}})
+    assert "a field of the request itself" in reply.json()["error"]["message"]
 
 
 async def test_names_that_no_header_can_hold_are_quoted() -> None:

@@ -127,6 +127,16 @@ def test_a_jpeg_of_a_thousand_scans_is_never_decoded() -> None:
         read_images([whole[:-2] + last * 1000 + whole[-2:]], LIMIT)
 
 
+@pytest.mark.parametrize("progressive", [False, True])
+@pytest.mark.parametrize("behind", [b"x", b"\xff\xda" * 100, np.random.default_rng(1).bytes(6_000_000)])
+def test_a_jpeg_with_data_behind_its_end_is_read(behind: bytes, progressive: bool) -> None:
+    """As of a phone that keeps a film there, in which any two bytes come by."""
+    exif = Image.Exif()
+    exif[0x010E] = "\u00ff\u00da" * 100  # and any within a segment
+    whole = file(picture(size=(32, 32)), "JPEG", progressive=progressive, exif=exif, comment=b"\xff\xda" * 100)
+    assert np.array_equal(pixels(whole + behind), pixels(whole))
+
+
 def test_a_phone_s_photograph_with_a_second_picture_in_it_is_read() -> None:
     both = file(picture(size=(32, 32)), "MPO", save_all=True, append_images=[picture(size=(8, 8))])
     assert pixels(both).shape == (32, 32, 3)
@@ -156,17 +166,26 @@ def test_base64_and_data_uris_are_files(form: str) -> None:
     assert decode_text(form.format(encoded[:4] + "\n" + encoded[4:])) == b"some file"
 
 
+@pytest.mark.parametrize("content", [b"\xfb\xef\xff", b"\xfb\xef\xff\xfe", b"\xfb\xef\xff\xfe\xfa", bytes(range(256))])
+def test_base64_may_lack_its_padding_and_be_the_one_for_addresses(content: bytes) -> None:
+    for encoded in (base64.b64encode(content), base64.urlsafe_b64encode(content)):
+        for text in (encoded.decode(), encoded.decode().rstrip("=")):
+            assert decode_text(text) == decode_text("data:image/png;base64," + text) == content
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [
         ("http://localhost/x.png", "fetches nothing"),
         ("HTTPS://example.com/x.png", "fetches nothing"),
         ("file:///etc/passwd", "fetches nothing"),
-        ("/etc/passwd", "neither"),
+        ("/etc/passwd.png", "neither"),
         ("data:image/png,abc", "of the form"),
         ("data:image/png;base64,ä", "neither"),
         ("not base64!", "neither"),
-        ("abc", "neither"),
+        ("abcde", "neither"),
+        ("ab=c", "neither"),
+        ("ab==cd==", "neither"),
     ],
 )
 def test_an_image_is_never_an_address(text: str, words: str) -> None:

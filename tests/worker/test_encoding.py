@@ -17,7 +17,7 @@ from safetensors.numpy import load
 
 from safelight.protocol.errors import InvalidRequest
 from safelight.protocol.messages import OutputFormat
-from safelight.worker.encoding import Floats, encode, to_uint8
+from safelight.worker.encoding import Floats, Waveform, encode, to_uint8
 
 
 def pixels(*shape: int) -> Floats:
@@ -58,6 +58,42 @@ def test_a_clip_has_its_frames_size_and_rate(output_format: OutputFormat, codec:
     for index, frame in enumerate(frames):
         bright = np.flatnonzero(frame.mean(axis=(0, 2)) > 128)
         assert abs(bright.mean() - (index * 4 + 3.5)) < 1.5
+
+
+def tone(hertz: float, rate: int, seconds: float) -> Floats:
+    """On the left a tone, on the right silence."""
+    left = 0.5 * np.sin(2 * np.pi * hertz * np.arange(round(rate * seconds)) / rate)
+    return np.stack([left, np.zeros_like(left)]).astype(np.float32)
+
+
+@pytest.mark.parametrize("rate", [16_000, 24_000, 44_100])
+@pytest.mark.parametrize(("output_format", "codec"), [("mp4", "aac"), ("webm", "opus")])
+def test_a_clip_s_sound_is_heard_at_its_pitch_for_as_long_as_the_clip(
+    output_format: OutputFormat, codec: str, rate: int
+) -> None:
+    written = encode(pixels(12, 3, 32, 32), output_format, 12, Waveform(tone(440, rate, 1.0), rate))
+    with av.open(io.BytesIO(written)) as container:
+        stream = container.streams.audio[0]
+        heard_rate = stream.codec_context.sample_rate
+        assert codec in stream.codec_context.name
+        planes = [frame.to_ndarray() for frame in container.decode(stream)]
+    heard = np.concatenate([plane.astype(np.float32) for plane in planes], axis=1)
+    left, right = heard
+    spectrum = np.abs(np.fft.rfft(left[: heard_rate // 2]))
+    assert abs(np.argmax(spectrum) * 2 - 440) <= 4, "Hz"
+    assert np.abs(right).mean() < 0.01 * np.abs(left).mean()
+    assert abs(len(left) / heard_rate - 1.0) < 0.1, "seconds"
+    with av.open(io.BytesIO(written)) as container:
+        assert sum(1 for _ in container.decode(container.streams.video[0])) == 12
+
+
+def test_one_channel_of_sound_can_be_a_clip_s_and_a_tensor_file_has_it_bit_by_bit() -> None:
+    sound = Waveform(tone(440, 24_000, 0.5)[:1], 24_000)
+    with av.open(io.BytesIO(encode(pixels(4, 3, 32, 32), "mp4", 8, sound))) as container:
+        assert container.streams.audio[0].codec_context.layout.name == "mono"
+    stored = load(encode(pixels(4, 3, 8, 8), "pt", 8, sound))
+    assert np.array_equal(stored["audio"], sound.samples)
+    assert stored["t"].shape == (4, 3, 8, 8)
 
 
 def test_an_odd_size_can_be_a_clip() -> None:

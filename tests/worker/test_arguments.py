@@ -1,0 +1,164 @@
+"""What ``/model_info`` offers can be asked for, and arrives as the pipeline wants it."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import diffusers
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+from safetensors.torch import load
+
+from safelight.benchmarks.coverage.build import build
+from safelight.protocol.config import Config
+from safelight.protocol.messages import FromWorker, Generate, Result, Sample
+from safelight.worker.arguments import call_arguments, offered_arguments
+from safelight.worker.frame_rate import frame_rate
+from safelight.worker.hub import Hub
+from safelight.worker.jobs import Jobs
+from safelight.worker.model import Model, load_model
+from safelight.worker.sample import SampleRun, first_output
+
+
+def pipelines() -> Iterator[type[DiffusionPipeline]]:
+    for name in dir(diffusers):
+        if name.endswith("Pipeline"):
+            found = getattr(diffusers, name)
+            if isinstance(found, type) and issubclass(found, DiffusionPipeline) and found is not DiffusionPipeline:
+                yield found
+
+
+def drawn(model: Model, *requests: Generate) -> list[SampleRun]:
+    runs = [SampleRun(model, asked, 0, lambda *_: None, lambda _: None) for asked in requests]
+    hub = Hub(max_batch=16, max_tokens=10**6)
+    for run in runs:
+        hub.start(run.coroutine)
+    while hub.busy:
+        hub.turn()
+    for run in runs:
+        if run.coroutine.error is not None:
+            raise run.coroutine.error
+    return runs
+
+
+def finished(model: Model, *requests: Generate) -> list[FromWorker]:
+    """What the jobs answer."""
+    sent: list[FromWorker] = []
+    hub = Hub(max_batch=16, max_tokens=10**6)
+    jobs = Jobs(model, hub, sent.append)
+    for request in requests:
+        jobs.submit(request)
+    while hub.busy or jobs.stats().running:
+        hub.turn()
+        for request_id in jobs.collect():
+            jobs.drop(request_id)
+    jobs.close()
+    return sent
+
+
+@pytest.fixture
+def tiny_pipeline(tmp_path: Path) -> Callable[[str], Model]:
+    def load(name: str) -> Model:
+        build(name).save_pretrained(tmp_path / name)
+        return load_model(Config(model=str(tmp_path / name), device="cpu"))
+
+    return load
+
+
+def test_no_pipeline_offers_what_it_would_hand_on_unchecked() -> None:
+    """A dictionary reaches attention processors, a language model's ``generate``, ``str.format``; a path the disk."""
+    seen = 0
+    for pipeline in pipelines():
+        for name, parameter in call_arguments(pipeline).items():
+            assert "dict" not in parameter.types, (pipeline, name)
+            assert not name.endswith("_kwargs"), pipeline
+            assert name not in ("fonts", "seed", "image", "batch_size", "text_model_output"), pipeline
+            seen += 1
+    assert seen > 2000
+
+
+def test_a_tuple_is_offered_with_its_length_and_everybody_s_prompts_as_text() -> None:
+    arguments = call_arguments(diffusers.StableDiffusionXLPipeline)
+    size = arguments["original_size"]
+    assert (size.types, size.items, size.length, size.is_tuple) == (["list", "null"], ["float"], 2, True)
+    assert arguments["crops_coords_top_left"].default == (0, 0)
+    assert arguments["prompt_2"].types == ["null", "str"]
+    assert not call_arguments(diffusers.FluxPipeline)["sigmas"].is_tuple
+    layers = call_arguments(diffusers.Flux2Pipeline)["text_encoder_out_layers"]
+    assert (layers.length, layers.is_tuple) == (None, True), "`tuple[int]` is written there for three"
+
+
+def test_every_tuple_of_every_pipeline_is_given_as_one() -> None:
+    for pipeline in pipelines():
+        signature = inspect.signature(pipeline.__call__)
+        for name, parameter in call_arguments(pipeline).items():
+            written = str(signature.parameters[name].annotation)
+            if "list" in parameter.types and "tuple" in written.lower() and "list" not in written.lower():
+                assert parameter.is_tuple, (pipeline, name, written)
+
+
+def test_sdxl_s_sizes_come_from_json_as_diffusers_takes_them(tiny_model: Callable[[str], Model]) -> None:
+    model = tiny_model("sdxl")
+    sizes = {"original_size": [48, 32], "crops_coords_top_left": [4, 8], "target_size": [64, 64]}
+    steps = {"num_inference_steps": 2, "width": 64, "height": 64}
+    (run,) = drawn(model, Generate(request_id="a", samples=[Sample("a star", 3)], extra=sizes, **steps))  # type: ignore[arg-type]
+    tuples = {name: tuple(size) for name, size in sizes.items()}
+    generator = torch.Generator().manual_seed(3)
+    expected = model.pipeline("a star", generator=generator, output_type="pt", **steps, **tuples)
+    assert torch.equal(run.coroutine.result, first_output(expected))
+
+
+def test_a_schedule_is_offered_where_the_scheduler_can_follow_one(tiny_model: Callable[[str], Model]) -> None:
+    pipeline = tiny_model("sdxl").pipeline
+    for scheduler in (diffusers.EulerDiscreteScheduler, diffusers.PNDMScheduler, diffusers.DDPMScheduler):
+        pipeline.scheduler = scheduler()
+        taken = inspect.signature(scheduler.set_timesteps).parameters
+        offered = offered_arguments(pipeline)
+        assert {"sigmas", "timesteps"} & offered.keys() == {"sigmas", "timesteps"} & taken.keys()
+
+
+@pytest.mark.parametrize(
+    ("pipeline", "rate"),
+    [
+        (diffusers.CogVideoXPipeline, 8),
+        (diffusers.StableVideoDiffusionPipeline, 7),
+        (diffusers.WanPipeline, 16),
+        (diffusers.HunyuanVideoPipeline, 15),
+        (diffusers.HunyuanVideo15ImageToVideoPipeline, 24),
+        (diffusers.LTXPipeline, 25),
+        (diffusers.LTX2Pipeline, 24),
+        (diffusers.CosmosTextToWorldPipeline, 30),
+        (diffusers.AllegroPipeline, 15),
+        (diffusers.AnimateDiffPipeline, 10),  # by export_to_gif's own default
+        (diffusers.MochiPipeline, 10),
+        (diffusers.SkyReelsV2Pipeline, 24),
+    ],
+)
+def test_a_clip_plays_as_fast_as_diffusers_own_example_exports_it(pipeline: type[DiffusionPipeline], rate: int) -> None:
+    assert frame_rate(pipeline, call_arguments(pipeline), {}) == rate
+
+
+def test_a_default_of_the_checkpoint_goes_before_the_pipeline_s_own() -> None:
+    arguments = call_arguments(diffusers.LTXPipeline)
+    assert frame_rate(diffusers.LTXPipeline, arguments, {"frame_rate": 12}) == 12
+
+
+def test_ltx2_s_sound_is_the_one_that_diffusers_gives_and_reaches_the_file(
+    tiny_pipeline: Callable[[str], Model],
+) -> None:
+    model = tiny_pipeline("LTX2Pipeline")
+    size = {"num_inference_steps": 2, "width": 64, "height": 64, "num_frames": 9, "output_format": "pt"}
+    asked = [Generate(request_id=str(i), samples=[Sample("a star", i)], deterministic=i == 0, **size) for i in range(3)]  # type: ignore[arg-type]
+    files = {}
+    for result in finished(model, *asked):
+        assert isinstance(result, Result)
+        (output,) = result.outputs
+        assert (output.audio_sample_rate, output.fps) == (model.pipeline.vocoder.config.output_sampling_rate, 24)
+        files[result.request_id] = load(bytes(output.data))
+    for index, gap in ((0, 0.0), (2, 1e-4)):  # the last was merged with the one before it
+        arguments = SampleRun(model, asked[index], 0, lambda *_: None, lambda _: None).arguments()
+        expected = model.pipeline(**arguments).audio[0]
+        assert (files[str(index)]["audio"] - expected).abs().max() <= gap
