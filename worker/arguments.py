@@ -37,13 +37,25 @@ _SCHEDULES = frozenset({"timesteps", "sigmas"})
 
 
 def offered_arguments(pipeline: DiffusionPipeline) -> dict[str, Parameter]:
-    """The arguments that a request may set, by name: those of its class that its own scheduler can follow."""
+    """The arguments that a request may set, by name: those of its class that work with its own components."""
     arguments = call_arguments(type(pipeline))
+    impossible = _schedules_not_followed(pipeline) | ({"clip_skip"} if _reaches_into_text_model(pipeline) else set())
+    return {name: one for name, one in arguments.items() if name not in impossible}
+
+
+def _schedules_not_followed(pipeline: DiffusionPipeline) -> set[str]:
+    """By what diffusers' ``retrieve_timesteps`` asks of the scheduler."""
     scheduler = getattr(pipeline, "scheduler", None)
     if scheduler is None or not hasattr(scheduler, "set_timesteps"):
-        return arguments
-    taken = inspect.signature(scheduler.set_timesteps).parameters  # as diffusers' retrieve_timesteps asks
-    return {name: one for name, one in arguments.items() if name not in _SCHEDULES or name in taken}
+        return set()
+    return set(_SCHEDULES - inspect.signature(scheduler.set_timesteps).parameters.keys())
+
+
+def _reaches_into_text_model(pipeline: DiffusionPipeline) -> bool:
+    """Whether prompts are encoded by the ``text_model`` of a text encoder that has none, as in transformers 5."""
+    encode, encoder = getattr(type(pipeline), "encode_prompt", None), getattr(pipeline, "text_encoder", None)
+    names = inspect.unwrap(encode).__code__.co_names if encode is not None else ()
+    return "text_model" in names and encoder is not None and not hasattr(encoder, "text_model")
 
 
 def call_arguments(pipeline: type[DiffusionPipeline]) -> dict[str, Parameter]:

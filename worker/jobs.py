@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import time
-import traceback
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -17,9 +16,10 @@ import torch
 
 from ..protocol.adapters import AdapterState, Drawn, Use, drawn
 from ..protocol.codec import Buffer
-from ..protocol.errors import ClientGone, Internal, InvalidRequest, SafelightError, Unavailable
+from ..protocol.errors import ClientGone, Internal, SafelightError
 from ..protocol.messages import Failed, FromWorker, Generate, Output, Preview, Progress, ReplicaStats, Result, Timings
 from .encoding import Floats, Waveform, encode, encode_image, to_uint8
+from .failure import NotFinite, explain
 from .hub import Hub
 from .lora.adapters import RankAdapters
 from .model import Model
@@ -30,13 +30,6 @@ from .sound import Sound
 from .steps import Step
 
 log = logging.getLogger(__name__)
-
-_MEMORY_RETRY_S = 5.0
-
-_CHECKS = frozenset({"check_inputs", "check_image_input"})
-"""What pipelines and their image processors call to look at arguments; the errors are written for their caller."""
-
-_INPUT_ERRORS = (TypeError, ValueError, AttributeError, KeyError, IndexError, RuntimeError, NotImplementedError)
 
 
 @dataclass(slots=True, eq=False)
@@ -70,7 +63,7 @@ class _Encoded:
     index: int
     output: Output | None = None
     preview: Preview | None = None
-    error: SafelightError | None = None
+    error: Exception | None = None
 
 
 class Jobs:
@@ -102,6 +95,7 @@ class Jobs:
         self._threads = ThreadPoolExecutor(max(1, (os.cpu_count() or 2) // 2), thread_name_prefix="encode")
         self._encoded: SimpleQueue[_Encoded] = SimpleQueue()
         self._outputs = self._cancelled = self._failed = 0
+        self._weights_are_sound = False  # whether the weights that serve now are known to make finite values
 
     def stats(self) -> ReplicaStats:
         counters = self._hub.counters
@@ -134,6 +128,7 @@ class Jobs:
 
     def set_version(self, weight_version: str) -> None:
         """The weights or the adapters may be others from now on, also for what is in progress."""
+        self._weights_are_sound = False
         for job in self._jobs.values():
             if job.drawn:
                 continue
@@ -169,11 +164,12 @@ class Jobs:
                 self._failed += 1
                 job.failed = True
                 failed.append(job.request.request_id)
-                self._send(Failed(job.request.request_id, encoded.error.info()))
+                self._send(Failed(job.request.request_id, self._explained(encoded.error, job).info()))
                 continue
             if encoded.output is not None:
                 job.outputs[encoded.index] = encoded.output
                 self._outputs += 1
+                self._weights_are_sound = True
             else:
                 job.previews_owed -= 1
                 if encoded.preview is not None:
@@ -220,6 +216,8 @@ class Jobs:
         try:
             pixels = preview(sample.task, sample.arguments(), step.clean_estimate())
             picture = _widened(pixels if pixels.ndim == 3 else pixels[0])
+        except torch.AcceleratorError:
+            raise
         except Exception:
             log.exception("a preview failed", extra=_in(job))
             return
@@ -247,7 +245,15 @@ class Jobs:
             self._threads.submit(self._encode_output, job, sample, _widened(pixels), sound)
         except BaseException as failure:  # the pipeline's, or memory for the copy: this request's failure
             log.error("output %d failed", sample.index, exc_info=failure, extra=_in(job))
-            self._fail(job, _explain(failure, sample))
+            self._fail(job, self._explained(failure, job))
+
+    def _explained(self, error: BaseException, job: Job) -> SafelightError:
+        """Raises the error itself where the device is broken: nothing can be computed here any more, for anybody."""
+        if isinstance(error, torch.AcceleratorError):
+            raise error
+        if isinstance(error, NotFinite) and not self._weights_are_sound:
+            self._weights_are_sound = self._model.is_finite()
+        return explain(error, job.request, weights_are_sound=self._weights_are_sound)
 
     def _gone(self, job: Job) -> bool:
         return job.failed or self._jobs.get(job.request.request_id) is not job
@@ -262,7 +268,7 @@ class Jobs:
             pixels: Floats = widened.cpu().numpy()
             heard = None if sound is None else Waveform(sound.samples.cpu().numpy(), sound.rate)
             if not np.isfinite(pixels).all() or (heard is not None and not np.isfinite(heard.samples).all()):
-                raise Internal("the model produced values that are not finite")
+                raise NotFinite
             rolled_out = None
             if request.rollout is None:
                 data = Buffer(encode(pixels, request.output_format, fps, heard))
@@ -283,7 +289,7 @@ class Jobs:
                 audio_sample_rate=None if heard is None else heard.rate,
                 rolled_out=rolled_out,
             )
-        except SafelightError as error:
+        except (SafelightError, NotFinite, torch.AcceleratorError) as error:
             encoded.error = error
         except Exception:
             log.exception("encoding output %d failed", sample.index, extra=_in(job))
@@ -296,6 +302,8 @@ class Jobs:
         try:
             image = Buffer(encode_image(to_uint8(widened.cpu().numpy()), "jpeg"))
             encoded.preview = Preview(job.request.request_id, index, step.number, step.total, image)
+        except torch.AcceleratorError as error:
+            encoded.error = error
         except Exception:
             log.exception("encoding a preview failed", extra=_in(job))
         self._encoded.put(encoded)
@@ -326,25 +334,3 @@ def _timings(job: Job) -> Timings:
     first = min(clock.first_denoise or now for clock in clocks)
     last = max(clock.last_step or now for clock in clocks)
     return Timings(0.0, max(0.0, first - started), max(0.0, last - first), max(0.0, now - last), now - submitted)
-
-
-def _explain(error: BaseException, sample: SampleRun) -> SafelightError:
-    """The error as its sender may see it.
-
-    Text comes through only from a pipeline's own checks. An error before the first step of a request with images, noise
-    or ``extra`` is taken for their doing.
-    """
-    if isinstance(error, SafelightError):
-        return error
-    if isinstance(error, torch.OutOfMemoryError):
-        return Unavailable("the replica has not enough memory for this request", retry_after_s=_MEMORY_RETRY_S)
-    frames = [frame.name for frame in traceback.extract_tb(error.__traceback__)]
-    if isinstance(error, ValueError | TypeError) and _CHECKS & set(frames):
-        return InvalidRequest(f"the pipeline refuses these arguments: {error}")
-    names = (["image"] if sample.request.images else []) + sorted(sample.request.extra)
-    if sample.request.rollout is not None and sample.request.rollout.initial_noise:
-        names.append("initial_noise")
-    if names and sample.steps == 0 and isinstance(error, _INPUT_ERRORS):
-        field = "extra" if sample.request.extra else names[0]
-        return InvalidRequest(f"the pipeline could not use these arguments: {', '.join(names)}", field=field)
-    return Internal("generation failed; the server's log has the details under this request's id")

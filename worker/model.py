@@ -6,6 +6,7 @@ import logging
 import math
 import re
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -80,6 +81,10 @@ class Model:
     def frame_rate(self, task: Task) -> int:
         """Frames a second of a clip, where a request says nothing of it."""
         return self.published.fps or frame_rate(type(task.pipeline), task.arguments, task.defaults)
+
+    def is_finite(self) -> bool:
+        """Whether every parameter of this rank is."""
+        return all(bool(parameter.isfinite().all()) for parameter in _parameters(self.pipeline))
 
     def info(self) -> ModelInfo:
         task = self.main
@@ -244,6 +249,14 @@ def forget_cache(model: PreTrainedModel) -> None:
             config.use_cache = False
 
 
+def _parameters(pipeline: DiffusionPipeline) -> Iterator[nn.Parameter]:
+    for module in _modules(pipeline).values():
+        yield from module.parameters()
+
+
+def _modules(pipeline: DiffusionPipeline) -> dict[str, nn.Module]:
+    return {name: part for name, part in pipeline.components.items() if isinstance(part, nn.Module)}
+
+
 def _count_parameters(pipeline: DiffusionPipeline) -> dict[str, int]:
-    modules = {name: part for name, part in pipeline.components.items() if isinstance(part, nn.Module)}
-    return {name: sum(p.numel() for p in module.parameters()) for name, module in modules.items()}
+    return {name: sum(p.numel() for p in module.parameters()) for name, module in _modules(pipeline).items()}

@@ -134,7 +134,7 @@ class Operations:
             vote = _Vote(rejected.report, rejected.error.info())
         except SafelightError as error:
             vote = _Vote(error=error.info())
-        except RankLost:
+        except (RankLost, torch.AcceleratorError):
             raise
         except Exception:
             log.exception("an operation failed")

@@ -84,6 +84,9 @@ class Replica:
         except (RankLost, Diverged) as lost:
             log.error("this rank cannot go on without the others: %s", lost)
             return self._leave(1)
+        except torch.AcceleratorError as broken:  # sticky: whatever this process asks of the device fails from now on
+            log.error("the device is broken for this process: %s", str(broken).partition("\n")[0])
+            return self._leave(1)
 
     def _load(self) -> tuple[Model, Found]:
         self._report("loading the model")

@@ -20,6 +20,7 @@ from ..protocol.rollouts import Rollout
 from .arguments import as_declared
 from .call import Call, cross
 from .coroutine import Coroutine
+from .failure import NothingMade
 from .fork import fork, schedulers
 from .input_images import image_arguments
 from .lora.adapters import Wanted
@@ -194,8 +195,14 @@ def _without_size(given: dict[str, Any]) -> dict[str, Any]:
 
 
 def first_output(output: BaseOutput) -> torch.Tensor:
-    """The first picture [C, H, W] or clip [F, C, H, W] of a pipeline's output, float in [0, 1]."""
-    return outputs(output)[0]
+    """The first picture [C, H, W] or clip [F, C, H, W] of a pipeline's output, float in [0, 1].
+
+    Raises ``NothingMade``: of so little strength that no step is left, some pipelines make nothing.
+    """
+    found = outputs(output)
+    if not found:
+        raise NothingMade
+    return found[0]
 
 
 def outputs(output: BaseOutput) -> list[torch.Tensor]:

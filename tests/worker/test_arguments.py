@@ -120,6 +120,20 @@ def test_a_schedule_is_offered_where_the_scheduler_can_follow_one(tiny_model: Ca
         assert {"sigmas", "timesteps"} & offered.keys() == {"sigmas", "timesteps"} & taken.keys()
 
 
+def test_clip_skip_is_offered_where_the_text_encoder_lets_the_pipeline_do_it(
+    tiny_model: Callable[[str], Model],
+) -> None:
+    """StableDiffusionPipeline reaches for ``text_encoder.text_model``, which transformers 5 has no more."""
+    for name in ("sd15", "sdxl"):
+        model = tiny_model(name)
+        try:
+            model.pipeline("a star", clip_skip=1, num_inference_steps=1, width=64, height=64)
+        except AttributeError:
+            assert "clip_skip" not in model.main.arguments
+        else:
+            assert "clip_skip" in model.main.arguments
+
+
 @pytest.mark.parametrize(
     ("pipeline", "rate"),
     [

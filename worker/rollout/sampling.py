@@ -12,9 +12,10 @@ import torch
 from diffusers import DiffusionPipeline
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
-from ...protocol.errors import Internal, InvalidRequest
+from ...protocol.errors import InvalidRequest
 from ...protocol.rollouts import Rollout
 from ...rollout.transitions import Transition, transition
+from ..failure import NotFinite
 from ..fork import schedulers
 from ..steps import first_index
 
@@ -113,7 +114,7 @@ class RolloutSampler:
             taken, steps = len(self.path.log_probs), len(self.path.timesteps)
             raise InvalidRequest(f"This pipeline took {taken} of {steps} steps by its own scheduler.", field="rollout")
         if not torch.stack(self.path.log_probs).isfinite().all():
-            raise Internal("The model produced log-probabilities that are not finite.")
+            raise NotFinite
         return self.path
 
     def _begin(self, timestep: Any, sample: torch.Tensor) -> None:

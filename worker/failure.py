@@ -1,0 +1,132 @@
+"""What a request is told when its generation fails: whose fault it is, and why, in words that are harmless.
+
+At load the model has proved that it works with its defaults. So what its libraries raise is the doing of the values
+that a request gives, where it gives any; what our own code raises, or the device, is not.
+"""
+
+from __future__ import annotations
+
+import re
+import traceback
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from ..protocol.errors import Internal, InvalidRequest, SafelightError, Unavailable
+from ..protocol.messages import Generate
+
+_MEMORY_RETRY_S = 5.0
+
+_OURS = __name__.partition(".")[0]
+_LIBRARIES = ("diffusers", "transformers")
+_BETWEEN = ("boundary", "call", "coroutine", "hub")
+"""Modules of ours through which a pipeline reaches its components: what is raised there is what it reached for."""
+
+_ALLOCATION = re.compile(r"not enough memory|can't allocate memory", re.IGNORECASE)  # torch's on a CPU
+_DEVICE = re.compile(r"CUDA|CUBLAS|cuDNN|CUDNN|NCCL")
+_PRIVATE = re.compile(r"(/[\w.-]+){2,}|[A-Za-z]:\\|0x[0-9a-fA-F]{6,}")
+"""Paths and addresses, which are nobody's business."""
+
+_LONGEST_REASON = 300
+_LONGEST_VALUE = 60
+_MOST_NAMED = 8
+_HUGE = 1e4
+
+_SIZES = ("width", "height", "num_frames", "fps")
+_FIELDS = ("guidance_scale", "true_cfg_scale", "num_inference_steps", *_SIZES, "negative_prompt")
+
+
+class NotFinite(Exception):
+    """A generation came to NaN or to infinity."""
+
+
+class NothingMade(Exception):
+    """A pipeline returned without an output."""
+
+    def __init__(self) -> None:
+        super().__init__("it returned no output")
+
+
+def explain(error: BaseException, request: Generate, *, weights_are_sound: bool) -> SafelightError:
+    """The error as the sender of ``request`` may see it."""
+    if isinstance(error, SafelightError):
+        return error
+    if isinstance(error, torch.OutOfMemoryError | MemoryError) or _says(error, _ALLOCATION):
+        return Unavailable("the replica has not enough memory for this request", retry_after_s=_MEMORY_RETRY_S)
+    if isinstance(error, NotFinite):
+        return _not_finite(request, weights_are_sound)
+    given = dict(_given(request))
+    if given and isinstance(error, Exception) and _is_of_the_libraries(error) and not _says(error, _DEVICE):
+        return _refused(error, given)
+    return Internal("generation failed; the server's log has the details under this request's id")
+
+
+def _not_finite(request: Generate, weights_are_sound: bool) -> SafelightError:
+    numbers = {name: value for name, value in _given(request) if name not in _SIZES and _magnitude(value) is not None}
+    if request.lora:
+        numbers["lora"] = ", ".join(f"{use.name} at {use.scale:g}" for use in request.lora)
+    if not numbers or not weights_are_sound:
+        return Internal("the model produced values that are not finite")
+    blamed = dict(sorted(numbers.items(), key=lambda one: (_magnitude(one[1]) or 0) <= _HUGE))
+    return InvalidRequest(
+        f"with {_listed(blamed)} the model comes to values that are not finite (NaN or infinity); give others",
+        field=next(iter(blamed)),
+    )
+
+
+def _refused(error: Exception, given: dict[str, Any]) -> InvalidRequest:
+    text = next(iter(str(error).strip().splitlines()), "")
+    names = set(re.findall(r"\w+", text))
+    blamed = {name: value for name, value in given.items() if name.removeprefix("extra.") in names} or given
+    harmless = text.isprintable() and not _PRIVATE.search(text)
+    reason = f"{type(error).__name__}: {text[:_LONGEST_REASON]}" if text and harmless else type(error).__name__
+    return InvalidRequest(f"the pipeline could not use {_listed(blamed)} ({reason})", field=next(iter(blamed)))
+
+
+def _given(request: Generate) -> Iterator[tuple[str, Any]]:
+    """What ``request`` gave beside its prompts and seeds, by field; what is unusual comes first."""
+    yield from ((f"extra.{name}", value) for name, value in sorted(request.extra.items()))
+    rollout = request.rollout
+    if rollout is not None:
+        if rollout.initial_noise:
+            yield "initial_noise", f"{len(rollout.initial_noise)} tensors"
+        if rollout.sigmas is not None:
+            yield "sigmas", rollout.sigmas
+        yield "rollout_noise_level", rollout.noise_level
+    if request.images:
+        yield "image", ", ".join(f"{image.width} x {image.height}" for image in request.images)
+    yield from ((name, value) for name in _FIELDS if (value := getattr(request, name)) is not None)
+
+
+def _magnitude(value: Any) -> float | None:
+    """Of the largest number in it; ``None`` where there is none."""
+    if isinstance(value, list):
+        found = [one for one in map(_magnitude, value) if one is not None]
+        return max(found, default=None)
+    return abs(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
+
+
+def _listed(given: dict[str, Any]) -> str:
+    shown = [f"{name} = {_shortened(value)}" for name, value in list(given.items())[:_MOST_NAMED]]
+    return ", ".join(shown) + (", …" if len(given) > _MOST_NAMED else "")
+
+
+def _shortened(value: Any) -> str:
+    text = value if isinstance(value, str) and value.isprintable() else repr(value)
+    return text if len(text) <= _LONGEST_VALUE else f"{text[:_LONGEST_VALUE]}…"
+
+
+def _is_of_the_libraries(error: Exception) -> bool:
+    """Whether the innermost code that is a library's or ours is a library's."""
+    if isinstance(error, NothingMade):
+        return True
+    modules = [frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__)]
+    between = {f"{__package__}.{name}" for name in _BETWEEN}
+    packages = [module.partition(".")[0] for module in modules if module not in between]
+    innermost = next((package for package in reversed(packages) if package in (_OURS, *_LIBRARIES)), _OURS)
+    return innermost != _OURS
+
+
+def _says(error: BaseException, words: re.Pattern[str]) -> bool:
+    return isinstance(error, RuntimeError) and words.search(str(error)) is not None
