@@ -20,6 +20,7 @@ class Stage:
     """Jobs on the tiny FLUX, with the messages that they sent."""
 
     def __init__(self, model: Model) -> None:
+        self.model = model
         self.sent: list[FromWorker] = []
         self.hub = Hub(max_batch=16, max_tokens=10**6)
         self.jobs = Jobs(model, self.hub, self.sent.append)
@@ -67,6 +68,34 @@ def test_a_request_whose_outputs_all_fail_at_once_ends_once_and_harms_nobody(sta
     assert isinstance(bad, Failed)
     assert (bad.error.status, "max_sequence_length" in bad.error.message) == (400, True)
     assert isinstance(ended["good"], Result)
+
+
+def test_a_request_that_raises_inside_a_merged_forward_fails_alone(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    transformer = stage.model.pipeline.transformer
+    forward = transformer.forward
+
+    def picky(*args: object, guidance: torch.Tensor, **kwargs: object) -> object:
+        if (guidance == 13).any():
+            raise RuntimeError("thirteen")
+        return forward(*args, guidance=guidance, **kwargs)
+
+    stage.jobs.submit(generate("alone", guidance_scale=2.0))
+    (alone,) = stage.settle()
+    monkeypatch.setattr(transformer, "forward", picky)
+    for name, scale in (("first", 2.0), ("bad", 13.0), ("last", 2.0)):
+        stage.jobs.submit(generate(name, guidance_scale=scale))
+    ended = {message.request_id: message for message in stage.settle() if isinstance(message, Failed | Result)}
+    assert isinstance(ended["bad"], Failed)
+    assert ended["bad"].error.status == 500, "what raises is no library, but this test"
+    assert isinstance(alone, Result)
+    expected = load(bytes(alone.outputs[0].data))["t"]
+    for name in ("first", "last"):
+        good = ended[name]
+        assert isinstance(good, Result)
+        assert (load(bytes(good.outputs[0].data))["t"] - expected).abs().max() <= 1e-4
+    assert "they run one by one" in caplog.text
 
 
 def test_a_cancelled_request_is_acknowledged_once_and_leaves_nothing_running(stage: Stage) -> None:
