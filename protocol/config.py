@@ -26,8 +26,26 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """The options of one server. ``docs/configuration.md`` is generated from this class."""
 
     model: Annotated[
-        str, Meta(description="A directory with a diffusers pipeline, a hub id, `shapes` or `shapes-video`")
+        str,
+        Meta(
+            description="A directory with a diffusers pipeline, a checkpoint in one file (.safetensors, .gguf), a hub "
+            "id, `shapes` or `shapes-video`"
+        ),
     ] = "shapes"
+    base_pipeline: Annotated[
+        str | None,
+        Meta(
+            description="The pipeline, a directory or a hub id, that a checkpoint in one file belongs to: it gives the "
+            "layout and what is not in the file; when not given, diffusers guesses it"
+        ),
+    ] = None
+    variant: Annotated[
+        str | None,
+        Meta(description="Load the weights of this variant, such as fp16, in components that have files of it"),
+    ] = None
+    revision: Annotated[
+        str | None, Meta(description="The branch, tag or commit of the hub's repository; main when not given")
+    ] = None
     served_model_name: Annotated[
         str | None, Meta(description="The name that clients see; the last part of `model` when not given")
     ] = None

@@ -238,6 +238,8 @@ class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
     """Why it cannot be rolled out; ``None`` where it can."""
     batching: Batching
     weight_version: str
+    divided: dict[str, str] = {}
+    """How tensor-parallel ranks share each component with weights, and why one or a part of it is whole on each."""
     gpus: list[str] = []
     """UUIDs of the GPUs that its processes see."""
 

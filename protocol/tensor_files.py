@@ -167,18 +167,31 @@ class TensorFile(Mapping[str, StoredTensor]):
         return self._bytes[tensor.start : tensor.start + tensor.nbytes]
 
 
-def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a component, those of its index where it has one, without variants (``….fp16.…``).
+STEMS = ("diffusion_pytorch_model", "model")
+"""What diffusers and transformers call the files of weights."""
+
+
+def weight_files(folder: Path, variant: str | None = None, stems: Sequence[str] = STEMS) -> list[Path]:
+    """The safetensors files of a component that its library loads: those of ``variant`` alone, or those without one.
 
     Empty where there are none. Raises ``BadTensorFile`` for an index that cannot be read or names a missing file.
     """
-    for stem in ("diffusion_pytorch_model", "model"):
-        index = folder / f"{stem}.safetensors.index.json"
-        if index.is_file():
-            return _indexed(index)
-        if (folder / f"{stem}.safetensors").is_file():
-            return [folder / f"{stem}.safetensors"]
+    for stem in stems:
+        single = folder / f"{stem}.{f'{variant}.' if variant else ''}safetensors"
+        indices = [index for index in _indices(folder, stem, variant) if index.is_file()]
+        # with an index beside the file, diffusers takes the index, and transformers the file
+        if single.is_file() and not (indices and stem == STEMS[0]):
+            return [single]
+        if indices:
+            return _indexed(indices[0])
     return []
+
+
+def _indices(folder: Path, stem: str, variant: str | None) -> list[Path]:
+    """The names that an index may have; of a variant, the second is what diffusers wrote in former times."""
+    if variant is None:
+        return [folder / f"{stem}.safetensors.index.json"]
+    return [folder / f"{stem}.safetensors.{end}.json" for end in (f"index.{variant}", f"{variant}.index")]
 
 
 def _indexed(index: Path) -> list[Path]:

@@ -160,7 +160,8 @@ class Replica:
     def _become(self, state: State, message: str) -> None:
         if (state, message) != (self.state, self.message):
             level = logging.WARNING if state in ("failed", "lost", "stalled") else logging.INFO
-            logger.log(level, "replica %d (pid %s) is %s: %s", self.number, self.pid, state, message)
+            why = "" if state == "failed" else f": {message}"  # why a start failed, the server says, once
+            logger.log(level, "replica %d (pid %s) is %s%s", self.number, self.pid, state, why)
         self.state, self.message = state, message
 
 

@@ -15,7 +15,7 @@ from .api_key import with_key
 from .callers import Callers
 
 GROUPS: dict[str, tuple[str, ...]] = {
-    "model": ("model", "served_model_name", "device", "dtype"),
+    "model": ("model", "base_pipeline", "variant", "revision", "served_model_name", "device", "dtype"),
     "HTTP": (
         "host", "port", "api_key", "api_key_file", "insecure", "allowed_hosts", "cors_origins", "max_connections",
         "max_body_mb",

@@ -46,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if config.until_stdin_closes and sys.stdin is None:
             raise StartFailed("--until-stdin-closes was asked for, but standard input is closed already.")
         configure_logging(config, "server")
-        check_model(config.model)
+        check_model(config.model, revision=config.revision, base=config.base_pipeline)
         listener = listen(config.host, config.port, beyond_loopback=config.insecure or config.api_key is not None)
     except StartFailed as error:
         print(error.message, file=sys.stderr)

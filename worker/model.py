@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import logging
 import math
-import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from diffusers import DiffusionPipeline
-from safetensors import safe_open
 from torch import nn
 from transformers import PreTrainedModel
 
+from ..protocol.checkpoint import SAFETENSORS, check_directory
 from ..protocol.config import Config
 from ..protocol.errors import InvalidRequest, StartFailed
 from ..protocol.messages import BatchingMode, Generate, ImageTask, ModelInfo
@@ -27,9 +26,13 @@ from .published import Published, read_published
 from .rollout.sampling import why_no_rollouts
 from .sizes import DENOISERS
 from .task import Task, new_task
+from .weights.components import components
+from .weights.download import download_pipeline
+from .weights.files import WeightFiles
 from .weights.layout import Layout
 from .weights.loader import CannotLoad
-from .weights.pipeline import load_pipeline
+from .weights.pipeline import LoadedPipeline, load_pipeline
+from .weights.single_file import SingleFile, open_single_file
 
 log = logging.getLogger(__name__)
 
@@ -51,6 +54,7 @@ class Model:
     device: torch.device
     dtype: torch.dtype
     layouts: dict[str, Layout]
+    divided: dict[str, str]
     published: Published
     text: Task | None
     image: Task | None = None
@@ -110,6 +114,7 @@ class Model:
             no_rollout=why_no_rollouts(self.pipeline),
             batching=task.batching,
             weight_version=self.weight_version,
+            divided=self.divided,
             gpus=[str(torch.cuda.get_device_properties(index).uuid) for index in range(torch.cuda.device_count())],
         )
 
@@ -134,7 +139,8 @@ def load_model(config: Config, device: torch.device | None = None, ranks: Ranks 
     """
     device = device or find_device(config)
     path = str(resolve_model(config.model))
-    directory, pipeline, dtype, layouts = _load_pipeline(path, config, device, ranks)
+    directory, dtype, loaded = _load_pipeline(path, config, device, ranks)
+    pipeline = loaded.pipeline
     _forget_caches(pipeline)
     published = read_published(directory, type(pipeline))
     return Model(
@@ -143,36 +149,72 @@ def load_model(config: Config, device: torch.device | None = None, ranks: Ranks 
         pipeline=pipeline,
         device=device,
         dtype=dtype,
-        layouts=layouts,
+        layouts=loaded.layouts,
+        divided=_say_divided(loaded, ranks),
         published=published,
         text=new_task(pipeline, config, published.defaults),
     )
 
 
+def _say_divided(loaded: LoadedPipeline, ranks: Ranks) -> dict[str, str]:
+    """How the ranks share each component, in words; nothing of a rank that is alone."""
+    if ranks.size == 1:
+        return {}
+    found = {name: _say_shared(whole, ranks.size) for name, whole in loaded.whole.items()}
+    for name, words in found.items() if ranks.rank == 0 else ():
+        log.info("%s is %s", name, words)
+    return found
+
+
+def _say_shared(whole: Mapping[str, str], size: int) -> str:
+    if "" in whole:
+        return f"whole on every rank: {whole['']}"
+    if not whole:
+        return f"divided among {size} ranks"
+    parts = ", ".join(f"{part} ({reason})" for part, reason in whole.items())
+    return f"divided among {size} ranks, but for parts that {size} does not divide: every rank has {parts} whole"
+
+
 def _load_pipeline(
     path: str, config: Config, device: torch.device, ranks: Ranks
-) -> tuple[Path, DiffusionPipeline, torch.dtype, dict[str, Layout]]:
-    directory = find_directory(path)
+) -> tuple[Path, torch.dtype, LoadedPipeline]:
     try:
-        dtype = _dtype(config, device, directory)
-        pipeline, layouts = load_pipeline(directory, dtype, device, ranks, fused=config.fuse_projections)
-        return directory, pipeline, dtype, layouts
+        directory, dtype, single_file = _find(path, config, device)
+        loaded = load_pipeline(
+            directory,
+            dtype,
+            device,
+            ranks,
+            fused=config.fuse_projections,
+            variant=config.variant,
+            single_file=single_file,
+        )
+        return directory, dtype, loaded
+    except StartFailed:
+        raise
     except CannotLoad as error:
         raise StartFailed(f"The model {path} could not be loaded: {error}.") from error
     except Exception as error:  # the libraries raise errors of every kind; each ends this start, with its own words
         raise _cannot_load(path, error) from error
 
 
-def find_directory(path: str) -> Path:
+def _find(path: str, config: Config, device: torch.device) -> tuple[Path, torch.dtype, SingleFile | None]:
+    """The pipeline's directory, the weights' dtype, and the single file whose base the directory is, if it is one."""
+    if not Path(path).is_file():
+        directory = find_directory(path, variant=config.variant, revision=config.revision)
+        return directory, _dtype(config, device, lambda: stored_dtype(directory, config.variant)), None
+    file = Path(path)
+    dtype = _dtype(config, device, lambda: _most_common_dtype([file]) if file.suffix == SAFETENSORS else None)
+    single_file = open_single_file(file, config.base_pipeline, config.revision)
+    return single_file.base, dtype, single_file
+
+
+def find_directory(path: str, *, variant: str | None = None, revision: str | None = None) -> Path:
     """The directory of the pipeline, downloaded first where ``path`` is a hub id. Raises ``StartFailed``."""
-    if Path(path).is_dir():
-        if not (Path(path) / "model_index.json").is_file():
-            raise StartFailed(f"The model {path} is no diffusers pipeline: the directory has no model_index.json.")
+    if Path(path).exists():
+        check_directory(Path(path))
         return Path(path)
-    try:
-        return Path(DiffusionPipeline.download(path, use_safetensors=True))
-    except Exception as error:
-        raise _cannot_load(path, error) from error
+    return download_pipeline(path, variant=variant, revision=revision)
 
 
 def _cannot_load(path: str, error: Exception) -> StartFailed:
@@ -198,11 +240,11 @@ def find_device(config: Config, replica: int = 0, rank: int = 0) -> torch.device
     return torch.device("cuda", (replica * config.tp + rank) % torch.cuda.device_count())
 
 
-def _dtype(config: Config, device: torch.device, directory: Path) -> torch.dtype:
+def _dtype(config: Config, device: torch.device, stored: Callable[[], str | None]) -> torch.dtype:
     if config.dtype != "auto":
         found: torch.dtype = getattr(torch, config.dtype)
         return found
-    if device.type == "cuda" or (_multiplies_bfloat16() and stored_dtype(directory) == "BF16"):
+    if device.type == "cuda" or (_multiplies_bfloat16() and stored() == "BF16"):
         return torch.bfloat16
     return torch.float32
 
@@ -213,22 +255,22 @@ def _multiplies_bfloat16() -> bool:
     return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
 
 
-def stored_dtype(directory: Path) -> str | None:
+def stored_dtype(directory: Path, variant: str | None = None) -> str | None:
     """The dtype, as safetensors names it, of most parameters in the denoiser's first file; ``None`` without a file.
 
-    Of a checkpoint with variants ("…model.fp16.safetensors") that is the plain file, which is the one that is loaded.
+    Of a checkpoint with variants ("…model.fp16.safetensors") that is the file that is loaded.
     """
-    plain = re.compile(r"diffusion_pytorch_model(-00001-of-\d+)?\.safetensors")
-    folders = (directory / name for name in DENOISERS)
-    files = (file for folder in folders if folder.is_dir() for file in folder.iterdir() if plain.fullmatch(file.name))
-    first = next(files, None)
-    if first is None:
-        return None
+    for name, component in components(directory, variant).items():
+        if name in DENOISERS and component.is_model and (files := component.files):
+            return _most_common_dtype(files[:1])
+    return None
+
+
+def _most_common_dtype(files: Sequence[Path]) -> str:
     sizes = Counter[str]()
-    with safe_open(first, framework="pt") as opened:
-        for name in opened.keys():  # noqa: SIM118  # it is no dictionary
-            tensor = opened.get_slice(name)
-            sizes[tensor.get_dtype()] += math.prod(tensor.get_shape())
+    with WeightFiles(files) as opened:
+        for name in opened:
+            sizes[opened[name].get_dtype()] += math.prod(opened[name].get_shape())
     return sizes.most_common(1)[0][0]
 
 

@@ -36,6 +36,7 @@ from .lora.adapters import RankAdapters
 from .model import Model, find_device, load_model
 from .operations import Operations
 from .parallel.ranks import RankLost, join, leave
+from .parallel.starting import FailedTogether, all_or_none
 from .parallel.team import Diverged, Follower, Leader, Stop, Turn
 from .prompt_cache import PromptCache
 from .self_test import Found, SelfTest
@@ -78,7 +79,8 @@ class Replica:
         try:
             return self._serve(*self._load())
         except StartFailed as failed:
-            log.error("%s", failed.message)
+            if not self._leads and not isinstance(failed, FailedTogether):
+                log.error("%s", failed.message)  # what the leader sends, the server says
             self._send(ReplicaFailed(self._number, failed.message))
             return self._leave(1)
         except (RankLost, Diverged) as lost:
@@ -102,7 +104,7 @@ class Replica:
             device,
             self._config.stall_timeout_s,
         )
-        model = load_model(self._config, device, self._ranks)
+        model = all_or_none(self._ranks, lambda: load_model(self._config, device, self._ranks))
         if self._journal is not None and (version := self._journal.replay(model.layouts, self._ranks)) is not None:
             model.weight_version = version
         return model, SelfTest(model, self._config, self._report).run()

@@ -1,28 +1,18 @@
-"""A model path that cannot be served is told by its files alone, in one sentence that says what to do."""
+"""A model path that cannot be served is refused by what is read in no time, in one sentence that says what to do."""
 
 from __future__ import annotations
 
+import importlib.util
 import json
-from collections.abc import Callable
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from safelight.protocol.checkpoint import check_directory, check_model
+from safelight.protocol.checkpoint import check_model
 from safelight.protocol.errors import StartFailed
 from safelight.protocol.models import resolve_model
-
-INDEX = {
-    "_class_name": "FluxPipeline",
-    "_diffusers_version": "0.42.1",
-    "transformer": ["diffusers", "FluxTransformer2DModel"],
-    "text_encoder": ["transformers", "CLIPTextModel"],
-    "tokenizer": ["transformers", "CLIPTokenizer"],
-    "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
-    "guider": ["diffusers", "ClassifierFreeGuidance"],
-    "image_encoder": [None, None],
-    "requires_aesthetics_score": False,
-}
 
 
 def safetensors(size: int = 8) -> bytes:
@@ -30,100 +20,85 @@ def safetensors(size: int = 8) -> bytes:
     return len(header).to_bytes(8, "little") + header + bytes(size)
 
 
-@pytest.fixture
-def pipeline(tmp_path: Path) -> Path:
-    directory = tmp_path / "model"
-    for component in ("transformer", "text_encoder", "tokenizer", "scheduler"):
-        (directory / component).mkdir(parents=True)
-        (directory / component / "config.json").write_text("{}")
-    (directory / "guider").mkdir()
-    (directory / "guider" / "guider_config.json").write_text("{}")  # all that `save_pretrained` writes of a guider
-    (directory / "model_index.json").write_text(json.dumps(INDEX))
-    (directory / "transformer" / "diffusion_pytorch_model.safetensors").write_bytes(safetensors())
-    (directory / "text_encoder" / "model.safetensors").write_bytes(safetensors())
-    return directory
-
-
-def shard(pipeline: Path, *present: str) -> None:
-    folder = pipeline / "transformer"
-    (folder / "diffusion_pytorch_model.safetensors").unlink()
-    names = {"a": "part-1.safetensors", "b": "part-2.safetensors"}
-    (folder / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
-    for name in present:
-        (folder / name).write_bytes(safetensors())
-
-
-def pickle_only(pipeline: Path, name: str) -> None:
-    (pipeline / "text_encoder" / "model.safetensors").rename(pipeline / "text_encoder" / name)
-
-
-def overwrite(name: str, content: bytes) -> Callable[[Path], object]:
-    return lambda pipeline: (pipeline / name).write_bytes(content)
-
-
-def remove(name: str) -> Callable[[Path], object]:
-    return lambda pipeline: (pipeline / name).unlink()
-
-
-def remove_scheduler(pipeline: Path) -> None:
-    (pipeline / "scheduler" / "config.json").unlink()
-    (pipeline / "scheduler").rmdir()
-
-
-WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
+def refused(*arguments: str, **options: str) -> str:
+    with pytest.raises(StartFailed) as raised:
+        check_model(*arguments, **options)
+    assert "\n" not in raised.value.message
+    assert raised.value.message.endswith(".")
+    return raised.value.message
 
 
 @pytest.mark.parametrize(
-    ("spoil", "told"),
+    ("index", "said"),
     [
-        (remove("model_index.json"), "no model_index.json"),
-        (overwrite("model_index.json", b"{"), "cannot be read as JSON"),
-        (overwrite("model_index.json", b"\xff\xfe"), "cannot be read as JSON"),
-        (overwrite("model_index.json", b"[]"), "no JSON object"),
-        (remove_scheduler, "lacks its component scheduler"),
-        (remove("transformer/config.json"), "transformer has no config.json"),
-        (overwrite("transformer/config.json", b"nonsense"), "cannot be read as JSON"),
-        (remove(WEIGHTS), "transformer has no weights"),
-        (overwrite(WEIGHTS, b""), "no readable safetensors file"),
-        (overwrite(WEIGHTS, b"\xff" * 64), "no readable safetensors file"),
-        (overwrite(WEIGHTS, (20).to_bytes(8, "little") + b"x" * 20), "no readable safetensors file"),
-        (overwrite(WEIGHTS, (2).to_bytes(8, "little") + b"[]"), "no readable safetensors file"),
-        (overwrite(WEIGHTS, safetensors(100)[:-1]), "incomplete"),
-        (lambda pipeline: pickle_only(pipeline, "pytorch_model.bin"), "only pickled weights"),
-        (lambda pipeline: pickle_only(pipeline, "model.pt"), "only pickled weights"),
-        (lambda pipeline: pickle_only(pipeline, "model.ckpt"), "only pickled weights"),
-        (lambda pipeline: shard(pipeline, "part-1.safetensors"), "part-2.safetensors"),
-        (overwrite(WEIGHTS + ".index.json", b"{}"), "no weight_map"),
+        (None, "no model_index.json"),
+        (b"{", "cannot be read as JSON"),
+        (b"\xff\xfe", "cannot be read as JSON"),
+        (b"[]", "JSON object"),
     ],
 )
-def test_a_broken_pipeline_is_refused_with_one_sentence(
-    pipeline: Path, spoil: Callable[[Path], object], told: str
+def test_a_directory_without_an_index_is_refused(index: bytes | None, said: str, tmp_path: Path) -> None:
+    if index is not None:
+        (tmp_path / "model_index.json").write_bytes(index)
+    assert said in refused(str(tmp_path))
+
+
+def test_what_only_diffusers_knows_of_a_directory_is_left_to_the_worker(tmp_path: Path) -> None:
+    index = {"_class_name": "FluxPipeline", "tags": ["diffusers", "x"], "vae": ["diffusers", "AutoencoderKL"]}
+    (tmp_path / "model_index.json").write_text(json.dumps(index))
+    check_model(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("a.safetensors", b"", "not a readable safetensors file"),
+        ("a.safetensors", b"\xff" * 64, "not a readable safetensors file"),
+        ("a.safetensors", (20).to_bytes(8, "little") + b"x" * 20, "not a readable safetensors file"),
+        ("a.safetensors", (2).to_bytes(8, "little") + b"[]", "not a readable safetensors file"),
+        ("a.safetensors", safetensors(100)[:-1], "incomplete"),
+        ("a.safetensors", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "git lfs pull"),
+        ("a.gguf", b"GGML", "not a readable GGUF file"),
+        ("a.gguf", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "git lfs pull"),
+        ("a.ckpt", b"PK", "pickled weights"),
+        ("a.bin", b"PK", "pickled weights"),
+    ],
+)
+def test_a_single_file_that_cannot_be_read_is_refused(name: str, content: bytes, said: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(content)
+    assert said in refused(str(tmp_path / name))
+
+
+def test_a_gguf_file_without_its_package_is_refused_with_what_to_install(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    check_directory(pipeline)
-    spoil(pipeline)
-    with pytest.raises(StartFailed) as raised:
-        check_directory(pipeline)
-    assert told in raised.value.message
-    assert "\n" not in raised.value.message
-    assert raised.value.message.endswith(".")
+    (tmp_path / "a.gguf").write_bytes(b"GGUF\x03")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert "safelight[gguf]" in refused(str(tmp_path / "a.gguf"))
 
 
-def test_sharded_weights_are_whole_when_every_part_is_there(pipeline: Path) -> None:
-    shard(pipeline, "part-1.safetensors", "part-2.safetensors")
-    check_directory(pipeline)
+def test_a_path_that_does_not_exist_is_refused(tmp_path: Path) -> None:
+    assert "does not exist" in refused(str(tmp_path / "nothing"))
 
 
-def test_pickled_weights_beside_safetensors_are_never_looked_at(pipeline: Path) -> None:
-    (pipeline / "transformer" / "diffusion_pytorch_model.bin").write_bytes(b"evil")
-    check_directory(pipeline)
+def test_options_that_would_be_ignored_are_refused(tmp_path: Path) -> None:
+    file = tmp_path / "a.safetensors"
+    file.write_bytes(safetensors())
+    check_model(str(file), base="org/name", revision="main")
+    assert "--base-pipeline" in refused("shapes", base="org/name")
+    assert "--base-pipeline" in refused("org/name", base="org/name")
+    assert "--revision" in refused("shapes", revision="main")
+    assert "--revision" in refused(str(file), revision="main", base=str(resolve_model("shapes")))
+    assert "no model_index.json" in refused(str(file), base=str(tmp_path))
+    assert "not a directory" in refused(str(file), base=str(file))
 
 
-def test_a_path_that_does_not_exist_or_is_a_file_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(StartFailed, match="does not exist"):
-        check_model(str(tmp_path / "nothing"))
-    (tmp_path / "model.safetensors").write_bytes(safetensors())
-    with pytest.raises(StartFailed, match="is a file"):
-        check_model(str(tmp_path / "model.safetensors"))
+def test_the_server_looks_at_a_model_without_importing_torch() -> None:
+    program = (
+        "import sys; from safelight.protocol.checkpoint import check_model; check_model('shapes');"
+        "sys.exit(bool({'torch', 'diffusers', 'huggingface_hub'} & set(sys.modules)))"
+    )
+    assert subprocess.run([sys.executable, "-P", "-c", program], check=False).returncode == 0
 
 
 @pytest.mark.parametrize("name", ["nothing", "./nothing", "a/b/c", "/nothing", "../a", "org/", "org/a b"])
@@ -136,7 +111,7 @@ def test_a_hub_id_is_left_to_the_worker_unless_there_is_such_a_directory(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     assert resolve_model("org/name-1.5") == "org/name-1.5"
-    check_model("org/name-1.5")
+    check_model("org/name-1.5", revision="v1")
     (tmp_path / "org" / "name-1.5").mkdir(parents=True)
     assert resolve_model("org/name-1.5") == Path("org/name-1.5")
 

@@ -83,15 +83,13 @@ def start(*arguments: object) -> tuple[subprocess.CompletedProcess[str], float]:
 
 
 def test_a_wrong_start_is_one_sentence_on_standard_error_and_status_2(tmp_path: Path) -> None:
-    pickled = tmp_path / "pickled"
-    (pickled / "unet").mkdir(parents=True)
-    (pickled / "unet" / "config.json").write_text("{}")
-    (pickled / "unet" / "model.bin").write_bytes(b"")
-    (pickled / "model_index.json").write_text(json.dumps({"unet": ["diffusers", "UNet2DConditionModel"]}))
+    pickled = tmp_path / "model.ckpt"
+    pickled.write_bytes(b"")
     for arguments, told in [
         ((tmp_path / "nothing",), "does not exist"),
         ((tmp_path,), "model_index.json"),
-        ((pickled,), "only pickled weights"),
+        ((pickled,), "pickled weights"),
+        (("shapes", "--revision", "v1"), "--revision"),
         (("--port", "x"), "port"),
         (("--host", "0.0.0.0"), "--insecure"),
         (("--no-such-flag",), "--no-such-flag"),

@@ -11,9 +11,10 @@ from safelight.worker.models import family_of
 from safelight.worker.parallel.plan import Family
 from safelight.worker.parallel.ranks import Ranks
 from safelight.worker.sizes import DENOISERS
+from safelight.worker.weights.components import component_classes
 from safelight.worker.weights.files import WeightFiles
 from safelight.worker.weights.loader import load_component
-from safelight.worker.weights.pipeline import component_classes, load_pipeline
+from safelight.worker.weights.pipeline import load_pipeline
 
 CPU = torch.device("cpu")
 
@@ -26,7 +27,8 @@ def planned(checkpoint: Path) -> dict[str, tuple[type[Any], Family]]:
 def computes_with_its_part(ranks: Ranks, checkpoints: dict[str, Path]) -> None:
     """What a pipeline is made of is what the layouts speak of, and no whole module beside it."""
     for checkpoint in checkpoints.values():
-        pipeline, layouts = load_pipeline(checkpoint, torch.float32, CPU, ranks, fused=False)
+        loaded = load_pipeline(checkpoint, torch.float32, CPU, ranks, fused=False)
+        pipeline, layouts = loaded.pipeline, loaded.layouts
         denoisers = [name for name in layouts if name in DENOISERS]
         assert denoisers
         for name in denoisers:

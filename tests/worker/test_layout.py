@@ -38,7 +38,9 @@ def test_a_pipeline_computes_with_this_rank_s_part(checkpoints: dict[str, Path])
 
 def test_a_degree_that_does_not_divide_the_heads_is_refused_with_those_that_do(checkpoints: dict[str, Path]) -> None:
     cls, family = planned(checkpoints["flux"])["transformer"]
-    with pytest.raises(CannotLoad, match=r"among 3 ranks; --tp can be 1, 2, 4$"):
+    with pytest.raises(
+        CannotLoad, match=r"the transformer .*among 3 ranks, because its num_attention_heads is 4; --tp can be 1, 2, 4$"
+    ):
         load_component(
             cls,
             checkpoints["flux"] / "transformer",

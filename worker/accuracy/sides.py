@@ -30,8 +30,8 @@ class Component:
 
 def runtime(component: Component, dtype: torch.dtype, device: torch.device, ranks: Ranks, *, fused: bool) -> nn.Module:
     """What a replica has, loaded as :func:`..model.load_model` does. Raises ``CannotLoad``."""
-    pipeline, _ = load_pipeline(component.directory, dtype, device, ranks, fused=fused, only=component.name)
-    module: nn.Module = getattr(pipeline, component.name)
+    loaded = load_pipeline(component.directory, dtype, device, ranks, fused=fused, only=component.name)
+    module: nn.Module = getattr(loaded.pipeline, component.name)
     return _without_cache(module)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,10 +16,11 @@ from torch import nn
 from ...protocol.config import Config
 from ...protocol.errors import StartFailed
 from ...protocol.models import resolve_model
+from ...protocol.pipeline_index import read_index
 from ..model import find_directory, load_model
 from ..parallel.ranks import Ranks
+from ..weights.components import component_classes
 from ..weights.loader import CannotLoad
-from ..weights.pipeline import component_classes
 from . import memory
 from .compare import Setting, compare
 from .policy import Case, Policy, load_policy
@@ -73,7 +73,7 @@ class Checkpoint:
 
     @property
     def pipeline(self) -> str:
-        return str(json.loads((self.directory / "model_index.json").read_text())["_class_name"])
+        return read_index(self.directory).class_name or ""
 
     def rows(self, components: Mapping[str, type[nn.Module]], calls: Sequence[Recorded], dtype: DType) -> Iterator[Row]:
         """On rank 0, a row for each kind of call. All ranks must go through it together."""

@@ -1,4 +1,7 @@
-"""The text encoders that are large: T5, UMT5, Qwen2.5-VL, Qwen3, Llama. Word embeddings are divided by rows."""
+"""The text encoders that are large: T5, UMT5, Qwen2.5-VL, Qwen3, Llama. Word embeddings are divided by rows.
+
+What a degree does not divide (an odd vocabulary, two heads of keys and values at four ranks) is whole on every rank.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ _T5 = Family(
     | {f"{_T5_FEED}.{name}": "colwise" for name in ("wi", "wi_0", "wi_1")}
     | {f"{_T5_ATTENTION}.o": "rowwise", f"{_T5_FEED}.wo": "rowwise"}
     | {"shared": "rowwise", "encoder.embed_tokens": "rowwise"},
-    heads=("num_heads",),
+    parts={_T5_ATTENTION: ("num_heads",), _T5_FEED: (), "shared": (), "encoder.embed_tokens": ()},
     divided={_T5_ATTENTION: ("n_heads", "inner_dim")},
     fused={_T5_ATTENTION: (("q", "k", "v"),), _T5_FEED: (("wi_0", "wi_1"),)},
 )
@@ -26,9 +29,10 @@ def _decoder(prefix: str, head: str | None = None) -> Family:
     plan |= {f"{attention}.o_proj": "rowwise", f"{mlp}.down_proj": "rowwise", f"{prefix}embed_tokens": "rowwise"}
     if head is not None:
         plan[head] = "colwise_gather_output"
+    words = {f"{prefix}embed_tokens": (), **({head: ()} if head is not None else {})}
     return Family(
         plan=plan,
-        heads=("num_attention_heads", "num_key_value_heads"),
+        parts={attention: ("num_attention_heads", "num_key_value_heads"), mlp: (), **words},
         fused={attention: (("q_proj", "k_proj", "v_proj"),), mlp: (("gate_proj", "up_proj"),)},
     )
 

@@ -15,8 +15,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
 
 from diffusers.hooks.tensor_parallel import PackedColwiseParallel, PackedRowwiseParallel
@@ -36,13 +36,16 @@ class CannotDivide(Exception):
 class Family:
     """What tensor parallelism and fusing need to know of a model class. Patterns are dotted paths, ``*`` one name.
 
-    ``heads`` names the configuration's head counts, which the degree must divide. ``divided`` names attributes that
-    hold a count or size of heads, for processors that compute with them. ``fused`` names layers of one parent with the
-    same input, whose weights can be one. ``needs`` are values of the configuration that the plan was written for.
+    ``heads`` names the configuration's head counts, which the degree must divide. ``parts`` are the paths of what is
+    whole on every rank where the degree does not divide it, each with the head counts that it alone is divided by.
+    ``divided`` names attributes that hold a count or size of heads, for processors that compute with them. ``fused``
+    names layers of one parent with the same input, whose weights can be one. ``needs`` are values of the configuration
+    that the plan was written for.
     """
 
     plan: Mapping[str, Style]
-    heads: tuple[str, ...]
+    heads: tuple[str, ...] = ()
+    parts: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     divided: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     fused: Mapping[str, tuple[tuple[str, ...], ...]] = field(default_factory=dict)
     needs: Mapping[str, Any] = field(default_factory=dict)
@@ -110,16 +113,60 @@ def _blocks(part: nn.Module, style: Style, attribute: str, total: int) -> tuple[
 
 
 def degrees(module: nn.Module, family: Family, most: int = 64) -> list[int]:
-    """The tensor-parallel degrees, up to ``most``, that divide every head count and every divided block.
+    """The tensor-parallel degrees, up to ``most``, that divide all that must be divided.
 
     Only 1 where the configuration is not the one that the plan was written for.
     """
-    if any(setting(module, name) != value for name, value in family.needs.items()):
-        return [1]
-    counts = {int(setting(module, name)) for name in family.heads}
-    for shard in shards(module, family).values():
-        counts.update(shard.blocks)
-    return [degree for degree in range(1, most + 1) if all(count % degree == 0 for count in counts)]
+    return [degree for degree in range(1, most + 1) if degree == 1 or undividable(module, family, degree) is None]
+
+
+def undividable(module: nn.Module, family: Family, degree: int) -> str | None:
+    """What keeps the module from being divided, with its number; ``None`` where nothing does."""
+    for name, value in family.needs.items():
+        if (own := setting(module, name)) != value:
+            return f"its {name} is {own}, and there is a plan for {value} alone"
+    required = _without(family, family.parts)
+    return _not_divided(module, family.heads, shards(module, required), degree)
+
+
+def fit(module: nn.Module, family: Family, degree: int) -> tuple[Family, dict[str, str]]:
+    """The family without the parts that ``degree`` does not divide; their paths, each with the reason."""
+    whole: dict[str, str] = {}
+    for part, heads in family.parts.items():
+        own = _without(family, [path for path in family.plan if not _is_below(path, part)])
+        reason = _not_divided(module, heads, shards(module, own), degree)
+        if reason is not None:
+            whole[part] = reason
+    return _without(family, whole), whole
+
+
+def _not_divided(module: nn.Module, heads: Iterable[str], divided: Mapping[str, Shard], degree: int) -> str | None:
+    for name in heads:
+        if int(setting(module, name)) % degree:
+            return f"its {name} is {setting(module, name)}"
+    for path, shard in divided.items():
+        for block in shard.blocks:
+            if block % degree:
+                return f"dimension {shard.dim} of {path} is {block}"
+    return None
+
+
+def _without(family: Family, paths: Iterable[str]) -> Family:
+    """The family whose plan says nothing of what is at or below ``paths``."""
+    paths = list(paths)
+
+    def stays(pattern: str) -> bool:
+        return not any(_is_below(pattern, path) for path in paths)
+
+    return replace(
+        family,
+        plan={pattern: style for pattern, style in family.plan.items() if stays(pattern)},
+        divided={pattern: names for pattern, names in family.divided.items() if stays(pattern)},
+    )
+
+
+def _is_below(pattern: str, path: str) -> bool:
+    return pattern == path or pattern.startswith(f"{path}.")
 
 
 def setting(module: nn.Module, name: str) -> Any:

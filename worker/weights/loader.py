@@ -5,11 +5,12 @@ The module is made without memory, divided and fused, and then each tensor's par
 
 from __future__ import annotations
 
+import contextlib
 import re
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from accelerate import init_empty_weights
@@ -20,7 +21,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 from ..parallel.divide import divide
-from ..parallel.plan import CannotDivide, Family, Shard, degrees, shards
+from ..parallel.plan import CannotDivide, Family, Shard, degrees, fit, shards, undividable
 from ..parallel.ranks import ALONE, Ranks
 from .files import WeightFiles
 from .fuse import fuse
@@ -32,15 +33,28 @@ class CannotLoad(Exception):
 
 
 class WrongDegree(CannotLoad):
-    """The tensor-parallel degree does not divide the component."""
+    """The tensor-parallel degree does not divide the component; ``why`` says it without those that do."""
+
+    def __init__(self, why: str, possible: Iterable[int]) -> None:
+        super().__init__(f"{why}; --tp can be {', '.join(map(str, possible))}")
+        self.why = why
+
+
+class Tensors(Protocol):
+    """Whole tensors by their checkpoint's names: files that are open, or tensors in memory."""
+
+    def __iter__(self) -> Iterator[str]: ...
+
+    def __getitem__(self, name: str) -> Any: ...
 
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """A component and its layout."""
+    """A component and its layout. ``whole`` are the parts that every rank has whole, each with the reason."""
 
     module: nn.Module
     layout: Layout
+    whole: Mapping[str, str] = field(default_factory=dict)
 
 
 def load_component(
@@ -52,37 +66,38 @@ def load_component(
     family: Family | None = None,
     ranks: Ranks = ALONE,
     fused: bool = False,
+    tensors: Tensors | None = None,
 ) -> Loaded:
-    """The component in ``folder`` on ``device``, as this rank's part of it.
+    """The component that ``folder`` configures on ``device``, as this rank's part of it.
 
-    Raises ``CannotLoad`` where tensors are missing, too many or of another shape, and where the model cannot be
-    divided among ``ranks``.
+    Its tensors are those of the files in ``folder``, unless they are given. Raises ``CannotLoad`` where tensors are
+    missing, too many or of another shape, and where the model cannot be divided among ``ranks``.
     """
     module = make(cls, folder, dtype)
-    with WeightFiles(folder) as files:
-        names = _names(module, files)
+    with contextlib.ExitStack() as stack:
+        stored = tensors if tensors is not None else stack.enter_context(WeightFiles(folder))
+        names = _names(module, stored)
         try:
-            layout = _arrange(module, names, family, ranks, fused)
+            layout, whole = _arrange(module, names, family, ranks, fused, folder.name)
         except CannotDivide as error:
             raise CannotLoad(str(error)) from error
         _materialise(module, dtype, device)
         for name, _ in names:
             try:
-                layout.write(name, files[name])
+                layout.write(name, stored[name])
             except ValueError as error:
                 raise CannotLoad(f"{folder}: {error}") from error
     if isinstance(module, PreTrainedModel):
         module.tie_weights()
-    return Loaded(module.eval().requires_grad_(False), layout)
+    return Loaded(module.eval().requires_grad_(False), layout, whole)
 
 
-def layout_of(module: nn.Module, folder: Path) -> Layout:
-    """The layout of a component that its own library has loaded from ``folder``, whole.
+def layout_of(module: nn.Module, tensors: Tensors) -> Layout:
+    """The layout of a whole component that its own library has loaded from ``tensors``.
 
     Raises ``CannotLoad`` where the library computes its tensors from others, or ignores some that are there.
     """
-    with WeightFiles(folder) as files:
-        return Layout(module, entries(module, _names(module, files), {}))
+    return Layout(module, entries(module, _names(module, tensors), {}))
 
 
 def possible_degrees(cls: type[nn.Module], folder: Path, family: Family) -> set[int]:
@@ -112,7 +127,7 @@ def _new(cls: Any, folder: Path, dtype: torch.dtype) -> nn.Module:  # Any: neith
     return made
 
 
-def _names(module: nn.Module, files: WeightFiles) -> list[tuple[str, str]]:
+def _names(module: nn.Module, files: Tensors) -> list[tuple[str, str]]:
     """The files' tensors with the names that the module's state dict has for them."""
     known = module.state_dict()
     ignored = getattr(module, "_keys_to_ignore_on_load_unexpected", None) or ()
@@ -156,19 +171,22 @@ def _renaming(module: nn.Module, known: Mapping[str, torch.Tensor]) -> Callable[
 
 
 def _arrange(
-    module: nn.Module, names: list[tuple[str, str]], family: Family | None, ranks: Ranks, fused: bool
-) -> Layout:
-    """Divide and fuse the module, which has no memory yet; returns where its tensors are then."""
+    module: nn.Module, names: list[tuple[str, str]], family: Family | None, ranks: Ranks, fused: bool, called: str
+) -> tuple[Layout, dict[str, str]]:
+    """Divide and fuse the module, which has no memory yet.
+
+    Returns where its tensors are then, and the parts that every rank has whole.
+    """
     divided: dict[str, Shard] = {}
+    whole: dict[str, str] = {}
     if ranks.size > 1:
+        what = f"the {called} ({type(module).__name__})"
         if family is None:
-            raise WrongDegree(f"there is no tensor-parallel plan for {type(module).__name__}; serve it with --tp 1")
-        possible = degrees(module, family)
-        if ranks.size not in possible:
-            raise WrongDegree(
-                f"{type(module).__name__} cannot be divided among {ranks.size} ranks; "
-                f"--tp can be {', '.join(map(str, possible))}"
-            )
+            raise WrongDegree(f"there is no tensor-parallel plan for {what}", [1])
+        if (reason := undividable(module, family, ranks.size)) is not None:
+            why = f"{what} cannot be divided among {ranks.size} ranks, because {reason}"
+            raise WrongDegree(why, degrees(module, family))
+        family, whole = fit(module, family, ranks.size)
         divided = shards(module, family)
     places = entries(module, names, divided)
     if family is not None:
@@ -176,7 +194,7 @@ def _arrange(
             divide(module, family, ranks, divided)
         if fused:
             places = fuse(module, family, places)
-    return Layout(module, places, ranks)
+    return Layout(module, places, ranks), whole
 
 
 def _materialise(module: nn.Module, dtype: torch.dtype, device: torch.device) -> None:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import importlib
-import json
 import logging
-from collections.abc import Container
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, field
 from pathlib import Path
 
-import diffusers
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.utils import logging as diffusers_logging
@@ -16,15 +15,26 @@ from torch import nn
 from transformers.utils import logging as transformers_logging
 
 from ..models import family_of
+from ..parallel.plan import Family
 from ..parallel.ranks import Ranks
 from ..sizes import DENOISERS
+from .components import Component, components, inspect, pipeline_class
+from .files import WeightFiles
 from .layout import Layout
 from .loader import CannotLoad, Loaded, WrongDegree, layout_of, load_component, make, possible_degrees
 from .pages import settle
+from .single_file import SingleFile, saved_tensors
 
 log = logging.getLogger(__name__)
 
-_LIBRARIES = ("diffusers", "transformers")
+
+@dataclass(frozen=True, slots=True)
+class LoadedPipeline:
+    """A pipeline, the layouts of its components, and of each why it, or which of its parts, every rank has whole."""
+
+    pipeline: DiffusionPipeline
+    layouts: dict[str, Layout]
+    whole: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
 
 
 def load_pipeline(
@@ -35,99 +45,158 @@ def load_pipeline(
     *,
     fused: bool,
     only: str | None = None,
-) -> tuple[DiffusionPipeline, dict[str, Layout]]:
-    """The pipeline in ``directory`` on ``device``, or this rank's part of it, and the layouts of its components.
+    variant: str | None = None,
+    single_file: SingleFile | None = None,
+) -> LoadedPipeline:
+    """The pipeline in ``directory`` on ``device``, or this rank's part of it.
 
-    With ``only`` it has that one of its components with weights, and the others are ``None``. Raises ``CannotLoad``,
-    and whatever ``from_pretrained`` does.
+    What ``single_file``, whose base is ``directory``, holds comes from there. With ``only``, the pipeline has that one
+    of its components with weights, and the others are ``None``. Raises ``CannotLoad``, ``StartFailed``, and whatever
+    ``from_pretrained`` does.
     """
     diffusers_logging.disable_progress_bar()
     transformers_logging.disable_progress_bar()
-    names = None if only is None else (only,)
-    # a whole model as diffusers loads it: where its weights lie in memory decides the last bits of its products
-    divided = fused or ranks.size > 1
-    own = load_known_components(directory, dtype, device, ranks, fused=fused, only=names) if divided else {}
-    left_out = {
-        name: make(cls, directory / name, dtype)  # without memory: constructors ask for their configurations
-        for name, cls in component_classes(directory).items()
-        if names and name not in names
-    }
-    modules = {name: loaded.module for name, loaded in own.items()} | left_out
-    pipeline = _pipeline_class(directory).from_pretrained(directory, dtype=dtype, use_safetensors=True, **modules)
-    if others := [name for name, module in modules.items() if pipeline.components.get(name) is not module]:
-        raise CannotLoad(f"{type(pipeline).__name__} loads its {', '.join(others)} itself; serve it with --tp 1")
-    pipeline.register_modules(**dict.fromkeys(left_out))
+    sources = Sources.of(directory, variant, single_file)
+    for component in sources.on_disk():
+        inspect(component)
+    models = {name: c for name, c in sources.components.items() if issubclass(c.cls, nn.Module)}
+    # without memory: constructors ask for their configurations
+    others = {name: make(c.cls, c.folder, dtype) for name, c in models.items() if only not in (None, name)}
+    chosen = {name: component for name, component in models.items() if name not in others}
+    own = _load_components(sources, chosen, dtype, device, ranks, fused=fused)
+    modules = {name: loaded.module for name, loaded in own.items()} | others
+    pipeline = pipeline_class(directory).from_pretrained(
+        directory,
+        dtype=dtype,
+        use_safetensors=True,
+        variant=variant if variant is not None and any(c.variant for c in sources.on_disk()) else None,
+        **modules,
+        **dict.fromkeys(sources.left_out),
+    )
+    if itself := [name for name, module in modules.items() if pipeline.components.get(name) is not module]:
+        raise CannotLoad(f"{type(pipeline).__name__} loads its {', '.join(itself)} itself; serve it with --tp 1")
+    pipeline.register_modules(**dict.fromkeys(others))
     pipeline.to(device)
-    settle(part for part in pipeline.components.values() if isinstance(part, nn.Module))
+    parts = {name: part for name, part in pipeline.components.items() if isinstance(part, nn.Module)}
+    settle(parts.values())
     layouts = {
-        name: own[name].layout if name in own else _layout(part, directory / name)
-        for name, part in pipeline.components.items()
-        if isinstance(part, nn.Module)
+        name: own[name].layout if name in own else _layout(part, models.get(name)) for name, part in parts.items()
     }
-    return pipeline, layouts
+    return LoadedPipeline(pipeline, layouts, {name: _whole(name, part, own) for name, part in parts.items()})
 
 
-def _pipeline_class(directory: Path) -> type[DiffusionPipeline]:
-    """diffusers' own class, where it has it: asked of the base class, it loads a given optional component once more."""
-    name = json.loads((directory / "model_index.json").read_text()).get("_class_name")
-    found = getattr(diffusers, name, None) if isinstance(name, str) else None
-    return found if isinstance(found, type) and issubclass(found, DiffusionPipeline) else DiffusionPipeline
+@dataclass(frozen=True, slots=True)
+class Sources:
+    """Where each component of a pipeline comes from: its folder, or a single file. ``left_out`` are loaded nowhere."""
+
+    components: Mapping[str, Component]
+    single_file: SingleFile | None
+    left_out: list[str]
+
+    @classmethod
+    def of(cls, directory: Path, variant: str | None, single_file: SingleFile | None) -> Sources:
+        found = components(directory, variant)
+        left_out = [name for name, component in found.items() if single_file and single_file.leaves_out(component)]
+        return cls({name: c for name, c in found.items() if name not in left_out}, single_file, left_out)
+
+    def in_file(self, component: Component) -> bool:
+        return self.single_file is not None and self.single_file.has(component)
+
+    def on_disk(self) -> list[Component]:
+        """Those that are loaded from their folders."""
+        return [component for component in self.components.values() if not self.in_file(component)]
+
+    def load(self, component: Component, dtype: torch.dtype) -> nn.Module | None:
+        """The component of the single file, whole; ``None`` where it is not in there."""
+        return self.single_file.load(component, dtype) if self.single_file and self.in_file(component) else None
 
 
-def _layout(module: nn.Module, folder: Path) -> Layout:
+def _whole(name: str, part: nn.Module, own: Mapping[str, Loaded]) -> Mapping[str, str]:
+    """Which parts of a component every rank has whole, and why; by ``""`` that it is all of it."""
+    if name in own and family_of(type(part)) is not None:
+        return own[name].whole
+    return {"": f"there is no tensor-parallel plan for {type(part).__name__}"}
+
+
+def _layout(module: nn.Module, component: Component | None) -> Layout:
     """By the names of the files; where the library makes tensors from others, by the module's own names for them."""
     try:
-        return layout_of(module, folder)
+        with WeightFiles(component.files if component is not None else []) as files:
+            return layout_of(module, files)
     except (CannotLoad, FileNotFoundError) as reason:
-        log.warning("the tensors of %s go by the names that the module has for them: %s", folder.name, reason)
+        name = component.name if component is not None else type(module).__name__
+        log.warning("the tensors of %s go by the names that the module has for them: %s", name, reason)
         return Layout.whole(module)
 
 
-def load_known_components(
-    directory: Path,
+def _load_components(
+    sources: Sources,
+    chosen: Mapping[str, Component],
     dtype: torch.dtype,
     device: torch.device,
     ranks: Ranks,
     *,
     fused: bool,
-    only: Container[str] | None = None,
 ) -> dict[str, Loaded]:
-    """Every component of the pipeline in ``directory`` whose class has a family, by name; or ``only`` those of them.
+    """What diffusers does not load itself, by name: what is divided or fused, and what is in a single file.
 
-    Raises ``CannotLoad`` where there are several ranks, and the pipeline's denoiser has no family or a component
-    cannot be divided among so many.
+    A whole model is loaded as diffusers does: where its weights lie in memory decides the last bits of its products.
+    Raises ``CannotLoad`` where there are several ranks, and the pipeline's denoiser has no family or cannot be divided
+    among so many.
     """
-    classes = component_classes(directory)
-    planned = {name: (cls, family) for name, cls in classes.items() if (family := family_of(cls)) is not None}
-    whole = [cls.__name__ for name, cls in classes.items() if name in DENOISERS and name not in planned]
-    if ranks.size > 1 and (whole or not planned):
-        raise CannotLoad(f"there is no tensor-parallel plan for {', '.join(whole) or 'it'}; serve it with --tp 1")
+    planned = planned_components(sources.components) if fused or ranks.size > 1 else {}
+    if ranks.size > 1:
+        _check_denoisers(sources.components, planned)
+    loaded: dict[str, Loaded] = {}
     try:
-        return {
-            name: load_component(
-                cls, directory / name, dtype=dtype, device=device, family=family, ranks=ranks, fused=fused
-            )
-            for name, (cls, family) in planned.items()
-            if only is None or name in only
-        }
+        for name, component in chosen.items():
+            module = sources.load(component, dtype)
+            if name in planned:
+                loaded[name] = _load_planned(component, module, planned[name], dtype, device, ranks, fused=fused)
+            elif module is not None:
+                tensors = saved_tensors(module)
+                settled = module.to(device).requires_grad_(False)
+                loaded[name] = Loaded(settled, layout_of(settled, tensors))
     except WrongDegree as refused:
-        possible = [possible_degrees(cls, directory / name, family) for name, (cls, family) in planned.items()]
+        possible = [possible_degrees(c.cls, c.folder, planned[name]) for name, c in chosen.items() if name in planned]
         fit = ", ".join(map(str, sorted(set.intersection(*possible))))
-        raise CannotLoad(f"it cannot be divided among {ranks.size} ranks; --tp can be {fit}") from refused
+        raise CannotLoad(f"{refused.why}; --tp can be {fit}") from refused
+    return loaded
 
 
-def component_classes(directory: Path) -> dict[str, type[nn.Module]]:
-    """The classes of the components with weights that ``model_index.json`` names.
+def _load_planned(
+    component: Component,
+    whole: nn.Module | None,
+    family: Family,
+    dtype: torch.dtype,
+    device: torch.device,
+    ranks: Ranks,
+    *,
+    fused: bool,
+) -> Loaded:
+    with ExitStack() as stack:
+        return load_component(
+            component.cls,
+            component.folder,
+            dtype=dtype,
+            device=device,
+            family=family,
+            ranks=ranks,
+            fused=fused,
+            tensors=stack.enter_context(WeightFiles(component.files)) if whole is None else saved_tensors(whole),
+        )
 
-    They are of diffusers, of transformers, or of a pipeline's own module in diffusers.
-    """
-    index = json.loads((directory / "model_index.json").read_text())
-    found: dict[str, type[nn.Module]] = {}
-    for name, entry in index.items():
-        if isinstance(entry, list) and len(entry) == 2 and all(isinstance(part, str) for part in entry):
-            library, class_name = entry
-            home = importlib.import_module(library) if library in _LIBRARIES else None
-            cls = getattr(home or getattr(diffusers.pipelines, library, None), class_name, None)
-            if isinstance(cls, type) and issubclass(cls, nn.Module):
-                found[name] = cls
-    return found
+
+def planned_components(found: Mapping[str, Component]) -> dict[str, Family]:
+    """The families of the components whose classes have one."""
+    families = {name: family_of(component.cls) for name, component in found.items()}
+    return {name: family for name, family in families.items() if family is not None}
+
+
+def _check_denoisers(found: Mapping[str, Component], planned: Mapping[str, Family]) -> None:
+    for name, component in found.items():
+        if name in DENOISERS and name not in planned:
+            what = f"its {name} ({component.cls.__name__})"
+            raise CannotLoad(f"there is no tensor-parallel plan for {what}; serve it with --tp 1")
+    if not planned:
+        raise CannotLoad("there is no tensor-parallel plan for any of its components; serve it with --tp 1")

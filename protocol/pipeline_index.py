@@ -1,0 +1,47 @@
+"""``model_index.json``: what a pipeline's directory says of its class and of its components."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .errors import StartFailed
+
+INDEX = "model_index.json"
+
+
+@dataclass(frozen=True, slots=True)
+class PipelineIndex:
+    """``class_name`` is ``None`` where the file names no class of diffusers. ``values`` are all of the file's.
+
+    Only the class knows which of the values are components: its other arguments may be lists of two strings, too.
+    """
+
+    class_name: str | None
+    values: Mapping[str, Any]
+
+
+def read_index(directory: Path) -> PipelineIndex:
+    """The index of the pipeline in ``directory``. Raises ``StartFailed`` where there is none that can be read."""
+    if not (directory / INDEX).is_file():
+        raise StartFailed(
+            f"{directory} is not a diffusers pipeline, because it has no {INDEX}; "
+            "give the directory that `save_pretrained` wrote."
+        )
+    values = read_object(directory / INDEX)
+    name = values.get("_class_name")
+    return PipelineIndex(name if isinstance(name, str) else None, values)
+
+
+def read_object(file: Path) -> dict[str, Any]:
+    """The JSON object in ``file``. Raises ``StartFailed`` where there is none."""
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        raise StartFailed(f"{file} cannot be read as JSON; download or save the pipeline again.") from None
+    if not isinstance(value, dict):
+        raise StartFailed(f"{file} does not hold a JSON object; download or save the pipeline again.")
+    return value

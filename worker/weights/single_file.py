@@ -1,0 +1,161 @@
+"""Single-file checkpoints: diffusers converts their tensors to its own names and shapes, component by component.
+
+The pipeline that the file belongs to, its *base*, gives the configurations, the tokenizers, and the components that are
+not in the file. A GGUF file's tensors are dequantized once, at load, to what diffusers dequantizes them to in each
+forward: from then on they are like those of any other file, and take as much memory.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from diffusers import FromOriginalModelMixin, GGUFQuantizationConfig
+from diffusers.loaders.single_file import SINGLE_FILE_OPTIONAL_COMPONENTS, load_single_file_sub_model
+from diffusers.loaders.single_file_utils import (
+    SingleFileComponentError,
+    fetch_diffusers_config,
+    is_clip_model_in_single_file,
+    is_t5_in_single_file,
+    load_single_file_checkpoint,
+)
+from diffusers.quantizers.gguf.utils import _dequantize_gguf_and_restore_linear
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
+
+from ...protocol.checkpoint import GGUF
+from ...protocol.errors import StartFailed
+from ...protocol.models import resolve_model
+from ...protocol.pipeline_index import read_index
+from ..sizes import DENOISERS
+from .components import Component
+from .download import download_configurations, download_pipeline
+
+log = logging.getLogger(__name__)
+
+_AUTOENCODERS = ("first_stage_model.", "vae.")
+"""What the names of an autoencoder's tensors begin with in a file that holds more than the denoiser."""
+
+
+@dataclass(frozen=True, slots=True)
+class SingleFile:
+    """A file's tensors by the file's names, and the directory of its base.
+
+    ``denoiser`` is the component that any such file holds; of two denoisers, it is the first.
+    """
+
+    file: Path
+    base: Path
+    denoiser: str
+    tensors: Mapping[str, torch.Tensor]
+
+    def has(self, component: Component) -> bool:
+        """Whether the component's weights are in the file."""
+        if issubclass(component.cls, PreTrainedModel):
+            return bool(is_clip_model_in_single_file(component.cls, self.tensors)) or (
+                component.cls.__name__ == "T5EncoderModel" and bool(is_t5_in_single_file(self.tensors))
+            )
+        if not issubclass(component.cls, FromOriginalModelMixin):
+            return False
+        return component.name == self.denoiser or (component.name not in DENOISERS and _is_whole(self.tensors))
+
+    def leaves_out(self, component: Component) -> bool:
+        """Whether diffusers does without the component where a whole pipeline is in one file."""
+        return component.name in SINGLE_FILE_OPTIONAL_COMPONENTS and _is_whole(self.tensors)
+
+    def load(self, component: Component, dtype: torch.dtype) -> nn.Module:
+        """The component on the CPU, as diffusers makes it of the file. Raises ``StartFailed`` where it does not fit."""
+        quantized = {"quantization_config": GGUFQuantizationConfig(dtype)} if self.file.suffix == GGUF else {}
+        try:
+            made: nn.Module = load_single_file_sub_model(
+                library_name=component.cls.__module__,
+                class_name=component.cls.__name__,
+                name=component.name,
+                checkpoint=dict(self.tensors),  # conversions take tensors out of it
+                pipelines=diffusers.pipelines,
+                is_pipeline_module=False,
+                cached_model_config_path=str(self.base),
+                torch_dtype=dtype,
+                local_files_only=True,
+                **quantized,
+            )
+        except NotImplementedError as error:  # torch's, for parameters that got no tensor
+            raise self._does_not_fit(component, "tensors are missing") from error
+        except (LookupError, ValueError, RuntimeError, AttributeError, SingleFileComponentError) as error:
+            said = (str(error).strip().splitlines() or [""])[0]
+            raise self._does_not_fit(component, f"{type(error).__name__}: {said}") from error
+        if any(parameter.is_meta for parameter in made.parameters()):
+            raise self._does_not_fit(component, "tensors are missing")
+        return _dequantized(made) if quantized else made
+
+    def _does_not_fit(self, component: Component, why: str) -> StartFailed:
+        return StartFailed(
+            f"{self.file} does not fit {component.name} as {self.base} configures it ({why}); give the pipeline that "
+            "it belongs to with --base-pipeline."
+        )
+
+
+def _dequantized(made: Any) -> nn.Module:
+    """The module with its tensors as they are computed with, in place of the quantized ones."""
+    restored: nn.Module = _dequantize_gguf_and_restore_linear(made, made.hf_quantizer.modules_to_not_convert)
+    del made.hf_quantizer
+    return restored
+
+
+def saved_tensors(module: nn.Module) -> dict[str, torch.Tensor]:
+    """The module's tensors under the names that ``save_pretrained`` would give them."""
+    tensors = dict(module.state_dict())
+    if not isinstance(module, PreTrainedModel):
+        return tensors
+    tied = set(module.all_tied_weights_keys or {})
+    kept = {name: tensor for name, tensor in tensors.items() if name not in tied}
+    reverted: dict[str, torch.Tensor] = revert_weight_conversion(module, kept)
+    return reverted
+
+
+def open_single_file(file: Path, base: str | None, revision: str | None) -> SingleFile:
+    """The file with its base, of which the hub gives what is not on this machine. Raises ``StartFailed``."""
+    try:
+        tensors: dict[str, torch.Tensor] = load_single_file_checkpoint(str(file))
+    except (ValueError, OSError) as error:
+        raise StartFailed(f"{file} cannot be read: {str(error).strip().splitlines()[0].rstrip('.')}.") from error
+    directory = _find_base(file, base, tensors, revision)
+    found = read_index(directory).values
+    denoiser = next((name for name in DENOISERS if found.get(name, [None])[0] is not None), None)
+    if denoiser is None:
+        raise StartFailed(f"The base pipeline {directory} has no denoiser that {file} could hold.")
+    return SingleFile(file, directory, denoiser, tensors)
+
+
+def _find_base(file: Path, base: str | None, tensors: Mapping[str, Any], revision: str | None) -> Path:
+    found = resolve_model(base if base is not None else _guess(tensors))
+    if isinstance(found, Path):
+        return found
+    try:
+        if _is_whole(tensors):
+            return download_configurations(found, revision=revision)
+        return download_pipeline(found, revision=revision, without=("transformer", "unet"))
+    except StartFailed as failed:
+        if base is not None:
+            raise
+        raise StartFailed(
+            f"{failed.message.rstrip('.')}. By its tensors, {file} belongs to {found}; "
+            "give the directory of that pipeline, or of the right one, with --base-pipeline."
+        ) from failed
+
+
+def _guess(tensors: Mapping[str, Any]) -> str:
+    """The repository that diffusers takes the configuration from, by the names and shapes of the tensors."""
+    name: str = fetch_diffusers_config(tensors)["pretrained_model_name_or_path"]
+    return name
+
+
+def _is_whole(tensors: Mapping[str, Any]) -> bool:
+    """Whether the file holds more than the denoiser."""
+    return any(name.startswith(_AUTOENCODERS) for name in tensors)
