@@ -7,12 +7,14 @@ import subprocess
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import httpx
 import psutil
 import pytest
 
 from safelight.client.private_server import SERVER_PROGRAM
+from safelight.protocol.models import resolve_model
 from safelight.tests.live import LiveServer
 
 from .asking import ask, ask_together, body, load_plain, metric, picture, plain
@@ -43,6 +45,24 @@ def test_several_ranks_make_the_picture_of_one(
         alone = [picture(ask(server.url, asked[0] | {"deterministic": True})) for _ in range(2)]
         assert (alone[0] == alone[1]).all()
         assert (alone[0] - expected[0]).abs().max() <= TOLERANCE
+
+
+@pytest.mark.parametrize(
+    ("model", "sizes"),
+    [("shapes", {"guidance_scale": 3.0}), ("shapes-video", {"guidance_scale": 3.0, "num_frames": 5})],
+)
+def test_an_embedded_model_whose_vocabulary_is_odd_is_served_by_two_ranks(model: str, sizes: dict[str, Any]) -> None:
+    directory = resolve_model(model)
+    assert isinstance(directory, Path)
+    asked = {"prompt": "a small yellow star", "seed": 7, "width": 64, "height": 64, "num_inference_steps": 2, **sizes}
+    asked |= {"output_format": "pt", "extra": {"max_sequence_length": 32}}
+    with LiveServer(model, ["--threads", "1", "--tp", "2", "--dtype", "float32"]) as server:
+        server.wait_ready()
+        found = picture(ask(server.url, asked))
+        said = httpx.get(f"{server.url}/model_info").json()["divided"]
+        assert any("shared (dimension 0 of shared.weight is " in words for words in said.values())
+        assert said["transformer"] == "divided among 2 ranks"
+    assert (found - plain(load_plain(directory), asked)).abs().max() <= TOLERANCE
 
 
 @pytest.fixture(scope="module")
@@ -96,8 +116,17 @@ def test_sigterm_leaves_no_rank_behind(checkpoint: Callable[[str], Path], tmp_pa
 @pytest.mark.parametrize(
     ("family", "degree", "sentence"),
     [
-        ("flux", "3", "it cannot be divided among 3 ranks; --tp can be 1, 2, 4."),
-        ("pixart", "2", "there is no tensor-parallel plan for PixArtTransformer2DModel; serve it with --tp 1."),
+        (
+            "flux",
+            "3",
+            "the transformer (FluxTransformer2DModel) cannot be divided among 3 ranks, "
+            "because its num_attention_heads is 4; --tp can be 1, 2, 4.",
+        ),
+        (
+            "pixart",
+            "2",
+            "there is no tensor-parallel plan for its transformer (PixArtTransformer2DModel); serve it with --tp 1.",
+        ),
     ],
 )
 def test_a_degree_that_cannot_be_is_one_sentence(
