@@ -53,7 +53,10 @@ def test_a_fault_is_status_1_and_in_the_table(flux: Path, tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (("--tp", "3", "--component", "transformer"), "it cannot be divided among 3 ranks; --tp can be 1, 2, 4"),
+        (
+            ("--tp", "3", "--component", "transformer"),
+            "among 3 ranks, because its num_attention_heads is 4; --tp can be 1, 2, 4",
+        ),
         (("--component", "unet"), "There is no component 'unet' with weights; there are"),
         (("--policy", "nothing.toml"), "The policy nothing.toml cannot be used"),
         (("--dtype", "int8"), "invalid choice: 'int8'"),
