@@ -132,6 +132,12 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         Meta(ge=1, description="Connections that clients may have open; beyond it, one that waits for its client ends"),
     ] = 4096
     max_body_mb: Annotated[int, Meta(ge=1, description="Megabytes that a request's body may have")] = 64
+    max_bodies_mb: Annotated[
+        int, Meta(ge=1, description="Megabytes that the bodies being received may take together; beyond it, a 429")
+    ] = 1024
+    body_timeout_s: Annotated[
+        float, Meta(gt=0, description="Seconds in which a request's body has to arrive, and one more for each megabyte")
+    ] = 60.0
     max_update_mb: Annotated[int, Meta(ge=1, description="Megabytes that the body of a weight update may have")] = 65536
     pickle_payloads: Annotated[
         bool,

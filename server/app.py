@@ -6,17 +6,25 @@ from fastapi import FastAPI, Request, Response
 from starlette.exceptions import HTTPException
 
 from .. import __version__
+from ..protocol.config import Config
 from ..protocol.errors import ErrorInfo
 from . import adapters, generate, generation_control, health, information, metrics, rollout, weights
 from .callers import Callers, CallersMiddleware, CorsMiddleware
 from .exchange import ExchangeMiddleware
-from .gate import ApiKeyMiddleware, BodyLimitMiddleware
+from .gate import ApiKeyMiddleware, BodyLimitMiddleware, BodyLimits, BodyMemory
 from .replies import error_reply
 from .rollout_reply import MEDIA_TYPE
 from .service import Service
 
 OWN_TYPES = {"/update_weights_from_tensor": weights.SAFETENSORS, "/rollout/generate": MEDIA_TYPE}
 """The media type that a route's body may have besides JSON and forms."""
+
+_MB = 1_000_000
+_LARGE = ("/generate", "/rollout/generate", "/update_weights_from_tensor")
+"""Routes whose bodies bring pictures or tensors."""
+
+_LISTS = ("/update_weights_from_tensor_checker", "/update_weights_from_distributed")
+"""Routes whose bodies name every tensor of a model."""
 
 _CODES = {404: "not_found", 405: "method_not_allowed"}
 
@@ -28,10 +36,9 @@ def create_app(service: Service) -> FastAPI:
     app.add_exception_handler(HTTPException, _http_error)
     app.add_middleware(
         BodyLimitMiddleware,
-        limit=service.config.max_body_mb * 1_000_000,
-        larger={
-            ("/update_weights_from_tensor", weights.SAFETENSORS): service.config.max_update_mb * 1_000_000,
-        },
+        limits=_body_limits(service.config),
+        memory=BodyMemory(service.config.max_bodies_mb * _MB),
+        timeout_s=service.config.body_timeout_s,
     )
     app.add_middleware(ApiKeyMiddleware, api_key=service.config.api_key)
     app.add_middleware(CallersMiddleware, callers=callers)
@@ -46,6 +53,13 @@ def create_app(service: Service) -> FastAPI:
     app.include_router(adapters.routes(service))
     app.include_router(metrics.routes(service.metrics))
     return app
+
+
+def _body_limits(config: Config) -> BodyLimits:
+    most = config.max_body_mb * _MB
+    by_path = {**dict.fromkeys(_LARGE, most), **dict.fromkeys(_LISTS, min(most, 16 * _MB))}
+    streamed = {("/update_weights_from_tensor", weights.SAFETENSORS): config.max_update_mb * _MB}
+    return BodyLimits(min(most, _MB), by_path, streamed)
 
 
 async def _http_error(request: Request, error: Exception) -> Response:

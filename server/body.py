@@ -10,7 +10,8 @@ from python_multipart.multipart import parse_options_header
 from starlette.datastructures import FormData, UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 
-from ..protocol.errors import Malformed
+from ..protocol.errors import BodyTooLarge, Malformed
+from .bounded import MAX_TEXT, MAX_VALUES, check_json, parse, read_body
 from .images import MOST_IMAGES
 from .schemas import GenerateBody, parse_generate, validate
 
@@ -19,13 +20,17 @@ _TEXTS = frozenset({"prompt", "negative_prompt", "output_format", "image"})
 
 _MOST_FIELDS = 256
 _LONGEST_FIELD = 2**20
+"""Bytes of a field that is text, so also of an image in base64."""
 
 
 async def read_generate(request: Request) -> tuple[GenerateBody, list[str | bytes]]:
     """The fields, and the images as they came: text or files. Raises ``Malformed`` or ``InvalidRequest``."""
     kind, options = parse_options_header(request.headers.get("content-type"))
     if kind != b"multipart/form-data":
-        body = parse_generate(await request.body())
+        data = await read_body(request)
+        body = await parse(data, parse_generate)
+        if body.image is None and len(data) > MAX_TEXT:
+            raise BodyTooLarge(f"A request without images may have {MAX_TEXT / 1e6:g} MB.")
         return body, [*(body.image or ())]
     if options.get(b"charset", b"utf-8").lower() != b"utf-8":
         raise Malformed("A form is read as UTF-8; leave out the charset.")
@@ -33,9 +38,10 @@ async def read_generate(request: Request) -> tuple[GenerateBody, list[str | byte
 
 
 class _WholeForm(MultiPartParser):
-    """A parser that knows whether the form came to its end."""
+    """A parser that knows whether the form came to its end. Files stay in memory, where bodies are bounded."""
 
     ended = False
+    spool_max_size = 2**40
 
     def on_end(self) -> None:
         self.ended = True
@@ -71,6 +77,7 @@ def _fields(form: FormData) -> dict[str, Any]:
 
 
 def _value(name: str, text: str) -> Any:
+    check_json(text.encode(), MAX_VALUES)
     try:
         return orjson.loads(text)
     except orjson.JSONDecodeError:

@@ -1,17 +1,25 @@
-"""What a request has to pass before any endpoint sees it: the API key, and the limit on its body."""
+"""What a request has to pass before any endpoint sees it: the API key, and the limits on its body."""
 
 from __future__ import annotations
 
+import asyncio
 import hmac
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from ..protocol.errors import BodyTooLarge, Forbidden, Unauthorized
+from ..protocol.errors import BodyTooLarge, DeadlinePassed, Forbidden, QueueFull, Unauthorized
 
 OPEN_ROUTES = frozenset({"/liveness", "/health", "/health_generate"})
 """Routes that need no key, because whoever restarts a server has none."""
+
+_FREE = 64 * 1024
+_SLOWEST = 1_000_000
+"""Bytes a second: a large body has so much more time."""
+
+_RETRY_AFTER_S = 5.0
 
 
 class ApiKeyMiddleware:
@@ -35,37 +43,107 @@ def _check_key(header: str | None, api_key: str) -> None:
         raise Forbidden("The API key is not the one that this server was started with.")
 
 
-class BodyLimitMiddleware:
-    """Refuses a body over ``limit`` bytes: by its announced length at once, otherwise as soon as that much has come.
+@dataclass(frozen=True)
+class BodyLimits:
+    """Bytes that a body may have: by path and media type, else by path, else ``others``."""
 
-    ``larger`` are limits of some paths for bodies of some media type.
+    others: int
+    by_path: Mapping[str, int]
+    streamed: Mapping[tuple[str, str], int]
+    """Bodies that go to shared memory while they arrive, in :mod:`.uploads`, which limits their time too."""
+
+
+class BodyMemory:
+    """The bytes of all bodies that the server holds at once."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self.held = 0
+
+    def take(self, size: int) -> None:
+        """Raises ``QueueFull``."""
+        if self.held + size > self._limit:
+            raise QueueFull(
+                f"The bodies of other requests take all of the {self._limit / 1e6:g} MB for bodies (--max-bodies-mb).",
+                retry_after_s=_RETRY_AFTER_S,
+            )
+        self.held += size
+
+    def give_back(self, size: int) -> None:
+        self.held -= size
+
+
+class BodyLimitMiddleware:
+    """Bounds the bytes of each body and of all together, and the time in which a body arrives.
+
+    A body over its limit is refused by its announced length at once, otherwise as soon as that much has come. The first
+    bytes of each are not counted, so that large bodies do not keep small ones out.
     """
 
-    def __init__(self, app: ASGIApp, *, limit: int, larger: Mapping[tuple[str, str], int]) -> None:
+    def __init__(self, app: ASGIApp, *, limits: BodyLimits, memory: BodyMemory, timeout_s: float) -> None:
         self._app = app
-        self._limit = limit
-        self._larger = larger
+        self._limits = limits
+        self._memory = memory
+        self._timeout_s = timeout_s
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
         headers = Headers(scope=scope)
-        limit = self._larger.get((scope["path"], media_type(headers)), self._limit)
+        route = (scope["path"], media_type(headers))
+        streamed = self._limits.streamed.get(route)
+        limit = streamed or self._limits.by_path.get(scope["path"], self._limits.others)
         announced = headers.get("content-length", "0")
-        if announced.isdigit() and int(announced) > limit:
+        if not announced.isdigit() or len(announced) > 18 or int(announced) > limit:
             raise _too_large(limit)
-        received = 0
+        if streamed is not None:
+            await self._app(scope, receive, send)
+            return
+        body = _Body(receive, limit, self._memory, self._timeout_s + int(announced) / _SLOWEST)
+        try:
+            await self._app(scope, body.receive, send)
+        finally:
+            body.release()
 
-        async def limited_receive() -> Message:
-            nonlocal received
-            message = await receive()
-            received += len(message.get("body", b""))
-            if received > limit:
-                raise _too_large(limit)
-            return message
 
-        await self._app(scope, limited_receive, send)
+class _Body:
+    """A body while it arrives."""
+
+    def __init__(self, receive: Receive, limit: int, memory: BodyMemory, timeout_s: float) -> None:
+        self._receive = receive
+        self._limit = limit
+        self._memory = memory
+        self._timeout_s = timeout_s
+        self._deadline = asyncio.get_running_loop().time() + timeout_s
+        self._received = 0
+        self._taken = 0
+        self._ended = False
+
+    async def receive(self) -> Message:
+        if self._ended:  # the endpoint has read the body, keeps none of it, and asks whether the client is still there
+            self.release()
+            return await self._receive()
+        try:
+            async with asyncio.timeout_at(self._deadline):
+                message = await self._receive()
+        except TimeoutError:
+            raise DeadlinePassed(f"The body did not arrive within {self._timeout_s:.0f} s.") from None
+        self._count(len(message.get("body", b"")))
+        self._ended = not message.get("more_body", False)
+        return message
+
+    def _count(self, size: int) -> None:
+        self._received += size
+        if self._received > self._limit:
+            raise _too_large(self._limit)
+        if (more := self._received - _FREE - self._taken) > 0:
+            self._memory.take(more)
+            self._taken += more
+
+    def release(self) -> None:
+        self._memory.give_back(self._taken)
+        self._taken = 0
 
 
 def media_type(headers: Headers) -> str:
@@ -74,4 +152,4 @@ def media_type(headers: Headers) -> str:
 
 
 def _too_large(limit: int) -> BodyTooLarge:
-    return BodyTooLarge(f"The body has more than the {limit / 1e6:g} MB that this server takes.")
+    return BodyTooLarge(f"The body has more than the {limit / 1e6:g} MB that this route takes.")

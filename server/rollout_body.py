@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import binascii
 import itertools
 import math
 from typing import Annotated, Any, Literal
 
-import msgspec
 import numpy as np
 from fastapi import Request
 from pydantic import Field
 
 from ..protocol.codec import Buffer
 from ..protocol.config import Config
-from ..protocol.errors import InvalidRequest, Malformed
+from ..protocol.errors import BodyTooLarge, InvalidRequest, Malformed
 from ..protocol.messages import ModelInfo
 from ..protocol.rollouts import TENSOR, Rollout, SamplerName, Tensor
 from ..protocol.tensor_files import BadTensorFile, read_header
+from .bounded import MAX_TEXT, parse, read_body, read_msgpack
 from .limits import Range
 from .schemas import GenerateBody, read_object, validate
 
@@ -57,18 +58,24 @@ class RolloutBody(GenerateBody):
 
 async def read_rollout(request: Request) -> RolloutBody:
     """The body, JSON or msgpack. Raises ``Malformed`` and ``InvalidRequest``."""
-    data = await request.body()
-    if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/msgpack":
-        value = read_object(data)
+    data = await read_body(request)
+    if request.headers.get("content-type", "").partition(";")[0].strip().lower() == "application/msgpack":
+        body = await asyncio.to_thread(_from_msgpack, data)
     else:
-        try:
-            value = msgspec.msgpack.decode(data, type=dict[str, Any])
-        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-            raise Malformed(f"The body cannot be read as a msgpack map: {error}.") from None
-    body = validate(value, RolloutBody)
+        body = await parse(data, _from_json)
+    if body.image is None and body.initial_noise is None and len(data) > MAX_TEXT:
+        raise BodyTooLarge(f"A rollout without images and initial_noise may have {MAX_TEXT / 1e6:g} MB.")
     if shared := sorted(body.extra.keys() & body.extra_sampling_params.keys()):
         raise InvalidRequest(f"{shared[0][:100]} is in extra and in extra_sampling_params.", field="extra")
     return body.model_copy(update={"extra": body.extra | body.extra_sampling_params})
+
+
+def _from_json(body: bytearray) -> RolloutBody:
+    return validate(read_object(body), RolloutBody)
+
+
+def _from_msgpack(body: bytearray) -> RolloutBody:
+    return validate(read_msgpack(body), RolloutBody)
 
 
 def check_rollout(body: RolloutBody, model: ModelInfo, config: Config) -> None:

@@ -88,12 +88,12 @@ class GenerateBody(BaseModel):
 B = TypeVar("B", bound=GenerateBody)
 
 
-def parse_generate(body: bytes) -> GenerateBody:
+def parse_generate(body: bytes | bytearray) -> GenerateBody:
     """The fields in ``body``, whatever its content type says. Raises as :func:`validate` does."""
     return validate(read_object(body), GenerateBody)
 
 
-def read_object(body: bytes) -> dict[str, Any]:
+def read_object(body: bytes | bytearray) -> dict[str, Any]:
     """A JSON object. Raises ``Malformed``."""
     try:
         value = orjson.loads(body)
@@ -109,10 +109,14 @@ def validate(value: dict[str, Any], form: type[B]) -> B:
 
     Raises ``Malformed`` for what has not these fields and types, ``InvalidRequest`` for a wrong choice.
     """
+    for name in value:
+        if name not in form.model_fields:  # pydantic would collect an error for each of many
+            shown = name[:100]
+            raise Malformed(f"There is no field {shown!r}; {near(name, form.model_fields)}", field=shown)
     try:
         return form.model_validate({name: _as_written(item) for name, item in value.items()})
     except ValidationError as error:
-        raise _explain(error.errors(include_url=False)[0], value, form) from None
+        raise _explain(error.errors(include_url=False)[0], value) from None
 
 
 def near(name: str, known: Collection[str]) -> str:
@@ -132,16 +136,13 @@ def _is_beyond(value: Any) -> bool:
     return isinstance(value, float) and abs(value) >= 2**63
 
 
-def _explain(error: ErrorDetails, body: dict[str, Any], form: type[GenerateBody]) -> SafelightError:
+def _explain(error: ErrorDetails, body: dict[str, Any]) -> SafelightError:
     field = str(error["loc"][0])
     if field == "lora":
         return _explain_adapters(error, body)
     index = error["loc"][1:] if isinstance(body.get(field), list) else ()
     place = field + "".join(f"[{part}]" for part in index)
     match error["type"]:
-        case "extra_forbidden":
-            shown = field[:100]
-            return Malformed(f"There is no field {shown!r}; {near(field, form.model_fields)}", field=shown)
         case "missing":
             return Malformed(f"The field {field} is required.", field=field)
         case "literal_error" if isinstance(error["input"], str):

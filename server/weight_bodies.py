@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
@@ -10,8 +11,12 @@ from msgspec import Meta
 
 from ..protocol.errors import Malformed
 from ..protocol.operations import Barrier, CudaTensor
+from .bounded import MAX_VALUES, parse, read_body
 
 B = TypeVar("B")
+
+TENSORS = 400_000
+"""Values of a body that says several things of every tensor of a model."""
 
 Name = Annotated[str, Meta(min_length=1, max_length=1000)]
 Version = Annotated[str, Meta(min_length=1, max_length=200)]
@@ -150,9 +155,12 @@ class Nothing(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     pass
 
 
-async def read(request: Request, kind: type[B]) -> B:
-    """The body as ``kind``; an empty one has every default. Raises ``Malformed``."""
-    body = await request.body()
+async def read(request: Request, kind: type[B], max_values: int = MAX_VALUES) -> B:
+    """The body as ``kind``; an empty one has every default. Raises ``Malformed`` and ``BodyTooLarge``."""
+    return await parse(await read_body(request), functools.partial(_decode, kind=kind), max_values)
+
+
+def _decode(body: bytearray, kind: type[B]) -> B:
     try:
         return msgspec.json.decode(body or b"{}", type=kind)
     except msgspec.ValidationError as error:

@@ -77,7 +77,7 @@ class _Routes:
     async def from_tensor(self, request: Request) -> dict[str, Any]:
         if media_type(request.headers) == SAFETENSORS:
             return await self._from_body(request)
-        body = await bodies.read(request, bodies.FromTensor)
+        body = await bodies.read(request, bodies.FromTensor, bodies.TENSORS)
         if (body.shared is None) == (body.serialized_named_tensors is None):
             raise InvalidRequest("Give either serialized_named_tensors or shared.", field="serialized_named_tensors")
         if body.shared is not None:
@@ -181,7 +181,7 @@ class _Routes:
         return {**success(f"{ranks} ranks have joined the group."), "ranks": ranks}
 
     async def from_distributed(self, request: Request) -> dict[str, Any]:
-        body = await bodies.read(request, bodies.FromDistributed)
+        body = await bodies.read(request, bodies.FromDistributed, bodies.TENSORS)
         targets = body.target_modules or ["transformer"]
         if len(targets) != 1:
             self._operating.without_reply(Leave(body.group_name))  # or the trainer would wait in it
@@ -199,7 +199,7 @@ class _Routes:
         return success("The ranks have left the group.")
 
     async def check(self, request: Request) -> dict[str, Any]:
-        body = await bodies.read(request, bodies.Checker)
+        body = await bodies.read(request, bodies.Checker, bodies.TENSORS)
         expected = body.expected_named_tensors_sha256 or body.expected_transformer_sha256
         if not expected:
             raise InvalidRequest(

@@ -222,7 +222,7 @@ def test_a_client_that_goes_away_leaves_nothing_in_shared_memory(checkpoint: Cal
         call, place = rollout(**body), urlsplit(server.url)
         with socket.create_connection((place.hostname, place.port)) as connection:
             content = json.dumps(call.body).encode()
-            head = f"POST {call.path} HTTP/1.1\r\nHost: here\r\nContent-Type: application/json\r\n"
+            head = f"POST {call.path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
             connection.sendall(f"{head}Content-Length: {len(content)}\r\n\r\n".encode() + content)
             server.wait_for(lambda: len(list(folder.glob("rollout-*"))) > 1 or None, 60)
         server.wait_for(lambda: not list(folder.glob("rollout-*")) or None, 60)

@@ -233,7 +233,7 @@ async def test_a_client_that_goes_away_while_it_sends_its_body_is_no_error_of_ou
     async with stage() as played:
         host, port = played.url.removeprefix("http://").split(":")
         _, writer = await asyncio.open_connection(host, int(port))
-        writer.write(b"POST /generate HTTP/1.1\r\nHost: a\r\nContent-Length: 1000\r\n\r\n{")
+        writer.write(b"POST /generate HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000\r\n\r\n{")
         await writer.drain()
         await asyncio.sleep(0.1)
         writer.close()
@@ -289,7 +289,7 @@ def _reader_that_does_not_read(url: str) -> socket.socket:
     host, port = url.removeprefix("http://").split(":")
     reader = socket.create_connection((host, int(port)))
     body = b'{"prompt": "a", "stream": true}'
-    reader.sendall(b"POST /generate HTTP/1.1\r\nHost: a\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
+    reader.sendall(b"POST /generate HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
     return reader
 
 

@@ -128,7 +128,7 @@ def test_a_length_that_is_announced_and_does_not_come_takes_no_memory(trainer: T
     for sent in (b"abc", header, header + bytes(1 << 20)):
         with socket.create_connection((url.host, url.port)) as connection:
             length = 9_000_000_000 + len(header)
-            head = f"POST /update_weights_from_tensor HTTP/1.1\r\nHost: x\r\nContent-Length: {length}\r\n"
+            head = f"POST /update_weights_from_tensor HTTP/1.1\r\nHost: localhost\r\nContent-Length: {length}\r\n"
             connection.sendall(f"{head}Content-Type: application/x-safetensors\r\n\r\n".encode() + sent)
             trainer.server.wait_for(lambda: list(trainer.shared().glob("upload-*")) or None, 30)
             time.sleep(0.2)
@@ -176,7 +176,7 @@ def test_a_body_that_ends_before_its_length(trainer: Trainer) -> None:
     body = save(some(trainer))
     url = httpx.URL(trainer.server.url)
     with socket.create_connection((url.host, url.port)) as connection:
-        head = f"POST /update_weights_from_tensor HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n"
+        head = f"POST /update_weights_from_tensor HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n"
         connection.sendall(f"{head}Content-Type: application/x-safetensors\r\n\r\n".encode() + body[: len(body) // 2])
     # and the client is gone
 
@@ -187,7 +187,8 @@ def test_a_client_that_goes_away_while_its_update_is_done_gets_all_of_it_or_noth
     url = httpx.URL(trainer.server.url)
     with socket.create_connection((url.host, url.port)) as connection:
         head = (
-            f"POST /update_weights_from_tensor?weight_version=left HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}"
+            "POST /update_weights_from_tensor?weight_version=left HTTP/1.1\r\n"
+            f"Host: localhost\r\nContent-Length: {len(body)}"
         )
         connection.sendall(f"{head}\r\nContent-Type: application/x-safetensors\r\n\r\n".encode() + body)
     version = trainer.done("/get_weights_checksum", {"detail": True})["weight_version"]
@@ -279,7 +280,7 @@ def test_a_rank_that_dies_while_an_update_is_written(rank: int, serve: Serve) ->
         body = save(changed(transformer(trainer.directory)))
         url = httpx.URL(trainer.server.url)
         with socket.create_connection((url.host, url.port)) as connection:
-            head = f"POST /update_weights_from_tensor HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n"
+            head = f"POST /update_weights_from_tensor HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n"
             connection.sendall(f"{head}Content-Type: application/x-safetensors\r\n\r\n".encode() + body)
             trainer.server.wait_for(lambda: list(trainer.shared().glob("upload-*")) or None, 30)
             os.kill(victim.pid, signal.SIGKILL)
