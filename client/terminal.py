@@ -125,7 +125,7 @@ def server_table(url: str, info: dict[str, Any]) -> Table:
         size = sum(model["parameters"].values()) / 1e6
         table.add_row("model", f"{model['model']} ({model['pipeline']}, {size:,.1f} M parameters)")
         table.add_row("runs on", f"{model['device']}, {model['dtype']}")
-        table.add_row("draws", f"{model['default_width']}x{model['default_height']} when not told otherwise")
+        table.add_row("draws", f"{_drawn(model)} when not told otherwise")
         table.add_row("weights", model["weight_version"])
     for component, adapters in info.get("adapters", {}).items():
         table.add_row("adapters", f"{component}: {', '.join(map(_adapter, adapters))}")
@@ -135,6 +135,21 @@ def server_table(url: str, info: dict[str, Any]) -> Table:
     for replica in info["replicas"]:
         table.add_row(f"replica {replica['replica']}", _replica(replica))
     return table
+
+
+def _drawn(model: dict[str, Any]) -> str:
+    """What a request gets that leaves everything out; servers before this one did not say all of it."""
+    parts = [f"{model['default_width']}x{model['default_height']}"]
+    if frames := model.get("default_num_frames"):
+        parts.append(f"{frames} frames at {model['default_fps']} a second")
+    arguments = model.get("arguments", {})
+    for name, words in (("num_inference_steps", "steps"), ("max_sequence_length", "tokens of text")):
+        if (value := arguments.get(name, {}).get("default")) is not None:
+            parts.append(f"{value} {words}")
+    drawn = ", ".join(parts)
+    if plain := model.get("deterministic_defaults"):
+        drawn += f" ({', '.join(f'{name} {value}' for name, value in plain.items())} if deterministic)"
+    return drawn
 
 
 def _adapter(adapter: dict[str, Any]) -> str:

@@ -178,10 +178,10 @@ class Failed(msgspec.Struct, tag=True, frozen=True):
 class Parameter(msgspec.Struct, frozen=True):
     """One argument of the pipeline's ``__call__`` that a request may set.
 
-    ``types`` are JSON types ("int", "float", "str", "bool", "list", "null"); ``default`` is the pipeline's own, and
-    ``maximum`` the largest value that makes sense for this model, where one is known. Of a list, ``items`` are the JSON
-    types of its elements, empty where any will do, and ``length`` is the only one it may have; the pipeline gets it as
-    a tuple where ``is_tuple``.
+    ``types`` are JSON types ("int", "float", "str", "bool", "list", "null"); ``default`` is what a request gets that
+    leaves it out (null where the pipeline decides), and ``maximum`` the largest value that makes sense for this model,
+    where one is known. Of a list, ``items`` are the JSON types of its elements, empty where any will do, and ``length``
+    is the only one it may have; the pipeline gets it as a tuple where ``is_tuple``.
     """
 
     types: list[str]
@@ -208,6 +208,7 @@ class ImageTask(msgspec.Struct, frozen=True, kw_only=True):
     several_images: bool
     supports_preview: bool
     batching: Batching
+    deterministic_defaults: dict[str, Any] = {}
 
 
 class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
@@ -230,6 +231,8 @@ class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
     default_height: int | None = None
     default_num_frames: int | None = None
     default_fps: int | None = None
+    deterministic_defaults: dict[str, Any] = {}
+    """Arguments whose default is another one for a ``deterministic`` request: that of diffusers itself."""
     supports_preview: bool = True
     takes_text_alone: bool = True
     image_task: ImageTask | None = None

@@ -211,7 +211,10 @@ def _check_size(body: GenerateBody, model: ModelInfo, multiple: int, config: Con
             )
     if body.width is None and body.height is None:
         return  # what the model makes by itself is not the request's doing
-    width, height = body.width or model.default_width or multiple, body.height or model.default_height or multiple
+    usual = {"width": model.default_width, "height": model.default_height}
+    if body.deterministic:
+        usual |= {side: model.deterministic_defaults.get(side, usual[side]) for side in _SIDES}
+    width, height = body.width or usual["width"] or multiple, body.height or usual["height"] or multiple
     if width * height > config.max_pixels:
         raise InvalidRequest(
             f"width x height must be between {multiple * multiple} and {config.max_pixels} pixels; "

@@ -81,7 +81,10 @@ class GenerateBody(BaseModel):
     output_format: OutputFormat | None = Field(None, description="png for pictures and mp4 for videos when omitted")
     stream: bool = Field(False, description="Answer with server-sent events: queued, progress, preview, result, error")
     preview_every: int = Field(0, description="While streaming, a decoded preview each so many steps")
-    deterministic: bool = Field(False, description="Run its forwards alone: bitwise what diffusers gives for this seed")
+    deterministic: bool = Field(
+        False,
+        description="Run its forwards alone, with diffusers' own defaults: bitwise what diffusers gives for this seed",
+    )
     extra: dict[str, Any] = Field({}, description="Further arguments of the pipeline; see `arguments` in /model_info")
 
 

@@ -105,8 +105,9 @@ class Model:
             size_multiple=task.sizes.multiple,
             default_width=task.sizes.width,
             default_height=task.sizes.height,
-            default_num_frames=task.defaults.get("num_frames", frames.default if frames is not None else None),
+            default_num_frames=frames.default if frames is not None else None,
             default_fps=None if task.kind == "image" else self.frame_rate(task),
+            deterministic_defaults=task.deterministic_defaults,
             supports_preview=task.supports_preview,
             takes_text_alone=self.text is not None,
             image_task=_image_task(self.image),
@@ -129,6 +130,7 @@ def _image_task(task: Task | None) -> ImageTask | None:
         several_images=task.several_images,
         supports_preview=task.supports_preview,
         batching=task.batching,
+        deterministic_defaults=task.deterministic_defaults,
     )
 
 

@@ -96,7 +96,7 @@ class SampleRun:
             given["frame_rate"] = request.fps
         if task.takes_prompt:
             given["prompt"] = request.samples[self.index].prompt
-        defaults = task.defaults
+        defaults = task.plain_defaults if request.deterministic else task.defaults
         if request.images:
             defaults, given = _without_size(defaults), _without_size(given) | image_arguments(task, request)
         rollout = request.rollout

@@ -81,7 +81,7 @@ class SelfTest:
 
     def _try_images(self, pipeline: DiffusionPipeline) -> Verdict:
         """Raises ``DoesNotRun``."""
-        self._model.image = image = new_task(pipeline, self._config, self._model.published.defaults)
+        self._model.image = image = new_task(pipeline, self._config, self._model.published.defaults, images=True)
         trial = Trial(self._model, self._config, self._report, images=True)
         verdict = trial.judge()
         image.several_images = trial.takes_several_images()

@@ -35,21 +35,25 @@ class Sizes:
 
 
 def find_sizes(
-    pipeline: DiffusionPipeline, arguments: Mapping[str, Parameter], published: Mapping[str, int] | None = None
+    pipeline: DiffusionPipeline,
+    arguments: Mapping[str, Parameter],
+    own: Mapping[str, Any],
+    published: Mapping[str, Any] | None = None,
 ) -> Sizes:
-    """Read the sizes from what the checkpoint says, the pipeline's attributes and its components' configurations."""
-    multiple = _multiple(pipeline)
-    own, trained = _default_side(pipeline), _trained_side(pipeline)
-    width, height = arguments.get("width"), arguments.get("height")
-    if width is None or height is None:
-        return Sizes(multiple, trained or own, trained or own, {})
+    """Read the sizes from what the checkpoint says, the pipeline's attributes and its components' configurations.
+
+    ``own`` are the pipeline's own defaults, as far as they are known.
+    """
+    multiple, trained = _multiple(pipeline), _trained_side(pipeline)
+    usual = trained or _default_side(pipeline)
+    if "width" not in arguments or "height" not in arguments:
+        return Sizes(multiple, usual, usual, {})
     if published and "width" in published and "height" in published:
         return Sizes(multiple, published["width"], published["height"], {})
-    if width.default is not None:
-        return Sizes(multiple, width.default, height.default, {})
-    if trained is not None and trained != own:
+    width, height = own["width"] or usual, own["height"] or usual
+    if arguments["width"].default is None and trained is not None and (width, height) != (trained, trained):
         return Sizes(multiple, trained, trained, {"width": trained, "height": trained})
-    return Sizes(multiple, own, own, {})
+    return Sizes(multiple, width, height, {})
 
 
 def small_sizes(arguments: Mapping[str, Parameter], sizes: Sizes) -> list[dict[str, int]]:

@@ -13,8 +13,9 @@ from diffusers import DiffusionPipeline
 from ..protocol.config import Config
 from ..protocol.messages import Batching, Parameter
 from .arguments import offered_arguments
+from .first_call import variables_at_first_call
 from .image_pipelines import image_argument
-from .sizes import Sizes, denoiser_config, find_sizes
+from .sizes import Sizes, find_sizes
 
 _NO_LIMIT = 100_000
 """Transformers writes a number far beyond this one where a tokenizer has no limit."""
@@ -22,8 +23,6 @@ _NO_LIMIT = 100_000
 _LONGEST_TEXT = 4096
 """Tokens, for pipelines that name no default and tokenizers that name no limit."""
 
-_TABLED_SIZES = (16, 32, 64, 128, 256)
-"""Sample sizes for which pipelines have a table of aspect ratios."""
 
 UNTESTED = Batching("merged", "not tested")
 
@@ -32,8 +31,10 @@ UNTESTED = Batching("merged", "not tested")
 class Task:
     """A pipeline on the model's components. ``defaults`` are arguments passed where a request gives none.
 
-    ``image_argument`` is where its call takes the image, and ``several_images`` says whether it takes more than one for
-    one output. What the self-test finds out is written here by it.
+    A ``deterministic`` request gets ``plain_defaults`` in their place: what diffusers needs to run, and what the
+    checkpoint says of itself. ``arguments`` name the defaults that take effect for any other one. ``image_argument`` is
+    where its call takes the image, and ``several_images`` says whether it takes more than one for one output. What the
+    self-test finds out is written here by it.
     """
 
     pipeline: DiffusionPipeline
@@ -41,6 +42,9 @@ class Task:
     arguments: dict[str, Parameter]
     sizes: Sizes
     defaults: dict[str, Any]
+    plain_defaults: dict[str, Any]
+    deterministic_defaults: dict[str, Any]
+    """What takes effect for a ``deterministic`` request where it is something else than for others."""
     takes_prompt: bool
     image_argument: str | None
     max_pixels: int
@@ -51,19 +55,36 @@ class Task:
     tried_size: dict[str, int | None] = field(default_factory=dict)
 
 
-def new_task(pipeline: DiffusionPipeline, config: Config, published: Mapping[str, Any]) -> Task:
-    """``published`` are the checkpoint's own defaults, of which the pipeline takes what it has an argument for."""
+def new_task(
+    pipeline: DiffusionPipeline, config: Config, published: Mapping[str, Any], *, images: bool = False
+) -> Task:
+    """``published`` are the checkpoint's own defaults, of which the pipeline takes what it has an argument for.
+
+    What is made from ``images`` has a size that follows from them.
+    """
     pipeline.set_progress_bar_config(disable=True)
     arguments = _bounded(offered_arguments(pipeline), pipeline, config)
-    own = {name: value for name, value in published.items() if name in arguments}
-    sizes = find_sizes(pipeline, arguments, own)
-    lengths = default_text_length(pipeline, arguments)
+    published = {name: value for name, value in published.items() if name in arguments}
+    needed, made = _needed(pipeline, arguments, image_argument(type(pipeline)) if images else None)
+    own = _own_defaults(arguments, made)
+    sizes = find_sizes(pipeline, arguments, own, published)
+    plain = needed | published
+    defaults = sizes.overrides | default_text_length(pipeline, arguments) | plain
+    of_images = {"width": None, "height": None} if images else {}
+    own |= plain | of_images
+    effective = own | defaults | of_images
     return Task(
         pipeline=pipeline,
         kind="video" if "num_frames" in arguments else "image",
-        arguments=arguments,
+        arguments={
+            name: msgspec.structs.replace(parameter, default=effective[name]) for name, parameter in arguments.items()
+        },
         sizes=sizes,
-        defaults=sizes.overrides | lengths | _binning(pipeline, arguments) | own,
+        defaults=defaults,
+        plain_defaults=plain,
+        deterministic_defaults={
+            name: own[name] for name in sorted(defaults.keys() - plain.keys()) if own[name] != effective[name]
+        },
         takes_prompt="prompt" in inspect.signature(type(pipeline).__call__).parameters,
         image_argument=image_argument(type(pipeline)),
         max_pixels=config.max_pixels,
@@ -96,8 +117,23 @@ def _bounded(arguments: dict[str, Parameter], pipeline: DiffusionPipeline, confi
     return bounded
 
 
-def _binning(pipeline: DiffusionPipeline, arguments: Mapping[str, Parameter]) -> dict[str, bool]:
-    """Leave out the rounding to known aspect ratios where there is no table of them for the model's size."""
-    if "use_resolution_binning" not in arguments or denoiser_config(pipeline).get("sample_size") in _TABLED_SIZES:
-        return {}
-    return {"use_resolution_binning": False}
+def _needed(
+    pipeline: DiffusionPipeline, arguments: Mapping[str, Parameter], picture_as: str | None
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The arguments without which the pipeline refuses its own defaults, and what it then makes of all the others.
+
+    Some round sizes to known aspect ratios, by a table that they do not have for a model of any size.
+    """
+    without = {"use_resolution_binning": False}
+    made = variables_at_first_call(pipeline, picture_as)
+    if made is None and without.keys() <= arguments.keys():
+        made = variables_at_first_call(pipeline, picture_as, **without)
+        return ({} if made is None else without), made or {}
+    return {}, made or {}
+
+
+def _own_defaults(arguments: Mapping[str, Parameter], made: Mapping[str, Any]) -> dict[str, Any]:
+    """What the pipeline takes for each of ``arguments`` left out: its signature's default, or what it computes."""
+    own = {name: parameter.default for name, parameter in arguments.items()}
+    computed = {name: made.get(name) for name, default in own.items() if default is None}
+    return own | {name: value for name, value in computed.items() if isinstance(value, int | float)}

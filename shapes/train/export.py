@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import copy
+import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline
 
+from ..scene import PICTURE
 from .latents import Latents
 from .model import TextToVelocity
-from .text import clip_tokenizer, t5_tokenizer
+from .text import TEXT_TOKENS, clip_tokenizer, t5_tokenizer
+
+DEFAULTS: dict[str, Any] = {"defaults": {"width": PICTURE, "height": PICTURE, "max_sequence_length": TEXT_TOKENS}}
+"""What a request leaves out, for a runtime to read from `safelight.json`: `FluxPipeline`'s own defaults are larger."""
 
 
 def pipeline(vae: AutoencoderKL, model: TextToVelocity, latents: Latents) -> FluxPipeline:
@@ -38,5 +44,6 @@ def export(vae: AutoencoderKL, model: TextToVelocity, latents: Latents, folder: 
     built = pipeline(copy.deepcopy(vae).to(dtype), copy.deepcopy(model), latents)
     built.transformer.to(dtype)
     built.save_pretrained(folder, safe_serialization=True)
+    (folder / "safelight.json").write_text(json.dumps(DEFAULTS, indent=2) + "\n")
     for file in folder.rglob("*.safetensors"):
         file.chmod(0o644)

@@ -9,9 +9,10 @@ from PIL import Image
 from rich.console import Console
 
 from safelight.client import Preview, Progress, Queued, UpdateProgress
-from safelight.client.terminal import GenerationView, PushView, blocks
+from safelight.client.terminal import GenerationView, PushView, blocks, server_table
 
 from .played_server import png
+from .test_cli import INFO
 
 
 def events_shown(*, terminal: bool) -> str:
@@ -54,3 +55,16 @@ def test_a_half_block_holds_the_pixel_above_and_the_one_below() -> None:
     segments = blocks(picture, columns=2).segments
     assert [segment.text for segment in segments] == ["▀", "▀", "\n"]
     assert [str(segment.style) for segment in segments[:2]] == ["#ff0000 on #0000ff", "#00ff00 on #ffffff"]
+
+
+def test_info_says_every_default_that_takes_effect() -> None:
+    model = INFO["models"][0] | {
+        "default_num_frames": 17,
+        "default_fps": 8,
+        "arguments": {"num_inference_steps": {"default": 28}, "max_sequence_length": {"default": 77}},
+        "deterministic_defaults": {"max_sequence_length": 512},
+    }
+    file = io.StringIO()
+    Console(file=file, width=200).print(server_table("http://server", INFO | {"models": [model]}))
+    drawn = "64x64, 17 frames at 8 a second, 28 steps, 77 tokens of text (max_sequence_length 512 if deterministic)"
+    assert drawn in file.getvalue()
