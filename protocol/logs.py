@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextvars
 import json
 import logging
+import re
 import sys
 import time
+from typing import Any
 
 from .config import Config
 
@@ -24,6 +26,32 @@ class _Context(logging.Filter):
         if not hasattr(record, "request_id"):
             record.request_id = request_id_var.get()
         return True
+
+
+_UNSEEN = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+"""Characters that end a line, move the cursor, turn the text's direction or cannot be written at all."""
+
+
+def escaped(text: str) -> str:
+    """``text`` on one line, with nothing in it that a terminal obeys: clients have written parts of it."""
+    return _UNSEEN.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+
+
+class _Text(logging.Formatter):
+    """A line for each record; what has more, a traceback, is indented, so that it cannot pass for a record."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        return escaped(super().formatMessage(record))
+
+    def formatException(self, ei: Any) -> str:
+        return _indented(super().formatException(ei))
+
+    def formatStack(self, stack_info: str) -> str:
+        return _indented(super().formatStack(stack_info))
+
+
+def _indented(text: str) -> str:
+    return "\n".join("    " + escaped(line) for line in text.split("\n"))
 
 
 class _Json(logging.Formatter):
@@ -49,7 +77,7 @@ def configure_logging(config: Config, process: str) -> None:
     """
     handler = logging.StreamHandler(sys.stderr)
     text = "%(asctime)s %(levelname)-7s %(process_name)s [%(request_id)s] %(message)s"
-    handler.setFormatter(_Json() if config.log_format == "json" else logging.Formatter(text))
+    handler.setFormatter(_Json() if config.log_format == "json" else _Text(text))
     handler.addFilter(_Context(process))
     logging.basicConfig(level=config.log_level.upper(), handlers=[handler], force=True)
     logging.getLogger("httpx").setLevel(logging.WARNING)

@@ -30,6 +30,7 @@ from .replies import json_reply
 from .scheduler_link import OperationFailed
 from .service import Service
 from .weight_bodies import Alpha, Name, Nothing, read
+from .weight_bodies import Path as FilePath
 
 Handler = Callable[[Request], Awaitable[dict[str, Any]]]
 Names = Annotated[list[Name], Meta(min_length=1, max_length=64)]
@@ -37,7 +38,7 @@ Names = Annotated[list[Name], Meta(min_length=1, max_length=64)]
 
 class SetLora(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     lora_nickname: Name | Names
-    lora_path: Name | list[Name | None] | None = None
+    lora_path: FilePath | list[FilePath | None] | None = None
     target: Name | list[Name] = ALL
     strength: float | list[float] = 1.0
     merge_mode: WantedMode | None = None

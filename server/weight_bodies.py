@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from typing import Annotated, Any, Literal, TypeVar
+import re
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import msgspec
 from fastapi import Request
@@ -18,8 +19,33 @@ B = TypeVar("B")
 TENSORS = 400_000
 """Values of a body that says several things of every tensor of a model."""
 
-Name = Annotated[str, Meta(min_length=1, max_length=1000)]
-Version = Annotated[str, Meta(min_length=1, max_length=200)]
+
+class Alphabet(msgspec.Struct, frozen=True):
+    """What a text from a client may consist of.
+
+    Not a ``Meta.pattern``: msgspec 0.22 frees one twice that is in a union with a list (``double free or corruption``).
+    """
+
+    pattern: re.Pattern[str]
+    words: str
+
+
+WORD = Alphabet(
+    re.compile(r"\w[\w .:+/@=,#~()-]*"),
+    "letters, digits and any of _ . : + / @ = , # ~ ( ) - and space, a letter first",
+)
+VERSION = Alphabet(re.compile("[!-~]+( [!-~]+)*"), "visible ASCII characters, with single spaces between them")
+ADDRESS = Alphabet(re.compile("[A-Za-z0-9._:%-]+"), "the characters of a host name or an address")
+PRINTABLE = Alphabet(
+    re.compile("[^\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028\u2029\u202a-\u202e\u2066-\u2069]+"),
+    "characters that can be printed",
+)
+
+Name = Annotated[str, Meta(min_length=1, max_length=1000), WORD]
+Path = Annotated[str, Meta(min_length=1, max_length=1000), PRINTABLE]
+TensorName = Annotated[str, Meta(min_length=1, max_length=1000), PRINTABLE]
+Address = Annotated[str, Meta(min_length=1, max_length=255), ADDRESS]
+Version = Annotated[str, Meta(min_length=1, max_length=200), VERSION]
 Modules = Annotated[list[Name], Meta(min_length=1)]
 Alpha = Annotated[float, Meta(gt=0, le=1e6)]
 Rank = Annotated[int, Meta(ge=1)]
@@ -27,7 +53,7 @@ Seconds = Annotated[float, Meta(gt=0, le=86400)]
 
 
 class FromDisk(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    model_path: Name
+    model_path: Path
     target_modules: Modules | None = None
     weight_version: Version | None = None
     flush_cache: bool = True
@@ -39,7 +65,7 @@ class Shared(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """Either ``path``, a safetensors file in the server's shared-memory directory, which stays the sender's to remove,
     or ``cuda_ipc``, handles as torch makes them: a list for each rank of each replica, bytes in base64."""
 
-    path: Name | None = None
+    path: Path | None = None
     cuda_ipc: list[list[CudaTensor]] | None = None
 
 
@@ -93,7 +119,7 @@ class Abort(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
 
 
 class InitGroup(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    master_address: Name
+    master_address: Address
     master_port: Annotated[int, Meta(ge=1, le=65535)]
     rank_offset: Annotated[int, Meta(ge=1)]
     world_size: Annotated[int, Meta(ge=2)]
@@ -103,7 +129,7 @@ class InitGroup(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
 
 
 class FromDistributed(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    names: list[Name]
+    names: list[TensorName]
     dtypes: list[str]
     shapes: list[list[int]]
     group_name: Name = "weight_update_group"
@@ -162,11 +188,9 @@ async def read(request: Request, kind: type[B], max_values: int = MAX_VALUES) ->
 
 def _decode(body: bytearray, kind: type[B]) -> B:
     try:
-        return msgspec.json.decode(body or b"{}", type=kind)
+        return _checked(msgspec.json.decode(body or b"{}", type=kind))
     except msgspec.ValidationError as error:
-        what, _, where = str(error).partition(" - at `$")
-        field = where.strip("`.").split("[")[0].split(".")[0] or None
-        raise Malformed(f"{what}{f' ({field})' if field else ''}.", field=field) from None
+        raise _malformed(error) from None
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise Malformed(f"The body is no JSON: {error}.") from None
 
@@ -175,6 +199,36 @@ def from_query(request: Request, kind: type[B]) -> B:
     """The query's parameters as ``kind``. Raises ``Malformed``."""
     fields: dict[str, Any] = dict(request.query_params)
     try:
-        return msgspec.convert(fields, kind, strict=False)
+        return _checked(msgspec.convert(fields, kind, strict=False))
     except msgspec.ValidationError as error:
-        raise Malformed(f"A parameter of the address cannot be used: {error}.") from None
+        raise _malformed(error) from None
+
+
+def _malformed(error: msgspec.ValidationError) -> Malformed:
+    what, _, where = str(error).partition(" - at `$")
+    field = where.strip("`.").split("[")[0].split(".")[0] or None
+    return Malformed(f"{what}{f' ({field})' if field else ''}.", field=field)
+
+
+def _checked(body: B) -> B:
+    """``body``, whose texts consist of what their types say. Raises ``Malformed``."""
+    for field, alphabet in _alphabets_of(type(body)).items():
+        value = getattr(body, field)
+        for text in value if isinstance(value, list) else [value]:
+            if isinstance(text, str) and not alphabet.pattern.fullmatch(text):
+                raise Malformed(f"{field} must consist of {alphabet.words}; {text[:100]!r} does not.", field=field)
+    return body
+
+
+def _alphabets_of(kind: type[Any]) -> dict[str, Alphabet]:
+    hints = get_type_hints(kind, include_extras=True)
+    found = {field: _alphabet_in(hint) for field, hint in hints.items()}
+    return {field: alphabet for field, alphabet in found.items() if alphabet is not None}
+
+
+def _alphabet_in(hint: Any) -> Alphabet | None:
+    """That of the text in ``hint``, which may be in a union or a list."""
+    if isinstance(hint, Alphabet):
+        return hint
+    inner = [*get_args(hint), *(hint.__metadata__ if get_origin(hint) is Annotated else ())]
+    return next((found for part in inner if (found := _alphabet_in(part)) is not None), None)
