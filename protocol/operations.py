@@ -237,10 +237,12 @@ class Continue(msgspec.Struct, tag=True, frozen=True):
 
 
 class AbortRequests(msgspec.Struct, tag=True, frozen=True):
-    """End what the client called ``name``: requests with that id and a number of ours; all, where it is ``None``."""
+    """End requests: all where ``name`` is ``None``, else the one with that id and, unless ``exact``, those that their
+    clients called so."""
 
     request_id: str
     name: str | None
+    exact: bool = False
 
 
 class ListAdapters(msgspec.Struct, tag=True, frozen=True):

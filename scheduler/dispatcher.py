@@ -167,8 +167,8 @@ class Dispatcher:
                 self._pause(message)
             case Continue(request_id=request_id):
                 self._continue(request_id)
-            case AbortRequests(request_id=request_id, name=name):
-                self._abort(name)
+            case AbortRequests(request_id=request_id, name=name, exact=exact):
+                self._abort(name, exact)
                 self._done(request_id)
             case ListAdapters(request_id=request_id):
                 self._done(request_id)
@@ -390,9 +390,9 @@ class Dispatcher:
                 self._done(pause.request_id)
             self._pausing.clear()
 
-    def _abort(self, name: str | None) -> None:
+    def _abort(self, name: str | None, exact: bool) -> None:
         for request in list(self._live.values()):
-            if name is None or request.id.rpartition(".")[0] == name:
+            if name in (None, request.id) or (not exact and request.id.rpartition(".")[0] == name):
                 self._stop(request, Conflict("The request was ended by an operator."))
 
     def _halted(self) -> str | None:

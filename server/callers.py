@@ -17,8 +17,9 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from ..protocol.config import Config
-from ..protocol.errors import Forbidden, Malformed, StartFailed
+from ..protocol.errors import Forbidden, InvalidRequest, Malformed, StartFailed
 from .gate import media_type
+from .replies import error_reply
 
 ANY = "*"
 """In ``--allowed-hosts``: every host is right."""
@@ -133,8 +134,22 @@ class CallersMiddleware:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
+            if _is_ambiguous(Headers(scope=scope), scope["http_version"]):
+                await _refuse_ambiguous(scope, receive, send)
+                return
             self._callers.check(scope)
         await self._app(scope, receive, send)
+
+
+def _is_ambiguous(headers: Headers, version: str) -> bool:
+    """Whether a proxy in front may have seen another end of the body than this server (RFC 9112, section 6.1)."""
+    return "transfer-encoding" in headers and ("content-length" in headers or version == "1.0")
+
+
+async def _refuse_ambiguous(scope: Scope, receive: Receive, send: Send) -> None:
+    """Close the connection too, as what follows may be a part of this body."""
+    error = InvalidRequest("A body has either a Content-Length or, in HTTP/1.1, a Transfer-Encoding.")
+    await error_reply(error.info(), {"Connection": "close"})(scope, receive, send)
 
 
 class CorsMiddleware:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import logging
 import re
 import time
@@ -16,6 +17,9 @@ from ..protocol.errors import ClientGone, Internal, SafelightError, Unavailable
 from ..protocol.logs import request_id_var
 from .metrics import Metrics
 from .replies import error_reply
+
+own_id_var: contextvars.ContextVar[str] = contextvars.ContextVar("own_id")
+"""The id that the current request has in the server: unguessable, whatever its client calls it."""
 
 _SANE_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]{0,127}")
 
@@ -50,11 +54,12 @@ class Exchange:
         self._status: int | None = None
         self._complete = False
         self._client_gone = False
-        self._id = Headers(scope=scope).get("x-request-id", "")
-        if not _SANE_ID.fullmatch(self._id):
-            self._id = uuid.uuid4().hex
+        self._own_id = self._id = uuid.uuid4().hex
+        if _SANE_ID.fullmatch(name := Headers(scope=scope).get("x-request-id", "")):
+            self._id, self._own_id = name, f"{name}.{self._own_id}"
 
     async def run(self, app: ASGIApp) -> None:
+        own_id_var.set(self._own_id)
         request_id_var.set(self._id)  # each request is a task of its own, so this reaches nothing else
         try:
             await self._answer(app)
@@ -89,7 +94,8 @@ class Exchange:
     async def _stamped_send(self, message: Message) -> None:
         if message["type"] == "http.response.start":
             self._status = message["status"]
-            MutableHeaders(scope=message)["X-Request-Id"] = self._id
+            headers = MutableHeaders(scope=message)
+            headers["X-Request-Id"], headers["X-Safelight-Id"] = self._id, self._own_id
         await self._send(message)
         if message["type"] == "http.response.body" and not message.get("more_body", False):
             self._complete = True

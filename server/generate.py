@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import time
 
 from fastapi import APIRouter, Request, Response
@@ -14,6 +13,7 @@ from . import accept
 from .body import read_generate
 from .disconnect import while_connected
 from .event_stream import EventStream
+from .exchange import own_id_var
 from .images import read_images
 from .limits import check_model, check_ranges, to_message
 from .representation import Reply
@@ -31,7 +31,6 @@ _OPENAPI = {
 
 def routes(service: Service) -> APIRouter:
     router = APIRouter(tags=["generation"])
-    numbers = itertools.count(1)
 
     @router.post("/generate", summary="Make pictures or videos from a prompt", openapi_extra=_OPENAPI)
     async def generate(request: Request) -> Response:
@@ -41,8 +40,7 @@ def routes(service: Service) -> APIRouter:
         model = service.link.ready_model()
         check_model(body, len(sources), model, service.config)
         as_file, output_format = accept.choose(request.headers.get("accept"), body.output_format, model.kind)
-        # Clients may send one id twice; what travels is unique, and begins with what they sent.
-        request_id = f"{request_id_var.get()}.{next(numbers)}"
+        request_id = own_id_var.get()
         images = await service.decode(read_images, sources, service.config.max_pixels) if sources else []
         message = to_message(body, images, request_id, output_format, service.config)
 

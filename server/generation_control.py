@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -12,6 +13,8 @@ from . import weight_bodies as bodies
 from .operating import Handler, Operating, first_report, routes_of, success
 from .service import Service
 
+_OWN_ID = re.compile(r"(.+\.)?[0-9a-f]{32}")
+
 _TAGS = ["weights", "caches"]
 
 
@@ -21,6 +24,7 @@ def routes(service: Service) -> APIRouter:
 
 class _Routes:
     def __init__(self, service: Service) -> None:
+        self._service = service
         self._operating = Operating(service)
 
     def table(self) -> list[tuple[str, Handler, str]]:
@@ -57,7 +61,14 @@ class _Routes:
         body = await bodies.read(request, bodies.AbortRequest)
         if body.all == (body.request_id is not None):
             raise InvalidRequest("Give either request_id or all = true.", field="request_id")
-        await self._operating.send(request, lambda request_id: AbortRequests(request_id, body.request_id))
+        exact = self._service.config.api_key is None
+        if exact and body.request_id is not None and not _OWN_ID.fullmatch(body.request_id):
+            raise InvalidRequest(
+                "Without an API key, anybody could have chosen that X-Request-Id; give the X-Safelight-Id that came "
+                "with the reply's headers, or all = true.",
+                field="request_id",
+            )
+        await self._operating.send(request, lambda request_id: AbortRequests(request_id, body.request_id, exact))
         return success("What was running under that name is ended.")
 
     async def flush(self, request: Request) -> dict[str, Any]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ipaddress
-import itertools
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -18,6 +17,7 @@ from ..protocol.errors import InvalidRequest
 from ..protocol.logs import request_id_var
 from ..protocol.messages import Generate, Result
 from .disconnect import while_connected
+from .exchange import own_id_var
 from .images import read_images
 from .limits import check_model, check_ranges, to_message
 from .rollout_body import RolloutBody, check_rollout, read_rollout, to_rollout
@@ -43,7 +43,6 @@ _OPENAPI = {
 
 def routes(service: Service) -> APIRouter:
     router = APIRouter(tags=["training"])
-    numbers = itertools.count(1)
 
     @router.post("/rollout/generate", summary="Generate with log-probabilities", openapi_extra=_OPENAPI)
     async def generate(request: Request) -> Response:
@@ -54,7 +53,7 @@ def routes(service: Service) -> APIRouter:
         sources = list(body.image or ())
         check_model(body, len(sources), model, service.config)
         images = await service.decode(read_images, sources, service.config.max_pixels) if sources else []
-        request_id = f"{request_id_var.get()}.{next(numbers)}"
+        request_id = own_id_var.get()
         message = to_message(body, images, request_id, "pt", service.config)
         rollout = await service.decode(to_rollout, body, len(message.samples))
         message = msgspec.structs.replace(message, rollout=rollout)

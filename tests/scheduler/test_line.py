@@ -101,15 +101,24 @@ def test_held_requests_count_as_queued_and_towards_the_bound() -> None:
 def test_a_held_request_keeps_its_deadline_and_may_be_taken_back() -> None:
     stage = Operating(replicas=1)
     stage.operate("u", update())
-    stage.server(generate("late", timeout_s=5.0), generate("gone"), generate("stays"), generate("ended.1"))
+    stage.server(
+        generate("late", timeout_s=5.0),
+        generate("gone"),
+        generate("stays"),
+        generate("ended.1"),
+        generate("other.1"),
+        generate("this.2"),
+    )
     assert stage.dispatcher.next_turn() <= stage.now + 5.0
     stage.wait(5.0)
-    stage.server(Cancel("gone"), AbortRequests("abort", "ended"))
+    stage.server(Cancel("gone"), AbortRequests("abort", "ended"), AbortRequests("abort", "other", exact=True))
+    stage.server(AbortRequests("abort", "this.2", exact=True))
+    assert stage.error("this.2") == "conflict"
     assert (stage.error("late"), stage.error("gone"), stage.error("ended.1")) == (
         "deadline_passed", "client_gone", "conflict",
     )  # fmt: skip
     stage.do_all()
-    assert stage.given(0) == ["stays"]
+    assert stage.given(0) == ["stays", "other.1"], "which nobody ends who only guesses its client's name for it"
 
 
 def test_held_requests_do_not_wait_for_a_restart() -> None:

@@ -11,6 +11,7 @@ from safelight.server.callers import Callers
 from safelight.server.flags import read_config
 
 from .stage import Stage, stage
+from .test_connections import strangers
 
 pytestmark = pytest.mark.anyio
 
@@ -120,3 +121,28 @@ def test_the_address_that_a_connection_came_in_on_is_a_right_host() -> None:
 async def test_a_list_that_cannot_be_read_ends_the_start(flag: str, value: str) -> None:
     with pytest.raises(StartFailed, match=flag):
         read_config([flag, value], {})
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        "POST /generate HTTP/1.1\r\nContent-Length: 5\r\nTransfer-Encoding: chunked",
+        "POST /generate HTTP/1.1\r\nTransfer-Encoding: chunked\r\nContent-Length: 5",
+        "GET /health HTTP/1.1\r\nTransfer-Encoding: chunked\r\nContent-Length: 5",
+        "POST /generate HTTP/1.0\r\nTransfer-Encoding: chunked",
+        "POST /generate HTTP/1.1\r\nContent-Length: 5\r\nContent-Length: 6",
+        "POST /generate HTTP/1.1\r\nContent-Length: +5",
+        "POST /generate HTTP/1.1\r\nTransfer-Encoding: chunked, identity",
+        "POST /generate HTTP/1.1\r\nTransfer-Encoding : chunked",
+    ],
+)
+async def test_a_body_with_two_ends_is_refused_and_what_follows_it_is_not_read(head: str) -> None:
+    smuggled = "0\r\n\r\nPOST /generate HTTP/1.1\r\nHost: localhost\r\nContent-Length: 15\r\n\r\n" + '{"prompt": "a"}'
+    async with (
+        stage() as played,
+        strangers(played, 1, f"{head}\r\nHost: localhost\r\n\r\n{smuggled}".encode()) as (got,),
+    ):
+        answer = await got.read()  # to the connection's end
+        assert answer.split()[1] in (b"400", b"501")
+        assert answer.count(b"HTTP/1.1 ") == 1
+        assert played.scheduler.generates() == []

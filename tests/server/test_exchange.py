@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import AsyncIterator
 
 import pytest
 
 from safelight.protocol.config import Config
+from safelight.protocol.operations import AbortRequests
 from safelight.server.schemas import GenerateBody
 
-from .stage import stage
+from .stage import Stage, stage
 
 pytestmark = pytest.mark.anyio
 
@@ -149,3 +151,35 @@ async def test_requests_are_counted_by_route_and_status_with_no_text_from_client
         assert await played.metric('safelight_requests_total{route="/generate",status="200"}') == 1
         assert await played.metric('safelight_requests_total{route="unmatched",status="404"}') == 1
         assert await played.metric('safelight_request_seconds_count{route="/generate"}') == 1
+
+
+async def test_a_name_that_a_client_chose_ends_no_other_s_request() -> None:
+    async with stage() as played:
+        named = await played.client.post("/generate", json={"prompt": "a"}, headers={"X-Request-Id": "job"})
+        plain = await played.client.post("/generate", json={"prompt": "a"})
+        own = [reply.headers["x-safelight-id"] for reply in (named, plain)]
+        assert [generate.request_id for generate in played.scheduler.generates()] == own
+        assert all(len(one.rpartition(".")[2]) == 32 for one in own)
+        assert (named.headers["x-request-id"], plain.headers["x-request-id"]) == ("job", own[1])
+        refused = await played.client.post("/abort_request", json={"request_id": "job"})
+        assert (refused.status_code, refused.json()["error"]["field"]) == (400, "request_id")
+        await _abort(played, own[0])
+        assert [(message.name, message.exact) for message in _aborts(played)] == [(own[0], True)]
+
+
+async def test_who_has_the_key_ends_a_request_by_its_name() -> None:
+    async with stage(Config(api_key="k")) as played:
+        played.client.headers["Authorization"] = "Bearer k"
+        await _abort(played, "job")
+        assert [(message.name, message.exact) for message in _aborts(played)] == [("job", False)]
+
+
+async def _abort(played: Stage, request_id: str) -> None:
+    """Without its answer, which the played scheduler does not give."""
+    asked = asyncio.create_task(played.client.post("/abort_request", json={"request_id": request_id}))
+    await played.until(lambda: _aborts(played), 60)
+    asked.cancel()
+
+
+def _aborts(played: Stage) -> list[AbortRequests]:
+    return [message for message in played.scheduler.received if isinstance(message, AbortRequests)]

@@ -232,12 +232,12 @@ def test_an_update_of_sleeping_weights_is_there_when_they_wake(how: str, tags: l
 
 
 def test_an_operator_ends_one_request_or_all(trainer: Trainer) -> None:
+    body = DRAWING | long(trainer) | {"stream": True}
     with in_the_background() as pool:
-        named = pool.submit(trainer.post, "/generate", DRAWING | long(trainer), headers={"x-request-id": "mine"})
         other = pool.submit(drawing, trainer, **long(trainer))
-        trainer.server.wait_for(lambda: running(trainer) == 2 or None, 30)
-        trainer.done("/abort_request", {"request_id": "mine"})
-        assert named.result().status_code == 409
+        with httpx.stream("POST", f"{trainer.server.url}/generate", json=body, timeout=60) as named:
+            trainer.done("/abort_request", {"request_id": named.headers["x-safelight-id"]})
+            assert "conflict" in named.read().decode()
         assert not other.done()
         trainer.done("/abort_request", {"all": True})
         assert other.result().status_code == 409
