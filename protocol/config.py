@@ -16,6 +16,7 @@ from msgspec import Meta
 
 from .adapters import SetAdapters
 from .errors import StartFailed
+from .self_test import SelfTestResult
 
 ENVIRONMENT_PREFIX = "SAFELIGHT_"
 
@@ -276,6 +277,8 @@ class ChildConfig(msgspec.Struct, frozen=True, kw_only=True):
     start: int = 0
     adapters: SetAdapters | None = None
     """What the scheduler is to have every replica begin with."""
+    self_test: SelfTestResult | None = None
+    """What a replica of this server has found out about the model."""
 
     def without_key(self) -> ChildConfig:
         """For a child process, which asks nobody for the key."""

@@ -33,7 +33,7 @@ Libraries that ask for a GPU while they are imported do not open it: a process t
 """
 
 
-def _environment() -> dict[str, str]:
+def child_environment() -> dict[str, str]:
     """Ours under the launcher's own; who chose a wait policy has chosen how long threads spin, too."""
     own = {
         name: value for name, value in _ENVIRONMENT.items() if "OMP" not in name or "OMP_WAIT_POLICY" not in os.environ
@@ -50,7 +50,7 @@ def spawn(module: str, stdin: int) -> int:
     # -P: what lies in the current folder does not take the place of installed modules.
     command = [sys.executable, "-P", "-m", f"{__package__.rpartition('.')[0]}.{module}"]
     redirected = [(os.POSIX_SPAWN_DUP2, stdin, _STDIN), (os.POSIX_SPAWN_DUP2, _STDERR, _STDOUT)]
-    return os.posix_spawn(sys.executable, command, _environment(), file_actions=redirected, setsid=True)
+    return os.posix_spawn(sys.executable, command, child_environment(), file_actions=redirected, setsid=True)
 
 
 class ChildProcess:

@@ -6,7 +6,9 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from typing import Self
 
-from ..protocol.config import ChildConfig, Config
+import msgspec
+
+from ..protocol.config import ChildConfig
 from .child_process import ChildProcess
 
 StartRank = Callable[[ChildConfig], Awaitable[ChildProcess]]
@@ -19,13 +21,15 @@ class RankProcesses:
         self._ranks = ranks
 
     @classmethod
-    async def start(cls, config: Config, directory: str, replica: int, start: int, start_rank: StartRank) -> Self:
-        """Start every rank by ``start_rank``, or none: raises its ``OSError`` when the ranks before it have ended."""
+    async def start(cls, first: ChildConfig, start_rank: StartRank) -> Self:
+        """Start every rank by ``start_rank``, with the configuration of the ``first`` but for its number.
+
+        Raises the ``OSError`` of a rank that cannot be started, when the ranks before it have ended.
+        """
         ranks: list[ChildProcess] = []
         try:
-            for rank in range(config.tp):
-                child = ChildConfig(config=config, directory=directory, replica=replica, rank=rank, start=start)
-                ranks.append(await start_rank(child))
+            for rank in range(first.config.tp):
+                ranks.append(await start_rank(msgspec.structs.replace(first, rank=rank)))
         except BaseException:
             await cls(ranks).stop(at_once=True)
             raise

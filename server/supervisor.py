@@ -12,6 +12,7 @@ from pathlib import Path
 from ..protocol.config import ChildConfig
 from ..protocol.errors import StartFailed
 from ..protocol.messages import ReplicaExited, Status
+from ..protocol.self_test import read_result
 from .child_process import ChildProcess
 from .nursery import Nursery
 from .rank_processes import RankProcesses
@@ -106,12 +107,21 @@ class Supervisor:
         limit = self._config.start_timeout_s
         try:
             async with asyncio.timeout(limit):
-                worker = await RankProcesses.start(self._config, self._directory, number, start, self._start_rank)
+                worker = await RankProcesses.start(self._first_rank(number, start), self._start_rank)
         except TimeoutError:
             raise OSError(f"there was no process for it after {limit:g} s; raise --start-timeout-s") from None
         self._workers.add(worker)
         log.info("started worker %d with process id %s", number, ", ".join(map(str, worker.pids)))
         return worker
+
+    def _first_rank(self, number: int, start: int) -> ChildConfig:
+        return ChildConfig(
+            config=self._config,
+            directory=self._directory,
+            replica=number,
+            start=start,
+            self_test=read_result(Path(self._directory)),
+        )
 
     async def _start_rank(self, child: ChildConfig) -> ChildProcess:
         if self._nursery is not None:

@@ -18,6 +18,7 @@ from typing import Any
 
 import msgspec
 
+from safelight.server.child_process import child_environment
 from safelight.tests.fork_server import Program
 
 
@@ -88,5 +89,5 @@ def _fork_server() -> socket.socket:
     ours, its = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with its:
         command = [sys.executable, "-P", "-m", "safelight.tests.fork_server"]
-        subprocess.Popen(command, stdin=its.fileno(), start_new_session=True)
+        subprocess.Popen(command, stdin=its.fileno(), start_new_session=True, env=child_environment())
     return ours

@@ -107,7 +107,17 @@ class Replica:
         model = all_or_none(self._ranks, lambda: load_model(self._config, device, self._ranks))
         if self._journal is not None and (version := self._journal.replay(model.layouts, self._ranks)) is not None:
             model.weight_version = version
-        return model, SelfTest(model, self._config, self._report).run()
+        return model, self._test(model)
+
+    def _test(self, model: Model) -> Found:
+        """Find out what the model does, or take over what an earlier start of this server has found out."""
+        test = SelfTest(model, self._config, self._report)
+        if self._child.self_test is not None:
+            return test.recall(self._child.self_test)
+        found = test.run()
+        if self._leads:
+            test.result(found).write(Path(self._child.directory))
+        return found
 
     def _serve(self, model: Model, found: Found) -> int:
         adapters = RankAdapters(

@@ -11,10 +11,11 @@ from diffusers import DiffusionPipeline
 from ..protocol.config import Config
 from ..protocol.errors import StartFailed
 from ..protocol.messages import Batching, BatchingMode
+from ..protocol.self_test import SelfTestResult, TaskResult
 from .image_pipelines import DoesNotFit, for_images, needs_image, on_components
 from .model import Model
 from .module_state import ModuleState
-from .task import new_task
+from .task import Task, new_task
 from .trial import DoesNotRun, Trial, Verdict
 
 log = logging.getLogger(__name__)
@@ -53,6 +54,46 @@ class SelfTest:
             self._model.pristine = pristine
         return _together(verdicts)
 
+    def result(self, found: Found) -> SelfTestResult:
+        """What :meth:`run` has found out, for :meth:`recall`."""
+        model = self._model
+        return SelfTestResult(
+            mode=found.mode,
+            unmergeable=found.unmergeable,
+            text=_task_result(model.text),
+            image=_task_result(model.image),
+            no_image=model.no_image,
+        )
+
+    def recall(self, result: SelfTestResult) -> Found:
+        """Set what another replica of the same server has found out, after one request that shows that the model runs.
+
+        Raises ``StartFailed`` when it does not.
+        """
+        model = self._model
+        pristine = ModuleState(model.pipeline)
+        tasks: list[Task] = []
+        if result.image is not None:
+            cls = next(cls for cls in for_images(type(model.pipeline)) if cls.__name__ == result.image.pipeline)
+            model.image = new_task(on_components(cls, model.pipeline), self._config, model.published.defaults)
+            tasks.append(_recalled(model.image, result.image))
+        if result.text is not None:
+            assert model.text is not None
+            tasks.append(_recalled(model.text, result.text))
+        else:
+            model.text = None
+        model.no_image = result.no_image
+        try:
+            Trial(model, self._config, self._report, images=model.text is None).run_once()
+        except DoesNotRun as error:
+            raise StartFailed(
+                f"The pipeline {type(model.pipeline).__name__} ran before and does not now ({error})."
+            ) from None
+        pristine.restore()
+        if any(task.batching.mode == "serial" for task in tasks):
+            model.pristine = pristine
+        return Found(result.mode, result.unmergeable)
+
     def _text(self) -> Verdict | None:
         assert self._model.text is not None
         try:
@@ -87,6 +128,29 @@ class SelfTest:
         image.several_images = trial.takes_several_images()
         image.batching = Batching(verdict.mode, verdict.reason)
         return verdict
+
+
+def _task_result(task: Task | None) -> TaskResult | None:
+    if task is None:
+        return None
+    return TaskResult(
+        pipeline=type(task.pipeline).__name__,
+        output_type=task.output_type,
+        several_images=task.several_images,
+        supports_preview=task.supports_preview,
+        batching=task.batching,
+        tried_size=task.tried_size,
+    )
+
+
+def _recalled(task: Task, result: TaskResult) -> Task:
+    task.output_type, task.several_images = result.output_type, result.several_images
+    task.supports_preview, task.batching, task.tried_size = (
+        result.supports_preview,
+        result.batching,
+        dict(result.tried_size),
+    )
+    return task
 
 
 def _together(verdicts: list[Verdict]) -> Found:

@@ -178,6 +178,7 @@ def test_the_life_of_a_server(flag: str, tiny_flux: Path, scratch: Path, asking:
         server.wait_ready()
         assert ask(server, QUICK).status_code == 200
         assert server.children()["worker"].pid != worker.pid
+        assert server.log.count("worker-0 [-] self-test: requests apart") == 1, "what is known is not tried again"
 
         events = ask_and_stop_at_the_first_step(server, {**ENDLESS, "num_inference_steps": 20})
         assert events[-1] == "event: result", "what runs may finish"
@@ -236,7 +237,7 @@ def _all_ready(server: LiveServer) -> bool:
 def _check_privacy(server: LiveServer, scratch: Path) -> None:
     (directory,) = scratch.glob("safelight-*")
     assert stat.S_IMODE(directory.stat().st_mode) == 0o700
-    assert {entry.name for entry in directory.iterdir()} == {"frontend", "backend", "owner"}
+    assert {entry.name for entry in directory.iterdir()} == {"frontend", "backend", "owner", "self-test.json"}
     for process in (psutil.Process(server.pid), *server.children().values()):
         listening = [c.laddr for c in process.net_connections("inet") if c.status == psutil.CONN_LISTEN]
         assert all(address.ip == "127.0.0.1" for address in listening)

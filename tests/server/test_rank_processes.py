@@ -23,7 +23,7 @@ async def test_a_rank_that_cannot_be_started_leaves_no_brother_behind(tmp_path: 
         return started[-1]
 
     with pytest.raises(OSError, match="Too many open files"):
-        await RankProcesses.start(Config(tp=3), str(tmp_path), 0, 0, start_rank)
+        await RankProcesses.start(ChildConfig(config=Config(tp=3), directory=str(tmp_path), replica=0), start_rank)
     assert len(started) == 2
     assert [process.pid for process in started if psutil.pid_exists(process.pid)] == []
 
@@ -33,7 +33,7 @@ async def test_the_end_of_one_rank_is_told_with_its_number_and_its_status(tmp_pa
     async def start_rank(child: ChildConfig) -> ChildProcess:
         return await ChildProcess.start("scheduler", child)
 
-    ranks = await RankProcesses.start(Config(tp=2), str(tmp_path), 0, 0, start_rank)
+    ranks = await RankProcesses.start(ChildConfig(config=Config(tp=2), directory=str(tmp_path), replica=0), start_rank)
     psutil.Process(ranks.pids[1]).kill()
     assert await ranks.wait() == "(rank 1 of 2) was killed by SIGKILL"
     await ranks.stop()

@@ -1,0 +1,45 @@
+"""What a replica's self-test found out, for later starts of the same server, which need not find it out again."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+
+from .messages import Batching, BatchingMode
+
+_FILE = "self-test.json"
+
+
+class TaskResult(msgspec.Struct, frozen=True, kw_only=True):
+    """What was found out about a task; ``tried_size`` are the arguments of the size at which it ran."""
+
+    pipeline: str
+    output_type: Literal["pt", "np"]
+    several_images: bool
+    supports_preview: bool
+    batching: Batching
+    tried_size: dict[str, int | None]
+
+
+class SelfTestResult(msgspec.Struct, frozen=True, kw_only=True):
+    """The hub's mode, the calls that must run alone and why, and the tasks that the model does."""
+
+    mode: BatchingMode
+    unmergeable: dict[str, str]
+    text: TaskResult | None
+    image: TaskResult | None
+    no_image: str
+
+    def write(self, directory: Path) -> None:
+        """Leave it in the server's ``directory``, whole or not at all. Raises ``OSError``."""
+        beside = directory / f"{_FILE}.new"
+        beside.write_bytes(msgspec.json.encode(self))
+        beside.replace(directory / _FILE)
+
+
+def read_result(directory: Path) -> SelfTestResult | None:
+    """The result of the server's first replica that was ready; ``None`` before there was one. Raises ``OSError``."""
+    file = directory / _FILE
+    return msgspec.json.decode(file.read_bytes(), type=SelfTestResult) if file.exists() else None
