@@ -17,7 +17,7 @@ from .row import Row
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results" / "coverage.json"
 DOCS = ROOT / "docs" / "models.md"
-LIBRARIES = ("diffusers", "transformers", "torch", "ftfy")
+LIBRARIES = ("diffusers", "transformers", "torch", "torchvision", "ftfy")
 
 
 def main() -> None:

@@ -30,6 +30,7 @@ SDXL_UNET: Changes = {
 }
 SDXL: Changes = {"unet": SDXL_UNET}
 SD: Changes = {"requires_safety_checker": False}
+LONG_CAT: Changes = {"transformer": {"in_channels": 64}, "vae": {"latent_channels": 16}}
 ONE_TRANSFORMER: Changes = {"transformer": ...}
 PIXEL_UNET: Changes = {
     "unet": {

@@ -13,6 +13,7 @@ from .changes import (
     KANDINSKY,
     KANDINSKY_2_2,
     KOLORS,
+    LONG_CAT,
     PIXEL_UNET,
     SD,
     SD3,
@@ -113,6 +114,7 @@ TINY: dict[str, Tiny] = {
         SHORT,
     ),
     "PIAPipeline": Tiny({"motion_adapter": {"conv_in_channels": 9}}),
+    "LongCatImageEditPipeline": Tiny(LONG_CAT),
     "QwenImageControlNetInpaintPipeline": Tiny(
         SHIFTED | {"controlnet": {"extra_condition_channels": 4}}, SHORT | {"true_cfg_scale": 1.0}
     ),

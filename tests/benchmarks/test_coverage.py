@@ -37,3 +37,9 @@ def test_a_tiny_form_is_small_and_has_no_silent_layer(name: str) -> None:
     denoiser = getattr(pipeline, "transformer", None) or pipeline.unet
     assert sum(parameter.numel() for parameter in denoiser.parameters()) < 1_000_000
     assert all(parameter.abs().max() > 0 for parameter in denoiser.parameters())
+
+
+@pytest.mark.parametrize("family", ["QwenImage21", "Kandinsky5T2I", "Kandinsky5T2V", "LongCatImage", "NucleusMoEImage"])
+def test_a_pipeline_whose_processor_needs_torchvision_is_served(family: str) -> None:
+    row = FINDINGS.rows[f"{family}Pipeline"]
+    assert (row.served, row.bitwise) == (True, True), row.reason
