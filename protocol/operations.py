@@ -12,13 +12,16 @@ operation has one step.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 import msgspec
 
 from .adapters import AdapterChange, AdapterSource, AdapterState
 from .codec import Buffer
 from .errors import ErrorInfo
+
+Int64 = Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)]
+"""What a message can hold: JSON knows no bound of its own."""
 
 Barrier = Literal["wait", "abort", "in_place"]
 """What becomes of requests that came before an operation: they end first, they are ended, or they go on after it."""
@@ -52,15 +55,15 @@ class CudaTensor(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
 
     name: str
     dtype: str
-    shape: list[int]
-    stride: list[int]
-    offset: int
+    shape: list[Int64]
+    stride: list[Int64]
+    offset: Int64
     device: str
     memory: bytes
-    storage_bytes: int
-    storage_offset: int
+    storage_bytes: Int64
+    storage_offset: Int64
     counters: bytes
-    counter: int
+    counter: Int64
     event: bytes
     event_sync: bool
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import secrets
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ FORMATS: dict[str, tuple[OutputFormat, ...]] = {
 """The formats of each kind of model, the default first."""
 
 _LONGEST_TIMEOUT_S = 7 * 24 * 3600.0
-_SEEDS = 2**63
+_BEYOND = 2**63
 _PIPELINE_FIELDS = (
     "negative_prompt", "width", "height", "num_frames", "num_inference_steps", "guidance_scale", "true_cfg_scale",
 )  # fmt: skip
@@ -184,9 +185,9 @@ def _check_seeds(body: GenerateBody) -> None:
             field="seed",
         )
     for seed in (min(body.seed), max(_seeds(body))):
-        if not 0 <= seed < _SEEDS:
+        if not 0 <= seed < _BEYOND:
             raise InvalidRequest(
-                f"seed must be between 0 and {_SEEDS - 1}, counted up to the last output; {seed} is not.", field="seed"
+                f"seed must be between 0 and {_BEYOND - 1}, counted up to the last output; {seed} is not.", field="seed"
             )
 
 
@@ -238,6 +239,7 @@ def _check_extra(name: str, value: Any, task: ModelInfo | ImageTask, config: Con
         )
     if isinstance(value, list):
         _check_list(field, value, parameter)
+    _check_numbers(field, value)
     if name == "strength" and isinstance(value, int | float):
         Range(0, 1).check(field, value, field)
     if parameter.maximum is not None and isinstance(value, int):
@@ -255,6 +257,17 @@ def _check_list(field: str, value: list[Any], parameter: Parameter) -> None:
             raise InvalidRequest(
                 f"{field}[{index}] must be of type {' or '.join(parameter.items)}, not {kind}.", field=field
             )
+
+
+def _check_numbers(field: str, value: Any) -> None:
+    """msgpack has numbers that JSON has not, and neither torch nor a message has integers of more than 64 bits."""
+    if isinstance(value, list | dict):
+        for item in _items(value):
+            _check_numbers(field, item)
+    elif isinstance(value, float) and not math.isfinite(value):
+        raise InvalidRequest(f"{field} must be finite, not {value}.", field=field)
+    elif isinstance(value, int) and not -_BEYOND <= value < _BEYOND:
+        raise InvalidRequest(f"{field} must be between {-_BEYOND} and {_BEYOND - 1}, not {value}.", field=field)
 
 
 def _check_bulk(extra: dict[str, Any]) -> None:

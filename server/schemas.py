@@ -7,6 +7,7 @@ are checked in :mod:`.limits`.
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Collection
 from typing import Annotated, Any, TypeVar
 
@@ -136,7 +137,7 @@ def _as_written(value: Any) -> Any:
 
 
 def _is_beyond(value: Any) -> bool:
-    return isinstance(value, float) and abs(value) >= 2**63
+    return isinstance(value, float) and math.isfinite(value) and abs(value) >= 2**63
 
 
 def _explain(error: ErrorDetails, body: dict[str, Any]) -> SafelightError:

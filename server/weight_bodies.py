@@ -11,7 +11,7 @@ from fastapi import Request
 from msgspec import Meta
 
 from ..protocol.errors import Malformed
-from ..protocol.operations import Barrier, CudaTensor
+from ..protocol.operations import Barrier, CudaTensor, Int64
 from .bounded import MAX_VALUES, parse, read_body
 
 B = TypeVar("B")
@@ -48,7 +48,7 @@ Address = Annotated[str, Meta(min_length=1, max_length=255), ADDRESS]
 Version = Annotated[str, Meta(min_length=1, max_length=200), VERSION]
 Modules = Annotated[list[Name], Meta(min_length=1)]
 Alpha = Annotated[float, Meta(gt=0, le=1e6)]
-Rank = Annotated[int, Meta(ge=1)]
+Rank = Annotated[int, Meta(ge=1, le=1_000_000)]
 Seconds = Annotated[float, Meta(gt=0, le=86400)]
 
 
@@ -121,8 +121,8 @@ class Abort(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
 class InitGroup(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     master_address: Address
     master_port: Annotated[int, Meta(ge=1, le=65535)]
-    rank_offset: Annotated[int, Meta(ge=1)]
-    world_size: Annotated[int, Meta(ge=2)]
+    rank_offset: Annotated[int, Meta(ge=1, le=1_000_000)]
+    world_size: Annotated[int, Meta(ge=2, le=1_000_000)]
     group_name: Name = "weight_update_group"
     backend: Literal["gloo", "nccl"] = "nccl"
     timeout_s: Seconds | None = None
@@ -131,7 +131,7 @@ class InitGroup(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
 class FromDistributed(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     names: list[TensorName]
     dtypes: list[str]
-    shapes: list[list[int]]
+    shapes: list[list[Int64]]
     group_name: Name = "weight_update_group"
     target_modules: Modules | None = None
     load_format: None = None

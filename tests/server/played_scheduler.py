@@ -76,11 +76,15 @@ def finished(generate: Generate, data: bytes = PNG) -> list[FromScheduler]:
 
 
 class PlayedScheduler:
-    """A context. Answers each ``Generate`` with what ``answer`` gives; ``received`` is all that came."""
+    """A context. Answers each ``Generate`` with what ``answer`` gives, anything else with what ``operated`` gives.
+
+    ``received`` is all that came.
+    """
 
     def __init__(self, directory: Path, answer: Callable[[Generate], list[FromScheduler]] = finished) -> None:
         self.address = f"ipc://{directory}/frontend"
         self.answer = answer
+        self.operated: Callable[[ToScheduler], list[FromScheduler]] = lambda _: []
         self.received: list[ToScheduler] = []
         self._context = zmq.asyncio.Context()
         self._socket = self._context.socket(zmq.ROUTER)
@@ -110,5 +114,5 @@ class PlayedScheduler:
             self._server, *frames = await self._socket.recv_multipart()
             message = TO_SCHEDULER.decode(frames)
             self.received.append(message)
-            for event in self.answer(message) if isinstance(message, Generate) else []:
+            for event in self.answer(message) if isinstance(message, Generate) else self.operated(message):
                 await self.say(event)
