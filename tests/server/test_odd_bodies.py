@@ -219,3 +219,23 @@ def test_an_integer_of_more_bits_than_a_message_holds_is_refused_by_its_field(
                 field = reply.json()["error"]["field"]
                 assert field is not None, (route, path, reply.text)
                 assert str(field).split(".")[0] == path[0], (route, path, reply.text)
+
+
+@pytest.mark.parametrize("number", [float("inf"), float("nan")])
+@pytest.mark.parametrize(
+    ("changes", "field"),
+    [
+        (("rollout_noise_level",), "rollout_noise_level"),
+        (("guidance_scale",), "guidance_scale"),
+        (("sigmas", 1), "sigmas"),
+        (("extra_sampling_params", "guidance_rescale"), "extra.guidance_rescale"),
+        (("width",), "width"),
+    ],
+)
+def test_a_number_that_is_none_is_refused_by_its_field(
+    client: httpx.Client, number: float, changes: tuple[Any, ...], field: str
+) -> None:
+    """JSON has no such numbers, and msgpack has."""
+    body = msgspec.msgpack.encode(changed(ROLLOUT, changes, number))
+    reply = client.post("/rollout/generate", content=body, headers={"Content-Type": "application/msgpack"})
+    assert (reply.status_code in (400, 422), reply.json()["error"]["field"]) == (True, field)

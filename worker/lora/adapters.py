@@ -26,6 +26,7 @@ from ...protocol.adapters import (
     UnmergeAdapters,
     Use,
 )
+from ...protocol.digests import STORED_DTYPES
 from ...protocol.errors import Conflict, InvalidRequest, Unavailable
 from ...protocol.operations import Report, Save
 from ..parallel.ranks import Ranks
@@ -36,6 +37,7 @@ from .adapter import Adapter, Term, placed
 from .beside import Beside, Uses
 from .files import AdapterFile, load_adapter, read_adapter, weight_shapes
 from .merge import Sum, merge, rounded_away
+from .pairs import refused
 from .parts import Part, Parts, joined, layer_of, of_module, read_parts, write_parts
 
 MERGED = "merged_adapters"
@@ -208,6 +210,10 @@ class RankAdapters:
 
     def keep(self, save: Save, tensors: Mapping[str, torch.Tensor]) -> Report:
         """Write an adapter that comes in parts, with one more. Raises ``InvalidRequest``, and ``Unavailable``."""
+        unfit = [name for name, one in tensors.items() if one.is_complex() or str(one.dtype) not in STORED_DTYPES]
+        if unfit:
+            dtypes = ", ".join(sorted({str(tensors[name].dtype) for name in unfit}))
+            raise refused(f"no adapter has tensors of {dtypes}", unfit, field="serialized_named_tensors")
         loaded = self.state.loaded.get(save.adapter.nickname) if save.update_id is None else None
         before = save.onto if loaded is None else loaded.source.folder
         part = Part(

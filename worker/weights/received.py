@@ -94,7 +94,7 @@ class _Receiver:
                 _check_view(call, size, stride, offset, storage.nbytes() // dtype.itemsize)
                 if 0 in size:
                     return torch.empty(size, dtype=dtype)
-                return torch.empty(0, dtype=dtype).set_(storage, offset, size, stride)
+                return torch.empty(0, dtype=dtype).set_(storage, offset, size, _regular(size, stride))
         raise _wrong(call, "has other arguments than torch gives it")
 
     def _storage(self, call: Call) -> torch.UntypedStorage:
@@ -129,7 +129,7 @@ def cuda_tensor(call: Call) -> torch.Tensor:
         ):
             _numbers(call, nbytes, start)
             _check_view(call, size, stride, offset, nbytes // dtype.itemsize)
-            shape, index = (size, stride, offset), _cuda_device(call, device)
+            shape, index = (size, _regular(size, stride), offset), _cuda_device(call, device)
             _check_handles(call, nbytes, handle, *event)
             memory = (torch.storage.TypedStorage, dtype, index, handle, nbytes, start, False, *event)
             tensor: torch.Tensor = _tried(call, reductions.rebuild_cuda_tensor, torch.Tensor, *shape, *memory)
@@ -178,6 +178,19 @@ def _check_view(call: Call, size: Any, stride: Any, offset: Any, there: int) -> 
         raise _wrong(call, f"reaches element {last} of a storage of {there}")
     if math.prod(size) > there:
         raise _wrong(call, f"makes {math.prod(size)} elements of the {there} in its storage; send it contiguous")
+
+
+def _regular(size: tuple[int, ...], stride: tuple[int, ...]) -> tuple[int, ...]:
+    """The same view, with the strides that a contiguous tensor has where any would do: in dimensions of one element.
+
+    torch looks at them when bytes are viewed, and any are legal.
+    """
+    regular: list[int] = []
+    running = 1
+    for n, step in zip(reversed(size), reversed(stride), strict=True):
+        regular.append(running if n == 1 else step)
+        running = regular[-1] * n
+    return tuple(reversed(regular))
 
 
 def _numbers(call: Call, *numbers: Any) -> tuple[int, ...]:

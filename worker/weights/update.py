@@ -193,7 +193,7 @@ def _in(tensors: Tensors, module: str, name: str) -> str:
 
 def _same(one: torch.Tensor, other: torch.Tensor) -> bool:
     """Bit by bit."""
-    return torch.equal(one.contiguous().view(torch.uint8), other.contiguous().view(torch.uint8))
+    return torch.equal(*(tensor.contiguous().reshape(-1).view(torch.uint8) for tensor in (one, other)))
 
 
 def _fault(layout: Layout, name: str, tensor: torch.Tensor) -> str | None:

@@ -231,3 +231,14 @@ def test_a_rank_that_is_told_wrongly_is_refused_with_the_layers_rank(flux: Model
         trainer.send(tensors, rank=5)
     with pytest.raises(InvalidRequest, match="it has rank 4, and not 3"):
         trainer.send(tensors, version="step-1", rank=3)
+
+
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.complex128, torch.float8_e4m3fnuz])
+def test_factors_of_a_dtype_that_no_adapter_has_are_refused_by_name(
+    flux: Model, trainer: Trainer, dtype: torch.dtype
+) -> None:
+    tensors, _ = of_peft(flux, 0)
+    odd = next(iter(tensors))
+    with pytest.raises(InvalidRequest, match=str(dtype)) as refused:
+        trainer.send({**tensors, odd: tensors[odd].to(dtype)})
+    assert (refused.value.field, odd[:40] in refused.value.message) == ("serialized_named_tensors", True)

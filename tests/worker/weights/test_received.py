@@ -255,3 +255,14 @@ def test_bytes_and_dictionaries_of_older_protocols_are_read(segments: Path) -> N
 def test_data_is_no_text(segments: Path) -> None:
     shared = called(reduction("rebuild_storage_filename"), UNTYPED, data(MANAGER), text(SEGMENT.decode()), number(24))
     assert OTHER in refused(pairs(tensor(shared=shared)), segments)
+
+
+@pytest.mark.parametrize(("size", "stride"), [((2, 1), (1, 7)), ((1,), (5,)), ((1, 3, 1), (0, 1, 9)), ((1, 1), (4, 0))])
+def test_strides_that_no_element_needs_are_those_of_a_plain_tensor(
+    size: tuple[int, ...], stride: tuple[int, ...], segments: Path
+) -> None:
+    """Others are legal, and torch then cannot view the bytes."""
+    found = read(tensor(numbers(*size), numbers(*stride)))
+    assert found.shape == size
+    assert found.is_contiguous()
+    assert found.reshape(-1).view(torch.uint8).numel() == 4 * found.numel()

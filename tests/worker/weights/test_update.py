@@ -108,6 +108,15 @@ def test_a_write_that_is_interrupted_after_any_tensor_is_undone(at: int, settled
     assert same(state(module), before)
 
 
+def test_tied_scalars_are_compared_as_other_tensors_are() -> None:
+    module = nn.Module()
+    module.register_buffer("one", torch.tensor(1.0))
+    module.register_buffer("other", module.one)
+    begun(module).prepare(opened({"one": torch.tensor(2.0), "other": torch.tensor(2.0)}))
+    with pytest.raises(Rejected, match="values are not the same"):
+        begun(module).prepare(opened({"one": torch.tensor(2.0), "other": torch.tensor(3.0)}))
+
+
 class _Breaks(torch.Tensor):
     """Raises when a part of it is copied that lies behind its middle."""
 
