@@ -8,7 +8,7 @@ from starlette.exceptions import HTTPException
 from .. import __version__
 from ..protocol.config import Config
 from ..protocol.errors import ErrorInfo
-from . import adapters, generate, generation_control, health, information, metrics, rollout, weights
+from . import adapters, generate, generation_control, health, information, metrics, reference, rollout, weights
 from .callers import Callers, CallersMiddleware, CorsMiddleware
 from .exchange import ExchangeMiddleware
 from .gate import ApiKeyMiddleware, BodyLimitMiddleware, BodyLimits, BodyMemory
@@ -32,7 +32,7 @@ _CODES = {404: "not_found", 405: "method_not_allowed"}
 def create_app(service: Service) -> FastAPI:
     """The application of ``service``. A request goes through the layers from the last one added to the first."""
     callers = Callers.of(service.config, OWN_TYPES)
-    app = FastAPI(title="Safelight", version=__version__, redirect_slashes=False)
+    app = FastAPI(title="Safelight", version=__version__, redirect_slashes=False, docs_url=None, redoc_url=None)
     app.add_exception_handler(HTTPException, _http_error)
     app.add_middleware(
         BodyLimitMiddleware,
@@ -52,6 +52,7 @@ def create_app(service: Service) -> FastAPI:
     app.include_router(generation_control.routes(service))
     app.include_router(adapters.routes(service))
     app.include_router(metrics.routes(service.metrics))
+    app.include_router(reference.routes())
     return app
 
 

@@ -12,8 +12,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ..protocol.errors import BodyTooLarge, DeadlinePassed, Forbidden, QueueFull, Unauthorized
 
-OPEN_ROUTES = frozenset({"/liveness", "/health", "/health_generate"})
-"""Routes that need no key, because whoever restarts a server has none."""
+OPEN_ROUTES = frozenset({"/liveness", "/health", "/health_generate", "/docs", "/openapi.json"})
+"""Routes that need no key: whoever restarts a server has none, and a browser that opens the reference sends none."""
 
 _FREE = 64 * 1024
 _SLOWEST = 1_000_000

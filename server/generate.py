@@ -16,6 +16,7 @@ from .event_stream import EventStream
 from .exchange import own_id_var
 from .images import read_images
 from .limits import check_model, check_ranges, to_message
+from .reference import body_schema
 from .representation import Reply
 from .schemas import GenerateBody
 from .service import Service
@@ -24,7 +25,7 @@ _BODIES = ("application/json", "multipart/form-data")
 _OPENAPI = {
     "requestBody": {
         "required": True,
-        "content": {kind: {"schema": GenerateBody.model_json_schema()} for kind in _BODIES},
+        "content": {kind: {"schema": body_schema(GenerateBody)} for kind in _BODIES},
     }
 }
 

@@ -20,6 +20,7 @@ from .disconnect import while_connected
 from .exchange import own_id_var
 from .images import read_images
 from .limits import check_model, check_ranges, to_message
+from .reference import body_schema
 from .rollout_body import RolloutBody, check_rollout, read_rollout, to_rollout
 from .rollout_reply import MEDIA_TYPE, Piece, in_parts, pieces
 from .service import Service
@@ -35,7 +36,7 @@ _SHARED = "rollout_shared_memory"
 _OPENAPI = {
     "requestBody": {
         "required": True,
-        "content": {kind: {"schema": RolloutBody.model_json_schema()} for kind in ("application/json", MEDIA_TYPE)},
+        "content": {kind: {"schema": body_schema(RolloutBody)} for kind in ("application/json", MEDIA_TYPE)},
     },
     "responses": {"200": {"content": {MEDIA_TYPE: {}}, "description": "A list with a map for each sample"}},
 }

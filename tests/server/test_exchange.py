@@ -71,7 +71,7 @@ async def test_a_fault_of_ours_is_a_500_without_the_exception_s_text(
     assert "CUDA out of secrets" in caplog.text
 
 
-@pytest.mark.parametrize("path", ["/server_info", "/metrics", "/docs", "/nothing", "/generate"])
+@pytest.mark.parametrize("path", ["/server_info", "/metrics", "/nothing", "/generate"])
 @pytest.mark.parametrize(
     ("header", "status", "code"),
     [
