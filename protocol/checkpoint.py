@@ -6,12 +6,13 @@ torch is not imported, are read the directory's ``model_index.json`` and, of a s
 
 from __future__ import annotations
 
+import difflib
 import importlib.util
 import json
 from pathlib import Path
 
 from .errors import StartFailed
-from .models import resolve_model
+from .models import EMBEDDED, resolve_model
 from .pipeline_index import read_index
 
 SAFETENSORS, GGUF = ".safetensors", ".gguf"
@@ -43,12 +44,26 @@ def check_path(path: Path) -> None:
     if not path.exists():
         raise StartFailed(
             f"The model path {path} does not exist; give the directory of a diffusers pipeline, a single-file "
-            "checkpoint, a hub id such as `org/name`, or the name of an embedded model: shapes or shapes-video."
+            f"checkpoint, a hub id such as `org/name`, or the name of an embedded model: {' or '.join(EMBEDDED)}."
+            f"{_meant(path)}"
         )
     if path.is_file():
         check_single_file(path)
     else:
         check_directory(path)
+
+
+def _meant(path: Path) -> str:
+    """The embedded model or the neighbour whose name is nearly that of ``path``, as a further sentence."""
+    try:
+        neighbours = [entry.name for entry in path.parent.iterdir()]
+    except OSError:  # it does not exist, or is nobody's to look into
+        neighbours = []
+    embedded = EMBEDDED if len(path.parts) == 1 else ()
+    close = difflib.get_close_matches(path.name, [*embedded, *neighbours], n=1, cutoff=0.7)
+    if not close:
+        return ""
+    return f" Did you mean {close[0] if close[0] in embedded else path.parent / close[0]}?"
 
 
 def check_directory(directory: Path) -> None:

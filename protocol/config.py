@@ -6,6 +6,7 @@ sends the result to its child processes as one line of JSON on their standard in
 
 from __future__ import annotations
 
+import difflib
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,6 +20,10 @@ from .errors import StartFailed
 from .self_test import SelfTestResult
 
 ENVIRONMENT_PREFIX = "SAFELIGHT_"
+
+_OF_CLIENTS = frozenset({"url"})
+_MISSPELT = 0.8
+"""How alike an unknown variable is to an option that it was meant for; others may be anybody's."""
 
 SHARED_MEMORY = "/dev/shm"  # where Linux keeps files in memory
 
@@ -245,8 +250,13 @@ def load_config(
     values: dict[str, Any] = _read_file(file) if file else {}
     for key, text in (environment or {}).items():
         name = key.removeprefix(ENVIRONMENT_PREFIX).lower()
-        if key.startswith(ENVIRONMENT_PREFIX) and name in known:
+        if not key.startswith(ENVIRONMENT_PREFIX) or name in _OF_CLIENTS:
+            continue
+        if name in known:
             values[name] = text
+        elif close := difflib.get_close_matches(name, known, n=1, cutoff=_MISSPELT):
+            meant = ENVIRONMENT_PREFIX + close[0].upper()
+            raise StartFailed(f"There is no option {key}; did you mean {meant}?")
     values.update(flags)
     try:
         return msgspec.convert(values, Config, strict=False)

@@ -13,8 +13,11 @@ from msgspec import Meta
 from ..protocol.errors import Malformed
 from ..protocol.operations import Barrier, CudaTensor, Int64
 from .bounded import MAX_VALUES, parse, read_body
+from .schemas import near
 
 B = TypeVar("B")
+
+_UNKNOWN = re.compile(r"Object contains unknown field `(.*)`", re.DOTALL)  # as msgspec says it
 
 TENSORS = 400_000
 """Values of a body that says several things of every tensor of a model."""
@@ -190,7 +193,7 @@ def _decode(body: bytearray, kind: type[B]) -> B:
     try:
         return _checked(msgspec.json.decode(body or b"{}", type=kind))
     except msgspec.ValidationError as error:
-        raise _malformed(error) from None
+        raise _malformed(error, kind) from None
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise Malformed(f"The body is no JSON: {error}.") from None
 
@@ -201,11 +204,15 @@ def from_query(request: Request, kind: type[B]) -> B:
     try:
         return _checked(msgspec.convert(fields, kind, strict=False))
     except msgspec.ValidationError as error:
-        raise _malformed(error) from None
+        raise _malformed(error, kind) from None
 
 
-def _malformed(error: msgspec.ValidationError) -> Malformed:
+def _malformed(error: msgspec.ValidationError, kind: type[Any]) -> Malformed:
     what, _, where = str(error).partition(" - at `$")
+    if not where and (unknown := _UNKNOWN.fullmatch(what)) is not None:
+        name = unknown[1][:100]
+        known = [field.encode_name for field in msgspec.structs.fields(kind)]
+        return Malformed(f"There is no field {name!r}; {near(name, known)}", field=name)
     field = where.strip("`.").split("[")[0].split(".")[0] or None
     return Malformed(f"{what}{f' ({field})' if field else ''}.", field=field)
 

@@ -100,7 +100,10 @@ class Model:
             kind=task.kind,
             device=str(self.device),
             dtype=str(self.dtype).removeprefix("torch."),
-            parameters=_count_parameters(self.pipeline),
+            parameters={
+                name: count_parameters(module, self.layouts.get(name))
+                for name, module in _modules(self.pipeline).items()
+            },
             arguments=task.arguments,
             size_multiple=task.sizes.multiple,
             default_width=task.sizes.width,
@@ -302,5 +305,9 @@ def _modules(pipeline: DiffusionPipeline) -> dict[str, nn.Module]:
     return {name: part for name, part in pipeline.components.items() if isinstance(part, nn.Module)}
 
 
-def _count_parameters(pipeline: DiffusionPipeline) -> dict[str, int]:
-    return {name: sum(p.numel() for p in module.parameters()) for name, module in _modules(pipeline).items()}
+def count_parameters(module: nn.Module, layout: Layout | None) -> int:
+    """Of all ranks together: of what is divided among them, a rank has only its part."""
+    whole = Counter[str]()
+    for entry in layout or ():
+        whole[entry.tensor] += math.prod(entry.shape)
+    return sum(whole.get(name) or one.numel() for name, one in module.named_parameters())

@@ -29,6 +29,18 @@ def test_a_flag_wins_over_the_environment_and_that_over_the_file(tmp_path: Path)
     assert config.host == "127.0.0.1", "what nobody gave has its default"
 
 
+def test_a_misspelt_variable_is_refused_with_the_one_that_was_meant() -> None:
+    with pytest.raises(StartFailed, match="SAFELIGHT_MAX_BACH; did you mean SAFELIGHT_MAX_BATCH"):
+        read_config([], {"SAFELIGHT_MAX_BACH": "8"})
+    others = {
+        "SAFELIGHT_URL": "x",
+        "SAFELIGHT_SERVICE_HOST": "x",
+        "SAFELIGHT_PORT_30000_TCP_ADDR": "x",
+        "MAX_BACH": "8",
+    }
+    assert read_config([], others).max_batch == 16, "a cluster's own variables and the client's are not options"
+
+
 def test_the_positional_model_is_the_model() -> None:
     assert read_config(["some/model", "--replicas", "2"], {}).model == "some/model"
     assert read_config([], {"SAFELIGHT_MODEL": "other"}).model == "other"

@@ -239,3 +239,14 @@ def test_a_number_that_is_none_is_refused_by_its_field(
     body = msgspec.msgpack.encode(changed(ROLLOUT, changes, number))
     reply = client.post("/rollout/generate", content=body, headers={"Content-Type": "application/msgpack"})
     assert (reply.status_code in (400, 422), reply.json()["error"]["field"]) == (True, field)
+
+
+@pytest.mark.parametrize(("route", "body"), [(route, body) for route, body in BODIES if len(body) > 1])
+def test_a_misspelt_field_is_refused_with_the_one_that_was_meant(
+    client: httpx.Client, route: str, body: dict[str, Any]
+) -> None:
+    name = next(iter(body))
+    reply = client.post(route, json={**body, name + "x": body[name]})
+    error = reply.json()["error"]
+    assert (400 <= reply.status_code < 500, error["field"]) == (True, name + "x")
+    assert f"did you mean {name}" in error["message"]

@@ -11,6 +11,7 @@ import torch
 from safelight.tests.ranks import on_ranks
 from safelight.tests.tiny import save
 from safelight.tests.worker.reading_back import CPU, computes_with_its_part, planned, reads_back
+from safelight.worker.model import count_parameters
 from safelight.worker.parallel.ranks import Ranks
 from safelight.worker.weights.layout import Entry, Layout
 from safelight.worker.weights.loader import CannotLoad, load_component
@@ -49,6 +50,17 @@ def test_a_degree_that_does_not_divide_the_heads_is_refused_with_those_that_do(c
             family=family,
             ranks=Ranks(rank=0, size=3),
         )
+
+
+@pytest.mark.parametrize("name", ["flux", "wan"])
+def test_parameters_are_counted_over_all_ranks(name: str, checkpoints: dict[str, Path]) -> None:
+    cls, family = planned(checkpoints[name])["transformer"]
+    folder = checkpoints[name] / "transformer"
+    expected = sum(parameter.numel() for parameter in cls.from_pretrained(folder).parameters())
+    for size, fused in ((1, True), (2, False), (2, True)):
+        ranks = Ranks(rank=0, size=size)
+        loaded = load_component(cls, folder, dtype=torch.float32, device=CPU, family=family, ranks=ranks, fused=fused)
+        assert count_parameters(loaded.module, loaded.layout) == expected
 
 
 def test_a_checkpoint_that_lacks_a_tensor_is_refused_by_its_name(checkpoints: dict[str, Path], tmp_path: Path) -> None:
