@@ -43,9 +43,9 @@ def check_path(path: Path) -> None:
     """Raise ``StartFailed``, saying what to do, unless ``path`` looks like a pipeline or a single-file checkpoint."""
     if not path.exists():
         raise StartFailed(
-            f"The model path {path} does not exist; give the directory of a diffusers pipeline, a single-file "
-            f"checkpoint, a hub id such as `org/name`, or the name of an embedded model: {' or '.join(EMBEDDED)}."
-            f"{_meant(path)}"
+            f"The model path {path} does not exist{_meant(path)}; give the directory of a diffusers pipeline, a "
+            "single-file checkpoint, a hub id such as `org/name`, or the name of an embedded model: "
+            f"{' or '.join(EMBEDDED)}."
         )
     if path.is_file():
         check_single_file(path)
@@ -54,7 +54,7 @@ def check_path(path: Path) -> None:
 
 
 def _meant(path: Path) -> str:
-    """The embedded model or the neighbour whose name is nearly that of ``path``, as a further sentence."""
+    """The embedded model or the neighbour whose name is nearly that of ``path``, in parentheses."""
     try:
         neighbours = [entry.name for entry in path.parent.iterdir()]
     except OSError:  # it does not exist, or is nobody's to look into
@@ -63,7 +63,7 @@ def _meant(path: Path) -> str:
     close = difflib.get_close_matches(path.name, [*embedded, *neighbours], n=1, cutoff=0.7)
     if not close:
         return ""
-    return f" Did you mean {close[0] if close[0] in embedded else path.parent / close[0]}?"
+    return f" (did you mean {close[0] if close[0] in embedded else path.parent / close[0]}?)"
 
 
 def check_directory(directory: Path) -> None:

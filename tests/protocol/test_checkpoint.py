@@ -83,10 +83,10 @@ def test_a_path_that_does_not_exist_is_refused(tmp_path: Path) -> None:
 
 def test_a_misspelt_model_is_refused_with_the_one_that_was_meant(tmp_path: Path) -> None:
     (tmp_path / "flux-dev").mkdir()
-    assert "Did you mean shapes?" in refused("shape")
-    assert f"Did you mean {tmp_path / 'flux-dev'}?" in refused(str(tmp_path / "flux_dev"))
-    assert "Did you mean" not in refused(str(tmp_path / "nothing"))
-    assert "Did you mean" not in refused(str(tmp_path / "no" / "such"))
+    assert "did you mean shapes?" in refused("shape")
+    assert f"did you mean {tmp_path / 'flux-dev'}?" in refused(str(tmp_path / "flux_dev"))
+    assert "did you mean" not in refused(str(tmp_path / "nothing"))
+    assert "did you mean" not in refused(str(tmp_path / "no" / "such"))
 
 
 def test_options_that_would_be_ignored_are_refused(tmp_path: Path) -> None:
