@@ -22,6 +22,7 @@ def set_lora(
     target: str | Sequence[str] = ALL,
     mode: WantedMode = "auto",
     alpha: float | Sequence[float | None] | None = None,
+    strict: bool = True,
 ) -> Call:
     several = not isinstance(nickname, str)
     if path is None or isinstance(path, str | PathLike):
@@ -34,6 +35,7 @@ def set_lora(
         "strength": list(strength) if isinstance(strength, Sequence) else strength,
         "target": target if isinstance(target, str) else list(target),
         "merge_mode": mode,
+        "strict": strict,
         "lora_alpha": list(alpha) if isinstance(alpha, Sequence) else alpha,
     }
     return Call("POST", "/v1/set_lora", {name: value for name, value in fields.items() if value is not None})

@@ -182,7 +182,10 @@ class UpdateProgress(msgspec.Struct, frozen=True):
 
 
 class LoadedLora(msgspec.Struct, frozen=True):
-    """An adapter that the server has loaded; ``path`` is ``None`` for one that came as tensors."""
+    """An adapter that the server has loaded; ``path`` is ``None`` for one that came as tensors.
+
+    ``left`` names the layers of its file that the model does not have, where ``strict=False`` leaves them out.
+    """
 
     nickname: str
     path: str | None
@@ -190,6 +193,7 @@ class LoadedLora(msgspec.Struct, frozen=True):
     alpha: float
     bytes: int
     components: tuple[str, ...]
+    left: tuple[str, ...] = ()
 
 
 class Loras(msgspec.Struct, frozen=True):

@@ -37,7 +37,8 @@ class AdapterSource(msgspec.Struct, frozen=True):
     """An adapter to load. ``path`` is what its sender calls it, and ``folder`` holds the server's own copy of it.
 
     What it has for one denoiser is for the denoiser ``target``, if that is one. Two with the same ``digest`` are the
-    same, also in ``alpha``, which stands for what the files say. With a ``rank`` it must be of that.
+    same, also in ``alpha``, which stands for what the files say. Unless ``strict``, layers that the model does
+    not have are left out.
     """
 
     nickname: str
@@ -45,14 +46,15 @@ class AdapterSource(msgspec.Struct, frozen=True):
     folder: str
     digest: str
     alpha: float | None = None
-    rank: int | None = None
     target: str = ALL
+    strict: bool = True
 
 
 class Loaded(msgspec.Struct, frozen=True):
     """An adapter that can be used. ``components`` are those that a request which names it has it in.
 
-    ``nbytes`` is what its factors take in memory, all ranks of a replica together.
+    ``nbytes`` is what its factors take in memory, all ranks of a replica together. ``left`` names what of its file has
+    no place in the model and is left out.
     """
 
     source: AdapterSource
@@ -60,6 +62,7 @@ class Loaded(msgspec.Struct, frozen=True):
     rank: int
     alpha: float
     nbytes: int
+    left: list[str] = []
 
 
 class Active(msgspec.Struct, frozen=True):

@@ -48,7 +48,14 @@ def new_folder(shared: Path) -> Path:
 
 
 def copy_adapter(
-    path: str, nickname: str, folder: Path, config: Config, *, alpha: float | None = None, target: str = ALL
+    path: str,
+    nickname: str,
+    folder: Path,
+    config: Config,
+    *,
+    alpha: float | None = None,
+    target: str = ALL,
+    strict: bool = True,
 ) -> AdapterSource:
     """A copy of the adapter at ``path``, a safetensors file or a directory with one, in ``folder``, which is made.
 
@@ -67,11 +74,11 @@ def copy_adapter(
         raise NotFound(f"There is nothing at {path[:200]} ({type(error).__name__}).", field=_FIELD) from None
     try:
         folder.mkdir(mode=0o700)
-        digest = hashlib.sha256(repr(alpha).encode())
+        digest = hashlib.sha256(repr((alpha, strict)).encode())
         _copy(file, folder / ADAPTER_FILE, config.max_lora_mb * 1_000_000, digest)
         if settings is not None:
             _copy(settings, folder / ADAPTER_CONFIG, _LARGEST_CONFIG, digest)
-        return AdapterSource(nickname, path, str(folder), digest.hexdigest(), alpha, target=target)
+        return AdapterSource(nickname, path, str(folder), digest.hexdigest(), alpha, target=target, strict=strict)
     except BaseException as error:
         shutil.rmtree(folder, ignore_errors=True)
         if isinstance(error, BadTensorFile):

@@ -44,6 +44,7 @@ class SetLora(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     merge_mode: WantedMode | None = None
     lora_alpha: Alpha | list[Alpha | None] | None = None
     mode: Barrier | None = None
+    strict: bool = True
 
 
 class Merge(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -112,7 +113,7 @@ class _Routes:
         barrier = body.mode or ("in_place" if wanted == "request" else "wait")
         async with self._service.folders.for_a_change() as new_folder:
             sources = [
-                await self._copy(path, nickname, new_folder(), alpha, target)
+                await self._copy(path, nickname, new_folder(), alpha, target, strict=body.strict)
                 for nickname, path, alpha, target in zip(nicknames, paths, alphas, targets, strict=True)
                 if path is not None
             ]
@@ -144,9 +145,11 @@ class _Routes:
         await read(request, Nothing)
         return _listed((await self._operating.send(request, ListAdapters)).adapters)
 
-    async def _copy(self, path: str, nickname: str, folder: Path, alpha: float | None, target: str) -> AdapterSource:
+    async def _copy(
+        self, path: str, nickname: str, folder: Path, alpha: float | None, target: str, *, strict: bool
+    ) -> AdapterSource:
         return await self._service.decode(
-            copy_adapter, path, nickname, folder, self._service.config, alpha=alpha, target=target
+            copy_adapter, path, nickname, folder, self._service.config, alpha=alpha, target=target, strict=strict
         )
 
 
@@ -179,6 +182,7 @@ def _listed(state: AdapterState) -> dict[str, Any]:
             "alpha": one.alpha,
             "bytes": one.nbytes,
             "components": one.components,
+            "left": one.left,
         }
         for nickname, one in state.loaded.items()
     ]

@@ -7,8 +7,9 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
-from safetensors.torch import load
+from safetensors.torch import load, load_file, save_file
 
+from safelight.client import Client
 from safelight.tests.updates.trainer import Trainer, changed, transformer
 from safelight.tests.worker.lora.agreement import distance
 
@@ -88,6 +89,24 @@ def test_each_nickname_has_its_own_target_and_alpha(server: Trainer, adapters: A
     assert is_drawn(server, adapters, ("first", 1.0), ("second", 0.7))
     body = {"lora_nickname": ["first", "second"], "target": ["transformer"]}
     assert "2 nicknames and 1 of target" in server.post("/v1/set_lora", body).json()["error"]["message"]
+
+
+def test_layers_that_the_model_does_not_have_are_left_out_where_that_is_asked_for(
+    alone: Trainer, adapters: Adapters
+) -> None:
+    tensors = load_file(f"{adapters.path('first')}/adapter_model.safetensors")
+    tensors |= {f"connectors.x.lora_{letter}.weight": torch.ones(4, 4) for letter in "AB"}
+    (adapters.folder / "more").mkdir()
+    save_file(tensors, adapters.folder / "more" / "adapter_model.safetensors")
+    body = {"lora_nickname": "more", "lora_path": adapters.path("more"), "lora_alpha": 2.0, "merge_mode": "merge"}
+    refused = alone.post("/v1/set_lora", body)
+    assert (refused.status_code, "connectors.x" in refused.text) == (400, True)
+    with Client(alone.server.url) as client:
+        done = client.set_lora("more", adapters.path("more"), alpha=2.0, mode="merge", strict=False)
+        assert [one.left for one in done.loaded] == [("connectors.x",)]
+        assert "1 layers have no place in the model" in done.message
+    assert is_drawn(alone, adapters, ("first", 1.0))
+    alone.done("/v1/unload_lora", {"lora_nickname": "more"})
 
 
 def test_requests_with_their_own_adapters(server: Trainer, adapters: Adapters) -> None:

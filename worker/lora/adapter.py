@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -16,7 +16,8 @@ from ..parallel.layers import GatheredColumnLinear, RowParallelLinear
 from ..sizes import DENOISERS
 from ..weights.fuse import FusedPart
 from ..weights.layout import Layout
-from .files import AdapterFile, LowRank
+from .change import Change, change_of
+from .files import AdapterFile, LowRank, WholeChange
 
 BESIDE = (nn.Linear, RowParallelLinear, GatheredColumnLinear, FusedPart, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 """Layers beside which a term can be computed: exactly these classes, as others are not always called."""
@@ -43,10 +44,18 @@ class Term:
     def rank(self) -> int:
         return self.down.shape[0]
 
+    def added(self, base: torch.Tensor, strength: float) -> torch.Tensor:
+        """What is added to this rank's part of the weight, in fp32; of a convolution, kernels and all."""
+        product = self.up.flatten(1) @ self.down.flatten(1)
+        return product.mul_(strength).view(self.up.shape[0], *self.down.shape[1:])
+
+    def tensors(self) -> Iterator[torch.Tensor]:
+        yield from (self.down, self.up, self.whole_up)
+
 
 @dataclass(slots=True, eq=False)
 class Adapter:
-    """``terms`` by component and layer.
+    """``terms`` by component and layer, and ``changes`` of whole weights by component.
 
     ``only_merged`` are layers that it cannot be computed beside, ``only_beside`` such that it cannot be merged into.
     ``number`` is no other's in this process.
@@ -54,9 +63,24 @@ class Adapter:
 
     nickname: str
     terms: dict[str, dict[str, Term]] = field(default_factory=dict)
+    changes: dict[str, list[Change]] = field(default_factory=dict)
     only_merged: list[str] = field(default_factory=list)
     only_beside: list[str] = field(default_factory=list)
     number: int = field(default_factory=lambda: next(_numbers))
+
+    @property
+    def components(self) -> list[str]:
+        return list(dict.fromkeys([*self.terms, *self.changes]))
+
+    def layers(self, component: str) -> set[str]:
+        return {*self.terms.get(component, ()), *(change.layer for change in self.changes.get(component, ()))}
+
+    def tensors(self) -> Iterator[torch.Tensor]:
+        """What it holds on the device."""
+        for terms in self.terms.values():
+            yield from itertools.chain.from_iterable(term.tensors() for term in terms.values())
+        for changes in self.changes.values():
+            yield from itertools.chain.from_iterable(change.tensors() for change in changes)
 
 
 def placed(
@@ -72,13 +96,18 @@ def placed(
     What a file has for one denoiser is for the denoiser ``target``, if that is one. Raises ``InvalidRequest`` for
     components and layers that adapters cannot change.
     """
-    denoisers = [name for name in file.layers if name in DENOISERS]
+    denoisers = [name for name in file.components if name in DENOISERS]
     moved = {denoisers[0]: target} if len(denoisers) == 1 and target in DENOISERS and target in components else {}
     adapter = Adapter(nickname)
-    for component, layers in file.layers.items():
+    for component in file.components:
         own = moved.get(component, component)
         if own not in components:
             raise InvalidRequest(f"The adapter {nickname!r} has layers of {own}, which takes none.", field=_FIELD)
+        if changes := [change for change in file.changes if change.component == component]:
+            adapter.changes[own] = _changes(own, changes, layouts[own], device)
+            adapter.only_merged += [f"{own}.{change.layer} ({change.kind})" for change in adapter.changes[own]]
+        if not (layers := file.layers.get(component)):
+            continue
         adapter.terms[own] = _terms(own, layers, components[own], layouts[own], device)
         for path, term in adapter.terms[own].items():
             live = layouts[own].live(term.weight)
@@ -86,24 +115,53 @@ def placed(
                 adapter.only_merged.append(f"{own}.{path}")
             if type(live.data) is not torch.Tensor or not live.is_floating_point():
                 adapter.only_beside.append(f"{own}.{path}")
-    if target != ALL and target in components and target not in adapter.terms:
+    if target != ALL and target in components and target not in adapter.components:
         raise InvalidRequest(
-            f"The adapter {nickname!r} has no layers of {target}; it has {', '.join(adapter.terms)}.", field="target"
+            f"The adapter {nickname!r} has no layers of {target}; it has {', '.join(adapter.components)}.",
+            field="target",
         )
     return adapter
+
+
+def _changes(component: str, changes: list[WholeChange], layout: Layout, device: torch.device) -> list[Change]:
+    found: list[Change] = []
+    shared = _shared(layout)
+    for change in changes:
+        name = layout.checkpoint_name(f"{change.layer}.{change.whole.parameter}")
+        if name is None or name in shared:
+            why = "it has none" if name is None else "which shares its memory with another"
+            raise InvalidRequest(
+                f"The adapter cannot be used: it changes the {change.whole.parameter} of {component}.{change.layer}, "
+                f"and {why}.",
+                field=_FIELD,
+            )
+        live = layout.live(name)
+        if type(live.data) is not torch.Tensor or not live.is_floating_point():
+            raise InvalidRequest(
+                f"{component}.{change.layer} cannot be merged into, as the weights are quantized, and a "
+                f"{change.whole.kind} can only be merged.",
+                field="merge_mode",
+            )
+        found.append(change_of(change, name, layout, device))
+    return found
+
+
+def _shared(layout: Layout) -> set[str]:
+    """The tensors that are in the memory of others too."""
+    places = Counter(layout.live(entry.name).data_ptr() for entry in layout)
+    return {entry.name for entry in layout if places[layout.live(entry.name).data_ptr()] > 1}
 
 
 def _terms(
     component: str, layers: Mapping[str, LowRank], module: nn.Module, layout: Layout, device: torch.device
 ) -> dict[str, Term]:
-    places = Counter(layout.live(entry.name).data_ptr() for entry in layout)
+    shared = _shared(layout)
     terms: dict[str, Term] = {}
     for path, pair in layers.items():
         name = layout.checkpoint_name(f"{path}.weight")
         if name is None or layout[name].shape[:2] != (pair.up.shape[0], pair.down.shape[1]):
             raise InvalidRequest(f"{component} has no such layer as {path}, or of another shape.", field=_FIELD)
-        live = layout.live(name)
-        if places[live.data_ptr()] > 1:
+        if name in shared:
             raise InvalidRequest(f"{component}.{path} shares its memory with another layer.", field=_FIELD)
         scaled = pair.scale * pair.up
         down, up = (factor.to(device) for factor in layout.factors(name, pair.down, scaled))

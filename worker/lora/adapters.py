@@ -35,8 +35,10 @@ from ..weights.layout import Layout
 from . import planning
 from .adapter import Adapter, Term, placed
 from .beside import Beside, Uses
-from .files import AdapterFile, load_adapter, read_adapter, weight_shapes
+from .change import Change
+from .files import AdapterFile, load_adapter, read_adapter
 from .merge import Sum, merge, rounded_away
+from .names import Shapes, weight_shapes
 from .pairs import refused
 from .parts import Part, Parts, joined, layer_of, of_module, read_parts, write_parts
 
@@ -148,9 +150,7 @@ class RankAdapters:
     def tensors(self) -> Iterator[torch.Tensor]:
         """What they hold on the device: factors, and on a CPU the bases of what is merged."""
         for adapter in self._adapters.values():
-            for terms in adapter.terms.values():
-                for term in terms.values():
-                    yield from (term.down, term.up, term.whole_up)
+            yield from adapter.tensors()
         for layout in self._layouts.values():
             yield from (base for base in layout.bases.values() if base.device.type == self._device.type)
 
@@ -226,7 +226,7 @@ class RankAdapters:
         )
         parts, told = joined(Parts() if before is None else read_parts(Path(before)), part)
         if part.begun and parts.tensors:  # else the next step reads it
-            read_adapter(parts.tensors, None, self._pipeline, weight_shapes(self._layouts), alphas=parts.notes.alphas)
+            read_adapter(parts.tensors, None, self._pipeline, self._shapes(), alphas=parts.notes.alphas)
         try:
             write_parts(parts, Path(save.adapter.folder))
         except (OSError, SafetensorError) as error:
@@ -240,7 +240,7 @@ class RankAdapters:
         for component, ones in self.state.active.items():
             for one in ones:
                 if one.nickname in nicknames:
-                    found.setdefault(component, set()).update(self._adapters[one.nickname].terms[component])
+                    found.setdefault(component, set()).update(self._adapters[one.nickname].layers(component))
         return {component: len(layers) for component, layers in found.items()}
 
     def are_in(self, written: Mapping[str, Iterable[str]]) -> bool:
@@ -291,8 +291,12 @@ class RankAdapters:
             known = self.state.loaded.get(source.nickname)
             if known is None or (known.source.digest, known.source.target) != (source.digest, source.target):
                 file = self._load(source, adapters)
-                fresh[source.nickname] = Loaded(source, [], file.rank, file.alpha, file.nbytes)
-        has = {nickname: list(adapter.terms) for nickname, adapter in adapters.items()}
+                fresh[source.nickname] = Loaded(source, [], file.rank, file.alpha, file.nbytes, file.left)
+                if file.left:
+                    told.append(
+                        f"{source.nickname}: {len(file.left)} layers have no place in the model, and are left out."
+                    )
+        has = {nickname: adapter.components for nickname, adapter in adapters.items()}
         work.state = planning.with_loaded(self.state, fresh, change, has, told)
         work.targets = planning.targets_of(change, work.state, has, sorted(self._components))
         for component in sorted({name for components in work.targets.values() for name in components}):
@@ -314,7 +318,8 @@ class RankAdapters:
             strengths = dict(zip(change.nicknames, change.strengths, strict=True))
             for component, nicknames in work.here.items():
                 wanted = _sum(component, [(adapters[name], strengths[name]) for name in nicknames])
-                work.sums[component] = rounded_away(self._layouts[component], wanted)
+                only = any(adapters[name].only_merged for name in nicknames)  # nothing is to be chosen
+                work.sums[component] = (0.0, 0.0) if only else rounded_away(self._layouts[component], wanted)
 
     def _together(self, work: _Setting) -> dict[str, float]:
         """What share of the change the ranks together would round away, by component.
@@ -336,9 +341,9 @@ class RankAdapters:
         return shares
 
     def _load(self, source: AdapterSource, adapters: Adapters) -> AdapterFile:
-        file = load_adapter(Path(source.folder), self._pipeline, weight_shapes(self._layouts), alpha=source.alpha)
-        if source.rank is not None and source.rank != file.rank:
-            raise InvalidRequest(f"The adapter has rank {file.rank}, and not {source.rank}.", field="lora_rank")
+        file = load_adapter(
+            Path(source.folder), self._pipeline, self._shapes(), alpha=source.alpha, strict=source.strict
+        )
         try:
             adapters[source.nickname] = placed(
                 file, source.nickname, source.target, self._components, self._layouts, self._device
@@ -346,6 +351,9 @@ class RankAdapters:
         except torch.OutOfMemoryError as error:
             raise Unavailable("There is no memory for the adapter; unload another.") from error
         return file
+
+    def _shapes(self) -> Shapes:
+        return weight_shapes({name: self._layouts[name] for name in self._components})
 
     def _merge_all(self, state: AdapterState, adapters: Adapters, unlike: AdapterState | None = None) -> None:
         """Every component's weights as ``state`` has them; only those that it has otherwise than ``unlike``."""
@@ -387,8 +395,9 @@ def _merged_sum(component: str, state: AdapterState, adapters: Adapters) -> Sum:
 
 def _sum(component: str, adapters: Iterable[tuple[Adapter, float]]) -> Sum:
     """What they add to each tensor, in this order."""
-    found: dict[str, list[tuple[Term, float]]] = {}
+    found: dict[str, list[tuple[Term | Change, float]]] = {}
     for adapter, strength in adapters:
-        for term in adapter.terms.get(component, {}).values():
+        terms = adapter.terms.get(component, {}).values()
+        for term in (*terms, *adapter.changes.get(component, ())):
             found.setdefault(term.weight, []).append((term, strength))
     return found

@@ -18,10 +18,13 @@ _HEADER = "lora_adapter_metadata"
 """Where diffusers writes it (``LORA_ADAPTER_METADATA_KEY``)."""
 
 _NOT_APPLIED = (
-    "use_dora", "lora_bias", "modules_to_save", "layer_replication", "target_parameters", "trainable_token_indices",
+    "modules_to_save", "layer_replication", "target_parameters", "trainable_token_indices",
     "use_qalora", "use_bdlora", "alora_invocation_tokens", "arrow_config", "kasa_config", "monteclora_config",
 )  # fmt: skip
-"""Options under which an adapter is more than ``scale * up @ down``."""
+"""Options under which an adapter is more than what its tensors say."""
+
+_KINDS: dict[str, str | None] = {"LORA": None, "LOKR": "LoKr", "LOHA": "LoHa"}
+"""What can be applied, by peft's type."""
 
 _OTHER_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 """Initialisations that change the weights beside which the adapter was trained."""
@@ -52,6 +55,8 @@ class Told:
     alphas: Patterns
     ranks: Patterns
     rslora: bool
+    kind: str | None = None
+    """The kind of changes that the file must have: LoKr, LoHa or DoRA; ``None`` of pairs."""
 
     def alpha_of(self, layer: str) -> float:
         return _first(self.alphas, layer, self.alpha)
@@ -68,9 +73,9 @@ def scaled(rank: int, alpha: float, told: Told | None) -> float:
 
 def read_config(config: Mapping[str, Any], where: str = "adapter_config.json") -> Told:
     """Raises ``InvalidRequest`` where it is not what peft writes, or asks for more than LoRA."""
-    kind = config.get("peft_type", "LORA")
-    if kind != "LORA":
-        raise refused(f"{where} is of {str(kind)[:50]!r}, not of LORA")
+    kind = str(config.get("peft_type", "LORA"))
+    if kind not in _KINDS:
+        raise refused(f"{where} is of {kind[:50]!r}, not of {', '.join(_KINDS)}")
     if asked := [name for name in _NOT_APPLIED if config.get(name)]:
         raise refused(f"{where} asks for what cannot be applied", asked)
     if config.get("bias", "none") != "none":
@@ -83,11 +88,12 @@ def read_config(config: Mapping[str, Any], where: str = "adapter_config.json") -
         raise refused(f"{where} does not say r as a positive integer, or use_rslora as a boolean")
     return Told(
         where=where,
-        alpha=_positive(config.get("lora_alpha"), "lora_alpha", where),
+        alpha=_positive(config.get(name := "lora_alpha" if kind == "LORA" else "alpha"), name, where),
         rank=rank,
         alphas=_patterns(config.get("alpha_pattern"), "alpha_pattern", where),
         ranks=_patterns(config.get("rank_pattern"), "rank_pattern", where),
         rslora=rslora,
+        kind="DoRA" if config.get("use_dora") else _KINDS[kind],
     )
 
 

@@ -25,7 +25,7 @@ from torch.utils._pytree import tree_leaves
 
 from .pairs import Pair, parse_factor
 
-_FAILURES = (
+FAILURES = (
     LookupError,
     ValueError,
     TypeError,
@@ -107,7 +107,7 @@ def _converted(pairs: Mapping[str, Pair], pipeline: DiffusionPipeline) -> dict[s
         raise NotConverted([])
     alphas = {pair.alpha_name: torch.tensor(float(pair.rank)) for pair in pairs.values() if pair.alpha_name is not None}
     factors = {
-        name: _traced(factor, name)
+        name: traced(factor, name)
         for pair in pairs.values()
         for name, factor in zip(pair.names, (pair.down, pair.up), strict=True)
     }
@@ -117,7 +117,7 @@ def _converted(pairs: Mapping[str, Pair], pipeline: DiffusionPipeline) -> dict[s
         return _asked(dict(factors), pipeline)
 
 
-def _traced(tensor: torch.Tensor, name: str) -> Traced:
+def traced(tensor: torch.Tensor, name: str) -> Traced:
     found = tensor.as_subclass(Traced)
     found.sources = frozenset({name})
     return found
@@ -135,7 +135,7 @@ def _asked(given: dict[str, torch.Tensor], pipeline: DiffusionPipeline) -> dict[
             rest = {name: tensor for name, tensor in found.items() if name not in texts}
             texts = convert_state_dict_to_peft(texts, original_type=StateDictType.DIFFUSERS_OLD)
             found = convert_unet_state_dict_to_peft({**rest, **texts})
-    except _FAILURES:
+    except FAILURES:
         raise NotConverted([]) from None
     return {name: tensor for name, tensor in found.items() if not name.endswith(".alpha")}
 

@@ -13,9 +13,13 @@ import torch
 from ..weights.layout import Layout
 from ..weights.pages import ALIGNMENT, home
 from .adapter import Term
+from .change import Change
 
-Sum = Mapping[str, Sequence[tuple[Term, float]]]
-"""Of each tensor, by its name in the checkpoint, the terms and their strengths."""
+Terms = Sequence[tuple[Term | Change, float]]
+"""What is added to a tensor, with strengths."""
+
+Sum = Mapping[str, Terms]
+"""Of each tensor, by its name in the checkpoint."""
 
 
 @torch.no_grad()
@@ -41,7 +45,7 @@ def rounded_away(layout: Layout, wanted: Sum) -> tuple[float, float]:
     """The squares of what a merge would lose by rounding, and of what it would add, summed over this rank's part."""
     lost = added = 0.0
     for name, terms in wanted.items():
-        base = layout.local(name).to(terms[0][0].up.device, torch.float32)
+        base = layout.local(name).to(layout.live(name).device, torch.float32)
         merged = _summed(base, terms)
         change = merged - base
         lost += float((merged.to(layout.dtype(name)).float() - merged).square().sum(dtype=torch.float64))
@@ -56,14 +60,9 @@ def _copied(live: torch.Tensor) -> torch.Tensor:
     return home(live, live.data_ptr() % ALIGNMENT).copy_(live)
 
 
-def _summed(base: torch.Tensor, terms: Sequence[tuple[Term, float]]) -> torch.Tensor:
+def _summed(base: torch.Tensor, terms: Terms) -> torch.Tensor:
     total = base.float()
+    whole = total
     for term, strength in terms:
-        total = total + _product(term, strength).to(total.device)
+        total = total + term.added(whole, strength).to(total.device)
     return total
-
-
-def _product(term: Term, strength: float) -> torch.Tensor:
-    """The change of this rank's part of the weight, in fp32; of a convolution, kernels and all."""
-    product = term.up.flatten(1) @ term.down.flatten(1)
-    return product.mul_(strength).view(term.up.shape[0], *term.down.shape[1:])

@@ -16,17 +16,13 @@ _FACTOR = re.compile(
     r"|(?:lora_|lora\.|lora_linear_layer\.)?(?P<word>down|up)(?:\.default)?\.weight)"
 )
 
-_ALPHA = ".alpha"
+ALPHA = ".alpha"
 
 _NOT_LOW_RANK = {
-    "DoRA": re.compile(r"dora_scale|lora_magnitude_vector"),
-    "LoKr": re.compile(r"lokr_"),
-    "LoHa": re.compile(r"hada_"),
     "embeddings": re.compile(r"lora_embedding_"),
     "Tucker decompositions": re.compile(r"lora_mid"),
-    "differences (diff)": re.compile(r"\.diff(_b|_m)?$"),
-    "norms": re.compile(r"\.[wb]_norm$"),
-    "biases": re.compile(r"\.(lora_[AB]|lora_up|lora_down|up|down)(\.default)?\.bias$"),
+    "differences of modulations (diff_m)": re.compile(r"\.diff_m$"),
+    "biases of what is narrow": re.compile(r"\.(lora_A|lora_down|down)(\.default)?\.bias$"),
 }
 """What adapters may hold besides pairs, by what their tensors' names contain."""
 
@@ -41,6 +37,20 @@ def refused(reason: str, names: Iterable[str] = (), *, field: str = "lora_path")
     """What whoever sent an adapter is told, with a few of the ``names`` that it is about."""
     shown = ", ".join(name[:_SHOWN_CHARACTERS] for name in islice(names, _SHOWN))
     return InvalidRequest(f"The adapter cannot be used: {reason}{f' ({shown})' if shown else ''}.", field=field)
+
+
+@dataclass(slots=True)
+class LeftOut:
+    """What of a file has no place in the model: refused when ``strict``, else left out, and its ``names`` told."""
+
+    strict: bool = True
+    names: list[str] = field(default_factory=list)
+
+    def out(self, reason: str, names: Iterable[str]) -> None:
+        """Leave ``names`` out. Raises ``InvalidRequest``."""
+        if self.strict:
+            raise refused(reason, names)
+        self.names += names
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,10 +84,10 @@ def parse_factor(name: str) -> tuple[str, bool] | None:
     return match["layer"], match["letter"] == "B" or match["word"] == "up"
 
 
-def find_pairs(tensors: Mapping[str, torch.Tensor]) -> dict[str, Pair]:
+def find_pairs(tensors: Mapping[str, torch.Tensor], left: LeftOut, *, required: bool = True) -> dict[str, Pair]:
     """All pairs by the name of their layer. Raises ``InvalidRequest`` where there is anything else, or half a pair."""
-    found = _sort(tensors)
-    if not found.factors:
+    found = _sort(tensors, left)
+    if not found.factors and required:
         raise refused("it has no pairs of low-rank factors", tensors)
     halves = [name for names in found.factors.values() if len(names) == 1 for name in names.values()]
     if halves:
@@ -96,10 +106,11 @@ def find_pairs(tensors: Mapping[str, torch.Tensor]) -> dict[str, Pair]:
     return pairs
 
 
-def _sort(tensors: Mapping[str, torch.Tensor]) -> _Found:
+def _sort(tensors: Mapping[str, torch.Tensor], left: LeftOut) -> _Found:
     for kind, pattern in _NOT_LOW_RANK.items():
         if others := [name for name in tensors if pattern.search(name)]:
-            raise refused(f"{len(others)} of its tensors are of {kind}, which cannot be applied", others)
+            left.out(f"{len(others)} of its tensors are of {kind}, which cannot be applied", others)
+            tensors = {name: tensor for name, tensor in tensors.items() if not pattern.search(name)}
     found, strange = _Found(), list[str]()
     for name, tensor in tensors.items():
         if (factor := parse_factor(name)) is not None and tensor.is_floating_point() and not _LONG_NUMBER.search(name):
@@ -108,8 +119,8 @@ def _sort(tensors: Mapping[str, torch.Tensor]) -> _Found:
             if is_up in names:
                 raise refused("it has a factor twice", (names[is_up], name))
             names[is_up] = name
-        elif name.endswith(_ALPHA):
-            found.alphas[name.removesuffix(_ALPHA)] = name
+        elif name.endswith(ALPHA):
+            found.alphas[name.removesuffix(ALPHA)] = name
         else:
             strange.append(name)
     if strange:
@@ -118,17 +129,17 @@ def _sort(tensors: Mapping[str, torch.Tensor]) -> _Found:
 
 
 def _pair(tensors: Mapping[str, torch.Tensor], down: str, up: str, alpha: str | None) -> Pair:
-    told = None if alpha is None else _alpha(alpha, tensors[alpha])
+    told = None if alpha is None else one_alpha(alpha, tensors[alpha])
     full_names = tuple(name if name.endswith(".weight") else f"{name}.weight" for name in (down, up))
-    return Pair(_float32(tensors[down]), _float32(tensors[up]), told, (full_names[0], full_names[1]), alpha)
+    return Pair(float32(tensors[down]), float32(tensors[up]), told, (full_names[0], full_names[1]), alpha)
 
 
-def _float32(tensor: torch.Tensor) -> torch.Tensor:
+def float32(tensor: torch.Tensor) -> torch.Tensor:
     """A copy, as a file's memory can be read-only, and converters multiply in place."""
     return tensor.detach().to(device="cpu", dtype=torch.float32, copy=True).contiguous()
 
 
-def _alpha(name: str, tensor: torch.Tensor) -> float:
+def one_alpha(name: str, tensor: torch.Tensor) -> float:
     if tensor.numel() != 1 or tensor.is_complex() or not 0 < float(tensor) < float("inf"):
         raise refused("an alpha is no positive number", [name])
     return float(tensor)

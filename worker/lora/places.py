@@ -2,86 +2,96 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Mapping
+from math import prod
 
 from diffusers import DiffusionPipeline
 from torch import nn
 
-from ..sizes import DENOISERS
 from ..weights.fuse import FusedPart
-from ..weights.layout import Layout
 from .convert import Converted, NotConverted, convert
-from .pairs import Pair, refused
+from .names import Place, Shapes, locate
+from .pairs import LeftOut, Pair, refused
+from .targets import Targets, by_sd3
+from .whole import Whole
 
-Shapes = Mapping[str, Mapping[str, tuple[int, ...]]]
-"""Of the whole weights, by component and layer."""
+_FUSED = re.compile(r"(qkv|linear1|to_kv|to_added_qkv)$")
+"""Layers that others are parts of, in files that have both."""
 
-Place = tuple[str, str]
-"""A component and the name of a layer in it."""
-
-_PEFT_MODEL = "base_model.model."
-_FOREIGN = "diffusion_model."  # before the denoiser's layers, as ComfyUI and ai-toolkit write it
-_NESTED_TEXT = "text_model."  # which transformers' CLIPTextModel no longer has
+ABSENT = "layers that the model does not have, or that cannot be converted to its names"
 
 
-def weight_shapes(layouts: Mapping[str, Layout]) -> dict[str, dict[str, tuple[int, ...]]]:
-    """The whole weights' shapes by component and layer, however they are divided and fused on this rank."""
-    return {component: dict(_weights(layout)) for component, layout in layouts.items()}
+def place(
+    pairs: Mapping[str, Pair], pipeline: DiffusionPipeline, shapes: Shapes, left: LeftOut
+) -> list[tuple[Place, Converted]]:
+    """The pairs by their places; a place comes twice where a file has a layer under two names.
 
-
-def _weights(layout: Layout) -> Iterator[tuple[str, tuple[int, ...]]]:
-    for entry in layout:
-        layer, _, kind = (entry.own or entry.tensor).rpartition(".")  # a fused tensor is no layer's own
-        if kind == "weight":
-            yield layer, entry.shape
-
-
-def split_name(name: str, shapes: Shapes) -> Place:
-    """The component and the layer that a name in a file means, if it is one that diffusers or peft gives."""
-    path = name.removeprefix(_PEFT_MODEL)
-    component, _, rest = path.partition(".")
-    if component in shapes:
-        return component, rest.removeprefix(_PEFT_MODEL)
-    denoiser = next((found for found in DENOISERS if found in shapes), "")
-    return denoiser, path.removeprefix(_FOREIGN)
-
-
-def place(pairs: Mapping[str, Pair], pipeline: DiffusionPipeline, shapes: Shapes) -> dict[Place, Converted]:
-    """The pairs by their places. Raises ``InvalidRequest`` for layers that the model does not have, or that do not fit.
-
+    Raises ``InvalidRequest`` for layers that the model does not have, unless these may be left out, or that do not fit.
     Names that are the model's own need no converter, and some converters do not know them.
     """
-    found = {name: Converted(pair.down, pair.up, frozenset({name})) for name, pair in pairs.items()}
-    absent = [name for name in found if _locate(name, shapes) is None]
-    if absent:
-        try:
-            found = convert(pairs, pipeline)
-        except NotConverted as error:
-            raise _absent(error.names or absent) from None
-    if absent := [name for name in found if _locate(name, shapes) is None]:
-        raise _absent(absent)
-    placed = {where: pair for name, pair in found.items() if (where := _locate(name, shapes)) is not None}
-    if len(placed) < len(found):
-        counted = Counter(_locate(name, shapes) for name in found)
-        raise refused("it has a layer twice", (name for name in found if counted[_locate(name, shapes)] > 1))
+    named = _in_model_names(pairs, pipeline, shapes, left)
+    placed = [(where, pair) for name, pair in named if (where := locate(name, shapes)) is not None]
+    if absent := [(name, pair) for name, pair in named if locate(name, shapes) is None]:
+        own = dict.fromkeys(layer for _, pair in absent for layer in sorted(pair.layers))
+        left.out(_absent(len(absent)), [name for name, _ in absent] if left.strict else own)
     modules = pipeline.components
-    unfit = [fault for where, pair in placed.items() if (fault := _fault(where, pair, modules[where[0]], shapes))]
+    unfit = [fault for where, pair in placed if (fault := _fault(where, pair, modules[where[0]], shapes))]
     if unfit:
         raise refused(f"{len(unfit)} of its layers do not fit the model's", unfit)
     return placed
 
 
-def _absent(names: list[str]) -> Exception:
-    return refused(
-        f"it has {len(names)} layers that the model does not have, or that cannot be converted to its names", names
-    )
+def _in_model_names(
+    pairs: Mapping[str, Pair], pipeline: DiffusionPipeline, shapes: Shapes, left: LeftOut
+) -> list[tuple[str, Converted]]:
+    own = {name: Converted(pair.down, pair.up, frozenset({name})) for name, pair in pairs.items()}
+    absent = [name for name in own if locate(name, shapes) is None]
+    if not absent:
+        return list(own.items())
+    if sd3 := by_sd3({name: pairs[name].up.shape[0] for name in absent}, pairs, shapes):
+        return _cut(pairs, sd3) + [(name, pair) for name, pair in own.items() if name not in sd3]
+    try:
+        return list(convert(pairs, pipeline).items())
+    except NotConverted as error:
+        if (found := _by_groups(pairs, absent, pipeline, shapes)) is not None:
+            return [(name, pair) for name, pair in own.items() if name not in absent] + found
+        names = error.names or absent
+    lost = [name for name in names if name in pairs]
+    if left.strict or not lost:
+        raise refused(_absent(len(names)), names)
+    left.out(_absent(len(lost)), lost)
+    return _in_model_names({name: pair for name, pair in pairs.items() if name not in lost}, pipeline, shapes, left)
 
 
-def _locate(name: str, shapes: Shapes) -> Place | None:
-    component, layer = split_name(name, shapes)
-    layers = shapes.get(component, {})
-    return next(((component, n) for n in (layer, layer.removeprefix(_NESTED_TEXT)) if n in layers), None)
+def _cut(pairs: Mapping[str, Pair], targets: Targets) -> list[tuple[str, Converted]]:
+    """Each layer's rows under the model's names."""
+    return [
+        (".".join(target.where), Converted(pair.down, pair.up if target.rows is None else pair.up[target.rows], of))
+        for name, ones in targets.items()
+        for pair, of in ((pairs[name], frozenset({name})),)
+        for target in ones
+    ]
+
+
+def _by_groups(
+    pairs: Mapping[str, Pair], absent: list[str], pipeline: DiffusionPipeline, shapes: Shapes
+) -> list[tuple[str, Converted]] | None:
+    """Fused layers and others apart, as no converter knows a file that has both of a layer."""
+    fused = {name: pairs[name] for name in absent if _FUSED.search(name)}
+    others = {name: pairs[name] for name in absent if name not in fused}
+    groups = [group for group in (fused, others) if group]
+    if len(groups) == 1 and len(absent) == len(pairs):
+        return None
+    try:
+        found = [item for group in groups for item in convert(group, pipeline).items()]
+    except NotConverted:
+        return None
+    return found if all(locate(name, shapes) is not None for name, _ in found) else None
+
+
+def _absent(number: int) -> str:
+    return f"it has {number} {ABSENT}"
 
 
 def _is_known(module: nn.Module) -> bool:
@@ -104,3 +114,14 @@ def _fault(where: Place, pair: Converted, module: nn.Module, shapes: Shapes) -> 
         given = f"{list(pair.up.shape)} and {list(pair.down.shape)}"
         return f"{component}.{layer}: {given}, for a weight of {list(shape)}"
     return None
+
+
+def fault_of(whole: Whole, where: Place, rows: int, shapes: Shapes) -> str | None:
+    """Why a change of ``rows`` rows of a whole weight or bias is not one of the model's layer there, if it is not."""
+    component, layer = where
+    shape = shapes[component][layer]
+    shape = shape if whole.parameter == "weight" else shape[:1]
+    given = (rows, *whole.shape[1:])
+    if rows == shape[0] and prod(given[1:]) == prod(shape[1:]):
+        return None
+    return f"{component}.{layer}: a {whole.kind} of {list(given)}, for a {whole.parameter} of {list(shape)}"

@@ -94,6 +94,19 @@ class Layout:
             return down, torch.cat([up[index] for index in indices])
         return torch.cat([down[index] for index in indices], dim=1), up
 
+    def part(self, name: str, whole: torch.Tensor) -> torch.Tensor:
+        """This rank's part of ``whole``, which is of the tensor's shape."""
+        pieces = self._pieces(name, whole)
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=self._dim(name))
+
+    def sum_of_rows(self, name: str, rows: torch.Tensor) -> torch.Tensor:
+        """Sums over each whole row of the tensor, where ``rows`` [rows] has them over this rank's part.
+
+        Where rows are divided, all ranks must call this together.
+        """
+        shard = self._entries[name].shard
+        return self._ranks.sum(rows) if shard is not None and shard.dim > 0 and self._ranks.size > 1 else rows
+
     def dtype(self, name: str) -> torch.dtype:
         return self.local(name).dtype
 

@@ -60,7 +60,7 @@ def test_a_merge_that_fails_midway_is_undone_bitwise(
     adapters = new_adapters(model)
     change(adapters, setting(folders, "first"))
     before, bases = bytes_of(model), set(model.layouts["transformer"].bases)
-    usual, calls = merging._product, 0
+    usual, calls = merging._summed, 0
 
     def fails(*arguments: object) -> torch.Tensor:
         nonlocal calls
@@ -71,7 +71,7 @@ def test_a_merge_that_fails_midway_is_undone_bitwise(
 
     adapters.prepare(setting(folders, "first", "second", strength=0.5))
     with monkeypatch.context() as patched:
-        patched.setattr(merging, "_product", fails)
+        patched.setattr(merging, "_summed", fails)
         with pytest.raises(MemoryError):
             adapters.write()
     assert not same(bytes_of(model), before)
