@@ -12,20 +12,29 @@ ENVIRONMENT := .venv/.installed
 BIN := .venv/bin
 SUITABLE := import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))
 
+PYTEST = $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
+FAST := tests/protocol tests/scheduler tests/server tests/client tests/rollout/test_transitions.py
+
 export PROMPT
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format serve clean
+.PHONY: help demo test test-fast test-nightly lint format serve clean
 
 help: ## list these commands
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' Makefile
 
 demo: $(ENVIRONMENT) ## draw a picture: PROMPT="…" for another one, PORT=… for a port of your choice
 	@$(BIN)/python examples/demo.py "$$PROMPT" $(if $(PORT),--port $(PORT))
 
 # With a Chromium on the PATH (apt install chromium), web pages attack the server too; without one that is skipped.
 test: $(ENVIRONMENT) ## run the tests: ARGS="tests/client -q" for some of them, JOBS=4 for more files at once
-	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder $(ARGS)
+	$(PYTEST) $(ARGS)
+
+test-fast: $(ENVIRONMENT) ## run the tests that need neither live servers nor many models, in two minutes
+	$(PYTEST) $(FAST) $(ARGS)
+
+test-nightly: $(ENVIRONMENT) ## run the tests with far more random examples, and those that take hours
+	TEST_EFFORT=nightly $(PYTEST) $(ARGS)
 
 lint: $(ENVIRONMENT) ## check style, format and types
 	$(BIN)/ruff check .

@@ -5,6 +5,10 @@ from __future__ import annotations
 import os
 import signal
 
+from safelight.tests.effort import NIGHTLY
+
+collect_ignore = [] if NIGHTLY else ["nightly"]
+
 
 def pytest_configure() -> None:
     """One thread for torch's sums, as files of tests run beside each other; and Ctrl-C for what tests start.

@@ -26,6 +26,7 @@ from safelight.protocol.messages import (
     Result,
     Started,
 )
+from safelight.tests.effort import examples
 from safelight.tests.scheduler.stage import Stage, generate, result, stopped
 
 REPLICAS, MAX_RUNNING, MAX_QUEUE = 2, 4, 3
@@ -243,4 +244,4 @@ class SchedulerMachine(RuleBasedStateMachine):
 
 
 TestScheduler = SchedulerMachine.TestCase
-TestScheduler.settings = settings(max_examples=200, stateful_step_count=40, deadline=None, database=None)
+TestScheduler.settings = settings(max_examples=examples(60, 5000), stateful_step_count=40, deadline=None, database=None)

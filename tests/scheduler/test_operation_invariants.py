@@ -62,6 +62,7 @@ from safelight.protocol.operations import (
     Update,
     Wake,
 )
+from safelight.tests.effort import examples
 from safelight.tests.scheduler.account import Account, Asked, Truth, Weights
 from safelight.tests.scheduler.adapting import set_adapters
 from safelight.tests.scheduler.operating import CHECKPOINT, Process, update
@@ -505,4 +506,6 @@ def _copy(truth: Truth) -> Truth:
 
 
 TestOperations = OperationsMachine.TestCase
-TestOperations.settings = settings(max_examples=300, stateful_step_count=50, deadline=None, database=None)
+TestOperations.settings = settings(
+    max_examples=examples(80, 5000), stateful_step_count=50, deadline=None, database=None
+)

@@ -17,6 +17,7 @@ from PIL import Image
 
 from safelight.protocol.errors import InvalidRequest
 from safelight.server.images import MOST_IMAGES, decode_text, read_images
+from safelight.tests.effort import examples
 
 LIMIT = 10_000
 
@@ -148,7 +149,7 @@ def test_an_animation_is_refused() -> None:
         read_images([moving], LIMIT)
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=examples(200, 20_000), deadline=None)
 @given(st.binary(max_size=8), st.sampled_from(["PNG", "JPEG", "WEBP"]), st.integers(0, 400))
 def test_broken_bytes_only_ever_raise_what_the_client_can_read(noise: bytes, kind: str, at: int) -> None:
     exif = Image.Exif()

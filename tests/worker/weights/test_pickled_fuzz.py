@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch.multiprocessing import reductions
 
+from safelight.tests.effort import examples
 from safelight.worker.weights import allowed, payload, pickled, received, segment
 from safelight.worker.weights.allowed import NotAPayload
 from safelight.worker.weights.payload import interpret
@@ -21,7 +22,7 @@ from .fuzzing import Coverage, changed, tokens
 from .streams import MANAGER, nothing_runs, unpickle
 from .trainer import UUID, Trainer
 
-ROUNDS = 25
+ROUNDS = examples(25, 5000)
 MODULES = ["transformer"]
 SENT = ("one", "elements", "plain bytes", "object", "cuda", "cuda by uuid", "cuda empty", "no tensors")
 
