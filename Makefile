@@ -18,7 +18,7 @@ FAST := tests/protocol tests/scheduler tests/server tests/client tests/rollout/t
 export PROMPT
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast test-nightly lint format serve clean
+.PHONY: help demo test test-cuda test-fast test-nightly lint format serve clean
 
 help: ## list these commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' Makefile
@@ -29,6 +29,10 @@ demo: $(ENVIRONMENT) ## draw a picture: PROMPT="…" for another one, PORT=… f
 # With a Chromium on the PATH (apt install chromium), web pages attack the server too; without one that is skipped.
 test: $(ENVIRONMENT) ## run the tests: ARGS="tests/client -q" for some of them, JOBS=4 for more files at once
 	$(PYTEST) $(ARGS)
+	@if nvidia-smi -L >/dev/null 2>&1; then $(MAKE) test-cuda; fi
+
+test-cuda: $(ENVIRONMENT) ## run the tests that compare with plain diffusers on a GPU
+	TEST_DEVICE=cuda $(BIN)/python -m pytest tests/cuda
 
 test-fast: $(ENVIRONMENT) ## run the tests that need neither live servers nor many models, in two minutes
 	$(PYTEST) $(FAST) $(ARGS)

@@ -7,7 +7,10 @@ import signal
 
 from safelight.tests.effort import NIGHTLY
 
-collect_ignore = [] if NIGHTLY else ["nightly"]
+ON_DEVICE = "TEST_DEVICE" in os.environ
+collect_ignore = [*([] if NIGHTLY else ["nightly"]), *([] if ON_DEVICE else ["cuda"])]
+if not ON_DEVICE:
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # these tests compare with what plain diffusers computes on a CPU
 
 
 def pytest_configure() -> None:

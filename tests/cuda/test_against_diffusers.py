@@ -1,0 +1,74 @@
+"""A live server on a GPU beside plain diffusers on the same GPU.
+
+``make test`` runs these tests where there is a GPU. ``TEST_DEVICE=cpu`` runs them on a CPU, which tries the tests.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+from safetensors.torch import load_file
+
+from safelight.client import Client
+from safelight.client.checksum import checksum
+from safelight.tests.live import LiveServer
+from safelight.tests.system.asking import ask, ask_together, body, load_plain, picture, plain
+from safelight.tests.tiny import save
+
+DEVICE = os.environ["TEST_DEVICE"]
+FLAGS = ("--device", DEVICE, "--dtype", "float32", "--threads", "1")
+CLOSE = 5e-3
+"""What merging may change in a pixel, in [0, 1]: cuDNN rounds to TF32, and other batches have other kernels."""
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    directory: Path = tmp_path_factory.mktemp("tiny")
+    return lambda name: save(name, directory)
+
+
+def load(directory: Path) -> DiffusionPipeline:
+    return load_plain(directory).to(DEVICE)
+
+
+@pytest.mark.parametrize("family", ["flux", "sd3", "sdxl", "zimage", "qwenimage", "wan"])
+def test_deterministic_requests_are_bitwise_diffusers_and_merged_ones_are_close(
+    family: str, checkpoint: Callable[[str], Path]
+) -> None:
+    pipeline = load(checkpoint(family))
+    bodies = [body(family, index) for index in range(6)]
+    expected = [plain(pipeline, asked).cpu() for asked in bodies]
+    with LiveServer(checkpoint(family), FLAGS, program=True) as server:
+        server.wait_ready()
+        alone = picture(ask(server.url, bodies[0] | {"deterministic": True}))
+        together = [picture(answer.json()) for answer in ask_together(server.url, bodies)]
+    assert torch.equal(alone, expected[0])
+    assert max((a - b).abs().max().item() for a, b in zip(together, expected, strict=True)) <= CLOSE
+
+
+def test_updates_sleep_and_adapters_leave_the_bytes_that_they_should(checkpoint: Callable[[str], Path]) -> None:
+    directory = checkpoint("flux")
+    files = {name: module.sha256 for name, module in checksum(directory).items()}
+    new = {
+        name: tensor + 0.1
+        for name, tensor in load_file(directory / "transformer" / "diffusion_pytorch_model.safetensors").items()
+    }
+    pipeline = load(directory)
+    pipeline.transformer.load_state_dict(new)
+    asked = body("flux", deterministic=True)
+    with LiveServer(directory, FLAGS, program=True) as server, Client(server.wait_ready().url) as client:
+        assert client.weights.checksum() == files
+        client.weights.update(new, version="step-1")
+        client.weights.verify(new)
+        assert torch.equal(picture(ask(server.url, asked)), plain(pipeline, asked).cpu())
+        updated = client.weights.checksum()
+        client.sleep()
+        client.wake()
+        assert client.weights.checksum() == updated
+        client.weights.update_from_disk(directory)
+        assert client.weights.checksum() == files
