@@ -68,6 +68,9 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     insecure: Annotated[
         bool, Meta(description="Listen on addresses that other machines reach although there is no API key")
     ] = False
+    admin: Annotated[
+        bool, Meta(description="Have the routes that change the server: weights, adapters, sleep, pause, abort")
+    ] = True
     allowed_hosts: Annotated[
         str,
         Meta(

@@ -64,15 +64,26 @@ class Unload(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
 
 def routes(service: Service) -> APIRouter:
+    """The routes that change which adapters there are."""
     handlers = _Routes(service)
-    router = APIRouter(tags=["adapters"])
-    table: list[tuple[str, Handler, str, str]] = [
+    table = [
         ("set_lora", handlers.set, "POST", "Load adapters and have them active"),
         ("merge_lora_weights", handlers.merge, "POST", "Merge active adapters into the weights"),
         ("unmerge_lora_weights", handlers.unmerge, "POST", "Take merged adapters out, with every byte as before"),
         ("unload_lora", handlers.unload, "POST", "Let go of an adapter"),
-        ("list_loras", handlers.list, "GET", "The adapters that are loaded, and those that are active"),
     ]
+    return _router(table)
+
+
+def reading_routes(service: Service) -> APIRouter:
+    return _router(
+        [("list_loras", _Routes(service).list, "GET", "The adapters that are loaded, and those that are active")]
+    )
+
+
+def _router(table: list[tuple[str, Handler, str, str]]) -> APIRouter:
+    """``table`` has names, what answers them, methods, and lines for the reference."""
+    router = APIRouter(tags=["adapters"])
     for name, handler, method, summary in table:
         for path in (f"/v1/{name}", f"/{name}"):
             shown = path.startswith("/v1/")

@@ -48,9 +48,11 @@ def create_app(service: Service) -> FastAPI:
     app.include_router(rollout.routes(service))
     app.include_router(health.routes(service))
     app.include_router(information.routes(service))
-    app.include_router(weights.routes(service))
-    app.include_router(generation_control.routes(service))
-    app.include_router(adapters.routes(service))
+    app.include_router(adapters.reading_routes(service))
+    if service.config.admin:
+        app.include_router(adapters.routes(service))
+        app.include_router(weights.routes(service))
+        app.include_router(generation_control.routes(service))
     app.include_router(metrics.routes(service.metrics))
     app.include_router(reference.routes())
     return app

@@ -17,7 +17,8 @@ from .callers import Callers
 GROUPS: dict[str, tuple[str, ...]] = {
     "model": ("model", "base_pipeline", "variant", "revision", "served_model_name", "device", "dtype"),
     "HTTP": (
-        "host", "port", "api_key", "api_key_file", "insecure", "allowed_hosts", "cors_origins", "max_connections",
+        "host", "port", "api_key", "api_key_file", "insecure", "admin", "allowed_hosts", "cors_origins",
+        "max_connections",
         "max_body_mb", "max_bodies_mb", "body_timeout_s",
     ),
     "replicas": (

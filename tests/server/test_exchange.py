@@ -153,6 +153,19 @@ async def test_requests_are_counted_by_route_and_status_with_no_text_from_client
         assert await played.metric('safelight_request_seconds_count{route="/generate"}') == 1
 
 
+async def test_without_administration_no_route_changes_the_server() -> None:
+    """Whoever adds a route that takes anything but GET decides here which kind it is."""
+    async with stage(Config(admin=False)) as played:
+        paths = (await played.client.get("/openapi.json")).json()["paths"]
+        assert {path for path, methods in paths.items() if methods.keys() != {"get"}} == {
+            "/generate",
+            "/rollout/generate",
+        }
+        for path in ("/set_lora", "/update_weights_from_disk", "/release_memory_occupation", "/abort_request"):
+            assert (await played.client.post(path, json={})).status_code == 404
+        assert (await played.client.post("/generate", json={"prompt": "a"})).status_code == 200
+
+
 async def test_a_name_that_a_client_chose_ends_no_other_s_request() -> None:
     async with stage() as played:
         named = await played.client.post("/generate", json={"prompt": "a"}, headers={"X-Request-Id": "job"})
