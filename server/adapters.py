@@ -33,6 +33,7 @@ from .weight_bodies import Alpha, Name, Nothing, read
 from .weight_bodies import Path as FilePath
 
 Handler = Callable[[Request], Awaitable[dict[str, Any]]]
+_Route = tuple[str, Handler, str, str]
 Names = Annotated[list[Name], Meta(min_length=1, max_length=64)]
 
 
@@ -66,7 +67,7 @@ class Unload(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 def routes(service: Service) -> APIRouter:
     """The routes that change which adapters there are."""
     handlers = _Routes(service)
-    table = [
+    table: list[_Route] = [
         ("set_lora", handlers.set, "POST", "Load adapters and have them active"),
         ("merge_lora_weights", handlers.merge, "POST", "Merge active adapters into the weights"),
         ("unmerge_lora_weights", handlers.unmerge, "POST", "Take merged adapters out, with every byte as before"),
@@ -81,7 +82,7 @@ def reading_routes(service: Service) -> APIRouter:
     )
 
 
-def _router(table: list[tuple[str, Handler, str, str]]) -> APIRouter:
+def _router(table: list[_Route]) -> APIRouter:
     """``table`` has names, what answers them, methods, and lines for the reference."""
     router = APIRouter(tags=["adapters"])
     for name, handler, method, summary in table:

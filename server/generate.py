@@ -14,7 +14,6 @@ from .body import read_generate
 from .disconnect import while_connected
 from .event_stream import EventStream
 from .exchange import own_id_var
-from .images import read_images
 from .limits import check_model, check_ranges, to_message
 from .reference import body_schema
 from .representation import Reply
@@ -42,7 +41,7 @@ def routes(service: Service) -> APIRouter:
         check_model(body, len(sources), model, service.config)
         as_file, output_format = accept.choose(request.headers.get("accept"), body.output_format, model.kind)
         request_id = own_id_var.get()
-        images = await service.decode(read_images, sources, service.config.max_pixels) if sources else []
+        images = await service.pictures.read(sources, service.config.max_pixels) if sources else []
         message = to_message(body, images, request_id, output_format, service.config)
 
         def finish(result: Result) -> Reply:

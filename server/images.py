@@ -33,6 +33,10 @@ _ADDRESS = re.compile(r"[a-z][a-z0-9+.-]*://", re.IGNORECASE)
 _PLAIN = dict.fromkeys(map(ord, " \t\r\n")) | {ord("-"): "+", ord("_"): "/"}
 """Makes the one alphabet of base64 of both, the second of which is for addresses (RFC 4648, section 5)."""
 
+_BYTES_PER_PIXEL = 10
+_BYTES_BESIDE = 4 << 20
+"""A file may have so many bytes for each pixel, where 16 bits of four channels take eight, and so many beside them."""
+
 _MOST_SCANS = 64
 """Scans of a JPEG: each takes time for every pixel, and a few bytes in the file. A progressive one has about ten."""
 
@@ -104,6 +108,9 @@ def _open(file: bytes) -> pillow.Image:
         raise InvalidRequest("image must be a single picture, not an animation.", field=_FIELD)
     if picture.format in ("JPEG", "MPO") and _scans(file) > _MOST_SCANS:
         raise InvalidRequest("The image has far too many scans.", field=_FIELD)
+    allowed = _BYTES_BESIDE + _BYTES_PER_PIXEL * picture.width * picture.height
+    if picture.format in ("PNG", "WEBP") and len(file) > allowed:  # a phone's JPEG may have a film behind its end
+        raise InvalidRequest("The image's file is far too large for its pixels.", field=_FIELD)
     if max(picture.size) > LONGEST * min(picture.size):
         raise InvalidRequest(f"image may be up to {LONGEST} times as long as wide.", field=_FIELD)
     return picture

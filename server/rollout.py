@@ -18,7 +18,6 @@ from ..protocol.logs import request_id_var
 from ..protocol.messages import Generate, Result
 from .disconnect import while_connected
 from .exchange import own_id_var
-from .images import read_images
 from .limits import check_model, check_ranges, to_message
 from .reference import body_schema
 from .rollout_body import RolloutBody, check_rollout, read_rollout, to_rollout
@@ -53,10 +52,10 @@ def routes(service: Service) -> APIRouter:
         check_rollout(body, model, service.config)
         sources = list(body.image or ())
         check_model(body, len(sources), model, service.config)
-        images = await service.decode(read_images, sources, service.config.max_pixels) if sources else []
+        images = await service.pictures.read(sources, service.config.max_pixels) if sources else []
         request_id = own_id_var.get()
         message = to_message(body, images, request_id, "pt", service.config)
-        rollout = await service.decode(to_rollout, body, len(message.samples))
+        rollout = await asyncio.to_thread(to_rollout, body, len(message.samples))
         message = msgspec.structs.replace(message, rollout=rollout)
         if body.rollout_shared_memory:
             _check_near(request)

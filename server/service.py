@@ -16,12 +16,13 @@ from ..protocol.errors import Unavailable
 from ..protocol.messages import ModelInfo
 from .adapter_folders import AdapterFolders
 from .metrics import Metrics
+from .picture_decoding import PictureDecoding
 from .scheduler_link import SchedulerLink
 
 P = ParamSpec("P")
 T = TypeVar("T")
 
-_DECODING_THREADS = 2
+_THREADS = 2
 
 
 class Service:
@@ -37,7 +38,8 @@ class Service:
         first = {source.folder for source in first_adapters.sources} if first_adapters is not None else set()
         self.folders = AdapterFolders(shared, link, first)
         self.metrics = Metrics(link)
-        self._decoding = ThreadPoolExecutor(_DECODING_THREADS, thread_name_prefix="decode")
+        self.pictures = PictureDecoding()
+        self._operators = ThreadPoolExecutor(_THREADS, thread_name_prefix="operators")
         self._started_at = time.monotonic()
 
     def model(self) -> ModelInfo:
@@ -48,9 +50,9 @@ class Service:
         return model
 
     async def decode(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """``function`` in one of a few threads of its own: what strangers send must hold up nothing else."""
+        """``function`` in one of a few threads for what operators and trainers send; pictures never take one."""
         loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._decoding, functools.partial(function, *args, **kwargs))
+        return await loop.run_in_executor(self._operators, functools.partial(function, *args, **kwargs))
 
     @property
     def uptime_s(self) -> float:
