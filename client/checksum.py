@@ -1,16 +1,20 @@
-"""Digests of weights on disk, equal to what a server that loaded them answers. No model is loaded, torch neither."""
+"""Digests of weights on disk, equal to what a server that loaded them answers. No model is loaded.
+
+Torch is needed only where a server stores tensors in another dtype than the files have.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..protocol.digests import TORCH_DTYPES, module_digest, tensor_digest
+from ..protocol.digests import STORED_DTYPES, TORCH_DTYPES, module_digest
 from ..protocol.errors import InvalidRequest
 from ..protocol.tensor_files import BadTensorFile, StoredTensor, TensorFile
+from .host_tensors import HostTensor
 from .module_files import files_of, module_paths
 
 
@@ -23,42 +27,76 @@ class TensorChecksum:
 
 @dataclass(frozen=True, slots=True)
 class ModuleChecksum:
-    """``tensors`` is empty unless details were asked for."""
+    """``tensors`` is empty unless details were asked for.
+
+    A server says in ``aliases`` by which other names it takes some of them. Of files that were digested as a server
+    stores them, ``cast`` says from which dtype to which, as torch writes them, and how many.
+    """
 
     sha256: str
     tensors: dict[str, TensorChecksum]
+    aliases: dict[str, str] = field(default_factory=dict)
+    cast: dict[tuple[str, str], int] = field(default_factory=dict)
 
 
-def checksum(path: Path, modules: Sequence[str] = (), *, detail: bool = False) -> dict[str, ModuleChecksum]:
+Found = dict[str, tuple[StoredTensor, TensorFile]]
+"""Every tensor of some files, by name, with the file that it is in."""
+
+Stored = Mapping[str, ModuleChecksum]
+"""How a server stores its modules, by name; with details."""
+
+
+def checksum(
+    path: Path, modules: Sequence[str] = (), *, detail: bool = False, like: Stored | None = None
+) -> dict[str, ModuleChecksum]:
     """By the name of each of ``modules`` in ``path``, as :func:`module_paths` finds them.
 
+    Where a server that stores tensors ``like`` this is given, names and dtypes are those that it would store them by.
     Raises ``InvalidRequest`` where they are not there, or their files cannot be read.
     """
     found = module_paths(path, modules)
     with ThreadPoolExecutor() as pool:  # hashing leaves the interpreter to the others
-        digests = pool.map(lambda module: _module(files_of(module), detail), found.values())
+        digests = pool.map(lambda name: _module(files_of(found[name]), detail, (like or {}).get(name)), found)
         return dict(zip(found, digests, strict=True))
 
 
-def _module(files: list[Path], detail: bool) -> ModuleChecksum:
-    with _opened(files) as tensors:
-        names = sorted(tensors)
-        whole = module_digest((name, tensors[name][1].data(name)) for name in names)
-        each = {name: _tensor(*tensors[name]) for name in names} if detail else {}
-    return ModuleChecksum(whole, each)
+def _module(files: list[Path], detail: bool, like: ModuleChecksum | None) -> ModuleChecksum:
+    each: dict[str, TensorChecksum] = {}
+    cast: dict[tuple[str, str], int] = {}
+    with _opened(files) as found:
+        whole = module_digest(_noted(found, like, each if detail else None, cast))
+    return ModuleChecksum(whole, each, cast=cast)
 
 
-def _tensor(stored: StoredTensor, file: TensorFile) -> TensorChecksum:
-    dtype = TORCH_DTYPES[stored.dtype]
-    with file.data(stored.name) as data:
-        return TensorChecksum(tensor_digest(dtype, stored.shape, data), dtype, stored.shape)
+def _noted(
+    found: Found, like: ModuleChecksum | None, each: dict[str, TensorChecksum] | None, cast: dict[tuple[str, str], int]
+) -> Iterator[tuple[str, memoryview]]:
+    """Every tensor's name and bytes, sorted, as it is held; what is to be told of them is put into the last two."""
+    stored_as = {} if like is None else like.tensors
+    names = {name if like is None else _own_name(name, found, like): name for name in found}
+    for name in sorted(names):
+        stored, file = found[names[name]]
+        dtype = STORED_DTYPES[stored_as[name].dtype] if name in stored_as else stored.dtype
+        tensor = HostTensor(name, stored.dtype, stored.shape, file.data(stored.name)).cast(dtype)
+        told = TORCH_DTYPES[tensor.dtype]
+        if each is not None:
+            each[name] = TensorChecksum(tensor.digest(), told, tensor.shape)
+        if tensor.dtype != stored.dtype:
+            kinds = TORCH_DTYPES[stored.dtype], told
+            cast[kinds] = cast.get(kinds, 0) + 1
+        yield name, tensor.data
+
+
+def _own_name(name: str, given: Container[str], like: ModuleChecksum) -> str:
+    """The server's name for what files call ``name``, unless they have that too."""
+    own = like.aliases.get(name, name)
+    return name if name in like.tensors or own in given else own
 
 
 @contextmanager
-def _opened(files: list[Path]) -> Iterator[dict[str, tuple[StoredTensor, TensorFile]]]:
-    """Every tensor of the files, by name, with the file that it is in."""
+def _opened(files: list[Path]) -> Iterator[Found]:
     with ExitStack() as stack:
-        found: dict[str, tuple[StoredTensor, TensorFile]] = {}
+        found: Found = {}
         for path in files:
             try:
                 file = stack.enter_context(TensorFile(path))

@@ -161,7 +161,9 @@ class WeightUpdate(msgspec.Struct, frozen=True):
 
     ``updated`` counts the tensors of each module, ``applied`` is their sum, and the modules have ``expected`` tensors
     in all. ``elapsed_s`` is in seconds, from the beginning to the server's answer; ``invalidated`` names the caches
-    that were emptied. ``adapters`` are active by component: what is drawn is by these weights and by them.
+    that were emptied. ``left_out`` are names that a checkpoint does not have, as the model makes those tensors for
+    itself. Where the server is not ``serving`` by them, ``message`` says why. ``adapters`` are active by component:
+    what is drawn is by these weights and by them.
     """
 
     updated: dict[str, int]
@@ -172,6 +174,9 @@ class WeightUpdate(msgspec.Struct, frozen=True):
     elapsed_s: float
     invalidated: tuple[str, ...]
     adapters: dict[str, tuple[ActiveLora, ...]] = {}
+    left_out: tuple[str, ...] = ()
+    serving: bool = True
+    message: str = ""
 
 
 class UpdateProgress(msgspec.Struct, frozen=True):

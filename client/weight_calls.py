@@ -54,11 +54,16 @@ def update_by_body(chunks: Callable[[], Iterable[bytes]], size: int, fields: Map
 
 
 def update_from_disk(
-    path: str | Path, *, target_modules: Sequence[str] | None, version: str | None, mode: Barrier
+    path: str | Path,
+    *,
+    target_modules: Sequence[str] | None,
+    version: str | None,
+    mode: Barrier,
+    require_complete: bool | None,
 ) -> Call:
     modules = None if target_modules is None else list(target_modules)
     fields = {"model_path": str(path), "target_modules": modules, "weight_version": version, "mode": mode}
-    return Call("POST", "/update_weights_from_disk", fields)
+    return Call("POST", "/update_weights_from_disk", {**fields, "require_complete": require_complete})
 
 
 def begin(version: str | None, modules: Sequence[str], mode: Barrier, timeout_s: float) -> Call:

@@ -39,6 +39,9 @@ def push(
         typer.Option(help="What becomes of requests that run: they end first, are ended, or go on."),
     ] = "wait",
     verify: Annotated[bool, typer.Option(help="Compare what the server then holds with the files.")] = True,
+    incomplete: Annotated[
+        bool, typer.Option("--partial", help="DIR need not have every tensor of its modules.")
+    ] = False,
     api_key: ApiKey = None,
 ) -> None:
     """Write safetensors weights into the model that the server at URL serves; all of them or none.
@@ -50,7 +53,9 @@ def push(
     with (
         Client(url, api_key=api_key) as client,
         PushView(standard_error(), paths) as view,
-        client.weights.begin(version, list(paths), mode, verify=verify) as begun,
+        client.weights.begin(
+            version, list(paths), mode, verify=verify, require_complete=path.is_dir() and not incomplete
+        ) as begun,
     ):
         for name, place in paths.items():
             begun.update(place, target_module=name, on_progress=partial(view.show, name))
@@ -64,10 +69,19 @@ def checksum(
     path: Annotated[Path, typer.Argument(metavar="DIR|FILE", show_default=False)],
     module: Modules = None,
     detail: Annotated[bool, typer.Option("--detail", help="Of every tensor too, with its dtype and shape.")] = False,
+    like: Annotated[
+        str | None, typer.Option(metavar="URL", help="As the server at URL stores them, which may cast to its dtype.")
+    ] = None,
+    api_key: ApiKey = None,
 ) -> None:
-    """Print the SHA-256 of each module's weights, the same that a server answers which has loaded them."""
+    """Print the SHA-256 of each module's weights, the same that a server answers which has loaded them.
+
+    A server casts to its --dtype; --like says of which server the digests are to be.
+    """
     with standard_error().status("reading"):
-        found = files.checksum(path, module or (), detail=detail)
+        stored = None if like is None else _of_server(like, list(module_paths(path, module or ())), api_key)
+        found = files.checksum(path, module or (), detail=detail, like=stored)
+    _tell_casts(found)
     for name, digests in found.items():
         _print(f"{digests.sha256}  {name}")
         for tensor, digest in digests.tensors.items():
@@ -83,16 +97,19 @@ def diff(
 ) -> None:
     """Name the tensors that differ between A and B: servers (http://…), directories or files.
 
-    A directory of one module, or a file, is compared with that module of the other side. The exit status is 0 when all
-    are equal, 1 when some differ, and 2 when they cannot be compared.
+    A directory of one module, or a file, is compared with that module of the other side. Files are compared with a
+    server as it would store them: cast to its dtypes. The exit status is 0 when all are equal, 1 when some differ, and
+    2 when they cannot be compared.
     """
     try:
         with standard_error().status("reading"):
             wanted = module or _own_name(a) or _own_name(b)
-            left, right = (_of(source, wanted, api_key) for source in (a, b))
+            left, right = _both(a, b, wanted, api_key)
     except (SafelightError, OSError) as error:
         complain(error)
         raise typer.Exit(2) from None
+    _tell_casts(left)
+    _tell_casts(right)
     differences = list(_differences(left, right))
     for line in differences:
         _print(line)
@@ -108,13 +125,33 @@ def _own_name(source: str) -> list[str]:
     return [] if name is None else [name]
 
 
-def _of(source: str, modules: Sequence[str], api_key: str | None) -> dict[str, ModuleChecksum]:
-    if not _is_address(source):
-        if not Path(source).exists():
+def _both(
+    a: str, b: str, modules: Sequence[str], api_key: str | None
+) -> tuple[dict[str, ModuleChecksum], dict[str, ModuleChecksum]]:
+    """Of ``a`` and ``b``; files beside a server as it stores them."""
+    for source in (a, b):
+        if not _is_address(source) and not Path(source).exists():
             raise InvalidRequest(f"{source} is no directory, no file, and no address, which has http:// before it.")
-        return files.checksum(Path(source), modules, detail=True)
-    with Client(source, api_key=api_key) as client:
+    servers = {source: _of_server(source, modules, api_key) for source in (a, b) if _is_address(source)}
+    like = next(iter(servers.values()), None)
+    left, right = (
+        servers[source] if source in servers else files.checksum(Path(source), modules, detail=True, like=like)
+        for source in (a, b)
+    )
+    return left, right
+
+
+def _of_server(url: str, modules: Sequence[str], api_key: str | None) -> dict[str, ModuleChecksum]:
+    with Client(url, api_key=api_key) as client:
         return client.weights.checksum(modules or None, detail=True)
+
+
+def _tell_casts(found: dict[str, ModuleChecksum]) -> None:
+    """Say on standard error what was cast; the results are on standard output."""
+    for name, module in found.items():
+        for (given, held), count in module.cast.items():
+            line = f"{name}: {count} tensors of {_short(given)} as {_short(held)}, as the server stores them"
+            standard_error().print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def _differences(a: dict[str, ModuleChecksum], b: dict[str, ModuleChecksum]) -> Iterator[str]:
@@ -134,7 +171,11 @@ def _differences(a: dict[str, ModuleChecksum], b: dict[str, ModuleChecksum]) -> 
 
 
 def _kind(tensor: TensorChecksum) -> str:
-    return f"{tensor.dtype.removeprefix('torch.')} {list(tensor.shape)}"
+    return f"{_short(tensor.dtype)} {list(tensor.shape)}"
+
+
+def _short(dtype: str) -> str:
+    return dtype.removeprefix("torch.")
 
 
 def _print(line: str) -> None:

@@ -85,7 +85,8 @@ class WeightLink:
         server = self._server().shared  # which no other server has, nor this one when it is started again
         unknown = [module for module in modules if (server, module) not in self._dtypes]
         for module, told in self.checksums(unknown).items() if unknown else ():
-            self._dtypes[server, module] = {name: STORED_DTYPES[tensor.dtype] for name, tensor in told.tensors.items()}
+            known = {name: STORED_DTYPES[tensor.dtype] for name, tensor in told.tensors.items()}
+            self._dtypes[server, module] = known | {other: known[name] for other, name in told.aliases.items()}
         return {module: self._dtypes.get((server, module), {}) for module in modules}
 
     def check(self, digests: Mapping[str, Mapping[str, str]]) -> None:

@@ -192,13 +192,17 @@ class Weights:
         target_modules: Sequence[str] | None = None,
         version: str | None = None,
         mode: Barrier = "wait",
+        require_complete: bool | None = None,
     ) -> WeightUpdate:
         """Have the server read safetensors files from ``path`` on its own machine.
 
-        ``target_modules`` are those of a pipeline's directory; all that it has, when not given. Raises
+        ``target_modules`` are those of a pipeline's directory; all that it has, when not given. A directory must have
+        every tensor of its modules, and a file need not, unless ``require_complete`` says otherwise. Raises
         ``InvalidRequest`` where they are not there, or do not fit.
         """
-        call = weight_calls.update_from_disk(path, target_modules=target_modules, version=version, mode=mode)
+        call = weight_calls.update_from_disk(
+            path, target_modules=target_modules, version=version, mode=mode, require_complete=require_complete
+        )
         updated = self._link.update_from_disk(call)
         warn_of_adapters(updated, stacklevel=2)
         return updated

@@ -32,10 +32,16 @@ of what was prepared and not written, and of a group that not all have joined.""
 
 
 class Files(msgspec.Struct, tag=True, frozen=True):
-    """safetensors files of each module; with ``delete`` they are gone when the update has ended."""
+    """safetensors files of each module; with ``delete`` they are gone when the update has ended.
+
+    Those that stay on disk have ``stamps`` (:func:`.tensor_files.stamp`), by path, and are read only as long as they
+    are what they were; in an ``overlay`` a tensor of a later file stands for that of an earlier one.
+    """
 
     modules: dict[str, list[str]]
     delete: bool = False
+    stamps: dict[str, list[int]] = {}
+    overlay: bool = False
 
 
 class Pickled(msgspec.Struct, tag=True, frozen=True):
@@ -89,12 +95,16 @@ Source = Files | Pickled | CudaShared | Broadcast
 
 
 class Update(msgspec.Struct, tag=True, frozen=True, kw_only=True):
-    """Write the tensors of ``source``. With ``update_id`` it is part of a begun update, else one of its own."""
+    """Write the tensors of ``source``. With ``update_id`` it is part of a begun update, else one of its own.
+
+    ``require_complete`` asks for every tensor of each module that ``source`` has.
+    """
 
     source: Source
     weight_version: str | None = None
     flush_cache: bool = True
     update_id: str | None = None
+    require_complete: bool = False
 
 
 class Begin(msgspec.Struct, tag=True, frozen=True, kw_only=True):
@@ -285,15 +295,17 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     """What a replica has to say of an operation. What an operation does not have is empty.
 
     ``updated`` counts the tensors of each module, of which ``expected`` is how many it has; ``complete`` are the
-    modules of which every tensor was given, in all parts together. ``weight_version`` is the new one, after a commit.
-    ``digests`` and ``tensors`` are by module. ``given`` is equal for replicas that were given the same tensors.
-    ``left`` says that there was a group to leave. ``adapters`` is what will be after a change of them, and ``told`` are
-    sentences about it. ``waiting`` are factors whose counterparts did not come yet.
+    modules of which every tensor was given, in all parts together, and ``left_out`` are names that no checkpoint has.
+    ``weight_version`` is the new one, after a commit. ``digests``, ``tensors`` and ``aliases`` (further names of
+    tensors) are by module. ``given`` is equal for replicas that were given the same tensors. ``left`` says that there
+    was a group to leave. ``adapters`` is what will be after a change of them, and ``told`` are sentences about it.
+    ``waiting`` are factors whose counterparts did not come yet.
     """
 
     updated: dict[str, int] = {}
     expected: dict[str, int] = {}
     complete: list[str] = []
+    left_out: list[str] = []
     unknown: list[str] = []
     invalid: list[Invalid] = []
     invalidated: list[str] = []
@@ -301,6 +313,7 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     ranks: int = 1
     digests: dict[str, str] = {}
     tensors: dict[str, dict[str, TensorDigest]] = {}
+    aliases: dict[str, dict[str, str]] = {}
     missing: list[str] = []
     mismatched: list[str] = []
     files: dict[str, list[str]] = {}
@@ -330,10 +343,11 @@ class Performed(msgspec.Struct, tag=True, frozen=True):
 
 class Operated(msgspec.Struct, tag=True, frozen=True):
     """Every replica has done an operation. ``reports`` are theirs, by number; ``asleep`` is what was put away,
-    and ``adapters`` are those that are there now."""
+    and ``adapters`` are those that are there now. ``unable`` says why no replica can serve after it."""
 
     request_id: str
     reports: dict[int, Report]
     weight_version: str | None
     asleep: list[str]
     adapters: AdapterState
+    unable: str | None = None

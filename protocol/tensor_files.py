@@ -167,6 +167,11 @@ class TensorFile(Mapping[str, StoredTensor]):
         return self._bytes[tensor.start : tensor.start + tensor.nbytes]
 
 
+def stamp(found: os.stat_result) -> list[int]:
+    """Which file it is, and which bytes it has: another stamp means that they may be others."""
+    return [found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns]
+
+
 STEMS = ("diffusion_pytorch_model", "model")
 """What diffusers and transformers call the files of weights."""
 

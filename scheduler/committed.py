@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 
 from ..protocol.adapters import AdapterChange, AdapterState, RestoreAdapters, SetAdapters
 from ..protocol.errors import Conflict
-from ..protocol.operations import Report
+from ..protocol.operations import Files, Report
+from .on_disk import OnDisk
 from .replicas import Replica, Replicas
 
 
@@ -41,6 +42,8 @@ class Committed:
         self.adapters = AdapterState()
         self.journal = journal
         """Whether replicas write down what is to be committed, and read it when they start."""
+        self.on_disk = OnDisk()
+        """Where changed modules can be read again."""
         self._first_adapters = first_adapters
         self._replicas = replicas
         self._changed: set[str] = set()  # modules that are not as the checkpoint has them
@@ -114,12 +117,16 @@ class Committed:
         """Whether a replica has loaded, and waits to be brought to the committed version."""
         return number in self._behind
 
-    def lacks(self, replica: Replica) -> Weights | AdapterChange | None:
+    def lacks(self, replica: Replica) -> Weights | Files | AdapterChange | None:
         """What a replica that is behind is to be given next, if anything."""
         if replica.number in self._bare or self._has_all(replica):
             self._bare.add(replica.number)
             return self._adapters_to_be
-        return Weights(sorted(self._changed), self._giver())
+        giver = self._giver()
+        # a journal may be behind, and then a replica does not begin as the checkpoint is
+        if giver is None and not self.journal and (files := self.on_disk.files(sorted(self._changed))) is not None:
+            return files
+        return Weights(sorted(self._changed), giver)
 
     def _giver(self) -> int | None:
         """A replica that has the committed weights, rather one that gives signs of life."""
@@ -130,6 +137,9 @@ class Committed:
     def wait_for_lost(self, replica: Replica) -> None:
         """A replica can be given its weights by nobody: they are to be sent again."""
         self._lost = set(self._changed)
+        self._say_what_is_lost(replica)
+
+    def _say_what_is_lost(self, replica: Replica) -> None:
         replica.wait_for(
             f"the weights of version {self.version} were lost with the last process that had them: "
             f"update {', '.join(sorted(self._lost))} again, or restart the server"
@@ -224,6 +234,8 @@ class Committed:
                 replica.has_version(report.weight_version)
         were_lost, self._lost = bool(self._lost), still_lost
         if still_lost:
+            for replica in self._late():
+                self._say_what_is_lost(replica)
             return Turns()
         came_up = [replica for replica in self._late() if replica.number in reports]
         if self._adapters_to_be is not None:

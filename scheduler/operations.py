@@ -41,6 +41,7 @@ from ..protocol.operations import (
     Wake,
 )
 from .committed import Committed, Turns, Weights
+from .on_disk import is_on_disk, origins
 from .replicas import Replica, Replicas
 from .request import Request
 from .transaction import RETRY_S, Running, Transaction, of_our_own
@@ -267,6 +268,8 @@ class Operations:
                 case None:
                     self._take_turns(self._committed.completed(replica))
                     return True
+                case Files() as source:
+                    operation = Update(source=source, weight_version=self._committed.base_version)
                 case Weights(modules, giver):
                     if giver is None:
                         self._committed.wait_for_lost(replica)
@@ -325,6 +328,8 @@ class Operations:
         return True
 
     def _written(self, transaction: Transaction, running: Running) -> None:
+        assert isinstance(running.part.operation, Update)
+        transaction.origins.append(origins(running.part.operation.source))
         for report in running.reports.values():
             transaction.took(report)
         if transaction.begun is not None or not transaction.written:  # an empty part is legal, and changes nothing
@@ -377,6 +382,7 @@ class Operations:
 
     def _committed_update(self, transaction: Transaction, running: Running) -> None:
         if transaction.written:
+            self._committed.on_disk.updated(transaction.origins, transaction.written, transaction.complete)
             self._take_turns(self._committed.updated(running.reports, transaction.written, transaction.complete))
         if transaction.adapters:
             self._adapted(transaction, running, transaction.adapters_change())
@@ -437,8 +443,13 @@ class Operations:
 
     def _try_again(self, replica: Replica, running: Running) -> None:
         """The one that was to give ``replica`` the weights is lost; or it cannot be brought up, and starts again."""
+        operation = running.part.operation
         if running.failed is None:
             self._take_turns(Turns(to_bring_up=[replica]))
+        elif running.error is not None and isinstance(operation, Update) and is_on_disk(operation.source):
+            logger.warning("the weights cannot be read again from disk: %s", running.error.message)
+            self._committed.on_disk.forget()
+            self._committed.wait_for_lost(replica)
         elif running.error is not None:
             self._committed.gone(replica)  # else it would take part in what is done until its end is known
             replica.failed(f"could not be brought to version {self._committed.version}: {running.error.message}")
@@ -447,7 +458,9 @@ class Operations:
         if part.request_id:
             told = dict(sorted(reports.items()))
             version, adapters = self._committed.version, self._committed.adapters
-            self._to_server(Operated(part.request_id, told, version, sorted(self.asleep), adapters))
+            on_its_way = any(isinstance(item, Transaction) and item.only is not None for item in self._line)
+            unable = None if self._replicas.any_ready or on_its_way else self._replicas.reasons()
+            self._to_server(Operated(part.request_id, told, version, sorted(self.asleep), adapters, unable))
 
     def _refuse(self, part: Operate, error: SafelightError) -> None:
         """Of a part that no replica has heard of."""

@@ -14,19 +14,16 @@ from ..protocol.errors import InvalidRequest, SafelightError, Unavailable, from_
 from ..protocol.operations import (
     Barrier,
     Begin,
-    Broadcast,
     Commit,
-    CudaShared,
-    Files,
     Operate,
     Operation,
     Perform,
     Performed,
-    Pickled,
     Report,
     Source,
     Step,
 )
+from .on_disk import Origins, modules_of
 from .replicas import Replica
 
 RETRY_S = 5.0
@@ -97,6 +94,7 @@ class Transaction:
     ``replicas`` are those that take part, once it has begun; ``only`` is the one that an operation of our own is for.
     ``written`` counts the tensors of each module that parts have written, and ``complete`` are modules of which every
     tensor came. ``adapters`` are those that came in parts, with what is ``waiting`` for its counterpart, by nickname.
+    ``origins`` say where parts came from, in their order.
     """
 
     barrier: Barrier
@@ -111,6 +109,7 @@ class Transaction:
     complete: set[str] = field(default_factory=set)
     adapters: dict[str, AdapterSource] = field(default_factory=dict)
     waiting: dict[str, list[str]] = field(default_factory=dict)
+    origins: list[Origins] = field(default_factory=list)
 
     @property
     def partly(self) -> set[str]:
@@ -146,13 +145,7 @@ class Transaction:
 
     def refusal_of(self, source: Source) -> SafelightError | None:
         """Why ``source`` is no part of the update, if it names a module that the update was not begun for."""
-        match source:
-            case Files(modules=modules):
-                named = list(modules)
-            case Pickled(targets=targets):
-                named = targets
-            case Broadcast(module=module) | CudaShared(module=module):
-                named = [module]
+        named = modules_of(source)
         meant = self.begun.modules if self.begun is not None else None
         others = [name for name in named if meant is not None and name not in meant]
         if others:

@@ -9,9 +9,20 @@ from pathlib import Path
 from ..protocol.config import Config
 from ..protocol.errors import Forbidden, InvalidRequest, NotFound
 from ..protocol.models import resolve_model
-from ..protocol.tensor_files import BadTensorFile, weight_files
+from ..protocol.operations import Files
+from ..protocol.tensor_files import BadTensorFile, stamp, weight_files
 
-_SUFFIX = ".safetensors"
+SUFFIX = ".safetensors"
+
+
+def find_files(path: str, wanted: list[str] | None, config: Config, *, known: Collection[str]) -> Files:
+    """:func:`find_modules`, with the stamps by which the files are known when they are read, and read again."""
+    modules = find_modules(path, wanted, config, known=known)
+    try:
+        stamps = {file: stamp(os.stat(file)) for files in modules.values() for file in files}
+    except OSError as error:
+        raise NotFound(f"{path} was removed meanwhile ({error.strerror}).", field="model_path") from None
+    return Files(modules, stamps=stamps)
 
 
 def find_modules(
@@ -60,8 +71,8 @@ def _modules(path: Path, wanted: list[str] | None, known: Collection[str]) -> di
         if wanted is not None and len(wanted) != 1:
             raise InvalidRequest("One component's files are for one module.", field="target_modules")
         files = [path] if path.is_file() else weight_files(path)
-        if any(file.suffix != _SUFFIX for file in files):
-            raise InvalidRequest(f"{path} is no {_SUFFIX} file, and nothing else is read.", field="model_path")
+        if any(file.suffix != SUFFIX for file in files):
+            raise InvalidRequest(f"{path} is no {SUFFIX} file, and nothing else is read.", field="model_path")
         called = path.parent.name if path.is_file() else path.name
         if not wanted and called not in known:
             raise InvalidRequest(

@@ -69,9 +69,10 @@ def _failed(info: ErrorInfo, **details: Any) -> Response:
 def _details(report: Report | None) -> dict[str, Any]:
     if report is None:
         return {}
-    if report.missing or report.mismatched:
+    if report.mismatched:
         return {"missing": report.missing, "mismatched": report.mismatched}
     return {
+        **({"missing": report.missing, "mismatched": []} if report.missing else {}),
         "applied": 0,
         "expected": sum(report.expected.values()),
         "unknown": report.unknown,

@@ -62,6 +62,7 @@ class FromDisk(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     flush_cache: bool = True
     mode: Barrier = "wait"
     update_id: Name | None = None
+    require_complete: bool | None = None
 
 
 class Shared(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -33,7 +33,7 @@ from ..protocol.operations import (
 )
 from . import weight_bodies as bodies
 from .adapter_parts import AdapterParts
-from .checkpoint_files import find_modules
+from .checkpoint_files import SUFFIX, find_files
 from .gate import media_type
 from .operating import Handler, Operating, active_adapters, first_report, routes_of, success
 from .service import Service
@@ -70,9 +70,12 @@ class _Routes:
 
     async def from_disk(self, request: Request) -> dict[str, Any]:
         body = await bodies.read(request, bodies.FromDisk)
-        find = functools.partial(find_modules, known=self._service.model().parameters)
-        modules = await self._service.decode(find, body.model_path, body.target_modules, self._service.config)
-        return await self._update(request, Files(modules), body)
+        find = functools.partial(find_files, known=self._service.model().parameters)
+        source = await self._service.decode(find, body.model_path, body.target_modules, self._service.config)
+        whole = body.require_complete
+        if whole is None:
+            whole = not body.model_path.endswith(SUFFIX)  # a file makes no claim to be all of a module
+        return await self._update(request, source, body, require_complete=whole)
 
     async def from_tensor(self, request: Request) -> dict[str, Any]:
         if media_type(request.headers) == SAFETENSORS:
@@ -206,8 +209,14 @@ class _Routes:
                 "Give expected_named_tensors_sha256, with at least one tensor.", field="expected_named_tensors_sha256"
             )
         operated = await self._operating.operate(request, CheckTensors(body.target_module, expected))
-        return {**success(f"All of {len(expected)} tensors match."), "missing": [], "mismatched": [],
-                **self._operating.version(operated)}  # fmt: skip
+        left_out = first_report(operated).left_out
+        return {
+            **success(f"All of {len(expected) - len(left_out)} tensors match."),
+            "missing": [],
+            "mismatched": [],
+            "left_out": left_out,
+            **self._operating.version(operated),
+        }
 
     async def checksum(self, request: Request) -> dict[str, Any]:
         body = await bodies.read(request, bodies.Checksum)
@@ -217,7 +226,11 @@ class _Routes:
             absent = [name for name in body.module_names or () if name not in report.digests]
             return {**report.digests, **dict.fromkeys(absent, "not_found")}
         modules = {
-            name: {"sha256": digest, "tensors": msgspec.to_builtins(report.tensors.get(name, {}))}
+            name: {
+                "sha256": digest,
+                "tensors": msgspec.to_builtins(report.tensors.get(name, {})),
+                "aliases": report.aliases.get(name, {}),
+            }
             for name, digest in report.digests.items()
         }
         return {"modules": modules, "weight_version": report.weight_version}
@@ -227,13 +240,16 @@ class _Routes:
         merged = await self._parts.merge(request, source, target, body)
         return {**_updated(merged.operated, merged.message, began), "waiting": merged.waiting}
 
-    async def _update(self, request: Request, source: Source, body: bodies.UpdateBody) -> dict[str, Any]:
+    async def _update(
+        self, request: Request, source: Source, body: bodies.UpdateBody, *, require_complete: bool = False
+    ) -> dict[str, Any]:
         began = time.perf_counter()
         operation = Update(
             source=source,
             weight_version=body.weight_version,
             flush_cache=body.flush_cache,
             update_id=body.update_id,
+            require_complete=require_complete,
         )
         operated = await self._operating.operate(request, operation, body.mode)
         return _updated(operated, "The weights are updated." if body.update_id is None else "Written.", began)
@@ -254,11 +270,13 @@ def _target(body: bodies.FromTensor) -> str:
 def _updated(operated: Operated, message: str, began: float) -> dict[str, Any]:
     report = first_report(operated)
     return {
-        **success(message),
+        **success(f"{message}{_unable(operated)}"),
+        "serving": operated.unable is None and not operated.asleep,
         "updated": report.updated,
         "applied": sum(report.updated.values()),
         "expected": sum(report.expected.values()),
         "unknown": [],
+        "left_out": report.left_out,
         "invalid": [],
         "weight_version": report.weight_version or operated.weight_version,
         "ranks": sum(report.ranks for report in operated.reports.values()),
@@ -266,6 +284,13 @@ def _updated(operated: Operated, message: str, began: float) -> dict[str, Any]:
         "invalidated": report.invalidated,
         "adapters": active_adapters(operated.adapters),
     }
+
+
+def _unable(operated: Operated) -> str:
+    """What keeps the new weights from serving."""
+    if operated.unable is not None:
+        return f" The server cannot serve yet: {operated.unable}."
+    return " The server is asleep." if operated.asleep else ""
 
 
 def _the_same(operated: Operated) -> Report:

@@ -41,6 +41,7 @@ from .weights.digests import module_digests, tensor_digests
 from .weights.export import export
 from .weights.groups import Groups
 from .weights.journal import Journal
+from .weights.names import by_checkpoint_names
 from .weights.parking import Parking
 from .weights.sign import Sign
 from .weights.sources import Opened, Reader, Rejected, open_source
@@ -151,7 +152,7 @@ class Operations:
     def _do(self, operation: Operation | None, leads: bool) -> Report:
         match operation:
             case Update():
-                return self._prepare(operation.source, leads)
+                return self._prepare(operation, leads)
             case Digests():
                 return self._digests(operation)
             case CheckTensors():
@@ -212,15 +213,15 @@ class Operations:
                 raise
             raise _and_closed(failed, source.group) from failed
 
-    def _prepare(self, source: Source, leads: bool) -> Report:
-        reader = self._reader(leads)
+    def _prepare(self, operation: Update, leads: bool) -> Report:
+        source, reader = operation.source, self._reader(leads)
         if isinstance(source, Broadcast):
             return self._receive(source, reader)
-        return self._prepare_from(source, reader)
+        return self._prepare_from(source, reader, complete=operation.require_complete)
 
-    def _prepare_from(self, source: Source, reader: Reader) -> Report:
+    def _prepare_from(self, source: Source, reader: Reader, *, complete: bool = False) -> Report:
         opened = open_source(source, self._groups, reader, self._sign)
-        report = self._update.prepare(opened, self._sign)
+        report = self._update.prepare(opened, self._sign, complete=complete)
         self._given = describe(opened.tensors, self._sign, hashed=differs_by_rank(source))
         return msgspec.structs.replace(report, given=fingerprint(self._given))
 
@@ -230,7 +231,8 @@ class Operations:
         Nobody knows of what was announced and not received whether it is still sent, and would be taken for the next.
         """
         try:
-            self._update.check({source.module: self._groups.announced(source)})
+            announced = {source.module: self._groups.announced(source)}
+            self._update.check(by_checkpoint_names(announced, self._model.layouts).tensors)
             return self._prepare_from(source, reader)
         except (Rejected, SafelightError) as failed:
             if not self._groups.leave(source.group):
@@ -317,18 +319,29 @@ class Operations:
             for module, digest in digests.items():
                 if other[module] != digest:
                     raise Internal(f"Rank {rank} of replica {self._replica} has other weights in {module} than rank 0.")
-        return Report(digests=digests, tensors=tensors, weight_version=self._model.weight_version)
+        aliases = {name: dict(layout.names.aliases) for name, layout in layouts.items()} if operation.detail else {}
+        return Report(digests=digests, tensors=tensors, aliases=aliases, weight_version=self._model.weight_version)
 
     def _check(self, operation: CheckTensors) -> Report:
         layout = self._model.layouts.get(operation.module)
         if layout is None:
             known = ", ".join(self._model.layouts)
             raise NotFound(f"The model has no module {operation.module!r}; it has {known}.", field="target_module")
-        there = [name for name in operation.expected if name in layout]
-        found = tensor_digests(layout, there, self._sign)
-        missing = sorted(set(operation.expected) - set(there))
-        mismatched = sorted(name for name in there if found[name].sha256 != operation.expected[name].lower())
-        report = Report(missing=missing, mismatched=mismatched, weight_version=self._model.weight_version)
+        left_out = [name for name in operation.expected if name not in layout and layout.names.leaves_out(name)]
+        there = {name: layout.names.aliases.get(name, name) for name in operation.expected if name not in left_out}
+        missing = sorted(name for name, known in there.items() if known not in layout)
+        known_names = sorted({known for known in there.values() if known in layout})
+        found = tensor_digests(layout, known_names, self._sign)
+        mismatched = sorted(
+            name
+            for name, known in there.items()
+            if known in found and found[known].sha256 != operation.expected[name].lower()
+        )
+        report = Report(
+            missing=missing, mismatched=mismatched, left_out=left_out, weight_version=self._model.weight_version
+        )
+        if not there:
+            raise InvalidRequest(f"A checkpoint has none of these tensors ({', '.join(left_out[:3])}).")
         if missing or mismatched:
             raise Rejected(
                 InvalidRequest(f"{len(missing)} tensors are missing, and {len(mismatched)} are not as expected."),

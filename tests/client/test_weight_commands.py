@@ -131,6 +131,33 @@ def test_two_servers_differ_in_dtype(trained: Client, half_server: LiveServer, o
     assert run.stdout.splitlines()[0] == f"transformer.{name}  float32 {shape} in A, bfloat16 {shape} in B"
 
 
+def test_files_are_equal_to_a_server_that_cast_them(half_server: LiveServer, flux: Path, changed: Path) -> None:
+    said = "transformer: 66 tensors of float32 as bfloat16, as the server stores them"
+    for a, b in ((flux, half_server.url), (half_server.url, flux)):
+        run = safelight("diff", a, b)
+        assert (run.returncode, run.stdout) == (0, ""), run
+        assert said in run.stderr.splitlines()
+    run = safelight("diff", changed, half_server.url, "--module", "transformer")
+    assert run.returncode == 1, run
+    assert len(run.stdout.splitlines()) == 2, "the two that were changed"
+    run = safelight("checksum", flux, "--like", half_server.url)
+    with Client(half_server.url) as client:
+        assert dict(reversed(line.split("  ")) for line in run.stdout.splitlines()) == client.weights.checksum()
+    assert said in run.stderr.splitlines()
+
+
+def test_half_a_directory_is_pushed_only_if_that_is_said(trained: Client, changed: Path, own: Tensors) -> None:
+    before = trained.weights.checksum()
+    first, *_ = own
+    save_file({first: own[first] + 2}, changed / "transformer" / FILE)
+    run = safelight("push", changed, trained.base_url)
+    assert told_in_a_sentence(run, 1), run
+    assert trained.weights.checksum() == before
+    run = safelight("push", changed, trained.base_url, "--partial")
+    assert run.returncode == 0, run.stderr
+    assert trained.weights.checksum()["transformer"] == digest({**own, first: own[first] + 2})
+
+
 def test_what_cannot_be_compared_is_no_difference(flux: Path, tmp_path: Path) -> None:
     for a, b in ((flux, tmp_path / "none"), (flux, tmp_path), (flux, "http://127.0.0.1:9")):
         run = safelight("diff", a, b)

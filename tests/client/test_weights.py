@@ -71,6 +71,32 @@ def test_a_module_whose_checkpoint_has_other_names_is_sent_by_those(tmp_path: Pa
         assert {tensor.name for tensor in read(module).tensors} == names
 
 
+def test_a_whole_state_dict_with_tied_names_and_buffers_is_taken_and_verified(trained: Client, flux: Path) -> None:
+    """Of T5 the embeddings twice, of CLIP the positions, as older transformers saved them."""
+    pipeline = DiffusionPipeline.from_pretrained(flux)
+    encoder = pipeline.text_encoder_2
+    with torch.no_grad():
+        encoder.shared.weight.add_(1)
+    state = encoder.state_dict()
+    assert {"shared.weight", "encoder.embed_tokens.weight"} <= state.keys()
+    done = trained.weights.update(state, target_module="text_encoder_2")
+    assert done is not None
+    assert (done.applied, done.expected) == (len(state) - 1, len(state) - 1)
+    alias = {"encoder.embed_tokens.weight": state["shared.weight"] + 1}
+    trained.weights.update(alias, target_module="text_encoder_2")
+    trained.weights.verify({"shared.weight": state["shared.weight"] + 1}, target_module="text_encoder_2")
+    with pytest.raises(TensorsRejected) as refused:
+        trained.weights.update({**state, **alias}, target_module="text_encoder_2")
+    assert "tied to text_encoder_2.shared.weight" in refused.value.invalid[0].reason
+    positions = {"text_model.embeddings.position_ids": torch.arange(77)[None]}
+    clip = pipeline.text_encoder.state_dict()
+    done = trained.weights.update({**clip, **positions}, target_module="text_encoder")
+    assert done is not None
+    assert (done.applied, done.left_out) == (len(clip), tuple(positions))
+    with pytest.raises(InvalidRequest, match="position_ids"):
+        trained.weights.update(positions, target_module="text_encoder")
+
+
 def test_a_compiled_module_has_the_names_of_its_own(trained: Client, flux: Path) -> None:
     done = trained.weights.update(torch.compile(FluxTransformer2DModel.from_pretrained(flux / "transformer")))
     assert done is not None

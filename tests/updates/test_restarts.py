@@ -16,6 +16,7 @@ from typing import Any
 
 import httpx
 import pytest
+from safetensors.torch import load_file, save_file
 
 from .conftest import Serve
 from .trainer import DRAWING, Trainer, changed, transformer
@@ -94,9 +95,22 @@ def test_whenever_a_rank_dies_during_an_update_all_replicas_have_it_or_none(dela
     assert (two.draw()["weight_version"] == name) == done
 
 
-def test_weights_that_nobody_has_any_more_are_not_replaced_by_older_ones(serve: Serve) -> None:
+def test_weights_that_nobody_has_any_more_are_read_again_from_disk_or_not_replaced_by_older_ones(serve: Serve) -> None:
     with serve() as trainer:
-        new = changed(transformer(trainer.directory))
+        own = transformer(trainer.directory)
+        folder = trainer.directory.parent / "on-disk" / "transformer"
+        folder.mkdir(parents=True)
+        file = folder / "diffusion_pytorch_model.safetensors"
+        save_file(changed(own, 0.2), file)
+        part = folder / "part.safetensors"
+        save_file(dict(list(changed(own, 0.3).items())[::2]), part)
+        trainer.done("/update_weights_from_disk", {"model_path": str(folder), "weight_version": "from disk"})
+        trainer.done("/update_weights_from_disk", {"model_path": str(part), "weight_version": "and a part"})
+        wanted, picture = trainer.checksum(), trainer.picture()
+        kill(trainer, 0)
+        trainer.wait_all_ready()
+        assert (trainer.checksum(), trainer.picture(), version(trainer)) == (wanted, picture, "and a part")
+        new = changed(own)
         trainer.update(new, weight_version="0")  # the version that the checkpoint itself has
         wanted = trainer.checksum()
         kill(trainer, 0)
@@ -108,10 +122,15 @@ def test_weights_that_nobody_has_any_more_are_not_replaced_by_older_ones(serve: 
         partly = trainer.send(dict(list(new.items())[::2]))
         assert (partly.status_code, "every tensor of transformer" in partly.json()["message"]) == (409, True)
         assert trainer.post("/generate", DRAWING).status_code == 503
+        vae = load_file(trainer.directory / "vae" / "diffusion_pytorch_model.safetensors")
+        told = trainer.update(vae, target_module="vae")
+        assert not told["serving"]
+        assert "cannot serve yet" in told["message"]
+        assert "update transformer again" in told["message"]
         update_id = trainer.done("/begin_weights_update", {"weight_version": "sent again"})["update_id"]
         for part in (dict(list(new.items())[::2]), dict(list(new.items())[1::2])):
             trainer.update(part, update_id=update_id)
-        trainer.done("/commit_weights_update", {"update_id": update_id})
+        assert trainer.done("/commit_weights_update", {"update_id": update_id})["serving"]
         trainer.wait_all_ready()
         assert (trainer.checksum(), version(trainer)) == (wanted, "sent again")
         assert trainer.draw()["weight_version"] == "sent again"

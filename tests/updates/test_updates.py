@@ -124,6 +124,29 @@ def test_only_the_modules_that_are_asked_for_come_from_disk(
     assert set(told["updated"]) == set(wanted)
 
 
+def test_half_of_a_checkpoint_says_so_unless_it_is_asked_for(alone: Trainer, checkpoint: Path, tmp_path: Path) -> None:
+    before, own = alone.checksum(), transformer(checkpoint)
+    lost, *rest = own
+    folder = checkpoint.parent / "half" / "transformer"
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / "diffusion_pytorch_model.safetensors"
+    save_file({name: own[name] + 1 for name in rest}, file)
+    for path in (folder, folder.parent):
+        answer = alone.post("/update_weights_from_disk", {"model_path": str(path)})
+        assert answer.status_code == 400
+        assert (answer.json()["missing"], answer.json()["error"]["field"]) == ([lost], "require_complete")
+        assert "1 tensors are missing" in answer.json()["message"]
+    assert alone.checksum() == before
+    strict = {"target_modules": ["transformer"], "require_complete": True}
+    assert alone.post("/update_weights_from_disk", {"model_path": str(file), **strict}).status_code == 400
+    for body in ({"model_path": str(folder), "require_complete": False}, {"model_path": str(file)}):
+        assert alone.done("/update_weights_from_disk", body)["applied"] == len(rest)
+        expected = {**digests({name: own[name] + 1 for name in rest}), **digests({lost: own[lost]})}
+        alone.done("/update_weights_from_tensor_checker", {"expected_named_tensors_sha256": expected})
+        alone.restore()
+    assert alone.checksum() == before
+
+
 def test_a_prompt_is_encoded_anew_when_its_encoder_has_changed(trainer: Trainer) -> None:
     picture = trainer.picture()
     folder = trainer.directory / "text_encoder_2"

@@ -16,6 +16,7 @@ from torch import nn
 from ..parallel.plan import Shard
 from ..parallel.ranks import ALONE, Ranks
 from .exchange import Pair, Read, exchange
+from .names import Names
 
 
 class Sliceable(Protocol):
@@ -51,6 +52,8 @@ class Layout:
         self._names = {entry.own or entry.tensor: entry.name for entry in self}
         self.bases: dict[str, torch.Tensor] = {}
         """This rank's part of the tensors that adapters are merged into, as they are without them."""
+        self.names = Names()
+        """What else tensors of the module may be called."""
 
     @classmethod
     def whole(cls, module: nn.Module) -> Layout:

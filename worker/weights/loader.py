@@ -26,6 +26,7 @@ from ..parallel.ranks import ALONE, Ranks
 from .files import WeightFiles
 from .fuse import fuse
 from .layout import Layout, entries
+from .names import names_of
 
 
 class CannotLoad(Exception):
@@ -89,6 +90,7 @@ def load_component(
                 raise CannotLoad(f"{folder}: {error}") from error
     if isinstance(module, PreTrainedModel):
         module.tie_weights()
+    layout.names = names_of(module, layout, _own_name(module))
     return Loaded(module.eval().requires_grad_(False), layout, whole)
 
 
@@ -97,7 +99,9 @@ def layout_of(module: nn.Module, tensors: Tensors) -> Layout:
 
     Raises ``CannotLoad`` where the library computes its tensors from others, or ignores some that are there.
     """
-    return Layout(module, entries(module, _names(module, tensors), {}))
+    layout = Layout(module, entries(module, _names(module, tensors), {}))
+    layout.names = names_of(module, layout, _own_name(module))
+    return layout
 
 
 def possible_degrees(cls: type[nn.Module], folder: Path, family: Family) -> set[int]:
@@ -153,7 +157,20 @@ def _is_tied(module: nn.Module, name: str) -> bool:
     return name in (getattr(module, "all_tied_weights_keys", None) or {})
 
 
-def _renaming(module: nn.Module, known: Mapping[str, torch.Tensor]) -> Callable[[str], str]:
+def _own_name(module: nn.Module) -> Callable[[str], str]:
+    """What the module calls any name of a checkpoint; it keeps no tensors alive."""
+    rename = _renaming(module, dict.fromkeys(module.state_dict(), True))
+
+    def own(name: str) -> str:
+        try:
+            return rename(name)
+        except CannotLoad:
+            return name
+
+    return own
+
+
+def _renaming(module: nn.Module, known: Mapping[str, object]) -> Callable[[str], str]:
     """What transformers calls a checkpoint's tensor today; diffusers' names are the state dict's own."""
     if not isinstance(module, PreTrainedModel):
         return lambda name: name

@@ -20,7 +20,7 @@ import torch
 from ...protocol.digests import TORCH_DTYPES
 from ...protocol.errors import InvalidRequest, SafelightError
 from ...protocol.operations import Broadcast, CudaShared, Files, Invalid, Pickled, Report, Source
-from ...protocol.tensor_files import BadTensorFile, StoredTensor, read_head
+from ...protocol.tensor_files import BadTensorFile, StoredTensor, read_head, stamp
 from .allowed import NotAPayload
 from .cuda_handles import open_handles
 from .exchange import Read
@@ -102,8 +102,8 @@ def _files(source: Files, reader: Reader) -> Opened:
         for module, files in source.modules.items():
             found = tensors.setdefault(module, {})
             for file in files:
-                for name, tensor in mapped.map(Path(file)).items():
-                    if name in found:
+                for name, tensor in mapped.map(Path(file), source.stamps.get(file)).items():
+                    if name in found and not source.overlay:
                         raise InvalidRequest(f"{module}: the files have {name} twice.")
                     found[name] = tensor
     except BaseException:
@@ -156,14 +156,16 @@ class MappedFiles:
         self._open = ExitStack()
         self._starts: list[tuple[int, int]] = []  # where in memory each begins, in that order, and its descriptor
 
-    def map(self, path: Path) -> dict[str, torch.Tensor]:
-        """The tensors of a file. Raises ``InvalidRequest``."""
+    def map(self, path: Path, known: list[int] | None = None) -> dict[str, torch.Tensor]:
+        """The tensors of a file, which must be the one ``known`` by that stamp. Raises ``InvalidRequest``."""
         try:
             descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # which waits for nobody's other end
             stream = self._open.enter_context(os.fdopen(descriptor, "rb", buffering=0))
             found = os.fstat(descriptor)
             if not stat.S_ISREG(found.st_mode):
                 raise BadTensorFile("it is no file")
+            if known is not None and stamp(found) != known:
+                raise BadTensorFile("it has changed since it was named")
             stored = read_head(stream, found.st_size)
             mapped = mmap.mmap(descriptor, 0, access=mmap.ACCESS_READ)
         except (OSError, BadTensorFile) as error:

@@ -12,6 +12,7 @@ from ...protocol.errors import InvalidRequest, NotFound, Unavailable
 from ...protocol.operations import Invalid, Report
 from .exchange import Staging
 from .layout import Layout
+from .names import Named, by_checkpoint_names
 from .pages import exchange, have_own
 from .payload import Tensors
 from .sign import Sign
@@ -39,6 +40,7 @@ class Update:
         self._give_back: Callable[[], None] = _nothing
         self._undo: dict[Key, torch.Tensor] = {}
         self._part: dict[str, int] = {}
+        self._left_out: list[str] = []
 
     @property
     def written(self) -> dict[str, list[str]]:
@@ -55,16 +57,21 @@ class Update:
             {} if self._prepared is None else {module: list(names) for module, names in self._prepared.tensors.items()}
         )
 
-    def prepare(self, opened: Opened, sign: Sign = _nothing) -> Report:
+    def prepare(self, opened: Opened, sign: Sign = _nothing, *, complete: bool = False) -> Report:
         """Check every name, shape and dtype, find room to undo it, and get ready what can be.
 
+        ``complete`` asks for every tensor of each module. Afterwards ``opened`` has the checkpoint's names.
         Raises ``Rejected``, and ``OSError`` of what is read; all is as it was then. ``sign`` is called now and then, to
         say that it goes on.
         """
         self._prepared = opened
         try:
+            named = by_checkpoint_names(opened.tensors, self._layouts)
+            opened.tensors = named.tensors
             report = self.check(opened.tensors)
-            self._check_ties(opened.tensors)
+            self._check_ties(named)
+            self._check_whole(named, complete)
+            self._left_out += named.left_out
             self._find_room(opened.tensors)
             self._stage(opened, sign)
         except BaseException:
@@ -115,6 +122,7 @@ class Update:
     def commit(self) -> None:
         """There is no way back from here."""
         self._undo.clear()
+        self._left_out.clear()
         self._memory.clear()
 
     def report(self, *, part: bool = False) -> Report:
@@ -125,6 +133,7 @@ class Update:
             updated=updated,
             expected={module: len(self._layouts[module]) for module in updated},
             complete=[module for module, number in written.items() if number == len(self._layouts[module])],
+            left_out=self._left_out[:_SHOWN],
         )
 
     def _find_room(self, tensors: Tensors) -> None:
@@ -143,19 +152,38 @@ class Update:
                 if have_own(room):
                     copy(self._layouts[module].beside(name, opened.tensors[module][name], room))
 
-    def _check_ties(self, tensors: Tensors) -> None:
+    def _check_ties(self, named: Named) -> None:
         """Raises ``Rejected`` where names of the same memory come with different values: only one could be written."""
         seen: dict[tuple[Any, ...], tuple[str, torch.Tensor]] = {}
-        for module, given in tensors.items():
+        for module, given in named.tensors.items():
             for name, tensor in given.items():
                 local = self._layouts[module].local(name)
                 if not local.numel():
                     continue
                 place = (local.data_ptr(), local.dtype, local.shape, local.stride())
                 other, before = seen.setdefault(place, (f"{module}.{name}", tensor))
-                if before is not tensor and not _same(before.to(local.dtype), tensor.to(local.dtype)):
-                    fault = Invalid(name, f"it is tied to {other}, and its values are not the same")
-                    raise Rejected(InvalidRequest(_sentence([], [fault])), Report(invalid=[fault]))
+                _compare_tied(name, tensor, other, before, local.dtype)
+        for tied in named.tied:
+            before, dtype = named.tensors[tied.module][tied.known], self._layouts[tied.module].dtype(tied.known)
+            _compare_tied(tied.name, tied.tensor, f"{tied.module}.{tied.known}", before, dtype)
+
+    def _check_whole(self, named: Named, complete: bool) -> None:
+        """Raises ``Rejected`` where nothing is left to write, or, where all is asked for, something is missing."""
+        if named.left_out and not any(named.tensors.values()):
+            message = f"Nothing was written: a checkpoint has none of the names ({', '.join(named.left_out[:3])})."
+            raise Rejected(InvalidRequest(message), Report(unknown=named.left_out[:_SHOWN]))
+        missing = [
+            _in(named.tensors, module, entry.name)
+            for module, given in named.tensors.items()
+            for entry in self._layouts[module]
+            if complete and entry.name not in given
+        ]
+        if missing:
+            message = (
+                f"Nothing was written: {len(missing)} tensors are missing ({', '.join(missing[:3])}). To write what "
+                "there is, give require_complete = false."
+            )
+            raise Rejected(InvalidRequest(message, field="require_complete"), Report(missing=missing[:_SHOWN]))
 
     def check(self, tensors: Tensors) -> Report:
         """Raises ``Rejected`` for tensors that cannot be written; only their names, shapes and dtypes matter."""
@@ -191,9 +219,17 @@ def _in(tensors: Tensors, module: str, name: str) -> str:
     return name if len(tensors) == 1 else f"{module}.{name}"
 
 
+def _compare_tied(name: str, tensor: torch.Tensor, other: str, before: torch.Tensor, dtype: torch.dtype) -> None:
+    if before is not tensor and not _same(before.to(dtype), tensor.to(dtype)):
+        fault = Invalid(name, f"it is tied to {other}, and its values are not the same")
+        raise Rejected(InvalidRequest(_sentence([], [fault])), Report(invalid=[fault]))
+
+
 def _same(one: torch.Tensor, other: torch.Tensor) -> bool:
     """Bit by bit."""
-    return torch.equal(*(tensor.contiguous().reshape(-1).view(torch.uint8) for tensor in (one, other)))
+    return one.shape == other.shape and torch.equal(
+        *(tensor.contiguous().reshape(-1).view(torch.uint8) for tensor in (one, other))
+    )
 
 
 def _fault(layout: Layout, name: str, tensor: torch.Tensor) -> str | None:
