@@ -200,11 +200,15 @@ class Batching(msgspec.Struct, frozen=True):
 
 
 class ImageTask(msgspec.Struct, frozen=True, kw_only=True):
-    """What a model does with a request that brings images; ``several_images`` for one output, or only one."""
+    """What a model does with a request that brings images: one for each of ``image_arguments``, in this order.
+
+    Where there is one argument alone, it takes ``several_images`` for one output, or only one.
+    """
 
     pipeline: str
     arguments: dict[str, Parameter]
     size_multiple: int
+    image_arguments: tuple[str, ...] = ("image",)
     several_images: bool
     supports_preview: bool
     batching: Batching

@@ -118,9 +118,17 @@ def _task(images: int, model: ModelInfo) -> ModelInfo | ImageTask:
         return model
     if model.image_task is None:
         raise InvalidRequest(f"{model.model} takes no image: {model.no_image}.", field="image")
-    if images > 1 and not model.image_task.several_images:
-        raise InvalidRequest(f"{model.image_task.pipeline} takes one image, not {images}.", field="image")
+    _check_number(images, model.image_task)
     return model.image_task
+
+
+def _check_number(images: int, task: ImageTask) -> None:
+    needed = task.image_arguments
+    if len(needed) > 1 and images != len(needed):
+        named = f"{len(needed)} images, in this order: {', '.join(needed)}"
+        raise InvalidRequest(f"{task.pipeline} takes {named}; not {images}.", field="image")
+    if len(needed) == 1 and images > 1 and not task.several_images:
+        raise InvalidRequest(f"{task.pipeline} takes one image, not {images}.", field="image")
 
 
 def to_message(

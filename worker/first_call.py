@@ -30,17 +30,16 @@ class _Begun(BaseException):
 
 
 def variables_at_first_call(
-    pipeline: DiffusionPipeline, picture_as: str | None, **arguments: Any
+    pipeline: DiffusionPipeline, pictures_as: tuple[str, ...], **arguments: Any
 ) -> dict[str, Any] | None:
     """The variables of the pipeline's ``__call__`` when it comes to its first component; no component is called.
 
-    ``None`` where it refuses ``arguments``, which come beside a prompt, and a picture as the argument ``picture_as``.
+    ``None`` where it refuses ``arguments``, which come beside a prompt, and a picture as each of ``pictures_as``.
     """
     function = type(pipeline).__call__
     takes = inspect.signature(function).parameters
     given: dict[str, Any] = {"prompt": "a star"} if "prompt" in takes else {}
-    if picture_as is not None:
-        given[picture_as] = pillow.new("RGB", (64, 64))
+    given |= {name: pillow.new("RGB", (64, 64)) for name in pictures_as}
     code = inspect.unwrap(function).__code__
 
     def stop(_: Call) -> Any:

@@ -22,24 +22,23 @@ _NAMED_OTHERWISE: dict[str, tuple[str, ...]] = {
 }
 """Those whose pipelines for images have other names, or that have none."""
 
-_IMAGE_ARGUMENTS = ("image", "control_image")
-"""Where a pipeline takes an image: to go on from it, or else, where it has no such argument, to be guided by it."""
+_IMAGE_ARGUMENTS = ("image", "mask_image", "control_image", "control_mask")
+"""Where a pipeline takes images: what it goes on from, what of that it draws anew, and what guides it, where."""
 
 
-def image_argument(pipeline: type[DiffusionPipeline]) -> str | None:
-    """The argument that takes the request's image; ``None`` for a pipeline without one."""
+def image_arguments(pipeline: type[DiffusionPipeline]) -> tuple[str, ...]:
+    """The arguments that take the request's images, in their order; none for a pipeline without images."""
     takes = _call(pipeline)
-    return next((name for name in _IMAGE_ARGUMENTS if name in takes), None)
+    return tuple(name for name in _IMAGE_ARGUMENTS if name in takes)
 
 
 def takes_image(pipeline: type[DiffusionPipeline]) -> bool:
-    return image_argument(pipeline) is not None
+    return bool(image_arguments(pipeline))
 
 
 def needs_image(pipeline: type[DiffusionPipeline]) -> bool:
     """Whether it cannot be called without one, as far as its signature says."""
-    name = image_argument(pipeline)
-    return name is not None and _is_required(_call(pipeline)[name])
+    return any(_is_required(_call(pipeline)[name]) for name in image_arguments(pipeline))
 
 
 class DoesNotFit(Exception):

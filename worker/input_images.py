@@ -14,23 +14,27 @@ from .task import Task
 
 
 def image_arguments(task: Task, request: Generate) -> dict[str, Any]:
-    """The image under the pipeline's own name for it, with ``width`` and ``height`` where it takes them.
+    """The images under the pipeline's own names for them, with ``width`` and ``height`` where it takes them.
 
     What it makes is as large as the request says, a single side with the other in proportion. Without that, pipelines
     that edit decide for themselves; a picture that is drawn over keeps its size, if it has no more pixels than the
     model is made for; and a clip has as many as the model is made for, in the image's proportions.
 
-    Raises ``InvalidRequest`` for more images than the task takes, and where too large an output would follow.
+    Raises ``InvalidRequest`` for another number of images than the task takes, and for too large an output.
     """
-    assert task.image_argument is not None, "only pipelines that take images are tried with some"
+    assert task.image_arguments, "only pipelines that take images are tried with some"
     pictures = [_picture(image) for image in request.images]
-    if len(pictures) > 1 and not task.several_images:
-        raise InvalidRequest(f"this model takes one image, not {len(pictures)}", field="image")
+    needed = len(task.image_arguments)
+    if len(pictures) != needed and not (needed == 1 and task.several_images):
+        names = ", ".join(task.image_arguments)
+        raise InvalidRequest(f"this model takes {needed} images ({names}), not {len(pictures)}", field="image")
     size = _size(task, request)
     takes_sides = "width" in task.arguments
     if size is not None and not takes_sides:
         pictures = [picture.resize(size, pillow.Resampling.LANCZOS) for picture in pictures]
-    given: dict[str, Any] = {task.image_argument: pictures if len(pictures) > 1 else pictures[0]}
+    given: dict[str, Any] = dict(zip(task.image_arguments, pictures, strict=False))
+    if len(pictures) > needed:
+        given = {task.image_arguments[0]: pictures}
     return given if size is None or not takes_sides else given | {"width": size[0], "height": size[1]}
 
 

@@ -130,6 +130,7 @@ def _image_task(task: Task | None) -> ImageTask | None:
         pipeline=type(task.pipeline).__name__,
         arguments=task.arguments,
         size_multiple=task.sizes.multiple,
+        image_arguments=task.image_arguments,
         several_images=task.several_images,
         supports_preview=task.supports_preview,
         batching=task.batching,

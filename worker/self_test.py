@@ -125,7 +125,7 @@ class SelfTest:
         self._model.image = image = new_task(pipeline, self._config, self._model.published.defaults, images=True)
         trial = Trial(self._model, self._config, self._report, images=True)
         verdict = trial.judge()
-        image.several_images = trial.takes_several_images()
+        image.several_images = len(image.image_arguments) == 1 and trial.takes_several_images()
         image.batching = Batching(verdict.mode, verdict.reason)
         return verdict
 

@@ -14,7 +14,7 @@ from ..protocol.config import Config
 from ..protocol.messages import Batching, Parameter
 from .arguments import offered_arguments
 from .first_call import variables_at_first_call
-from .image_pipelines import image_argument
+from .image_pipelines import image_arguments
 from .sizes import Sizes, find_sizes
 
 _NO_LIMIT = 100_000
@@ -32,9 +32,9 @@ class Task:
     """A pipeline on the model's components. ``defaults`` are arguments passed where a request gives none.
 
     A ``deterministic`` request gets ``plain_defaults`` in their place: what diffusers needs to run, and what the
-    checkpoint says of itself. ``arguments`` name the defaults that take effect for any other one. ``image_argument`` is
-    where its call takes the image, and ``several_images`` says whether it takes more than one for one output. What the
-    self-test finds out is written here by it.
+    checkpoint says of itself. ``arguments`` name the defaults that take effect for any other one. ``image_arguments``
+    are where its call takes images, each one; where it has one alone, ``several_images`` says whether that takes more
+    than one for one output. What the self-test finds out is written here by it.
     """
 
     pipeline: DiffusionPipeline
@@ -46,7 +46,7 @@ class Task:
     deterministic_defaults: dict[str, Any]
     """What takes effect for a ``deterministic`` request where it is something else than for others."""
     takes_prompt: bool
-    image_argument: str | None
+    image_arguments: tuple[str, ...]
     max_pixels: int
     output_type: Literal["pt", "np"] = "pt"
     several_images: bool = False
@@ -65,7 +65,7 @@ def new_task(
     pipeline.set_progress_bar_config(disable=True)
     arguments = _bounded(offered_arguments(pipeline), pipeline, config)
     published = {name: value for name, value in published.items() if name in arguments}
-    needed, made = _needed(pipeline, arguments, image_argument(type(pipeline)) if images else None)
+    needed, made = _needed(pipeline, arguments, image_arguments(type(pipeline)) if images else ())
     own = _own_defaults(arguments, made)
     sizes = find_sizes(pipeline, arguments, own, published)
     plain = needed | published
@@ -86,7 +86,7 @@ def new_task(
             name: own[name] for name in sorted(defaults.keys() - plain.keys()) if own[name] != effective[name]
         },
         takes_prompt="prompt" in inspect.signature(type(pipeline).__call__).parameters,
-        image_argument=image_argument(type(pipeline)),
+        image_arguments=image_arguments(type(pipeline)),
         max_pixels=config.max_pixels,
     )
 
@@ -118,16 +118,16 @@ def _bounded(arguments: dict[str, Parameter], pipeline: DiffusionPipeline, confi
 
 
 def _needed(
-    pipeline: DiffusionPipeline, arguments: Mapping[str, Parameter], picture_as: str | None
+    pipeline: DiffusionPipeline, arguments: Mapping[str, Parameter], pictures_as: tuple[str, ...]
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """The arguments without which the pipeline refuses its own defaults, and what it then makes of all the others.
 
     Some round sizes to known aspect ratios, by a table that they do not have for a model of any size.
     """
     without = {"use_resolution_binning": False}
-    made = variables_at_first_call(pipeline, picture_as)
+    made = variables_at_first_call(pipeline, pictures_as)
     if made is None and without.keys() <= arguments.keys():
-        made = variables_at_first_call(pipeline, picture_as, **without)
+        made = variables_at_first_call(pipeline, pictures_as, **without)
         return ({} if made is None else without), made or {}
     return {}, made or {}
 

@@ -191,7 +191,7 @@ class Trial:
             num_inference_steps=_STEPS[index] if "num_inference_steps" in takes else None,
             extra={name: value for name, value in _EXTRA.items() if name in takes},
         )
-        images = [self._image(index)] if self._images else []
+        images = [self._image(index + place) for place in range(len(self._task.image_arguments) if self._images else 0)]
         return msgspec.structs.replace(request, images=images, **self._size)
 
     def _image(self, seed: int) -> Image:

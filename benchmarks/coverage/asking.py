@@ -31,7 +31,10 @@ def request(task: Task, pipeline: str, index: int) -> Generate:
     fields: dict[str, Any] = {name: value for name, value in call.items() if name in own}
     extra = {name: value for name, value in call.items() if name not in own}
     sample = Sample(PROMPTS[index], seed=100 + index)
-    images = [_packed(picture(index, side))] if kind(pipeline).startswith("image") else []
+    images = [
+        _packed(picture(index + place, side))
+        for place in range(len(task.image_arguments) if kind(pipeline).startswith("image") else 0)
+    ]
     return Generate(request_id=str(index), samples=[sample], images=images, extra=extra, output_format="pt", **fields)
 
 

@@ -26,10 +26,7 @@ from .service import Service
 from .two_ranks import parallel
 
 MISSING = {
-    "mask_image": "needs a mask beside the image, which requests do not bring",
-    "control_mask": "needs a mask beside the image, which requests do not bring",
     "control_mode": "needs to be told what kind of control its image is",
-    "control_image": "needs a second image to be guided by, which requests do not bring",
     "token_indices": "needs to be told which words to attend to",
     "gligen_boxes": "needs boxes for things in the picture",
     "source_prompt": "needs a second prompt, which describes the image",

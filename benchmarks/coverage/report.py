@@ -86,6 +86,9 @@ Versions: diffusers {diffusers}, transformers {transformers}, torch {torch}, ftf
   plain diffusers; beside it, how many calls took how many forwards, and which calls run alone. *interleaved*
   pipelines take turns at every call, *serial* ones run one request at a time.
 - **tensor-parallel**: two ranks give the same, within 1e-4.
+
+A pipeline that takes several pictures (a mask, or one to be guided by) gets them from the list `image` of a request, in
+the order that `/model_info` names as `image_task.image_arguments`.
 """
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import io
 import socket
 import statistics
 import time
@@ -13,13 +14,16 @@ import httpx
 import msgspec
 import psutil
 import pytest
+from PIL import Image as pillow
 
 from safelight.protocol.codec import Buffer
 from safelight.protocol.errors import DeadlinePassed, InvalidRequest, QueueFull, SafelightError
 from safelight.protocol.messages import (
+    Batching,
     Failed,
     FromScheduler,
     Generate,
+    ImageTask,
     Parameter,
     Preview,
     Queued,
@@ -150,6 +154,29 @@ async def test_a_pipeline_s_own_frame_rate_is_told_beside_the_clip_s() -> None:
     async with stage() as played:
         reply = await played.client.post("/generate", json={"prompt": "a", "extra": {"fps": 5}})
     assert "a field of the request itself" in reply.json()["error"]["message"]
+
+
+async def test_a_pipeline_that_takes_several_images_gets_one_for_each_of_its_arguments() -> None:
+    file = io.BytesIO()
+    pillow.new("RGB", (64, 64)).save(file, format="PNG")
+    image = base64.b64encode(file.getvalue()).decode()
+    task = ImageTask(
+        pipeline="TinyInpaintPipeline",
+        arguments=IMAGE_MODEL.arguments,
+        size_multiple=16,
+        image_arguments=("image", "mask_image"),
+        several_images=False,
+        supports_preview=False,
+        batching=Batching("merged", "because"),
+    )
+    async with stage(status=ready(msgspec.structs.replace(IMAGE_MODEL, image_task=task))) as played:
+        both = await played.client.post("/generate", json={"prompt": "a", "image": [image, image]})
+        one = await played.client.post("/generate", json={"prompt": "a", "image": image})
+        (message,) = played.scheduler.generates()
+    assert both.status_code == 200
+    assert len(message.images) == 2
+    assert (one.status_code, one.json()["error"]["field"]) == (400, "image")
+    assert "2 images, in this order: image, mask_image; not 1" in one.json()["error"]["message"]
 
 
 async def test_names_that_no_header_can_hold_are_quoted() -> None:

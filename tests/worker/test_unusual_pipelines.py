@@ -7,11 +7,20 @@ from collections.abc import Callable
 from pathlib import Path
 
 import diffusers
+import msgspec
 import pytest
+import torch
+from diffusers import DiffusionPipeline
 
+from safelight.benchmarks.coverage.asking import picture
 from safelight.benchmarks.coverage.build import build
+from safelight.protocol.codec import Buffer
 from safelight.protocol.config import Config
+from safelight.protocol.errors import InvalidRequest
+from safelight.protocol.messages import Generate, Image, Sample
+from safelight.worker.hub import Hub
 from safelight.worker.model import Model, load_model
+from safelight.worker.sample import SampleRun
 from safelight.worker.self_test import SelfTest
 
 INITIALISE = diffusers.StableDiffusionImg2ImgPipeline.__init__
@@ -55,7 +64,35 @@ def test_a_picture_is_given_as_the_control_image_where_there_is_no_other_argumen
     model = tested("FluxControlPipeline")
     assert model.text is None
     assert model.image is not None
-    assert model.image.image_argument == "control_image"
+    assert model.image.image_arguments == ("control_image",)
+
+
+def test_a_mask_and_what_guides_are_the_images_behind_the_one_to_go_on_from(tested: Callable[[str], Model]) -> None:
+    """The arguments in their order, each with the request's image, beside plain diffusers."""
+    model = tested("StableDiffusionControlNetInpaintPipeline")
+    assert model.image is not None, model.no_image
+    assert model.image.image_arguments == ("image", "mask_image", "control_image")
+    pictures = [picture(seed, 64) for seed in range(3)]
+    images = [Image(64, 64, Buffer(one.tobytes())) for one in pictures]
+    samples, options = [Sample("a red circle", 7)], {"num_inference_steps": 4}
+    request = Generate(request_id="a", samples=samples, images=images, extra={"strength": 0.75}, **options)
+    run = SampleRun(model, request, 0, lambda *_: None, lambda _: None)
+    hub = Hub(max_batch=16, max_tokens=10**6)
+    hub.start(run.coroutine)
+    while hub.busy:
+        hub.turn()
+    plain = DiffusionPipeline.from_pretrained(model.path)
+    named = dict(zip(("image", "mask_image", "control_image"), pictures, strict=True))
+    generator = torch.Generator().manual_seed(7)
+    expected = plain(
+        "a red circle", **named, **options, strength=0.75, width=64, height=64, generator=generator, output_type="pt"
+    )
+    assert torch.equal(run.coroutine.result, expected.images[0])
+    for wrong in (images[:1], images[:2], images * 2):
+        with pytest.raises(InvalidRequest, match="image, mask_image, control_image"):
+            SampleRun(
+                model, msgspec.structs.replace(request, images=wrong), 0, lambda *_: None, lambda _: None
+            ).arguments()
 
 
 def test_a_vision_model_s_processor_says_nothing_of_sizes(tmp_path: Path) -> None:
