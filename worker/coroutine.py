@@ -1,4 +1,7 @@
-"""A pipeline call as a coroutine: it runs until it calls a component, and waits there for the hub."""
+"""A pipeline call as a coroutine: it runs until it calls a component, and waits there for the hub.
+
+torch's settings (autocast, for one) are a coroutine's own: they are put away while it waits, and never reach others.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,7 @@ from greenlet import getcurrent, greenlet
 
 from .call import Call
 from .lora.adapters import Wanted
+from .thread_state import Swap, ThreadState, thread_state
 
 
 class Cancelled(BaseException):
@@ -39,6 +43,9 @@ class Coroutine:
         self.wanted = wanted
         self.number = 0
         """Which start of its hub it was."""
+        self.state: ThreadState | None = None
+        """The settings of torch with which its calls are made, where they are others than the hub's."""
+        self._away: Swap | None = None
         self.result: Any = None
         self.error: BaseException | None = None
 
@@ -62,7 +69,7 @@ class Coroutine:
         # not the greenlet that made this coroutine: that may be another coroutine (a sample that wants a preview)
         self._greenlet.parent = getcurrent()
         try:
-            value = switch()
+            value = self._with_own_settings(switch)
         except BaseException as error:  # whatever the pipeline raised is this request's outcome
             if isinstance(error, KeyboardInterrupt | SystemExit):
                 raise
@@ -75,6 +82,17 @@ class Coroutine:
         self.result = value
         self._end()
         return None
+
+    def _with_own_settings(self, switch: Callable[[], Any]) -> Any:
+        outside = thread_state()
+        if self._away is not None:
+            self._away.back()
+        try:
+            return switch()
+        finally:
+            inside = thread_state()
+            self.state = inside if inside != outside else None
+            self._away = Swap(inside, outside) if inside != outside else None
 
     def _end(self) -> None:
         done, self._done = self._done, _nobody  # lets go of the request, whose outputs are large

@@ -25,6 +25,7 @@ from .lora.adapters import RankAdapters
 from .lora.beside import CannotMix, Uses
 from .merging import NotSplittable, RowLists, merge
 from .prompt_cache import PromptCache, prompt_key
+from .thread_state import ThreadState, within
 
 log = logging.getLogger(__name__)
 
@@ -50,13 +51,15 @@ class Counters:
 class Waiting:
     """A coroutine at its call. Without an ``anatomy`` the call can only be made alone.
 
-    A call with a ``prompt`` is a text encoder's; two with the same one have the same answer.
+    A call with a ``prompt`` is a text encoder's; two with the same one have the same answer. ``state`` are the settings
+    of torch with which the call is made, where they are not the hub's.
     """
 
     coroutine: Coroutine
     call: Call
     anatomy: Anatomy | None
     prompt: Hashable | None
+    state: ThreadState | None
 
 
 @dataclass(slots=True)
@@ -182,11 +185,11 @@ class Hub:
             anatomy = self._anatomist.dissect(call) if mergeable else None
             if anatomy is not None and anatomy.key in self._apart:
                 anatomy = None
-            return Waiting(coroutine, call, anatomy, prompt_key(call) if self._cache else None)
+            return Waiting(coroutine, call, anatomy, prompt_key(call) if self._cache else None, coroutine.state)
         except Exception:  # arguments of any kind come by here, and the loop serves everybody
             log.warning("the arguments of %s cannot be compared", call.name, exc_info=True)
             self._never_merge_again(call.name, "its arguments cannot be compared")
-            return Waiting(coroutine, call, None, None)
+            return Waiting(coroutine, call, None, None, coroutine.state)
 
     def _next_group(self) -> list[Waiting]:
         """The first in line and all that may join it, taken out of the line."""
@@ -198,10 +201,11 @@ class Hub:
         most = min(self.max_tokens, self._token_caps.get(name, self.max_tokens))
         positions, prompts, left = first.positions, {self._prompt(group[0])}, deque[Waiting]()
         uses = self._uses(group[0]) if name in self._unmixed else None
+        state = group[0].state
         for other in self._waiting:
             part = other.anatomy
             fits = part is not None and part.key == first.key and positions + part.positions <= most
-            fits = fits and (uses is None or self._uses(other) == uses)
+            fits = fits and other.state == state and (uses is None or self._uses(other) == uses)
             asked_already = other.prompt is not None and self._prompt(other) in prompts
             if part is None or not fits or asked_already or len(group) == self.max_batch:
                 left.append(other)
@@ -225,7 +229,7 @@ class Hub:
             return Outcome(cached)
         self.counters.forwards += 1
         try:
-            with self._adapted([waiting]):
+            with _settings(waiting), self._adapted([waiting]):
                 value = waiting.call.run()
         except Exception as error:  # noqa: BLE001  # goes to the coroutine that made the call
             return Outcome(error=error)
@@ -263,7 +267,7 @@ class Hub:
     def _run(self, group: list[Waiting], parts: list[Anatomy]) -> Any:
         """The output of one forward with the rows of ``group``."""
         args, kwargs = merge(parts)
-        with self._adapted(group):
+        with _settings(group[0]), self._adapted(group):
             output = group[0].call.function(*args, **kwargs)
         self.counters.forwards += 1
         return output
@@ -304,10 +308,11 @@ class Hub:
             self._cache.put(self._prompt(waiting), value, exact=exact)
 
     def _prompt(self, waiting: Waiting) -> Hashable | None:
-        """By what a text encoder's answer is known: what it was asked, and the adapters that it has."""
+        """By what a text encoder's answer is known: what it was asked, its adapters, and torch's settings."""
         if waiting.prompt is None:
             return None
-        return waiting.prompt, tuple((adapter.number, strength) for adapter, strength in self._uses(waiting))
+        uses = tuple((adapter.number, strength) for adapter, strength in self._uses(waiting))
+        return waiting.prompt, uses, waiting.state
 
     def _uses(self, waiting: Waiting) -> Uses:
         if self._adapters is None:
@@ -328,3 +333,8 @@ class Hub:
         for waiting in self._waiting:
             if waiting.call.name == name:
                 waiting.anatomy = None
+
+
+def _settings(waiting: Waiting) -> AbstractContextManager[None]:
+    """Around a forward: the settings of torch that the request has made."""
+    return nullcontext() if waiting.state is None else within(waiting.state)

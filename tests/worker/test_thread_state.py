@@ -1,0 +1,172 @@
+"""What a pipeline sets in torch around a call reaches that call, and no other request, however the request ends."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
+
+from safelight.worker.call import Call, cross
+from safelight.worker.coroutine import Cancelled, Coroutine
+from safelight.worker.hub import Hub
+from safelight.worker.prompt_cache import PromptCache
+from safelight.worker.thread_state import thread_state
+
+ONES = torch.ones(2, 3)
+
+
+class Sixes(TorchFunctionMode):
+    """Makes every product six times as large."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = function(*args, **(kwargs or {}))
+        return made * 6 if function is torch.mm else made
+
+
+class DefaultDtype:
+    def __enter__(self) -> None:
+        torch.set_default_dtype(torch.float64)
+
+    def __exit__(self, *_: object) -> None:
+        torch.set_default_dtype(torch.float32)
+
+
+CONTEXTS: dict[str, Callable[[], AbstractContextManager[Any]]] = {
+    "autocast": lambda: torch.autocast("cpu", dtype=torch.bfloat16),
+    "autocast without a cache": lambda: torch.autocast("cpu", dtype=torch.bfloat16, cache_enabled=False),
+    "inference": torch.inference_mode,
+    "gradients": torch.enable_grad,
+    "device": lambda: torch.device("meta"),
+    "function mode": Sixes,
+    "default dtype": DefaultDtype,
+    "attention kernel": lambda: sdpa_kernel([SDPBackend.MATH]),
+}
+
+
+def component(x: torch.Tensor) -> tuple[Any, ...]:
+    """What a component can see of its surroundings."""
+    product = torch.mm(x, x.T)
+    fresh = torch.ones(1)
+    kernels = torch.backends.cuda.flash_sdp_enabled()
+    seen = (product.dtype, product.is_inference(), float(product.sum()) if product.device.type == "cpu" else None)
+    return (*seen, fresh.dtype, fresh.device, torch.is_grad_enabled(), kernels)
+
+
+def call(method: str = "look") -> Any:
+    return cross(Call("text_encoder", method, component, (ONES,), {}))
+
+
+def body(context: Callable[[], AbstractContextManager[Any]]) -> Callable[[], list[Any]]:
+    def run() -> list[Any]:
+        seen = [call()]
+        with context():
+            seen += [call(), call()]
+        return [*seen, call()]
+
+    return run
+
+
+@pytest.fixture(autouse=True)
+def as_in_a_worker() -> Iterator[None]:
+    with torch.no_grad():
+        yield
+
+
+def drain(hub: Hub) -> None:
+    while hub.busy:
+        hub.turn()
+
+
+def plainly(context: Callable[[], AbstractContextManager[Any]]) -> list[Any]:
+    """What the component sees without a hub."""
+    outside = component(ONES)
+    with context():
+        inside = component(ONES)
+    return [outside, inside, inside, outside]
+
+
+@pytest.mark.parametrize("name", CONTEXTS)
+def test_a_context_around_a_call_reaches_the_call_and_nobody_else(name: str) -> None:
+    neutral, hub = thread_state(), Hub(max_batch=4, max_tokens=100, mode="interleaved")
+    first, second, other = (Coroutine(body(made), lambda _: None) for made in (CONTEXTS[name],) * 2 + (nullcontext,))
+    seen = []
+    for coroutine in (first, other, second):
+        hub.start(coroutine)
+    while hub.busy:
+        hub.turn()
+        seen.append(thread_state())
+    assert first.result == second.result == plainly(CONTEXTS[name])
+    assert other.result == plainly(nullcontext)
+    assert set(seen) == {neutral}
+
+
+@pytest.mark.parametrize("name", CONTEXTS)
+def test_two_that_overlap_and_one_that_is_cancelled_leave_no_setting_behind(name: str) -> None:
+    neutral, hub = thread_state(), Hub(max_batch=4, max_tokens=100, mode="interleaved")
+    coroutines = [Coroutine(body(CONTEXTS[name]), lambda _: None) for _ in range(3)]
+    for coroutine in coroutines:
+        hub.start(coroutine)
+    for _ in range(5):
+        hub.turn()
+    hub.cancel(coroutines[0])
+    drain(hub)
+    assert isinstance(coroutines[0].error, Cancelled)
+    assert coroutines[1].result == coroutines[2].result == plainly(CONTEXTS[name])
+    assert thread_state() == neutral
+
+
+def test_a_setting_that_is_made_and_never_taken_back_ends_with_its_request() -> None:
+    def run() -> Any:
+        torch.set_default_dtype(torch.float64)
+        torch.set_grad_enabled(True)
+        torch.set_default_device("meta")
+        torch.autocast("cpu", dtype=torch.bfloat16).__enter__()
+        return call()
+
+    neutral, hub = thread_state(), Hub(max_batch=4, max_tokens=100)
+    setting = Coroutine(run, lambda _: None)
+    hub.start(setting)
+    drain(hub)
+    assert setting.error is None
+    assert setting.result[3:6] == (torch.float64, torch.device("meta"), True)
+    assert thread_state() == neutral
+
+
+def test_answers_in_autocast_are_not_given_to_who_asks_without() -> None:
+    hub = Hub(max_batch=4, max_tokens=100, cache=PromptCache(10**6))
+
+    def encoder(x: torch.Tensor) -> torch.Tensor:
+        return torch.mm(x, x.T)
+
+    def run(context: AbstractContextManager[Any]) -> Any:
+        with context:
+            return cross(Call("text_encoder", "__call__", encoder, (ONES,), {})).dtype
+
+    contexts = [torch.autocast("cpu", dtype=torch.bfloat16), nullcontext(), torch.autocast("cpu", dtype=torch.bfloat16)]
+    coroutines = [Coroutine(lambda one=one: run(one), lambda _: None) for one in contexts]
+    for coroutine in coroutines:
+        hub.start(coroutine)
+    drain(hub)
+    assert [coroutine.result for coroutine in coroutines] == [torch.bfloat16, torch.float32, torch.bfloat16]
+
+
+def test_calls_with_the_same_settings_still_meet() -> None:
+    sizes, hub = [], Hub(max_batch=4, max_tokens=100)
+
+    def denoiser(x: torch.Tensor) -> torch.Tensor:
+        sizes.append(len(x))
+        return x * 2
+
+    def run() -> Any:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return cross(Call("transformer", "__call__", denoiser, (ONES,), {}))
+
+    for coroutine in [Coroutine(run, lambda _: None) for _ in range(2)]:
+        hub.start(coroutine)
+    drain(hub)
+    assert sizes == [4]
