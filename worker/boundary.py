@@ -1,40 +1,63 @@
 """The boundary: what stands in a pipeline's fork where the component stood.
 
 It looks like the component in every way that a pipeline can ask for (class, attributes, configuration), and turns
-each call that carries tensors into a :class:`Call` for the hub.
+each call that carries tensors into a :class:`Call` for the hub. Whatever can write to the component goes through it, so
+that the fork's changes stay the fork's own (:class:`Changes`).
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
+from types import GeneratorType
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
+from .anatomy import MERGEABLE_METHODS
 from .call import Call, cross
-
-_CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential, nn.ParameterList, nn.ParameterDict)
+from .changes import Changes
 
 Crossing = Callable[[Call], Any]
+
+_READS = frozenset(
+    {
+        *("parameters", "named_parameters", "buffers", "named_buffers", "state_dict", "get_parameter", "get_buffer"),
+        *("modules", "named_modules", "children", "named_children", "get_submodule", "keys", "values", "items"),
+        *("get_input_embeddings", "get_output_embeddings", "num_parameters"),
+        *("cache_context", "_reset_stateful_cache"),  # of a step cache's hooks, which are their setter's
+    }
+)
+"""Methods without tensors that write nothing. Any other may, and is watched."""
+
+_PLAIN = (torch.dtype, torch.device, str, int, float, bool, tuple, type(None))
 
 
 class Boundary:
     """Stands for ``module`` under the dotted name ``path``; ``crossing`` is what happens to its calls.
 
-    Reading an attribute reads the module's, with sub-modules behind boundaries of their own. Writing one writes to the
-    shared module, as the pipeline's author meant it; the self-test finds pipelines that this makes unfit to share.
+    Reading an attribute reads the module's, with modules behind boundaries of their own. ``component`` is the
+    pipeline's component that the module belongs to.
     """
 
-    __slots__ = ("_crossing", "_module", "_path")
+    __slots__ = ("_changes", "_component", "_crossing", "_module", "_path")
 
-    def __init__(self, module: nn.Module, path: str, crossing: Crossing = cross) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        path: str,
+        crossing: Crossing = cross,
+        changes: Changes | None = None,
+        component: nn.Module | None = None,
+    ) -> None:
         object.__setattr__(self, "_module", module)
         object.__setattr__(self, "_path", path)
         object.__setattr__(self, "_crossing", crossing)
+        object.__setattr__(self, "_changes", Changes() if changes is None else changes)
+        object.__setattr__(self, "_component", module if component is None else component)
 
     @property  # type: ignore[misc]  # isinstance() asks for __class__, which a property may answer
     def __class__(self) -> type:
@@ -42,24 +65,104 @@ class Boundary:
 
     def __getattr__(self, name: str) -> Any:
         value = getattr(self._module, name)
-        if isinstance(value, nn.Module) and not isinstance(value, _CONTAINERS):
-            return Boundary(value, f"{self._path}.{name}", self._crossing)
+        if isinstance(value, _PLAIN):
+            return value
+        if isinstance(value, nn.Module):
+            return self._behind(value, name)
         if inspect.ismethod(value) and value.__self__ is self._module:
             method = partial(self._call_method, name, value)
             vars(method)["__wrapped__"] = value  # some pipelines look at a method's signature
             return method
+        self._changes.watch_value(value, self._component)
         return value
 
     def __setattr__(self, name: str, value: Any) -> None:
-        setattr(self._module, name, value)
+        self._may_write(name)
+        setattr(self._module, name, _without_boundaries(value))
+
+    def __delattr__(self, name: str) -> None:
+        self._may_write(name)
+        delattr(self._module, name)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self._crossing(Call(self._path, "__call__", self._module, args, kwargs))
+        return self._cross("__call__", self._module, args, kwargs)
+
+    def __bool__(self) -> bool:
+        return bool(self._module)
+
+    def __len__(self) -> int:
+        return len(self._module)
+
+    def __iter__(self) -> Iterator[Any]:
+        return (self._wrapped(part) for part in self._module)
+
+    def __contains__(self, part: object) -> bool:
+        return _without_boundaries(part) in self._module
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._wrapped(self._module[index])
+
+    def __setitem__(self, index: Any, part: Any) -> None:
+        self._changes.watch(self._module, self._component, below=True)
+        self._module[index] = _without_boundaries(part)
+
+    def __delitem__(self, index: Any) -> None:
+        self._changes.watch(self._module, self._component, below=True)
+        del self._module[index]
+
+    def __eq__(self, other: object) -> bool:
+        return self._module is _without_boundaries(other)
+
+    def __hash__(self) -> int:
+        return hash(self._module)
 
     def __repr__(self) -> str:
         return f"Boundary({self._path}: {type(self._module).__name__})"
 
     def _call_method(self, name: str, method: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
-        if not any(isinstance(leaf, torch.Tensor) for leaf in pytree.tree_leaves((args, kwargs))):
-            return method(*args, **kwargs)
-        return self._crossing(Call(self._path, name, method, args, kwargs))
+        if any(isinstance(leaf, torch.Tensor) for leaf in pytree.tree_leaves((args, kwargs))):
+            return self._cross(name, method, args, kwargs)
+        if name not in _READS:
+            self._changes.watch(self._module, self._component, below=True)
+        args, kwargs = _without_boundaries((args, kwargs))
+        return self._wrapped(method(*args, **kwargs))
+
+    def _cross(self, name: str, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        call = Call(self._path, name, function, args, kwargs)
+        writes = None if name in MERGEABLE_METHODS else self._module
+        return self._changes.cross(call, self._crossing, self._component, writes)
+
+    def _may_write(self, name: str) -> None:
+        """A property's setter may write anywhere, any other attribute is the module's own."""
+        below = hasattr(type(self._module), name)
+        self._changes.watch(self._module, self._component, below=below)
+
+    def _behind(self, module: nn.Module, name: str) -> Boundary:
+        return Boundary(module, f"{self._path}.{name}", self._crossing, self._changes, self._component)
+
+    def _wrapped(self, value: Any) -> Any:
+        """What a method returned, with modules behind boundaries."""
+        if isinstance(value, nn.Module):
+            return self if value is self._module else self._behind(value, self._name_of(value))
+        if isinstance(value, GeneratorType):
+            return (self._wrapped(element) for element in value)
+        if type(value) in (tuple, list):
+            return type(value)(self._wrapped(element) for element in value)
+        if type(value) is dict:
+            return {name: self._wrapped(element) for name, element in value.items()}
+        return value
+
+    def _name_of(self, module: nn.Module) -> str:
+        found = next((name for name, part in self._module.named_modules() if part is module), None)
+        return type(module).__name__ if found is None else found
+
+
+def _without_boundaries(value: Any) -> Any:
+    """``value`` with the modules themselves where a boundary stands for one."""
+    if type(value) is Boundary:
+        return value._module
+    if type(value) in (tuple, list):
+        return type(value)(_without_boundaries(element) for element in value)
+    if type(value) is dict:
+        return {name: _without_boundaries(element) for name, element in value.items()}
+    return value

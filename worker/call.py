@@ -3,10 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from greenlet import getcurrent
+
+
+class OwnState(Protocol):
+    """What the fork that makes a call has changed in the components."""
+
+    def aside(self) -> AbstractContextManager[None]:
+        """Around what must find the components as they are for everybody."""
 
 
 @dataclass(slots=True, eq=False)
@@ -14,7 +22,8 @@ class Call:
     """``component.method(*args, **kwargs)``, not yet made.
 
     ``component`` is the dotted name below the pipeline ("transformer", "text_encoder.model"), ``function`` the real
-    bound method.
+    bound method. ``changes`` are those that its fork has made; a call that needs them is made in a context of
+    ``around``, and for nobody else.
     """
 
     component: str
@@ -22,6 +31,8 @@ class Call:
     function: Callable[..., Any]
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
+    changes: OwnState | None = None
+    around: Callable[[], AbstractContextManager[None]] | None = None
 
     @property
     def name(self) -> str:
@@ -29,7 +40,8 @@ class Call:
 
     def run(self) -> Any:
         """Make the call with exactly the arguments that the pipeline gave."""
-        return self.function(*self.args, **self.kwargs)
+        with nullcontext() if self.around is None else self.around():
+            return self.function(*self.args, **self.kwargs)
 
 
 def cross(call: Call) -> Any:

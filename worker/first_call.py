@@ -15,8 +15,7 @@ from diffusers import DiffusionPipeline
 from PIL import Image as pillow
 
 from .call import Call
-from .fork import fork
-from .module_state import ModuleState
+from .fork import Fork
 
 log = logging.getLogger(__name__)
 
@@ -45,17 +44,15 @@ def variables_at_first_call(
     def stop(_: Call) -> Any:
         raise _Begun(_variables(sys._getframe(), code))
 
-    state = ModuleState(pipeline)
     try:
-        fork(pipeline, stop)(**given, **arguments)
+        with Fork(pipeline, stop) as forked:
+            forked(**given, **arguments)
         return {}
     except _Begun as begun:
         return begun.variables
     except Exception as error:  # noqa: BLE001  # pipelines refuse arguments by errors of any kind
         log.debug("%s does not begin with %s: %r", type(pipeline).__name__, arguments, error)
         return None
-    finally:
-        state.restore()  # some change their components before they call one
 
 
 def _variables(frame: FrameType | None, code: CodeType) -> dict[str, Any]:

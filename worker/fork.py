@@ -1,13 +1,14 @@
 """A request's own copy of the pipeline.
 
-The copy is shallow: configuration, tokenizers and processors are shared. Schedulers and guiders are copied, as they
-keep the state of a denoising loop, and components stand behind boundaries. Whatever a pipeline writes to itself stays
-with the fork.
+The copy is shallow: processors are shared. Schedulers and guiders are copied, as they keep the state of a denoising
+loop; so are the attributes of tokenizers and the tables of the pipeline, which some pipelines write to. Components
+stand behind boundaries. Whatever a pipeline writes to itself or to a component stays with the fork.
 """
 
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 from diffusers import ConfigMixin, DiffusionPipeline
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
@@ -15,21 +16,49 @@ from torch import nn
 
 from .boundary import Boundary, Crossing
 from .call import cross
+from .changes import Changes
+from .module_state import is_stateful
 
 
-def fork(pipeline: DiffusionPipeline, crossing: Crossing = cross) -> DiffusionPipeline:
-    """A copy of ``pipeline`` whose calls to its components go through ``crossing``."""
-    copied = copy.copy(pipeline)
-    for name, component in pipeline.components.items():
-        if isinstance(component, nn.Module):
-            # not setattr: the pipeline's own would write the change into the configuration that all forks share
-            vars(copied)[name] = Boundary(component, name, crossing)
-        elif isinstance(component, ConfigMixin):  # schedulers and guiders
-            vars(copied)[name] = copy.deepcopy(component)
-    return copied
+class Fork:
+    """A copy of ``pipeline``, for one call in a ``with`` block, whose calls to its components go through ``crossing``.
+
+    ``watches_all`` is for pipelines that keep state where the boundary does not see it.
+    """
+
+    def __init__(self, pipeline: DiffusionPipeline, crossing: Crossing = cross, *, watches_all: bool = False) -> None:
+        modules = [part for part in pipeline.components.values() if isinstance(part, nn.Module)]
+        self.changes = Changes(modules if watches_all else ())
+        self._pipeline = copy.copy(pipeline)
+        own = vars(self._pipeline)
+        own |= {name: value.copy() for name, value in own.items() if type(value) in (dict, list, set)}
+        for name, component in pipeline.components.items():
+            if isinstance(component, nn.Module):
+                # not setattr: the pipeline's own would write the change into the configuration that all forks share
+                own[name] = Boundary(component, name, crossing, self.changes)
+            elif isinstance(component, ConfigMixin):  # schedulers and guiders
+                own[name] = copy.deepcopy(component)
+            elif is_stateful(component):
+                own[name] = _with_own_attributes(component)
+
+    def __enter__(self) -> DiffusionPipeline:
+        self.changes.show()
+        return self._pipeline
+
+    def __exit__(self, *_: object) -> None:
+        if self.changes.shown:
+            self.changes.hide()
 
 
 def schedulers(pipeline: DiffusionPipeline) -> list[SchedulerMixin]:
     """The schedulers among the pipeline's components that take denoising steps."""
     found = [value for value in pipeline.components.values() if isinstance(value, SchedulerMixin)]
     return [scheduler for scheduler in found if hasattr(scheduler, "step")]
+
+
+def _with_own_attributes(component: Any) -> Any:
+    """A tokenizer or processor with the same contents; not its class's own copy, which may read its files again."""
+    copied = object.__new__(type(component))
+    tables = {name: value.copy() for name, value in vars(component).items() if type(value) is dict and len(value) < 100}
+    vars(copied).update(vars(component) | tables)
+    return copied

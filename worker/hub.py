@@ -10,8 +10,8 @@ from __future__ import annotations
 import logging
 import zlib
 from collections import deque
-from collections.abc import Hashable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Hashable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -132,6 +132,14 @@ class Hub:
             self._waiting.remove(waiting)
             self._continue(coroutine, coroutine.throw(Cancelled()))
 
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """Around an operation: it finds the components without what requests in progress have changed in them."""
+        with ExitStack() as stack:
+            for changes in {waiting.call.changes for waiting in self._waiting if waiting.call.changes is not None}:
+                stack.enter_context(changes.aside())
+            yield
+
     def forget_answers(self) -> None:
         """Every answer that is kept was made by weights that may have changed."""
         if self._cache is not None:
@@ -180,6 +188,8 @@ class Hub:
 
     def _examined(self, coroutine: Coroutine, call: Call) -> Waiting:
         """The call with what decides its company. One that cannot be examined runs alone, and says so once."""
+        if call.around is not None:  # by what its own fork has changed, so that it is nobody else's call
+            return Waiting(coroutine, call, None, None, coroutine.state)
         mergeable = self.mode == "merged" and not coroutine.alone and call.name not in self.unmergeable
         try:
             anatomy = self._anatomist.dissect(call) if mergeable else None

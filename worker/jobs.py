@@ -214,7 +214,13 @@ class Jobs:
     def _preview(self, sample: SampleRun, step: Step) -> None:
         job = self._jobs[sample.request.request_id]
         try:
-            pixels = preview(sample.task, sample.arguments(), step.clean_estimate())
+            with sample.aside():
+                pixels = preview(
+                    sample.task,
+                    sample.arguments(),
+                    step.clean_estimate(),
+                    watches_all=sample.watches_all,
+                )
             picture = _widened(pixels if pixels.ndim == 3 else pixels[0])
         except torch.AcceleratorError:
             raise

@@ -20,7 +20,6 @@ from ..protocol.errors import InvalidRequest, StartFailed
 from ..protocol.messages import BatchingMode, Generate, ImageTask, ModelInfo
 from ..protocol.models import resolve_model
 from .frame_rate import frame_rate
-from .module_state import ModuleState
 from .parallel.ranks import ALONE, Ranks
 from .published import Published, read_published
 from .rollout.sampling import why_no_rollouts
@@ -60,8 +59,6 @@ class Model:
     image: Task | None = None
     no_image: str = "it was not tried"
     weight_version: str = INITIAL_VERSION
-    pristine: ModuleState | None = None
-    """What the modules are restored to after each request; only for pipelines that change them."""
 
     @property
     def main(self) -> Task:

@@ -14,7 +14,7 @@ from diffusers.utils import BaseOutput
 from torch.utils import _pytree as pytree
 
 from .call import Call, cross
-from .fork import fork, schedulers
+from .fork import Fork, schedulers
 from .sample import first_output
 from .sizes import DENOISERS
 from .steps import answer_steps
@@ -23,19 +23,20 @@ from .task import Task
 _SCHEDULE = ("num_inference_steps", "timesteps", "sigmas")
 
 
-def preview(task: Task, arguments: dict[str, Any], latents: torch.Tensor) -> torch.Tensor:
+def preview(task: Task, arguments: dict[str, Any], latents: torch.Tensor, *, watches_all: bool = False) -> torch.Tensor:
     """The picture [C, H, W] or clip [F, C, H, W] that ``latents`` decode to, float in [0, 1].
 
     Runs in the caller's coroutine, so a sample waits for its own previews and nobody else does. ``arguments`` are those
-    of the sample's own call; ``latents`` are as its scheduler's ``step`` returns them.
+    of the sample's own call; ``latents`` are as its scheduler's ``step`` returns them. ``watches_all`` is the
+    fork's.
     """
-    pipeline = fork(task.pipeline, _cross_without_denoiser)
-    for scheduler in schedulers(pipeline):
-        answer_steps(scheduler, latents)
     once = {name: value for name, value in arguments.items() if name not in _SCHEDULE}
     if "strength" in task.arguments:
         once["strength"] = 1.0  # less would leave no step at all
-    return first_output(pipeline(**once, num_inference_steps=1))
+    with Fork(task.pipeline, _cross_without_denoiser, watches_all=watches_all) as pipeline:
+        for scheduler in schedulers(pipeline):
+            answer_steps(scheduler, latents)
+        return first_output(pipeline(**once, num_inference_steps=1))
 
 
 def _cross_without_denoiser(call: Call) -> Any:

@@ -164,7 +164,9 @@ class Replica:
                     case SetPaused(paused=paused):
                         hub.paused = paused
                     case Perform():
-                        self._send(operations.perform(message))
+                        with hub.aside():
+                            performed = operations.perform(message)
+                        self._send(performed)
                         jobs.set_version(model.weight_version)
             if not operations.holds:
                 hub.turn()

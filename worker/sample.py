@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,7 +22,7 @@ from .arguments import as_declared
 from .call import Call, cross
 from .coroutine import Coroutine
 from .failure import NothingMade
-from .fork import fork, schedulers
+from .fork import Fork, schedulers
 from .input_images import image_arguments
 from .lora.adapters import Wanted
 from .model import Model
@@ -52,7 +53,8 @@ class Clock:
 class SampleRun:
     """Sample ``index`` of ``request`` as a coroutine.
 
-    ``stepped`` hears of each denoising step, inside the coroutine; ``done`` of its end, in the hub.
+    ``stepped`` hears of each denoising step, inside the coroutine; ``done`` of its end, in the hub. ``watches_all`` is
+    its fork's; that of a request with the hub to itself is so anyway.
     """
 
     def __init__(
@@ -63,6 +65,8 @@ class SampleRun:
         stepped: Callable[[SampleRun, Step], None],
         done: Callable[[SampleRun], None],
         wanted: Wanted = None,
+        *,
+        watches_all: bool = False,
     ) -> None:
         self.request = request
         self.index = index
@@ -75,12 +79,14 @@ class SampleRun:
         """Of a clip that has one, once it has ended."""
         self._model = model
         self._stepped = stepped
+        self._fork: Fork | None = None
         self._environment: Environment | None = None
         self._shapes: list[torch.Size] | None = None  # that the denoiser's first call must have
         self._versions: set[str] = set()  # by which the denoiser answered since the last step
         self._step_versions: list[str | None] = []
         mode = model.batching_mode(request)
         alone, exclusive = request.deterministic or mode != "merged", mode == "serial"
+        self.watches_all = watches_all or exclusive
         self.coroutine = Coroutine(self._run, lambda _: done(self), alone=alone, exclusive=exclusive, wanted=wanted)
 
     @property
@@ -123,19 +129,19 @@ class SampleRun:
     def _run(self) -> torch.Tensor:
         request_id_var.set(self.request.request_id)  # of this coroutine's own context
         self.clock.started = time.perf_counter()
-        pipeline = fork(self.task.pipeline, self._cross)
         arguments = self.arguments()
+        self._fork = Fork(self.task.pipeline, self._cross, watches_all=self.watches_all)
         try:
-            if self.request.rollout is not None:
-                return self._roll_out(self.request.rollout, pipeline, arguments)
-            for scheduler in schedulers(pipeline):
-                watch_steps(scheduler, self._saw)
-            output = pipeline(**arguments)
-            self.sound = first_sound(self.task.pipeline, output)
-            return first_output(output)
+            with self._fork as pipeline:
+                if self.request.rollout is not None:
+                    return self._roll_out(self.request.rollout, pipeline, arguments)
+                for scheduler in schedulers(pipeline):
+                    watch_steps(scheduler, self._saw)
+                output = pipeline(**arguments)
+                self.sound = first_sound(self.task.pipeline, output)
+                return first_output(output)
         finally:
-            if self.coroutine.exclusive and self._model.pristine is not None:
-                self._model.pristine.restore()
+            self._fork = None
 
     def _roll_out(self, rollout: Rollout, pipeline: DiffusionPipeline, arguments: dict[str, Any]) -> torch.Tensor:
         if (reason := why_no_rollouts(pipeline)) is not None:
@@ -143,7 +149,8 @@ class SampleRun:
         (scheduler,) = schedulers(pipeline)
         self._environment = Environment(likely_scales(pipeline, arguments)) if rollout.returns_environment else None
         if rollout.initial_noise:
-            self._shapes = usual_shapes(self.task.pipeline, arguments, self.seed)
+            with self.aside():
+                self._shapes = usual_shapes(self.task.pipeline, arguments, self.seed)
         sampler = RolloutSampler(scheduler, rollout, arguments["generator"], self._took_step)
         watch_steps(scheduler, self._saw, sampler.step)
         pixels = first_output(pipeline(**arguments))
@@ -161,6 +168,11 @@ class SampleRun:
             "log_prob_reduction": "mean",
         }
         return pixels
+
+    def aside(self) -> AbstractContextManager[None]:
+        """Around another call of the pipeline in this sample's coroutine, which finds the components unchanged."""
+        assert self._fork is not None, "it runs"
+        return self._fork.changes.aside()
 
     def _cross(self, call: Call) -> Any:
         if self._shapes is not None and call.name in DENOISERS:

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from diffusers import DiffusionPipeline
+from torch import nn
 
 from ..protocol.config import Config
 from ..protocol.errors import StartFailed
 from ..protocol.messages import Batching, BatchingMode
 from ..protocol.self_test import SelfTestResult, TaskResult
+from .changes import Changes
 from .image_pipelines import DoesNotFit, for_images, needs_image, on_components
 from .model import Model
-from .module_state import ModuleState
 from .task import Task, new_task
 from .trial import DoesNotRun, Trial, Verdict
 
@@ -40,18 +42,16 @@ class SelfTest:
 
     def run(self) -> Found:
         """Raises ``StartFailed`` when the pipeline does not run at all."""
-        pristine = ModuleState(self._model.pipeline)
-        text = self._text()
-        pristine.restore()  # a trial may have left its traces
-        verdicts = [verdict for verdict in (text, self._image()) if verdict is not None]
+        with self._untraced():
+            text = self._text()
+        with self._untraced():
+            image = self._image()
+        verdicts = [verdict for verdict in (text, image) if verdict is not None]
         if not verdicts:
             raise StartFailed(
                 f"The pipeline {type(self._model.pipeline).__name__} was loaded but makes nothing from a prompt "
                 f"({self._no_text}), and nothing from an image ({self._model.no_image})."
             )
-        pristine.restore()
-        if any(verdict.mode == "serial" for verdict in verdicts):
-            self._model.pristine = pristine
         return _together(verdicts)
 
     def result(self, found: Found) -> SelfTestResult:
@@ -71,28 +71,34 @@ class SelfTest:
         Raises ``StartFailed`` when it does not.
         """
         model = self._model
-        pristine = ModuleState(model.pipeline)
-        tasks: list[Task] = []
         if result.image is not None:
             cls = next(cls for cls in for_images(type(model.pipeline)) if cls.__name__ == result.image.pipeline)
             model.image = new_task(on_components(cls, model.pipeline), self._config, model.published.defaults)
-            tasks.append(_recalled(model.image, result.image))
+            _recall(model.image, result.image)
         if result.text is not None:
             assert model.text is not None
-            tasks.append(_recalled(model.text, result.text))
+            _recall(model.text, result.text)
         else:
             model.text = None
         model.no_image = result.no_image
         try:
-            Trial(model, self._config, self._report, images=model.text is None).run_once()
+            with self._untraced():
+                Trial(model, self._config, self._report, images=model.text is None).run_once()
         except DoesNotRun as error:
             raise StartFailed(
                 f"The pipeline {type(model.pipeline).__name__} ran before and does not now ({error})."
             ) from None
-        pristine.restore()
-        if any(task.batching.mode == "serial" for task in tasks):
-            model.pristine = pristine
         return Found(result.mode, result.unmergeable)
+
+    @contextmanager
+    def _untraced(self) -> Iterator[None]:
+        """Around a trial, which may leave its traces in the components."""
+        traces = Changes(part for part in self._model.pipeline.components.values() if isinstance(part, nn.Module))
+        traces.show()
+        try:
+            yield
+        finally:
+            traces.hide()
 
     def _text(self) -> Verdict | None:
         assert self._model.text is not None
@@ -143,14 +149,13 @@ def _task_result(task: Task | None) -> TaskResult | None:
     )
 
 
-def _recalled(task: Task, result: TaskResult) -> Task:
+def _recall(task: Task, result: TaskResult) -> None:
     task.output_type, task.several_images = result.output_type, result.several_images
     task.supports_preview, task.batching, task.tried_size = (
         result.supports_preview,
         result.batching,
         dict(result.tried_size),
     )
-    return task
 
 
 def _together(verdicts: list[Verdict]) -> Found:

@@ -41,15 +41,15 @@ def _modes() -> tuple[Any, ...]:
     if not torch._C._len_torch_function_stack():
         return ()
     context = vars(torch._GLOBAL_DEVICE_CONTEXT).get("device_context")
-    return (_device.CURRENT_DEVICE, context, *_get_current_function_mode_stack())
+    return (_device.CURRENT_DEVICE, context, *_get_current_function_mode_stack())  # type: ignore[no-untyped-call]
 
 
 def _set_modes(found: tuple[Any, ...]) -> None:
     for _ in range(torch._C._len_torch_function_stack()):
-        _pop_mode()
+        _pop_mode()  # type: ignore[no-untyped-call]
     _device.CURRENT_DEVICE, torch._GLOBAL_DEVICE_CONTEXT.device_context, *modes = found or (None, None)
     for mode in modes:
-        _push_mode(mode)
+        _push_mode(mode)  # type: ignore[no-untyped-call]
 
 
 _SETTINGS: tuple[tuple[Callable[[], Any], Callable[[Any], Any]], ...] = (
@@ -81,7 +81,7 @@ class Swap:
         if old[0] != new[0]:
             # the only way to set this one is to enter a context, and to leave it is to come back
             self._inference = torch._C._InferenceMode(new[0])
-            self._inference.__enter__()
+            self._inference.__enter__()  # type: ignore[no-untyped-call]
             old = thread_state()  # which it changes
         _set(old, new)
 

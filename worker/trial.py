@@ -19,7 +19,7 @@ from ..protocol.codec import Buffer
 from ..protocol.config import Config
 from ..protocol.messages import BatchingMode, Generate, Image, Sample
 from .coroutine import Coroutine
-from .fork import fork
+from .fork import Fork
 from .hub import Hub
 from .model import Model
 from .preview import preview
@@ -173,7 +173,11 @@ class Trial:
 
     def _pictures(self, hub: Hub, indices: Sequence[int] = range(len(_PROMPTS))) -> list[torch.Tensor]:
         """Run the small requests ``indices`` on ``hub``. Raises ``_SampleFailed`` with what one of them raised."""
-        runs = [SampleRun(self._model, self._request(index), 0, self._remember, lambda _: None) for index in indices]
+        watches_all = hub.mode == "serial"
+        runs = [
+            SampleRun(self._model, self._request(index), 0, self._remember, lambda _: None, watches_all=watches_all)
+            for index in indices
+        ]
         for run in runs:
             hub.start(run.coroutine)
         while hub.busy:
@@ -223,7 +227,7 @@ class Trial:
         run = SampleRun(self._model, both, 0, lambda *_: None, lambda _: None)
         self._task.several_images = True
         try:
-            made = self._alone(lambda: outputs(fork(self._task.pipeline)(**run.arguments())))
+            made = self._alone(lambda: self._outputs(run))
         except _SampleFailed as failed:
             log.info("two images do not make one output (%r)", failed.error)
             return False
@@ -234,6 +238,10 @@ class Trial:
         return made[0].shape != self._first.shape or bool(
             (made[0].float().cpu() - self._first).abs().max() > FP32_TOLERANCE
         )
+
+    def _outputs(self, run: SampleRun) -> list[torch.Tensor]:
+        with Fork(self._task.pipeline) as pipeline:
+            return outputs(pipeline(**run.arguments()))
 
     def _alone(self, function: Callable[[], Any]) -> Any:
         """What ``function`` returns as the only coroutine. Raises ``_SampleFailed`` with what it raised."""

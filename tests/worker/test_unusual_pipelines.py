@@ -20,7 +20,7 @@ from safelight.protocol.errors import InvalidRequest
 from safelight.protocol.messages import Generate, Image, Sample
 from safelight.worker.hub import Hub
 from safelight.worker.model import Model, load_model
-from safelight.worker.sample import SampleRun
+from safelight.worker.sample import SampleRun, first_output
 from safelight.worker.self_test import SelfTest
 
 INITIALISE = diffusers.StableDiffusionImg2ImgPipeline.__init__
@@ -111,3 +111,106 @@ def test_a_pipeline_for_images_that_cannot_be_made_does_not_end_the_one_for_text
     model = tested("StableDiffusionPipeline")
     assert model.text is not None
     assert (model.image, "it wants another encoder" in model.no_image) == (None, True)
+
+
+def asked(index: int, **extra: object) -> Generate:
+    samples, side = [Sample("a red circle", seed=index)], 64
+    return Generate(
+        request_id=str(index),
+        samples=samples,
+        num_inference_steps=2,
+        width=side,
+        height=side,
+        deterministic=True,
+        extra=extra,
+    )
+
+
+def run_of(model: Model, request: Generate) -> SampleRun:
+    return SampleRun(model, request, 0, lambda *_: None, lambda _: None)
+
+
+def plain(model: Model, request: Generate) -> torch.Tensor:
+    return first_output(model.task(request).pipeline(**run_of(model, request).arguments()))
+
+
+def drawn(model: Model, requests: list[Generate]) -> list[torch.Tensor]:
+    """The requests together, in turns."""
+    hub, runs = Hub(max_batch=4, max_tokens=10**6), [run_of(model, request) for request in requests]
+    for run in runs:
+        hub.start(run.coroutine)
+    while hub.busy:
+        hub.turn()
+    assert [run.coroutine.error for run in runs] == [None] * len(runs)
+    return [run.coroutine.result for run in runs]
+
+
+def two_of(name: str, folder: Path, **config: object) -> tuple[Model, Model]:
+    """A model to serve, and the same for plain diffusers."""
+    build(name).save_pretrained(folder)
+    one, other = (load_model(Config(model=str(folder), device="cpu", **config)) for _ in range(2))  # type: ignore[arg-type]
+    return one, other
+
+
+@pytest.fixture(scope="module")
+def sdxl(tmp_path_factory: pytest.TempPathFactory) -> tuple[Model, Model]:
+    """In float16, where the pipeline casts the autoencoder to float32 for a decoding and back."""
+    one, other = two_of("StableDiffusionXLPipeline", tmp_path_factory.mktemp("sdxl"), dtype="float16")
+    assert one.pipeline.vae.config.force_upcast
+    return one, other
+
+
+def test_requests_that_upcast_the_autoencoder_at_once_are_bitwise_what_diffusers_gives(
+    sdxl: tuple[Model, Model],
+) -> None:
+    served, fresh = sdxl
+    requests = [asked(index) for index in range(3)]
+    assert all(map(torch.equal, drawn(served, requests), [plain(fresh, request) for request in requests]))
+
+
+def test_a_cancelled_request_never_leaves_the_autoencoder_in_float32(sdxl: tuple[Model, Model]) -> None:
+    served, fresh = sdxl
+    turns, finished = 0, False
+    while not finished:
+        turns += 1
+        hub, doomed = Hub(max_batch=4, max_tokens=10**6), run_of(served, asked(0))
+        hub.start(doomed.coroutine)
+        for _ in range(turns):
+            hub.turn()
+        finished = doomed.coroutine.finished
+        hub.cancel(doomed.coroutine)
+        assert {tensor.dtype for tensor in served.pipeline.vae.parameters()} == {torch.float16}
+    assert turns > 4, "cancelled at every call of it"
+    assert torch.equal(drawn(served, [asked(1)])[0], plain(fresh, asked(1)))
+
+
+def test_new_weights_that_come_while_the_autoencoder_is_upcast_are_the_ones_that_stay(
+    sdxl: tuple[Model, Model],
+) -> None:
+    served, fresh = sdxl
+    hub, waiting = Hub(max_batch=4, max_tokens=10**6), run_of(served, asked(0))
+    hub.start(waiting.coroutine)
+    name = "decoder.conv_out.weight"
+    new = fresh.layouts["vae"].local(name) * 1.5
+    while not waiting.coroutine.finished:  # between every two calls, so between the two casts as well
+        hub.turn()
+        with hub.aside():
+            served.layouts["vae"].write(name, new)
+    fresh.layouts["vae"].write(name, new)
+    assert torch.equal(served.layouts["vae"].local(name), new)
+    assert torch.equal(waiting.coroutine.result, plain(fresh, asked(0)))
+    assert torch.equal(drawn(served, [asked(1)])[0], plain(fresh, asked(1)))
+
+
+def test_an_argument_that_a_pipeline_writes_into_its_model_changes_nobody_else_s_picture(tmp_path: Path) -> None:
+    served, fresh = two_of("SkyReelsV2DiffusionForcingPipeline", tmp_path)
+    usual = msgspec.structs.replace(asked(0, base_num_frames=13, max_sequence_length=16, ar_step=0), num_frames=13)
+    expected = plain(fresh, usual)
+    blocks = msgspec.structs.replace(usual, extra=usual.extra | {"causal_block_size": 2})
+    in_blocks = plain(fresh, blocks)
+    assert not torch.equal(in_blocks, expected)
+    made = drawn(served, [usual, blocks, usual])
+    assert torch.equal(made[0], expected)
+    assert torch.equal(made[1], in_blocks)
+    assert torch.equal(made[2], expected)
+    assert torch.equal(drawn(served, [usual])[0], expected)

@@ -10,7 +10,7 @@ from torch.utils import _pytree as pytree
 
 from ...protocol.errors import InvalidRequest
 from ..call import Call, cross
-from ..fork import fork
+from ..fork import Fork
 from ..sizes import DENOISERS
 
 
@@ -36,7 +36,8 @@ def usual_shapes(pipeline: DiffusionPipeline, arguments: dict[str, Any], seed: i
     generator = torch.Generator(arguments["generator"].device).manual_seed(seed)
     given = {name: value for name, value in arguments.items() if name != "latents"}
     try:
-        fork(pipeline, until_denoiser)(**given | {"generator": generator})
+        with Fork(pipeline, until_denoiser) as forked:
+            forked(**given | {"generator": generator})
     except _Reached as reached:
         return shapes(reached.call)
     raise InvalidRequest("This pipeline takes no initial noise.", field="initial_noise")
