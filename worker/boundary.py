@@ -8,7 +8,7 @@ that the fork's changes stay the fork's own (:class:`Changes`).
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, ItemsView, Iterable, Iterator, ValuesView
 from functools import partial
 from types import GeneratorType
 from typing import Any
@@ -74,6 +74,8 @@ class Boundary:
             vars(method)["__wrapped__"] = value  # some pipelines look at a method's signature
             return method
         self._changes.watch_value(value, self._component)
+        if isinstance(value, dict | list) and any(isinstance(part, nn.Module) for part in _elements(value)):
+            self._changes.watch(self._module, self._component, below=True)
         return value
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -144,7 +146,7 @@ class Boundary:
         """What a method returned, with modules behind boundaries."""
         if isinstance(value, nn.Module):
             return self if value is self._module else self._behind(value, self._name_of(value))
-        if isinstance(value, GeneratorType):
+        if isinstance(value, GeneratorType | ValuesView | ItemsView):
             return (self._wrapped(element) for element in value)
         if type(value) in (tuple, list):
             return type(value)(self._wrapped(element) for element in value)
@@ -155,6 +157,10 @@ class Boundary:
     def _name_of(self, module: nn.Module) -> str:
         found = next((name for name, part in self._module.named_modules() if part is module), None)
         return type(module).__name__ if found is None else found
+
+
+def _elements(value: dict[Any, Any] | list[Any]) -> Iterable[Any]:
+    return value.values() if isinstance(value, dict) else value
 
 
 def _without_boundaries(value: Any) -> Any:

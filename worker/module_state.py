@@ -35,6 +35,9 @@ _OPAQUE = (
 )
 """Objects that are no state of their holder: code, and what is a piece of its own."""
 
+_SMALL = 1 << 20
+"""Bytes of a buffer that is copied before something may write to it."""
+
 _FOREIGN = frozenset({"torch", "safelight", "builtins", "functools", "logging", "weakref", "enum", "_thread"})
 """Packages whose objects no pipeline writes to."""
 
@@ -142,17 +145,22 @@ class Listing:
 
 
 class Weight:
-    """What a parameter or buffer refers to. Values that are written over in place are not noticed."""
+    """What a parameter or buffer refers to, and the values of a small buffer."""
 
     def __init__(self, target: torch.Tensor) -> None:
         self.target = target
         self._before = self._shown = target.data
         self._needs_gradient = self._own_gradient = target.requires_grad
         self._own: _Cast | _Values | None = None
+        self._copied = _is_small_buffer(target)
+        self._copy = self._before
+        self._version = 0
 
     def open(self) -> None:
         self._before = self._shown = self.target.data
         self._needs_gradient = self.target.requires_grad
+        if self._copied:
+            self._copy, self._version = self._before.clone(), self.target._version
         if self._own is not None:
             self._shown = self.target.data = self._own.of(self._before)
         if self._own_gradient != self._needs_gradient:
@@ -164,11 +172,14 @@ class Weight:
         if not _is_same_memory(now, self._shown):
             learnt = _learnt(self._before, now)
             self._own = None if learnt is _UNCHANGED else learnt
+        elif self._copied and self._own is None and self.target._version != self._version:
+            self._own = _Values(now.clone())
+            now.copy_(self._copy)
         if self._own_gradient != self._needs_gradient:
             self.target.requires_grad_(self._needs_gradient)
         if not _is_same_memory(now, self._before):
             self.target.data = self._before
-        self._shown = self._before  # a cast takes memory only while it is used
+        self._shown = self._copy = self._before  # a cast takes memory only while it is used
         return self._own is not None or self._own_gradient != self._needs_gradient
 
 
@@ -233,6 +244,10 @@ def _same(one: object, other: object) -> bool:
         assert isinstance(other, OrderedDict)
         return list(one) == list(other) and all(map(_same, one.values(), other.values()))
     return one == other
+
+
+def _is_small_buffer(tensor: torch.Tensor) -> bool:
+    return not isinstance(tensor, nn.Parameter) and tensor.nbytes <= _SMALL and not tensor.is_inference()
 
 
 def _is_same_memory(one: torch.Tensor, other: torch.Tensor) -> bool:

@@ -40,6 +40,7 @@ class Knobs(nn.Module):
         self.seen: torch.Tensor | None = None
         self.linear = nn.Linear(4, 4)
         self.layers = nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4)])
+        self.named = nn.ModuleDict({"one": nn.Linear(4, 4)})
         self.register_buffer("mean", torch.full((4,), 0.5))
 
     @property
@@ -53,6 +54,9 @@ class Knobs(nn.Module):
     def double(self) -> None:  # type: ignore[override]  # without tensors, so that it runs at once
         self.layers[1].scale = 2.0  # type: ignore[assignment]
 
+    def count(self) -> None:
+        self.mean.add_(1)
+
     def remember(self, x: torch.Tensor) -> None:
         self.seen = x.mean()
 
@@ -64,7 +68,7 @@ class Knobs(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self.linear(x.to(self.linear.weight.dtype)).float()
-        for layer in self.layers:
+        for layer in (*self.layers, *self.named.values()):
             x = layer(x.to(layer.weight.dtype)).float() * vars(layer).get("gain", 1.0) * vars(layer).get("scale", 1.0)
         x = x * self.scale + self.table["a"] + sum(self.steps) + sum(self.marks) + self.mean.float().mean()
         x = x + (self.optional if "optional" in vars(self) and self.optional is not None else 0.0)
@@ -190,6 +194,10 @@ WRITES: dict[str, Write] = {
     "another layer": _swap_layer,
     "a layer in another's place": _exchange_layers,
     "a buffer": lambda pipe: setattr(pipe.knobs, "mean", torch.full((4,), 9.0)),
+    "a buffer's values": lambda pipe: pipe.knobs.mean.mul_(3),
+    "a buffer's values, by a method": lambda pipe: pipe.knobs.count(),
+    "a layer in a table": lambda pipe: setattr(next(iter(pipe.knobs.named.values())), "gain", 3.0),
+    "a layer through the module's own table": lambda pipe: setattr(pipe.knobs._modules["linear"], "forward", torch.sin),
     "a parameter": lambda pipe: setattr(pipe.knobs.linear, "weight", nn.Parameter(torch.ones(4, 4))),
     "a parameter's data": lambda pipe: setattr(pipe.knobs.linear.weight, "data", torch.ones(4, 4)),
     "a parameter's data, later": _later_data,

@@ -1,14 +1,23 @@
-"""What ranks say to each other."""
+"""What ranks say to each other, and what each does by itself and all must do alike."""
 
 from __future__ import annotations
+
+from pathlib import Path
 
 import pytest
 import torch
 
 from safelight.tests.ranks import on_ranks
+from safelight.tests.tiny import save
+from safelight.tests.worker import swapping
 from safelight.tests.worker.summing import sums_round_once
 
 
 @pytest.mark.parametrize("size", [2, 4])
 def test_a_sum_in_low_precision_is_not_rounded_at_every_rank(size: int) -> None:
     on_ranks(size, sums_round_once, torch.bfloat16)
+
+
+def test_what_a_pipeline_writes_to_its_components_ends_with_the_request_on_every_rank(tmp_path: Path) -> None:
+    checkpoint = save(swapping.FAMILY, tmp_path)
+    on_ranks(2, swapping.cancelled_and_drawn, checkpoint, swapping.references(checkpoint))
