@@ -46,15 +46,18 @@ class Changes:
     def show(self) -> None:
         """The fork's code runs from here on, or a call of it is made."""
         assert not self._shown, "shown once"
-        self._shown = True
+        opened: list[Piece] = []
         try:
             for piece in self._pieces.values():
+                opened.append(piece)
                 piece.open()
-            for component in self._whole:
-                self._watch_below(component, component)
         except BaseException:  # no memory for a cast: nothing of it may stay
-            self.hide()
+            for piece in reversed(opened):
+                piece.close()
             raise
+        self._shown = True
+        for component in self._whole:
+            self._watch_below(component, component)
 
     def hide(self) -> None:
         """Put the components back as they are for everybody, and keep what was written."""

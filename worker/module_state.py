@@ -270,6 +270,6 @@ def _learnt(there: Any, written: Any) -> Any:
     try:
         if not torch.equal(cast.of(there), written):
             return _Values(written)
-    except torch.OutOfMemoryError:
+    except RuntimeError:  # no memory for the cast, or no comparison of this dtype
         return _Values(written)
     return _UNCHANGED if (written.dtype, written.device) == (there.dtype, there.device) else cast
