@@ -5,8 +5,8 @@ code runs and while a call of it is made, and away at all other times: whoever c
 update of the weights, finds the components as they are. What is left of them when the fork ends, however it ends, is
 forgotten.
 
-Nothing is looked at unless the boundary says that something may be written, so that a fork that only reads pays
-nothing.
+Nothing is looked at unless the boundary says that something may be written: a fork that only reads pays for the
+configurations that it holds, some microseconds a call.
 """
 
 from __future__ import annotations
