@@ -31,10 +31,14 @@ _NO_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
 
 
 async def read_body(request: Request) -> bytearray:
-    """The whole body, which nothing else keeps."""
+    """The whole body, which nothing else keeps, and no error's traceback either."""
     body = bytearray()
-    async for chunk in request.stream():
-        body += chunk
+    try:
+        async for chunk in request.stream():
+            body += chunk
+    except BaseException:
+        body.clear()
+        raise
     return body
 
 

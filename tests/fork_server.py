@@ -23,6 +23,7 @@ from typing import NoReturn
 
 import msgspec
 
+FORKS_PROGRAMS = "forks-programs"
 STDIN, STDOUT, STDERR = range(3)
 MAX_PACKET = 2**17
 
@@ -153,7 +154,7 @@ def _fork_children(channel: socket.socket) -> int:
     from safelight.worker.nursery import main as run_nursery
 
     programs = {"scheduler": run_scheduler, "worker": run_replica, "worker.nursery": run_nursery}
-    Path("/proc/self/comm").write_text("forks-programs")
+    Path("/proc/self/comm").write_text(FORKS_PROGRAMS)
     os.setsid()
     while True:
         packet, descriptors, _, _ = socket.recv_fds(channel, 64, 1)

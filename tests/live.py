@@ -18,6 +18,7 @@ from typing import IO, Any, Self, TypeVar
 import httpx
 import psutil
 
+from safelight.tests.fork_server import FORKS_PROGRAMS
 from safelight.tests.forked import Forked
 
 T = TypeVar("T")
@@ -99,11 +100,13 @@ class LiveServer:
         found = {}
         with contextlib.suppress(psutil.NoSuchProcess):
             for child in sorted(psutil.Process(self.pid).children(recursive=True), key=lambda p: p.create_time()):
-                self._seen[child.pid] = child
                 with contextlib.suppress(psutil.NoSuchProcess, psutil.ZombieProcess):
-                    kind = re.match(r"sl-(\w+)", child.name())
-                    if kind is not None:
-                        found[kind[1]] = child
+                    name = child.name()
+                    if name == FORKS_PROGRAMS:
+                        continue  # it ends by itself, a little later
+                    self._seen[child.pid] = child
+                    if name.startswith("sl-"):
+                        found[name.split("-")[1]] = child
         return found
 
     def survivors(self) -> list[psutil.Process]:
