@@ -68,7 +68,7 @@ async def _serve(child: ChildConfig, listener: socket.socket) -> int:
         from .scheduler_link import SchedulerLink
 
         child = msgspec.structs.replace(child, adapters=first_adapters(config, Path(child.shared)))
-        async with SchedulerLink(child.frontend) as link:
+        async with SchedulerLink(child.frontend, request_timeout_s=config.request_timeout_s) as link:
             return await Run(child, link, listener, nursery).until_stopped()
     finally:
         if nursery is not None:

@@ -15,7 +15,7 @@ import zmq.asyncio
 
 from ..protocol import messages
 from ..protocol.adapters import AdapterState
-from ..protocol.errors import ErrorInfo, SafelightError, Unavailable, from_info
+from ..protocol.errors import DeadlinePassed, ErrorInfo, SafelightError, Unavailable, from_info
 from ..protocol.messages import (
     FROM_SCHEDULER,
     TO_SCHEDULER,
@@ -41,7 +41,15 @@ EVENTS_KEPT = 32
 STATUS_FRESH_S = 10.0
 """A scheduler that has said nothing for longer than this does not count as answering."""
 
+LATE_S = 2.0
+"""Seconds after its deadline at which a request ends here, though the scheduler, which keeps it too, says nothing."""
+
+SILENT_S = 60.0
+"""Seconds of the scheduler's silence after which operations, which have no deadline, end here."""
+
 _RETRY_AFTER_S = 5.0
+
+_TICK_S = 1.0
 
 log = logging.getLogger(__name__)
 
@@ -56,11 +64,14 @@ class OperationFailed(Exception):
 
 
 class Subscription:
-    """The events of one request, in order."""
+    """The events of one request, in order; ``timeout_s`` is its own, ``None`` that of an operation, which has none."""
 
-    def __init__(self, request_id: str) -> None:
+    def __init__(self, request_id: str, timeout_s: float | None = None) -> None:
         self.request_id = request_id
+        self.is_operation = timeout_s is None
         self.ended = False
+        self._timeout_s = timeout_s
+        self._deadline = None if timeout_s is None else asyncio.get_running_loop().time() + timeout_s + LATE_S
         self._events: asyncio.Queue[Event] = asyncio.Queue()
 
     def deliver(self, event: Event) -> None:
@@ -70,8 +81,14 @@ class Subscription:
         self._events.put_nowait(event)
 
     async def next(self) -> Queued | Started | Progress | Preview | Result:
-        """The next event. Raises the request's own error when it failed."""
-        event = await self._events.get()
+        """The next event. Raises the request's own error when it failed, and ``DeadlinePassed``."""
+        try:
+            async with asyncio.timeout_at(self._deadline):
+                event = await self._events.get()
+        except TimeoutError:
+            raise DeadlinePassed(
+                f"The request's {self._timeout_s:g} s ran out, and the scheduler has said nothing of it."
+            ) from None
         if isinstance(event, Failed):
             raise from_info(event.error)
         assert not isinstance(event, Operated), "this is a request's"
@@ -94,8 +111,11 @@ class Subscription:
 class SchedulerLink:
     """An asynchronous context: the connection to the scheduler at ``address``."""
 
-    def __init__(self, address: str) -> None:
+    def __init__(self, address: str, *, request_timeout_s: float = 600.0) -> None:
+        """``request_timeout_s`` is for requests without a ``timeout_s``."""
         self._address = address
+        self._request_timeout_s = request_timeout_s
+        self._heard = 0
         self._context = zmq.asyncio.Context()
         self._socket = self._context.socket(zmq.DEALER)
         # Without marks neither side drops or waits. What can pile up is bounded by the scheduler's own queue.
@@ -113,12 +133,13 @@ class SchedulerLink:
     async def __aenter__(self) -> Self:
         self._socket.connect(self._address)
         self.send(Cancel(""))  # a hello: the scheduler now knows where to send its status
-        self._receiving = asyncio.create_task(self._receive())
+        self._tasks = [asyncio.create_task(self._receive()), asyncio.create_task(self._keep_in_touch())]
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        self._receiving.cancel()
-        await asyncio.gather(self._receiving, return_exceptions=True)
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
         self._context.destroy(linger=0)
 
     @property
@@ -129,6 +150,46 @@ class SchedulerLink:
     @property
     def answers(self) -> bool:
         return time.monotonic() - self._status_at < STATUS_FRESH_S
+
+    async def silence(self, longest_s: float) -> float:
+        """Wait until the scheduler, whose status comes every second, has said nothing for ``longest_s`` seconds.
+
+        Returns these seconds. They count from the call on, and only while this process's own loop turns: what came
+        during a pause of it is heard first.
+        """
+        heard, silent_s = self._heard, 0.0
+        while silent_s < longest_s:
+            step_s = min(_TICK_S, longest_s)
+            await asyncio.sleep(step_s)
+            silent_s = silent_s + step_s if self._heard == heard else 0.0
+            heard = self._heard
+        return silent_s
+
+    async def _keep_in_touch(self) -> None:
+        """Greet a scheduler that says nothing: it may be a new one, which does not know whom to tell its status.
+
+        Operations end when it has been silent for too long.
+        """
+        silent_s = 0.0
+        while True:
+            heard = self._heard
+            await asyncio.sleep(_TICK_S)
+            silent_s = 0.0 if self._heard != heard else silent_s + _TICK_S
+            if silent_s:
+                self.send(Cancel(""))
+            if silent_s >= SILENT_S:
+                message = f"The scheduler has said nothing for {silent_s:.0f} s; what became of this is not known."
+                self._fail(Unavailable(message, retry_after_s=_RETRY_AFTER_S), lambda one: one.is_operation)
+
+    def fail_all(self, error: SafelightError) -> None:
+        """End every request and operation of now: the scheduler that knew of them is gone. Later ones are sent."""
+        self._fail(error, lambda one: True)
+
+    def _fail(self, error: SafelightError, which: Callable[[Subscription], bool]) -> None:
+        for subscription in self._subscriptions.values():
+            if which(subscription) and not subscription.ended:
+                self.send(Cancel(subscription.request_id))
+                subscription.deliver(Failed(subscription.request_id, error.info()))
 
     async def status_where(self, find: Callable[[Status], T | None]) -> T:
         """Wait for a status in which ``find`` finds something, and return that."""
@@ -168,7 +229,10 @@ class SchedulerLink:
         if self._refusal is not None:
             raise from_info(self._refusal)
         assert message.request_id not in self._subscriptions, "request ids are unique"
-        subscription = self._subscriptions[message.request_id] = Subscription(message.request_id)
+        timeout_s = None
+        if isinstance(message, Generate):
+            timeout_s = self._request_timeout_s if message.timeout_s is None else message.timeout_s
+        subscription = self._subscriptions[message.request_id] = Subscription(message.request_id, timeout_s)
         self.send(message)
         try:
             yield subscription
@@ -180,14 +244,12 @@ class SchedulerLink:
     def abandon_all(self, error: SafelightError) -> None:
         """End every request, and each later one, with ``error``."""
         self._refusal = error.info()
-        for subscription in self._subscriptions.values():
-            if not subscription.ended:
-                self.send(Cancel(subscription.request_id))
-                subscription.deliver(Failed(subscription.request_id, self._refusal))
+        self.fail_all(error)
 
     async def _receive(self) -> None:
         while True:
             frames = await self._socket.recv_multipart(copy=False)
+            self._heard += 1
             try:
                 event = FROM_SCHEDULER.decode([frame.buffer for frame in frames])
             except msgspec.MsgspecError:

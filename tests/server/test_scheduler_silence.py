@@ -1,0 +1,81 @@
+"""A scheduler that hangs keeps nobody waiting."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import pytest
+
+from safelight.protocol.errors import DeadlinePassed, Unavailable
+from safelight.protocol.messages import Cancel, Generate, Sample
+from safelight.protocol.operations import Digests, Operate
+from safelight.server import scheduler_link
+from safelight.server.scheduler_link import OperationFailed, SchedulerLink
+
+from .played_scheduler import PlayedScheduler, ready
+
+pytestmark = pytest.mark.anyio
+
+
+@pytest.fixture(autouse=True)
+def _short(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scheduler_link, "LATE_S", 0.05)
+    monkeypatch.setattr(scheduler_link, "_TICK_S", 0.05)
+
+
+@pytest.mark.parametrize("timeout_s", [0.1, None])
+async def test_a_request_ends_at_its_deadline_though_the_scheduler_says_nothing(
+    timeout_s: float | None, tmp_path: Path
+) -> None:
+    address = f"ipc://{tmp_path}/frontend"
+    async with (
+        PlayedScheduler(tmp_path, lambda _: []) as scheduler,
+        SchedulerLink(address, request_timeout_s=0.1) as link,
+    ):
+        message = Generate(request_id="r", samples=[Sample("a red circle", 1)], timeout_s=timeout_s)
+        with link.submit(message) as events, pytest.raises(DeadlinePassed, match=r"0\.1 s ran out"):
+            await events.result()
+        async with asyncio.timeout(60):
+            while "r" not in scheduler.cancelled():
+                await asyncio.sleep(0.01)
+
+
+async def test_an_operation_ends_when_the_scheduler_is_silent_for_too_long(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scheduler_link, "SILENT_S", 0.2)
+    async with PlayedScheduler(tmp_path) as scheduler, SchedulerLink(scheduler.address) as link:
+        with link.submit(Operate("o", Digests())) as events, pytest.raises(OperationFailed) as failed:
+            await events.operated()
+        assert isinstance(failed.value.error, Unavailable)
+
+
+async def test_silence_is_noticed_and_ends_with_anything_that_is_said(tmp_path: Path) -> None:
+    async with PlayedScheduler(tmp_path) as scheduler, SchedulerLink(scheduler.address) as link:
+        silence = asyncio.create_task(link.silence(0.5))
+        async with asyncio.timeout(60):
+            while not scheduler.received:
+                await asyncio.sleep(0.01)
+            for _ in range(40):  # 1.6 s, in which it would have ended
+                await scheduler.say(ready())
+                await asyncio.sleep(0.04)
+            assert not silence.done()
+            assert await silence >= 0.5
+
+
+async def test_a_new_scheduler_is_greeted_and_what_the_old_one_knew_of_ends(tmp_path: Path) -> None:
+    async with SchedulerLink(f"ipc://{tmp_path}/frontend") as link:
+        async with PlayedScheduler(tmp_path, lambda _: []) as old, asyncio.timeout(60):
+            while not old.received:
+                await asyncio.sleep(0.01)
+            message = Generate(request_id="r", samples=[Sample("a red circle", 1)], timeout_s=60)
+            with link.submit(message) as events:
+                link.fail_all(Unavailable("The scheduler was lost."))
+                with pytest.raises(Unavailable, match="was lost"):
+                    await events.result()
+        async with PlayedScheduler(tmp_path) as new, asyncio.timeout(60):
+            while Cancel("") not in new.received:
+                await asyncio.sleep(0.01)
+            await new.say(ready())
+            await link.status_where(lambda status: status.replicas or None)
