@@ -129,11 +129,47 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         int, Meta(ge=1, description="Requests that may wait; one more is answered with 429 and Retry-After")
     ] = 256
     max_queue_mb: Annotated[
-        int, Meta(ge=1, description="Megabytes that waiting requests' images may take before the next gets a 429")
+        int,
+        Meta(
+            ge=1,
+            description="Megabytes that waiting requests may hold, and as many again waiting operations; what would "
+            "make them more gets a 429",
+        ),
     ] = 1024
+    max_unread_mb: Annotated[
+        int,
+        Meta(
+            ge=1,
+            description="Megabytes of finished rollouts that clients have not taken yet, in replies and in shared "
+            "memory; while there are more, old files go, and then rollouts get a 429",
+        ),
+    ] = 4096
+    max_operations: Annotated[
+        int,
+        Meta(
+            ge=1,
+            description="Operations (updates, digests, changes of adapters) that may wait; one more is answered with "
+            "429 and Retry-After",
+        ),
+    ] = 64
     max_outputs: Annotated[int, Meta(ge=1, le=4096, description="Outputs that one request may ask for")] = 64
     max_steps: Annotated[int, Meta(ge=1, description="Denoising steps that one request may ask for")] = 1000
-    max_pixels: Annotated[int, Meta(ge=1, description="Width times height that one output may have")] = 16_777_216
+    max_pixels: Annotated[
+        int,
+        Meta(
+            ge=0,
+            description="Width times height that one output may have; 0: 16 times what the model makes by itself, and "
+            "16777216 where that is not known",
+        ),
+    ] = 0
+    max_forward_s: Annotated[
+        float,
+        Meta(
+            gt=0,
+            description="Seconds that one forward of a request larger than the model's own size may take, estimated "
+            "from measured ones; larger requests would hold up all others, and get a 400",
+        ),
+    ] = 60.0
     max_frames: Annotated[int, Meta(ge=1, description="Frames that one video may have")] = 1024
     max_prompt_chars: Annotated[int, Meta(ge=1, description="Characters that one prompt may have")] = 10_000
     max_connections: Annotated[
@@ -148,6 +184,14 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         float, Meta(gt=0, description="Seconds in which a request's body has to arrive, and one more for each megabyte")
     ] = 60.0
     max_update_mb: Annotated[int, Meta(ge=1, description="Megabytes that the body of a weight update may have")] = 65536
+    max_update_hold_s: Annotated[
+        float,
+        Meta(
+            gt=0,
+            description="Seconds that a begun update, or one that a trainer broadcasts, may hold back generation; then "
+            "the server aborts it",
+        ),
+    ] = 1800.0
     pickle_payloads: Annotated[
         bool,
         Meta(description="Read `serialized_named_tensors`, streams that trainers pickle; read by an exact allow-list"),
@@ -214,6 +258,19 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     log_format: Annotated[
         Literal["text", "json"], Meta(description="Log lines for people, or one JSON object a line")
     ] = "text"
+
+
+MOST_PIXELS = 16_777_216
+"""That an output may have where nothing is known of the model, and that images of a request may have together."""
+
+_TIMES_THE_DEFAULT = 16
+
+
+def most_pixels(config: Config, width: int | None, height: int | None) -> int:
+    """Pixels that one output of a model may have that makes ``width`` x ``height`` by itself."""
+    if config.max_pixels:
+        return config.max_pixels
+    return _TIMES_THE_DEFAULT * width * height if width and height else MOST_PIXELS
 
 
 class Option(msgspec.Struct, frozen=True):

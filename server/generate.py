@@ -6,6 +6,7 @@ import time
 
 from fastapi import APIRouter, Request, Response
 
+from ..protocol.config import MOST_PIXELS
 from ..protocol.errors import InvalidRequest
 from ..protocol.logs import request_id_var
 from ..protocol.messages import Generate, Result
@@ -41,7 +42,7 @@ def routes(service: Service) -> APIRouter:
         check_model(body, len(sources), model, service.config)
         as_file, output_format = accept.choose(request.headers.get("accept"), body.output_format, model.kind)
         request_id = own_id_var.get()
-        images = await service.pictures.read(sources, service.config.max_pixels) if sources else []
+        images = await service.pictures.read(sources, service.config.max_pixels or MOST_PIXELS) if sources else []
         message = to_message(body, images, request_id, output_format, service.config)
 
         def finish(result: Result) -> Reply:

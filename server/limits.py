@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..protocol.adapters import Use
-from ..protocol.config import Config
+from ..protocol.config import MOST_PIXELS, Config, most_pixels
 from ..protocol.errors import InvalidRequest
 from ..protocol.messages import Generate, Image, ImageTask, ModelInfo, OutputFormat, Parameter, Sample
 from .schemas import GenerateBody, near
@@ -48,8 +48,8 @@ class Range:
 def ranges(config: Config) -> dict[str, Range]:
     """What each numeric field may be, whatever the model."""
     return {
-        "width": Range(1, config.max_pixels),
-        "height": Range(1, config.max_pixels),
+        "width": Range(1, config.max_pixels or MOST_PIXELS),
+        "height": Range(1, config.max_pixels or MOST_PIXELS),
         "num_frames": Range(1, config.max_frames),
         "fps": Range(1, 240),
         "num_inference_steps": Range(1, config.max_steps),
@@ -211,11 +211,11 @@ def _check_texts(body: GenerateBody, config: Config) -> None:
 
 
 def _check_size(body: GenerateBody, model: ModelInfo, multiple: int, config: Config) -> None:
+    most = most_pixels(config, model.default_width, model.default_height)
     for name, value in (("width", body.width), ("height", body.height)):
         if value is not None and (value < multiple or value % multiple):
             raise InvalidRequest(
-                f"{name} must be a multiple of {multiple} between {multiple} and {config.max_pixels // multiple}, "
-                f"not {value}.",
+                f"{name} must be a multiple of {multiple} between {multiple} and {most // multiple}, not {value}.",
                 field=name,
             )
     if body.width is None and body.height is None:
@@ -224,9 +224,9 @@ def _check_size(body: GenerateBody, model: ModelInfo, multiple: int, config: Con
     if body.deterministic:
         usual |= {side: model.deterministic_defaults.get(side, usual[side]) for side in _SIDES}
     width, height = body.width or usual["width"] or multiple, body.height or usual["height"] or multiple
-    if width * height > config.max_pixels:
+    if width * height > most:
         raise InvalidRequest(
-            f"width x height must be between {multiple * multiple} and {config.max_pixels} pixels; "
+            f"width x height must be between {multiple * multiple} and {most} pixels; "
             f"{width} x {height} are {width * height}.",
             field="width" if body.width else "height",
         )

@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import ipaddress
-import time
-from collections.abc import AsyncIterator
-from pathlib import Path
 
 import msgspec
 from fastapi import APIRouter, Request, Response
-from fastapi.responses import StreamingResponse
 
+from ..protocol.config import MOST_PIXELS
 from ..protocol.errors import InvalidRequest
 from ..protocol.logs import request_id_var
 from ..protocol.messages import Generate, Result
@@ -21,14 +17,13 @@ from .exchange import own_id_var
 from .limits import check_model, check_ranges, to_message
 from .reference import body_schema
 from .rollout_body import RolloutBody, check_rollout, read_rollout, to_rollout
-from .rollout_reply import MEDIA_TYPE, Piece, in_parts, pieces
+from .rollout_reply import MEDIA_TYPE, pieces
 from .service import Service
-
-_KEPT_S = 600.0
-"""Seconds that a reply in shared memory is kept for a client that does not fetch it."""
+from .unread import KEPT_S, Unread, UnreadReply, files_of
 
 _LATE_S = 60.0
-"""And so much longer until they are looked for: a worker may still write them when a request has ended."""
+"""Seconds by which files are looked for later than they are kept: a worker may still write them for a request that has
+ended."""
 
 _SHARED = "rollout_shared_memory"
 
@@ -43,6 +38,7 @@ _OPENAPI = {
 
 def routes(service: Service) -> APIRouter:
     router = APIRouter(tags=["training"])
+    unread = Unread(service.shared, service.config.max_unread_mb * 2**20)
 
     @router.post("/rollout/generate", summary="Generate with log-probabilities", openapi_extra=_OPENAPI)
     async def generate(request: Request) -> Response:
@@ -52,20 +48,22 @@ def routes(service: Service) -> APIRouter:
         check_rollout(body, model, service.config)
         sources = list(body.image or ())
         check_model(body, len(sources), model, service.config)
-        images = await service.pictures.read(sources, service.config.max_pixels) if sources else []
+        images = await service.pictures.read(sources, service.config.max_pixels or MOST_PIXELS) if sources else []
         request_id = own_id_var.get()
         message = to_message(body, images, request_id, "pt", service.config)
         rollout = await asyncio.to_thread(to_rollout, body, len(message.samples))
         message = msgspec.structs.replace(message, rollout=rollout)
         if body.rollout_shared_memory:
             _check_near(request)
+        unread.make_room()
         try:
             result = await while_connected(request.receive, _result(service, message))
         finally:
             if body.rollout_shared_memory:
-                asyncio.get_running_loop().call_later(_KEPT_S + _LATE_S, sweep, service.shared)
+                asyncio.get_running_loop().call_later(KEPT_S + _LATE_S, unread.sweep)
         service.metrics.count_outputs(len(result.outputs))
-        return _reply(result)
+        unread.make_room(files_of(result.outputs))
+        return _reply(result, unread)
 
     return router
 
@@ -75,23 +73,14 @@ async def _result(service: Service, message: Generate) -> Result:
         return await events.result()
 
 
-def _reply(result: Result) -> Response:
+def _reply(result: Result, unread: Unread) -> Response:
     more = {
         "request_id": request_id_var.get(),
         "weight_version": result.weight_version,
         "weight_versions": result.weight_versions,
         "adapters": msgspec.to_builtins(result.adapters),
     }
-    found = pieces(result.outputs, more)
-    size = str(sum(map(len, found)))
-
-    return StreamingResponse(_each(found), media_type=MEDIA_TYPE, headers={"content-length": size})
-
-
-async def _each(found: list[Piece]) -> AsyncIterator[Piece]:
-    """Off no thread, as nothing is computed or copied; each part waits until the connection takes it."""
-    for part in in_parts(found):
-        yield part
+    return UnreadReply(pieces(result.outputs, more), unread, files_of(result.outputs))
 
 
 def _check_near(request: Request) -> None:
@@ -99,11 +88,3 @@ def _check_near(request: Request) -> None:
     host = request.client.host if request.client is not None else ""
     if not ipaddress.ip_address(host).is_loopback:
         raise InvalidRequest("Only a client on the server's machine can have shared memory.", field=_SHARED)
-
-
-def sweep(shared: Path) -> None:
-    """Remove the files below ``shared`` that clients have had time to fetch; one that did has removed its own."""
-    for file in shared.glob("rollout-*.safetensors"):
-        with contextlib.suppress(FileNotFoundError):
-            if time.time() - file.stat().st_mtime > _KEPT_S:
-                file.unlink()

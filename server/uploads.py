@@ -16,17 +16,17 @@ from typing import Self
 
 from fastapi import Request
 
-from ..protocol.errors import InvalidRequest, Unavailable
+from ..protocol.errors import InvalidRequest, QueueFull, Unavailable
 from ..protocol.tensor_files import BadTensorFile, read_header
+from .upload_turns import SLOW_BYTES_S, Turn, Turns
 
 MAX_HEADER = 16 << 20
 """Bytes of a body's header; a tensor takes about a hundred."""
 
-AT_ONCE = 8
-"""Bodies that are received at a time; others wait."""
-
 IDLE_S = 60.0
 """Seconds without a byte after which a body has ended."""
+
+_RETRY_S = 5.0
 
 _TOGETHER = 4 << 20
 """Bytes that are written at a time, in a thread, while the next ones arrive."""
@@ -37,7 +37,7 @@ class Uploads:
 
     def __init__(self, shared: Path) -> None:
         self._shared = shared
-        self._turns = asyncio.Semaphore(AT_ONCE)
+        self._turns = Turns()
 
     def receive(self, request: Request) -> Upload:
         """A context with the body's file, which is gone after it.
@@ -48,7 +48,7 @@ class Uploads:
 
 
 class Upload:
-    def __init__(self, folder: Path, turns: asyncio.Semaphore, request: Request) -> None:
+    def __init__(self, folder: Path, turns: Turns, request: Request) -> None:
         self.file = folder / "tensors.safetensors"
         self._folder = folder
         self._turns = turns
@@ -59,9 +59,9 @@ class Upload:
         if not announced.isdigit():
             raise InvalidRequest("A safetensors body needs a Content-Length.")
         try:
-            async with self._turns:
+            async with self._turns.turn() as turn:
                 self._folder.mkdir(mode=0o700)
-                await _receive(self._request, self.file, int(announced))
+                await _receive(self._request, self.file, int(announced), turn)
         except BaseException as error:
             await self._remove()
             if isinstance(error, BadTensorFile):
@@ -82,11 +82,27 @@ class Upload:
         await asyncio.shield(asyncio.to_thread(shutil.rmtree, self._folder, ignore_errors=True))
 
 
-async def _receive(request: Request, file: Path, size: int) -> None:
-    """Write the body of ``size`` bytes. Its header is checked when it is there, before what comes behind it is kept."""
-    chunks = aiter(request.stream())
+async def _receive(request: Request, file: Path, size: int, turn: Turn) -> None:
+    """Write the body of ``size`` bytes. Its header is checked when it is there, before what comes behind it is kept.
+
+    Raises ``QueueFull`` where the body was slow and others waited.
+    """
+    try:
+        await _receive_in_time(request, file, size, turn)
+    except TimeoutError:
+        if not turn.must_end:
+            raise
+        raise QueueFull(
+            f"The body came with less than {SLOW_BYTES_S >> 20} MB a second, and others waited for its turn.",
+            retry_after_s=_RETRY_S,
+        ) from None
+
+
+async def _receive_in_time(request: Request, file: Path, size: int, turn: Turn) -> None:
     loop = asyncio.get_running_loop()
     async with asyncio.timeout(IDLE_S) as idle:
+        turn.timed_by(idle)
+        chunks = _counted(request.stream(), turn)
         head = await _head(chunks, size)
         await asyncio.to_thread(read_header, bytes(head), size)
         free = os.statvfs(file.parent)
@@ -97,6 +113,8 @@ async def _receive(request: Request, file: Path, size: int) -> None:
             writing = asyncio.ensure_future(asyncio.sleep(0))
             try:
                 async for chunk in chunks:
+                    if turn.must_end:
+                        raise TimeoutError
                     idle.reschedule(loop.time() + IDLE_S)
                     batch.append(chunk)
                     waiting += len(chunk)
@@ -110,6 +128,12 @@ async def _receive(request: Request, file: Path, size: int) -> None:
             await asyncio.to_thread(_write, stream, batch)
     if received != size:
         raise BadTensorFile(f"it has {received} bytes and not {size}")
+
+
+async def _counted(chunks: AsyncIterator[bytes], turn: Turn) -> AsyncIterator[bytes]:
+    async for chunk in chunks:
+        turn.received(len(chunk))
+        yield chunk
 
 
 async def _head(chunks: AsyncIterator[bytes], size: int) -> bytearray:

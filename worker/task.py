@@ -10,7 +10,7 @@ from typing import Any, Literal
 import msgspec
 from diffusers import DiffusionPipeline
 
-from ..protocol.config import Config
+from ..protocol.config import Config, most_pixels
 from ..protocol.messages import Batching, Parameter
 from .arguments import offered_arguments
 from .first_call import variables_at_first_call
@@ -87,7 +87,7 @@ def new_task(
         },
         takes_prompt="prompt" in inspect.signature(type(pipeline).__call__).parameters,
         image_arguments=image_arguments(type(pipeline)),
-        max_pixels=config.max_pixels,
+        max_pixels=most_pixels(config, sizes.width, sizes.height),
     )
 
 
