@@ -15,6 +15,7 @@ import msgspec
 
 from .adapters import AdapterState, Drawn, Use
 from .codec import Buffer, Codec
+from .costs import Measured
 from .errors import ErrorInfo
 from .operations import (
     AbortRequests,
@@ -254,7 +255,8 @@ class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
 class ReplicaStats(msgspec.Struct, frozen=True):
     """Counters since the replica's start. ``calls / forwards`` is how many calls met in a forward.
 
-    ``unmergeable`` names calls that run alone though others merge, and why: found by the self-test, or since.
+    ``costs`` are the seconds of one call to each component, by the size of the output. ``unmergeable`` names calls that
+    run alone though others merge, and why: found by the self-test, or since.
     """
 
     running: int = 0
@@ -264,6 +266,7 @@ class ReplicaStats(msgspec.Struct, frozen=True):
     cancelled: int = 0
     failed: int = 0
     unmergeable: dict[str, str] = {}
+    costs: dict[str, list[Measured]] = {}
 
 
 class ReplicaLoading(msgspec.Struct, tag=True, frozen=True):
@@ -308,11 +311,25 @@ class ReplicaStatus(msgspec.Struct, frozen=True, kw_only=True):
     model: ModelInfo | None = None
 
 
-class Status(msgspec.Struct, tag=True, frozen=True):
-    """Pushed to the server whenever a replica changes state, and about every second.
+class Hold(msgspec.Struct, frozen=True, kw_only=True):
+    """An operation that holds back the requests and operations that came after it.
 
-    ``halted`` is why no request is started, though replicas are ready: "asleep" or "paused". ``adapters`` are what is
-    committed.
+    ``phase`` says what it waits for: "draining" for requests that came before it, "working" for replicas, and "open",
+    of a begun update, for its client; it is then aborted after ``ends_in_s`` seconds more.
+    """
+
+    operation: str
+    phase: Literal["draining", "working", "open"]
+    held_s: float
+    update_id: str | None = None
+    ends_in_s: float | None = None
+
+
+class Status(msgspec.Struct, tag=True, frozen=True):
+    """Pushed to the server whenever a replica changes state, a hold begins or ends, and about every second.
+
+    ``halted`` is why no request is started, though replicas are ready: "asleep" or "paused", for ``halted_s`` seconds.
+    ``queued_bytes`` are those of waiting requests and operations. ``adapters`` are what is committed.
     """
 
     queued: int
@@ -320,6 +337,10 @@ class Status(msgspec.Struct, tag=True, frozen=True):
     replicas: list[ReplicaStatus]
     halted: str | None = None
     adapters: AdapterState = AdapterState()
+    halted_s: float = 0.0
+    hold: Hold | None = None
+    queued_operations: int = 0
+    queued_bytes: int = 0
 
 
 ToScheduler = Generate | Cancel | ReplicaExited | Operate | Pause | Continue | AbortRequests | ListAdapters

@@ -41,6 +41,8 @@ class Coroutine:
         self.alone = alone
         self.exclusive = exclusive
         self.wanted = wanted
+        self.pixels = 0
+        """Of the output that it makes, all frames together; 0 where that is not known."""
         self.number = 0
         """Which start of its hub it was."""
         self.state: ThreadState | None = None

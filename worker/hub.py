@@ -21,6 +21,7 @@ from ..protocol.messages import BatchingMode
 from .anatomy import Anatomist, Anatomy
 from .call import Call
 from .coroutine import Cancelled, Coroutine
+from .costs import Costs
 from .lora.adapters import RankAdapters
 from .lora.beside import CannotMix, Uses
 from .merging import NotSplittable, RowLists, merge
@@ -81,6 +82,7 @@ class Hub:
         mode: BatchingMode = "merged",
         cache: PromptCache | None = None,
         adapters: RankAdapters | None = None,
+        costs: Costs | None = None,
     ) -> None:
         self.max_batch = max_batch
         self.max_tokens = max_tokens
@@ -98,6 +100,7 @@ class Hub:
         """While it is, no coroutine goes on."""
         self._cache = cache
         self._adapters = adapters
+        self._costs = costs
         self._unmixed: set[str] = set()  # calls in which requests with other adapters cannot meet, by name
         self._anatomist = Anatomist()
         self._row_lists = RowLists()
@@ -239,7 +242,7 @@ class Hub:
             return Outcome(cached)
         self.counters.forwards += 1
         try:
-            with _settings(waiting), self._adapted([waiting]):
+            with _settings(waiting), self._adapted([waiting]), self._timed([waiting]):
                 value = waiting.call.run()
         except Exception as error:  # noqa: BLE001  # goes to the coroutine that made the call
             return Outcome(error=error)
@@ -277,7 +280,7 @@ class Hub:
     def _run(self, group: list[Waiting], parts: list[Anatomy]) -> Any:
         """The output of one forward with the rows of ``group``."""
         args, kwargs = merge(parts)
-        with _settings(group[0]), self._adapted(group):
+        with _settings(group[0]), self._adapted(group), self._timed(group):
             output = group[0].call.function(*args, **kwargs)
         self.counters.forwards += 1
         return output
@@ -336,6 +339,12 @@ class Hub:
         rows = [(1 if one.anatomy is None else one.anatomy.rows, self._uses(one)) for one in group]
         listed = group[0].anatomy is not None and group[0].anatomy.listed
         return self._adapters.during(group[0].call.component, rows, listed=listed)
+
+    def _timed(self, group: list[Waiting]) -> AbstractContextManager[None]:
+        if self._costs is None:
+            return nullcontext()
+        pixels = max(one.coroutine.pixels for one in group)
+        return self._costs.timed(group[0].call.name, pixels, alone=len(group) == 1)
 
     def _never_merge_again(self, name: str, reason: str) -> None:
         log.warning("calls to %s run alone from now on: %s", name, reason)

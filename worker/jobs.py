@@ -107,6 +107,7 @@ class Jobs:
             cancelled=self._cancelled,
             failed=self._failed,
             unmergeable=self._hub.unmergeable,
+            costs=self._model.costs.measured(),
         )
 
     def submit(self, request: Generate) -> None:

@@ -6,7 +6,7 @@ import logging
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -16,9 +16,11 @@ from transformers import PreTrainedModel
 
 from ..protocol.checkpoint import SAFETENSORS, check_directory
 from ..protocol.config import Config
+from ..protocol.costs import output_pixels
 from ..protocol.errors import InvalidRequest, StartFailed
 from ..protocol.messages import BatchingMode, Generate, ImageTask, ModelInfo
 from ..protocol.models import resolve_model
+from .costs import Costs
 from .frame_rate import frame_rate
 from .parallel.ranks import ALONE, Ranks
 from .published import Published, read_published
@@ -59,6 +61,11 @@ class Model:
     image: Task | None = None
     no_image: str = "it was not tried"
     weight_version: str = INITIAL_VERSION
+    costs: Costs = field(init=False)
+    """How long calls to its components take."""
+
+    def __post_init__(self) -> None:
+        self.costs = Costs(self.device)
 
     @property
     def main(self) -> Task:
@@ -87,9 +94,23 @@ class Model:
         """Whether every parameter of this rank is."""
         return all(bool(parameter.isfinite().all()) for parameter in _parameters(self.pipeline))
 
+    @property
+    def default_num_frames(self) -> int | None:
+        frames = self.main.arguments.get("num_frames")
+        found: int | None = frames.default if frames is not None else None
+        return found
+
+    def output_pixels(self, request: Generate) -> int:
+        """Of one output, all frames together; 0 where it follows from an image, or is not known."""
+        unsized = request.images and (request.width is None or request.height is None)
+        if unsized or (self.text is None and self.image is None):
+            return 0
+        sizes = self.main.sizes
+        width, height = request.width or sizes.width, request.height or sizes.height
+        return output_pixels(width, height, request.num_frames or self.default_num_frames, default=0)
+
     def info(self) -> ModelInfo:
         task = self.main
-        frames = task.arguments.get("num_frames")
         return ModelInfo(
             model=self.name,
             path=self.path,
@@ -105,7 +126,7 @@ class Model:
             size_multiple=task.sizes.multiple,
             default_width=task.sizes.width,
             default_height=task.sizes.height,
-            default_num_frames=frames.default if frames is not None else None,
+            default_num_frames=self.default_num_frames,
             default_fps=None if task.kind == "image" else self.frame_rate(task),
             deterministic_defaults=task.deterministic_defaults,
             supports_preview=task.supports_preview,

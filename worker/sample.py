@@ -88,6 +88,7 @@ class SampleRun:
         alone, exclusive = request.deterministic or mode != "merged", mode == "serial"
         self.watches_all = watches_all or exclusive
         self.coroutine = Coroutine(self._run, lambda _: done(self), alone=alone, exclusive=exclusive, wanted=wanted)
+        self.coroutine.pixels = model.output_pixels(request)
 
     @property
     def task(self) -> Task:

@@ -127,7 +127,12 @@ class Trial:
             return []
 
     def _hub(self, mode: BatchingMode) -> Hub:
-        return Hub(max_batch=self._config.max_batch, max_tokens=self._config.max_batch_tokens, mode=mode)
+        return Hub(
+            max_batch=self._config.max_batch,
+            max_tokens=self._config.max_batch_tokens,
+            mode=mode,
+            costs=self._model.costs,
+        )
 
     def _first_runs(self) -> list[torch.Tensor]:
         """The pictures apart, at the smallest size and in the output type with which the pipeline runs."""
