@@ -124,9 +124,9 @@ class Commit(msgspec.Struct, tag=True, frozen=True):
 
 
 class Abort(msgspec.Struct, tag=True, frozen=True):
-    """End a begun update, and leave every byte as it was before."""
+    """End a begun update, whichever is begun where ``update_id`` is ``None``; every byte is as it was before."""
 
-    update_id: str
+    update_id: str | None
 
 
 class Digests(msgspec.Struct, tag=True, frozen=True):

@@ -59,7 +59,9 @@ from ..protocol.operations import (
     Performed,
     SetPaused,
 )
+from .backlog import nbytes_of
 from .committed import Committed
+from .cost import refusal_of
 from .operations import Operations
 from .queue import Queue, by_deadline, by_turn
 from .replicas import Replica, Replicas
@@ -97,6 +99,8 @@ class Dispatcher:
         self._durations: deque[float] = deque(maxlen=REMEMBERED_DURATIONS)
         self._paused: Barrier | None = None
         self._pausing: list[Pause] = []  # whose replies wait for what runs
+        self._halted_before: str | None = None
+        self._halted_at = 0.0
         self._status_due = -math.inf
         self._outbox = Outbox()
         journal = config.weights_journal is not None
@@ -106,6 +110,7 @@ class Dispatcher:
             self._committed,
             lambda message: self._outbox.to_server.append(message),
             lambda number, order: self._outbox.to_replicas.append((number, order)),
+            config=config,
             named=self._named_adapters,
             resume=self._resume,
             end_all=self._end_all,
@@ -135,22 +140,31 @@ class Dispatcher:
         if now >= self._status_due or shown != self._pushed:
             self._pushed, self._status_due = shown, now + STATUS_INTERVAL_S
             # before the answer to what changed it: who has the answer and asks again hears of the change
-            self._outbox.to_server.insert(0, self.status())
+            self._outbox.to_server.insert(0, self.status(now))
+
+    def status(self, now: float) -> Status:
+        held, halted = list(self._operations.held()), self._halted()
+        waiting = len(self._waiting) + len(held)
+        if halted != self._halted_before:
+            self._halted_before, self._halted_at = halted, now
+        return Status(
+            queued=waiting,
+            running=len(self._live) - waiting,
+            replicas=self._replicas.status(),
+            halted=halted,
+            halted_s=0.0 if halted is None else now - self._halted_at,
+            hold=self._operations.hold_at(now),
+            queued_operations=len(self._operations.waiting()),
+            queued_bytes=self._waiting_bytes() + self._operations.waiting_bytes(),
+            adapters=self._committed.adapters,
+        )
 
     def _shown(self) -> tuple[object, ...]:
         """What operations and replicas change of the status: it is pushed at once, before the answer to the change."""
-        return self._replicas.states(), self._halted(), self._committed.adapters
+        return self._replicas.states(), self._halted(), self._committed.adapters, self._operations.holder
 
-    def status(self) -> Status:
-        waiting = len(self._waiting) + sum(1 for _ in self._operations.held())
-        running, replicas = len(self._live) - waiting, self._replicas.status()
-        return Status(
-            queued=waiting,
-            running=running,
-            replicas=replicas,
-            halted=self._halted(),
-            adapters=self._committed.adapters,
-        )
+    def _waiting_bytes(self) -> int:
+        return self._waiting.nbytes + sum(request.nbytes for request in self._operations.held())
 
     def from_server(self, message: ToScheduler, now: float) -> None:
         match message:
@@ -219,11 +233,12 @@ class Dispatcher:
         return {use.name for request in self._live.values() for use in request.generate.lora or ()}
 
     def _admit(self, generate: Generate, now: float) -> None:
-        if refusal := self._refusal(generate):
+        nbytes = nbytes_of(generate)
+        if refusal := self._refusal(generate, nbytes):
             self._outbox.to_server.append(Failed(generate.request_id, refusal.info()))
             return
         timeout_s = self._config.request_timeout_s if generate.timeout_s is None else generate.timeout_s
-        request = Request(generate, self._arrivals, now, now + timeout_s)
+        request = Request(generate, self._arrivals, now, now + timeout_s, nbytes)
         self._arrivals += 1
         self._live[request.id] = request
         self._deadlines.add(request)
@@ -231,7 +246,7 @@ class Dispatcher:
         ahead = waiting + self._operations.hold(request) if self._operations.blocks else self._waiting.add(request)
         self._outbox.to_server.append(Queued(request.id, ahead))
 
-    def _refusal(self, generate: Generate) -> SafelightError | None:
+    def _refusal(self, generate: Generate, nbytes: int) -> SafelightError | None:
         """Why ``generate`` cannot be accepted, if it cannot."""
         request_id, timeout_s = generate.request_id, generate.timeout_s
         if request_id in self._live or self._replicas.holds(request_id):
@@ -244,22 +259,20 @@ class Dispatcher:
             return _asleep()
         if not self._replicas.any_ready:
             return self._no_replica()
-        held = list(self._operations.held())
-        if len(self._waiting) + len(held) >= self._config.max_queue:
-            retry_after_s = self._retry_after_s()
-            return QueueFull(
-                f"{len(self._waiting) + len(held)} requests wait already, and no more may. "
-                f"Ask again in {retry_after_s:.0f} s.",
-                retry_after_s=retry_after_s,
-            )
-        limit_mb = self._config.max_queue_mb
-        if self._waiting.nbytes + sum(request.nbytes for request in held) > limit_mb * 2**20:
-            retry_after_s = self._retry_after_s()
-            return QueueFull(
-                f"The images of waiting requests fill {limit_mb} MB already. Ask again in {retry_after_s:.0f} s.",
-                retry_after_s=retry_after_s,
-            )
-        return None
+        return refusal_of(generate, self._replicas, self._config) or self._no_room(nbytes)
+
+    def _no_room(self, nbytes: int) -> QueueFull | None:
+        """Why a request of so many bytes may not wait, if it may not; the first one always may."""
+        waiting = len(self._waiting) + sum(1 for _ in self._operations.held())
+        if waiting >= self._config.max_queue:
+            full = f"{waiting} requests wait already, and no more may (--max-queue)."
+        elif waiting and self._waiting_bytes() + nbytes > self._config.max_queue_mb * 2**20:
+            held_mb = self._waiting_bytes() >> 20
+            full = f"Requests of {held_mb} MB wait already, and {self._config.max_queue_mb} MB may (--max-queue-mb)."
+        else:
+            return None
+        retry_after_s = self._retry_after_s()
+        return QueueFull(f"{full} Ask again in {retry_after_s:.0f} s.", retry_after_s=retry_after_s)
 
     def _retry_after_s(self) -> float:
         """A recent request's mean seconds on a replica: by then, all that runs now has made room in the queue."""

@@ -15,8 +15,9 @@ from collections.abc import Callable, Iterable, Iterator
 from msgspec.structs import replace
 
 from ..protocol.adapters import AdapterChange, SetAdapters
+from ..protocol.config import Config
 from ..protocol.errors import Conflict, NotFound, SafelightError, Unavailable
-from ..protocol.messages import Failed, FromScheduler, ToWorker
+from ..protocol.messages import Failed, FromScheduler, Hold, ToWorker
 from ..protocol.operations import (
     Abort,
     Adapt,
@@ -40,7 +41,9 @@ from ..protocol.operations import (
     Update,
     Wake,
 )
+from .backlog import Backlog
 from .committed import Committed, Turns, Weights
+from .groups import Groups
 from .on_disk import is_on_disk, origins
 from .replicas import Replica, Replicas
 from .request import Request
@@ -64,6 +67,7 @@ class Operations:
         to_server: Callable[[FromScheduler], None],
         to_replica: Callable[[int, ToWorker], None],
         *,
+        config: Config,
         named: Callable[[], Iterable[str]] = lambda: (),
         resume: Callable[[Request], None],
         end_all: Callable[[SafelightError], None],
@@ -82,6 +86,10 @@ class Operations:
         self._numbers = itertools.count(1)
         self._line: deque[Request | Transaction] = deque()
         self._current: Transaction | None = None
+        self._longest_s = config.max_update_hold_s
+        self._given_up: dict[str, str] = {}  # the update that was last, and why
+        self._backlog = Backlog(config)
+        self._groups = Groups(self._numbers, to_replica, done=self._operated, fail=self._fail)
 
     @property
     def blocks(self) -> bool:
@@ -96,7 +104,38 @@ class Operations:
     @property
     def next_turn(self) -> float:
         """When a begun update is given up, unless a part of it comes before; never while replicas work on one."""
-        return math.inf if self._current is None or self._current.running is not None else self._current.deadline
+        idle = self._current is not None and self._current.running is None
+        return min(self._groups.next_turn, self._current.deadline if self._current and idle else math.inf)
+
+    def hold_at(self, now: float) -> Hold | None:
+        """What holds back everything behind it, if anything does."""
+        transaction = self._current
+        if transaction is None:
+            return None
+        working = transaction.running is not None or bool(transaction.parts)
+        begun = transaction.begun
+        part = transaction.running.part if transaction.running is not None else next(iter(transaction.parts), None)
+        return Hold(
+            operation=type(begun or (part.operation if part is not None else None)).__name__,
+            phase="draining" if not transaction.reached else "working" if working else "open",
+            held_s=max(0.0, now - transaction.since),
+            update_id=begun.update_id if begun is not None else None,
+            ends_in_s=max(0.0, transaction.deadline - now) if math.isfinite(transaction.deadline) else None,
+        )
+
+    @property
+    def holder(self) -> str | None:
+        """The begun update that holds back everything behind it."""
+        return self._current.begun.update_id if self._current is not None and self._current.begun else None
+
+    def waiting(self) -> list[Operate]:
+        """Clients' operations that have not begun yet, and parts of a begun update."""
+        transactions = [item for item in self._line if isinstance(item, Transaction)]
+        behind = [*([self._current] if self._current is not None else []), *transactions]
+        return [part for transaction in behind for part in transaction.parts if part.request_id]
+
+    def waiting_bytes(self) -> int:
+        return self._backlog.nbytes_among(self.waiting())
 
     def held(self) -> Iterator[Request]:
         return (item for item in self._line if isinstance(item, Request))
@@ -116,24 +155,62 @@ class Operations:
 
     def add(self, part: Operate, now: float) -> None:
         """An operation has arrived."""
-        operation = part.operation
-        update_id = operation.update_id if isinstance(operation, Update | Save | Commit | Abort) else None
-        if update_id is None:
-            begun = operation if isinstance(operation, Begin) else None
-            self._line.append(Transaction(part.barrier, deque([part]), begun))
-        elif self._current is not None and self._current.begun and self._current.begun.update_id == update_id:
-            if isinstance(operation, Update | Save) and (refusal := self._current.refusal_of(operation.source)):
-                self._refuse(part, refusal)
-            else:
-                self._current.parts.append(part)
-        else:
-            self._refuse(part, NotFound(f"There is no begun update {update_id!r}; it ended, or never was."))
+        match part.operation:
+            case Join() as join:
+                self._groups.join(part, join, self._committed.participants(to_update=False), now)
+            case Leave():
+                self._leave(part, part.operation)
+            case (
+                Update(update_id=str(update_id))
+                | Save(update_id=str(update_id))
+                | Commit(update_id=update_id)
+                | Abort(update_id=update_id)
+            ):
+                self._add_to_begun(part, update_id)
+            case operation:
+                if (refusal := self._backlog.admit(part, self.waiting())) is not None:
+                    self._refuse(part, refusal)
+                else:
+                    begun = operation if isinstance(operation, Begin) else None
+                    self._line.append(Transaction(part.barrier, deque([part]), begun))
         self.advance(now)
+
+    def _add_to_begun(self, part: Operate, update_id: str | None) -> None:
+        """A part of the begun update, or its end; an operator ends whichever there is, without its id."""
+        transaction, operation = self._current, part.operation
+        if transaction is None or transaction.begun is None or update_id not in (None, transaction.begun.update_id):
+            reason = self._given_up.get(update_id or "", "it ended, or never was")
+            named = "begun update" if update_id is None else f"begun update {update_id!r}"
+            self._refuse(part, NotFound(f"There is no {named}; {reason}."))
+        elif (refusal := self._backlog.admit(part, self.waiting())) is not None:
+            self._refuse(part, refusal)
+        elif isinstance(operation, Update | Save) and (reason_not := transaction.refusal_of(operation.source)):
+            self._refuse(part, reason_not)
+        elif isinstance(operation, Abort):
+            self._abort(transaction, part)
+        else:
+            transaction.parts.append(part)
+
+    def _abort(self, transaction: Transaction, part: Operate) -> None:
+        """End a begun update as soon as replicas have done what they are at: parts that wait are not begun."""
+        waiting = list(transaction.parts)
+        transaction.parts.clear()
+        for other in waiting:
+            self._refuse(other, Conflict("The update was aborted before this was done."))
+        if transaction.reached:
+            transaction.parts.append(part)
+        else:
+            self._current = None
+            self._operated(part, {})
+
+    def _leave(self, part: Operate, leave: Leave) -> None:
+        self._groups.leave(part, leave, {replica.number for replica in self._replicas if replica.has_loaded})
 
     def cancel(self, request_id: str) -> None:
         """The client of an operation is gone. One that has not begun will not; one that has ends as it would have."""
         if not request_id:  # by which a server says hello; it is also what our own operations have
             return
+        self._groups.cancel(request_id)
         for item in list(self._line):
             if isinstance(item, Transaction) and item.parts[0].request_id == request_id:
                 self._line.remove(item)
@@ -148,6 +225,8 @@ class Operations:
 
     def answered(self, replica: int, message: Performed, now: float) -> None:
         """A replica has done a step."""
+        if self._groups.answered(replica, message):
+            return
         running = self._current.running if self._current is not None else None
         if running is not None and running.takes(replica, message):
             self.advance(now)
@@ -155,6 +234,7 @@ class Operations:
     def lost(self, replica: Replica, now: float) -> None:
         """A replica's process is gone, and its part in what is being done with it."""
         self._committed.gone(replica)
+        self._groups.lost(replica)
         for transaction in [item for item in self._line if isinstance(item, Transaction) and item.only is replica]:
             self._line.remove(transaction)
         if self._current is None:
@@ -174,6 +254,7 @@ class Operations:
 
     def advance(self, now: float) -> None:
         """Do whatever can be done now."""
+        self._groups.expire(now)
         while self._step(now):
             pass
 
@@ -186,14 +267,22 @@ class Operations:
             return not transaction.running.expected and self._finish_step(transaction, transaction.running, now)
         if not transaction.reached:
             transaction.reached = transaction.barrier == "in_place" or self._drained()
+            if transaction.reached and transaction.begun is not None:
+                transaction.ceiling = now + self._longest_s
             return transaction.reached
+        if transaction.begun is not None and now >= transaction.ceiling:
+            self._give_up(transaction, f"it held back generation for {self._longest_s:g} s (--max-update-hold-s)")
+            return True
         if transaction.parts:
             return self._begin_part(transaction, transaction.parts.popleft(), now)
         if transaction.begun is None:
             self._current = None
             return True
-        if transaction.replicas == set() or now >= transaction.deadline:
-            self._give_up(transaction)
+        if transaction.replicas == set():
+            self._give_up(transaction, "its replicas were lost")
+            return True
+        if now >= transaction.deadline:
+            self._give_up(transaction, f"nothing of it came for {transaction.begun.timeout_s:g} s")
             return True
         return False
 
@@ -205,6 +294,7 @@ class Operations:
             self._resume(item)
             return True
         self._current = item
+        item.since = now
         if item.barrier == "abort":
             self._end_all(Conflict("The request was ended to make way for a change of the weights. Send it again."))
         return True
@@ -350,7 +440,7 @@ class Operations:
         operation = running.part.operation
         if isinstance(operation, Sleep) and transaction.only is None:
             self._order_unasked(running.replicas, "prepare", Wake(sorted(set(operation.tags) - self.asleep)))
-        if not isinstance(operation, Update | Save | Commit | Join | Adapt):
+        if not isinstance(operation, Update | Save | Commit | Adapt):
             return
         step: Step = "release" if running.step == "prepare" else "rollback"
         self._order_unasked(running.replicas, step)
@@ -418,10 +508,11 @@ class Operations:
         if isinstance(operation, Abort):
             self._end(transaction)
 
-    def _give_up(self, transaction: Transaction) -> None:
-        """End a begun update of which nothing has been heard for too long, or whose replicas are all lost."""
+    def _give_up(self, transaction: Transaction, reason: str) -> None:
+        """End a begun update that its client does not end."""
         assert transaction.begun is not None
-        logger.warning("the update %s is aborted: nothing more came", transaction.begun.update_id)
+        logger.warning("the update %s is aborted: %s", transaction.begun.update_id, reason)
+        self._given_up = {transaction.begun.update_id: f"it was aborted, as {reason}"}
         self._order_unasked(transaction.replicas or set(), "rollback")
         self._end(transaction)
 
@@ -471,10 +562,7 @@ class Operations:
         """Leave the group over which a trainer sends what nobody receives: it would wait, or be taken for the next."""
         match part.operation:
             case Update(source=Broadcast(group=group)) | Save(source=Broadcast(group=group)):
-                if self._current is not None and self._current.begun is not None:
-                    self._current.parts.append(Operate("", Leave(group)))
-                else:
-                    self._line.append(of_our_own(Leave(group)))
+                self._leave(Operate("", Leave(group)), Leave(group))
 
     def _fail(self, part: Operate, error: SafelightError, report: Report | None = None) -> None:
         if part.request_id:

@@ -30,7 +30,7 @@ class Queue:
         self._bound = bound
         self._requests: list[Request] = []
         self.nbytes = 0
-        """Of the images that the requests bring along."""
+        """Of everything that the requests carry."""
 
     def __iter__(self) -> Iterator[Request]:
         return iter(list(self._requests))

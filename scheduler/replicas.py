@@ -102,8 +102,9 @@ class Replica:
             self._become("ready", "ready")
 
     def heartbeat(self, stats: ReplicaStats) -> None:
+        """Take ``stats``; before a new process has measured anything, what the last one measured still holds."""
         if not self._exited:
-            self.stats = stats
+            self.stats = stats if stats.costs else replace(stats, costs=self.stats.costs)
 
     def check_stall(self, now: float, stall_timeout_s: float) -> None:
         """Give a ready replica no more work after ``stall_timeout_s`` seconds of silence."""
@@ -148,7 +149,8 @@ class Replica:
             return []
         if self.pid is not None and not self._exited:
             self._exits_due += 1
-        self.pid, self.model, self.stats, self._exited = pid, None, ReplicaStats(), False
+        self.pid, self.model, self._exited = pid, None, False
+        self.stats = ReplicaStats(costs=self.stats.costs)
         return self._drop_held()
 
     def _drop_held(self) -> list[str]:

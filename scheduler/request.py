@@ -16,6 +16,8 @@ class Request:
     """Counts arrivals: the order among requests of equal priority."""
     arrived: float
     deadline: float
+    nbytes: int
+    """Of everything that it carries."""
     replica: int | None = None
     """The replica that it was given to; ``None`` while it waits."""
     started: float | None = None
@@ -27,11 +29,6 @@ class Request:
     @property
     def outputs(self) -> int:
         return len(self.generate.samples)
-
-    @property
-    def nbytes(self) -> int:
-        """Of its images: all else about a request is small."""
-        return sum(len(image.rgb) for image in self.generate.images)
 
     def start(self, replica: int, now: float) -> None:
         assert self.replica is None, f"request {self.id} was started twice"

@@ -104,7 +104,11 @@ class Transaction:
     reached: bool = False
     replicas: set[int] | None = None
     running: Running | None = None
+    since: float = math.inf
+    """When it began to hold back what is behind it."""
     deadline: float = math.inf
+    ceiling: float = math.inf
+    """When a begun update ends, however many parts of it come."""
     written: dict[str, int] = field(default_factory=dict)
     complete: set[str] = field(default_factory=set)
     adapters: dict[str, AdapterSource] = field(default_factory=dict)
@@ -119,7 +123,7 @@ class Transaction:
     def gives_time(self, now: float) -> None:
         """Have the time until the next part count from ``now``."""
         if self.begun is not None:
-            self.deadline = now + self.begun.timeout_s
+            self.deadline = min(now + self.begun.timeout_s, self.ceiling)
 
     def took(self, report: Report) -> None:
         """A replica has written a part."""

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import msgspec
 from fastapi import APIRouter, Response
 
 from ..protocol.errors import Unavailable
-from ..protocol.messages import ReplicaStatus
+from ..protocol.messages import ReplicaStatus, Status
 from .replies import error_reply, json_reply
 from .service import Service
 
@@ -34,11 +35,21 @@ def _health(service: Service) -> Response:
         error = Unavailable("The scheduler does not answer.")
         return error_reply(error.info(), status="unavailable", replicas=reasons)
     if any(replica.state == "ready" for replica in replicas):
-        halted = service.link.status.halted
-        return json_reply({"status": "ok", "replicas": reasons, **({"halted": halted} if halted else {})})
+        return json_reply({"status": "ok", "replicas": reasons, **what_waits(service.link.status)})
     starting = all(replica.state == "starting" for replica in replicas)
     error = service.link.unavailable()
     return error_reply(error.info(), status="starting" if starting else "unavailable", replicas=reasons)
+
+
+def what_waits(status: Status) -> dict[str, Any]:
+    """Why ready replicas start nothing, and since when: asleep or paused, or held back by an operation."""
+    told: dict[str, Any] = {}
+    if status.halted is not None:
+        told |= {"halted": status.halted, "halted_s": round(status.halted_s, 3)}
+    if status.hold is not None:
+        hold: dict[str, Any] = msgspec.to_builtins(status.hold)
+        told["hold"] = {name: round(value, 3) if isinstance(value, float) else value for name, value in hold.items()}
+    return told
 
 
 def _reason(replica: ReplicaStatus) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from fastapi import APIRouter, Response
 
 from .. import __version__
 from ..protocol.messages import ReplicaStatus
+from .health import what_waits
 from .operating import active_adapters
 from .replies import json_reply
 from .service import Service
@@ -46,7 +47,9 @@ def _server_info(service: Service) -> dict[str, Any]:
         "batching": None if model is None else msgspec.to_builtins(model.batching),
         "queued": status.queued,
         "running": status.running,
-        "halted": status.halted,
+        "queued_operations": status.queued_operations,
+        "queued_bytes": status.queued_bytes,
+        **{"halted": None, "hold": None, **what_waits(status)},
         "adapters": active_adapters(status.adapters),
         "shared_memory": str(service.shared),
         "replicas": [_replica(replica) for replica in status.replicas],

@@ -66,6 +66,20 @@ class _SchedulerCollector(Collector):
         status = self._link.status
         yield GaugeMetricFamily("safelight_queued_requests", "Requests that wait in the queue", status.queued)
         yield GaugeMetricFamily("safelight_running_requests", "Requests that replicas work on", status.running)
+        yield GaugeMetricFamily(
+            "safelight_queued_operations", "Operations that wait for others", status.queued_operations
+        )
+        yield GaugeMetricFamily("safelight_queued_bytes", "Bytes of all that waits", status.queued_bytes)
+        hold = GaugeMetricFamily(
+            "safelight_hold_seconds", "Seconds that an operation has held back what came after it", labels=["operation"]
+        )
+        if status.hold is not None:
+            hold.add_metric([status.hold.operation], status.hold.held_s)
+        yield hold
+        halted = GaugeMetricFamily("safelight_halted_seconds", "Seconds without any start", labels=["reason"])
+        if status.halted is not None:
+            halted.add_metric([status.halted], status.halted_s)
+        yield halted
         up = GaugeMetricFamily("safelight_replica_up", "1 while the replica takes requests", labels=["replica"])
         for replica in status.replicas:
             up.add_metric([str(replica.replica)], float(replica.state == "ready"))

@@ -21,6 +21,7 @@ _UNKNOWN = re.compile(r"Object contains unknown field `(.*)`", re.DOTALL)  # as 
 
 TENSORS = 400_000
 """Values of a body that says several things of every tensor of a model."""
+DEFAULT_GROUP = "weight_update_group"
 
 
 class Alphabet(msgspec.Struct, frozen=True):
@@ -110,7 +111,7 @@ class Begin(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     weight_version: Version | None = None
     target_modules: Modules | None = None
     mode: Barrier = "wait"
-    timeout_s: Seconds = 300.0
+    timeout_s: Seconds | None = None
 
 
 class Commit(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -119,7 +120,10 @@ class Commit(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
 
 class Abort(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    update_id: Name
+    """Either ``update_id``, or ``any`` for whichever update is begun."""
+
+    update_id: Name | None = None
+    any: bool = False
 
 
 class InitGroup(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -127,7 +131,7 @@ class InitGroup(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     master_port: Annotated[int, Meta(ge=1, le=65535)]
     rank_offset: Annotated[int, Meta(ge=1, le=1_000_000)]
     world_size: Annotated[int, Meta(ge=2, le=1_000_000)]
-    group_name: Name = "weight_update_group"
+    group_name: Name = DEFAULT_GROUP
     backend: Literal["gloo", "nccl"] = "nccl"
     timeout_s: Seconds | None = None
 
@@ -136,7 +140,7 @@ class FromDistributed(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     names: list[TensorName]
     dtypes: list[str]
     shapes: list[list[Int64]]
-    group_name: Name = "weight_update_group"
+    group_name: Name = DEFAULT_GROUP
     target_modules: Modules | None = None
     load_format: None = None
     weight_version: Version | None = None
@@ -153,8 +157,12 @@ UpdateBody = FromDisk | FromTensor | FromBody | FromDistributed
 LoraBody = FromTensor | FromBody | FromDistributed
 
 
+class _OfGroup(msgspec.Struct, frozen=True):
+    group_name: str = DEFAULT_GROUP
+
+
 class DestroyGroup(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    group_name: Name = "weight_update_group"
+    group_name: Name = DEFAULT_GROUP
 
 
 class Checker(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -187,7 +195,12 @@ class Nothing(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 
 async def read(request: Request, kind: type[B], max_values: int = MAX_VALUES) -> B:
     """The body as ``kind``; an empty one has every default. Raises ``Malformed`` and ``BodyTooLarge``."""
-    return await parse(await read_body(request), functools.partial(_decode, kind=kind), max_values)
+    return await decode(await read_body(request), kind, max_values)
+
+
+async def decode(body: bytearray, kind: type[B], max_values: int = MAX_VALUES) -> B:
+    """As :func:`read`, of a body that was received."""
+    return await parse(body, functools.partial(_decode, kind=kind), max_values)
 
 
 def _decode(body: bytearray, kind: type[B]) -> B:
@@ -197,6 +210,14 @@ def _decode(body: bytearray, kind: type[B]) -> B:
         raise _malformed(error, kind) from None
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise Malformed(f"The body is no JSON: {error}.") from None
+
+
+def group_of(body: bytearray) -> str | None:
+    """The group that a body is about which may be wrong otherwise."""
+    try:
+        return msgspec.json.decode(body, type=_OfGroup).group_name
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+        return None
 
 
 def from_query(request: Request, kind: type[B]) -> B:

@@ -13,7 +13,7 @@ import msgspec
 from fastapi import APIRouter, Request
 
 from ..protocol.codec import Buffer
-from ..protocol.errors import ClientGone, Internal, InvalidRequest, NotFound
+from ..protocol.errors import ClientGone, Internal, InvalidRequest, NotFound, SafelightError
 from ..protocol.operations import (
     Abort,
     Begin,
@@ -33,14 +33,17 @@ from ..protocol.operations import (
 )
 from . import weight_bodies as bodies
 from .adapter_parts import AdapterParts
+from .bounded import read_body
 from .checkpoint_files import SUFFIX, find_files
 from .gate import media_type
 from .operating import Handler, Operating, active_adapters, first_report, routes_of, success
+from .scheduler_link import OperationFailed
 from .service import Service
 from .uploads import Uploads, shared_file
 
 SAFETENSORS = "application/x-safetensors"
 _GROUP_TIMEOUT_S = 60.0
+_BEGUN_TIMEOUT_S = 300.0
 
 
 def routes(service: Service) -> APIRouter:
@@ -87,6 +90,7 @@ class _Routes:
             source = self._shared(body.shared, _target(body))
         else:
             source = await self._service.decode(self._pickled, body)
+            body = msgspec.structs.replace(body, serialized_named_tensors=None)  # it may wait, with one copy in memory
         if body.weight_update_mode == "lora_merge":
             return await self._merge(request, source, _target(body), body)
         return await self._update(request, source, body)
@@ -125,12 +129,18 @@ class _Routes:
         for name in body.target_modules or ():
             if name not in known:
                 raise NotFound(f"The model has no module {name!r}; it has {', '.join(known)}.", field="target_modules")
+        longest_s = self._service.config.max_update_hold_s
+        if body.timeout_s is not None and body.timeout_s > longest_s:
+            raise InvalidRequest(
+                f"timeout_s is {body.timeout_s:g} and can be at most {longest_s:g}, the server's --max-update-hold-s.",
+                field="timeout_s",
+            )
         update_id = uuid.uuid4().hex
         operation = Begin(
             update_id=update_id,
             weight_version=body.weight_version,
             modules=body.target_modules,
-            timeout_s=body.timeout_s,
+            timeout_s=body.timeout_s or min(_BEGUN_TIMEOUT_S, longest_s),
         )
         try:
             await self._operating.operate(request, operation, body.mode)
@@ -150,9 +160,12 @@ class _Routes:
 
     async def abort(self, request: Request) -> dict[str, Any]:
         body = await bodies.read(request, bodies.Abort)
+        if body.any == (body.update_id is not None):
+            raise InvalidRequest("Give either update_id or any = true.", field="update_id")
         async with self._service.folders.for_a_change():
             operated = await self._operating.operate(request, Abort(body.update_id))
-            self._service.folders.end_parts(body.update_id)
+            if body.update_id is not None:
+                self._service.folders.end_parts(body.update_id)
         return {**success("The update is aborted; every byte is as before."), **self._operating.version(operated)}
 
     async def init_group(self, request: Request) -> dict[str, Any]:
@@ -181,24 +194,46 @@ class _Routes:
         )
         operated = await self._operating.operate(request, operation)
         ranks = sum(report.ranks for report in operated.reports.values())
-        return {**success(f"{ranks} ranks have joined the group."), "ranks": ranks}
+        told = f"{ranks} ranks have joined the group."
+        if body.backend == "nccl":
+            told = f"{ranks} ranks have reached the group's store; over NCCL members meet in the first broadcast."
+        return {**success(told), "ranks": ranks}
 
     async def from_distributed(self, request: Request) -> dict[str, Any]:
-        body = await bodies.read(request, bodies.FromDistributed, bodies.TENSORS)
+        """Whoever is refused here may have begun to broadcast: the end of the group tells him, who else would wait."""
+        raw = await read_body(request)
+        try:
+            body = await bodies.decode(raw, bodies.FromDistributed, bodies.TENSORS)
+        except SafelightError:
+            self._end_group(bodies.group_of(raw))
+            raise
+        del raw  # the rest may take long
+        try:
+            return await self._receive(request, body)
+        except ClientGone:
+            raise
+        except (SafelightError, OperationFailed):
+            self._end_group(body.group_name)
+            raise
+
+    async def _receive(self, request: Request, body: bodies.FromDistributed) -> dict[str, Any]:
         targets = body.target_modules or ["transformer"]
         if len(targets) != 1:
-            self._operating.without_reply(Leave(body.group_name))  # or the trainer would wait in it
             raise InvalidRequest("One call is for one module; the group is ended.", field="target_modules")
         source = Broadcast(body.group_name, targets[0], list(body.names), body.dtypes, body.shapes)
         if body.weight_update_mode == "lora_merge":
             return await self._merge(request, source, targets[0], body)
         return await self._update(request, source, body)
 
+    def _end_group(self, name: str | None) -> None:
+        if name is not None:
+            self._operating.without_reply(Leave(name))
+
     async def destroy_group(self, request: Request) -> dict[str, Any]:
         body = await bodies.read(request, bodies.DestroyGroup)
         operated = await self._operating.operate(request, Leave(body.group_name))
         if not any(report.left for report in operated.reports.values()):
-            raise NotFound(f"There is no group {body.group_name!r}.", field="group_name")
+            return success(f"There is no group {body.group_name!r}; nothing was done.")
         return success("The ranks have left the group.")
 
     async def check(self, request: Request) -> dict[str, Any]:

@@ -19,8 +19,6 @@ from ..protocol.operations import (
     Digests,
     Export,
     Flush,
-    Join,
-    Leave,
     Operation,
     Perform,
     Performed,
@@ -83,6 +81,7 @@ class Operations:
         undo: UndoMemory,
         sign: Sign,
         adapters: RankAdapters,
+        groups: Groups,
     ) -> None:
         self._model = model
         self._hub = hub
@@ -92,7 +91,7 @@ class Operations:
         self._place = place
         self._places = places
         self._replica = place // ranks.size
-        self._groups = Groups(place, model.device)
+        self._groups = groups
         self._journal = journal
         self._undo = undo
         self._update = RankUpdate(model.layouts, undo)
@@ -164,11 +163,6 @@ class Operations:
                 return self._sleep(operation)
             case Wake():
                 return self._wake(operation)
-            case Join():
-                self._groups.join(operation, self._sign)
-                return Report()
-            case Leave():
-                return Report(left=self._groups.leave(operation.group))
             case Export():
                 return self._export(operation)
             case Save():
@@ -245,8 +239,6 @@ class Operations:
         match self._operation:
             case Adapt():
                 self._adapters.release()
-            case Join():
-                self._groups.forget_join()
             case Update(source=Broadcast(group=group)) | Save(source=Broadcast(group=group)):
                 self._groups.leave(group)
 

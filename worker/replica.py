@@ -29,7 +29,8 @@ from ..protocol.messages import (
     ReplicaReady,
     ToWorker,
 )
-from ..protocol.operations import Perform, SetPaused
+from ..protocol.operations import Perform, Performed, SetPaused
+from .group_orders import GroupOrders
 from .hub import Hub
 from .jobs import Jobs
 from .lora.adapters import RankAdapters
@@ -37,9 +38,10 @@ from .model import Model, find_device, load_model
 from .operations import Operations
 from .parallel.ranks import RankLost, join, leave
 from .parallel.starting import FailedTogether, all_or_none
-from .parallel.team import Diverged, Follower, Leader, Stop, Turn
+from .parallel.team import Diverged, Follower, Leader, SettleJoin, Stop, Turn
 from .prompt_cache import PromptCache
 from .self_test import Found, SelfTest
+from .weights.groups import Groups
 from .weights.journal import Journal
 from .weights.undo import UndoMemory
 
@@ -102,12 +104,14 @@ class Replica:
             self._config.tp,
             f"{self._child.meeting_place}-store",
             device,
-            self._config.stall_timeout_s,
+            max(self._config.start_timeout_s, self._config.stall_timeout_s),  # a rank's disk may be the slower one
         )
         model = all_or_none(self._ranks, lambda: load_model(self._config, device, self._ranks))
         if self._journal is not None and (version := self._journal.replay(model.layouts, self._ranks)) is not None:
             model.weight_version = version
-        return model, self._test(model)
+        found = self._test(model)
+        self._ranks.limit(self._config.stall_timeout_s)
+        return model, found
 
     def _test(self, model: Model) -> Found:
         """Find out what the model does, or take over what an earlier start of this server has found out."""
@@ -134,21 +138,26 @@ class Replica:
             mode=found.mode,
             cache=PromptCache(self._config.prompt_cache_mb * 2**20) if self._config.prompt_cache_mb else None,
             adapters=adapters,
+            costs=model.costs,
         )
         hub.unmergeable.update(found.unmergeable)
         shared = Path(self._child.shared)
         jobs = Jobs(model, hub, self._send, self._wake, leads=self._leads, adapters=adapters, shared=shared)
+        place = self._number * self._config.tp + self._child.rank
+        groups = Groups(place, model.device, ended=self._wake, receive_s=self._config.max_update_hold_s)
+        group_orders = GroupOrders(groups, self._ranks)
         operations = Operations(
             model,
             hub,
             self._ranks,
-            place=self._number * self._config.tp + self._child.rank,
+            place=place,
             places=self._config.replicas * self._config.tp,
             shared=shared,
             journal=self._journal,
             undo=UndoMemory(model.device, _undo_limit(self._config), _path(self._config.undo_spill)),
             sign=lambda: self._beat(jobs),
             adapters=adapters,
+            groups=groups,
         )
 
         def take(turn: Turn) -> None:
@@ -163,6 +172,10 @@ class Replica:
                         jobs.cancel(message.request_id)
                     case SetPaused(paused=paused):
                         hub.paused = paused
+                    case SettleJoin():
+                        self._answer(group_orders.settle(message))
+                    case Perform() if group_orders.include(message):
+                        self._answer(group_orders.perform(message))
                     case Perform():
                         with hub.aside():
                             performed = operations.perform(message)
@@ -174,7 +187,7 @@ class Replica:
         try:
             if self._leads:
                 self._send(ReplicaReady(self._number, os.getpid(), model.info()))
-                self._lead(hub, jobs, lambda: hub.busy and not operations.holds, take)
+                self._lead(hub, jobs, group_orders, lambda: hub.busy and not operations.holds, take)
             else:
                 follower = Follower(self._context, self._child.meeting_place, self._child.rank)
                 follower.run(lambda: hub.trace, take)
@@ -183,17 +196,24 @@ class Replica:
         leave(self._ranks)
         return self._leave(0)
 
-    def _lead(self, hub: Hub, jobs: Jobs, busy: Callable[[], bool], take: Callable[[Turn], None]) -> None:
+    def _lead(
+        self,
+        hub: Hub,
+        jobs: Jobs,
+        group_orders: GroupOrders,
+        busy: Callable[[], bool],
+        take: Callable[[Turn], None],
+    ) -> None:
         team = Leader(self._context, self._child.meeting_place, self._config.tp)
         poller = zmq.Poller()
         poller.register(self._socket, zmq.POLLIN)
         poller.register(self._awake, zmq.POLLIN)
         while not self._stopping:
-            left_s = self._beat(jobs)
+            left_s = min(self._beat(jobs), group_orders.next_look_s)
             ready = dict(poller.poll(0 if busy() else round(left_s * 1000)))
             if self._awake in ready:
                 os.read(self._awake, 4096)
-            messages = self._received() if self._socket in ready else []
+            messages = [*(self._received() if self._socket in ready else []), *group_orders.due()]
             dropped = jobs.collect()
             if messages or dropped or busy():
                 turn = Turn(messages, dropped, hub.trace)
@@ -215,6 +235,10 @@ class Replica:
         while self._socket.poll(0):
             messages.append(TO_WORKER.decode(self._socket.recv_multipart()))
         return messages
+
+    def _answer(self, answer: Performed | None) -> None:
+        if answer is not None:
+            self._send(answer)
 
     def _send(self, message: FromWorker) -> None:
         if self._leads:

@@ -229,7 +229,7 @@ class Operating(Stage):
         return {number: words(process.adapters) for number, process in sorted(self.processes.items())}
 
     def serving(self) -> list[int]:
-        return [replica.replica for replica in self.dispatcher.status().replicas if replica.state == "ready"]
+        return [replica.replica for replica in self.dispatcher.status(self.now).replicas if replica.state == "ready"]
 
     def _collect(self) -> None:
         before = len(self.to_replicas)

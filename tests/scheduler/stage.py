@@ -113,7 +113,7 @@ class Stage:
         self._collect()
 
     def replica(self, number: int = 0) -> ReplicaStatus:
-        return self.dispatcher.status().replicas[number]
+        return self.dispatcher.status(self.now).replicas[number]
 
     def sent(self, kind: type[M], request_id: str | None = None) -> list[M]:
         """What the server got of one kind, and of one request if given."""

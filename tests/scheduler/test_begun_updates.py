@@ -4,9 +4,10 @@ import math
 
 import pytest
 
+from safelight.protocol.codec import Buffer
 from safelight.protocol.config import Config
 from safelight.protocol.errors import Internal
-from safelight.protocol.messages import Cancel
+from safelight.protocol.messages import Cancel, Hold
 from safelight.protocol.operations import Abort, Begin, Broadcast, Commit, Digests, Leave, Pickled, Source, Update
 from safelight.tests.scheduler.operating import REFUSED, Operating, update
 from safelight.tests.scheduler.stage import generate, result
@@ -183,7 +184,7 @@ def test_an_update_of_which_nothing_more_comes_is_undone_by_itself() -> None:
     assert stage.weights() == {0: "checkpoint", 1: "checkpoint"}
     assert stage.started() == [("held", 0)]
     stage.commit()
-    assert "it ended" in stage.refusal("commit u")
+    assert "nothing of it came for 10 s" in stage.refusal("commit u")
     assert stage.dispatcher.next_turn() < math.inf
 
 
@@ -257,3 +258,88 @@ def test_a_broadcast_that_nobody_will_receive_ends_its_group(why: str) -> None:
     stage.operate("after", update())
     stage.do_all()
     stage.done("after")
+
+
+def test_a_client_that_goes_on_sending_parts_cannot_hold_back_generation_for_ever() -> None:
+    stage = Operating(config=Config(replicas=2, max_update_hold_s=60.0))
+    stage.begin(timeout_s=50.0)
+    stage.server(generate("held"))
+    for number in range(3):
+        stage.operate(str(number), update(part_of="u"))
+        stage.do_all()
+        stage.wait(29.0)
+    stage.do_all()
+    assert stage.weights() == {0: "checkpoint", 1: "checkpoint"}
+    assert stage.started() == [("held", 0)]
+    stage.commit()
+    assert "--max-update-hold-s" in stage.refusal("commit u")
+
+
+def test_the_status_says_what_holds_back_generation_since_when_and_for_how_long_yet() -> None:
+    stage = Operating()
+    stage.begin(timeout_s=50.0)
+    stage.server(generate("held"))
+    stage.wait(0.0)
+    assert stage.statuses()[-1].hold is not None, "it is told at once"
+    stage.wait(7.0)
+    assert stage.statuses()[-1].hold == Hold(operation="Begin", phase="open", held_s=7.0, update_id="u", ends_in_s=43.0)
+    stage.operate("abort", Abort("u"))
+    stage.do_all()
+    stage.wait(0.0)
+    assert stage.statuses()[-1].hold is None
+
+
+def test_an_operator_ends_a_begun_update_without_its_id_and_before_the_parts_that_wait() -> None:
+    stage = Operating()
+    stage.begin()
+    for number in range(3):
+        stage.operate(f"part {number}", update(part_of="u"))
+    stage.operate("commit", Commit("u"))
+    stage.operate("abort", Abort(None))
+    stage.do_all()
+    stage.done("abort")
+    assert stage.steps(0) == ["prepare", "write", "rollback"]
+    assert "was aborted" in stage.refusal("commit")
+    assert stage.weights() == {0: "checkpoint", 1: "checkpoint"}
+    stage.operate("again", Abort(None))
+    assert "no begun update" in stage.refusal("again")
+
+
+def test_an_update_whose_begin_waits_for_running_requests_can_be_aborted() -> None:
+    stage = Operating(replicas=1)
+    stage.server(generate("runs"))
+    stage.operate("begin", Begin(update_id="u"), "wait")
+    stage.operate("abort", Abort("u"))
+    stage.done("abort")
+    assert "was aborted" in stage.refusal("begin")
+    stage.server(generate("next"))
+    assert stage.started() == [("runs", 0), ("next", 0)]
+
+
+def test_operations_behind_a_begun_update_are_counted_and_one_too_many_is_refused_but_not_its_end() -> None:
+    stage = Operating(config=Config(replicas=2, max_operations=3))
+    stage.begin()
+    for number in range(5):
+        stage.operate(str(number), Digests())
+    assert [stage.unanswered(str(number)) for number in range(5)] == [True] * 3 + [False] * 2
+    assert stage.error("3") == "queue_full"
+    stage.wait(1.0)
+    assert stage.statuses()[-1].queued_operations == 3
+    stage.operate("abort", Abort("u"))
+    stage.do_all()
+    stage.done("abort")
+    stage.done("2")
+
+
+def test_payloads_behind_a_begun_update_are_bounded_in_bytes_but_one_always_may_wait() -> None:
+    stage = Operating(config=Config(replicas=2, max_queue_mb=1))
+    stage.begin()
+    for number in range(3):
+        payload = Pickled([Buffer(bytes(700_000))], ["transformer"])
+        stage.operate(str(number), Update(source=payload))
+    assert [stage.unanswered(str(number)) for number in range(3)] == [True, False, False]
+    stage.wait(1.0)
+    assert 700_000 < stage.statuses()[-1].queued_bytes < 701_000
+    stage.server(Cancel("0"))
+    stage.operate("3", Update(source=Pickled([Buffer(bytes(1_700_000))], ["transformer"])))
+    assert stage.unanswered("3")

@@ -56,6 +56,16 @@ def test_before_anything_is_measured_nothing_is_refused() -> None:
     assert asked(costs={}, width=4096, height=4096) is None
 
 
+def test_a_replica_that_starts_again_is_judged_by_what_its_last_process_measured() -> None:
+    stage = Stage(config=Config(max_pixels=1 << 24))
+    stage.worker(0, Heartbeat(0, ReplicaStats(costs=MEASURED)))
+    stage.exited(0)
+    stage.ready(0, pid=99)
+    stage.heartbeat(0)
+    stage.server(replace(generate("r"), width=4096, height=4096))
+    assert stage.error("r") == "invalid_request"
+
+
 @pytest.mark.parametrize("exponent", [0.0, 0.5, 1.0, 1.5, 2.0])
 def test_an_estimate_is_never_too_low_where_cost_grows_up_to_the_square(exponent: float) -> None:
     def seconds(pixels: int) -> float:

@@ -22,6 +22,7 @@ from safelight.protocol.messages import (
     Result,
     Started,
 )
+from safelight.protocol.rollouts import Rollout, Tensor
 from safelight.tests.scheduler.stage import Stage, generate, result, stopped
 
 ONE_AT_A_TIME = Config(max_running=1)
@@ -304,5 +305,16 @@ def test_an_id_in_use_is_refused_while_it_waits_runs_or_is_being_stopped() -> No
 def test_status_counts_the_waiting_and_the_running() -> None:
     stage = Stage(config=Config(max_running=2))
     stage.server(generate("a"), generate("b"), generate("c"), Cancel("a"))
-    status = stage.dispatcher.status()
+    status = stage.dispatcher.status(stage.now)
     assert (status.queued, status.running, status.replicas[0].outstanding) == (1, 1, 2)
+
+
+def test_noise_that_rollouts_bring_along_counts_in_the_queue_like_images() -> None:
+    stage = Stage(config=Config(max_queue_mb=1, max_running=1))
+    stage.server(generate("runs"))
+    noise = Tensor("torch.float32", [150_000], Buffer(bytes(600_000)))
+    rollout = Rollout(initial_noise=[noise])
+    for number in range(3):
+        stage.server(msgspec.structs.replace(generate(str(number)), rollout=rollout))
+    assert stage.error("1") == stage.error("2") == "queue_full"
+    assert 600_000 < stage.dispatcher.status(stage.now).queued_bytes < 601_000

@@ -25,12 +25,12 @@ def test_while_asleep_nothing_is_accepted_and_what_was_held_is_told() -> None:
     stage.done("sleep")
     stage.server(generate("refused"))
     assert (stage.error("held"), stage.error("refused")) == ("conflict", "conflict")
-    assert stage.dispatcher.status().halted == "asleep"
+    assert stage.dispatcher.status(stage.now).halted == "asleep"
     stage.operate("wake", Wake(["weights", "caches"]))
     stage.do_all()
     stage.server(generate("accepted"))
     assert stage.started()[-1][0] == "accepted"
-    assert stage.dispatcher.status().halted is None
+    assert stage.dispatcher.status(stage.now).halted is None
 
 
 @pytest.mark.parametrize("how", ["refused", "lost"])

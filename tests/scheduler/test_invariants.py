@@ -179,14 +179,14 @@ class SchedulerMachine(RuleBasedStateMachine):
     @invariant()
     def status_agrees_with_what_the_server_was_told(self) -> None:
         open_lives = [life for life in self.lives.values() if not life.ended]
-        status = self.stage.dispatcher.status()
+        status = self.stage.dispatcher.status(self.stage.now)
         assert status.running == sum(life.started for life in open_lives)
         assert status.queued == sum(not life.started for life in open_lives)
         assert status.queued <= MAX_QUEUE
 
     @invariant()
     def nobody_waits_without_a_ready_replica_or_beside_an_idle_one(self) -> None:
-        status = self.stage.dispatcher.status()
+        status = self.stage.dispatcher.status(self.stage.now)
         if status.queued:
             ready = [replica for replica in status.replicas if replica.state == "ready"]
             assert ready
@@ -208,7 +208,7 @@ class SchedulerMachine(RuleBasedStateMachine):
                     self.say(number, result(request_id))
         self.wait(1e6)
         assert all(life.ended for life in self.lives.values())
-        status = self.stage.dispatcher.status()
+        status = self.stage.dispatcher.status(self.stage.now)
         assert (status.queued, status.running) == (0, 0)
         assert [replica.outstanding for replica in status.replicas] == [0] * REPLICAS
 

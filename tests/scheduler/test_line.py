@@ -94,7 +94,7 @@ def test_held_requests_count_as_queued_and_towards_the_bound() -> None:
     stage.server(generate("held"), generate("held too"), generate("too many"))
     assert [queued.position for queued in stage.sent(Queued)] == [0, 0, 1, 2]
     assert stage.error("too many") == "queue_full"
-    status = stage.dispatcher.status()
+    status = stage.dispatcher.status(stage.now)
     assert (status.queued, status.running) == (3, 1)
 
 

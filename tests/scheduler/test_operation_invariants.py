@@ -362,7 +362,7 @@ class OperationsMachine(RuleBasedStateMachine):
             assert [worker.truth] == self.account.truths
             assert not worker.process.open
             assert not worker.process.asleep
-        status = self.stage.dispatcher.status()
+        status = self.stage.dispatcher.status(self.stage.now)
         assert (status.queued, status.running, status.halted) == (0, 0, None)
 
     def settle(self) -> None:
@@ -397,7 +397,11 @@ class OperationsMachine(RuleBasedStateMachine):
         self.deliver()
 
     def serving(self) -> list[int]:
-        return [replica.replica for replica in self.stage.dispatcher.status().replicas if replica.state == "ready"]
+        return [
+            replica.replica
+            for replica in self.stage.dispatcher.status(self.stage.now).replicas
+            if replica.state == "ready"
+        ]
 
     def say(self, number: int, *messages: FromWorker) -> None:
         self.stage.worker(number, *messages)

@@ -63,7 +63,7 @@ def test_an_open_update_whose_replicas_are_all_lost_ends_at_once() -> None:
     stage.kill(0)
     stage.kill(1)
     stage.commit()
-    assert "it ended" in stage.refusal("commit u")
+    assert "its replicas were lost" in stage.refusal("commit u")
     stage.start(1)
     stage.server(generate("served"))
     assert stage.started() == [("served", 1)]

@@ -8,7 +8,7 @@ from safelight.tests.scheduler.stage import generate
 
 
 def request(number: int, *, priority: int = 0, deadline: float = 1.0) -> Request:
-    return Request(generate(f"r{number}", priority=priority), number, 0.0, deadline)
+    return Request(generate(f"r{number}", priority=priority), number, 0.0, deadline, nbytes=0)
 
 
 def drain(queue: Queue) -> list[int]:

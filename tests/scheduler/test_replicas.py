@@ -196,7 +196,7 @@ def test_a_worker_speaks_for_its_own_replica_and_requests_only() -> None:
     assert not stage.sent(Progress)
     stage.exited(7)
     stage.exited(-1)
-    assert [replica.state for replica in stage.dispatcher.status().replicas] == ["ready", "starting"]
+    assert [replica.state for replica in stage.dispatcher.status(stage.now).replicas] == ["ready", "starting"]
 
 
 def test_each_change_of_state_is_pushed_and_otherwise_a_status_each_second() -> None:

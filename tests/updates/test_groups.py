@@ -177,7 +177,35 @@ def test_what_does_not_fit_is_refused_by_name_and_the_trainer_does_not_wait_for_
         with pytest.raises(RuntimeError):
             training.answer()
     training.do("leave", group=group)
-    assert trainer.post("/destroy_weights_update_group", {"group_name": group}).status_code == 400
+    assert "nothing was done" in trainer.done("/destroy_weights_update_group", {"group_name": group})["message"]
+
+
+@pytest.mark.parametrize("changes", [{"names": None}, {"surplus": 1}, {"target_modules": ["transformer", "vae"]}])
+def test_a_body_that_cannot_be_read_ends_the_group_that_it_names(
+    changes: dict[str, Any], alone: Trainer, training: TrainingProcess
+) -> None:
+    group = join(alone, training)
+    with broadcasting(alone, training, group, **changes) as answer:
+        assert answer.result().status_code in (400, 422)
+        with pytest.raises(RuntimeError):
+            training.answer()
+    training.do("leave", group=group)
+
+
+def test_a_master_that_accepts_and_says_nothing_holds_up_nobody_and_the_join_can_be_destroyed(trainer: Trainer) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent, ThreadPoolExecutor(1) as pool:
+        body = asked(trainer, "silent", master_port=silent.getsockname()[1], timeout_s=60)
+        answer = pool.submit(trainer.post, "/init_weights_update_group", body)
+        connections = [silent.accept()[0] for _ in range(members(trainer))]
+        trainer.draw()
+        trainer.checksum()
+        assert not answer.done()
+        trainer.done("/destroy_weights_update_group", {"group_name": "silent"})
+        assert (answer.result().status_code, "destroyed" in answer.result().json()["message"]) == (409, True)
+        for connection in connections:
+            while connection.recv(4096):  # until the rank has closed it
+                pass
+            connection.close()
 
 
 def test_a_trainer_that_dies_in_the_middle_has_changed_nothing(trainer: Trainer, checkpoint: Path) -> None:
@@ -203,8 +231,10 @@ def test_a_trainer_that_falls_silent_in_the_middle_is_waited_for_no_longer_than_
     training.do("leave", group=group)
 
 
-def test_a_group_that_is_not_there(trainer: Trainer, training: TrainingProcess) -> None:
-    assert trainer.post("/destroy_weights_update_group", {"group_name": "nobody's"}).status_code == 400
+def test_a_group_that_is_not_there_can_be_destroyed_and_not_be_used(
+    trainer: Trainer, training: TrainingProcess
+) -> None:
+    assert "nothing was done" in trainer.done("/destroy_weights_update_group", {"group_name": "nobody's"})["message"]
     answer = trainer.post("/update_weights_from_distributed", training.do("announced") | {"group_name": "nobody's"})
     assert (answer.status_code, "nobody's" in answer.json()["message"]) == (400, True)
 

@@ -10,6 +10,7 @@ import torch
 from safelight.tests.ranks import on_ranks
 from safelight.tests.tiny import save
 from safelight.tests.worker import swapping
+from safelight.tests.worker.limiting import gives_up_on_a_silent_rank
 from safelight.tests.worker.summing import sums_round_once
 
 
@@ -21,3 +22,7 @@ def test_a_sum_in_low_precision_is_not_rounded_at_every_rank(size: int) -> None:
 def test_what_a_pipeline_writes_to_its_components_ends_with_the_request_on_every_rank(tmp_path: Path) -> None:
     checkpoint = save(swapping.FAMILY, tmp_path)
     on_ranks(2, swapping.cancelled_and_drawn, checkpoint, swapping.references(checkpoint))
+
+
+def test_a_limit_that_is_set_after_the_start_holds_for_later_collectives(tmp_path: Path) -> None:
+    on_ranks(2, gives_up_on_a_silent_rank, tmp_path / "ended")

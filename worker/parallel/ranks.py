@@ -88,6 +88,11 @@ class Ranks:
         gathered = self.gather(padded.to(device))
         return [part[:length].cpu().numpy().tobytes() for part, length in zip(gathered, lengths, strict=True)]
 
+    def limit(self, timeout_s: float) -> None:
+        """From now on a collective that takes longer than ``timeout_s`` raises."""
+        if self.group is not None:
+            dist.distributed_c10d._set_pg_timeout(timedelta(seconds=timeout_s), self.group)
+
     def _count(self, tensor: torch.Tensor) -> None:
         self.traffic.calls += 1
         self.traffic.bytes += tensor.nbytes

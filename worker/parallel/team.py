@@ -16,13 +16,20 @@ from ...protocol.messages import Cancel, Generate
 from ...protocol.operations import Perform, SetPaused
 
 
+class SettleJoin(msgspec.Struct, tag=True, frozen=True):
+    """The leader's own: see how far every rank is with the join that was ordered as ``number``; ``late`` ends it."""
+
+    number: int
+    late: bool
+
+
 class Turn(msgspec.Struct, tag=True, frozen=True):
     """What happens before the next forward: requests that start or end, and ones whose outputs could not be encoded.
 
     ``trace`` is the leader's :attr:`.hub.Hub.trace` before the turn.
     """
 
-    messages: list[Generate | Cancel | Perform | SetPaused]
+    messages: list[Generate | Cancel | Perform | SetPaused | SettleJoin]
     dropped: list[str]
     trace: int
 

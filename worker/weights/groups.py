@@ -16,33 +16,25 @@ while it waits for the reply of ``/init_weights_update_group``; then, for every 
 from __future__ import annotations
 
 import math
-import socket
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
-from datetime import timedelta
 from typing import Any
 
 import torch
-from torch.distributed import PrefixStore, ProcessGroupGloo, TCPStore  # type: ignore[attr-defined]
 
 from ...protocol.errors import Conflict, InvalidRequest, NotFound, Unavailable
 from ...protocol.operations import Broadcast, Join
+from .joining import LATE_S, SENDER, Attempt, first_line
 from .sign import Sign
-
-SENDER = 0
-"""The trainer's rank in the group."""
 
 _MOST = 1 << 40
 """Bytes of one tensor; more are not meant."""
 
-_SIGN_S = 0.5
-
 _POLL_S = 0.0002
 
-_LATE_S = 5.0
-"""After its timeout, a backend that has not ended a broadcast by itself is not waited for."""
+_LOOK_S = 0.05
+"""How often the leader asks whether the other ranks have joined too."""
 
 _CPU = torch.device("cpu")
 
@@ -51,76 +43,136 @@ _CPU = torch.device("cpu")
 class _Group:
     """``backend`` is Any as torch declares no common class with the collectives of its backends."""
 
+    number: int
     backend: Any
     device: torch.device
     timeout_s: float
 
-    def receive(self, tensor: torch.Tensor, sign: Sign) -> None:
+    def receive(self, tensor: torch.Tensor, sign: Sign, deadline: float) -> None:
         """Raises ``RuntimeError`` where it does not come."""
         work = self.backend.broadcast(tensor, SENDER)
-        late = time.monotonic() + self.timeout_s + _LATE_S
+        began = time.monotonic()
+        late = min(began + self.timeout_s, deadline)
         while not work.is_completed():
             if time.monotonic() > late:
-                raise RuntimeError(f"nothing came for {self.timeout_s:g} s")
+                raise RuntimeError(f"nothing came for {late - began:.3g} s")
             sign()
             time.sleep(_POLL_S)
         work.wait()
 
 
 class Groups:
-    """This rank's groups, by name. ``place`` is its number among all ranks of all replicas."""
+    """This rank's groups, by name, and those that it is joining, by the number of the order to do so.
 
-    def __init__(self, place: int, device: torch.device) -> None:
+    ``place`` is its number among all ranks of all replicas. ``ended`` is called, in some thread, when a join has come
+    to its end; every rank then has to :meth:`settle` it in the same turn. ``receive_s`` bounds one update's broadcasts.
+    """
+
+    def __init__(
+        self,
+        place: int,
+        device: torch.device,
+        *,
+        ended: Callable[[], None] = lambda: None,
+        receive_s: float = math.inf,
+    ) -> None:
         self._place = place
         self._device = device
+        self._ended = ended
+        self._receive_s = receive_s
         self._groups: dict[str, _Group] = {}
-        self._joined_last: str | None = None
+        self._joining: dict[int, Attempt] = {}
+        self._given_up: list[Attempt] = []  # of which a thread may be left
 
-    def join(self, asked: Join, sign: Sign) -> None:
-        """Raises ``Conflict`` where there is such a group already, and ``Unavailable`` where the others do not come."""
-        self._joined_last = None
-        if asked.group in self._groups:
+    def join(self, number: int, asked: Join) -> None:
+        """Begin to join. Raises ``Conflict`` where there is such a group already, and ``InvalidRequest``."""
+        if asked.group in self or any(attempt.asked.group == asked.group for attempt in self._joining.values()):
             raise Conflict(f"There is a group {asked.group!r} already; destroy it first.")
         if asked.backend == "nccl" and self._device.type != "cuda":
             raise InvalidRequest("This server computes on the CPU, where the backend is gloo.", field="backend")
-        device = _CPU if asked.backend == "gloo" else self._device
-        try:
-            backend = _meanwhile(sign, lambda: _meet(asked, asked.rank_offset + self._place))
-        except (RuntimeError, ValueError, OSError) as error:
-            raise Unavailable(
-                f"The group {asked.group!r} of {asked.world_size} could not be joined within {asked.timeout_s:g} s: "
-                f"{_first_line(error)}."
-            ) from error
-        self._groups[asked.group] = _Group(backend, device, asked.timeout_s)
-        self._joined_last = asked.group
+        self._given_up = [attempt for attempt in self._given_up if attempt.is_alive]
+        store = asked.address, asked.port
+        others = [other for other in self._given_up if (other.asked.address, other.asked.port) == store]
+        self._joining[number] = Attempt(asked, asked.rank_offset + self._place, self._ended, others)
 
-    def forget_join(self) -> None:
-        """Another rank could not do what :meth:`join` did last."""
-        if self._joined_last is not None:
-            self.leave(self._joined_last)
+    def due(self) -> list[tuple[int, bool]]:
+        """Joins of which the other ranks are to be asked, each with whether it is too late to wait any longer."""
+        now = time.monotonic()
+        ended = ((number, now >= one.deadline, one.done) for number, one in self._joining.items())
+        return [(number, late) for number, late, done in ended if late or done]
+
+    @property
+    def next_look_s(self) -> float:
+        """Seconds until :meth:`due` may have something to say of which nothing wakes the loop."""
+        now = time.monotonic()
+        waits = (_LOOK_S if one.done else max(0.0, one.deadline - now) for one in self._joining.values())
+        return min(waits, default=math.inf)
+
+    def is_joining(self, number: int) -> bool:
+        return number in self._joining
+
+    def has_joined(self, number: int, *, late: bool) -> bool:
+        """Whether this rank has. Raises ``Unavailable`` where it has failed, or where it is too late."""
+        attempt = self._joining[number]
+        if attempt.done and attempt.error is None:
+            return True
+        if attempt.done or late:
+            asked, reason = attempt.asked, attempt.error or "not all of its members have come"
+            raise Unavailable(
+                f"The group {asked.group!r} of {asked.world_size} at {asked.address}:{asked.port} could not be joined "
+                f"within {asked.timeout_s:g} s: {reason}."
+            )
+        return False
+
+    def settle(self, number: int) -> None:
+        """Every rank has joined: the group can be used."""
+        attempt = self._joining.pop(number)
+        asked = attempt.asked
+        if asked.backend == "gloo":
+            self._groups[asked.group] = _Group(number, attempt.take(), _CPU, asked.timeout_s + LATE_S)
+        else:
+            self._groups[asked.group] = _Group(number, attempt.take(), self._device, asked.timeout_s)
+
+    def forget(self, number: int) -> None:
+        """Not all could join in the order ``number``; this rank leaves what it has joined, or is joining."""
+        if number in self._joining:
+            self._give_up(number)
+        for name in [name for name, group in self._groups.items() if group.number == number]:
+            self.leave(name)
 
     def leave(self, name: str) -> bool:
-        """Close the group's connections, so that who waits in it is told. Returns whether there was such a group."""
+        """Close the group's connections, so that who waits in it is told, or give up joining it.
+
+        Returns whether there was such a group.
+        """
+        for number in [number for number, attempt in self._joining.items() if attempt.asked.group == name]:
+            self._give_up(number)
+            return True
         group = self._groups.pop(name, None)
         if group is not None:
             group.backend.abort()
         return group is not None
+
+    def _give_up(self, number: int) -> None:
+        attempt = self._joining.pop(number)
+        attempt.give_up()
+        self._given_up.append(attempt)
 
     def __contains__(self, name: str) -> bool:
         return name in self._groups
 
     def receive(self, asked: Broadcast, sign: Sign) -> dict[str, torch.Tensor]:
         """The tensors that the trainer broadcasts, in the order of the names. Raises ``Unavailable``."""
-        group = self._groups[asked.group]
+        group, deadline = self._groups[asked.group], time.monotonic() + self._receive_s
         received = {
             name: torch.empty(shape, dtype=_dtype(dtype), device=group.device)
             for name, dtype, shape in zip(asked.names, asked.dtypes, asked.shapes, strict=True)
         }
         for name, tensor in received.items():
             try:
-                group.receive(tensor, sign)
+                group.receive(tensor, sign, deadline)
             except RuntimeError as error:
-                raise Unavailable(f"The trainer's {name} did not come: {_first_line(error)}.") from error
+                raise Unavailable(f"The trainer's {name} did not come: {first_line(error)}.") from error
         return received
 
     def announced(self, asked: Broadcast) -> dict[str, torch.Tensor]:
@@ -137,47 +189,6 @@ class Groups:
         }
 
 
-def _meet(asked: Join, rank: int) -> Any:
-    """Join the group. Returns when all have come; the keys in the store are those that torch's own groups have.
-
-    Raises ``RuntimeError`` where the others do not come.
-    """
-    assert SENDER < rank < asked.world_size, "the server has seen to it"
-    timeout = timedelta(seconds=asked.timeout_s)
-    store = TCPStore(asked.address, asked.port, asked.world_size, is_master=False, timeout=timeout)
-    named = PrefixStore(f"{asked.group}/", PrefixStore(asked.group, store))
-    if asked.backend == "nccl":
-        from torch.distributed import ProcessGroupNCCL  # not in a build without CUDA
-
-        nccl = ProcessGroupNCCL.Options()
-        nccl._timeout = timeout
-        return ProcessGroupNCCL(PrefixStore("cuda/", named), rank, asked.world_size, nccl)
-    gloo = ProcessGroupGloo._Options()  # type: ignore[attr-defined]  # torch declares neither it nor another way
-    gloo._timeout = timeout
-    # not GLOO_SOCKET_IFNAME's interface: the ranks of a replica share a machine, and the trainer may be on another
-    gloo._devices = [ProcessGroupGloo.create_device(hostname=_own_address(asked.address, asked.port))]
-    return ProcessGroupGloo(PrefixStore("cpu/", named), rank, asked.world_size, gloo)
-
-
-def _own_address(address: str, port: int) -> str:
-    """This machine's, on the way to ``address``; nothing is sent. Raises ``OSError``."""
-    found = socket.getaddrinfo(address, port, type=socket.SOCK_DGRAM)
-    family, kind, _, _, where = min(found, key=lambda one: one[0] != socket.AF_INET)
-    with socket.socket(family, kind) as probe:
-        probe.connect(where)
-        return str(probe.getsockname()[0])
-
-
-def _meanwhile(sign: Sign, call: Callable[[], Any]) -> Any:
-    """What ``call`` returns, which may take long."""
-    with ThreadPoolExecutor(1) as pool:
-        result = pool.submit(call)
-        while not result.done():
-            sign()
-            wait([result], _SIGN_S)
-        return result.result()
-
-
 def _announced(name: str, dtype: torch.dtype, shape: list[int]) -> torch.Tensor:
     if any(size < 0 for size in shape) or math.prod(shape) * dtype.itemsize > _MOST:
         raise InvalidRequest(f"{name}: there is no tensor of the shape {shape}.", field="shapes")
@@ -189,7 +200,3 @@ def _dtype(name: str) -> torch.dtype:
     if not isinstance(found, torch.dtype):
         raise InvalidRequest(f"There is no dtype {name!r}.", field="dtypes")
     return found
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")

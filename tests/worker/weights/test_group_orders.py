@@ -1,0 +1,117 @@
+"""A rank joins a trainer's group beside what it serves, whatever stands at the address that it was given."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+
+from safelight.protocol.operations import Join, Leave, Perform, Performed
+from safelight.worker.group_orders import GroupOrders
+from safelight.worker.parallel.ranks import ALONE
+from safelight.worker.weights.groups import Groups
+
+
+@pytest.fixture
+def silent() -> Iterator[int]:
+    """The port of a listener that accepts whoever comes, and says nothing."""
+    accepted = []
+
+    def accept() -> None:
+        while True:
+            try:
+                accepted.append(listener.accept()[0])
+            except OSError:
+                return
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        threading.Thread(target=accept, daemon=True).start()
+        yield int(listener.getsockname()[1])
+        listener.shutdown(socket.SHUT_RDWR)
+    for connection in accepted:
+        connection.close()
+
+
+def order(port: int, timeout_s: float, number: int = 1) -> Perform:
+    join = Join(
+        address="127.0.0.1", port=port, rank_offset=1, world_size=2, group="g", backend="gloo", timeout_s=timeout_s
+    )
+    return Perform(number=number, step="prepare", leads=True, operation=join)
+
+
+def until(find: Callable[[], object]) -> None:
+    late = time.monotonic() + 60
+    while not find():
+        assert time.monotonic() < late, "it did not happen"
+        time.sleep(0.01)
+
+
+def joining_threads() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name.startswith("join-")]
+
+
+def settled(orders: GroupOrders) -> Performed:
+    """The answer to the join, which a leader's loop finds in one of its turns."""
+    found: list[Performed] = []
+    until(lambda: found.extend(filter(None, map(orders.settle, orders.due()))) or found)
+    return found[0]
+
+
+def test_a_join_of_someone_who_says_nothing_ends_at_its_limit_and_leaves_no_thread_behind(silent: int) -> None:
+    orders = GroupOrders(Groups(0, torch.device("cpu")), ALONE)
+    assert orders.perform(order(silent, timeout_s=0.5)) is None
+    until(joining_threads)
+    answer = settled(orders)
+    assert answer.error is not None
+    assert (answer.error.status, "could not be joined within 0.5 s" in answer.error.message) == (503, True)
+    until(lambda: not joining_threads())
+
+
+def test_a_group_can_be_left_while_it_is_joined_and_its_name_is_free_again(silent: int) -> None:
+    orders = GroupOrders(Groups(0, torch.device("cpu")), ALONE)
+    orders.perform(order(silent, timeout_s=600))
+    again = orders.perform(order(silent, timeout_s=600, number=2))
+    assert again is not None
+    assert again.error is not None
+    assert again.error.status == 409
+    left = orders.perform(Perform(number=3, step="prepare", leads=True, operation=Leave("g")))
+    assert left is not None
+    assert left.report.left
+    until(lambda: not joining_threads())
+    assert orders.due() == []
+    assert orders.perform(order(silent, timeout_s=600, number=4)) is None
+    until(joining_threads)
+    orders.perform(Perform(number=5, step="prepare", leads=True, operation=Leave("g")))
+    until(lambda: not joining_threads())
+
+
+def test_a_release_of_one_join_leaves_another_of_the_same_name_alone(silent: int) -> None:
+    orders = GroupOrders(Groups(0, torch.device("cpu")), ALONE)
+    orders.perform(order(silent, timeout_s=600))
+    refused = order(silent, timeout_s=600, number=2)
+    orders.perform(refused)
+    orders.perform(Perform(number=2, step="release", leads=True, operation=refused.operation))
+    assert joining_threads()
+    first = order(silent, timeout_s=600)
+    orders.perform(Perform(number=1, step="release", leads=True, operation=first.operation))
+    until(lambda: not joining_threads())
+
+
+def _join_and_end(port: int) -> None:
+    GroupOrders(Groups(0, torch.device("cpu")), ALONE).perform(order(port, timeout_s=600))
+    until(lambda: os.listdir("/proc/self/task")[1:])
+
+
+def test_a_join_that_goes_on_does_not_keep_its_process_from_ending(silent: int) -> None:
+    process = multiprocessing.get_context("fork").Process(target=_join_and_end, args=(silent,))
+    process.start()
+    process.join(60)
+    alive = process.is_alive()
+    process.kill()
+    assert not alive

@@ -1,0 +1,184 @@
+"""How this rank joins a trainer's process group: in a thread of its own, beside everything that the rank serves.
+
+torch limits most of its waits, and not all: a store that accepts a connection and says nothing is waited for without
+end. So a join that is given up has its connection to the store cut, and those by which torch tries again, until the
+thread has ended.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from datetime import timedelta
+from typing import Any
+
+from torch.distributed import PrefixStore, ProcessGroupGloo, TCPStore  # type: ignore[attr-defined]
+
+from ...protocol.operations import Join
+
+SENDER = 0
+"""The trainer's rank in the group."""
+
+LATE_S = 5.0
+"""Seconds between torch's own limit and ours. NCCL's watchdog may end the process, so ours comes first there. A pending
+broadcast over gloo can only be ended by gloo's, so ours comes after it.
+"""
+
+_TRY_S = 2.0
+"""Within it torch tries to connect again by itself."""
+
+_AGAIN_S = 0.2
+
+Peer = tuple[str, int]
+
+
+class Attempt:
+    """One join as ``rank``, after ``others`` to the same store that were given up: they may still be cut off from it.
+
+    ``ended`` is called in the thread when it has ended, well or not.
+    """
+
+    def __init__(self, asked: Join, rank: int, ended: Callable[[], None], others: Sequence[Attempt] = ()) -> None:
+        assert SENDER < rank < asked.world_size, "the server has seen to it"
+        self.asked = asked
+        self.deadline = time.monotonic() + asked.timeout_s
+        self.error: str | None = None
+        self._rank = rank
+        self._ended = ended
+        self._others = others
+        self._backend: Any = None
+        self._peer: Peer | None = None
+        self._not_ours: set[str] = set()
+        self._given_up = False
+        self._hand_over = threading.Lock()
+        self._thread = threading.Thread(target=self._run, name=f"join-{rank}", daemon=True)
+        self._thread.start()
+
+    @property
+    def done(self) -> bool:
+        """Whether it has ended; :attr:`error` says whether it has failed."""
+        return self._backend is not None or self.error is not None
+
+    @property
+    def is_alive(self) -> bool:
+        return self._thread.is_alive()
+
+    def wait(self, deadline: float) -> None:
+        """Until its thread has ended, but not longer."""
+        self._thread.join(max(0.0, deadline - time.monotonic()))
+
+    def take(self) -> Any:
+        """The backend of the group that was joined."""
+        assert self._backend is not None, "it has ended well"
+        return self._backend
+
+    def give_up(self) -> None:
+        """Whatever it comes to is not wanted any more. Returns at once."""
+        with self._hand_over:
+            self._given_up = True
+            backend, self._backend = self._backend, None
+        if backend is not None:
+            backend.abort()
+        elif self.is_alive:
+            threading.Thread(target=self._cut_until_ended, name=f"cut-{self._rank}", daemon=True).start()
+
+    def _cut_until_ended(self) -> None:
+        while self.is_alive:
+            if self._peer is not None:
+                _cut(self._peer, self._not_ours)
+            self._thread.join(_AGAIN_S)
+
+    def _run(self) -> None:
+        try:
+            self._keep(self._meet())
+        except (RuntimeError, ValueError, OSError) as error:
+            self.error = first_line(error)
+        self._ended()
+
+    def _keep(self, backend: Any) -> None:
+        with self._hand_over:
+            if not self._given_up:
+                self._backend = backend
+                return
+        backend.abort()
+
+    def _meet(self) -> Any:
+        """Join the group. Returns when all have come; the keys in the store are those that torch's own groups have.
+
+        Over NCCL it returns when the store answers: members meet there in their first collective.
+
+        Raises ``RuntimeError`` where the others do not come, and ``OSError`` for an address that is none.
+        """
+        asked, timeout = self.asked, timedelta(seconds=self.asked.timeout_s)
+        address, own = _resolved(asked.address, asked.port)
+        for other in self._others:
+            other.wait(self.deadline)
+        self._not_ours = {inode for _, inode in _connections((address, asked.port))}
+        self._peer = address, asked.port
+        store = self._store(*self._peer)
+        store.set_timeout(timeout)
+        named = PrefixStore(f"{asked.group}/", PrefixStore(asked.group, store))
+        if asked.backend == "nccl":
+            from torch.distributed import ProcessGroupNCCL  # not in a build without CUDA
+
+            # read when the group is made, so that it is this group's: after a time-out its communicator is aborted,
+            # where the default ends the process. A replica's own ranks keep the default: they cannot go on without.
+            os.environ["TORCH_NCCL_ASYNC_ERROR_HANDLING"] = "2"
+            nccl = ProcessGroupNCCL.Options()
+            nccl._timeout = timeout + timedelta(seconds=LATE_S)
+            return ProcessGroupNCCL(PrefixStore("cuda/", named), self._rank, asked.world_size, nccl)
+        gloo = ProcessGroupGloo._Options()  # type: ignore[attr-defined]  # torch declares neither it nor another way
+        gloo._timeout = timeout
+        # not GLOO_SOCKET_IFNAME's interface: a replica's ranks share a machine, and the trainer may be on another
+        gloo._devices = [ProcessGroupGloo.create_device(hostname=own)]
+        return ProcessGroupGloo(PrefixStore("cpu/", named), self._rank, asked.world_size, gloo)
+
+    def _store(self, address: str, port: int) -> TCPStore:
+        """Connect, again and again until it is too late. Raises ``RuntimeError``."""
+        while True:
+            left_s = max(0.001, min(_TRY_S, self.deadline - time.monotonic()))
+            try:
+                return TCPStore(
+                    address, port, self.asked.world_size, is_master=False, timeout=timedelta(seconds=left_s)
+                )
+            except RuntimeError:
+                if self._given_up or time.monotonic() >= self.deadline:
+                    raise
+
+
+def first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+
+
+def _resolved(address: str, port: int) -> tuple[str, str]:
+    """``address`` in numbers, and this machine's own on the way to it; nothing is sent. Raises ``OSError``."""
+    found = socket.getaddrinfo(address, port, type=socket.SOCK_DGRAM)
+    family, kind, _, _, where = min(found, key=lambda one: one[0] != socket.AF_INET)
+    with socket.socket(family, kind) as probe:
+        probe.connect(where)
+        return str(where[0]), str(probe.getsockname()[0])
+
+
+def _connections(peer: Peer) -> Iterator[tuple[socket.socket, str]]:
+    """This process's connections to ``peer``, each by a descriptor of ours, with what tells it from others."""
+    for descriptor in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(OSError):  # it is closed by now, or not connected
+            inode = os.readlink(f"/proc/self/fd/{descriptor}")
+            if not inode.startswith("socket:"):
+                continue
+            with socket.fromfd(int(descriptor), socket.AF_INET6, socket.SOCK_STREAM) as connection:
+                match connection.getpeername():
+                    case (str(address), int(port), *_) if (address.removeprefix("::ffff:"), port) == peer:
+                        yield connection, inode  # torch's sockets are IPv6's, for IPv4 too
+
+
+def _cut(peer: Peer, others: set[str]) -> None:
+    """End this process's connections to ``peer``, but for ``others``: whoever waits for one is told."""
+    for connection, inode in _connections(peer):
+        if inode not in others:
+            with contextlib.suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
