@@ -27,12 +27,11 @@ GROUPS: dict[str, tuple[str, ...]] = {
     ),
     "batching and queue": (
         "batching", "max_batch", "max_batch_tokens", "prompt_cache_mb", "max_running", "max_queue",
-        "max_queue_mb",
-        "request_timeout_s",
+        "max_queue_mb", "max_operations", "max_unread_mb", "max_forward_s", "request_timeout_s",
     ),
     "weights": (
         "weights_roots", "weights_journal", "undo_mb", "undo_spill", "allow_model_source", "pickle_payloads",
-        "max_update_mb",
+        "max_update_mb", "max_update_hold_s",
     ),
     "adapters": ("lora", "lora_mode", "max_loras", "max_lora_mb"),
     "what one request may ask for": (

@@ -26,7 +26,7 @@ from safelight.client.rollout_calls import rollout
 from safelight.client.rollouts import Rollout, decode_rollouts
 from safelight.protocol.errors import Internal, InvalidRequest
 from safelight.rollout.replay import steps_of
-from safelight.server.rollout import sweep
+from safelight.server.unread import Unread
 from safelight.tests.live import LiveServer
 from safelight.tests.updates.trainer import Trainer, changed, transformer
 
@@ -236,7 +236,7 @@ def test_what_is_not_fetched_is_swept_away(tmp_path: Path) -> None:
         (tmp_path / name).touch()
     for name in (names[0], names[2]):
         os.utime(tmp_path / name, (0, 0))
-    sweep(tmp_path)
+    Unread(tmp_path, 1 << 30).sweep()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter-1.safetensors", "rollout-2.safetensors"]
 
 
