@@ -83,7 +83,7 @@ class Costs:
 
     def _collect(self) -> None:
         """Take in those forwards that have ended, without waiting for any."""
-        while self._pending and self._pending[0].ended.query():
+        while self._pending and self._pending[0].ended.query():  # type: ignore[no-untyped-call]
             one = self._pending.popleft()
             self._add(one.name, one.pixels, one.began.elapsed_time(one.ended) / 1000, alone=one.alone)
 
@@ -98,4 +98,4 @@ class Costs:
 
 
 def _event() -> torch.cuda.Event:
-    return torch.cuda.Event(enable_timing=True)
+    return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
