@@ -28,6 +28,9 @@ from ...protocol.operations import Broadcast, Join
 from .joining import LATE_S, SENDER, Attempt, first_line
 from .sign import Sign
 
+MOST_GROUPS = 32
+"""Each has threads and connections of this rank."""
+
 _MOST = 1 << 40
 """Bytes of one tensor; more are not meant."""
 
@@ -88,6 +91,8 @@ class Groups:
         """Begin to join. Raises ``Conflict`` where there is such a group already, and ``InvalidRequest``."""
         if asked.group in self or any(attempt.asked.group == asked.group for attempt in self._joining.values()):
             raise Conflict(f"There is a group {asked.group!r} already; destroy it first.")
+        if len(self._groups) + len(self._joining) >= MOST_GROUPS:
+            raise Conflict(f"There are {MOST_GROUPS} groups already; destroy one of them first.")
         if asked.backend == "nccl" and self._device.type != "cuda":
             raise InvalidRequest("This server computes on the CPU, where the backend is gloo.", field="backend")
         self._given_up = [attempt for attempt in self._given_up if attempt.is_alive]

@@ -11,10 +11,12 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
+from msgspec.structs import replace
 
 from safelight.protocol.operations import Join, Leave, Perform, Performed
 from safelight.worker.group_orders import GroupOrders
 from safelight.worker.parallel.ranks import ALONE
+from safelight.worker.weights import groups
 from safelight.worker.weights.groups import Groups
 
 
@@ -100,6 +102,20 @@ def test_a_release_of_one_join_leaves_another_of_the_same_name_alone(silent: int
     assert joining_threads()
     first = order(silent, timeout_s=600)
     orders.perform(Perform(number=1, step="release", leads=True, operation=first.operation))
+    until(lambda: not joining_threads())
+
+
+def test_groups_are_bounded_in_number(silent: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(groups, "MOST_GROUPS", 1)
+    orders = GroupOrders(Groups(0, torch.device("cpu")), ALONE)
+    orders.perform(order(silent, timeout_s=600))
+    second = order(silent, timeout_s=600, number=2)
+    assert isinstance(second.operation, Join)
+    refused = orders.perform(replace(second, operation=replace(second.operation, group="other")))
+    assert refused is not None
+    assert refused.error is not None
+    assert (refused.error.status, "destroy one" in refused.error.message) == (409, True)
+    orders.perform(Perform(number=3, step="prepare", leads=True, operation=Leave("g")))
     until(lambda: not joining_threads())
 
 
