@@ -35,7 +35,12 @@ class Trajectory:
     sigmas: torch.Tensor
 
     def before(self, step: int) -> torch.Tensor:
-        """x [1, ...] before ``step``."""
+        """x [1, ...] before ``step``. Raises ``ValueError`` where it was not asked for."""
+        if step not in self.latent_indices:
+            raise ValueError(
+                f"this trajectory has the latents at {self.latent_indices}, not at {step}; ask for them with "
+                "return_steps (rollout_return_step_indices), which has both ends of the steps that it names"
+            )
         place = self.latent_indices.index(step)
         return self.latents[place : place + 1]
 
@@ -48,7 +53,8 @@ class Rollout:
     """A sample with what a trainer learns from.
 
     ``output`` is [C, H, W] or [C, F, H, W], fp32 in [0, 1]; ``log_probs`` is [T], means over elements. ``environment``
-    is what the denoiser was given (see :mod:`safelight.rollout.replay`); ``debug`` are tensors [T, ...] by name.
+    is what the denoiser was given (see :mod:`safelight.rollout.replay`), and ``adapters`` once more; ``debug`` are
+    tensors [T, ...] by name.
     ``step_weight_versions`` [T] has ``None`` where the weights changed between the denoiser's calls of one step;
     ``adapters`` had a part in the sample.
     """
@@ -85,7 +91,7 @@ def _rollout(told: dict[str, Any], *, shared: bool) -> Rollout:
         whole = _with_tensors(told, files)
     finally:
         files.remove()
-    trajectory = whole["dit_trajectory"]
+    trajectory, environment = whole["dit_trajectory"], whole["denoising_env"]
     return Rollout(
         request_id=whole["request_id"],
         prompt=whole["prompt"],
@@ -93,7 +99,7 @@ def _rollout(told: dict[str, Any], *, shared: bool) -> Rollout:
         output=whole["generated_output"],
         log_probs=whole["rollout_log_probs"],
         trajectory=None if trajectory is None else Trajectory(**trajectory),
-        environment=whole["denoising_env"],
+        environment=None if environment is None else environment | {"adapters": whole["adapters"]},
         debug=whole["rollout_debug_tensors"],
         weight_version=whole["weight_version"],
         weight_versions=whole["weight_versions"],

@@ -5,7 +5,7 @@ A batch of one is computed as the server computed it, to the bit; a larger one i
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_map_only
 
 from .equality import equal
 from .guidance import guided
+from .replayable import check_adapters, check_dtype, check_environments, check_noise, check_steps
 from .transitions import Sampler, transition
 
 Denoiser = Any
@@ -40,12 +41,13 @@ def velocity(
     """
     if len(environments) != len(x):
         raise ValueError(f"{len(x)} states have {len(environments)} environments")
+    check_environments(denoisers, environments)
     replay, guidance = environments[0]["replay"], environments[0]["guidance"]
-    if replay is None:
-        raise ValueError("the server could not tell how this pipeline makes a velocity of the denoiser's answers")
     if not all(equal((one["replay"], one["guidance"]), (replay, guidance)) for one in environments):
         raise ValueError("the samples' calls differ in schedule, shape or guidance; replay them apart")
-    denoiser = denoisers[replay["components"][step]]
+    component = replay["components"][step]
+    denoiser = denoisers[component]
+    check_dtype(component, denoiser, replay)
     x = x.to(denoiser.device)
     conditions = [[one["pos_cond_kwargs"] for one in environments]]
     if environments[0]["neg_cond_kwargs"] is not None:
@@ -65,27 +67,38 @@ def velocity(
 
 def log_probs(
     denoisers: Mapping[str, Denoiser],
-    environments: Sequence[Mapping[str, Any]],
-    trajectories: Sequence[Trajectory],
+    environments: Sequence[Mapping[str, Any] | None],
+    trajectories: Sequence[Trajectory | None],
     steps: Sequence[int],
     sampler: Sampler,
     noise_level: float,
     *,
     no_const: bool = False,
+    adapters: Collection[str] = (),
 ) -> torch.Tensor:
     """The log-probabilities [B, len(steps)] of the ``steps``, all of which had noise, of B rollouts.
 
-    Raises what :func:`velocity` does, and ``ValueError`` for rollouts of several schedules.
+    ``adapters`` are nicknames of those at the server that the denoisers have too; those that ``update_lora`` sent need
+    not be named. Raises what :func:`velocity` does, and ``ValueError`` for rollouts that lack what is needed, differ in
+    schedule, were drawn with other adapters, or for steps without noise.
     """
-    sigmas = trajectories[0].sigmas.tolist()
-    if any(one.sigmas.tolist() != sigmas for one in trajectories):
+    check_environments(denoisers, environments)
+    told = [one for one in environments if one is not None]
+    check_adapters(told, adapters)
+    paths = _trajectories(trajectories)
+    if not paths:
+        raise ValueError("there are no rollouts to replay")
+    sigmas = paths[0].sigmas.tolist()
+    if any(one.sigmas.tolist() != sigmas for one in paths):
         raise ValueError("the rollouts have several schedules; replay them apart")
+    check_steps(steps, sigmas, sampler, noise_level)
     found = []
     for step in steps:
-        x = torch.cat([one.before(step) for one in trajectories])
-        reached = torch.cat([one.after(step) for one in trajectories])
-        v = velocity(denoisers, environments, x, step)
+        x = torch.cat([one.before(step) for one in paths])
+        reached = torch.cat([one.after(step) for one in paths])
+        v = velocity(denoisers, told, x, step)
         taken = transition(sampler, x.to(v.device), v, sigmas, step, noise_level)
+        check_noise(step, taken)
         found.append(taken.log_prob(reached.to(v.device), no_const=no_const))
     return torch.stack(found, dim=1)
 
@@ -97,6 +110,15 @@ def steps_of(version: str, step_versions: Sequence[Sequence[str | None]]) -> lis
     than a denoiser of this version computes.
     """
     return [step for step, versions in enumerate(zip(*step_versions, strict=True)) if set(versions) == {version}]
+
+
+def _trajectories(given: Sequence[Trajectory | None]) -> list[Trajectory]:
+    missing = [sample for sample, one in enumerate(given) if one is None]
+    if missing:
+        raise ValueError(
+            f"rollout {missing[0]} has no trajectory; ask for it with trajectory=True (rollout_return_dit_trajectory)"
+        )
+    return [one for one in given if one is not None]
 
 
 def _answers(

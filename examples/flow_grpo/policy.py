@@ -45,8 +45,8 @@ class Policy:
         self, rollouts: Sequence[Rollout], steps: Sequence[int], sampler: Sampler, noise: float
     ) -> torch.Tensor:
         """[B, len(steps)], with gradients: what the server's ``log_probs`` would be with these weights."""
-        environments = [rollout.environment for rollout in rollouts if rollout.environment is not None]
-        trajectories = [rollout.trajectory for rollout in rollouts if rollout.trajectory is not None]
+        environments = [rollout.environment for rollout in rollouts]
+        trajectories = [rollout.trajectory for rollout in rollouts]
         return log_probs({"transformer": self.transformer}, environments, trajectories, steps, sampler, noise)
 
     def push_start(self, client: Client) -> None:

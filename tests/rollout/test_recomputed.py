@@ -50,9 +50,8 @@ def denoisers(path: Path, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
 @torch.no_grad()
 def difference(*rollouts: Rollout, modules: dict[str, Any], sampler: Any = "sde", noise_level: float = 0.7) -> float:
     """The largest between the server's log-probabilities and those recomputed in one call, of steps with noise."""
-    environments = [one.environment for one in rollouts if one.environment is not None]
-    trajectories = [one.trajectory for one in rollouts if one.trajectory is not None]
-    assert len(environments) == len(trajectories) == len(rollouts)
+    environments = [one.environment for one in rollouts]
+    trajectories = [one.trajectory for one in rollouts]
     noisy = range(STEPS - 1) if sampler == "cps" else range(STEPS)
     told = torch.stack([one.log_probs[: len(noisy)] for one in rollouts])
     got = log_probs(modules, environments, trajectories, noisy, sampler, noise_level)

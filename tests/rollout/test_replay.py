@@ -106,3 +106,64 @@ def test_what_does_not_belong_together_is_refused() -> None:
 
 def test_steps_of_a_version_are_those_that_it_made_alone_in_every_sample() -> None:
     assert steps_of("2", [["1", "2", "2", None], ["1", "1", "2", "2"]]) == [2]
+
+
+UNSAID: dict[str, tuple[dict[str, Any], str]] = {
+    "no environment": ({"environments": [None]}, "environment=True"),
+    "no trajectory": ({"trajectories": [None]}, "trajectory=True"),
+    "nothing": ({"environments": [], "trajectories": []}, "no rollouts"),
+    "one of them": ({"trajectories": [trajectory(), trajectory()]}, "2 states have 1 environment"),
+    "another component": ({"denoisers": {"transformer_2": Denoiser()}}, "drew with transformer;.*are transformer_2"),
+    "no noise": ({"sampler": "ode"}, "'ode'"),
+    "a level of zero": ({"noise_level": 0.0}, "noise_level is 0"),
+    "a step without noise": ({"sampler": "cps", "steps": [1]}, "step 1 has no noise"),
+    "a step behind the last": ({"steps": [2]}, "no step 2; .* steps 0 to 1"),
+    "a step before the first": ({"steps": [-1]}, "no step -1"),
+    "latents that were not returned": (
+        {"trajectories": [Trajectory(torch.randn(1, 3), [1], torch.zeros(3), torch.tensor([1.0, 0.5, 0.0]))]},
+        r"latents at \[1\], not at 0; ask for them with return_steps",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", UNSAID)
+def test_no_trainer_meets_an_error_that_does_not_say_what_its_rollouts_lack(case: str) -> None:
+    changes, message = UNSAID[case]
+    given = {"denoisers": MODULES, "environments": [environment(1.0)], "trajectories": [trajectory()], "steps": [0]}
+    with pytest.raises(ValueError, match=message):
+        log_probs(**({**given, "sampler": "sde", "noise_level": 0.7} | changes))
+
+
+def test_a_denoiser_of_another_dtype_is_refused_by_both_names_unless_autocast_casts() -> None:
+    told = environment(1.0)
+    told["replay"]["dtype"] = "bfloat16"
+    with pytest.raises(ValueError, match="transformer computes in bfloat16, and the one given is in float32"):
+        velocity(MODULES, [told], torch.randn(1, 3), 0)
+    with torch.autocast("cpu", torch.bfloat16):
+        velocity(MODULES, [told], torch.randn(1, 3), 0)
+
+
+def test_an_adapter_of_the_server_s_denoiser_makes_no_wrong_ratios() -> None:
+    def of(nickname: str, component: str = "transformer", strength: float = 0.8) -> dict[str, Any]:
+        drawn = {"nickname": nickname, "component": component, "strength": strength, "mode": "merge"}
+        return environment(1.0) | {"adapters": [drawn]}
+
+    def replayed(told: dict[str, Any], **more: Any) -> torch.Tensor:
+        return log_probs(MODULES, [told], [trajectory()], [0], "sde", 0.7, **more)
+
+    with pytest.raises(
+        ValueError, match=r"adapter 'style' \(merge, strength 0.8\) in transformer.*adapters=\['style'\]"
+    ):
+        replayed(of("style"))
+    replayed(of("style"), adapters=["style"])
+    replayed(of("style", strength=0.0))
+    replayed(of("style", "text_encoder"))  # its part is in what the denoiser was given
+    replayed(of("lora_merge:transformer"))
+
+
+def test_the_reason_that_calls_cannot_be_made_again_is_told() -> None:
+    told = environment(1.0) | {"replay": None}
+    with pytest.raises(ValueError, match="arguments change between steps"):
+        velocity(MODULES, [told], torch.randn(1, 3), 0)
+    with pytest.raises(ValueError, match="makes a velocity of the denoiser's answers"):
+        velocity(MODULES, [told | {"guidance": {"rule": None}}], torch.randn(1, 3), 0)

@@ -125,6 +125,7 @@ class Environment:
             "components": self._components,
             "latents": first.latents,
             "shape": list(latents[0].shape),
+            "dtype": str(latents[0].dtype).removeprefix("torch."),
             "listed": isinstance(latents, list),
             "timestep": first.timestep,
             "timesteps": torch.cat(self._timesteps) if self._timesteps else None,
