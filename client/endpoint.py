@@ -5,7 +5,6 @@ Everything that the sync and the async client have in common; they add only the 
 
 from __future__ import annotations
 
-import ipaddress
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from time import monotonic
@@ -13,6 +12,7 @@ from typing import Any
 
 import httpx
 
+from ..protocol.addresses import is_loopback
 from ..protocol.errors import SafelightError, Unavailable
 from .calls import Call
 from .errors import ConnectionLost, decode, error_from_event, error_from_reply, message_of
@@ -56,10 +56,7 @@ class Endpoint:
     @property
     def on_this_machine(self) -> bool:
         host = httpx.URL(self.base_url).host
-        try:
-            return ipaddress.ip_address(host).is_loopback
-        except ValueError:
-            return host == "localhost"
+        return host == "localhost" or is_loopback(host)
 
     def request(self, http: httpx.Client | httpx.AsyncClient, call: Call) -> httpx.Request:
         timeout = httpx.Timeout(call.read_timeout(self.timeout), connect=CONNECT_S)

@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
@@ -29,7 +30,9 @@ _LINES_KEPT = 200
 class PrivateServer:
     """A context in which a server for ``model`` runs; ``None`` serves what the environment or the default says.
 
-    With port 0 it takes a free one. ``options`` are further ones of ``safelight serve``.
+    With port 0 it takes a free one. ``options`` are further ones of ``safelight serve``. Within the context SIGTERM and
+    SIGHUP leave it, where they would have ended this process at once; only the main thread can arrange that, and the
+    server ends with this process in any case.
     """
 
     def __init__(
@@ -46,8 +49,6 @@ class PrivateServer:
         self._tail: deque[str] = deque(maxlen=_LINES_KEPT)
 
     def __enter__(self) -> Self:
-        for number in (signal.SIGTERM, signal.SIGHUP):
-            signal.signal(number, _exit_on)  # so that the context is left, and the server stopped, then too
         self._process = subprocess.Popen(
             self._command,
             stdin=subprocess.PIPE,  # closed by the system however this process ends, and then the server ends too
@@ -59,9 +60,16 @@ class PrivateServer:
         )
         assert self._process.stdout is not None, "asked for above"
         Thread(target=self._read, args=(self._process.stdout,), daemon=True, name="server-output").start()
+        self._taken = _take_signals()
         return self
 
     def __exit__(self, *_: object) -> None:
+        try:
+            self._stop()
+        finally:
+            _give_back(self._taken)
+
+    def _stop(self) -> None:
         self._process.terminate()
         try:
             self._process.wait(_STOP_S)
@@ -106,6 +114,23 @@ class PrivateServer:
         except (subprocess.TimeoutExpired, KeyboardInterrupt):
             self._process.kill()
             self._process.wait()
+
+
+def _take_signals() -> list[signal.Signals]:
+    """Have those that would end this process at once leave the context instead; who has a handler keeps it."""
+    if threading.current_thread() is not threading.main_thread():
+        return []
+    taken = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) == signal.SIG_DFL]
+    for number in taken:
+        signal.signal(number, _exit_on)
+    return taken
+
+
+def _give_back(taken: Sequence[signal.Signals]) -> None:
+    if threading.current_thread() is threading.main_thread():
+        for number in taken:
+            if signal.getsignal(number) == _exit_on:  # else somebody has put another one in its place
+                signal.signal(number, signal.SIG_DFL)
 
 
 def _exit_on(number: int, frame: FrameType | None) -> None:

@@ -8,6 +8,7 @@ import logging
 import re
 import sys
 import time
+import warnings
 from typing import Any
 
 from .config import Config
@@ -63,17 +64,33 @@ class _Json(logging.Formatter):
             "request_id": vars(record)["request_id"],
             "logger": record.name,
             "message": record.getMessage(),
+            **vars(record).get("fields", {}),
         }
         if record.exc_info:
             line["traceback"] = self.formatException(record.exc_info)
         return json.dumps(line)
 
 
+def as_json_line(text: str) -> str:
+    """``text`` itself where it is a JSON line, else one with it as the message: the last state of a progress bar."""
+    if text.startswith("{"):
+        try:
+            json.loads(text)
+        except ValueError:
+            pass
+        else:
+            return text
+    record = logging.LogRecord("stderr", logging.WARNING, "", 0, text.rpartition("\r")[2], None, None)
+    _Context("stderr").filter(record)
+    return _Json().format(record)
+
+
 def configure_logging(config: Config, process: str) -> None:
     """Send this process's log to standard error. ``process`` is e.g. ``"server"`` or ``"worker-0"``.
 
     Code logs with ``logging.getLogger(__name__)``; a request's id comes from ``request_id_var`` or, where a process
-    works for many at once, from ``extra={"request_id": ...}``.
+    works for many at once, from ``extra={"request_id": ...}``. ``extra={"fields": {...}}`` are fields of a JSON line
+    beside its message. Warnings are records too.
     """
     handler = logging.StreamHandler(sys.stderr)
     text = "%(asctime)s %(levelname)-7s %(process_name)s [%(request_id)s] %(message)s"
@@ -81,3 +98,24 @@ def configure_logging(config: Config, process: str) -> None:
     handler.addFilter(_Context(process))
     logging.basicConfig(level=config.log_level.upper(), handlers=[handler], force=True)
     logging.getLogger("httpx").setLevel(logging.WARNING)
+    warnings.formatwarning = _warning
+    logging.captureWarnings(True)
+    adopt_library_loggers()
+
+
+def adopt_library_loggers() -> None:
+    """Send what libraries log to this process's log, from warnings on; torch and transformers write lines of their own.
+
+    Called again where more libraries were imported since :func:`configure_logging`.
+    """
+    for logger in list(logging.root.manager.loggerDict.values()):
+        if isinstance(logger, logging.Logger) and (logger.handlers or not logger.propagate):
+            logger.handlers.clear()
+            logger.propagate = True
+            logger.setLevel(max(logger.getEffectiveLevel(), logging.WARNING))
+
+
+def _warning(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+) -> str:
+    return f"{category.__name__}: {message} ({filename}:{lineno})"

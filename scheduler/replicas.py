@@ -15,6 +15,15 @@ logger = logging.getLogger(__name__)
 State = Literal["starting", "ready", "failed", "lost", "stalled"]
 
 
+_LEVELS = {
+    "starting": logging.DEBUG,  # the worker itself logs each phase
+    "ready": logging.INFO,
+    "failed": logging.WARNING,
+    "lost": logging.WARNING,
+    "stalled": logging.WARNING,
+}
+
+
 class Replica:
     """One replica through all its incarnations (processes, told apart by their pid).
 
@@ -161,9 +170,8 @@ class Replica:
 
     def _become(self, state: State, message: str) -> None:
         if (state, message) != (self.state, self.message):
-            level = logging.WARNING if state in ("failed", "lost", "stalled") else logging.INFO
-            why = "" if state == "failed" else f": {message}"  # why a start failed, the server says, once
-            logger.log(level, "replica %d (pid %s) is %s%s", self.number, self.pid, state, why)
+            why = "" if state in ("failed", message) else f": {message}"  # why a start failed, the server says, once
+            logger.log(_LEVELS[state], "replica %d (pid %s) is %s%s", self.number, self.pid, state, why)
         self.state, self.message = state, message
 
 

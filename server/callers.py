@@ -7,7 +7,6 @@ browser believes it talks to (another one after DNS rebinding), ``Origin`` and `
 
 from __future__ import annotations
 
-import ipaddress
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from starlette.datastructures import Headers
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from ..protocol.addresses import address_of
 from ..protocol.config import Config
 from ..protocol.errors import Forbidden, InvalidRequest, Malformed, StartFailed
 from .gate import media_type
@@ -63,9 +63,9 @@ class Callers:
         name = "" if found is None else found["name"].strip("[]").rstrip(".")
         if name and (ANY in self.hosts or name in self.hosts or name == "localhost"):
             return True
-        address = _address(name)
+        address = address_of(name)
         connected_to = scope.get("server") or ("", None)
-        return address is not None and (address.is_loopback or address == _address(connected_to[0]))
+        return address is not None and (address.is_loopback or address == address_of(connected_to[0]))
 
     def _check_origin(self, headers: Headers, host: str) -> None:
         origins, sites = headers.getlist("origin"), headers.getlist("sec-fetch-site")
@@ -94,15 +94,6 @@ def _is_same(origin: str, host: str, sites: list[str]) -> bool:
 
 def _has_body(headers: Headers) -> bool:
     return "transfer-encoding" in headers or headers.get("content-length", "0").strip() != "0"
-
-
-def _address(name: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
-    try:
-        address = ipaddress.ip_address(name)
-    except ValueError:
-        return None
-    mapped = address.ipv4_mapped if isinstance(address, ipaddress.IPv6Address) else None
-    return mapped or address
 
 
 def _entries(text: str) -> list[str]:

@@ -16,7 +16,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from ..protocol.errors import ClientGone, Internal, SafelightError, Unavailable
 from ..protocol.logs import request_id_var
 from .metrics import Metrics
-from .replies import error_reply
+from .replies import error_reply, refusal_of
 
 own_id_var: contextvars.ContextVar[str] = contextvars.ContextVar("own_id")
 """The id that the current request has in the server: unguessable, whatever its client calls it."""
@@ -24,6 +24,9 @@ own_id_var: contextvars.ContextVar[str] = contextvars.ContextVar("own_id")
 _SANE_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]{0,127}")
 
 _POLLED = frozenset({"/liveness", "/health", "/health_generate", "/metrics"})  # every few seconds, by machines
+
+_LONGEST = 500
+"""Characters of what a client wrote in one log line."""
 
 log = logging.getLogger(__name__)
 
@@ -106,10 +109,24 @@ class Exchange:
         route = _route_of(self._scope)
         self._metrics.count_request(route, status, seconds)
         level = logging.DEBUG if route in _POLLED else logging.INFO
-        log.log(level, "%s %s %d %.1f ms", self._scope["method"], route, status, 1000 * seconds)
+        method, path = self._scope["method"], _path_of(self._scope)
+        fields: dict[str, str | int | float | None] = {
+            "method": method, "path": path, "status": status, "duration_ms": round(1000 * seconds, 1)
+        }  # fmt: skip
+        reason = ""
+        if (refusal := refusal_of(self._scope)) is not None:
+            fields |= {"code": refusal.code, "field": refusal.field, "error": refusal.message[:_LONGEST]}
+            reason = f" {refusal.code}{f' {refusal.field}' if refusal.field else ''}: {refusal.message[:_LONGEST]}"
+        log.log(level, "%s %s %d %.1f ms%s", method, path, status, 1000 * seconds, reason, extra={"fields": fields})
 
 
 def _route_of(scope: Scope) -> str:
-    """The route's own path, or "unmatched": a label, and a log line, with nothing in it that a client wrote."""
+    """The route's own path, or "unmatched": a metric's label with nothing in it that a client wrote."""
     route = scope.get("route")
     return "unmatched" if route is None else str(route.path)
+
+
+def _path_of(scope: Scope) -> str:
+    """The route's own path, or where there is none, the one that was asked for, still encoded, so without spaces."""
+    route = scope.get("route")
+    return scope["raw_path"].decode("latin-1")[:_LONGEST] if route is None else str(route.path)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
-import ipaddress
 import math
 import socket
 from collections.abc import Iterator
@@ -13,6 +12,7 @@ from collections.abc import Iterator
 import uvicorn
 from starlette.types import ASGIApp
 
+from ..protocol.addresses import is_loopback
 from ..protocol.errors import StartFailed
 from .connections import Connection, Connections, room_for_connections
 
@@ -32,7 +32,7 @@ def listen(host: str, port: int, *, beyond_loopback: bool = False) -> socket.soc
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
     except OSError as error:
         raise StartFailed(f"The address {host!r} cannot be resolved ({error.strerror}); give another --host.") from None
-    if not beyond_loopback and not ipaddress.ip_address(address[0]).is_loopback:
+    if not beyond_loopback and not is_loopback(str(address[0])):
         raise StartFailed(
             f"Other machines may reach {host}, and everybody there could use and change this server: set an API key "
             "(SAFELIGHT_API_KEY or --api-key-file), or add --insecure if the network keeps strangers out."

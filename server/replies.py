@@ -8,10 +8,12 @@ from typing import Any
 
 import orjson
 from fastapi import Response
+from starlette.types import Receive, Scope, Send
 
 from ..protocol.errors import ErrorInfo
 from ..protocol.logs import request_id_var
 
+_REFUSAL = "safelight.refusal"
 _RETRY_AFTER_S = {429: 1.0, 503: 5.0}  # when the error itself does not know
 
 
@@ -22,7 +24,23 @@ def json_reply(content: Any, status: int = 200, headers: Mapping[str, str] | Non
 def error_reply(info: ErrorInfo, headers: Mapping[str, str] | None = None, **beside: Any) -> Response:
     """``info`` as the contract's error object, with ``beside`` next to it in the body."""
     headers = {**(headers or {}), **_headers_of(info)}
-    return json_reply({**error_object(info), **beside}, info.status, headers)
+    return _ErrorReply(info, orjson.dumps({**error_object(info), **beside}), headers)
+
+
+def refusal_of(scope: Scope) -> ErrorInfo | None:
+    """The error that a request was answered with, for its log line."""
+    refusal: ErrorInfo | None = scope.get(_REFUSAL)
+    return refusal
+
+
+class _ErrorReply(Response):
+    def __init__(self, info: ErrorInfo, content: bytes, headers: Mapping[str, str]) -> None:
+        super().__init__(content, info.status, headers, media_type="application/json")
+        self._info = info
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        scope[_REFUSAL] = self._info
+        await super().__call__(scope, receive, send)
 
 
 def error_object(info: ErrorInfo) -> dict[str, Any]:

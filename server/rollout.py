@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import ipaddress
 
 import msgspec
 from fastapi import APIRouter, Request, Response
 
+from ..protocol.addresses import is_loopback
 from ..protocol.config import MOST_PIXELS
 from ..protocol.errors import InvalidRequest
 from ..protocol.logs import request_id_var
@@ -86,5 +86,5 @@ def _reply(result: Result, unread: Unread) -> Response:
 def _check_near(request: Request) -> None:
     """Raises ``InvalidRequest`` unless the client is on this machine: nobody else can fetch the files."""
     host = request.client.host if request.client is not None else ""
-    if not ipaddress.ip_address(host).is_loopback:
+    if not is_loopback(host):
         raise InvalidRequest("Only a client on the server's machine can have shared memory.", field=_SHARED)

@@ -10,6 +10,7 @@ import os
 import signal
 import socket
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -26,6 +27,7 @@ from .supervisor import Supervisor
 INTERRUPTED = 130
 """Exit status after a second signal, which ends everything at once."""
 
+_SHARING = {"merged": "share forwards", "interleaved": "take turns", "serial": "run one at a time"}
 _STDIN = 0
 _LAST_REPLIES_S = 2.0  # for the clients that are told that the server gives up
 
@@ -36,11 +38,18 @@ class Run:
     """One run of a server, from the first process's start to the last one's end."""
 
     def __init__(
-        self, child: ChildConfig, link: SchedulerLink, listener: socket.socket, nursery: Nursery | None
+        self,
+        child: ChildConfig,
+        link: SchedulerLink,
+        listener: socket.socket,
+        nursery: Nursery | None,
+        started: float,
     ) -> None:
+        """``started`` is when the server's own process was, by :func:`time.monotonic`."""
         self._config = config = child.config
         self._link = link
         self._listener = listener
+        self._started = started
         self._supervisor = Supervisor(child, link, nursery)
         self._http = HttpServer(
             create_app(Service(config, link, Path(child.shared), child.adapters)),
@@ -94,7 +103,19 @@ class Run:
     async def _announce(self) -> None:
         log.info("listening on %s", url_of(self._listener))
         model = await self._link.status_where(_first_ready)
-        print(f"ready: {url_of(self._listener)} serves {model.model}", flush=True)
+        ranks = self._config.replicas * self._config.tp
+        seconds = time.monotonic() - self._started
+        fields = {
+            "model": model.model, "pipeline": model.pipeline, "device": model.device, "dtype": model.dtype,
+            "ranks": ranks, "batching": model.batching.mode, "seconds": round(seconds, 1),
+        }  # fmt: skip
+        log.info(
+            "ready after %.1f s: %s (%s) in %s on %s, %d %s, requests %s (%s)",
+            seconds, model.model, model.pipeline, model.dtype, model.device, ranks, "rank" if ranks == 1 else "ranks",
+            _SHARING[model.batching.mode], model.batching.reason, extra={"fields": fields},
+        )  # fmt: skip
+        if self._config.log_format == "text":
+            print(f"ready: {url_of(self._listener)} serves {model.model}", flush=True)
 
     async def _give_up(self, serving: asyncio.Task[None]) -> None:
         """End the HTTP server, and tell the clients that wait."""

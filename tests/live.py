@@ -24,7 +24,7 @@ from safelight.tests.forked import Forked
 T = TypeVar("T")
 
 _AT_ONCE_S = 10.0
-_LISTENING = re.compile(r"listening on (http://\S+)")
+_LISTENING = re.compile(r"listening on (http://[^\s\"]+)")
 
 
 class LiveServer:

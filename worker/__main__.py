@@ -9,7 +9,7 @@ import sys
 from typing import NoReturn
 
 from ..protocol.child import name_process, read_child_config
-from ..protocol.logs import configure_logging
+from ..protocol.logs import adopt_library_loggers, configure_logging
 
 
 def import_replica() -> None:
@@ -34,6 +34,7 @@ def run_replica() -> int:
     name_process(name)
     configure_logging(child.config, name)
     import_replica()  # after the pipe to the launcher is watched
+    adopt_library_loggers()
     from .replica import Replica
 
     return Replica(child).run()

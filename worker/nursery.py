@@ -13,12 +13,15 @@ import socket
 import sys
 
 from ..protocol.child import name_process
+from ..protocol.config import Config
+from ..protocol.logs import configure_logging
 
 _STDIN = 0
 
 
 def main() -> int:
     name_process("nursery")
+    configure_logging(Config(), "nursery")  # of what libraries say as they are imported; a worker has its own
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     from .__main__ import import_replica, leave, run_replica  # torch
 

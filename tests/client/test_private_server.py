@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import psutil
@@ -28,11 +29,11 @@ print(f"2026-01-01 00:00:00 INFO listening on http://127.0.0.1:{server.server_po
 
 
 @pytest.fixture(autouse=True)
-def _keep_signal_handlers() -> Iterator[None]:
-    kept = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+def _signals_are_as_before() -> Iterator[None]:
+    """Whatever happened within a context."""
+    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)]
     yield
-    for number, handler in kept.items():
-        signal.signal(number, handler)
+    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)] == before
 
 
 def played(tmp_path: Path, program: str) -> PrivateServer:
@@ -126,3 +127,31 @@ def test_no_server_outlives_a_command_that_is_killed() -> None:
 def test_a_server_whose_standard_input_is_at_its_end_stops_by_itself() -> None:
     command = [*SERVER_PROGRAM, "shapes", "--port", "0", "--until-stdin-closes"]
     assert subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, timeout=60).returncode == 0
+
+
+def test_a_program_s_own_handlers_stay_its_own(tmp_path: Path) -> None:
+    def own(*_: object) -> None:
+        raise AssertionError("nobody sends it")
+
+    before = signal.signal(signal.SIGTERM, own)
+    try:
+        with played(tmp_path, LISTENER + "server.serve_forever()"):
+            assert signal.getsignal(signal.SIGTERM) is own
+            assert signal.getsignal(signal.SIGHUP) not in (signal.SIG_DFL, own)
+        assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGHUP)) == (own, signal.SIG_DFL)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def test_a_program_that_cannot_be_started_leaves_the_signals_alone() -> None:
+    with pytest.raises(OSError, match="/nothing"), PrivateServer(None, program=["/nothing"]):
+        pass
+
+
+def test_a_notebook_s_or_trainer_s_thread_can_have_one_too(tmp_path: Path) -> None:
+    def use() -> str:
+        with played(tmp_path, LISTENER + "server.serve_forever()") as server:
+            return server.url
+
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(use).result(60).startswith("http://127.0.0.1:")

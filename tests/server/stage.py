@@ -48,16 +48,17 @@ async def stage(
     *,
     answer: Callable[[Generate], list[FromScheduler]] = finished,
     status: Status | None = None,
+    host: str = "127.0.0.1",
 ) -> AsyncIterator[Stage]:
-    """``status`` is what the scheduler says first; a ready replica if not given."""
+    """``status`` is what the scheduler says first; a ready replica if not given. The client connects by IPv4."""
     config = config or Config()
-    with tempfile.TemporaryDirectory(prefix="stage-") as directory, listen("127.0.0.1", 0) as listener:
+    with tempfile.TemporaryDirectory(prefix="stage-") as directory, listen(host, 0, beyond_loopback=True) as listener:
         async with PlayedScheduler(Path(directory), answer) as scheduler, SchedulerLink(scheduler.address) as link:
             http = HttpServer(
                 create_app(Service(config, link, Path(directory))), grace_s=0, max_connections=config.max_connections
             )
             serving = asyncio.create_task(http.serve(sockets=[listener]))
-            url = url_of(listener)
+            url = url_of(listener).replace("[::1]", "127.0.0.1")
             async with httpx.AsyncClient(base_url=url, timeout=20) as client:
                 played = Stage(client, scheduler, link, url, http)
                 await played.until(lambda: scheduler.received)

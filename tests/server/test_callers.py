@@ -6,6 +6,7 @@ import pytest
 
 from safelight.protocol.config import Config
 from safelight.protocol.errors import StartFailed
+from safelight.protocol.messages import Generate
 from safelight.protocol.operations import Pause
 from safelight.server.callers import Callers
 from safelight.server.flags import read_config
@@ -146,3 +147,10 @@ async def test_a_body_with_two_ends_is_refused_and_what_follows_it_is_not_read(h
         assert answer.split()[1] in (b"400", b"501")
         assert answer.count(b"HTTP/1.1 ") == 1
         assert played.scheduler.generates() == []
+
+
+async def test_an_ipv4_client_of_a_socket_for_both_families_is_as_near_as_it_is() -> None:
+    body = {"prompt": "a", "rollout": True, "rollout_shared_memory": True}
+    async with stage(host="::") as played:
+        await played.client.post("/rollout/generate", json=body)
+        await played.until(lambda: any(isinstance(message, Generate) for message in played.scheduler.received))

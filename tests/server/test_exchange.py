@@ -196,3 +196,22 @@ async def _abort(played: Stage, request_id: str) -> None:
 
 def _aborts(played: Stage) -> list[AbortRequests]:
     return [message for message in played.scheduler.received if isinstance(message, AbortRequests)]
+
+
+async def test_an_access_line_says_which_path_was_not_found_and_what_was_refused_and_why(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level(logging.INFO, "safelight.server.exchange")
+    async with stage() as played:
+        await played.client.get("/v1/imagez%20200%0aforged?key=secret")
+        await played.client.post("/generate", json={"prompt": "a", "width": 3})
+        await played.client.post("/generate", json={"prompt": "a"})
+    missing, refused, served = [record for record in caplog.records if record.name.endswith("exchange")]
+    assert missing.getMessage().startswith("GET /v1/imagez%20200%0aforged 404 ")
+    assert " ms invalid_request width: width must be a multiple of 16" in refused.getMessage()
+    fields = vars(refused)["fields"]
+    assert (fields["method"], fields["path"], fields["status"]) == ("POST", "/generate", 400)
+    assert (fields["code"], fields["field"]) == ("invalid_request", "width")
+    assert fields["error"].startswith("width must be a multiple of 16")
+    assert served.getMessage().endswith(" ms")
+    assert {*vars(served)["fields"]} == {"method", "path", "status", "duration_ms"}

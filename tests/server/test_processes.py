@@ -179,11 +179,34 @@ def test_the_life_of_a_server(flag: str, tiny_flux: Path, scratch: Path, asking:
         assert ask(server, QUICK).status_code == 200
         assert server.children()["worker"].pid != worker.pid
         assert server.log.count("worker-0 [-] self-test: requests apart") == 1, "what is known is not tried again"
+        for phase in ("loading the model", "self-test: requests apart", "self-test: one request"):
+            assert sum(phase in line for line in server.log.splitlines()) == {"loading the model": 2}.get(phase, 1)
 
         events = ask_and_stop_at_the_first_step(server, {**ENDLESS, "num_inference_steps": 20})
         assert events[-1] == "event: result", "what runs may finish"
         assert server.wait_exit(30) == 0
         wait_until_gone(server, 0.5)
+
+
+def test_every_line_is_json_where_that_was_asked_for_and_one_sums_up_the_start(tiny_flux: Path, scratch: Path) -> None:
+    with LiveServer(
+        tiny_flux, [*FLAGS, "--dtype", "float32", "--log-format", "json"], temporary=scratch, program=True
+    ) as server:
+        server.wait_ready()
+        ask(server, {"prompt": "a", "width": 3})
+        server.children()["worker"].send_signal(signal.SIGABRT)  # whose end is no line of ours
+        server.wait_for_line("was killed by SIGABRT")
+        server.signal(signal.SIGTERM)
+        assert server.wait_exit(60) == 0
+    lines = [json.loads(line) for line in server.log.splitlines()]
+    assert server.output == ""
+    (ready,) = [line for line in lines if "batching" in line]
+    fields = {name: ready[name] for name in ("pipeline", "device", "dtype", "ranks", "batching")}
+    assert fields == {"pipeline": "FluxPipeline", "device": "cpu", "dtype": "float32", "ranks": 1, "batching": "merged"}
+    assert 0 < ready["seconds"] < 120
+    (refused,) = [line for line in lines if line.get("status") == 400]
+    assert (refused["method"], refused["path"], refused["field"]) == ("POST", "/generate", "width")
+    assert refused["duration_ms"] >= 0
 
 
 def test_workers_come_from_one_process_that_may_be_lost_and_one_that_never_served_takes_no_other_down(
