@@ -106,7 +106,7 @@ def placed(
         if changes := [change for change in file.changes if change.component == component]:
             adapter.changes[own] = _changes(own, changes, layouts[own], device)
             adapter.only_merged += [f"{own}.{change.layer} ({change.kind})" for change in adapter.changes[own]]
-        if not (layers := file.layers.get(component)):
+        if (layers := file.layers.get(component)) is None:
             continue
         adapter.terms[own] = _terms(own, layers, components[own], layouts[own], device)
         for path, term in adapter.terms[own].items():

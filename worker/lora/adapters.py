@@ -40,7 +40,7 @@ from .files import AdapterFile, load_adapter, read_adapter
 from .merge import Sum, merge, rounded_away
 from .names import Shapes, weight_shapes
 from .pairs import refused
-from .parts import Part, Parts, joined, layer_of, of_module, read_parts, write_parts
+from .parts import Part, Parts, has_whole_layers, joined, layer_of, of_module, read_parts, write_parts
 
 MERGED = "merged_adapters"
 """What is merged anew when weights change, as replies name it."""
@@ -248,10 +248,11 @@ class RankAdapters:
         return any(name in self._layouts[component].bases for component, names in written.items() for name in names)
 
     def rebuild(self, written: Mapping[str, Iterable[str]]) -> None:
-        """After base weights have changed: what is merged into them is merged anew."""
-        for component, names in written.items():
+        """After base weights have changed: what is merged into them is merged anew, in the same order on all ranks,
+        which may speak with each other in it."""
+        for component, names in sorted(written.items()):
             layout = self._layouts[component]
-            if merged := [name for name in names if name in layout.bases]:
+            if merged := sorted(name for name in names if name in layout.bases):
                 merge(layout, _merged_sum(component, self.state, self._adapters), merged)
 
     # --- what will be
@@ -341,9 +342,7 @@ class RankAdapters:
         return shares
 
     def _load(self, source: AdapterSource, adapters: Adapters) -> AdapterFile:
-        file = load_adapter(
-            Path(source.folder), self._pipeline, self._shapes(), alpha=source.alpha, strict=source.strict
-        )
+        file = self._file(source)
         try:
             adapters[source.nickname] = placed(
                 file, source.nickname, source.target, self._components, self._layouts, self._device
@@ -351,6 +350,12 @@ class RankAdapters:
         except torch.OutOfMemoryError as error:
             raise Unavailable("There is no memory for the adapter; unload another.") from error
         return file
+
+    def _file(self, source: AdapterSource) -> AdapterFile:
+        folder = Path(source.folder)
+        if not has_whole_layers(folder):
+            return AdapterFile({source.target: {}}, rank=0, alpha=0.0, nbytes=0)
+        return load_adapter(folder, self._pipeline, self._shapes(), alpha=source.alpha, strict=source.strict)
 
     def _shapes(self) -> Shapes:
         return weight_shapes({name: self._layouts[name] for name in self._components})

@@ -20,7 +20,7 @@ from ..weights.sources import map_file
 from .alphas import Told, parse_object, read_config, read_header, scaled
 from .convert import Converted
 from .names import Shapes, split_name, weight_shapes
-from .pairs import LeftOut, Pair, find_pairs, refused
+from .pairs import ALPHA, LeftOut, Pair, find_pairs, refused
 from .parts import layer_of, read_notes
 from .places import ABSENT, fault_of, place
 from .targets import find_targets
@@ -227,7 +227,7 @@ class _Scaling:
         told = self.told or self.by_component.get(component)
         if told is not None and told.rank_of(name) != rank:
             self._other.append(f"{name}: {told.rank_of(name):g}, not {rank}")
-        given = self.alpha if self.alpha is not None else self.alphas.get(layer_of(f"{layer}.alpha"), own)
+        given = self.alpha if self.alpha is not None else self.alphas.get(layer_of(f"{layer}{ALPHA}"), own)
         if given is None:
             given = float(rank) if told is None else told.alpha_of(name)
         self._scales[layer] = float(given), scaled(rank, given, told)
@@ -245,7 +245,7 @@ class _Scaling:
             return 1.0, 1.0
         if whole.rank is not None:
             return self.add(whole.layer, whole.rank, whole.alpha)
-        if self.alpha is not None:
+        if self.alpha is not None or layer_of(f"{whole.layer}{ALPHA}") in self.alphas:
             raise refused("an alpha is given for layers without a rank", [whole.layer], field="lora_alpha")
         _, name = split_name(whole.layer, self.shapes)
         if self.told is None:

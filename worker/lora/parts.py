@@ -17,7 +17,8 @@ from safetensors.torch import save_file
 from ...protocol.adapters import ADAPTER_FILE
 from ..sizes import DENOISERS
 from ..weights.sources import map_file
-from .pairs import parse_factor, refused
+from .pairs import ALPHA, parse_factor, refused
+from .whole import changed_layer, has_all_factors, is_factor
 
 _NOTES = "parts.json"
 _WAITING = "waiting.safetensors"
@@ -69,7 +70,7 @@ class Part:
 def layer_of(name: str) -> str:
     """The layer that a tensor belongs to, without the prefixes by which one layer has several names."""
     factor = parse_factor(name)
-    layer = factor[0] if factor is not None else name.rpartition(".")[0]
+    layer = factor[0] if factor is not None else changed_layer(name) or name.rpartition(".")[0]
     for prefix in ("base_model.model.", "diffusion_model.", *(f"{denoiser}." for denoiser in DENOISERS)):
         layer = layer.removeprefix(prefix)
     return layer.removeprefix("base_model.model.")
@@ -78,11 +79,16 @@ def layer_of(name: str) -> str:
 def joined(before: Parts, part: Part) -> tuple[Parts, list[str]]:
     """The parts with one more, and sentences about it. Raises ``InvalidRequest`` for a part that cannot be used.
 
-    Layers that the part has replace those of before. With ``complete`` layers go that no part of its version had.
+    Layers that the part has replace those of before. An alpha, a magnitude or a bias is added to a layer whose factors
+    an earlier part of the version had. With ``complete`` layers go that no part of its version had.
     """
     goes_on = part.begun or (part.version is not None and part.version == before.notes.version)
     held, named, alphas = (before.waiting, before.notes.named, before.notes.waiting_alphas) if goes_on else ({}, [], {})
-    came = _by_layer({**held, **part.tensors})
+    older = _by_layer(before.tensors)
+    came = {
+        layer: tensors if layer not in named or any(map(_is_factor, tensors)) else {**older[layer], **tensors}
+        for layer, tensors in _by_layer({**held, **part.tensors}).items()
+    }
     whole = {layer: tensors for layer, tensors in came.items() if _is_whole(tensors)}
     waiting = {
         name: tensor for layer, tensors in came.items() if layer not in whole for name, tensor in tensors.items()
@@ -92,7 +98,7 @@ def joined(before: Parts, part: Part) -> tuple[Parts, list[str]]:
     named = sorted({*named, *whole})
     kept = {
         layer: tensors
-        for layer, tensors in _by_layer(before.tensors).items()
+        for layer, tensors in older.items()
         if layer not in whole and (layer in named or not part.complete)
     }
     if part.alpha is not None:
@@ -105,6 +111,8 @@ def joined(before: Parts, part: Part) -> tuple[Parts, list[str]]:
         waiting_alphas={layer: a for layer, a in alphas.items() if layer not in whole},
     )
     layers = kept | whole
+    if part.is_last and not layers:
+        raise refused("it has no layers")
     _check_rank(part, [name_and_tensor for layer in named for name_and_tensor in layers[layer].items()])
     tensors = {name: tensor for one in layers.values() for name, tensor in one.items()}
     left = [] if goes_on else sorted(before.waiting)
@@ -124,6 +132,12 @@ def read_notes(folder: Path) -> Notes | None:
     """``None`` beside an adapter that did not come in parts."""
     notes = folder / _NOTES
     return msgspec.json.decode(notes.read_bytes(), type=Notes) if notes.exists() else None
+
+
+def has_whole_layers(folder: Path) -> bool:
+    """Whether an adapter has a layer yet. While a version is sent, all that came of it may wait for its counterpart."""
+    notes = read_notes(folder)
+    return notes is None or notes.version is None or bool(map_file(folder / ADAPTER_FILE))
 
 
 def write_parts(parts: Parts, folder: Path) -> None:
@@ -149,9 +163,17 @@ def _by_layer(tensors: Tensors) -> dict[str, dict[str, torch.Tensor]]:
 
 
 def _is_whole(names: Collection[str]) -> bool:
-    """Whether the factors among a layer's tensors are pairs. An alpha alone is not a layer."""
+    """Whether a layer's tensors have all factors that they need. An alpha alone is not a layer."""
     factors = [factor[1] for name in names if (factor := parse_factor(name)) is not None]
-    return factors.count(True) == factors.count(False) and not all(name.endswith(".alpha") for name in names)
+    return (
+        factors.count(True) == factors.count(False)
+        and has_all_factors(names, with_pair=bool(factors))
+        and not all(name.endswith(ALPHA) for name in names)
+    )
+
+
+def _is_factor(name: str) -> bool:
+    return parse_factor(name) is not None or is_factor(name)
 
 
 def _check_rank(part: Part, came: Sequence[tuple[str, torch.Tensor]]) -> None:

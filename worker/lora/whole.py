@@ -10,7 +10,7 @@ alpha / rank. Where LyCORIS has neither factor of a LoKr decomposed, it applies 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -66,6 +66,30 @@ class Whole:
     @property
     def nbytes(self) -> int:
         return sum(factor.nbytes for factor in self.factors.values())
+
+
+def changed_layer(name: str) -> str | None:
+    """The layer whose whole weight or bias a tensor of this name changes, if it does."""
+    return None if (match := _NAMED.fullmatch(name)) is None else match["layer"]
+
+
+def is_factor(name: str) -> bool:
+    """Whether a tensor of this name is a factor of LoKr or LoHa."""
+    match = _NAMED.fullmatch(name)
+    return match is not None and bool(match["LoKr"] or match["LoHa"])
+
+
+def has_all_factors(names: Iterable[str], *, with_pair: bool) -> bool:
+    """Whether nothing is missing that the changes of a layer by these names need; ``with_pair`` it has one."""
+    found: dict[Kind, set[str]] = {}
+    for match in filter(None, map(_NAMED.fullmatch, names)):
+        kind = next(kind for kind in _KINDS if match[kind])
+        found.setdefault(kind, set()).add(match[kind])
+    return (
+        ("LoKr" not in found or _is_lokr(found["LoKr"]))
+        and ("LoHa" not in found or _is_loha(found["LoHa"]))
+        and (with_pair or found.keys().isdisjoint(("DoRA", "bias")))
+    )
 
 
 def take_whole(tensors: Mapping[str, torch.Tensor]) -> tuple[list[Whole], dict[str, torch.Tensor]]:

@@ -40,6 +40,7 @@ class Update:
         self._give_back: Callable[[], None] = _nothing
         self._undo: dict[Key, torch.Tensor] = {}
         self._part: dict[str, int] = {}
+        self._to_leave_out: list[str] = []
         self._left_out: list[str] = []
 
     @property
@@ -71,7 +72,7 @@ class Update:
             report = self.check(opened.tensors)
             self._check_ties(named)
             self._check_whole(named, complete)
-            self._left_out += named.left_out
+            self._to_leave_out = named.left_out
             self._find_room(opened.tensors)
             self._stage(opened, sign)
         except BaseException:
@@ -96,6 +97,7 @@ class Update:
                     self._undo[module, name] = before
                 sign()
         self._part = {module: len(tensors) for module, tensors in self._prepared.tensors.items() if tensors}
+        self._left_out += self._to_leave_out
         self._give_back = _nothing
         self.release()
 
@@ -105,7 +107,7 @@ class Update:
             self._prepared.close()
             self._prepared = None
         self._give_back()
-        self._room, self._give_back = {}, _nothing
+        self._room, self._give_back, self._to_leave_out = {}, _nothing, []
 
     def rollback(self) -> None:
         """Put back every byte."""

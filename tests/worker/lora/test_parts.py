@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model_state_dict
+from peft import LoKrConfig, LoraConfig, PeftConfig, get_peft_model_state_dict, inject_adapter_in_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 
 from safelight.protocol.adapters import AdapterSource, SetAdapters, UnmergeAdapters
 from safelight.protocol.errors import InvalidRequest
@@ -19,6 +20,7 @@ from safelight.worker.lora.parts import read_parts
 from safelight.worker.model import Model
 from safelight.worker.parallel.ranks import ALONE
 from safelight.worker.weights.digests import module_digests
+from safelight.worker.weights.layout import Layout
 
 from .agreement import change, new_adapters
 
@@ -242,3 +244,102 @@ def test_factors_of_a_dtype_that_no_adapter_has_are_refused_by_name(
     with pytest.raises(InvalidRequest, match=str(dtype)) as refused:
         trainer.send({**tensors, odd: tensors[odd].to(dtype)})
     assert (refused.value.field, odd[:40] in refused.value.message) == ("serialized_named_tensors", True)
+
+
+def merged_by_peft(model: Model, config: PeftConfig) -> tuple[Tensors, dict[str, torch.Tensor]]:
+    """A trainer's adapter under peft's names, and every tensor after peft has merged it."""
+    from safelight.tests.tiny import FAMILIES
+
+    transformer = FAMILIES["flux"].build().transformer
+    transformer.load_state_dict(model.pipeline.transformer.state_dict())
+    torch.manual_seed(3)
+    inject_adapter_in_model(config, transformer)
+    tensors = {
+        f"base_model.model.{name}": tensor.detach().clone()
+        for name, tensor in get_peft_model_state_dict(transformer).items()
+    }
+    for layer in [part for part in transformer.modules() if isinstance(part, BaseTunerLayer)]:
+        layer.merge()
+    return tensors, {
+        name.replace(".base_layer", ""): tensor
+        for name, tensor in transformer.state_dict().items()
+        if not any(word in name for word in ("lora_", "lokr_"))
+    }
+
+
+@pytest.mark.parametrize("first", ["A", "none"])
+def test_a_version_may_begin_with_a_bucket_in_which_no_layer_is_whole(
+    flux: Model, trainer: Trainer, first: str
+) -> None:
+    base = weights(flux)
+    tensors, added = of_peft(flux, seed=1)
+    front = {name: tensor for name, tensor in tensors.items() if f"lora_{first}" in name}
+    report = trainer.send(front, version="step-1", alpha=ALPHA)
+    assert report.waiting == sorted(front)
+    assert is_merged(flux, base, {})
+    rest = {name: tensor for name, tensor in tensors.items() if name not in front}
+    trainer.send(rest, version="step-1", alpha=ALPHA, complete=True)
+    assert is_merged(flux, base, added)
+
+
+def test_an_adapter_without_layers_is_refused_where_nothing_can_follow(trainer: Trainer) -> None:
+    with pytest.raises(InvalidRequest, match="it has no layers"):
+        trainer.send({}, version="step-1", complete=True)
+
+
+@pytest.mark.parametrize("order", ["factors first", "factors last"])
+@pytest.mark.parametrize(
+    "config",
+    [
+        LoraConfig(r=4, lora_alpha=6, target_modules=r".*attn\.to_[qk]", use_dora=True, init_lora_weights=False),
+        LoraConfig(r=4, lora_alpha=6, target_modules=r".*ff\.net\.2", lora_bias=True, init_lora_weights=False),
+        LoKrConfig(r=2, alpha=6, target_modules=r".*attn\.to_[qk]", init_weights=False),
+    ],
+    ids=["DoRA", "biases", "LoKr"],
+)
+def test_every_kind_of_layer_is_whole_again_that_buckets_cut(
+    flux: Model, trainer: Trainer, config: PeftConfig, order: str
+) -> None:
+    tensors, merged = merged_by_peft(flux, config)
+    names = sorted(tensors, key=lambda name: name.endswith((".lora_A.weight", ".lora_B.weight", "lokr_w1")))
+    for name in reversed(names) if order == "factors first" else names:
+        report = trainer.send({name: tensors[name]}, version="step-1", alpha=6.0)
+    assert not report.waiting
+    live = flux.pipeline.transformer.state_dict()
+    assert all(torch.allclose(live[name], merged[name], rtol=0, atol=1e-6) for name in merged)
+
+
+def test_an_alpha_is_refused_for_layers_whose_rank_nothing_says(flux: Model, trainer: Trainer) -> None:
+    tensors, _ = merged_by_peft(flux, LoKrConfig(r=4, alpha=6, target_modules=r".*attn\.to_q", init_weights=False))
+    with pytest.raises(InvalidRequest, match="an alpha is given for layers without a rank"):
+        trainer.send(tensors, version="step-1", alpha=6.0)
+
+
+def test_an_alpha_that_comes_after_its_factors_is_theirs(flux: Model, trainer: Trainer) -> None:
+    base = weights(flux)
+    tensors, added = of_peft(flux, seed=1)
+    layers = {name.rpartition(".lora_")[0] for name in tensors}
+    trainer.send(tensors, version="step-1")
+    trainer.send({f"{layer}.alpha": torch.tensor(ALPHA) for layer in layers}, version="step-1", complete=True)
+    assert is_merged(flux, base, added)
+
+
+def test_ranks_merge_in_one_order_whatever_the_order_in_which_each_was_given_its_tensors(
+    flux: Model, adapters: RankAdapters, trainer: Trainer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Norms of rows that ranks divide are summed by all of them together."""
+    config = LoraConfig(r=4, lora_alpha=6, target_modules=r".*attn\.to_[qk]", use_dora=True, init_lora_weights=False)
+    tensors, _ = merged_by_peft(flux, config)
+    trainer.send(tensors, alpha=6.0)
+    summed: list[str] = []
+
+    def sum_of_rows(self: Layout, name: str, rows: torch.Tensor) -> torch.Tensor:
+        summed.append(name)
+        return rows
+
+    monkeypatch.setattr(Layout, "sum_of_rows", sum_of_rows)
+    names = list(flux.layouts["transformer"].bases)
+    assert len(names) > 1
+    for given in (names, names[::-1]):
+        adapters.rebuild({"transformer": given})
+    assert summed[: len(names)] == summed[len(names) :]

@@ -19,6 +19,7 @@ from safelight.worker.parallel.ranks import Ranks
 from safelight.worker.weights import undo
 from safelight.worker.weights.digests import raw_bytes
 from safelight.worker.weights.layout import Entry, Layout
+from safelight.worker.weights.names import Names
 from safelight.worker.weights.pages import have_own, settle
 from safelight.worker.weights.parking import Parking
 from safelight.worker.weights.sources import MappedFiles, Opened, Rejected
@@ -408,3 +409,15 @@ def test_a_divided_tensor_of_several_blocks_is_exchanged_piece_by_piece(rank: in
     first, second = (slice(0, 3), slice(6, 12)) if rank == 0 else (slice(3, 6), slice(12, 18))
     assert torch.equal(module.packed, torch.cat([whole[first], whole[second]]))
     assert torch.equal(kept, before)
+
+
+def test_what_a_refused_update_would_have_left_out_is_not_told_of_the_next() -> None:
+    module = model()
+    layout = Layout.whole(module)
+    layout.names = Names(buffers=frozenset({"made"}))
+    update = Update({"transformer": layout}, UndoMemory(CPU, PLENTY, None))
+    update.prepare(opened({**other(module), "made": torch.zeros(1)}))
+    update.release()  # another rank could not do it
+    update.prepare(opened(other(module)))
+    update.write()
+    assert update.report().left_out == []
