@@ -5,6 +5,7 @@ Torch is needed only where a server stores tensors in another dtype than the fil
 
 from __future__ import annotations
 
+import re
 from collections.abc import Container, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
@@ -29,13 +30,15 @@ class TensorChecksum:
 class ModuleChecksum:
     """``tensors`` is empty unless details were asked for.
 
-    A server says in ``aliases`` by which other names it takes some of them. Of files that were digested as a server
+    A server says in ``aliases`` by which other names it takes some of them, and in ``ignored`` the patterns of names
+    that it reads over. Of files that were digested as a server
     stores them, ``cast`` says from which dtype to which, as torch writes them, and how many.
     """
 
     sha256: str
     tensors: dict[str, TensorChecksum]
     aliases: dict[str, str] = field(default_factory=dict)
+    ignored: tuple[str, ...] = ()
     cast: dict[tuple[str, str], int] = field(default_factory=dict)
 
 
@@ -73,7 +76,11 @@ def _noted(
 ) -> Iterator[tuple[str, memoryview]]:
     """Every tensor's name and bytes, sorted, as it is held; what is to be told of them is put into the last two."""
     stored_as = {} if like is None else like.tensors
-    names = {name if like is None else _own_name(name, found, like): name for name in found}
+    names = {
+        name if like is None else _own_name(name, found, like): name
+        for name in found
+        if like is None or not _is_ignored(name, like)
+    }
     for name in sorted(names):
         stored, file = found[names[name]]
         dtype = STORED_DTYPES[stored_as[name].dtype] if name in stored_as else stored.dtype
@@ -91,6 +98,11 @@ def _own_name(name: str, given: Container[str], like: ModuleChecksum) -> str:
     """The server's name for what files call ``name``, unless they have that too."""
     own = like.aliases.get(name, name)
     return name if name in like.tensors or own in given else own
+
+
+def _is_ignored(name: str, like: ModuleChecksum) -> bool:
+    """Whether the server that stores ``like`` this would read over what files call ``name``."""
+    return name not in like.tensors and any(re.search(pattern, name) for pattern in like.ignored)
 
 
 @contextmanager

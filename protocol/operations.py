@@ -296,9 +296,10 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
 
     ``updated`` counts the tensors of each module, of which ``expected`` is how many it has; ``complete`` are the
     modules of which every tensor was given, in all parts together, and ``left_out`` are names that no checkpoint has.
-    ``weight_version`` is the new one, after a commit. ``digests``, ``tensors`` and ``aliases`` (further names of
-    tensors) are by module. ``given`` is equal for replicas that were given the same tensors. ``left`` says that there
-    was a group to leave. ``adapters`` is what will be after a change of them, and ``told`` are sentences about it.
+    ``weight_version`` is the new one, after a commit. ``digests``, ``tensors``, ``aliases`` (further names of tensors)
+    and ``ignored`` (patterns of names that are read over) are by module. ``given`` is equal for replicas that were
+    given the same tensors. ``left`` says that there was a group to leave. ``adapters`` is what will be after a change
+    of them, and ``told`` are sentences about it.
     ``waiting`` are factors whose counterparts did not come yet.
     """
 
@@ -314,6 +315,7 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     digests: dict[str, str] = {}
     tensors: dict[str, dict[str, TensorDigest]] = {}
     aliases: dict[str, dict[str, str]] = {}
+    ignored: dict[str, list[str]] = {}
     missing: list[str] = []
     mismatched: list[str] = []
     files: dict[str, list[str]] = {}

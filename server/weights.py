@@ -265,6 +265,7 @@ class _Routes:
                 "sha256": digest,
                 "tensors": msgspec.to_builtins(report.tensors.get(name, {})),
                 "aliases": report.aliases.get(name, {}),
+                "ignored": report.ignored.get(name, []),
             }
             for name, digest in report.digests.items()
         }
@@ -295,10 +296,13 @@ def _targets(body: bodies.FromTensor) -> list[str]:
 
 
 def _target(body: bodies.FromTensor) -> str:
-    """The one module that a safetensors file is for."""
+    """The one module that a safetensors file or a part of an adapter is for."""
     targets = _targets(body)
     if len(targets) != 1:
-        raise InvalidRequest("A safetensors file is for one module.", field="target_modules")
+        raise InvalidRequest(
+            "A safetensors file, or a part of an adapter, is for one module; send a call for each.",
+            field="target_modules",
+        )
     return targets[0]
 
 

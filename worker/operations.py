@@ -311,8 +311,14 @@ class Operations:
             for module, digest in digests.items():
                 if other[module] != digest:
                     raise Internal(f"Rank {rank} of replica {self._replica} has other weights in {module} than rank 0.")
-        aliases = {name: dict(layout.names.aliases) for name, layout in layouts.items()} if operation.detail else {}
-        return Report(digests=digests, tensors=tensors, aliases=aliases, weight_version=self._model.weight_version)
+        report = Report(digests=digests, tensors=tensors, weight_version=self._model.weight_version)
+        if not operation.detail:
+            return report
+        return msgspec.structs.replace(
+            report,
+            aliases={name: dict(layout.names.aliases) for name, layout in layouts.items()},
+            ignored={name: list(layout.names.ignored) for name, layout in layouts.items()},
+        )
 
     def _check(self, operation: CheckTensors) -> Report:
         layout = self._model.layouts.get(operation.module)

@@ -26,7 +26,7 @@ from ..parallel.ranks import ALONE, Ranks
 from .files import WeightFiles
 from .fuse import fuse
 from .layout import Layout, entries
-from .names import names_of
+from .names import ignored_names, names_of
 
 
 class CannotLoad(Exception):
@@ -134,8 +134,8 @@ def _new(cls: Any, folder: Path, dtype: torch.dtype) -> nn.Module:  # Any: neith
 def _names(module: nn.Module, files: Tensors) -> list[tuple[str, str]]:
     """The files' tensors with the names that the module's state dict has for them."""
     known = module.state_dict()
-    ignored = getattr(module, "_keys_to_ignore_on_load_unexpected", None) or ()
-    wanted = [name for name in files if not any(re.search(pattern, name) for pattern in ignored)]
+    ignored = [re.compile(pattern) for pattern in ignored_names(module)]
+    wanted = [name for name in files if name in known or not any(pattern.search(name) for pattern in ignored)]
     rename = _renaming(module, known)
     names = [(name, rename(name)) for name in wanted]
     unexpected = [name for name, own in names if own not in known]

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from .payload import Tensors
 
@@ -35,6 +36,20 @@ class Names:
         return self.own(name) in self.buffers or any(re.search(pattern, name) for pattern in self.ignored)
 
 
+def ignored_names(module: nn.Module) -> tuple[str, ...]:
+    """Patterns of names that the module's library reads over in a checkpoint.
+
+    transformers has two that stand in no class: buffers that older versions saved
+    (``PreTrainedModel._adjust_missing_and_unexpected_keys``).
+    """
+    own = tuple(sorted(getattr(module, "_keys_to_ignore_on_load_unexpected", None) or ()))
+    if not isinstance(module, PreTrainedModel):
+        return own
+    buffers = [name for name, _ in module.named_buffers()]
+    saved_once = {"rotary_emb.inv_freq": r"rotary_emb\.inv_freq", "position_ids": r"(^|\.)position_ids$"}
+    return (*own, *(pattern for end, pattern in saved_once.items() if any(name.endswith(end) for name in buffers)))
+
+
 def names_of(module: nn.Module, layout: Layout, own: Callable[[str], str] = str) -> Names:
     """Of a module that is loaded, and whose tensors are tied."""
     state = module.state_dict()
@@ -47,7 +62,7 @@ def names_of(module: nn.Module, layout: Layout, own: Callable[[str], str] = str)
     return Names(
         aliases,
         frozenset(name for name, _ in module.named_buffers() if name not in state),
-        tuple(getattr(module, "_keys_to_ignore_on_load_unexpected", None) or ()),
+        ignored_names(module),
         own,
     )
 

@@ -8,10 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import DiffusionPipeline
+from safetensors.torch import load_file, save_file
 from torch import nn
+from transformers import CLIPTextModel
 
+from safelight.client.checksum import ModuleChecksum, checksum
 from safelight.tests.tiny import save
 from safelight.worker.model import Model
+from safelight.worker.weights.loader import load_component
 from safelight.worker.weights.names import by_checkpoint_names, names_of
 
 
@@ -40,3 +44,17 @@ def test_names_that_nobody_knows_are_left_to_be_refused(tiny_model: Callable[[st
     named = by_checkpoint_names({"transformer": {"nobody.weight": torch.zeros(1)}, "unet": {}}, model.layouts)
     assert named.tensors == {"transformer": {"nobody.weight": torch.zeros(1)}, "unet": {}}
     assert names_of(model.pipeline.vae, model.layouts["vae"]).aliases == {}
+
+
+def test_buffers_that_older_versions_of_a_library_saved_are_neither_loaded_nor_compared(tmp_path: Path) -> None:
+    """``position_ids`` are in the text encoders of Stable Diffusion 1.5 and XL; transformers reads over them."""
+    folder = save("flux", tmp_path) / "text_encoder"
+    before = checksum(folder, detail=True)["text_encoder"]
+    tensors = load_file(folder / "model.safetensors")
+    name = "text_model.embeddings.position_ids"
+    save_file({**tensors, name: torch.arange(77)[None]}, folder / "model.safetensors", {"format": "pt"})
+    layout = load_component(CLIPTextModel, folder, dtype=torch.float32, device=torch.device("cpu")).layout
+    assert {entry.name for entry in layout} == set(tensors)
+    assert layout.names.leaves_out(name)
+    server = ModuleChecksum(before.sha256, before.tensors, dict(layout.names.aliases), layout.names.ignored)
+    assert checksum(folder, detail=True, like={"text_encoder": server})["text_encoder"] == before
