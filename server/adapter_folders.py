@@ -28,12 +28,16 @@ class AdapterFolders:
         self._pending: set[Path] = set()
         self._tasks: set[asyncio.Task[None]] = set()
         self._parts: dict[str, dict[str, Path]] = {}
-        self._locks: dict[str, asyncio.Lock] = {}
+        self._merging = asyncio.Lock()
+        self._adding = asyncio.Lock()
 
     @asynccontextmanager
     async def parts_of(self, update_id: str | None) -> AsyncIterator[None]:
-        """A context in which one part of an adapter is added, to those of a begun update or to what is merged."""
-        async with self._locks.setdefault(update_id or "", asyncio.Lock()):
+        """A context in which one part of an adapter is added, to those of a begun update or to what is merged.
+
+        The latter waits until a begun update has ended.
+        """
+        async with self._merging if update_id is None else self._adding:
             yield
 
     def part(self, update_id: str | None, target: str) -> str | None:
@@ -53,7 +57,6 @@ class AdapterFolders:
     def end_parts(self, update_id: str) -> None:
         """A begun update has ended."""
         self._parts.pop(update_id, None)
-        self._locks.pop(update_id, None)
 
     @asynccontextmanager
     async def for_a_change(self) -> AsyncIterator[Callable[[], Path]]:
