@@ -40,7 +40,8 @@ class Boundary:
     """Stands for ``module`` under the dotted name ``path``; ``crossing`` is what happens to its calls.
 
     Reading an attribute reads the module's, with modules behind boundaries of their own. ``component`` is the
-    pipeline's component that the module belongs to.
+    pipeline's component that the module belongs to. A ``path`` that takes a search is a function, which is called when
+    the module is: pipelines walk through all modules of a component, and call few of them.
     """
 
     __slots__ = ("_changes", "_component", "_crossing", "_module", "_path")
@@ -48,7 +49,7 @@ class Boundary:
     def __init__(
         self,
         module: nn.Module,
-        path: str,
+        path: str | Callable[[], str],
         crossing: Crossing = cross,
         changes: Changes | None = None,
         component: nn.Module | None = None,
@@ -119,7 +120,7 @@ class Boundary:
         return hash(self._module)
 
     def __repr__(self) -> str:
-        return f"Boundary({self._path}: {type(self._module).__name__})"
+        return f"Boundary({self._dotted()}: {type(self._module).__name__})"
 
     def _call_method(self, name: str, method: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
         if any(isinstance(leaf, torch.Tensor) for leaf in pytree.tree_leaves((args, kwargs))):
@@ -130,7 +131,7 @@ class Boundary:
         return self._wrapped(method(*args, **kwargs))
 
     def _cross(self, name: str, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        call = Call(self._path, name, function, args, kwargs)
+        call = Call(self._dotted(), name, function, args, kwargs)
         writes = None if name in MERGEABLE_METHODS else self._module
         return self._changes.cross(call, self._crossing, self._component, writes)
 
@@ -139,13 +140,18 @@ class Boundary:
         below = hasattr(type(self._module), name)
         self._changes.watch(self._module, self._component, below=below)
 
-    def _behind(self, module: nn.Module, name: str) -> Boundary:
-        return Boundary(module, f"{self._path}.{name}", self._crossing, self._changes, self._component)
+    def _dotted(self) -> str:
+        path: str | Callable[[], str] = self._path
+        return path if isinstance(path, str) else path()
+
+    def _behind(self, module: nn.Module, name: str | None = None) -> Boundary:
+        path = partial(self._path_of, module) if name is None else f"{self._dotted()}.{name}"
+        return Boundary(module, path, self._crossing, self._changes, self._component)
 
     def _wrapped(self, value: Any) -> Any:
         """What a method returned, with modules behind boundaries."""
         if isinstance(value, nn.Module):
-            return self if value is self._module else self._behind(value, self._name_of(value))
+            return self if value is self._module else self._behind(value)
         if isinstance(value, GeneratorType | ValuesView | ItemsView):
             return (self._wrapped(element) for element in value)
         if type(value) in (tuple, list):
@@ -154,9 +160,9 @@ class Boundary:
             return {name: self._wrapped(element) for name, element in value.items()}
         return value
 
-    def _name_of(self, module: nn.Module) -> str:
+    def _path_of(self, module: nn.Module) -> str:
         found = next((name for name, part in self._module.named_modules() if part is module), None)
-        return type(module).__name__ if found is None else found
+        return f"{self._dotted()}.{type(module).__name__ if found is None else found}"
 
 
 def _elements(value: dict[Any, Any] | list[Any]) -> Iterable[Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from typing import Any
 
 import torch
 from torch import nn
@@ -22,3 +23,18 @@ def test_a_method_has_the_signature_that_the_component_s_has() -> None:
 
 def test_it_is_an_instance_of_the_component_s_class() -> None:
     assert isinstance(Boundary(Decoder(), "vae"), Decoder)
+
+
+def test_walking_through_all_modules_searches_for_the_name_of_none() -> None:
+    class Counting(nn.ModuleList):
+        walks = 0
+
+        def named_modules(self, *args: Any, **kwargs: Any) -> Any:
+            Counting.walks += 1
+            return super().named_modules(*args, **kwargs)
+
+    boundary = Boundary(Counting([Decoder() for _ in range(20)]), "transformer")
+    modules = list(boundary.modules())
+    assert len(modules) == 21
+    assert Counting.walks == 1, "the walk itself"
+    assert repr(modules[4]) == "Boundary(transformer.3: Decoder)"
