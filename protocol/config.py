@@ -244,7 +244,12 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         float, Meta(gt=0, description="Seconds that a replica may take to load before the start counts as failed")
     ] = 1800.0
     stall_timeout_s: Annotated[
-        float, Meta(gt=0, description="Seconds without a sign of life after which a ready replica counts as stalled")
+        float,
+        Meta(
+            gt=0,
+            description="Seconds without a sign of life after which a ready replica is started again; a scheduler that "
+            "gives none for as long, and for ten seconds at least, ends the server",
+        ),
     ] = 120.0
     grace_s: Annotated[float, Meta(ge=0, description="Seconds that running requests get to finish after SIGTERM")] = (
         30.0

@@ -20,6 +20,7 @@ from .scheduler_link import SchedulerLink
 
 _REPORT_S = 2.0  # how long a dead worker's own words may still be on their way through the scheduler
 _LONGEST_DELAY_S = 30.0
+_SILENCE_S = 10.0  # the least after which a scheduler counts as hanging: on a busy machine, seconds are nothing
 
 log = logging.getLogger(__name__)
 
@@ -41,7 +42,7 @@ class Supervisor:
     async def run(self) -> None:
         """Start everything and supervise it. Ends only by ``StartFailed``, or by being cancelled.
 
-        Raised when the scheduler ends, and when a replica's very first start fails before any replica was ready.
+        Raised when the scheduler ends or hangs, and when a replica fails to start before any was ready.
         """
         tasks = [asyncio.create_task(self._watch_scheduler())]
         tasks += [asyncio.create_task(self._keep_replica(number)) for number in range(self._config.replicas)]
@@ -64,7 +65,16 @@ class Supervisor:
         scheduler = await ChildProcess.start("scheduler", self._child)
         self._scheduler = scheduler
         log.info("started scheduler with process id %d", scheduler.pid)
-        raise StartFailed(f"The scheduler {await scheduler.wait()}, so the server stops; the log above says more.")
+        ended = asyncio.create_task(scheduler.wait())
+        hangs = asyncio.create_task(self._link.silence(max(_SILENCE_S, self._config.stall_timeout_s)))
+        try:
+            await asyncio.wait({ended, hangs}, return_when=asyncio.FIRST_COMPLETED)
+            if ended.done():
+                raise StartFailed(f"The scheduler {ended.result()}, so the server stops; the log above says more.")
+            raise StartFailed(f"The scheduler has said nothing for {hangs.result():.0f} s, so the server stops.")
+        finally:
+            ended.cancel()
+            hangs.cancel()
 
     async def _keep_replica(self, number: int) -> None:
         delay = 0.0

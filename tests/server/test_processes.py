@@ -246,6 +246,19 @@ def test_too_few_descriptors_for_a_new_worker_do_not_end_the_server(tiny_flux: P
         assert ask(server, QUICK).status_code == 200
 
 
+def test_a_scheduler_that_hangs_ends_the_server_and_the_requests_that_wait(
+    tiny_flux: Path, scratch: Path, asking: ThreadPoolExecutor
+) -> None:
+    with LiveServer(tiny_flux, [*FLAGS, "--stall-timeout-s", "4"], temporary=scratch) as server:
+        server.wait_ready()
+        asked = ask_and_wait_until_it_runs(server, asking, ENDLESS)
+        server.children()["scheduler"].suspend()
+        assert server.wait_exit(60) == 1
+        assert "The scheduler has said nothing for" in server.log.splitlines()[-1]
+        assert asked.result().status_code == 503
+        wait_until_gone(server, 5)
+
+
 def _workers(server: LiveServer) -> list[psutil.Process]:
     """In the order of their replicas' numbers."""
     children = psutil.Process(server.pid).children()
