@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
-from ..protocol.rollouts import TENSOR, SamplerName
+from ..protocol.rollouts import TENSOR, FloatName, SamplerName
 from ..protocol.tensor_files import write_header
 from . import calls
 from .calls import Call
@@ -31,12 +31,22 @@ def rollout(
     sigmas: Sequence[float] | None = None,
     initial_noise: torch.Tensor | None = None,
     generator_device: Literal["cpu", "cuda"] | None = None,
+    denoise_seeds: Sequence[str] | None = None,
+    output_dtype: FloatName | Literal["uint8"] | None = None,
+    flow_shift: float | None = None,
+    recorded: bool = True,
     shared_memory: bool = False,
     **arguments: Any,
 ) -> Call:
-    """``arguments`` are those of :func:`.calls.generate`."""
+    """``arguments`` are those of :func:`.calls.generate`.
+
+    ``return_steps`` are places of latents, 0 before the first step and T behind the last: a step's log-probability
+    needs its own and the next. ``denoise_seeds`` has one for each sample. What is not ``recorded`` is a plain
+    generation, of which the output alone is told.
+    """
     call = calls.generate(prompt, **arguments)
     fields = {
+        "rollout": recorded,
         "rollout_sde_type": sampler,
         "rollout_noise_level": noise_level,
         "rollout_log_prob_no_const": no_const,
@@ -46,7 +56,10 @@ def rollout(
         "rollout_sde_step_indices": None if sde_steps is None else list(sde_steps),
         "rollout_return_step_indices": None if return_steps is None else list(return_steps),
         "rollout_shared_memory": shared_memory,
+        "rollout_video_dtype": output_dtype,
         "generator_device": generator_device,
+        "denoise_seeds": None if denoise_seeds is None else list(denoise_seeds),
+        "flow_shift": flow_shift,
         "sigmas": None if sigmas is None else list(sigmas),
         "initial_noise": None if initial_noise is None else _sent(initial_noise),
     }

@@ -26,7 +26,7 @@ _SHARED = re.compile(r"/[^.]*/safelight-[\w-]+/rollout-[0-9a-f]{16}\.safetensors
 class Trajectory:
     """``latents`` [places, ...] in fp32: x before step ``latent_indices[i]``, and behind the last step the final x.
 
-    ``timesteps`` and ``sigmas`` are [T + 1], as they were used.
+    ``timesteps`` and ``sigmas`` [places] are those of the latents, as they were used.
     """
 
     latents: torch.Tensor
@@ -39,7 +39,7 @@ class Trajectory:
         if step not in self.latent_indices:
             raise ValueError(
                 f"this trajectory has the latents at {self.latent_indices}, not at {step}; ask for them with "
-                "return_steps (rollout_return_step_indices), which has both ends of the steps that it names"
+                "return_steps (rollout_return_step_indices): a step k needs k and k + 1"
             )
         place = self.latent_indices.index(step)
         return self.latents[place : place + 1]
@@ -52,9 +52,10 @@ class Trajectory:
 class Rollout:
     """A sample with what a trainer learns from.
 
-    ``output`` is [C, H, W] or [C, F, H, W], fp32 in [0, 1]; ``log_probs`` is [T], means over elements. ``environment``
-    is what the denoiser was given (see :mod:`safelight.rollout.replay`), and ``adapters`` once more; ``debug`` are
-    tensors [T, ...] by name.
+    ``output`` is [C, H, W] or [C, F, H, W], in [0, 1], or in [0, 255] if it is uint8. ``log_probs`` is [T], means over
+    elements; it is empty, and ``sampler`` ``None``, if the sample was not recorded. ``environment`` is what the
+    denoiser was given (see :mod:`safelight.rollout.replay`), and ``adapters`` once more; ``debug`` are tensors [T, ...]
+    by name.
     ``step_weight_versions`` [T] has ``None`` where the weights changed between the denoiser's calls of one step;
     ``adapters`` had a part in the sample.
     """
@@ -71,7 +72,7 @@ class Rollout:
     weight_versions: list[str]
     step_weight_versions: list[str | None]
     adapters: list[Drawn]
-    sampler: str
+    sampler: str | None
     inference_time_s: float
     peak_memory_mb: float
 
@@ -97,7 +98,7 @@ def _rollout(told: dict[str, Any], *, shared: bool) -> Rollout:
         prompt=whole["prompt"],
         seed=whole["seed"],
         output=whole["generated_output"],
-        log_probs=whole["rollout_log_probs"],
+        log_probs=_none() if whole["rollout_log_probs"] is None else whole["rollout_log_probs"],
         trajectory=None if trajectory is None else Trajectory(**trajectory),
         environment=None if environment is None else environment | {"adapters": whole["adapters"]},
         debug=whole["rollout_debug_tensors"],
@@ -109,6 +110,12 @@ def _rollout(told: dict[str, Any], *, shared: bool) -> Rollout:
         inference_time_s=whole["inference_time_s"],
         peak_memory_mb=whole["peak_memory_mb"],
     )
+
+
+def _none() -> torch.Tensor:
+    import torch
+
+    return torch.empty(0)
 
 
 def _with_tensors(value: Any, files: _Files) -> Any:

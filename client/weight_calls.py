@@ -13,7 +13,8 @@ from .calls import Call
 
 UPDATE = "/update_weights_from_tensor"
 
-Tag = Literal["weights", "caches"]
+Tag = str
+"""``weights``, ``caches``, or a module's name."""
 
 WEIGHT_VERSION = Call("GET", "/get_weight_version")
 RESUME = Call("POST", "/continue_generation", {})

@@ -153,4 +153,8 @@ class RestoreAdapters(msgspec.Struct, tag=True, frozen=True):
     state: AdapterState
 
 
-AdapterChange = SetAdapters | MergeAdapters | UnmergeAdapters | UnloadAdapter | RestoreAdapters
+class KeepAdapters(msgspec.Struct, tag=True, frozen=True):
+    """Change no adapter: what is drawn gets another version's name."""
+
+
+AdapterChange = SetAdapters | MergeAdapters | UnmergeAdapters | UnloadAdapter | RestoreAdapters | KeepAdapters

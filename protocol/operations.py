@@ -31,6 +31,9 @@ Step = Literal["prepare", "write", "journal", "commit", "rollback", "release"]
 of what was prepared and not written, and of a group that not all have joined."""
 
 
+WEIGHTS, CACHES = "weights", "caches"
+
+
 class Files(msgspec.Struct, tag=True, frozen=True):
     """safetensors files of each module; with ``delete`` they are gone when the update has ended.
 
@@ -148,7 +151,10 @@ class Flush(msgspec.Struct, tag=True, frozen=True):
 
 
 class Sleep(msgspec.Struct, tag=True, frozen=True):
-    """Give the memory of weights or caches back to the machine; generation is refused until :class:`Wake`."""
+    """Give memory back to the machine; generation is refused until :class:`Wake`.
+
+    A tag is a module's name, ``WEIGHTS`` for all modules, or ``CACHES``.
+    """
 
     tags: list[str]
 

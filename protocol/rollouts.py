@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 from typing import Any, Literal
 
 import msgspec
 
 from .codec import Buffer
 
-SamplerName = Literal["sde", "cps", "ode"]
+SamplerName = Literal["sde", "dance", "cps", "ode"]
+
+FloatName = Literal["float32", "float16", "bfloat16"]
+"""The dtypes of an output, beside uint8."""
 
 
 class Tensor(msgspec.Struct, frozen=True):
@@ -19,12 +23,30 @@ class Tensor(msgspec.Struct, frozen=True):
     data: Buffer
 
 
+class StepNoise(msgspec.Struct, frozen=True):
+    """``keys`` has one for each sample; ``seed`` is the request's, and ``None`` where each sample has its own."""
+
+    keys: list[str]
+    seed: int | None
+
+    def seed_of(self, sample: int, sample_seed: int, step: int) -> int:
+        """The seed of one step's noise, as UniRL derives it (``make_denoise_step_generators`` of ``unirl/sde/noise.py``
+        in Tencent-Hunyuan/UniRL), so that a trainer can draw the same."""
+        base = sample_seed if self.seed is None else self.seed
+        text = f"{base}::step::{step}::sample::{self.keys[sample]}"
+        return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") % (2**63 - 1)
+
+
 class Rollout(msgspec.Struct, frozen=True, kw_only=True):
     """How a request is sampled, and what is to be told of it.
 
-    ``sde_steps`` are the steps that have noise, all where it is ``None``; of ``return_steps`` debug tensors and latents
-    are told. ``initial_noise`` is for the sample of the same place, or one for all.
+    Without a ``recorded`` path it is a plain generation, of which nothing is told but the output. ``sde_steps`` are the
+    steps that have noise, all where it is ``None``; ``places`` are those of the states that are told, from 0 before the
+    first step on. ``flow_shift`` stands in place of the scheduler's. ``initial_noise`` is for the sample of the same
+    place, or one for all. ``step_noise`` says where the steps' noise comes from, if not from the sample's generator.
     """
+
+    recorded: bool = True
 
     sampler: SamplerName = "sde"
     noise_level: float = 0.7
@@ -33,9 +55,12 @@ class Rollout(msgspec.Struct, frozen=True, kw_only=True):
     returns_environment: bool = False
     returns_trajectory: bool = False
     sde_steps: list[int] | None = None
-    return_steps: list[int] | None = None
+    places: list[int] | None = None
     sigmas: list[float] | None = None
+    flow_shift: float | None = None
     initial_noise: list[Tensor] = []
+    step_noise: StepNoise | None = None
+    output_dtype: FloatName | Literal["uint8"] = "float32"
     generator_device: Literal["cpu", "cuda"] = "cpu"
     shared_memory: bool = False
 

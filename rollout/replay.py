@@ -21,7 +21,10 @@ Denoiser = Any
 
 
 class Trajectory(Protocol):
-    """What is needed of a rollout's trajectory; the client's is one."""
+    """What is needed of a rollout's trajectory; the client's is one. ``sigmas`` are those of the places that it has."""
+
+    @property
+    def latent_indices(self) -> Sequence[int]: ...
 
     @property
     def sigmas(self) -> torch.Tensor: ...
@@ -49,16 +52,13 @@ def velocity(
     denoiser = denoisers[component]
     check_dtype(component, denoiser, replay)
     x = x.to(denoiser.device)
-    conditions = [[one["pos_cond_kwargs"] for one in environments]]
-    if environments[0]["neg_cond_kwargs"] is not None:
-        conditions.append([one["neg_cond_kwargs"] for one in environments])
-    images = [one["image_kwargs"] for one in environments]
+    kinds = ["pos_cond_kwargs"] + (["neg_cond_kwargs"] if environments[0]["neg_cond_kwargs"] is not None else [])
+    conditions = [[{**one["image_kwargs"], **one[kind]} for one in environments] for kind in kinds]
     if replay["joined"] is None:
-        answers = [_answers(denoiser, replay, _together(images), [own], x, step)[0] for own in conditions]
+        answers = [_answers(denoiser, replay, [own], x, step)[0] for own in conditions]
     else:
-        shared = {name: _common(name, [one[name] for one in images]) for name in images[0]}
         order = slice(None, None, -1 if replay["joined"] == "negative_first" else 1)
-        answers = _answers(denoiser, replay, shared, conditions[order], x, step)[order]
+        answers = _answers(denoiser, replay, conditions[order], x, step)[order]
     negatives = answers[1] if len(answers) == 2 else None
     scale, widened = guidance["scale"][step], guidance["widened"]
     sign: int = guidance["sign"]
@@ -78,9 +78,10 @@ def log_probs(
 ) -> torch.Tensor:
     """The log-probabilities [B, len(steps)] of the ``steps``, all of which had noise, of B rollouts.
 
-    ``adapters`` are nicknames of those at the server that the denoisers have too; those that ``update_lora`` sent need
-    not be named. Raises what :func:`velocity` does, and ``ValueError`` for rollouts that lack what is needed, differ in
-    schedule, were drawn with other adapters, or for steps without noise.
+    The trajectories need the latents before and after each of them. ``adapters`` are nicknames of those at the server
+    that the denoisers have too; those that ``update_lora`` sent need not be named. Raises what :func:`velocity` does,
+    and ``ValueError`` for rollouts that lack what is needed, differ in schedule, were drawn with other adapters, or for
+    steps without noise.
     """
     check_environments(denoisers, environments)
     told = [one for one in environments if one is not None]
@@ -88,10 +89,10 @@ def log_probs(
     paths = _trajectories(trajectories)
     if not paths:
         raise ValueError("there are no rollouts to replay")
-    sigmas = paths[0].sigmas.tolist()
-    if any(one.sigmas.tolist() != sigmas for one in paths):
+    sigmas, *others = [dict(zip(one.latent_indices, one.sigmas.tolist(), strict=True)) for one in paths]
+    if any(one != sigmas for one in others):
         raise ValueError("the rollouts have several schedules; replay them apart")
-    check_steps(steps, sigmas, sampler, noise_level)
+    check_steps(steps, len(told[0]["replay"]["components"]), sampler, noise_level)
     found = []
     for step in steps:
         x = torch.cat([one.before(step) for one in paths])
@@ -124,7 +125,6 @@ def _trajectories(given: Sequence[Trajectory | None]) -> list[Trajectory]:
 def _answers(
     denoiser: Denoiser,
     replay: Mapping[str, Any],
-    shared: Mapping[str, Any],
     conditions: Sequence[Sequence[Mapping[str, Any]]],
     x: torch.Tensor,
     step: int,
@@ -136,21 +136,19 @@ def _answers(
     if replay["timesteps"] is not None:
         times[replay["timestep"]] = replay["timesteps"][step : step + 1].expand(rows)
     given: Any = latents if replay["listed"] else torch.stack(latents)
-    own = _together([one for condition in conditions for one in condition])
-    conditions_there = tree_map_only(
-        torch.Tensor, lambda tensor: tensor.to(denoiser.device), {**times, **shared, **own}
-    )
+    own = _together([one for condition in conditions for one in condition], replay["shared"])
+    conditions_there = tree_map_only(torch.Tensor, lambda tensor: tensor.to(denoiser.device), {**times, **own})
     output = denoiser(**{replay["latents"]: given}, **conditions_there, return_dict=False)[0]
     answers = torch.stack([row.reshape(x.shape[1:]) for row in output])
     return list(answers.reshape(len(conditions), *x.shape))
 
 
-def _together(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The arguments of several rows as those of one call."""
+def _together(rows: Sequence[Mapping[str, Any]], shared: Sequence[str]) -> dict[str, Any]:
+    """The arguments of several rows as those of one call, in which all rows have ``shared`` in common."""
     first, *others = rows
     if any(one.keys() != first.keys() for one in others):
         raise ValueError("the samples' calls have different arguments; replay them apart")
-    return {name: _joined(name, [one[name] for one in rows]) for name in first}
+    return {name: (_common if name in shared else _joined)(name, [one[name] for one in rows]) for name in first}
 
 
 def _joined(name: str, values: list[Any]) -> Any:

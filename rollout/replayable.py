@@ -53,14 +53,14 @@ def check_adapters(environments: Sequence[Mapping[str, Any]], own: Collection[st
                 )
 
 
-def check_steps(steps: Sequence[int], sigmas: Sequence[float], sampler: Sampler, noise_level: float) -> None:
+def check_steps(steps: Sequence[int], total: int, sampler: Sampler, noise_level: float) -> None:
     """Raises ``ValueError`` for steps that a schedule does not have, and where no step has noise."""
     if sampler == "ode" or not noise_level:
         how = "sampler is 'ode'" if sampler == "ode" else "noise_level is 0"
-        raise ValueError(f"{how}: steps without noise have no log-probability to learn from; use 'sde' or 'cps'")
+        raise ValueError(f"{how}: steps without noise have no log-probability to learn from; use 'sde', 'dance' or 'cps'")
     for step in steps:
-        if not 0 <= step < len(sigmas) - 1:
-            raise ValueError(f"there is no step {step}; the rollouts have steps 0 to {len(sigmas) - 2}")
+        if not 0 <= step < total:
+            raise ValueError(f"there is no step {step}; the rollouts have steps 0 to {total - 1}")
 
 
 def check_noise(step: int, taken: Transition) -> None:

@@ -40,7 +40,7 @@ def find_modules(
         modules = _modules(found, wanted, known)
         for file in (file for files in modules.values() for file in files):
             if local:
-                _allowed(file, config)
+                allowed(file, config)
             if not file.is_file():
                 raise InvalidRequest(f"{file} is no file.", field="model_path")
     except BadTensorFile as error:
@@ -63,7 +63,19 @@ def find_path(path: str, config: Config, field: str = "model_path") -> Path:
     Raises ``Forbidden`` and ``NotFound``, and what looking at a path raises.
     """
     named = resolve_model(path)
-    return _allowed(named, config, field) if isinstance(named, Path) else _download(named, config, field)
+    return allowed(named, config, field) if isinstance(named, Path) else _download(named, config, field)
+
+
+def allowed(path: Path, config: Config, field: str = "model_path") -> Path:
+    """``path`` without links. Raises ``Forbidden`` outside the roots, and ``OSError`` where there is nothing."""
+    resolved = path.resolve(strict=True)
+    roots = [Path(root).expanduser() for root in config.weights_roots.split(os.pathsep) if root] or _own_roots(config)
+    if not any(resolved.is_relative_to(root.resolve()) for root in roots):
+        raise Forbidden(
+            f"Files are read from {', '.join(map(str, roots))} only; --weights-roots says from where.",
+            field=field,
+        )
+    return resolved
 
 
 def _modules(path: Path, wanted: list[str] | None, known: Collection[str]) -> dict[str, list[Path]]:
@@ -83,17 +95,6 @@ def _modules(path: Path, wanted: list[str] | None, known: Collection[str]) -> di
         raise InvalidRequest(f"{path} is neither a directory nor a file.", field="model_path")
     folders = sorted(folder for folder in path.iterdir() if folder.is_dir())
     return {folder.name: files for folder in folders if (files := weight_files(folder))}
-
-
-def _allowed(path: Path, config: Config, field: str = "model_path") -> Path:
-    resolved = path.resolve(strict=True)
-    roots = [Path(root).expanduser() for root in config.weights_roots.split(os.pathsep) if root] or _own_roots(config)
-    if not any(resolved.is_relative_to(root.resolve()) for root in roots):
-        raise Forbidden(
-            f"Weights are read from {', '.join(map(str, roots))} only; --weights-roots says from where.",
-            field=field,
-        )
-    return resolved
 
 
 def _own_roots(config: Config) -> list[Path]:

@@ -8,18 +8,22 @@ from typing import Any
 from fastapi import APIRouter, Request
 
 from ..protocol.errors import InvalidRequest
-from ..protocol.operations import AbortRequests, Continue, Flush, Pause, Sleep, Wake
+from ..protocol.operations import CACHES, WEIGHTS, AbortRequests, Continue, Flush, Pause, Sleep, Wake
 from . import weight_bodies as bodies
 from .operating import Handler, Operating, first_report, routes_of, success
 from .service import Service
 
 _OWN_ID = re.compile(r"(.+\.)?[0-9a-f]{32}")
 
-_TAGS = ["weights", "caches"]
+_CACHES = ("kv_cache", "cuda_graph")
+"""What other servers call caches."""
 
 
 def routes(service: Service) -> APIRouter:
-    return routes_of(_Routes(service).table())
+    handlers = _Routes(service)
+    router = routes_of(handlers.table())
+    router.include_router(routes_of([("/flush_cache", handlers.flush, "The same, for who asks so")], "GET"))
+    return router
 
 
 class _Routes:
@@ -39,17 +43,31 @@ class _Routes:
 
     async def release(self, request: Request) -> dict[str, Any]:
         body = await bodies.read(request, bodies.Occupation)
-        await self._operating.operate(request, Sleep([*(body.tags or _TAGS)]), "wait")
+        await self._operating.operate(request, Sleep(self._tags(body)), "wait")
         return {**success("The server is asleep."), "sleeping": True}
 
     async def resume(self, request: Request) -> dict[str, Any]:
         body = await bodies.read(request, bodies.Occupation)
-        operated = await self._operating.operate(request, Wake([*(body.tags or _TAGS)]))
+        operated = await self._operating.operate(request, Wake(self._tags(body)))
         return {**success("What was asked for is awake."), "sleeping": bool(operated.asleep)}
+
+    def _tags(self, body: bodies.Occupation) -> list[str]:
+        """Names of modules, and ``caches``; all of them where the body names none. Raises ``InvalidRequest``."""
+        modules = list(self._service.model().parameters)
+        found: dict[str, None] = {}
+        for tag in body.tags or (WEIGHTS, CACHES):
+            if tag not in (WEIGHTS, CACHES, *_CACHES, *modules):
+                raise InvalidRequest(
+                    f"There is no tag {tag[:100]!r}; there are {WEIGHTS}, {CACHES} and {', '.join(modules)}.",
+                    field="tags",
+                )
+            meant = modules if tag == WEIGHTS else [tag if tag in modules else CACHES]
+            found |= dict.fromkeys(meant)
+        return list(found)
 
     async def pause(self, request: Request) -> dict[str, Any]:
         body = await bodies.read(request, bodies.PauseGeneration)
-        await self._operating.send(request, lambda request_id: Pause(request_id, body.mode))
+        await self._operating.send(request, lambda request_id: Pause(request_id, body.barrier))
         return success("Generation is paused; requests wait.")
 
     async def go_on(self, request: Request) -> dict[str, Any]:
@@ -59,16 +77,16 @@ class _Routes:
 
     async def abort_request(self, request: Request) -> dict[str, Any]:
         body = await bodies.read(request, bodies.AbortRequest)
-        if body.all == (body.request_id is not None):
+        if body.every == (body.name is not None):
             raise InvalidRequest("Give either request_id or all = true.", field="request_id")
         exact = self._service.config.api_key is None
-        if exact and body.request_id is not None and not _OWN_ID.fullmatch(body.request_id):
+        if exact and body.name is not None and not _OWN_ID.fullmatch(body.name):
             raise InvalidRequest(
                 "Without an API key, anybody could have chosen that X-Request-Id; give the X-Safelight-Id that came "
                 "with the reply's headers, or all = true.",
                 field="request_id",
             )
-        await self._operating.send(request, lambda request_id: AbortRequests(request_id, body.request_id, exact))
+        await self._operating.send(request, lambda request_id: AbortRequests(request_id, body.name, exact))
         return success("What was running under that name is ended.")
 
     async def flush(self, request: Request) -> dict[str, Any]:

@@ -18,10 +18,12 @@ from .service import Service
 def routes(service: Service) -> APIRouter:
     router = APIRouter(tags=["information"])
 
+    @router.get("/get_server_info", include_in_schema=False)
     @router.get("/server_info", summary="Version, configuration, replicas, and how requests share forwards")
     async def server_info() -> Response:
         return json_reply(_server_info(service))
 
+    @router.get("/get_model_info", include_in_schema=False)
     @router.get("/model_info", summary="The model, its sizes, and the arguments that `extra` may hold")
     async def model_info() -> Response:
         return json_reply(msgspec.to_builtins(service.model()))

@@ -35,11 +35,11 @@ _ALL_THE_SAME = {403: 400, 404: 400}
 """The contract has one status for what a client asks wrongly here; the error's code says which it was."""
 
 
-def routes_of(table: list[tuple[str, Handler, str]]) -> APIRouter:
+def routes_of(table: list[tuple[str, Handler, str]], method: str = "POST") -> APIRouter:
     """``table`` has paths, what answers them, and a line for the reference."""
     router = APIRouter(tags=["post-training"])
     for path, handler, summary in table:
-        router.add_api_route(path, _replying(handler), methods=["POST"], summary=summary)
+        router.add_api_route(path, _replying(handler), methods=[method], summary=summary)
     return router
 
 

@@ -14,6 +14,7 @@ from ..protocol.logs import request_id_var
 from ..protocol.messages import Generate, Result
 from .disconnect import while_connected
 from .exchange import own_id_var
+from .image_paths import read_paths
 from .limits import check_model, check_ranges, to_message
 from .reference import body_schema
 from .rollout_body import RolloutBody, check_rollout, read_rollout, to_rollout
@@ -46,7 +47,9 @@ def routes(service: Service) -> APIRouter:
         check_ranges(body, service.config)
         model = service.link.ready_model()
         check_rollout(body, model, service.config)
-        sources = list(body.image or ())
+        sources: list[str | bytes] = [*(body.image or ())]
+        if body.image_path is not None:
+            sources += await service.decode(read_paths, body.image_path, service.config)
         check_model(body, len(sources), model, service.config)
         images = await service.pictures.read(sources, service.config.max_pixels or MOST_PIXELS) if sources else []
         request_id = own_id_var.get()

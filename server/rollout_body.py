@@ -17,7 +17,7 @@ from ..protocol.codec import Buffer
 from ..protocol.config import Config
 from ..protocol.errors import BodyTooLarge, InvalidRequest, Malformed
 from ..protocol.messages import ModelInfo
-from ..protocol.rollouts import TENSOR, Rollout, SamplerName, Tensor
+from ..protocol.rollouts import TENSOR, FloatName, Rollout, SamplerName, StepNoise, Tensor
 from ..protocol.tensor_files import BadTensorFile, read_header
 from .bounded import MAX_TEXT, parse, read_body, read_msgpack
 from .limits import Range
@@ -25,6 +25,7 @@ from .schemas import GenerateBody, read_object, validate
 
 _MOST_NOISE = 100.0
 _LEAST = 1e-6  # of a sigma, and between two
+_MOST_SHIFT = 1e3
 _FARTHEST = 1e4  # of a number in initial noise
 _LIST = Field(max_length=4096, fail_fast=True)
 
@@ -32,28 +33,43 @@ _LIST = Field(max_length=4096, fail_fast=True)
 class RolloutBody(GenerateBody):
     """What to make, how it is sampled, and what of it is told."""
 
-    rollout: bool = Field(True, description="Always true; a generation without is POST /generate")
+    rollout: bool = Field(True, description="False for a plain generation in the same form of reply, without noise")
     rollout_sde_type: SamplerName = Field("sde", description="How steps are made stochastic, or ode for not at all")
     rollout_noise_level: float = Field(0.7, description="η: from 0, with cps to 1")
     rollout_log_prob_no_const: bool = Field(False, description="Give −(x′ − mean)² in place of log-probabilities")
-    rollout_debug_mode: bool = Field(False, description="Tell noises, means, model outputs and standard deviations")
+    rollout_debug_mode: bool | None = Field(
+        None, description="Tell noises, means, model outputs and standard deviations"
+    )
     rollout_return_denoising_env: bool = Field(False, description="Tell what the denoiser was given")
     rollout_return_dit_trajectory: bool = Field(False, description="Tell latents, timesteps and sigmas")
     rollout_sde_step_indices: Annotated[list[int], _LIST] | None = Field(
         None, description="The steps that have noise; all by default"
     )
     rollout_return_step_indices: Annotated[list[int], _LIST] | None = Field(
-        None, description="The steps that tensors are told of"
+        None, description="The places of the latents that are told: 0 before the first step, T behind the last"
+    )
+    rollout_video_dtype: FloatName | Literal["uint8"] | None = Field(
+        None, description="The dtype of generated_output, float32 by default; uint8 has [0, 255] for [0, 1]"
+    )
+    denoise_seeds: Annotated[list[str], _LIST] | None = Field(
+        None, description="A seed of the steps' noise for each sample, apart from that of its first noise"
     )
     rollout_shared_memory: bool = Field(False, description="Tensors as files, for a client on the same machine")
-    generator_device: Literal["cpu", "cuda"] = Field("cpu", description="Where noise is drawn")
+    generator_device: Literal["cpu", "cuda"] | None = Field(None, description="Where noise is drawn; the CPU if null")
     sigmas: Annotated[list[float], _LIST] | None = Field(
         None, description="The schedule, exactly, in fp32; 0 may be left out at its end"
     )
     initial_noise: dict[str, Any] | None = Field(
         None, description="A float32 tensor, one row for each sample or one for all, each like the first of its latents"
     )
-    extra_sampling_params: dict[str, Any] = Field({}, description="The same as `extra`")
+    flow_shift: float | None = Field(None, description="In place of the number by which the schedule is shifted")
+    image_path: Annotated[list[str], _LIST] | None = Field(
+        None, description="In place of image: files below the roots that the server allows"
+    )
+    suppress_logs: bool | None = Field(None, description="Accepted; a request has one line in the log in any case")
+    extra_sampling_params: dict[str, Any] | None = Field(
+        None, description="Fields of this body that stand elsewhere here, and arguments as in `extra`"
+    )
 
 
 async def read_rollout(request: Request) -> RolloutBody:
@@ -65,25 +81,35 @@ async def read_rollout(request: Request) -> RolloutBody:
         body = await parse(data, _from_json)
     if body.image is None and body.initial_noise is None and len(data) > MAX_TEXT:
         raise BodyTooLarge(f"A rollout without images and initial_noise may have {MAX_TEXT / 1e6:g} MB.")
-    if shared := sorted(body.extra.keys() & body.extra_sampling_params.keys()):
-        raise InvalidRequest(f"{shared[0][:100]} is in extra and in extra_sampling_params.", field="extra")
-    return body.model_copy(update={"extra": body.extra | body.extra_sampling_params})
+    return body
 
 
 def _from_json(body: bytearray) -> RolloutBody:
-    return validate(read_object(body), RolloutBody)
+    return _validated(read_object(body))
 
 
 def _from_msgpack(body: bytearray) -> RolloutBody:
-    return validate(read_msgpack(body), RolloutBody)
+    return _validated(read_msgpack(body))
+
+
+def _validated(value: dict[str, Any]) -> RolloutBody:
+    """``value``, with what is in ``extra_sampling_params`` where it belongs."""
+    params, extra = value.get("extra_sampling_params"), value.get("extra")
+    if not isinstance(params, dict) or not isinstance(extra, dict | None):
+        return validate(value, RolloutBody)
+    fields = {name: item for name, item in params.items() if name in RolloutBody.model_fields}
+    further = {name: item for name, item in params.items() if name not in fields}
+    given = {name for name, item in value.items() if item is not None} | (extra or {}).keys()
+    if twice := sorted(given & params.keys()):
+        raise InvalidRequest(f"{twice[0][:100]} is given twice, in extra_sampling_params too.", field=twice[0][:100])
+    return validate({**value, **fields, "extra": {**(extra or {}), **further}}, RolloutBody)
 
 
 def check_rollout(body: RolloutBody, model: ModelInfo, config: Config) -> None:
     """Raise ``InvalidRequest`` for what cannot be rolled out."""
-    if not body.rollout:
-        raise InvalidRequest("rollout must be true; a generation without is POST /generate.", field="rollout")
-    if model.no_rollout is not None:
-        raise InvalidRequest(f"{model.pipeline} cannot be rolled out: {model.no_rollout}.", field="rollout")
+    if model.no_rollout is not None and (body.rollout or body.sigmas is not None):
+        field = "rollout" if body.rollout else "sigmas"
+        raise InvalidRequest(f"{model.pipeline} cannot be rolled out: {model.no_rollout}.", field=field)
     if body.stream or body.preview_every:
         raise InvalidRequest("A rollout is told at its end; leave out stream and preview_every.", field="stream")
     if body.output_format not in (None, "pt"):
@@ -93,19 +119,23 @@ def check_rollout(body: RolloutBody, model: ModelInfo, config: Config) -> None:
             raise InvalidRequest(f"A rollout takes its schedule as sigmas, not in extra.{name}.", field=f"extra.{name}")
     most = 1.0 if body.rollout_sde_type == "cps" else _MOST_NOISE
     Range(0, most).check("rollout_noise_level", body.rollout_noise_level)
-    for name in ("rollout_sde_step_indices", "rollout_return_step_indices"):
-        _check_indices(name, getattr(body, name), config)
+    _check_indices("rollout_sde_step_indices", body.rollout_sde_step_indices, config.max_steps - 1)
+    _check_indices("rollout_return_step_indices", body.rollout_return_step_indices, config.max_steps)
+    if body.flow_shift is not None:
+        Range(_LEAST, _MOST_SHIFT).check("flow_shift", body.flow_shift)
+    if body.image is not None and body.image_path is not None:
+        raise InvalidRequest("Give either image or image_path.", field="image_path")
     if body.generator_device == "cuda" and not model.device.startswith("cuda"):
         raise InvalidRequest(f"The model is on {model.device}, and no noise on a GPU.", field="generator_device")
     if body.sigmas is not None:
         _check_sigmas(body.sigmas, body.num_inference_steps, config)
 
 
-def _check_indices(name: str, indices: list[int] | None, config: Config) -> None:
+def _check_indices(name: str, indices: list[int] | None, most: int) -> None:
     if indices is None:
         return
-    if len(set(indices)) < len(indices) or not all(0 <= index < config.max_steps for index in indices):
-        raise InvalidRequest(f"{name} must be different steps, from 0 to {config.max_steps - 1}.", field=name)
+    if len(set(indices)) < len(indices) or not all(0 <= index <= most for index in indices):
+        raise InvalidRequest(f"{name} must be different numbers, from 0 to {most}.", field=name)
 
 
 def _check_sigmas(sigmas: list[float], steps: int | None, config: Config) -> None:
@@ -125,21 +155,33 @@ def _check_sigmas(sigmas: list[float], steps: int | None, config: Config) -> Non
 
 
 def to_rollout(body: RolloutBody, outputs: int) -> Rollout:
-    """Raises ``InvalidRequest`` where the initial noise is not for so many outputs."""
+    """Raises ``InvalidRequest`` where initial noise or seeds are not for so many outputs."""
     return Rollout(
+        recorded=body.rollout,
         sampler=body.rollout_sde_type,
         noise_level=body.rollout_noise_level,
         no_const=body.rollout_log_prob_no_const,
-        returns_debug=body.rollout_debug_mode,
+        returns_debug=bool(body.rollout_debug_mode),
         returns_environment=body.rollout_return_denoising_env,
         returns_trajectory=body.rollout_return_dit_trajectory,
         sde_steps=body.rollout_sde_step_indices,
-        return_steps=body.rollout_return_step_indices,
+        places=body.rollout_return_step_indices,
         sigmas=body.sigmas,
+        flow_shift=body.flow_shift,
         initial_noise=[] if body.initial_noise is None else _rows(_tensor(body.initial_noise), outputs),
-        generator_device=body.generator_device,
+        step_noise=None if body.denoise_seeds is None else _step_noise(body.denoise_seeds, body.seed, outputs),
+        output_dtype=body.rollout_video_dtype or "float32",
+        generator_device=body.generator_device or "cpu",
         shared_memory=body.rollout_shared_memory,
     )
+
+
+def _step_noise(keys: list[str], seed: list[int] | None, outputs: int) -> StepNoise:
+    if len(keys) != outputs:
+        raise InvalidRequest(
+            f"denoise_seeds must have one for each of the {outputs} outputs, not {len(keys)}.", field="denoise_seeds"
+        )
+    return StepNoise(keys, seed[0] if seed is not None and len(seed) == 1 else None)
 
 
 def _tensor(value: dict[str, Any]) -> Tensor:

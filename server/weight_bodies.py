@@ -10,7 +10,7 @@ import msgspec
 from fastapi import Request
 from msgspec import Meta
 
-from ..protocol.errors import Malformed
+from ..protocol.errors import InvalidRequest, Malformed
 from ..protocol.operations import Barrier, CudaTensor, Int64
 from .bounded import MAX_VALUES, parse, read_body
 from .schemas import near
@@ -58,6 +58,7 @@ Seconds = Annotated[float, Meta(gt=0, le=86400)]
 
 class FromDisk(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     model_path: Path
+    load_format: None = None
     target_modules: Modules | None = None
     weight_version: Version | None = None
     flush_cache: bool = True
@@ -168,7 +169,20 @@ class DestroyGroup(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 class Checker(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     target_module: Name = "transformer"
     expected_named_tensors_sha256: dict[str, str] | None = None
-    expected_transformer_sha256: dict[str, str] | None = None
+    expected_transformer_sha256: dict[str, str] | list[dict[str, str]] | None = None
+
+    @property
+    def digests(self) -> dict[str, str]:
+        """Of all maps together. Raises ``InvalidRequest`` where two of them differ."""
+        given = self.expected_named_tensors_sha256 or self.expected_transformer_sha256 or {}
+        found: dict[str, str] = {}
+        for name, digest in (pair for one in (given if isinstance(given, list) else [given]) for pair in one.items()):
+            if found.setdefault(name, digest).lower() != digest.lower():
+                raise InvalidRequest(
+                    f"{name[:100]!r} is expected to have two digests; the full tensor has one on every rank.",
+                    field="expected_transformer_sha256",
+                )
+        return found
 
 
 class Checksum(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -177,16 +191,54 @@ class Checksum(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
 
 class Occupation(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    tags: list[Literal["weights", "caches"]] | None = None
+    """``tags`` are those of :class:`Sleep`, or what other servers call their caches. Everything that is put away is
+    kept, whether ``cpu_backup_tags`` name it or not."""
+
+    tags: list[Name] | None = None
+    cpu_backup_tags: list[Name] | None = None
 
 
 class PauseGeneration(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    mode: Barrier = "wait"
+    """To ``retract`` is what other servers call it when requests stop where they are and go on later."""
+
+    mode: Barrier | Literal["retract"] = "wait"
+
+    @property
+    def barrier(self) -> Barrier:
+        return "in_place" if self.mode == "retract" else self.mode
 
 
 class AbortRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """``rid`` and ``abort_all`` are other names of ``request_id`` and ``all``."""
+
     request_id: Name | None = None
-    all: bool = False
+    all: bool | None = None
+    rid: str | None = None
+    abort_all: bool | None = None
+
+    @property
+    def every(self) -> bool:
+        return bool(self.all or self.abort_all)
+
+    @property
+    def name(self) -> str | None:
+        return self.request_id or self.rid or None
+
+
+class WeightVersion(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    new_version: Version
+    abort_all_requests: bool = False
+
+
+class WeightsChecker(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    action: Literal["snapshot", "compare", "reset_tensors"]
+    allow_quant_error: bool | None = None
+
+
+class PostProcess(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    restore_weights_before_load: bool | None = None
+    post_process_quantization: bool | None = None
+    post_load_weights: bool | None = None
 
 
 class Nothing(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -238,7 +238,7 @@ class _Routes:
 
     async def check(self, request: Request) -> dict[str, Any]:
         body = await bodies.read(request, bodies.Checker, bodies.TENSORS)
-        expected = body.expected_named_tensors_sha256 or body.expected_transformer_sha256
+        expected = body.digests
         if not expected:
             raise InvalidRequest(
                 "Give expected_named_tensors_sha256, with at least one tensor.", field="expected_named_tensors_sha256"

@@ -13,6 +13,8 @@ from torch import nn
 from ..protocol.adapters import AdapterChange, SetAdapters
 from ..protocol.errors import Conflict, ErrorInfo, Internal, InvalidRequest, NotFound, SafelightError
 from ..protocol.operations import (
+    CACHES,
+    WEIGHTS,
     Adapt,
     Broadcast,
     CheckTensors,
@@ -96,8 +98,9 @@ class Operations:
         self._undo = undo
         self._update = RankUpdate(model.layouts, undo)
         self._adapters = adapters
-        modules = [part for part in model.pipeline.components.values() if isinstance(part, nn.Module)]
-        self._parking = Parking(modules, model.device, adapters.tensors)
+        components = model.pipeline.components
+        self._modules = {name: part for name, part in components.items() if isinstance(part, nn.Module)}
+        self._parking = Parking([*self._modules.values()], model.device, adapters.tensors)
         self._operation: Operation | None = None
         self._given: Given = {}
 
@@ -352,21 +355,24 @@ class Operations:
         return [PROMPT_CACHE]
 
     def _sleep(self, operation: Sleep) -> Report:
-        if "weights" in operation.tags:
+        if modules := self._named_by(operation.tags):
             self._adapters.forget_stacks()
             try:
-                self._parking.park(self._sign)
+                self._parking.park(self._sign, modules)
             except OSError as error:
                 raise Conflict(f"The weights cannot be put away: {error.strerror or error}.") from error
-        if "caches" in operation.tags:
+        if CACHES in operation.tags:
             self._undo.free()
             return Report(invalidated=self._flush())
         return Report()
 
     def _wake(self, operation: Wake) -> Report:
-        if "weights" in operation.tags:
-            self._parking.fetch(self._sign)
+        if modules := self._named_by(operation.tags):
+            self._parking.fetch(self._sign, modules)
         return Report()
+
+    def _named_by(self, tags: list[str]) -> list[nn.Module]:
+        return [module for name, module in self._modules.items() if WEIGHTS in tags or name in tags]
 
     def _export(self, operation: Export) -> Report:
         folder = self._shared / operation.folder

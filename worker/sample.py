@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -12,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers import DiffusionPipeline
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils import BaseOutput
 
 from ..protocol.errors import InvalidRequest
@@ -28,8 +30,9 @@ from .lora.adapters import Wanted
 from .model import Model
 from .rollout.environment import Environment, likely_scales
 from .rollout.initial_noise import shapes, usual_shapes
-from .rollout.record import peak_memory_mb, read_tensor, told
+from .rollout.record import as_output, peak_memory_mb, read_tensor, told, told_of_nothing
 from .rollout.sampling import RolloutSampler, why_no_rollouts
+from .rollout.schedule import follow, shift
 from .sizes import DENOISERS
 from .sound import Sound, first_sound
 from .steps import Step, watch_steps
@@ -134,41 +137,73 @@ class SampleRun:
         self._fork = Fork(self.task.pipeline, self._cross, watches_all=self.watches_all)
         try:
             with self._fork as pipeline:
-                if self.request.rollout is not None:
-                    return self._roll_out(self.request.rollout, pipeline, arguments)
-                for scheduler in schedulers(pipeline):
-                    watch_steps(scheduler, self._saw)
-                output = pipeline(**arguments)
-                self.sound = first_sound(self.task.pipeline, output)
-                return first_output(output)
+                return self._drawn(pipeline, arguments)
         finally:
             self._fork = None
 
-    def _roll_out(self, rollout: Rollout, pipeline: DiffusionPipeline, arguments: dict[str, Any]) -> torch.Tensor:
-        if (reason := why_no_rollouts(pipeline)) is not None:
-            raise InvalidRequest(f"{type(pipeline).__name__} cannot be rolled out: {reason}.", field="rollout")
-        (scheduler,) = schedulers(pipeline)
-        self._environment = Environment(likely_scales(pipeline, arguments)) if rollout.returns_environment else None
+    def _drawn(self, pipeline: DiffusionPipeline, arguments: dict[str, Any]) -> torch.Tensor:
+        rollout = self.request.rollout
+        if rollout is not None:
+            self._prepare(rollout, pipeline, arguments)
+        if rollout is not None and rollout.recorded:
+            return self._roll_out(rollout, pipeline, arguments)
+        for scheduler in schedulers(pipeline):
+            watch_steps(scheduler, self._saw)
+        output = pipeline(**arguments)
+        self.sound = first_sound(self.task.pipeline, output)
+        pixels = first_output(output)
+        if rollout is not None:
+            self.rolled_out = self._told(pixels, rollout, told_of_nothing()) | {"sampler": None}
+        return pixels
+
+    def _prepare(self, rollout: Rollout, pipeline: DiffusionPipeline, arguments: dict[str, Any]) -> None:
+        """The schedule and the noise that are asked for. Raises ``InvalidRequest`` where the pipeline cannot have them."""
+        if rollout.flow_shift is not None:
+            shift(pipeline, rollout.flow_shift)
+        if rollout.sigmas is not None:
+            (scheduler,) = self._rolled(pipeline, "sigmas")
+            follow(scheduler, rollout.sigmas)
         if rollout.initial_noise:
             with self.aside():
                 self._shapes = usual_shapes(self.task.pipeline, arguments, self.seed)
-        sampler = RolloutSampler(scheduler, rollout, arguments["generator"], self._took_step)
+
+    def _rolled(self, pipeline: DiffusionPipeline, field: str) -> list[SchedulerMixin]:
+        """The one scheduler of a flow, in a list."""
+        if (reason := why_no_rollouts(pipeline)) is not None:
+            raise InvalidRequest(f"{type(pipeline).__name__} cannot be rolled out: {reason}.", field=field)
+        return schedulers(pipeline)
+
+    def _roll_out(self, rollout: Rollout, pipeline: DiffusionPipeline, arguments: dict[str, Any]) -> torch.Tensor:
+        (scheduler,) = self._rolled(pipeline, "rollout")
+        if rollout.returns_environment:
+            scales = likely_scales(pipeline, arguments)
+            self._environment = Environment(scales, from_images=bool(self.request.images))
+        generators = functools.partial(self._step_generator, rollout, arguments["generator"])
+        sampler = RolloutSampler(scheduler, rollout, generators, self._took_step)
         watch_steps(scheduler, self._saw, sampler.step)
         pixels = first_output(pipeline(**arguments))
         environment = self._environment.told() if self._environment is not None else None
-        self.rolled_out = {
+        recorded = told(rollout, sampler.end(), environment)
+        self.rolled_out = self._told(pixels, rollout, recorded) | {"sampler": sampler.name}
+        return pixels
+
+    def _step_generator(self, rollout: Rollout, own: torch.Generator, step: int) -> torch.Generator:
+        """That of a step's noise: on the CPU where the steps have seeds, as trainers draw it."""
+        if rollout.step_noise is None:
+            return own
+        return torch.Generator().manual_seed(rollout.step_noise.seed_of(self.index, self.seed, step))
+
+    def _told(self, pixels: torch.Tensor, rollout: Rollout, recorded: dict[str, Any]) -> dict[str, Any]:
+        return {
             "prompt": self.request.samples[self.index].prompt,
             "seed": self.seed,
-            # [C, H, W], or [C, F, H, W]
-            "generated_output": (pixels if pixels.ndim == 3 else pixels.transpose(0, 1)).float(),
-            **told(rollout, sampler.end(), environment),
+            "generated_output": as_output(pixels, rollout.output_dtype),
+            **recorded,
             "inference_time_s": time.perf_counter() - (self.clock.started or self.clock.submitted),
             "peak_memory_mb": peak_memory_mb(self._model.device),
             "step_weight_versions": self._step_versions,
-            "sampler": sampler.name,
             "log_prob_reduction": "mean",
         }
-        return pixels
 
     def aside(self) -> AbstractContextManager[None]:
         """Around another call of the pipeline in this sample's coroutine, which finds the components unchanged."""

@@ -151,7 +151,7 @@ class Training:
             noise_level=options.noise,
             initial_noise=noise.repeat_interleave(options.group, 0),
             sde_steps=steps,
-            return_steps=steps,
+            return_steps=sorted({*steps, *(step + 1 for step in steps)}),
             environment=True,
             shared_memory=True,
             **PICTURE,

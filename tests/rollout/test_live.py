@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import hashlib
 import json
 import math
 import os
@@ -163,15 +164,18 @@ def test_noise_only_where_it_is_asked_for(client: Client) -> None:
     assert not torch.allclose(latents(path)[2], latents(flat)[2], atol=1e-2)
 
 
-def test_only_the_steps_that_are_asked_for_are_told(client: Client) -> None:
+def test_only_the_places_that_are_asked_for_are_told(client: Client) -> None:
+    """Of T steps there are T + 1 latents; timesteps and sigmas are cut as they are, and nothing else is."""
     whole = one(client, deterministic=True, debug=True)
-    part = one(client, deterministic=True, debug=True, return_steps=[2, 0])
+    part = one(client, deterministic=True, debug=True, return_steps=[STEPS, 0, 2])
     assert part.trajectory is not None
     assert part.debug is not None
+    assert whole.trajectory is not None
     assert whole.debug is not None
-    assert part.trajectory.latent_indices == [0, 1, 2, 3]
-    assert torch.equal(part.trajectory.after(2), latents(whole)[3:4])
-    assert torch.equal(part.debug["rollout_model_outputs"], whole.debug["rollout_model_outputs"][torch.tensor([0, 2])])
+    assert part.trajectory.latent_indices == [0, 2, STEPS]
+    for name in ("latents", "timesteps", "sigmas"):
+        assert torch.equal(getattr(part.trajectory, name), getattr(whole.trajectory, name)[torch.tensor([0, 2, STEPS])])
+    assert all(torch.equal(part.debug[name], whole.debug[name]) for name in whole.debug)
     assert torch.equal(part.log_probs, whole.log_probs)
     nothing = one(client, trajectory=False)
     assert (nothing.trajectory, nothing.debug) == (None, None)
@@ -282,8 +286,65 @@ def test_a_rollout_names_the_versions_that_it_spans(
     trainer.restore()
 
 
+def test_a_generation_without_a_rollout_is_what_generate_draws_in_a_rollout_s_reply(
+    server: LiveServer, client: Client
+) -> None:
+    body = {"prompt": "a red circle", "num_inference_steps": STEPS, "width": 64, "height": 64, "seed": 5,
+            "deterministic": True, "rollout": False, "rollout_return_dit_trajectory": True}  # fmt: skip
+    answer = httpx.post(f"{server.url}/rollout/generate", json=body, timeout=60)
+    (told,) = msgspec.msgpack.decode(answer.content)
+    plain = client.generate(
+        "a red circle", steps=STEPS, seed=5, width=64, height=64, output_format="pt", deterministic=True
+    )
+    assert torch.equal(load(told["generated_output"]["data"])["t"], load(plain.outputs[0].data)["t"])
+    names = ("rollout_log_probs", "rollout_debug_tensors", "denoising_env", "dit_trajectory")
+    assert [told[name] for name in names] == [None] * 4
+    assert torch.equal(one(client, deterministic=True, recorded=False).output, load(plain.outputs[0].data)["t"])
+
+
+def test_outputs_have_the_dtype_that_is_asked_for(client: Client) -> None:
+    whole = one(client, deterministic=True, sampler="ode").output
+    quantised = one(client, deterministic=True, sampler="ode", output_dtype="uint8").output
+    assert quantised.dtype == torch.uint8
+    assert torch.equal(quantised, (whole.clamp(0, 1) * 255).round().to(torch.uint8))
+    for name in ("float16", "bfloat16", "float32"):
+        found = one(client, deterministic=True, sampler="ode", output_dtype=name).output
+        assert torch.equal(found, whole.to(getattr(torch, name)))
+
+
+def test_seeds_of_the_steps_change_their_noise_and_not_the_first(client: Client) -> None:
+    keys = ["a", "b", "a"]
+    group = client.rollout(**asked("flux", deterministic=True, n=3, seed=5, debug=True, denoise_seeds=keys))
+    noises = [path.debug["rollout_variance_noises"] for path in group if path.debug is not None]
+    assert torch.equal(noises[0], noises[2])
+    assert not torch.equal(noises[0], noises[1])
+    assert torch.equal(latents(group[1])[0], latents(one(client, deterministic=True, seed=6))[0])
+    for step in range(STEPS):
+        text = f"5::step::{step}::sample::b".encode()
+        seed = int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big") % (2**63 - 1)
+        drawn = torch.randn(1, *noises[1].shape[1:], generator=torch.Generator().manual_seed(seed))
+        assert torch.equal(noises[1][step], drawn[0])
+
+
+def test_what_both_branches_share_is_in_each_and_only_input_images_are_apart(client: Client) -> None:
+    environment = one(client).environment
+    assert environment is not None
+    assert environment["image_kwargs"] == {}
+    assert environment["pos_cond_kwargs"].keys() >= {
+        "img_ids",
+        "txt_ids",
+        "encoder_hidden_states",
+        "pooled_projections",
+    }
+
+
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
-    "not a rollout": ({"rollout": False}, "rollout"),
+    "seeds for more samples": ({"denoise_seeds": ["a", "b"]}, "denoise_seeds"),
+    "another dtype": ({"rollout_video_dtype": "int32"}, "rollout_video_dtype"),
+    "latents behind the last": ({"rollout_return_step_indices": [STEPS + 1]}, "rollout_return_step_indices"),
+    "a schedule that has its own shift": ({"extra_sampling_params": {"flow_shift": -1.0}}, "flow_shift"),
+    "a picture elsewhere": ({"image_path": ["/etc/passwd"]}, "image_path"),
+    "a picture that is not there": ({"image_path": ["nothing.png"]}, "image_path"),
     "an unknown sampler": ({"rollout_sde_type": "ddim"}, "rollout_sde_type"),
     "too much noise": ({"rollout_sde_type": "cps", "rollout_noise_level": 1.5}, "rollout_noise_level"),
     "a negative step": ({"rollout_sde_step_indices": [-1]}, "rollout_sde_step_indices"),
@@ -308,7 +369,8 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "a stream": ({"stream": True}, "stream"),
     "a picture's format": ({"output_format": "png"}, "output_format"),
     "an unknown field": ({"rollout_sde": "sde"}, "rollout_sde"),
-    "an argument in two places": ({"extra": {"a": 1}, "extra_sampling_params": {"a": 2}}, "extra"),
+    "an argument in two places": ({"extra": {"a": 1}, "extra_sampling_params": {"a": 2}}, "a"),
+    "a field in two places": ({"extra_sampling_params": {"width": 32}}, "width"),
 }
 
 
@@ -320,7 +382,7 @@ def test_what_cannot_be_rolled_out_is_a_400_that_names_it(case: str, server: Liv
         body["initial_noise"] = {"__tensor__": True, "data": base64.b64encode(body["initial_noise"]).decode()}
     body = {name: value for name, value in body.items() if value is not None}
     answer = httpx.post(f"{server.url}/rollout/generate", json=body, timeout=60)
-    assert answer.status_code in (400, 422), answer.text
+    assert answer.status_code in (400, 403, 404, 422), answer.text
     assert answer.json()["error"]["field"] == field, answer.text
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import pytest
@@ -34,6 +33,7 @@ def environment(own: float, *, length: int = 2, **changes: Any) -> dict[str, Any
         "timestep": "t",
         "timesteps": torch.tensor([1.0, 0.5]),
         "joined": None,
+        "shared": [],
     }
     conditions = {"own": torch.full((1, length, 4), own), "ids": torch.arange(length)}
     guidance = {"rule": "none", "scale": [1.0, 1.0], "sign": 1, "widened": False}
@@ -58,19 +58,35 @@ def test_negative_answers_stay_with_their_samples() -> None:
     x = torch.randn(2, 3)
     for joined in (None, "positive_first", "negative_first"):
         told = [environment(own, neg_cond_kwargs=negative, guidance=guidance) for own in (2.0, 3.0)]
-        told = [one | {"replay": one["replay"] | {"joined": joined}} for one in told]
-        if joined is not None:  # what all rows of a call have in common is told apart from theirs
-            told = [one | {"image_kwargs": {"ids": torch.arange(2)}} for one in told]
-            told = [
-                one | {name: without_ids(one[name]) for name in ("pos_cond_kwargs", "neg_cond_kwargs")} for one in told
-            ]
+        shared = [] if joined is None else ["ids"]
+        told = [one | {"replay": one["replay"] | {"joined": joined, "shared": shared}} for one in told]
         got = velocity(MODULES, told, x, 0)
         wanted = torch.stack([-(row + 1 + 4 * (row * own - row)) for row, own in zip(x, (2.0, 3.0), strict=True)])
         assert torch.allclose(got, wanted, atol=1e-6), joined
 
 
-def without_ids(conditions: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in conditions.items() if name != "ids"}
+def test_what_all_rows_of_a_joined_call_share_is_given_once() -> None:
+    """Also what has one row itself, and would look like a row of each."""
+
+    class Once(Denoiser):
+        def forward(self, latents: torch.Tensor, t: torch.Tensor, own: torch.Tensor, ids: Any, **_: Any) -> Any:
+            assert ids.shape == (1, 5)
+            return super().forward(latents, t, own, ids)
+
+    ids = torch.zeros(1, 5)
+    guidance = {"rule": "from_negative", "scale": [4.0, 4.0], "sign": 1, "widened": False}
+    own = [{"own": torch.full((1, 2, 4), value), "ids": ids} for value in (2.0, 1.0)]
+    told = environment(2.0, pos_cond_kwargs=own[0], neg_cond_kwargs=own[1], guidance=guidance)
+    told |= {"replay": told["replay"] | {"joined": "negative_first", "shared": ["ids"]}}
+    x = torch.randn(1, 3)
+    assert torch.allclose(velocity({"transformer": Once()}, [told], x, 0), x + 1 + 4 * x, atol=1e-6)
+
+
+def test_a_cut_trajectory_has_the_log_probabilities_of_the_steps_that_it_holds() -> None:
+    whole = trajectory()
+    cut = Trajectory(whole.latents[1:], [1, 2], whole.timesteps[1:], whole.sigmas[1:])
+    wanted = log_probs(MODULES, [environment(1.0)], [whole], [1], "dance", 0.7)
+    assert torch.equal(log_probs(MODULES, [environment(1.0)], [cut], [1], "dance", 0.7), wanted)
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {

@@ -12,7 +12,15 @@ import torch
 from safelight.rollout.transitions import Sampler, Transition, transition
 
 SIGMAS = [1.0, 0.9375, 0.75, 0.4, 0.11, 0.0]
-SAMPLERS: list[tuple[Sampler, float]] = [("sde", 0.7), ("sde", 1.3), ("cps", 0.3), ("cps", 1.0), ("ode", 0.7)]
+SAMPLERS: list[tuple[Sampler, float]] = [
+    ("sde", 0.7),
+    ("sde", 1.3),
+    ("dance", 0.3),
+    ("dance", 1.2),
+    ("cps", 0.3),
+    ("cps", 1.0),
+    ("ode", 0.7),
+]
 
 Floats = np.ndarray[Any, np.dtype[np.float64]]
 
@@ -24,6 +32,10 @@ def in_fp64(sampler: Sampler, x: Floats, v: Floats, step: int, eta: float) -> tu
         g = eta * math.sqrt(s0 / (1.0 - (SIGMAS[1] if s0 == 1.0 else s0)))
         drift = v + g * g / (2.0 * s0) * (x + (1.0 - s0) * v)
         return x + drift * (s1 - s0), g * math.sqrt(s0 - s1)
+    if sampler == "dance":
+        clean = x - s0 * v
+        score = -(x - clean * (1.0 - s0)) / s0**2
+        return x + (s1 - s0) * v - 0.5 * eta**2 * score * (s1 - s0), eta * math.sqrt(s0 - s1)
     if sampler == "cps":
         std = s1 * math.sin(eta * math.pi / 2)
         return (1.0 - s1) * (x - s0 * v) + math.sqrt(max(0.0, s1 * s1 - std * std)) * (x + (1.0 - s0) * v), std
@@ -76,6 +88,14 @@ def test_a_schedule_that_begins_just_below_one_is_stepped_like_one_that_begins_a
     assert torch.allclose(below.mean, at.mean, atol=1e-3)
 
 
+def test_a_schedule_that_begins_further_below_one_takes_its_own_sigma_as_other_trainers_do() -> None:
+    x, v = torch.randn(2, 1, 64)
+    for first in (0.99, 0.995, 0.9999, 0.99998):
+        taken = transition("sde", x, v, [first, *SIGMAS[1:]], 0, 0.7)
+        wanted = 0.7 * math.sqrt(first / (1 - first)) * math.sqrt(first - SIGMAS[1])
+        assert taken.std == pytest.approx(wanted, rel=1e-9)
+
+
 def test_only_the_first_step_takes_its_noise_from_the_next_sigma() -> None:
     """A schedule that is shifted far has several steps above 0.99, and its equation a value at all but the first."""
     sigmas = [12 * s / (1 + 11 * s) for s in (1 - i / 40 for i in range(41))]
@@ -125,7 +145,7 @@ def moments(sampler: Sampler, eta: float, steps: int) -> torch.Tensor:
     return torch.stack(found)
 
 
-@pytest.mark.parametrize(("sampler", "eta"), [("sde", 0.4), ("sde", 0.7), ("sde", 1.0), ("ode", 0.0)])
+@pytest.mark.parametrize(("sampler", "eta"), [("sde", 0.4), ("sde", 0.7), ("sde", 1.0), ("dance", 0.7), ("ode", 0.0)])
 def test_the_sde_has_the_marginals_of_the_ode(sampler: Sampler, eta: float) -> None:
     """The error of Euler's steps is of first order, so that twice the finer less the coarser is without it."""
     got = 2 * moments(sampler, eta, 300) - moments(sampler, eta, 150)

@@ -20,6 +20,7 @@ from ...protocol.adapters import (
     Loaded,
     MergeAdapters,
     Mode,
+    KeepAdapters,
     RestoreAdapters,
     SetAdapters,
     UnloadAdapter,
@@ -177,6 +178,8 @@ class RankAdapters:
                 state = planning.unmerged(self.state, target, components, told)
             case UnloadAdapter(nickname=nickname):
                 state = planning.without(self.state, nickname)
+            case KeepAdapters():
+                state = self.state
             case RestoreAdapters(state=state):
                 for loaded in state.loaded.values():
                     self._load(loaded.source, adapters)

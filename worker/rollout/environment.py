@@ -22,7 +22,9 @@ from ..call import Call
 
 _TIMESTEPS = ("timestep", "timesteps", "t")
 _GUIDANCE = ("guidance_scale", "true_cfg_scale")
-_OF_THE_IMAGE = ("img", "image", "rotary")
+_IMAGE, _POSITIONS = "image", "rotary"
+"""How the names of arguments that come from input images are told from those of the positions of what is drawn."""
+
 _EXACT_ENOUGH = 1e-3
 """Of the velocity, in relative L2: a rule that comes closer is the pipeline's."""
 
@@ -59,11 +61,13 @@ class _Combined:
 class Environment:
     """Sees the denoiser's calls of a sample. ``scales`` are the numbers that may be a guidance scale, likely first.
 
-    Calls can be made again from what is told only if they were alike at every step, and were given the state itself.
+    ``from_images`` says that the request brought images. Calls can be made again from what is told only if they were
+    alike at every step, and were given the state itself.
     """
 
-    def __init__(self, scales: list[float]) -> None:
+    def __init__(self, scales: list[float], *, from_images: bool) -> None:
         self._scales = scales
+        self._from_images = from_images
         self._calls: list[_Seen] = []
         self._first: list[_Seen] = []
         self._components: list[str] = []
@@ -104,13 +108,14 @@ class Environment:
         chosen = combined[0] if len(combined) == len(self._combined) and len(kinds) == 1 else None
         joined = len(self._first) == 1 and self._first[0].rows == 2
         swapped = chosen is not None and chosen.swapped
-        shared, positive, negative = _apart(_conditions(self._first, joined=joined, swapped=swapped))
+        conditions = _conditions(self._first, joined=joined, swapped=swapped)
+        image, positive, negative = _by_origin(conditions, from_images=self._from_images)
         guidance = {"rule": None, "scale": None, "sign": None, "widened": None}
         if chosen is not None:
             scales = [one.scale for one in combined]
             guidance = {"rule": chosen.rule, "scale": scales, "sign": chosen.sign, "widened": chosen.widened}  # type: ignore[dict-item]  # of several kinds
         return {
-            "image_kwargs": shared,
+            "image_kwargs": image,
             "pos_cond_kwargs": positive,
             "neg_cond_kwargs": negative,
             "guidance": guidance,
@@ -130,6 +135,7 @@ class Environment:
             "timestep": first.timestep,
             "timesteps": torch.cat(self._timesteps) if self._timesteps else None,
             "joined": order if joined else None,
+            "shared": _shared(first) if joined else [],
         }
 
     def _combination(self, answers: list[torch.Tensor], velocity: torch.Tensor) -> _Combined | None:
@@ -193,44 +199,40 @@ def _is_of(latents: Any, sample: torch.Tensor) -> bool:
     )
 
 
-@dataclass(frozen=True, slots=True)
-class _Conditions:
-    """What an answer was given beside latents and time: arguments, and those that are a row of what was given."""
-
-    arguments: dict[str, Any]
-    rows: frozenset[str] = frozenset()
-
-
-def _conditions(calls: list[_Seen], *, joined: bool, swapped: bool) -> list[_Conditions]:
-    """Of the positive answer, and of the negative, if there is one."""
+def _conditions(calls: list[_Seen], *, joined: bool, swapped: bool) -> list[dict[str, Any]]:
+    """What an answer was given beside latents and time: of the positive one, and of the negative, if there is one."""
     own = [
         {name: _kept(value) for name, value in seen.arguments.items() if name not in (seen.latents, seen.timestep)}
         for seen in calls
     ]
-    if joined:
-        rows = frozenset(name for name, value in own[0].items() if _has_two_rows(value))
-        halves = ({name: _half(value, half) for name, value in own[0].items()} for half in (0, 1))
-        parts = [_Conditions(half, rows) for half in halves]
-    else:
-        parts = [_Conditions(arguments) for arguments in own[:2]]
-    return parts[::-1] if swapped else parts
+    halves = [{name: _half(value, half) for name, value in own[0].items()} for half in (0, 1)] if joined else own[:2]
+    return halves[::-1] if swapped else halves
 
 
-def _apart(parts: list[_Conditions]) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any] | None]:
-    """What is of the image, as far as can be told, what of the prompt, and what of the negative one."""
-    if not parts:
+def _shared(joined: _Seen) -> list[str]:
+    """The arguments of a call for both answers that have no row for each of them."""
+    return [name for name, value in joined.arguments.items() if _tells(value) and not _has_two_rows(value)]
+
+
+def _by_origin(
+    parts: list[dict[str, Any]], *, from_images: bool
+) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any] | None]:
+    """What comes from the input images, as far as names tell, and all else of the positive answer and the negative."""
+    told = [{name: value for name, value in part.items() if _tells(value)} for part in parts]
+    if not told:
         return {}, {}, None
-    positive = {name: value for name, value in parts[0].arguments.items() if _tells(value)}
-    if len(parts) == 1:
-        shared = {name for name in positive if any(word in name for word in _OF_THE_IMAGE)}
-        negative = None
-    else:
-        other = parts[1].arguments
-        alike = {name for name, value in positive.items() if name in other and equal(value, other[name])}
-        shared = alike - parts[0].rows
-        negative = {name: value for name, value in other.items() if name not in shared and _tells(value)}
-    image = {name: positive[name] for name in positive if name in shared}
-    return image, {name: value for name, value in positive.items() if name not in shared}, negative
+    positive = told[0]
+    image = {
+        name: value
+        for name, value in positive.items()
+        if from_images and _is_of_an_image(name) and all(name in one and equal(one[name], value) for one in told)
+    }
+    rest = [{name: value for name, value in one.items() if name not in image} for one in told]
+    return image, rest[0], rest[1] if len(rest) == 2 else None
+
+
+def _is_of_an_image(name: str) -> bool:
+    return _IMAGE in name and _POSITIONS not in name
 
 
 def _tells(value: Any) -> bool:

@@ -23,11 +23,13 @@ def told(rollout: Rollout, path: Path, environment: dict[str, Any] | None) -> di
     """The recorded part of a reply, with tensors in it."""
     trajectory = debug = None
     if rollout.returns_trajectory:
+        places = sorted(path.latents)
+        timesteps, sigmas = [*path.timesteps, 0.0], path.sigmas
         trajectory = {
-            "latents": torch.stack([path.latents[place] for place in sorted(path.latents)]) if path.latents else None,
-            "latent_indices": sorted(path.latents),
-            "timesteps": torch.tensor([*path.timesteps, 0.0], dtype=torch.float32),
-            "sigmas": torch.tensor(path.sigmas, dtype=torch.float32),
+            "latents": torch.stack([path.latents[place] for place in places]) if places else None,
+            "latent_indices": places,
+            "timesteps": torch.tensor([timesteps[place] for place in places], dtype=torch.float32),
+            "sigmas": torch.tensor([sigmas[place] for place in places], dtype=torch.float32),
         }
     if rollout.returns_debug and path.means:
         debug = {
@@ -42,6 +44,23 @@ def told(rollout: Rollout, path: Path, environment: dict[str, Any] | None) -> di
         "denoising_env": environment,
         "dit_trajectory": trajectory,
     }
+
+
+def told_of_nothing() -> dict[str, Any]:
+    """The same of a plain generation."""
+    return dict.fromkeys(("rollout_log_probs", "rollout_debug_tensors", "denoising_env", "dit_trajectory"))
+
+
+def as_output(pixels: torch.Tensor, dtype: str) -> torch.Tensor:
+    """An output [C, H, W] or clip [F, C, H, W], float in [0, 1], as replies have it: [C, H, W] or [C, F, H, W].
+
+    In uint8 it is rounded to [0, 255].
+    """
+    ordered = pixels if pixels.ndim == 3 else pixels.transpose(0, 1)
+    if dtype == "uint8":
+        return (ordered.float().clamp(0, 1) * 255).round().to(torch.uint8)
+    wanted: torch.dtype = getattr(torch, dtype)
+    return ordered.to(wanted)
 
 
 def on_the_host(value: Any) -> Any:

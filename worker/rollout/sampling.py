@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -44,7 +43,7 @@ def why_no_rollouts(pipeline: DiffusionPipeline) -> str | None:
 
 @dataclass(slots=True)
 class Path:
-    """What was recorded, step by step; latents and debug tensors of the steps that are asked for. No batch dimension.
+    """What was recorded, step by step, and the latents of the places that are asked for. No batch dimension.
 
     ``latents`` are by their place: that of step i is x before it, the one behind the last step the final x.
     """
@@ -62,27 +61,26 @@ class Path:
 class RolloutSampler:
     """Takes the steps of ``scheduler``, a fork's own; the state stays in fp32 whatever the model's dtype.
 
-    ``stepped`` hears of each velocity and the state it is of. Noise comes from ``generator``.
+    ``stepped`` hears of each velocity and the state it is of. The noise of each step comes from the generator that
+    ``generators`` gives for its number.
     """
 
     def __init__(
         self,
         scheduler: SchedulerMixin,
         rollout: Rollout,
-        generator: torch.Generator,
+        generators: Callable[[int], torch.Generator],
         stepped: Callable[[torch.Tensor, torch.Tensor], None],
     ) -> None:
         self.path = Path()
         self.name = _name(scheduler, rollout)
         self._scheduler = scheduler
         self._rollout = rollout
-        self._generator = generator
+        self._generators = generators
         self._stepped = stepped
         self._first: int | None = None
         self._state: torch.Tensor | None = None
         self._given: tuple[torch.Tensor, int] | None = None  # the state as the pipeline has it, and its version
-        if rollout.sigmas is not None:
-            _follow(scheduler, rollout.sigmas)
 
     def step(self, model_output: torch.Tensor, timestep: Any, sample: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         """In place of the scheduler's own."""
@@ -101,10 +99,12 @@ class RolloutSampler:
             return own
         sampler = self._rollout.sampler if self._is_noisy(number) else "ode"
         taken = transition(sampler, x, model_output, self.path.sigmas, number, self._rollout.noise_level)
-        noise = self._noise(x) if taken.std else None
+        noise = self._noise(x, number) if taken.std else None
         reached = taken.mean if noise is None else taken.reach(noise)
         self._record(number, x, model_output, taken, noise, reached)
         given = reached.to(sample.dtype, copy=True)  # which the pipeline may write to
+        if number == 0 and noise is not None and not given.isfinite().all() and model_output.isfinite().all():
+            raise self._first_step_refused()
         self._state, self._given = reached, (given, given._version)
         return _Stepped(given) if kwargs.get("return_dict", True) else (given,)
 
@@ -123,20 +123,45 @@ class RolloutSampler:
         self._first = first_index(self._scheduler, timestep)
         self.path.sigmas = self._scheduler.sigmas[self._first :].double().tolist()
         self.path.timesteps = self._scheduler.timesteps[self._first :].double().tolist()
-        if not all(1 >= sigma > after >= 0 for sigma, after in itertools.pairwise(self.path.sigmas)):
-            raise InvalidRequest("This pipeline's sigmas do not fall from at most 1 to 0.", field="rollout")
-        told = self._rollout.returns_trajectory + 3 * self._rollout.returns_debug
-        if 4 * sample.numel() * (len(self.path.timesteps) + 1) * told > MOST_BYTES:
+        for step, (sigma, after) in enumerate(itertools.pairwise(self.path.sigmas)):
+            if not 1 >= sigma > after >= 0:
+                raise InvalidRequest(
+                    f"Step {step} goes from sigma {sigma:.9g} to {after:.9g}; a rollout's sigmas must fall from at "
+                    "most 1 to 0.",
+                    field="rollout",
+                )
+        self._check_indices(len(self.path.timesteps))
+        self._check_bytes(sample)
+
+    def _check_indices(self, steps: int) -> None:
+        if max(self._rollout.sde_steps or [0]) >= steps:
+            raise InvalidRequest(f"There are {steps} steps, from 0 on.", field="rollout_sde_step_indices")
+        if max(self._rollout.places or [0]) > steps:
             raise InvalidRequest(
-                f"What is to be told of one sample is more than {MOST_BYTES >> 20} MiB; name steps, or take fewer.",
+                f"{steps} steps have the latents 0 to {steps}, the last of them the final one.",
                 field="rollout_return_step_indices",
             )
-        for name, steps in (
-            ("rollout_sde_step_indices", self._rollout.sde_steps),
-            ("rollout_return_step_indices", self._rollout.return_steps),
-        ):
-            if steps and max(steps) >= len(self.path.timesteps):
-                raise InvalidRequest(f"There are {len(self.path.timesteps)} steps, from 0 on.", field=name)
+
+    def _check_bytes(self, sample: torch.Tensor) -> None:
+        rollout, steps = self._rollout, len(self.path.timesteps)
+        states = steps + 1 if rollout.places is None else len(rollout.places)
+        told = states * rollout.returns_trajectory + 3 * steps * rollout.returns_debug
+        if 4 * sample.numel() * told > MOST_BYTES:
+            raise InvalidRequest(
+                f"What is to be told of one sample is more than {MOST_BYTES >> 20} MiB; name the latents that are "
+                "wanted, or take fewer steps.",
+                field="rollout_return_step_indices",
+            )
+
+    def _first_step_refused(self) -> InvalidRequest:
+        """Near sigma 1 noise alone can take the first step beyond the numbers that the model's dtype has."""
+        rollout, sigmas = self._rollout, self.path.sigmas
+        return InvalidRequest(
+            f"Step 0, from sigma {sigmas[0]:.9g} to {sigmas[1]:.9g}, is not finite with rollout_sde_type "
+            f"{rollout.sampler} and noise level {rollout.noise_level:g}; leave it out of rollout_sde_step_indices, or "
+            "begin with sigma 1.",
+            field="rollout_sde_step_indices",
+        )
 
     def _state_of(self, sample: torch.Tensor) -> torch.Tensor:
         """In fp32 what was reached by the last step. Raises where the pipeline has changed it since."""
@@ -153,8 +178,12 @@ class RolloutSampler:
     def _is_noisy(self, number: int) -> bool:
         return self._rollout.sde_steps is None or number in self._rollout.sde_steps
 
-    def _noise(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.randn(x.shape, generator=self._generator, device=self._generator.device).to(x.device)
+    def _is_told(self, place: int) -> bool:
+        return self._rollout.places is None or place in self._rollout.places
+
+    def _noise(self, x: torch.Tensor, number: int) -> torch.Tensor:
+        generator = self._generators(number)
+        return torch.randn(x.shape, generator=generator, device=generator.device).to(x.device)
 
     def _record(
         self,
@@ -167,11 +196,9 @@ class RolloutSampler:
     ) -> None:
         rollout, path = self._rollout, self.path
         path.log_probs.append(taken.log_prob(reached, no_const=rollout.no_const)[0])
-        if rollout.return_steps is not None and number not in rollout.return_steps:
-            return
         if rollout.returns_trajectory:
-            path.latents[number] = x[0]
-            path.latents[number + 1] = reached[0]
+            states = {number: x[0], number + 1: reached[0]}
+            path.latents |= {place: x for place, x in states.items() if self._is_told(place)}
         if rollout.returns_debug:
             path.noises.append((torch.zeros_like(x) if noise is None else noise)[0])
             path.means.append(taken.mean[0])
@@ -187,19 +214,3 @@ class _Stepped:
 def _name(scheduler: SchedulerMixin, rollout: Rollout) -> str:
     own = type(scheduler).__name__
     return rollout.sampler if own == _EULER else f"{rollout.sampler} (flow-matching Euler in place of {own})"
-
-
-def _follow(scheduler: SchedulerMixin, sigmas: list[float]) -> None:
-    """Have ``scheduler`` take exactly these, whatever the pipeline asks of it, and 0 behind them."""
-    set_timesteps = scheduler.set_timesteps
-
-    @functools.wraps(set_timesteps)
-    def set_ours(*args: Any, **kwargs: Any) -> None:
-        set_timesteps(*args, **kwargs)
-        every = [*sigmas, *([0.0] if sigmas[-1] > 0 else [])]
-        scheduler.sigmas = torch.tensor(every, dtype=torch.float32, device=scheduler.sigmas.device)
-        steps = scheduler.sigmas[:-1] * scheduler.config.num_train_timesteps
-        scheduler.timesteps = steps.to(scheduler.timesteps.device)
-        scheduler.num_inference_steps = len(steps)
-
-    vars(scheduler)["set_timesteps"] = set_ours

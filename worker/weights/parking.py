@@ -6,7 +6,7 @@ A parked module is whole: its tensors are elsewhere, and everything that reads a
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -18,9 +18,9 @@ from .undo import in_file
 
 
 class Parking:
-    """The weights of ``modules``, which are at home or parked. ``device`` is where they are at home.
+    """The weights of ``modules``, each of which is at home or parked. ``device`` is where they are at home.
 
-    ``others`` gives what else is put away with them.
+    ``others`` gives what else is put away when all modules are, and is at home while any of them is.
     """
 
     def __init__(
@@ -29,17 +29,19 @@ class Parking:
         self._modules = modules
         self._others = others
         self._device = device
+        self._away_now: list[nn.Module] = []
         self._offsets: dict[int, int] = {}  # of what is parked, by the tensor's id
 
     @property
     def parked(self) -> bool:
         return bool(self._offsets)
 
-    def park(self, sign: Sign) -> None:
-        """Raises ``OSError`` where there is no room; every tensor is at home then."""
-        if self.parked:
-            return
-        tensors = list(self._tensors())
+    def park(self, sign: Sign, only: Sequence[nn.Module] | None = None) -> None:
+        """Put the modules away, ``only`` these if given. Raises ``OSError`` where there is no room; what was at home
+        still is."""
+        wanted = self._modules if only is None else only
+        away = [module for module in self._modules if module in wanted or module in self._away_now]
+        tensors = [one for one in self._tensors(away) if id(one) not in self._offsets]
         elsewhere = []
         for tensor in tensors:
             elsewhere.append(self._away(tensor.data))
@@ -47,21 +49,30 @@ class Parking:
         for tensor, other in zip(tensors, elsewhere, strict=True):
             self._offsets[id(tensor)] = tensor.data_ptr() % ALIGNMENT
             tensor.data = other
+        self._away_now = away
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
 
-    def fetch(self, sign: Sign) -> None:
-        """Every byte is at home again. What is not, after an error, comes with the next call."""
-        for tensor in self._tensors():
-            if id(tensor) in self._offsets:
+    def fetch(self, sign: Sign, only: Sequence[nn.Module] | None = None) -> None:
+        """Every byte of the modules is at home again, or of ``only`` these. What is not, after an error, comes with the
+        next call. What two modules have in common comes with the first of them."""
+        wanted = self._modules if only is None else only
+        stay = [module for module in self._away_now if module not in wanted]
+        own = {id(tensor) for tensor in self._tensors(wanted)}
+        staying = {id(tensor) for tensor in self._tensors(stay)} - own
+        for tensor in self._tensors(self._modules):
+            if id(tensor) in self._offsets and id(tensor) not in staying:
                 tensor.data = self._home(tensor.data, self._offsets[id(tensor)])
                 del self._offsets[id(tensor)]
                 sign()
-        self._offsets.clear()  # of what was let go of meanwhile
+        self._away_now = stay
+        self._offsets = {key: offset for key, offset in self._offsets.items() if key in staying}  # not what was let go
 
-    def _tensors(self) -> Iterator[torch.Tensor]:
-        weights = (tensor for module in self._modules for tensor in (*module.parameters(), *module.buffers()))
-        every = {id(tensor): tensor for tensor in (*weights, *self._others()) if tensor.numel()}
+    def _tensors(self, modules: Sequence[nn.Module]) -> Iterator[torch.Tensor]:
+        """Those of ``modules``, and of all of them the others too."""
+        weights = (tensor for module in modules for tensor in (*module.parameters(), *module.buffers()))
+        others = self._others() if len(modules) == len(self._modules) else ()
+        every = {id(tensor): tensor for tensor in (*weights, *others) if tensor.numel()}
         yield from every.values()
 
     def _away(self, tensor: torch.Tensor) -> torch.Tensor:

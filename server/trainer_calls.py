@@ -1,0 +1,72 @@
+"""Calls of trainers that are no more than another name, or a kept digest."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import APIRouter, Request
+
+from ..protocol.adapters import KeepAdapters
+from ..protocol.errors import Conflict
+from ..protocol.operations import Adapt, CheckTensors, Digests, Operated
+from . import weight_bodies as bodies
+from .operating import Handler, Operating, first_report, routes_of, success
+from .service import Service
+
+
+def routes(service: Service) -> APIRouter:
+    return routes_of(_Routes(service).table())
+
+
+class _Routes:
+    def __init__(self, service: Service) -> None:
+        self._operating = Operating(service)
+        self._snapshot: dict[str, dict[str, str]] | None = None  # digests by module and tensor
+
+    def table(self) -> list[tuple[str, Handler, str]]:
+        return [
+            ("/update_weight_version", self.set_version, "Call the weights that serve by another version"),
+            ("/weights_checker", self.check, "Keep digests of the weights, and compare with them"),
+            ("/post_process_weights", self.post_process, "Accepted: weights serve as they are written"),
+        ]
+
+    async def set_version(self, request: Request) -> dict[str, Any]:
+        body = await bodies.read(request, bodies.WeightVersion)
+        change = Adapt(KeepAdapters(), publishes=True, weight_version=body.new_version)
+        operated = await self._operating.operate(request, change, "abort" if body.abort_all_requests else "in_place")
+        told = {"weight_version": operated.weight_version, "new_version": body.new_version}
+        return {**success(f"The weights are called {body.new_version}."), **told}
+
+    async def check(self, request: Request) -> dict[str, Any]:
+        body = await bodies.read(request, bodies.WeightsChecker)
+        if body.action == "snapshot":
+            return await self._keep(request)
+        if body.action == "compare":
+            return await self._compare(request)
+        return success(
+            "No tensor was reset, as a server that serves keeps its weights; `applied` and `expected` of each update say "
+            "what it wrote."
+        )
+
+    async def _keep(self, request: Request) -> dict[str, Any]:
+        operated = await self._operating.operate(request, Digests(None, detail=True))
+        report = first_report(operated)
+        self._snapshot = {
+            module: {name: one.sha256 for name, one in tensors.items()} for module, tensors in report.tensors.items()
+        }
+        count = sum(map(len, self._snapshot.values()))
+        return {**success(f"The digests of {count} tensors are kept."), **self._operating.version(operated)}
+
+    async def _compare(self, request: Request) -> dict[str, Any]:
+        """Raises ``OperationFailed`` with the names of tensors that differ on any replica."""
+        if self._snapshot is None:
+            raise Conflict("There is no snapshot to compare with; send action = snapshot first.", field="action")
+        operated: Operated | None = None
+        for module, expected in self._snapshot.items():
+            operated = await self._operating.operate(request, CheckTensors(module, expected))
+        assert operated is not None, "a model has modules"
+        return {**success("All tensors are as they were."), **self._operating.version(operated)}
+
+    async def post_process(self, request: Request) -> dict[str, Any]:
+        await bodies.read(request, bodies.PostProcess)
+        return success("Nothing is to be done; weights serve as they are written.")
