@@ -120,10 +120,14 @@ class Begin(msgspec.Struct, tag=True, frozen=True, kw_only=True):
 
 
 class Commit(msgspec.Struct, tag=True, frozen=True):
-    """End a begun update; with ``require_complete`` only if every tensor of the modules that it touched came."""
+    """End a begun update; with ``require_complete`` only if every tensor of the modules that it touched came.
+
+    With ``weight_version`` it has that name, whatever its begin said.
+    """
 
     update_id: str
     require_complete: bool = False
+    weight_version: str | None = None
 
 
 class Abort(msgspec.Struct, tag=True, frozen=True):

@@ -381,7 +381,8 @@ class Operations:
 
     def _end_well(self, transaction: Transaction, running: Running) -> None:
         """Commit what the replicas have written, once it stands in the journal."""
-        own = running.part.operation.weight_version if isinstance(running.part.operation, Update) else None
+        operation = running.part.operation
+        own = operation.weight_version if isinstance(operation, Update | Commit) else None
         begun = transaction.begun.weight_version if transaction.begun is not None else None
         running.version = own or begun or self._committed.next_version
         # The journal of a replica that is brought up too: it came with one that had missed a commit.

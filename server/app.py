@@ -8,7 +8,19 @@ from starlette.exceptions import HTTPException
 from .. import __version__
 from ..protocol.config import Config
 from ..protocol.errors import ErrorInfo
-from . import adapters, generate, generation_control, health, information, metrics, reference, rollout, weights
+from . import (
+    adapters,
+    generate,
+    generation_control,
+    health,
+    information,
+    metrics,
+    reference,
+    rollout,
+    trainer_calls,
+    weight_transfer,
+    weights,
+)
 from .callers import Callers, CallersMiddleware, CorsMiddleware
 from .exchange import ExchangeMiddleware
 from .gate import ApiKeyMiddleware, BodyLimitMiddleware, BodyLimits, BodyMemory
@@ -23,7 +35,7 @@ _MB = 1_000_000
 _LARGE = ("/generate", "/rollout/generate", "/update_weights_from_tensor")
 """Routes whose bodies bring pictures or tensors."""
 
-_LISTS = ("/update_weights_from_tensor_checker", "/update_weights_from_distributed")
+_LISTS = ("/update_weights_from_tensor_checker", "/update_weights_from_distributed", "/update_weights")
 """Routes whose bodies name every tensor of a model."""
 
 _CODES = {404: "not_found", 405: "method_not_allowed"}
@@ -49,10 +61,13 @@ def create_app(service: Service) -> FastAPI:
     app.include_router(health.routes(service))
     app.include_router(information.routes(service))
     app.include_router(adapters.reading_routes(service))
+    app.include_router(weight_transfer.reading_routes(service))
     if service.config.admin:
         app.include_router(adapters.routes(service))
         app.include_router(weights.routes(service))
         app.include_router(generation_control.routes(service))
+        app.include_router(trainer_calls.routes(service))
+        app.include_router(weight_transfer.routes(service))
     app.include_router(metrics.routes(service.metrics))
     app.include_router(reference.routes())
     return app

@@ -49,7 +49,7 @@ def routes(service: Service) -> APIRouter:
         check_rollout(body, model, service.config)
         sources: list[str | bytes] = [*(body.image or ())]
         if body.image_path is not None:
-            sources += await service.decode(read_paths, body.image_path, service.config)
+            sources += await asyncio.to_thread(read_paths, body.image_path, service.config)
         check_model(body, len(sources), model, service.config)
         images = await service.pictures.read(sources, service.config.max_pixels or MOST_PIXELS) if sources else []
         request_id = own_id_var.get()

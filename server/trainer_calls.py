@@ -44,7 +44,7 @@ class _Routes:
         if body.action == "compare":
             return await self._compare(request)
         return success(
-            "No tensor was reset, as a server that serves keeps its weights; `applied` and `expected` of each update say "
+            "No tensor was reset: a server that serves keeps its weights. Each update says in `applied` and `expected` "
             "what it wrote."
         )
 

@@ -118,6 +118,7 @@ class Begin(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
 class Commit(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     update_id: Name
     require_complete: bool = False
+    weight_version: Version | None = None
 
 
 class Abort(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -253,6 +254,18 @@ async def read(request: Request, kind: type[B], max_values: int = MAX_VALUES) ->
 async def decode(body: bytearray, kind: type[B], max_values: int = MAX_VALUES) -> B:
     """As :func:`read`, of a body that was received."""
     return await parse(body, functools.partial(_decode, kind=kind), max_values)
+
+
+async def read_any(request: Request, max_values: int = MAX_VALUES) -> dict[str, Any]:
+    """The fields of a body that is read again as something else. Raises as :func:`read` does."""
+    return await parse(await read_body(request), _decode_any, max_values)
+
+
+def _decode_any(body: bytearray) -> dict[str, Any]:
+    try:
+        return msgspec.json.decode(body or b"{}", type=dict[str, Any])
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        raise Malformed(f"The body is not a JSON object: {error}.") from None
 
 
 def _decode(body: bytearray, kind: type[B]) -> B:

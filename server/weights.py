@@ -47,10 +47,12 @@ _BEGUN_TIMEOUT_S = 300.0
 
 
 def routes(service: Service) -> APIRouter:
-    return routes_of(_Routes(service).table())
+    return routes_of(WeightRoutes(service).table())
 
 
-class _Routes:
+class WeightRoutes:
+    """The handlers of the routes."""
+
     def __init__(self, service: Service) -> None:
         self._service = service
         self._uploads = Uploads(service.shared)
@@ -154,7 +156,9 @@ class _Routes:
         body = await bodies.read(request, bodies.Commit)
         began = time.perf_counter()
         async with self._service.folders.for_a_change():
-            operated = await self._operating.operate(request, Commit(body.update_id, body.require_complete))
+            operated = await self._operating.operate(
+                request, Commit(body.update_id, body.require_complete, body.weight_version)
+            )
             self._service.folders.end_parts(body.update_id)
         return _updated(operated, "The update is committed.", began)
 

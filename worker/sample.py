@@ -157,7 +157,7 @@ class SampleRun:
         return pixels
 
     def _prepare(self, rollout: Rollout, pipeline: DiffusionPipeline, arguments: dict[str, Any]) -> None:
-        """The schedule and the noise that are asked for. Raises ``InvalidRequest`` where the pipeline cannot have them."""
+        """Set the schedule that is asked for, and learn what the noise must be like. Raises ``InvalidRequest``."""
         if rollout.flow_shift is not None:
             shift(pipeline, rollout.flow_shift)
         if rollout.sigmas is not None:
