@@ -140,8 +140,9 @@ class _Routes:
         if self._update_id is None:
             raise Conflict("No update is begun; send /start_weight_update first.")
         fields = {"update_id": self._update_id, "weight_version": body.weight_version}
-        self._update_id = None
-        return await self._weights.commit(_written_anew(request, fields))
+        committed = await self._weights.commit(_written_anew(request, fields))
+        self._update_id = None  # one that is refused stays begun, and the next start aborts it
+        return committed
 
     async def _done_or_not_there(self, request: Request, operation: Operation) -> None:
         try:

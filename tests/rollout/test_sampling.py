@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 
 from safelight.protocol.errors import InvalidRequest
 from safelight.protocol.rollouts import Rollout, StepNoise
 from safelight.worker.rollout.sampling import RolloutSampler
-from safelight.worker.rollout.schedule import follow
+from safelight.worker.rollout.schedule import follow, shift
 
 SEEDS = [7660698733667254724, 1081622509871787517, 6008251927247404766]
 
@@ -48,3 +51,19 @@ def test_seeds_of_steps_are_those_that_trainers_derive() -> None:
     noise = StepNoise(["a", "b"], 7)
     assert [noise.seed_of(0, 5, 0), noise.seed_of(1, 5, 0), noise.seed_of(0, 5, 1)] == SEEDS
     assert StepNoise(["a"], None).seed_of(0, 7, 0) == SEEDS[0]
+
+
+def test_a_flow_shift_is_that_of_one_request_and_gives_the_schedule_that_diffusers_gives(
+    checkpoint: Callable[[str], Path],
+) -> None:
+    pipeline = DiffusionPipeline.from_pretrained(checkpoint("sd3"))
+    asked, shifted = copy.copy(pipeline), copy.deepcopy(dict(pipeline.scheduler.config)) | {"shift": 6.0}
+    shift(asked, 6.0)
+    plain = FlowMatchEulerDiscreteScheduler.from_config(shifted)
+    for scheduler in (asked.scheduler, plain, pipeline.scheduler):
+        scheduler.set_timesteps(5)
+    assert torch.equal(asked.scheduler.sigmas, plain.sigmas)
+    assert not torch.equal(pipeline.scheduler.sigmas, plain.sigmas)
+    assert pipeline.scheduler.config.shift != 6.0
+    with pytest.raises(InvalidRequest, match="not shifted by a number"):
+        shift(DiffusionPipeline.from_pretrained(checkpoint("sd15")), 6.0)

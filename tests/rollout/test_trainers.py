@@ -95,7 +95,8 @@ def test_miles_for_diffusion_rolls_out_evaluates_and_sends_weights(trainer: Trai
         trainer.done(
             "/update_weights_from_tensor",
             {"serialized_named_tensors": [payload], "load_format": "flattened_bucket",
-             "target_modules": ["transformer"], "weight_update_mode": None, "lora_alpha": None, "lora_rank": None, "weight_version": "40"},
+             "target_modules": ["transformer"],
+             "weight_update_mode": None, "lora_alpha": None, "lora_rank": None, "weight_version": "40"},
         )  # fmt: skip
     expected = {name: digest(one) for name, one in new.items()}
     trainer.done("/update_weights_from_tensor_checker", {"expected_transformer_sha256": [expected, expected]})

@@ -122,3 +122,25 @@ def test_what_else_is_put_away_may_be_let_go_of_meanwhile() -> None:
     parked.fetch(nothing)
     assert not parked.parked
     assert torch.equal(others[0], before[1])
+
+
+def test_modules_go_and_come_one_by_one_and_what_else_there_is_with_the_last_and_the_first() -> None:
+    one, two, others = model(), model(), [torch.randn(7)]
+    before = {name: tensor.clone() for name, tensor in two.state_dict().items()}
+
+    def homes() -> list[int]:
+        return [module[0].weight.data_ptr() for module in (one, two)] + [others[0].data_ptr()]
+
+    first = homes()
+    parked = Parking([one, two], CPU, lambda: others)
+    parked.park(nothing, [two])
+    assert [now == then for now, then in zip(homes(), first, strict=True)] == [True, False, True]
+    parked.park(nothing)
+    assert not set(homes()) & {first[0], first[2]}
+    away = homes()
+    parked.fetch(nothing, [one])
+    assert [now == then for now, then in zip(homes(), away, strict=True)] == [False, True, False]
+    assert parked.parked
+    parked.fetch(nothing)
+    assert not parked.parked
+    assert all(torch.equal(tensor, before[name]) for name, tensor in two.state_dict().items())
