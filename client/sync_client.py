@@ -65,8 +65,8 @@ class Client:
     def rollout(self, call: Call) -> list[Rollout]:
         """Generate with log-probabilities: a :class:`Rollout` for each sample, prompt by prompt.
 
-        ``sampler`` is ``sde``, ``cps`` or ``ode``; ``trajectory``, ``environment`` and ``debug`` say what is told. The
-        arguments of :meth:`generate` are taken too.
+        ``sampler`` is ``sde``, ``dance``, ``cps`` or ``ode``; ``trajectory``, ``environment`` and ``debug`` say what is
+        told. The arguments of :meth:`generate` are taken too.
         """
         return decode_rollouts(self._fetch(call), call, self.base_url)
 

@@ -89,10 +89,11 @@ def log_probs(
     paths = _trajectories(trajectories)
     if not paths:
         raise ValueError("there are no rollouts to replay")
+    check_steps(steps, len(told[0]["replay"]["components"]), sampler, noise_level)
+    _check_places(paths, steps)
     sigmas, *others = [dict(zip(one.latent_indices, one.sigmas.tolist(), strict=True)) for one in paths]
     if any(one != sigmas for one in others):
         raise ValueError("the rollouts have several schedules; replay them apart")
-    check_steps(steps, len(told[0]["replay"]["components"]), sampler, noise_level)
     found = []
     for step in steps:
         x = torch.cat([one.before(step) for one in paths])
@@ -111,6 +112,14 @@ def steps_of(version: str, step_versions: Sequence[Sequence[str | None]]) -> lis
     than a denoiser of this version computes.
     """
     return [step for step, versions in enumerate(zip(*step_versions, strict=True)) if set(versions) == {version}]
+
+
+def _check_places(paths: Sequence[Trajectory], steps: Sequence[int]) -> None:
+    """Raises ``ValueError`` for states that were not asked for."""
+    for one in paths:
+        for step in steps:
+            one.before(step)
+            one.after(step)
 
 
 def _trajectories(given: Sequence[Trajectory | None]) -> list[Trajectory]:

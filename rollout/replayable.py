@@ -57,7 +57,9 @@ def check_steps(steps: Sequence[int], total: int, sampler: Sampler, noise_level:
     """Raises ``ValueError`` for steps that a schedule does not have, and where no step has noise."""
     if sampler == "ode" or not noise_level:
         how = "sampler is 'ode'" if sampler == "ode" else "noise_level is 0"
-        raise ValueError(f"{how}: steps without noise have no log-probability to learn from; use 'sde', 'dance' or 'cps'")
+        raise ValueError(
+            f"{how}: steps without noise have no log-probability to learn from; use 'sde', 'dance' or 'cps'"
+        )
     for step in steps:
         if not 0 <= step < total:
             raise ValueError(f"there is no step {step}; the rollouts have steps 0 to {total - 1}")

@@ -136,7 +136,7 @@ UNSAID: dict[str, tuple[dict[str, Any], str]] = {
     "a step behind the last": ({"steps": [2]}, "no step 2; .* steps 0 to 1"),
     "a step before the first": ({"steps": [-1]}, "no step -1"),
     "latents that were not returned": (
-        {"trajectories": [Trajectory(torch.randn(1, 3), [1], torch.zeros(3), torch.tensor([1.0, 0.5, 0.0]))]},
+        {"trajectories": [Trajectory(torch.randn(1, 3), [1], torch.zeros(1), torch.tensor([0.5]))]},
         r"latents at \[1\], not at 0; ask for them with return_steps",
     ),
 }  # fmt: skip
