@@ -53,10 +53,10 @@ def ignored_names(module: nn.Module) -> tuple[str, ...]:
 def names_of(module: nn.Module, layout: Layout, own: Callable[[str], str] = str) -> Names:
     """Of a module that is loaded, and whose tensors are tied."""
     state = module.state_dict()
-    places = {_place(tensor): entry.name for entry in layout if (tensor := layout.live(entry.name)).numel()}
+    places = {memory_of(tensor): entry.name for entry in layout if (tensor := layout.live(entry.name)).numel()}
     aliases: dict[str, str] = {}
     for name, tensor in state.items():
-        known = layout.checkpoint_name(name) or places.get(_place(tensor))
+        known = layout.checkpoint_name(name) or places.get(memory_of(tensor))
         if name not in layout and known is not None:
             aliases[name] = known
     return Names(
@@ -67,7 +67,7 @@ def names_of(module: nn.Module, layout: Layout, own: Callable[[str], str] = str)
     )
 
 
-def _place(tensor: torch.Tensor) -> tuple[Any, ...]:
+def memory_of(tensor: torch.Tensor) -> tuple[Any, ...]:
     """Equal for names of the same memory, if there is any."""
     return tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
 

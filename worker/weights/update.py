@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from itertools import islice
 from typing import Any
 
@@ -12,7 +12,7 @@ from ...protocol.errors import InvalidRequest, NotFound, Unavailable
 from ...protocol.operations import Invalid, Report
 from .exchange import Staging
 from .layout import Layout
-from .names import Named, by_checkpoint_names
+from .names import Named, by_checkpoint_names, memory_of
 from .pages import exchange, have_own
 from .payload import Tensors
 from .sign import Sign
@@ -134,7 +134,7 @@ class Update:
         return Report(
             updated=updated,
             expected={module: len(self._layouts[module]) for module in updated},
-            complete=[module for module, number in written.items() if number == len(self._layouts[module])],
+            complete=[module for module, names in self.written.items() if not _absent(self._layouts[module], names)],
             left_out=self._left_out[:_SHOWN],
         )
 
@@ -162,8 +162,7 @@ class Update:
                 local = self._layouts[module].local(name)
                 if not local.numel():
                     continue
-                place = (local.data_ptr(), local.dtype, local.shape, local.stride())
-                other, before = seen.setdefault(place, (f"{module}.{name}", tensor))
+                other, before = seen.setdefault(memory_of(local), (f"{module}.{name}", tensor))
                 _compare_tied(name, tensor, other, before, local.dtype)
         for tied in named.tied:
             before, dtype = named.tensors[tied.module][tied.known], self._layouts[tied.module].dtype(tied.known)
@@ -175,10 +174,9 @@ class Update:
             message = f"Nothing was written: a checkpoint has none of the names ({', '.join(named.left_out[:3])})."
             raise Rejected(InvalidRequest(message), Report(unknown=named.left_out[:_SHOWN]))
         missing = [
-            _in(named.tensors, module, entry.name)
+            _in(named.tensors, module, name)
             for module, given in named.tensors.items()
-            for entry in self._layouts[module]
-            if complete and entry.name not in given
+            for name in (_absent(self._layouts[module], given) if complete else ())
         ]
         if missing:
             message = (
@@ -225,6 +223,14 @@ def _compare_tied(name: str, tensor: torch.Tensor, other: str, before: torch.Ten
     if before is not tensor and not _same(before.to(dtype), tensor.to(dtype)):
         fault = Invalid(name, f"it is tied to {other}, and its values are not the same")
         raise Rejected(InvalidRequest(_sentence([], [fault])), Report(invalid=[fault]))
+
+
+def _absent(layout: Layout, names: Iterable[str]) -> list[str]:
+    """The tensors of a module that are neither among ``names`` nor in the memory of one that is."""
+    there = {name: layout.local(name) for name in names}
+    places = {memory_of(tensor) for tensor in there.values() if tensor.numel()}
+    others = [entry.name for entry in layout if entry.name not in there]
+    return [name for name in others if memory_of(layout.local(name)) not in places]
 
 
 def _same(one: torch.Tensor, other: torch.Tensor) -> bool:
