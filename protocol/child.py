@@ -38,7 +38,7 @@ def read_child(kind: type[_Child]) -> _Child:
     The launcher's directories are removed then, too.
     """
     line = _read_line()
-    if not line:
+    if not line.endswith(b"\n"):  # the launcher was killed before it had written all of it
         os._exit(ORPHANED)
     child = msgspec.json.decode(line, type=kind)
     threading.Thread(target=_exit_with_launcher, args=(child.directories,), daemon=True, name="launcher-watch").start()

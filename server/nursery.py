@@ -7,7 +7,7 @@ import ctypes
 import os
 import socket
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ..protocol.config import ChildConfig
 from .child_process import ChildProcess, spawn
@@ -15,10 +15,15 @@ from .child_process import ChildProcess, spawn
 _PR_SET_CHILD_SUBREAPER = 36  # <linux/prctl.h>
 
 
+FORK_S = 10.0
+"""Seconds in which a nursery that has forked before has to do it again; its first fork waits for its imports."""
+
+
 @dataclass(frozen=True, slots=True)
 class _Running:
     process: ChildProcess
     channel: socket.socket
+    has_forked: bool = False
 
 
 class Nursery:
@@ -37,16 +42,13 @@ class Nursery:
         self._start_unless_running()
 
     async def fork(self, config: ChildConfig) -> ChildProcess:
-        """A new worker with its configuration. Raises ``OSError``, also where the nursery ends instead."""
+        """A new worker with its configuration. Raises ``OSError``, also where the nursery ends or hangs instead."""
         async with self._turn:
             running = self._start_unless_running()
             stdin, lifeline = os.pipe()
             try:
-                socket.send_fds(running.channel, [b"fork"], [stdin])
-                answer = await asyncio.get_running_loop().sock_recv(running.channel, 64)
-                if not answer:
-                    raise ChildProcessError(f"the process that forks workers {await running.process.wait()}")
-                worker = ChildProcess(f"worker {config.replica}", int(answer), lifeline)
+                worker = ChildProcess(f"worker {config.replica}", await _forked(running, stdin), lifeline)
+                self._running = replace(running, has_forked=True)
             except BaseException:
                 os.close(lifeline)
                 await self.stop()
@@ -72,6 +74,19 @@ class Nursery:
                 pid = spawn("worker.nursery", its.fileno())
             self._running = _Running(ChildProcess("nursery", pid, ours.fileno()), ours)
         return self._running
+
+
+async def _forked(running: _Running, stdin: int) -> int:
+    """The process id of a new worker with the standard input ``stdin``."""
+    try:
+        async with asyncio.timeout(FORK_S if running.has_forked else None):
+            socket.send_fds(running.channel, [b"fork"], [stdin])
+            answer = await asyncio.get_running_loop().sock_recv(running.channel, 64)
+    except TimeoutError:
+        raise ChildProcessError(f"the process that forks workers did not do so within {FORK_S:g} s") from None
+    if not answer:
+        raise ChildProcessError(f"the process that forks workers {await running.process.wait()}")
+    return int(answer)
 
 
 def adopt_orphans() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -13,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import msgspec
 
-from ..protocol.errors import InvalidRequest, QueueFull, from_info
+from ..protocol.errors import InvalidRequest, QueueFull, SafelightError, Unavailable, from_info
 from ..protocol.messages import Image
 from .decoder import Decoded, Task, as_images, receive, send
 
@@ -24,18 +25,22 @@ MAX_WAITING = 32
 CPU_S = 10.0
 """Seconds of CPU time that the pictures of a request may take. The largest take about one."""
 
+WALL_S = 60.0
+"""Seconds after which a process is ended that says nothing, as one that is stopped uses no CPU time."""
+
 
 class PictureDecoding:
     """Starts its processes when pictures come; each ends with this one, whose pipe it reads."""
 
-    def __init__(self, *, cpu_s: float = CPU_S) -> None:
+    def __init__(self, *, cpu_s: float = CPU_S, wall_s: float = WALL_S) -> None:
         self._cpu_s = cpu_s
+        self._wall_s = wall_s
         self._threads = ThreadPoolExecutor(PROCESSES, thread_name_prefix="pictures")
         self._own = threading.local()
         self._waiting = 0
 
     async def read(self, sources: Sequence[str | bytes], max_pixels: int) -> list[Image]:
-        """As :func:`.images.read_images`. Raises ``QueueFull`` too."""
+        """As :func:`.images.read_images`. Raises ``QueueFull`` and ``Unavailable`` too."""
         if self._waiting >= MAX_WAITING:
             raise QueueFull(f"The pictures of {self._waiting} requests are being decoded already.")
         self._waiting += 1
@@ -50,20 +55,36 @@ class PictureDecoding:
         texts = [source for source in sources if isinstance(source, str)]
         files = [source for source in sources if isinstance(source, bytes)]
         decoder = self._decoder()
-        assert decoder.stdin is not None
-        assert decoder.stdout is not None
-        reply = b""
-        with contextlib.suppress(BrokenPipeError):
-            send(decoder.stdin, msgspec.msgpack.encode(Task(texts, files, max_pixels, self._cpu_s)))
-            reply = receive(decoder.stdout)
+        reply = self._ask(decoder, Task(texts, files, max_pixels, self._cpu_s))
         if not reply:
-            decoder.kill()
-            decoder.wait()
-            raise InvalidRequest(f"The images take more than {self._cpu_s:g} s to decode.", field="image")
+            raise self._reason(decoder)
         decoded = msgspec.msgpack.decode(reply, type=Decoded)
         if decoded.error is not None:
             raise from_info(decoded.error)
         return as_images(decoded)
+
+    def _ask(self, decoder: subprocess.Popen[bytes], task: Task) -> bytes:
+        """The reply to ``task``, or nothing where the process ends without one."""
+        assert decoder.stdin is not None
+        assert decoder.stdout is not None
+        overdue = threading.Timer(self._wall_s, decoder.kill)
+        overdue.start()
+        try:
+            with contextlib.suppress(BrokenPipeError):
+                send(decoder.stdin, msgspec.msgpack.encode(task))
+                return receive(decoder.stdout)
+            return b""
+        finally:
+            overdue.cancel()
+
+    def _reason(self, decoder: subprocess.Popen[bytes]) -> SafelightError:
+        decoder.kill()
+        status = decoder.wait()
+        if status == -signal.SIGPROF:
+            return InvalidRequest(f"The images take more than {self._cpu_s:g} s to decode.", field="image")
+        if status == -signal.SIGKILL:
+            return Unavailable("The process that decodes images was killed; send the request again.")
+        return InvalidRequest("The images cannot be decoded: the library that reads them crashes.", field="image")
 
     def _decoder(self) -> subprocess.Popen[bytes]:
         """This thread's process, started again when it was ended."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import signal
 import struct
 import subprocess
 import sys
@@ -13,7 +14,7 @@ import numpy as np
 import psutil
 import pytest
 
-from safelight.protocol.errors import InvalidRequest, QueueFull
+from safelight.protocol.errors import InvalidRequest, QueueFull, Unavailable
 from safelight.server import picture_decoding
 from safelight.server.images import read_images
 from safelight.server.picture_decoding import PictureDecoding
@@ -53,6 +54,24 @@ async def test_a_picture_that_takes_too_long_ends_its_process_and_the_next_is_re
         await decoding.read([slow_png(4_000_000)], LIMIT)
     (image,) = await decoding.read([file(picture())], LIMIT)
     assert np.frombuffer(bytes(image.rgb), np.uint8).size == 3 * image.width * image.height
+
+
+async def test_a_decoder_that_is_killed_or_stopped_costs_one_request_and_says_so() -> None:
+    decoding = PictureDecoding(wall_s=0.5)
+    image = file(picture())
+
+    async def one_of_them(number: signal.Signals) -> None:
+        before = len(psutil.Process().children())
+        asked = asyncio.create_task(decoding.read([slow_png(4_000_000)], LIMIT))
+        while len(children := psutil.Process().children()) == before:
+            await asyncio.sleep(0.01)
+        children[-1].send_signal(number)
+        with pytest.raises(Unavailable, match="was killed"):
+            await asked
+
+    await one_of_them(signal.SIGSTOP)
+    await one_of_them(signal.SIGKILL)
+    assert len(await PictureDecoding().read([image], LIMIT)) == 1
 
 
 async def test_a_large_file_of_few_pixels_is_refused_by_its_size() -> None:
