@@ -7,6 +7,7 @@ sends the result to its child processes as one line of JSON on their standard in
 from __future__ import annotations
 
 import difflib
+import os
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
@@ -373,7 +374,8 @@ class ChildConfig(msgspec.Struct, frozen=True, kw_only=True):
     def shared(self) -> str:
         """The directory in shared memory through which large tensors come; nobody else's, like ``directory``."""
         name = Path(self.directory).name
-        return f"{SHARED_MEMORY}/{name}" if Path(SHARED_MEMORY).is_dir() else f"{self.directory}/shared"
+        usable = os.access(SHARED_MEMORY, os.W_OK | os.X_OK)  # a container's may be read-only
+        return f"{SHARED_MEMORY}/{name}" if usable else f"{self.directory}/shared"
 
     @property
     def frontend(self) -> str:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
+import os
 import subprocess
 import sys
 import tempfile
@@ -9,11 +12,13 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 import pytest
 
-from safelight.protocol.config import SHARED_MEMORY
-from safelight.server.own_directories import remove_abandoned
+from safelight.protocol.config import SHARED_MEMORY, Config
+from safelight.protocol.errors import StartFailed
+from safelight.server.own_directories import own_directories, remove_abandoned
 
 OWNER = """
 import sys
@@ -81,3 +86,45 @@ def test_a_directory_that_no_server_made_stays(name: str, tmp_path: Path) -> Non
     (tmp_path / name / "picture.png").write_bytes(b"")
     remove_abandoned(tmp_path)
     assert (tmp_path / name / "picture.png").exists()
+
+
+def test_where_no_file_can_be_locked_the_start_ends_with_a_sentence(
+    temporary: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_locks(*_: object) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(tempfile, "tempdir", str(temporary))
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    with pytest.raises(StartFailed, match="set TMPDIR"), own_directories(Config()):
+        pass
+    assert [*temporary.iterdir()] == []
+
+
+def test_where_shared_memory_is_read_only_tensors_come_through_the_temporary_folder(
+    temporary: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(temporary))
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    with own_directories(Config()) as child:
+        assert Path(child.shared).parent == Path(child.directory)
+        assert Path(child.shared).is_dir()
+
+
+def test_nobody_can_take_a_directory_for_abandoned_while_its_server_makes_it(
+    temporary: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(temporary))
+    lock = fcntl.flock
+
+    def another_start(file: IO[str], how: int) -> None:
+        monkeypatch.setattr(fcntl, "flock", lock)
+        for parent in (temporary, Path(SHARED_MEMORY)):
+            remove_abandoned(parent)
+        lock(file, how)
+        monkeypatch.setattr(fcntl, "flock", another_start)
+
+    monkeypatch.setattr(fcntl, "flock", another_start)
+    with own_directories(Config()) as child:
+        assert all(Path(directory, "owner").exists() for directory in child.directories)
+        monkeypatch.undo()
