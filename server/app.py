@@ -21,6 +21,7 @@ from . import (
     weight_transfer,
     weights,
 )
+from .body import FORM
 from .callers import Callers, CallersMiddleware, CorsMiddleware
 from .exchange import ExchangeMiddleware
 from .gate import ApiKeyMiddleware, BodyLimitMiddleware, BodyLimits, BodyMemory
@@ -28,8 +29,12 @@ from .replies import error_reply
 from .rollout_reply import MEDIA_TYPE
 from .service import Service
 
-OWN_TYPES = {"/update_weights_from_tensor": weights.SAFETENSORS, "/rollout/generate": MEDIA_TYPE}
-"""The media type that a route's body may have besides JSON and forms."""
+OWN_TYPES = {
+    "/generate": FORM,
+    "/update_weights_from_tensor": weights.SAFETENSORS,
+    "/rollout/generate": MEDIA_TYPE,
+}
+"""The media type that a route's body may have besides JSON."""
 
 _MB = 1_000_000
 _LARGE = ("/generate", "/rollout/generate", "/update_weights_from_tensor")

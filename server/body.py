@@ -15,6 +15,8 @@ from .bounded import MAX_TEXT, MAX_VALUES, check_json, parse, read_body
 from .images import MOST_IMAGES
 from .schemas import GenerateBody, parse_generate, validate
 
+FORM = "multipart/form-data"
+
 _TEXTS = frozenset({"prompt", "negative_prompt", "output_format", "image"})
 """Fields of a form that are text as it stands; every other one is JSON: ``-F seed=4 -F stream=true``."""
 
@@ -26,7 +28,7 @@ _LONGEST_FIELD = 2**20
 async def read_generate(request: Request) -> tuple[GenerateBody, list[str | bytes]]:
     """The fields, and the images as they came: text or files. Raises ``Malformed`` or ``InvalidRequest``."""
     kind, options = parse_options_header(request.headers.get("content-type"))
-    if kind != b"multipart/form-data":
+    if kind != FORM.encode():
         data = await read_body(request)
         body = await parse(data, parse_generate)
         if body.image is None and len(data) > MAX_TEXT:

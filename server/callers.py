@@ -26,7 +26,7 @@ ANY = "*"
 
 _HOST = re.compile(r"(?P<name>\[[0-9a-f:.]+\]|[^\s:\[\]/@]+)(:[0-9]{1,5})?")
 _ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://(\[[0-9a-f:.]+\]|[^\s:\[\]/@*,]+)(:[0-9]{1,5})?")
-_TYPES = ("application/json", "multipart/form-data")
+_JSON = "application/json"
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Callers:
     hosts: Collection[str]
     origins: Collection[str]
     own_types: Mapping[str, str]
-    """By path: the media type that a body may have besides JSON and forms."""
+    """By path: the media type that a body may have besides JSON."""
 
     @classmethod
     def of(cls, config: Config, own_types: Mapping[str, str]) -> Callers:
@@ -82,7 +82,7 @@ class Callers:
             )
 
     def _check_type(self, kind: str, path: str) -> None:
-        types = [*_TYPES, *([self.own_types[path]] if path in self.own_types else [])]
+        types = [_JSON, *([self.own_types[path]] if path in self.own_types else [])]
         if kind not in types:
             raise Malformed(f"A body from a web page needs a Content-Type of {' or '.join(types)}, not {kind[:100]!r}.")
 

@@ -11,7 +11,7 @@ from ..protocol.errors import InvalidRequest
 from ..protocol.logs import request_id_var
 from ..protocol.messages import Generate, Result
 from . import accept
-from .body import read_generate
+from .body import FORM, read_generate
 from .disconnect import while_connected
 from .event_stream import EventStream
 from .exchange import own_id_var
@@ -21,7 +21,7 @@ from .representation import Reply
 from .schemas import GenerateBody
 from .service import Service
 
-_BODIES = ("application/json", "multipart/form-data")
+_BODIES = ("application/json", FORM)
 _OPENAPI = {
     "requestBody": {
         "required": True,

@@ -112,9 +112,11 @@ class HttpServer(uvicorn.Server):
                     await asyncio.sleep(_RETRY_S)
                 continue  # anything else is the client's, who has gone already
             if self._connections.make_room():
-                await loop.connect_accepted_socket(self._new_connection, accepted)
+                with contextlib.suppress(OSError):  # it is gone already, or the system has no memory for it
+                    await loop.connect_accepted_socket(self._new_connection, accepted)
             else:
                 _turn_away(accepted)
+                await asyncio.sleep(0)  # for those that are open: accepting does not wait while others come
 
     def _new_connection(self) -> Connection:
         return Connection(self._connections, self.config, self.server_state, self.lifespan.state)

@@ -21,6 +21,8 @@ ROUTES = [
     ("GET", "/health"),
     ("GET", "/liveness"),
     ("GET", "/nothing"),
+    ("GET", "/flush_cache"),
+    ("GET", "/server_info?x=/health"),
     ("POST", "/generate"),
     ("POST", "/pause_generation"),
     ("POST", "/update_weights_from_disk"),
@@ -81,6 +83,8 @@ async def test_the_server_s_own_page_may_send_what_no_other_page_could() -> None
         assert (await ask(played, "GET", "/health", own))[0] == 200
         typed = {**own, "Content-Type": "application/msgpack"}
         assert (await ask(played, "POST", "/generate", typed))[0] == 422, "it is another route's type"
+        form = {**own, "Content-Type": "multipart/form-data; boundary=a"}
+        assert (await ask(played, "POST", "/pause_generation", form))[0] == 422, "any page can send a form"
 
 
 async def test_a_listed_origin_is_answered_as_browsers_ask() -> None:
