@@ -23,6 +23,11 @@ UNREAD_S = 60.0
 RESERVE = 256
 """Descriptors that are kept for the server itself: sockets to its processes, files, uploads."""
 
+_READ = 256 << 10
+_READ_UNTIL_LENGTH_IS_KNOWN = 4 << 10
+"""Bytes of a connection that are read, and parsed, before the next one's turn. A chunk costs as much time as a kilobyte
+of a body whose length is known, and may have a single byte."""
+
 log = logging.getLogger(__name__)
 
 
@@ -135,6 +140,8 @@ class Connection(H11Protocol):
         return self._has_request and not self.cycle.more_body
 
     def _watch(self) -> None:
+        sized = self._has_request and any(name == b"content-length" for name, _ in self.headers)
+        self.transport.max_size = _READ if sized else _READ_UNTIL_LENGTH_IS_KNOWN  # type: ignore[attr-defined]
         self._connections.heard(self, waits=not self._has_whole_request)
         if self._has_request or self.transport.is_closing():
             self._forget_headers_due()

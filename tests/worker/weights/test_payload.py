@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import subprocess
 import sys
 import time
@@ -12,13 +13,18 @@ from typing import Any
 import pytest
 import torch
 
+from safelight.protocol.codec import Buffer
+from safelight.protocol.operations import Pickled
 from safelight.worker.weights.allowed import NotAPayload
+from safelight.worker.weights.groups import Groups
 from safelight.worker.weights.payload import InvalidTensor, Tensors, choose, interpret
+from safelight.worker.weights.sources import Reader, open_source
 
 from .streams import decode
 from .trainer import UUID, Trainer, floats, mixed, of_dtype, weights
 
 ONE = ["transformer"]
+CPU = torch.device("cpu")
 READER = """
 import base64, sys
 from safelight.worker.weights.payload import decode
@@ -149,6 +155,21 @@ def test_several_ranks_read_one_stream_and_the_last_releases_it(trainer: Trainer
     assert _mapped(trainer) == 0
     with pytest.raises(NotAPayload, match=r"the segment /torch_\d+_\d+_\d+ cannot be opened: No such file"):
         decode(payload, ONE)
+
+
+@pytest.mark.parametrize("copies", [1, 2])
+def test_what_the_sender_keeps_stays_its_own_however_often_it_lists_one_stream(trainer: Trainer, copies: int) -> None:
+    before = trainer.segments()
+    for _ in range(2):
+        stream = base64.b64decode(trainer.send("one", keep=True))
+        source = Pickled([Buffer(bytes(bytearray(stream))) for _ in range(copies)], ONE)
+        ranks = [Reader(rank, 2, rank, 2, CPU, leads=True) for rank in range(2)]
+        for opened in [open_source(source, Groups(0, CPU), rank, lambda: None) for rank in ranks]:
+            assert opened.tensors["transformer"]["a"].tolist() == [1, 1, 1]
+            opened.close()
+    assert len(trainer.segments() - before) == 2
+    trainer.forget()
+    assert trainer.segments() == before
 
 
 def test_a_stream_that_is_sent_again_does_not_abort_the_sender(fresh_trainer: Trainer) -> None:
