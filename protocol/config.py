@@ -200,8 +200,8 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     weights_roots: Annotated[
         str,
         Meta(
-            description="Directories, separated as in PATH, from which weights may be updated; when not given, the "
-            "current one and the one that the model lies in"
+            description="Directories, separated as in PATH, from which weights, and images by their "
+            "path, may be read; when not given, the current one and the one that the model lies in"
         ),
     ] = ""
     undo_mb: Annotated[
