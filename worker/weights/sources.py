@@ -9,7 +9,7 @@ import shutil
 import stat
 import warnings
 from bisect import bisect_right, insort
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from operator import itemgetter
@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 
+from ...protocol.codec import Buffer
 from ...protocol.digests import TORCH_DTYPES
 from ...protocol.errors import InvalidRequest, SafelightError
 from ...protocol.operations import Broadcast, CudaShared, Files, Invalid, Pickled, Report, Source
@@ -115,18 +116,26 @@ def _files(source: Files, reader: Reader) -> Opened:
 def _pickled(source: Pickled, reader: Reader) -> Opened:
     """The sender's memory, mapped. Only one of its readers gives it up, when the others have read it too."""
     segments = Segments()
-    shared = len(source.payloads) == 1
-    release = segments.release if reader.leads and (reader.rank == 0 or not shared) else lambda: None
+    last = ExitStack()
     try:
         payload = choose(source.payloads, reader.rank, reader.ranks, source.gpu_uuids, _uuid(reader.device))
-        return Opened(decode(bytes(payload), source.targets, segments), release)
+        if reader.leads and _is_first(source.payloads, payload, reader.rank):
+            last.callback(segments.release)
+        return Opened(decode(bytes(payload), source.targets, segments), last.close)
     except BaseException as error:
-        release()
+        last.close()
         if not isinstance(error, NotAPayload):
             raise
         message = f"The payload cannot be used: {error}."
         faults = [Invalid(error.name, error.reason)] if isinstance(error, InvalidTensor) else []
         raise Rejected(InvalidRequest(message, field="serialized_named_tensors"), Report(invalid=faults)) from None
+
+
+def _is_first(payloads: Sequence[Buffer], own: Buffer, rank: int) -> bool:
+    """Whether no rank before reads the same stream, which a sender may have made once and listed for each."""
+    if len(payloads) == 1:
+        return rank == 0
+    return next(one for one in payloads if bytes(one) == bytes(own)) is own
 
 
 def _cuda_shared(source: CudaShared, reader: Reader) -> Opened:
