@@ -147,7 +147,7 @@ def read_adapter(
         alpha=Counter(alpha for alpha, _ in used).most_common(1)[0][0] if used else 0.0,
         nbytes=sum(pair.down.nbytes + pair.up.nbytes for pair in every) + sum(one.whole.nbytes for one in found),
         changes=found,
-        left=sorted(left.names),
+        left=sorted(set(left.names)),
     )
 
 

@@ -66,6 +66,14 @@ def test_kinds_that_cannot_be_applied_are_left_out_only_where_that_is_asked_for(
     assert read("flux", path, strict=False).left == ["transformer.x.diff_m"]
 
 
+def test_a_layer_of_which_several_changes_are_left_out_is_listed_once(tmp_path: Path) -> None:
+    own = adapter(attention(shapes_of(FAMILIES["flux"].build())["transformer"]), before="transformer.")
+    foreign = adapter({"nowhere": (64, 64)}, before="transformer.")
+    bias = {"transformer.nowhere.lora_B.bias": torch.ones(64)}
+    path = written(tmp_path / "adapter_model.safetensors", {**own, **foreign, **bias})
+    assert read("flux", path, strict=False).left == ["transformer.nowhere"]
+
+
 @pytest.mark.parametrize(
     "tensors",
     [

@@ -12,7 +12,7 @@ import torch
 from peft import LoKrConfig, LoraConfig, PeftConfig, get_peft_model_state_dict, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 
-from safelight.protocol.adapters import AdapterSource, SetAdapters, UnmergeAdapters
+from safelight.protocol.adapters import AdapterSource, RestoreAdapters, SetAdapters, UnmergeAdapters
 from safelight.protocol.errors import InvalidRequest
 from safelight.protocol.operations import Files, Report, Save
 from safelight.worker.lora.adapters import RankAdapters
@@ -279,6 +279,21 @@ def test_a_version_may_begin_with_a_bucket_in_which_no_layer_is_whole(
     assert is_merged(flux, base, {})
     rest = {name: tensor for name, tensor in tensors.items() if name not in front}
     trainer.send(rest, version="step-1", alpha=ALPHA, complete=True)
+    assert is_merged(flux, base, added)
+
+
+def test_a_replica_that_starts_again_between_two_parts_knows_what_waits(
+    flux: Model, adapters: RankAdapters, trainer: Trainer, tmp_path: Path
+) -> None:
+    base = weights(flux)
+    tensors, added = of_peft(flux, seed=1)
+    downs = {name: tensor for name, tensor in tensors.items() if "lora_A" in name}
+    trainer.send(downs, version="step-1", alpha=ALPHA)
+    again = new_adapters(flux)
+    change(again, RestoreAdapters(adapters.state))
+    (tmp_path / "again").mkdir()
+    ups = {name: tensor for name, tensor in tensors.items() if name not in downs}
+    Trainer(again, tmp_path / "again").send(ups, version="step-1", complete=True)
     assert is_merged(flux, base, added)
 
 
