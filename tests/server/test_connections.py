@@ -15,6 +15,7 @@ import pytest
 from safelight.protocol.config import Config
 from safelight.protocol.messages import FromScheduler, Generate, Queued
 from safelight.server import connections, http_server
+from safelight.server.connections import Connection
 
 from .stage import Stage, stage
 
@@ -101,6 +102,29 @@ async def test_headers_that_never_end_and_answers_that_nobody_reads_end_the_conn
         async with strangers(played, 1, SILENT["idle"] * 200_000):  # and reads none of the answers
             await played.until(lambda: connections_of(played) == 1, 60)
         assert await health(played) == 200
+
+
+async def test_a_body_of_tiny_chunks_is_parsed_little_by_little(monkeypatch: pytest.MonkeyPatch) -> None:
+    """256 KB of chunks with a byte each take 0.7 s to parse, in which nobody else would have a turn."""
+    head = b"POST /generate HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n"
+    body = b'{"prompt": "a", "image": "' + b"A" * 400_000 + b'"}'
+    chunks = b"".join(b"1\r\n%c\r\n" % byte for byte in body[:50_000]) + b"0\r\n\r\n"
+    parsed: list[int] = []
+    receive = Connection.data_received
+
+    def data_received(connection: Connection, data: bytes) -> None:
+        parsed.append(len(data))
+        receive(connection, data)
+
+    monkeypatch.setattr(Connection, "data_received", data_received)
+    async with stage() as played:
+        async with strangers(played, 1, head + b"Transfer-Encoding: chunked\r\n\r\n" + chunks) as (reader,):
+            assert b" 422 " in await reader.readline()
+        assert sum(parsed) > 250_000
+        assert max(parsed) <= 4096
+        async with strangers(played, 1, head + b"Content-Length: %d\r\n\r\n" % len(body) + body) as (reader,):
+            assert b" 400 " in await reader.readline()
+        assert max(parsed) > 4096, "where the length is known, large reads are faster"
 
 
 def address_of(played: Stage) -> tuple[str, int]:
