@@ -50,7 +50,7 @@ class Trainer:
 
     def keep(self, tensors: Tensors, **options: Any) -> tuple[AdapterSource, Report]:
         folder = self._folder / f"part {next(self._numbers)}"
-        adapter = AdapterSource(NICKNAME, None, str(folder), folder.name, target="transformer")
+        adapter = AdapterSource(NICKNAME, None, str(folder), str(folder), target="transformer")
         onto = self.begun[-1].folder if self.begun and "update_id" in options else None
         save = Save(source=Files({}), adapter=adapter, onto=onto, **options)
         return adapter, self._adapters.keep(save, tensors)
