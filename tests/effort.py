@@ -10,3 +10,8 @@ NIGHTLY = os.environ.get("TEST_EFFORT") == "nightly"
 def examples(each_run: int, nightly: int) -> int:
     """Random examples that a test tries."""
     return nightly if NIGHTLY else each_run
+
+
+def scaled(whole: int, least: int = 1) -> int:
+    """``whole``, of which ``TEST_SCALE`` (1 if it is not set) is tried, but never fewer than ``least``."""
+    return max(least, round(whole * float(os.environ.get("TEST_SCALE", "1"))))
