@@ -37,6 +37,7 @@ def read_child(kind: type[_Child]) -> _Child:
 
     The launcher's directories are removed then, too.
     """
+    os.umask(0o077)  # what it writes is nobody else's to read
     line = _read_line()
     if not line.endswith(b"\n"):  # the launcher was killed before it had written all of it
         os._exit(ORPHANED)

@@ -159,6 +159,8 @@ def test_with_a_journal_updates_outlive_a_process_a_server_and_a_tensor_parallel
     current = json.loads((journal / "current.json").read_text())
     assert current["weight_version"] == "by two"
     assert [folder.name for folder in journal.glob("version-*")] == [current["folder"]]
+    modes = {path.stat().st_mode & 0o777 for path in (journal, *journal.rglob("*"))}
+    assert modes == {0o700, 0o600}, "nobody else reads the weights"
     for damage in DAMAGES:
         _refused(trainer.directory, journal, damage)
 
