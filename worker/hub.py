@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import zlib
 from collections import deque
-from collections.abc import Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +19,7 @@ import torch
 
 from ..protocol.messages import BatchingMode
 from .anatomy import Anatomist, Anatomy
+from .at_rest import AtRest
 from .call import Call
 from .coroutine import Cancelled, Coroutine
 from .costs import Costs
@@ -83,6 +84,7 @@ class Hub:
         cache: PromptCache | None = None,
         adapters: RankAdapters | None = None,
         costs: Costs | None = None,
+        at_rest: AtRest | None = None,
     ) -> None:
         self.max_batch = max_batch
         self.max_tokens = max_tokens
@@ -101,6 +103,7 @@ class Hub:
         self._cache = cache
         self._adapters = adapters
         self._costs = costs
+        self._at_rest = at_rest
         self._unmixed: set[str] = set()  # calls in which requests with other adapters cannot meet, by name
         self._anatomist = Anatomist()
         self._row_lists = RowLists()
@@ -242,8 +245,7 @@ class Hub:
             return Outcome(cached)
         self.counters.forwards += 1
         try:
-            with _settings(waiting), self._adapted([waiting]), self._timed([waiting]):
-                value = waiting.call.run()
+            value = self._computed([waiting], waiting.call.run)
         except Exception as error:  # noqa: BLE001  # goes to the coroutine that made the call
             return Outcome(error=error)
         self._keep(waiting, value, exact=True)
@@ -280,10 +282,19 @@ class Hub:
     def _run(self, group: list[Waiting], parts: list[Anatomy]) -> Any:
         """The output of one forward with the rows of ``group``."""
         args, kwargs = merge(parts)
-        with _settings(group[0]), self._adapted(group), self._timed(group):
-            output = group[0].call.function(*args, **kwargs)
+        output = self._computed(group, lambda: group[0].call.function(*args, **kwargs))
         self.counters.forwards += 1
         return output
+
+    def _computed(self, group: list[Waiting], forward: Callable[[], Any]) -> Any:
+        """The output of ``forward``, of which nothing stays in the component when it fails halfway."""
+        try:
+            with _settings(group[0]), self._adapted(group), self._timed(group):
+                return forward()
+        except BaseException:
+            if self._at_rest is not None:
+                self._at_rest.restore(group[0].call.component.partition(".")[0])
+            raise
 
     def _by_adapters(self, group: list[Waiting]) -> list[Outcome]:
         """A forward for each choice of adapters."""

@@ -120,7 +120,7 @@ class Model:
             dtype=str(self.dtype).removeprefix("torch."),
             parameters={
                 name: count_parameters(module, self.layouts.get(name))
-                for name, module in _modules(self.pipeline).items()
+                for name, module in modules(self.pipeline).items()
             },
             arguments=task.arguments,
             size_multiple=task.sizes.multiple,
@@ -316,11 +316,12 @@ def forget_cache(model: PreTrainedModel) -> None:
 
 
 def _parameters(pipeline: DiffusionPipeline) -> Iterator[nn.Parameter]:
-    for module in _modules(pipeline).values():
+    for module in modules(pipeline).values():
         yield from module.parameters()
 
 
-def _modules(pipeline: DiffusionPipeline) -> dict[str, nn.Module]:
+def modules(pipeline: DiffusionPipeline) -> dict[str, nn.Module]:
+    """The pipeline's components that are modules, by name."""
     return {name: part for name, part in pipeline.components.items() if isinstance(part, nn.Module)}
 
 

@@ -30,11 +30,12 @@ from ..protocol.messages import (
     ToWorker,
 )
 from ..protocol.operations import Perform, Performed, SetPaused
+from .at_rest import AtRest
 from .group_orders import GroupOrders
 from .hub import Hub
 from .jobs import Jobs
 from .lora.adapters import RankAdapters
-from .model import Model, find_device, load_model
+from .model import Model, find_device, load_model, modules
 from .operations import Operations
 from .parallel.ranks import RankLost, join, leave
 from .parallel.starting import FailedTogether, all_or_none
@@ -139,6 +140,7 @@ class Replica:
             cache=PromptCache(self._config.prompt_cache_mb * 2**20) if self._config.prompt_cache_mb else None,
             adapters=adapters,
             costs=model.costs,
+            at_rest=AtRest(modules(model.pipeline)),
         )
         hub.unmergeable.update(found.unmergeable)
         shared = Path(self._child.shared)

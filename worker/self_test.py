@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from diffusers import DiffusionPipeline
-from torch import nn
 
 from ..protocol.config import Config
 from ..protocol.errors import StartFailed
@@ -16,7 +15,7 @@ from ..protocol.messages import Batching, BatchingMode
 from ..protocol.self_test import SelfTestResult, TaskResult
 from .changes import Changes
 from .image_pipelines import DoesNotFit, for_images, needs_image, on_components
-from .model import Model
+from .model import Model, modules
 from .task import Task, new_task
 from .trial import DoesNotRun, Trial, Verdict
 
@@ -93,7 +92,7 @@ class SelfTest:
     @contextmanager
     def _untraced(self) -> Iterator[None]:
         """Around a trial, which may leave its traces in the components."""
-        traces = Changes(part for part in self._model.pipeline.components.values() if isinstance(part, nn.Module))
+        traces = Changes(modules(self._model.pipeline).values())
         traces.show()
         try:
             yield

@@ -18,10 +18,11 @@ from PIL import Image as pillow
 from ..protocol.codec import Buffer
 from ..protocol.config import Config
 from ..protocol.messages import BatchingMode, Generate, Image, Sample
+from .at_rest import AtRest
 from .coroutine import Coroutine
 from .fork import Fork
 from .hub import Hub
-from .model import Model
+from .model import Model, modules
 from .preview import preview
 from .sample import SampleRun, outputs
 from .sizes import SMALLEST, small_sizes
@@ -69,6 +70,7 @@ class Trial:
         self._config = config
         self._report = report
         self._images = images
+        self._at_rest = AtRest(modules(task.pipeline))
         self._size: dict[str, int | None] = {}
         self._last: tuple[SampleRun, Step] | None = None
         self._first = torch.empty(0)
@@ -132,6 +134,7 @@ class Trial:
             max_tokens=self._config.max_batch_tokens,
             mode=mode,
             costs=self._model.costs,
+            at_rest=self._at_rest,
         )
 
     def _first_runs(self) -> list[torch.Tensor]:
