@@ -33,7 +33,7 @@ _READS = frozenset(
 )
 """Methods without tensors that write nothing. Any other may, and is watched."""
 
-_PLAIN = (torch.dtype, torch.device, str, int, float, bool, tuple, type(None))
+_PLAIN = frozenset({torch.dtype, torch.device, str, int, float, bool, tuple, type(None)})
 
 
 class Boundary:
@@ -66,7 +66,7 @@ class Boundary:
 
     def __getattr__(self, name: str) -> Any:
         value = getattr(self._module, name)
-        if isinstance(value, _PLAIN):
+        if type(value) in _PLAIN:  # not isinstance, which runs Python code for torch's types
             return value
         if isinstance(value, nn.Module):
             return self._behind(value, name)

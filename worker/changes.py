@@ -92,7 +92,7 @@ class Changes:
 
     def watch_value(self, value: Any, component: nn.Module) -> None:
         """The fork's code has this in its hands from now on, and may write to it at any time."""
-        if self._in_forward or not self._shown:
+        if self._in_forward or not self._shown or id(value) in self._lasting:
             return
         self._lasting |= self._open(pieces_of_value(value), component)
 
