@@ -250,8 +250,10 @@ def _check_extra(name: str, value: Any, task: ModelInfo | ImageTask, config: Con
     _check_numbers(field, value)
     if name == "strength" and isinstance(value, int | float):
         Range(0, 1).check(field, value, field)
-    if parameter.maximum is not None and isinstance(value, int):
-        Range(1, parameter.maximum).check(field, value, field)
+    if parameter.maximum is not None:
+        allowed = Range(0 if parameter.default == 0 else 1, parameter.maximum)
+        for number in _numbers(value):
+            allowed.check(field, number, field)
     if name in _SCHEDULES and isinstance(value, list):
         Range(1, config.max_steps).check(f"The length of {field}", len(value), field)
 
@@ -290,6 +292,10 @@ def _check_bulk(extra: dict[str, Any]) -> None:
                 field="extra",
             )
         level = [item for value in level if isinstance(value, list | dict) for item in _items(value)]
+
+
+def _numbers(value: Any) -> Iterable[float]:
+    return (one for one in (value if isinstance(value, list) else [value]) if isinstance(one, int | float))
 
 
 def _items(value: list[Any] | dict[str, Any]) -> Iterable[Any]:

@@ -13,16 +13,13 @@ from diffusers import DiffusionPipeline
 from ..protocol.config import Config, most_pixels
 from ..protocol.messages import Batching, Parameter
 from .arguments import offered_arguments
+from .bounds import bounded
 from .first_call import variables_at_first_call
 from .image_pipelines import image_arguments
 from .sizes import Sizes, find_sizes
 
 _NO_LIMIT = 100_000
 """Transformers writes a number far beyond this one where a tokenizer has no limit."""
-
-_LONGEST_TEXT = 4096
-"""Tokens, for pipelines that name no default and tokenizers that name no limit."""
-
 
 UNTESTED = Batching("merged", "not tested")
 
@@ -63,7 +60,7 @@ def new_task(
     What is made from ``images`` has a size that follows from them.
     """
     pipeline.set_progress_bar_config(disable=True)
-    arguments = _bounded(offered_arguments(pipeline), pipeline, config)
+    arguments = bounded(offered_arguments(pipeline), config, _longest_text(pipeline))
     published = {name: value for name, value in published.items() if name in arguments}
     needed, made = _needed(pipeline, arguments, image_arguments(type(pipeline)) if images else ())
     own = _own_defaults(arguments, made)
@@ -103,18 +100,6 @@ def _longest_text(pipeline: DiffusionPipeline) -> int | None:
     """Tokens that the most capable of the model's tokenizers is made for; ``None`` when none says."""
     limits = [getattr(part, "model_max_length", None) for part in pipeline.components.values()]
     return max((limit for limit in limits if isinstance(limit, int) and limit < _NO_LIMIT), default=None)
-
-
-def _bounded(arguments: dict[str, Parameter], pipeline: DiffusionPipeline, config: Config) -> dict[str, Parameter]:
-    """Arguments with a maximum where a larger value would only cost time and memory."""
-    bounded = dict(arguments)
-    for name, parameter in arguments.items():
-        if name.endswith("num_inference_steps"):
-            bounded[name] = msgspec.structs.replace(parameter, maximum=config.max_steps)
-        if name == "max_sequence_length":
-            longest = max(parameter.default or 0, _longest_text(pipeline) or 0) or _LONGEST_TEXT
-            bounded[name] = msgspec.structs.replace(parameter, maximum=longest)
-    return bounded
 
 
 def _needed(

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from typing import Any
 
 import orjson
 import pytest
+from msgspec.structs import replace
 
 from safelight.protocol.config import Config
 from safelight.protocol.errors import InvalidRequest, Malformed
-from safelight.protocol.messages import Generate
+from safelight.protocol.messages import Generate, Parameter
 from safelight.server.limits import check_model, check_ranges, to_message
-from safelight.server.schemas import parse_generate
+from safelight.server.schemas import GenerateBody, parse_generate
 
 from .played_scheduler import IMAGE_MODEL
 
@@ -134,6 +136,23 @@ def test_a_value_out_of_range_names_the_field_and_the_range(body: bytes, field: 
         read(body)
     assert raised.value.field == field
     assert told in raised.value.message
+
+
+@pytest.mark.parametrize(
+    ("value", "parameter", "told"),
+    [
+        (100_001, Parameter(["int"], 1024, maximum=100_000), "between 1 and 100000, not 100001"),
+        ([2, 10**9], Parameter(["list"], [10, 10], maximum=50), "between 1 and 50, not 1000000000"),
+        ([0, 1], Parameter(["list"], [10, 10], maximum=50), "between 1 and 50, not 0"),
+        (-1, Parameter(["int"], 0, maximum=50), "between 0 and 50, not -1"),
+    ],
+)
+def test_a_value_beyond_the_largest_of_its_argument_is_refused(value: Any, parameter: Parameter, told: str) -> None:
+    model = replace(IMAGE_MODEL, arguments={"amount": parameter})
+    check_model(GenerateBody(prompt=["x"], extra={"amount": parameter.default}), 0, model, Config())
+    with pytest.raises(InvalidRequest, match=f"extra.amount must be {told}") as raised:
+        check_model(GenerateBody(prompt=["x"], extra={"amount": value}), 0, model, Config())
+    assert raised.value.field == "extra.amount"
 
 
 def test_a_minimal_body_leaves_everything_to_the_pipeline() -> None:
