@@ -42,6 +42,9 @@ _SOUND: dict[str, tuple[Literal["aac", "libopus"], tuple[int, ...]]] = {
 }
 """Containers with the codec of their sound and the sample rates that it has."""
 
+_LONGEST_SIDES = {"webp": 16_383, "jpeg": 65_500, "mp4": 16_384, "webm": 65_535}
+"""Pixels that a side may have, by the format or by its encoder."""
+
 
 @dataclass(frozen=True, slots=True)
 class Waveform:
@@ -62,6 +65,7 @@ def encode(pixels: Floats, output_format: OutputFormat, fps: int | None = None, 
             return bytes(save_safetensors(tensors))
         tensors["audio"] = np.ascontiguousarray(sound.samples)
         return bytes(save_safetensors(tensors, {"audio_sample_rate": str(sound.rate)}))
+    _check_sides(pixels, output_format)
     if output_format in _VIDEO:
         return encode_video(to_uint8(pixels), fps or 1, output_format, sound)
     if pixels.ndim != 3:
@@ -69,6 +73,17 @@ def encode(pixels: Floats, output_format: OutputFormat, fps: int | None = None, 
             f"a clip cannot be encoded as {output_format}; ask for {', '.join(_VIDEO)} or pt", field="output_format"
         )
     return encode_image(to_uint8(pixels), output_format)
+
+
+def _check_sides(pixels: Floats, output_format: OutputFormat) -> None:
+    longest = _LONGEST_SIDES.get(output_format)
+    height, width = pixels.shape[-2:]
+    if longest is not None and max(height, width) > longest:
+        raise InvalidRequest(
+            f"a side of a {output_format} file has up to {longest} pixels, and the output has {width} x {height}; "
+            "ask for another output_format or a smaller size",
+            field="output_format",
+        )
 
 
 def to_uint8(pixels: Floats) -> Pixels:

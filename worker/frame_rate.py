@@ -18,8 +18,17 @@ ARGUMENTS = ("frame_rate", "fps", "target_fps")
 _OTHERWISE = 16
 """For pipelines that say nothing of it."""
 
+_FASTEST = 240
+"""At which a request may have its clip play."""
+
 _EXAMPLE = re.compile(r"^\s*(?:>>>|\.\.\.).*\bfps\s*=\s*(\d+)", re.MULTILINE)
 _EXPORT = re.compile(r"\bexport_to_(?:video|gif)\(")
+
+
+def rate_told(arguments: Mapping[str, Any]) -> int | None:
+    """Frames a second that a pipeline is told by ``arguments``, where they say it."""
+    told = next((value for name in ARGUMENTS if (value := arguments.get(name))), None)
+    return None if told is None else min(max(1, round(told)), _FASTEST)
 
 
 def frame_rate(
@@ -29,11 +38,9 @@ def frame_rate(
 
     ``defaults`` go before the pipeline's own. CogVideoX' example exports its clip with ``fps=8``, Wan's with 16.
     """
-    for name in ARGUMENTS:
-        told = defaults.get(name) or (arguments[name].default if name in arguments else None)
-        if told:
-            rate: int = max(1, round(told))
-            return rate
+    usual = {name: parameter.default for name, parameter in arguments.items()}
+    if (rate := rate_told(defaults)) or (rate := rate_told(usual)):
+        return rate
     documentation = pipeline.__call__.__doc__ or ""
     if example := _EXAMPLE.search(documentation):
         return int(example[1])

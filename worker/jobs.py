@@ -20,6 +20,7 @@ from ..protocol.errors import ClientGone, Internal, SafelightError
 from ..protocol.messages import Failed, FromWorker, Generate, Output, Preview, Progress, ReplicaStats, Result, Timings
 from .encoding import Floats, Waveform, encode, encode_image, to_uint8
 from .failure import NotFinite, explain
+from .frame_rate import rate_told
 from .hub import Hub
 from .lora.adapters import RankAdapters
 from .model import Model
@@ -270,7 +271,7 @@ class Jobs:
             return
         request = job.request
         encoded = _Encoded(job, sample.index)
-        fps = (request.fps or self._model.frame_rate(sample.task)) if widened.ndim == 4 else None
+        fps = self._frame_rate(sample) if widened.ndim == 4 else None
         try:
             pixels: Floats = widened.cpu().numpy()
             heard = None if sound is None else Waveform(sound.samples.cpu().numpy(), sound.rate)
@@ -303,6 +304,11 @@ class Jobs:
             encoded.error = Internal("the output could not be encoded")
         self._encoded.put(encoded)
         self._wake()
+
+    def _frame_rate(self, sample: SampleRun) -> int:
+        """Frames a second of a clip: what the request says, or else what its pipeline was told."""
+        request = sample.request
+        return request.fps or rate_told(request.extra) or self._model.frame_rate(sample.task)
 
     def _encode_preview(self, job: Job, index: int, step: Step, widened: torch.Tensor) -> None:
         encoded = _Encoded(job, index)

@@ -17,6 +17,7 @@ from safelight.benchmarks.coverage.build import build
 from safelight.protocol.config import Config
 from safelight.protocol.messages import FromWorker, Generate, Result, Sample
 from safelight.worker.arguments import call_arguments, offered_arguments
+from safelight.worker.bounds import bounded
 from safelight.worker.frame_rate import frame_rate
 from safelight.worker.hub import Hub
 from safelight.worker.jobs import Jobs
@@ -92,6 +93,26 @@ def test_a_tuple_is_offered_with_its_length_and_everybody_s_prompts_as_text() ->
     assert (layers.length, layers.is_tuple) == (None, True), "`tuple[int]` is written there for three"
 
 
+def test_what_says_how_much_a_pipeline_computes_has_a_largest_value_under_any_name() -> None:
+    config = Config()
+    found = {
+        name: parameter.maximum
+        for pipeline in pipelines()
+        for name, parameter in bounded(call_arguments(pipeline), config, None).items()
+    }
+    for name in ("num_frames", "frames", "video_length", "num_frames_per_chunk", "segment_frame_length"):
+        assert found[name] == config.max_frames, name
+    for name in ("prior_num_inference_steps", "original_inference_steps", "pyramid_num_inference_steps_list"):
+        assert found[name] == config.max_steps, name
+    for name in ("resolution", "output_resolution", "processing_resolution", "upsampling_height", "frame_size"):
+        assert found[name] ** 2 == config.max_pixels, name
+    for name in ("max_new_tokens", "prompt_max_new_tokens", "tokenizer_max_length", "gen_length"):
+        assert found[name] == 4096, name
+    assert (found["max_area"], found["layers"]) == (config.max_pixels, config.max_outputs)
+    for name in ("original_size", "timesteps", "fps", "frame_rate", "frame_index", "noise_level", "width"):
+        assert found[name] is None, name
+
+
 def test_every_tuple_of_every_pipeline_is_given_as_one() -> None:
     for pipeline in pipelines():
         signature = inspect.signature(pipeline.__call__)
@@ -154,6 +175,25 @@ def test_clip_skip_is_offered_where_the_text_encoder_lets_the_pipeline_do_it(
 )
 def test_a_clip_plays_as_fast_as_diffusers_own_example_exports_it(pipeline: type[DiffusionPipeline], rate: int) -> None:
     assert frame_rate(pipeline, call_arguments(pipeline), {}) == rate
+
+
+def test_a_clip_plays_at_the_rate_that_its_model_was_told(tiny_model: Callable[[str], Model]) -> None:
+    model, small = tiny_model("ltx"), {"num_inference_steps": 1, "width": 64, "height": 64, "num_frames": 9}
+    told = [
+        ({"frame_rate": 7.6}, None, 8),
+        ({"frame_rate": 1e9}, None, 240),
+        ({"frame_rate": 12}, 10, 10),
+        ({}, None, 25),
+    ]
+    requests = [
+        Generate(request_id=f"{rate}", samples=[Sample("a", 1)], extra=extra, fps=fps, output_format="mp4", **small)  # type: ignore[arg-type]
+        for extra, fps, rate in told
+    ]
+    results = finished(model, *requests)
+    assert len(results) == len(told)
+    for result in results:
+        assert isinstance(result, Result)
+        assert result.outputs[0].fps == int(result.request_id)
 
 
 def test_a_default_of_the_checkpoint_goes_before_the_pipeline_s_own() -> None:

@@ -133,3 +133,14 @@ def test_encoding_leaves_openmp_alone() -> None:
 def test_a_clip_is_no_png() -> None:
     with pytest.raises(InvalidRequest):
         encode(pixels(2, 3, 8, 8), "png", None)
+
+
+@pytest.mark.parametrize(("output_format", "side"), [("webp", 16_383), ("jpeg", 65_500), ("mp4", 16_384)])
+def test_a_side_beyond_what_the_format_can_hold_is_the_request_s_fault(output_format: OutputFormat, side: int) -> None:
+    frames = (1,) if output_format == "mp4" else ()
+    assert encode(np.zeros((*frames, 3, 8, side), np.float32), output_format)
+    with pytest.raises(
+        InvalidRequest, match=f"{output_format} file has up to {side} pixels.* {side + 2} x 8"
+    ) as refused:
+        encode(np.zeros((*frames, 3, 8, side + 2), np.float32), output_format)
+    assert refused.value.field == "output_format"
