@@ -149,7 +149,10 @@ class Boundary:
         return Boundary(module, path, self._crossing, self._changes, self._component)
 
     def _wrapped(self, value: Any) -> Any:
-        """What a method returned, with modules behind boundaries."""
+        """What a method returned, with modules behind boundaries, and watched where it is a weight."""
+        if isinstance(value, torch.Tensor):
+            self._changes.watch_value(value, self._component)
+            return value
         if isinstance(value, nn.Module):
             return self if value is self._module else self._behind(value)
         if isinstance(value, GeneratorType | ValuesView | ItemsView):

@@ -187,22 +187,22 @@ def pieces(module: nn.Module) -> Iterator[Piece]:
     """Every piece of state of the module itself, without its sub-modules."""
     attributes = vars(module)
     yield Mapping(attributes)
-    for table in ("_parameters", "_buffers"):
-        yield from _weights(attributes[table].values())
     for value in attributes.values():
         yield from pieces_of_value(value)
 
 
 def pieces_of_value(value: Any) -> Iterator[Piece]:
-    """The state of what a module refers to: a tensor, a table, a list, or an object such as a configuration."""
-    if isinstance(value, torch.Tensor):
-        yield from _weights([value])
+    """The state of what a module refers to: a tensor, an object such as a configuration, a table or list of them."""
     yield from _containers(value)
-    if is_stateful(value):
-        attributes = vars(value)
-        yield Mapping(attributes)
-        for inner in attributes.values():
-            yield from _containers(inner)
+    parts = dict.values(value) if isinstance(value, dict) else value if type(value) in (list, set) else ()
+    for one in (value, *parts):
+        if isinstance(one, torch.Tensor):
+            yield from _weights([one])
+        elif is_stateful(one):
+            attributes = vars(one)
+            yield Mapping(attributes)
+            for inner in attributes.values():
+                yield from _containers(inner)
 
 
 def is_stateful(value: object) -> bool:

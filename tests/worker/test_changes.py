@@ -142,6 +142,16 @@ def _louder_processors(pipe: DiffusionPipeline) -> None:
             module.processor = Louder()
 
 
+def _softer_processors(pipe: DiffusionPipeline) -> None:
+    for processor in pipe.unet.attn_processors.values():
+        processor.loudness = 0.5
+
+
+def _each(component: nn.Module, attribute: str, value: Any) -> None:
+    for parameter in component.parameters():
+        setattr(parameter, attribute, value.expand(parameter.shape) if isinstance(value, torch.Tensor) else value)
+
+
 def _hook(pipe: DiffusionPipeline) -> Callable[[], None]:
     handle = pipe.knobs.layers[0].register_forward_hook(lambda module, given, made: made * 2)
     return handle.remove
@@ -210,6 +220,9 @@ WRITES: dict[str, Write] = {
     "training": lambda pipe: pipe.unet.train(),
     "attention processors": lambda pipe: pipe.unet.set_attn_processor(Louder()),
     "attention processors, one by one": _louder_processors,
+    "an attention processor's attribute": _softer_processors,
+    "every parameter's data": lambda pipe: _each(pipe.knobs, "data", torch.zeros(1)),
+    "every parameter's gradients": lambda pipe: _each(pipe.unet, "requires_grad", False),
     "attention slices": lambda pipe: pipe.unet.set_attention_slice("max"),
     "free u": lambda pipe: pipe.unet.enable_freeu(s1=0.9, s2=0.2, b1=1.2, b2=1.4),
     "fused projections": lambda pipe: pipe.unet.fuse_qkv_projections(),
@@ -236,7 +249,9 @@ def state(pipeline: Writer) -> list[Any]:
             attributes = {key: repr(value) for key, value in plain.items()}
             found.append((name, list(vars(module)), attributes, {key: list(value) for key, value in tables.items()}))
         found += [(name, one.dtype, one.requires_grad, one.tolist()) for name, one in component.state_dict().items()]
+        found.append([one.requires_grad for one in component.parameters()])
         found.append(repr(vars(component.config)) if hasattr(component, "config") else None)
+    found.append([dict(vars(processor)) for processor in pipeline.unet.attn_processors.values()])
     return found
 
 
