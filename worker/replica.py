@@ -121,7 +121,10 @@ class Replica:
             return test.recall(self._child.self_test)
         found = test.run()
         if self._leads:
-            test.result(found).write(Path(self._child.directory))
+            try:
+                test.result(found).write(Path(self._child.directory))
+            except OSError as error:
+                log.warning("the self-test is made again at each start, as its result cannot be kept: %s", error)
         return found
 
     def _serve(self, model: Model, found: Found) -> int:
