@@ -62,7 +62,7 @@ class ChildProcess:
     def __init__(self, name: str, pid: int, lifeline: int) -> None:
         self.name = name
         self.pid = pid
-        self._lifeline = lifeline
+        self._lifeline: int | None = lifeline
         self._loop = asyncio.get_running_loop()
         self._status: asyncio.Future[int] = self._loop.create_future()
         threading.Thread(target=self._reap, daemon=True, name=f"reap-{pid}").start()
@@ -84,6 +84,7 @@ class ChildProcess:
 
     async def configure(self, config: ChildConfig) -> None:
         """Write ``config`` to the process's standard input, which stays open."""
+        assert self._lifeline is not None, "it was not stopped"
         await asyncio.to_thread(_write, self._lifeline, msgspec.json.encode(config.without_key()) + b"\n")
 
     @property
@@ -103,7 +104,9 @@ class ChildProcess:
                 await asyncio.wait_for(asyncio.shield(self._status), TERMINATION_S)
         self._signal(signal.SIGKILL)
         await asyncio.shield(self._status)
-        os.close(self._lifeline)
+        if self._lifeline is not None:  # two who stop it at once close it once
+            lifeline, self._lifeline = self._lifeline, None
+            os.close(lifeline)
 
     def _signal(self, number: signal.Signals) -> None:
         if self.running:

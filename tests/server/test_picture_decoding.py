@@ -61,11 +61,11 @@ async def test_a_decoder_that_is_killed_or_stopped_costs_one_request_and_says_so
     image = file(picture())
 
     async def one_of_them(number: signal.Signals) -> None:
-        before = len(psutil.Process().children())
+        before = set(psutil.Process().children())
         asked = asyncio.create_task(decoding.read([slow_png(4_000_000)], LIMIT))
-        while len(children := psutil.Process().children()) == before:
+        while not (started := set(psutil.Process().children()) - before):
             await asyncio.sleep(0.01)
-        children[-1].send_signal(number)
+        started.pop().send_signal(number)
         with pytest.raises(Unavailable, match="was killed"):
             await asked
 
