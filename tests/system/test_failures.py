@@ -128,9 +128,10 @@ def test_a_higher_priority_goes_first(checkpoint: Callable[[str], Path]) -> None
         futures = [pool.submit(one, server.url, "first", 0, LONG)]
         server.wait_for(lambda: metric(server.url, "safelight_running") == 1 or None, 10)
         worker.suspend()
+        queued = "safelight_queued_requests"
         for waiting, (name, priority) in enumerate((("low", 0), ("high", 5)), start=1):
             futures.append(pool.submit(one, server.url, name, priority, 5))
-            server.wait_for(lambda waiting=waiting: metric(server.url, "safelight_queued") == waiting or None, 10)
+            server.wait_for(lambda waiting=waiting: metric(server.url, queued) == waiting or None, 10)
         worker.resume()
         for future in futures:
             future.result()
