@@ -185,9 +185,9 @@ class Join(msgspec.Struct, tag=True, frozen=True, kw_only=True):
 
 
 class Leave(msgspec.Struct, tag=True, frozen=True):
-    """Every rank leaves the trainer's process group."""
+    """Every rank leaves the trainer's process group; all of its groups where ``group`` is None."""
 
-    group: str
+    group: str | None
 
 
 class Export(msgspec.Struct, tag=True, frozen=True):

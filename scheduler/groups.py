@@ -69,9 +69,10 @@ class Groups:
 
     def leave(self, part: Operate, leave: Leave, replicas: set[int]) -> None:
         """Have ``replicas`` leave, also while they are joining; a group that nobody has is left already."""
-        for asked in [asked for asked in self._joins() if asked.operation.group == leave.group]:
+        for asked in [asked for asked in self._joins() if leave.group in (None, asked.operation.group)]:
             del self._asked[asked.number]  # the replicas give it up as they are told to leave
-            self._tell_failed(asked.part, Conflict(f"The group {leave.group!r} was destroyed while it was joined."))
+            name = asked.operation.group
+            self._tell_failed(asked.part, Conflict(f"The group {name!r} was destroyed while it was joined."))
         if replicas:
             self._order(part, leave, replicas)
         else:

@@ -76,8 +76,9 @@ class BodyMemory:
 class BodyLimitMiddleware:
     """Bounds the bytes of each body and of all together, and the time in which a body arrives.
 
-    A body over its limit is refused by its announced length at once, otherwise as soon as that much has come. The first
-    bytes of each are not counted, so that large bodies do not keep small ones out.
+    A body over its limit is refused by its announced length before any of it is read, otherwise as soon as that much
+    has come. The endpoint that reads it is told, so that it can do what a refusal on its route means. The first bytes
+    of each are not counted, so that large bodies do not keep small ones out.
     """
 
     def __init__(self, app: ASGIApp, *, limits: BodyLimits, memory: BodyMemory, timeout_s: float) -> None:
@@ -94,13 +95,13 @@ class BodyLimitMiddleware:
         route = (scope["path"], media_type(headers))
         streamed = self._limits.streamed.get(route)
         limit = streamed or self._limits.by_path.get(scope["path"], self._limits.others)
-        announced = headers.get("content-length", "0")
-        if not announced.isdigit() or len(announced) > 18 or int(announced) > limit:
-            raise _too_large(limit)
+        announced = _announced(headers, limit)
         if streamed is not None:
+            if announced > limit:
+                raise _too_large(limit)
             await self._app(scope, receive, send)
             return
-        body = _Body(receive, limit, self._memory, self._timeout_s + int(announced) / _SLOWEST)
+        body = _Body(receive, limit, announced, self._memory, self._timeout_s + announced / _SLOWEST)
         try:
             await self._app(scope, body.receive, send)
         finally:
@@ -110,9 +111,10 @@ class BodyLimitMiddleware:
 class _Body:
     """A body while it arrives."""
 
-    def __init__(self, receive: Receive, limit: int, memory: BodyMemory, timeout_s: float) -> None:
+    def __init__(self, receive: Receive, limit: int, announced: int, memory: BodyMemory, timeout_s: float) -> None:
         self._receive = receive
         self._limit = limit
+        self._announced = announced
         self._memory = memory
         self._timeout_s = timeout_s
         self._deadline = asyncio.get_running_loop().time() + timeout_s
@@ -124,6 +126,8 @@ class _Body:
         if self._ended:  # the endpoint has read the body, keeps none of it, and asks whether the client is still there
             self.release()
             return await self._receive()
+        if self._announced > self._limit:
+            raise _too_large(self._limit)
         try:
             async with asyncio.timeout_at(self._deadline):
                 message = await self._receive()
@@ -144,6 +148,12 @@ class _Body:
     def release(self) -> None:
         self._memory.give_back(self._taken)
         self._taken = 0
+
+
+def _announced(headers: Headers, limit: int) -> int:
+    """The bytes that a body is said to have; 0 where nothing is said."""
+    text = headers.get("content-length", "0")
+    return int(text) if text.isdigit() and len(text) <= 18 else limit + 1
 
 
 def media_type(headers: Headers) -> str:

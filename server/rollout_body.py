@@ -93,16 +93,23 @@ def _from_msgpack(body: bytearray) -> RolloutBody:
 
 
 def _validated(value: dict[str, Any]) -> RolloutBody:
-    """``value``, with what is in ``extra_sampling_params`` where it belongs."""
-    params, extra = value.get("extra_sampling_params"), value.get("extra")
-    if not isinstance(params, dict) or not isinstance(extra, dict | None):
+    """``value``, with what is in ``extra_sampling_params`` where it belongs. A field that is null is left out."""
+    value = _without_nulls(value)
+    params, extra = value.get("extra_sampling_params"), value.get("extra", {})
+    if not isinstance(params, dict) or not isinstance(extra, dict):
         return validate(value, RolloutBody)
-    fields = {name: item for name, item in params.items() if name in RolloutBody.model_fields}
-    further = {name: item for name, item in params.items() if name not in fields}
-    given = {name for name, item in value.items() if item is not None} | (extra or {}).keys()
-    if twice := sorted(given & params.keys()):
+    fields = _without_nulls({name: item for name, item in params.items() if name in RolloutBody.model_fields})
+    further = {name: item for name, item in params.items() if name not in RolloutBody.model_fields}
+    if twice := sorted((value.keys() | extra.keys()) & (fields.keys() | further.keys())):
         raise InvalidRequest(f"{twice[0][:100]} is given twice, in extra_sampling_params too.", field=twice[0][:100])
-    return validate({**value, **fields, "extra": {**(extra or {}), **further}}, RolloutBody)
+    within = fields.pop("extra", {})
+    if not isinstance(within, dict):
+        return validate({**value, "extra": within}, RolloutBody)
+    return validate({**value, **fields, "extra": {**extra, **within, **further}}, RolloutBody)
+
+
+def _without_nulls(value: dict[str, Any]) -> dict[str, Any]:
+    return {name: item for name, item in value.items() if item is not None}
 
 
 def check_rollout(body: RolloutBody, model: ModelInfo, config: Config) -> None:

@@ -19,6 +19,8 @@ B = TypeVar("B")
 
 _UNKNOWN = re.compile(r"Object contains unknown field `(.*)`", re.DOTALL)  # as msgspec says it
 
+_NULL = b"null"
+
 TENSORS = 400_000
 """Values of a body that says several things of every tensor of a model."""
 DEFAULT_GROUP = "weight_update_group"
@@ -247,7 +249,10 @@ class Nothing(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 
 
 async def read(request: Request, kind: type[B], max_values: int = MAX_VALUES) -> B:
-    """The body as ``kind``; an empty one has every default. Raises ``Malformed`` and ``BodyTooLarge``."""
+    """The body as ``kind``; an empty one has every default, and so has a field that is null.
+
+    Raises ``Malformed`` and ``BodyTooLarge``.
+    """
     return await decode(await read_body(request), kind, max_values)
 
 
@@ -270,17 +275,25 @@ def _decode_any(body: bytearray) -> dict[str, Any]:
 
 def _decode(body: bytearray, kind: type[B]) -> B:
     try:
-        return _checked(msgspec.json.decode(body or b"{}", type=kind))
+        return _checked(msgspec.json.decode(_without_nulls(body) or b"{}", type=kind))
     except msgspec.ValidationError as error:
         raise _malformed(error, kind) from None
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise Malformed(f"The body is no JSON: {error}.") from None
 
 
+def _without_nulls(body: bytearray) -> bytes | bytearray:
+    """``body`` without fields that are null, which a client has left out: trainers write whole objects."""
+    if _NULL not in body:
+        return body
+    fields = msgspec.json.decode(body, type=dict[str, msgspec.Raw])
+    return msgspec.json.encode({name: value for name, value in fields.items() if bytes(value) != _NULL})
+
+
 def group_of(body: bytearray) -> str | None:
-    """The group that a body is about which may be wrong otherwise."""
+    """The group that a body is about which may be wrong otherwise; ``None`` where it does not tell."""
     try:
-        return msgspec.json.decode(body, type=_OfGroup).group_name
+        return msgspec.json.decode(_without_nulls(body), type=_OfGroup).group_name
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
         return None
 

@@ -13,7 +13,7 @@ import msgspec
 from fastapi import APIRouter, Request
 from starlette.types import Message
 
-from ..protocol.errors import Conflict, InvalidRequest
+from ..protocol.errors import Conflict, InvalidRequest, SafelightError
 from ..protocol.operations import Abort, Barrier, Continue, Leave, Operation, Pause
 from . import weight_bodies as bodies
 from .operating import Operating, routes_of, success
@@ -23,6 +23,9 @@ from .weights import WeightRoutes
 
 GROUP = "weight_transfer"
 """The group of these routes, as the others name it."""
+
+_OF_PACKING = ("packed", "packed_buffer_size_bytes", "packed_num_buffers", "is_checkpoint_format")
+_CHECKPOINT_NAMES = "Tensors come under their checkpoint's names; give is_checkpoint_format = true."
 
 _MODES: dict[str, Barrier] = {"keep": "in_place", "wait": "wait", "abort": "abort"}
 
@@ -113,10 +116,7 @@ class _Routes:
         """What a trainer had begun before and not ended is aborted."""
         body = await bodies.read(request, StartUpdate)
         if not body.is_checkpoint_format:
-            raise InvalidRequest(
-                "Tensors come under their checkpoint's names; give is_checkpoint_format = true.",
-                field="is_checkpoint_format",
-            )
+            raise InvalidRequest(_CHECKPOINT_NAMES, field="is_checkpoint_format")
         if self._update_id is not None:
             await self._done_or_not_there(request, Abort(self._update_id))
         begun = await self._weights.begin(_written_anew(request, {"mode": "in_place"}))
@@ -125,12 +125,11 @@ class _Routes:
 
     async def update(self, request: Request) -> dict[str, Any]:
         """Part of the update that was started, or one of its own. One that is refused ends the group."""
-        fields = await _flat(request, "update_info")
-        if fields.pop("packed", False):
+        try:
+            fields = _unpacked(await _flat(request, "update_info"))
+        except SafelightError:
             self._operating.without_reply(Leave(GROUP))
-            raise InvalidRequest(
-                "Tensors are received one by one; send packed = false. The group is ended.", field="packed"
-            )
+            raise
         named = {("dtypes" if name == "dtype_names" else name): value for name, value in fields.items()}
         part = {} if self._update_id is None else {"update_id": self._update_id}
         return await self._weights.from_distributed(_written_anew(request, {**named, **part, "group_name": GROUP}))
@@ -159,6 +158,17 @@ async def _flat(request: Request, nested: str) -> dict[str, Any]:
     if not isinstance(inner, dict):
         raise InvalidRequest(f"{nested} must be an object.", field=nested)
     return {**fields, **inner}
+
+
+def _unpacked(fields: dict[str, Any]) -> dict[str, Any]:
+    """``fields`` without those that say how tensors are packed. Raises ``InvalidRequest`` for ones that are."""
+    if fields.get("packed"):
+        raise InvalidRequest(
+            "Tensors are received one by one; send packed = false. The group is ended.", field="packed"
+        )
+    if fields.get("is_checkpoint_format") is False:
+        raise InvalidRequest(f"{_CHECKPOINT_NAMES} The group is ended.", field="is_checkpoint_format")
+    return {name: value for name, value in fields.items() if name not in _OF_PACKING}
 
 
 def _written_anew(request: Request, fields: dict[str, Any]) -> Request:

@@ -205,8 +205,9 @@ class WeightRoutes:
 
     async def from_distributed(self, request: Request) -> dict[str, Any]:
         """Whoever is refused here may have begun to broadcast: the end of the group tells him, who else would wait."""
-        raw = await read_body(request)
+        raw = bytearray()
         try:
+            raw = await read_body(request)
             body = await bodies.decode(raw, bodies.FromDistributed, bodies.TENSORS)
         except SafelightError:
             self._end_group(bodies.group_of(raw))
@@ -230,8 +231,8 @@ class WeightRoutes:
         return await self._update(request, source, body)
 
     def _end_group(self, name: str | None) -> None:
-        if name is not None:
-            self._operating.without_reply(Leave(name))
+        """All groups where a body does not tell which it is about."""
+        self._operating.without_reply(Leave(name))
 
     async def destroy_group(self, request: Request) -> dict[str, Any]:
         body = await bodies.read(request, bodies.DestroyGroup)

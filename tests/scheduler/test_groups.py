@@ -70,11 +70,12 @@ def test_a_join_of_which_replicas_say_nothing_ends_at_its_time() -> None:
     assert len(stage.joins("release")) == 2
 
 
-def test_a_group_can_be_destroyed_while_it_is_joined_also_during_a_begun_update() -> None:
+@pytest.mark.parametrize("named", ["g", None])
+def test_a_group_can_be_destroyed_while_it_is_joined_also_during_a_begun_update(named: str | None) -> None:
     stage = Joining()
     asked = stage.join()
     stage.begin()
-    stage.operate("destroy", Leave("g"))
+    stage.operate("destroy", Leave(named))
     stage.do_all()
     stage.done("destroy")
     assert "destroyed" in stage.refusal(asked)

@@ -8,8 +8,11 @@ import pytest
 from msgspec.structs import replace
 
 from safelight.protocol.adapters import AdapterState
+from safelight.protocol.config import Config
 from safelight.protocol.messages import Hold
 from safelight.protocol.operations import Abort, Leave, Operate, Operated
+from safelight.server.weight_bodies import DEFAULT_GROUP
+from safelight.server.weight_transfer import GROUP
 
 from .played_scheduler import ready
 from .stage import stage
@@ -59,13 +62,43 @@ async def test_a_begun_update_cannot_ask_to_hold_back_generation_beyond_the_ceil
         assert (answer.status_code, answer.json()["error"]["field"]) == (400, "timeout_s")
 
 
-ODD = [b'{"group_name": "g", "names": 3}', b'{"group_name": "g", "names": [], "dtypes": [], "shapes": [], "x": 1}']
+REFUSED: list[tuple[str, bytes, int, str | None]] = [
+    ("/update_weights_from_distributed", b'{"group_name": "g", "names": 3}', 422, "g"),
+    (
+        "/update_weights_from_distributed",
+        b'{"group_name": "g", "names": [], "dtypes": [], "shapes": [], "x": 1}',
+        422,
+        "g",
+    ),
+    ("/update_weights_from_distributed", b'{"group_name": null, "names": 3}', 422, DEFAULT_GROUP),
+    ("/update_weights_from_distributed", b'{"group_name": 5}', 422, None),
+    ("/update_weights_from_distributed", b'{"group_name": "g", "names": [', 422, None),
+    ("/update_weights_from_distributed", b'{"group_name": "g"}' + b" " * 16_000_000, 413, None),
+    ("/update_weights", b'{"names": 3}', 422, GROUP),
+    ("/update_weights", b'{"update_info": {"names": [', 422, GROUP),
+    ("/update_weights", b'{"update_info": 3}', 400, GROUP),
+    ("/update_weights", b'{"update_info": {"packed": true}}', 400, GROUP),
+    ("/update_weights", b'{"update_info": {"is_checkpoint_format": false}}', 400, GROUP),
+    ("/update_weights", b" " * 16_000_001, 413, GROUP),
+]
 
 
-@pytest.mark.parametrize("body", ODD)
-async def test_a_refusal_before_anything_is_announced_ends_the_group_too(body: bytes) -> None:
+@pytest.mark.parametrize(("path", "body", "status", "group"), REFUSED, ids=[str(n) for n in range(len(REFUSED))])
+async def test_a_refusal_before_anything_is_announced_ends_the_group_too(
+    path: str, body: bytes, status: int, group: str | None
+) -> None:
+    """All groups, where the body does not tell which one the trainer has begun to broadcast over."""
     async with stage() as at:
-        assert (await at.client.post("/update_weights_from_distributed", content=body)).status_code == 422
+        assert (await at.client.post(path, content=body)).status_code == status
         await at.until(lambda: [one for one in at.scheduler.received if isinstance(one, Operate)])
         (asked,) = [one for one in at.scheduler.received if isinstance(one, Operate)]
-        assert asked.operation == Leave("g")
+        assert asked.operation == Leave(group)
+
+
+@pytest.mark.parametrize("headers", [{"Origin": "http://evil.example"}, {"Host": "evil.example"}, {}])
+async def test_a_stranger_s_refusal_ends_no_group(headers: dict[str, str]) -> None:
+    async with stage(Config(api_key="k")) as at:
+        for path in ("/update_weights", "/update_weights_from_distributed"):
+            reply = await at.client.post(path, content=b"{", headers=headers)
+            assert reply.status_code in (401, 403)
+        assert not [one for one in at.scheduler.received if isinstance(one, Operate)]

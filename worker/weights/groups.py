@@ -145,18 +145,18 @@ class Groups:
         for name in [name for name, group in self._groups.items() if group.number == number]:
             self.leave(name)
 
-    def leave(self, name: str) -> bool:
-        """Close the group's connections, so that who waits in it is told, or give up joining it.
+    def leave(self, name: str | None) -> bool:
+        """Close the group's connections, so that who waits in it is told, or give up joining it; all, for no name.
 
         Returns whether there was such a group.
         """
-        for number in [number for number, attempt in self._joining.items() if attempt.asked.group == name]:
+        joining = [number for number, attempt in self._joining.items() if name in (None, attempt.asked.group)]
+        for number in joining:
             self._give_up(number)
-            return True
-        group = self._groups.pop(name, None)
-        if group is not None:
-            group.backend.abort()
-        return group is not None
+        joined = [known for known in self._groups if name in (None, known)]
+        for known in joined:
+            self._groups.pop(known).backend.abort()
+        return bool(joining or joined)
 
     def _give_up(self, number: int) -> None:
         attempt = self._joining.pop(number)

@@ -131,3 +131,16 @@ def test_a_join_that_goes_on_does_not_keep_its_process_from_ending(silent: int) 
     alive = process.is_alive()
     process.kill()
     assert not alive
+
+
+def test_all_groups_are_left_where_no_name_is_told(silent: int) -> None:
+    orders = GroupOrders(Groups(0, torch.device("cpu")), ALONE)
+    orders.perform(order(silent, timeout_s=600))
+    until(joining_threads)
+    left = orders.perform(Perform(number=2, step="prepare", leads=True, operation=Leave(None)))
+    assert left is not None
+    assert left.report.left
+    until(lambda: not joining_threads())
+    again = orders.perform(Perform(number=3, step="prepare", leads=True, operation=Leave(None)))
+    assert again is not None
+    assert not again.report.left
