@@ -141,8 +141,8 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         int,
         Meta(
             ge=1,
-            description="Megabytes of finished rollouts that clients have not taken yet, in replies and in shared "
-            "memory; while there are more, old files go, and then rollouts get a 429",
+            description="Megabytes of replies, and of rollouts in shared memory, that clients have not taken yet; "
+            "while there are more, old files go, and then generations get a 429",
         ),
     ] = 4096
     max_operations: Annotated[

@@ -10,15 +10,19 @@ import orjson
 from fastapi import Response
 from starlette.types import Receive, Scope, Send
 
-from ..protocol.errors import SafelightError
+from ..protocol.errors import ClientGone, SafelightError
 from ..protocol.messages import Generate, Preview, Progress, Queued, Result, Started
 from .disconnect import while_connected
 from .replies import error_object
 from .representation import base64_of
+from .rollout_reply import in_parts
 from .scheduler_link import SchedulerLink, Subscription
+from .unread import Unread
 
 KEEP_ALIVE_S = 15.0
 """After so many seconds of silence a comment is sent, so that no proxy takes the connection for dead."""
+
+Event = Queued | Started | Progress | Preview | Result
 
 _HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 
@@ -32,12 +36,15 @@ class EventStream(Response):
 
     media_type = "text/event-stream"
 
-    def __init__(self, link: SchedulerLink, message: Generate, finish: Callable[[Result], Awaitable[bytes]]) -> None:
+    def __init__(
+        self, link: SchedulerLink, message: Generate, finish: Callable[[Result], Awaitable[bytes]], unread: Unread
+    ) -> None:
         super().__init__(headers=_HEADERS)
         del self.headers["content-length"]
         self._link = link
         self._message = message
         self._finish = finish
+        self._unread = unread
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         await while_connected(receive, self._stream(send))
@@ -47,26 +54,35 @@ class EventStream(Response):
             event = await events.next()
             await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
             try:
-                while not isinstance(event, Result):
-                    await _send(send, _intermediate(event))
-                    event = await self._next(events, send)
-                await _send(send, _event("result", await self._finish(event)))
+                last = await self._until_result(event, events, send)
+            except ClientGone:
+                raise
             except SafelightError as error:
-                await _send(send, _event("error", orjson.dumps(error_object(error.info()))))
+                last = _event("error", orjson.dumps(error_object(error.info())))
+        await self._send(send, last)
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
-    async def _next(self, events: Subscription, send: Send) -> Queued | Started | Progress | Preview | Result:
+    async def _until_result(self, event: Event, events: Subscription, send: Send) -> bytes:
+        """Send the events before the result. Returns the result's."""
+        while not isinstance(event, Result):
+            await self._send(send, _intermediate(event))
+            event = await self._next(events, send)
+        self._unread.make_room()
+        return _event("result", await self._finish(event))
+
+    async def _next(self, events: Subscription, send: Send) -> Event:
         while True:
             try:
                 async with asyncio.timeout(KEEP_ALIVE_S):
                     return await events.next()
             except TimeoutError:
-                await _send(send, b": still working\n\n")
+                await self._send(send, b": still working\n\n")
 
-
-async def _send(send: Send, body: bytes) -> None:
-    if body:
-        await send({"type": "http.response.body", "body": body, "more_body": True})
+    async def _send(self, send: Send, body: bytes) -> None:
+        """Raises ``ClientGone`` where the client does not take it in time."""
+        async with self._unread.sending(len(body)):
+            for part in in_parts([body]):
+                await send({"type": "http.response.body", "body": part, "more_body": True})
 
 
 def _intermediate(event: Queued | Started | Progress | Preview) -> bytes:

@@ -20,6 +20,7 @@ from .reference import body_schema
 from .representation import Reply
 from .schemas import GenerateBody
 from .service import Service
+from .unread import UnreadReply
 
 _BODIES = ("application/json", FORM)
 _OPENAPI = {
@@ -52,17 +53,19 @@ def routes(service: Service) -> APIRouter:
         async def finish_event(result: Result) -> bytes:
             return await finish(result).as_json()
 
+        service.unread.make_room()
         if body.stream:
-            return EventStream(service.link, message, finish_event)
+            return EventStream(service.link, message, finish_event, service.unread)
         if as_file and len(message.samples) != 1:
             raise InvalidRequest(
                 f"An answer of the type {accept.MEDIA_TYPES[output_format]} holds one output, and this request makes "
                 f"{len(message.samples)}; accept application/json, or ask for one."
             )
         reply = finish(await while_connected(request.receive, _result(service, message)))
+        service.unread.make_room()
         if as_file:
-            return reply.as_file()
-        return Response(await reply.as_json(), media_type="application/json")
+            return reply.as_file(service.unread)
+        return UnreadReply([await reply.as_json()], service.unread, "application/json")
 
     return router
 

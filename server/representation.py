@@ -15,6 +15,7 @@ from ..protocol.adapters import Drawn
 from ..protocol.codec import Buffer
 from ..protocol.messages import Generate, Output, Result
 from .accept import MEDIA_TYPES
+from .unread import Unread, UnreadReply
 
 _OFF_THE_LOOP = 256 * 1024
 """From this size on, base64 and JSON are made in a thread, so that other requests do not wait for them."""
@@ -37,10 +38,11 @@ class Reply:
             return await asyncio.to_thread(self._as_json)
         return self._as_json()
 
-    def as_file(self) -> Response:
+    def as_file(self, unread: Unread) -> Response:
         """The only output itself."""
         (output,) = self._result.outputs
-        return Response(bytes(output.data), headers=self._headers(output), media_type=MEDIA_TYPES[output.format])
+        data, kind = memoryview(output.data.data).cast("B"), MEDIA_TYPES[output.format]
+        return UnreadReply([data], unread, kind, headers=self._headers(output))
 
     def _as_json(self) -> bytes:
         reply = {

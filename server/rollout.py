@@ -39,7 +39,7 @@ _OPENAPI = {
 
 def routes(service: Service) -> APIRouter:
     router = APIRouter(tags=["training"])
-    unread = Unread(service.shared, service.config.max_unread_mb * 2**20)
+    unread = service.unread
 
     @router.post("/rollout/generate", summary="Generate with log-probabilities", openapi_extra=_OPENAPI)
     async def generate(request: Request) -> Response:
@@ -83,7 +83,7 @@ def _reply(result: Result, unread: Unread) -> Response:
         "weight_versions": result.weight_versions,
         "adapters": msgspec.to_builtins(result.adapters),
     }
-    return UnreadReply(pieces(result.outputs, more), unread, files_of(result.outputs))
+    return UnreadReply(pieces(result.outputs, more), unread, MEDIA_TYPE, files=files_of(result.outputs))
 
 
 def _check_near(request: Request) -> None:

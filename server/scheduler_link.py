@@ -38,6 +38,9 @@ Event = Queued | Started | Progress | Preview | Result | Failed | Operated
 EVENTS_KEPT = 32
 """Events that a request may have unread; beyond it progress and previews are dropped, so a slow reader costs little."""
 
+PREVIEWS_KEPT = 2
+"""Previews among them, each of which is a picture."""
+
 STATUS_FRESH_S = 10.0
 """A scheduler that has said nothing for longer than this does not count as answering."""
 
@@ -73,10 +76,15 @@ class Subscription:
         self._timeout_s = timeout_s
         self._deadline = None if timeout_s is None else asyncio.get_running_loop().time() + timeout_s + LATE_S
         self._events: asyncio.Queue[Event] = asyncio.Queue()
+        self._previews = 0  # among them
 
     def deliver(self, event: Event) -> None:
         if isinstance(event, Progress | Preview) and self._events.qsize() >= EVENTS_KEPT:
             return
+        if isinstance(event, Preview):
+            if self._previews >= PREVIEWS_KEPT:
+                return
+            self._previews += 1
         self.ended = self.ended or isinstance(event, Result | Failed | Operated)
         self._events.put_nowait(event)
 
@@ -92,6 +100,7 @@ class Subscription:
         if isinstance(event, Failed):
             raise from_info(event.error)
         assert not isinstance(event, Operated), "this is a request's"
+        self._previews -= isinstance(event, Preview)
         return event
 
     async def operated(self) -> Operated:

@@ -18,6 +18,7 @@ from .adapter_folders import AdapterFolders
 from .metrics import Metrics
 from .picture_decoding import PictureDecoding
 from .scheduler_link import SchedulerLink
+from .unread import Unread
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -39,6 +40,7 @@ class Service:
         self.folders = AdapterFolders(shared, link, first)
         self.metrics = Metrics(link)
         self.pictures = PictureDecoding()
+        self.unread = Unread(shared, config.max_unread_mb * 2**20)
         self._operators = ThreadPoolExecutor(_THREADS, thread_name_prefix="operators")
         self._started_at = time.monotonic()
 

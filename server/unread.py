@@ -1,25 +1,31 @@
-"""Rollouts that are made and that nobody has taken yet: replies on their way, and files in shared memory."""
+"""What is made and nobody has taken yet: replies on their way, and rollouts' files in shared memory."""
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from fastapi.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from ..protocol.errors import QueueFull
+from ..protocol.errors import ClientGone, QueueFull
 from ..protocol.messages import Output
-from .rollout_reply import MEDIA_TYPE, Piece, in_parts
+from .rollout_reply import Piece, in_parts
 
 KEPT_S = 120.0
 """Seconds that a file in shared memory is kept for a client that does not fetch it."""
 
 PATIENCE_S = 30.0
 """Seconds for which a file is kept even where there is no room."""
+
+TAKEN_S = 60.0
+"""Seconds in which a client takes a reply, and so many more as its bytes take at ``SLOWEST_BYTES_S``."""
+
+SLOWEST_BYTES_S = 100_000
 
 _RETRY_S = 5.0
 
@@ -53,8 +59,8 @@ class Unread:
         if total > self._most:
             drop(mine or [])
             raise QueueFull(
-                f"Finished rollouts of {total >> 20} MB wait for their clients to take them, and {self._most >> 20} MB "
-                f"may (--max-unread-mb). Ask again in {_RETRY_S:.0f} s.",
+                f"Replies and rollouts of {total >> 20} MB wait for their clients to take them, and {self._most >> 20} "
+                f"MB may (--max-unread-mb). Ask again in {_RETRY_S:.0f} s.",
                 retry_after_s=_RETRY_S,
             )
 
@@ -69,27 +75,40 @@ class Unread:
                 found = file.stat()
                 yield found.st_mtime, found.st_size, file
 
-    @contextlib.contextmanager
-    def sending(self, size: int) -> Iterator[None]:
+    @contextlib.asynccontextmanager
+    async def sending(self, size: int) -> AsyncIterator[None]:
+        """Send so many bytes within, part by part. Raises ``ClientGone`` where the client takes too long."""
         self._sending += size
         try:
-            yield
+            async with asyncio.timeout(TAKEN_S + size / SLOWEST_BYTES_S):
+                yield
+        except TimeoutError:
+            raise ClientGone(f"The client took less than {SLOWEST_BYTES_S / 1e6:g} MB a second of its reply.") from None
         finally:
             self._sending -= size
 
 
 class UnreadReply(StreamingResponse):
-    """A rollout's reply. Its files go with a client that goes away before it has taken it."""
+    """A reply whose bytes count until its client has taken them. Its files go with one that goes away before."""
 
-    def __init__(self, found: list[Piece], unread: Unread, files: list[Path]) -> None:
+    def __init__(
+        self,
+        found: list[Piece],
+        unread: Unread,
+        media_type: str,
+        *,
+        headers: Mapping[str, str] | None = None,
+        files: Sequence[Path] = (),
+    ) -> None:
         self._size = sum(map(len, found))
-        super().__init__(self._each(found), media_type=MEDIA_TYPE, headers={"content-length": str(self._size)})
+        told = {**(headers or {}), "content-length": str(self._size)}
+        super().__init__(self._each(found), media_type=media_type, headers=told)
         self._unread = unread
-        self._files = files
+        self._files = list(files)
         self._taken = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        with self._unread.sending(self._size):
+        async with self._unread.sending(self._size):
             try:
                 await super().__call__(scope, receive, send)
             finally:

@@ -1,4 +1,4 @@
-"""Rollouts that nobody takes do not fill the machine's memory."""
+"""What nobody takes does not fill the machine's memory."""
 
 from __future__ import annotations
 
@@ -10,8 +10,17 @@ from pathlib import Path
 import pytest
 from starlette.types import Message
 
-from safelight.protocol.errors import QueueFull
+from safelight.protocol.codec import Buffer
+from safelight.protocol.config import Config
+from safelight.protocol.errors import ClientGone, QueueFull
+from safelight.protocol.messages import FromScheduler, Generate, Preview, Progress, Result
+from safelight.server import unread
+from safelight.server.scheduler_link import PREVIEWS_KEPT, Subscription
 from safelight.server.unread import KEPT_S, PATIENCE_S, Unread, UnreadReply
+
+from .played_scheduler import finished
+from .stage import Stage, stage
+from .test_connections import address_of
 
 pytestmark = pytest.mark.anyio
 
@@ -50,7 +59,7 @@ async def test_a_reply_that_is_not_taken_loses_its_files_and_its_bytes_count_no_
     what: str, tmp_path: Path
 ) -> None:
     file, bound = made(tmp_path, "a", 0), Unread(tmp_path, 2000)
-    reply = UnreadReply([bytes(1500)], bound, [file])
+    reply = UnreadReply([bytes(1500)], bound, "application/msgpack", files=[file])
 
     async def receive() -> Message:
         await asyncio.sleep(0.02 if what == "goes away" else 3600)
@@ -65,3 +74,79 @@ async def test_a_reply_that_is_not_taken_loses_its_files_and_its_bytes_count_no_
     await reply({"type": "http", "asgi": {"spec_version": "2.3"}}, receive, send)
     assert file.exists() == (what == "reads")
     bound.make_room()
+
+
+LARGE = 12_000_000
+ASK = b'{"prompt": "a"%s}'
+
+
+def large(generate: Generate) -> list[FromScheduler]:
+    return finished(generate, os.urandom(LARGE))
+
+
+async def ask_and_read_nothing(played: Stage, more: bytes, accept: bytes) -> asyncio.StreamWriter:
+    _, writer = await asyncio.open_connection(*address_of(played), limit=1024)
+    body = ASK % more
+    head = b"POST /generate HTTP/1.1\r\nHost: localhost\r\nAccept: %s\r\nContent-Length: %d\r\n\r\n"
+    writer.write(head % (accept, len(body)) + body)
+    return writer
+
+
+@pytest.mark.parametrize(
+    ("accept", "more"),
+    [(b"image/png", b""), (b"*/*", b""), (b"*/*", b', "stream": true')],
+    ids=["file", "JSON", "stream"],
+)
+async def test_pictures_that_nobody_reads_are_bounded_like_rollouts(accept: bytes, more: bytes) -> None:
+    async with stage(Config(max_unread_mb=20), answer=large) as played:
+        writers = []
+        for number in range(3):
+            writers.append(await ask_and_read_nothing(played, more, accept))
+            await played.until(lambda number=number: len(played.scheduler.generates()) > number)
+        status = 200
+        for _ in range(200):
+            reply = await played.client.post("/generate", content=ASK % b"")
+            if (status := reply.status_code) != 200:
+                break
+            await asyncio.sleep(0.02)
+        assert (status, "--max-unread-mb" in reply.text) == (429, True)
+        for writer in writers:
+            writer.close()
+        for _ in range(200):
+            reply = await played.client.post("/generate", content=ASK % b"")
+            if reply.status_code == 200:
+                break
+            await asyncio.sleep(0.02)
+        assert len(reply.json()["outputs"][0]["b64"]) >= LARGE
+
+
+async def test_a_client_that_takes_a_byte_now_and_then_keeps_a_reply_only_for_so_long(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(unread, "TAKEN_S", 0.05)
+    bound = Unread(tmp_path, 2000)
+
+    async def send(message: Message) -> None:
+        await asyncio.sleep(0.02 if message["type"] == "http.response.start" else 3600)
+
+    async def receive() -> Message:
+        await asyncio.sleep(3600)
+        raise AssertionError
+
+    with pytest.raises(ClientGone):
+        await UnreadReply([bytes(1500)], bound, "image/png")({"type": "http", "asgi": {}}, receive, send)
+    bound.make_room()
+
+
+async def test_previews_that_nobody_reads_are_few() -> None:
+    subscription = Subscription("a")
+    for step in range(10):
+        subscription.deliver(Preview("a", 0, step, 10, Buffer(b"jpeg")))
+        subscription.deliver(Progress("a", 0, step, 10))
+    subscription.deliver(finished(Generate(request_id="a", samples=[]))[-1])  # type: ignore[arg-type]
+    read = []
+    while not isinstance(event := await subscription.next(), Result):
+        read.append(event)
+    assert [event.step for event in read if isinstance(event, Preview)] == list(range(PREVIEWS_KEPT))
+    subscription.deliver(Preview("a", 0, 10, 10, Buffer(b"jpeg")))
+    assert isinstance(await subscription.next(), Preview)
