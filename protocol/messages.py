@@ -329,7 +329,8 @@ class Status(msgspec.Struct, tag=True, frozen=True):
     """Pushed to the server whenever a replica changes state, a hold begins or ends, and about every second.
 
     ``halted`` is why no request is started, though replicas are ready: "asleep" or "paused", for ``halted_s`` seconds.
-    ``queued_bytes`` are those of waiting requests and operations. ``adapters`` are what is committed.
+    ``queued_bytes`` are those of waiting requests and operations. ``adapters`` are what is committed. ``heard`` counts
+    the messages that the scheduler has taken from the server.
     """
 
     queued: int
@@ -341,6 +342,7 @@ class Status(msgspec.Struct, tag=True, frozen=True):
     hold: Hold | None = None
     queued_operations: int = 0
     queued_bytes: int = 0
+    heard: int = 0
 
 
 ToScheduler = Generate | Cancel | ReplicaExited | Operate | Pause | Continue | AbortRequests | ListAdapters

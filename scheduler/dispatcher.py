@@ -90,6 +90,8 @@ class Dispatcher:
 
     def __init__(self, config: Config, adapters: SetAdapters | None = None) -> None:
         """``adapters`` are what replicas begin with."""
+        self.heard = 0
+        """Messages of the server that have come."""
         self._config = config
         self._replicas = Replicas(config.replicas)
         self._live: dict[str, Request] = {}  # accepted, and not answered yet
@@ -157,6 +159,7 @@ class Dispatcher:
             queued_operations=len(self._operations.waiting()),
             queued_bytes=self._waiting_bytes() + self._operations.waiting_bytes(),
             adapters=self._committed.adapters,
+            heard=self.heard,
         )
 
     def _shown(self) -> tuple[object, ...]:

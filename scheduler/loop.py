@@ -64,6 +64,7 @@ class Loop:
             if (received := _receive(self._frontend)) is None:
                 return
             sender, body = received
+            self._dispatcher.heard += 1
             message = _decode(TO_SCHEDULER, sender, body)
             if message is None:
                 continue

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import os
 import signal
 import sys
@@ -60,12 +61,18 @@ class ChildProcess:
     """
 
     def __init__(self, name: str, pid: int, lifeline: int) -> None:
+        """Raises ``OSError`` where there is no thread to wait for the process; it is ended then."""
         self.name = name
         self.pid = pid
         self._lifeline: int | None = lifeline
         self._loop = asyncio.get_running_loop()
         self._status: asyncio.Future[int] = self._loop.create_future()
-        threading.Thread(target=self._reap, daemon=True, name=f"reap-{pid}").start()
+        try:
+            threading.Thread(target=self._reap, daemon=True, name=f"reap-{pid}").start()
+        except RuntimeError as error:  # the system has no more threads for this user or container
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+            raise OSError(errno.EAGAIN, str(error)) from None
 
     @classmethod
     async def start(cls, program: Literal["scheduler", "worker"], config: ChildConfig) -> Self:
@@ -78,14 +85,25 @@ class ChildProcess:
             raise
         finally:
             os.close(stdin)
-        process = cls(program if config.replica is None else f"{program} {config.replica}", pid, lifeline)
+        try:
+            process = cls(program if config.replica is None else f"{program} {config.replica}", pid, lifeline)
+        except OSError:
+            os.close(lifeline)
+            raise
         await process.configure(config)
         return process
 
     async def configure(self, config: ChildConfig) -> None:
-        """Write ``config`` to the process's standard input, which stays open."""
+        """Write ``config`` to the process's standard input, which stays open.
+
+        Raises ``OSError`` where there is no thread to do so; the process is ended then.
+        """
         assert self._lifeline is not None, "it was not stopped"
-        await asyncio.to_thread(_write, self._lifeline, msgspec.json.encode(config.without_key()) + b"\n")
+        try:
+            await asyncio.to_thread(_write, self._lifeline, msgspec.json.encode(config.without_key()) + b"\n")
+        except RuntimeError as error:
+            await self.stop(at_once=True)
+            raise OSError(errno.EAGAIN, str(error)) from None
 
     @property
     def running(self) -> bool:

@@ -91,7 +91,9 @@ async def _serve(child: ChildConfig, listener: socket.socket, started: float) ->
         from .scheduler_link import SchedulerLink
 
         child = msgspec.structs.replace(child, adapters=first_adapters(config, Path(child.shared)))
-        async with SchedulerLink(child.frontend, request_timeout_s=config.request_timeout_s) as link:
+        async with SchedulerLink(
+            child.frontend, request_timeout_s=config.request_timeout_s, most_unheard=config.max_queue_mb * 2**20
+        ) as link:
             return await Run(child, link, listener, nursery, started).until_stopped()
     finally:
         if nursery is not None:

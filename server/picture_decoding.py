@@ -37,6 +37,7 @@ class PictureDecoding:
         self._wall_s = wall_s
         self._threads = ThreadPoolExecutor(PROCESSES, thread_name_prefix="pictures")
         self._own = threading.local()
+        self._running: set[subprocess.Popen[bytes]] = set()
         self._waiting = 0
 
     async def read(self, sources: Sequence[str | bytes], max_pixels: int) -> list[Image]:
@@ -47,6 +48,12 @@ class PictureDecoding:
         working = asyncio.get_running_loop().run_in_executor(self._threads, self._read, sources, max_pixels)
         working.add_done_callback(self._one_less)  # also where nobody waits for it any more
         return await working
+
+    def close(self) -> None:
+        """End all processes, whatever they are at: this process cannot end before the threads that wait for them."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
+        for decoder in list(self._running):
+            decoder.kill()
 
     def _one_less(self, working: asyncio.Future[list[Image]]) -> None:
         self._waiting -= 1
@@ -80,6 +87,7 @@ class PictureDecoding:
     def _reason(self, decoder: subprocess.Popen[bytes]) -> SafelightError:
         decoder.kill()
         status = decoder.wait()
+        self._running.discard(decoder)
         if status == -signal.SIGPROF:
             return InvalidRequest(f"The images take more than {self._cpu_s:g} s to decode.", field="image")
         if status == -signal.SIGKILL:
@@ -97,4 +105,5 @@ class PictureDecoding:
                 env={name: value for name, value in os.environ.items() if name != "SAFELIGHT_API_KEY"},
                 process_group=0,  # so that Ctrl-C in a terminal reaches the server alone
             )
+            self._running.add(running)
         return running

@@ -51,8 +51,9 @@ class Run:
         self._listener = listener
         self._started = started
         self._supervisor = Supervisor(child, link, nursery)
+        self._service = Service(config, link, Path(child.shared), child.adapters)
         self._http = HttpServer(
-            create_app(Service(config, link, Path(child.shared), child.adapters)),
+            create_app(self._service),
             grace_s=config.grace_s,
             max_connections=config.max_connections,
         )
@@ -77,6 +78,7 @@ class Run:
             await serving
             return INTERRUPTED if self._interrupted else 0
         finally:
+            self._service.pictures.close()
             for task in (announcement, supervision):
                 task.cancel()
             await asyncio.gather(announcement, supervision, return_exceptions=True)

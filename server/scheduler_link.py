@@ -31,6 +31,7 @@ from ..protocol.messages import (
     Status,
 )
 from ..protocol.operations import AbortRequests, Continue, ListAdapters, Operate, Operated, Pause, Report
+from .on_the_way import OnTheWay
 
 T = TypeVar("T")
 Event = Queued | Started | Progress | Preview | Result | Failed | Operated
@@ -120,17 +121,21 @@ class Subscription:
 class SchedulerLink:
     """An asynchronous context: the connection to the scheduler at ``address``."""
 
-    def __init__(self, address: str, *, request_timeout_s: float = 600.0) -> None:
-        """``request_timeout_s`` is for requests without a ``timeout_s``."""
+    def __init__(self, address: str, *, request_timeout_s: float = 600.0, most_unheard: int = 1 << 30) -> None:
+        """``request_timeout_s`` is for requests without a ``timeout_s``.
+
+        ``most_unheard`` are the bytes of all that may be on its way to a scheduler that is stopped, or slow.
+        """
         self._address = address
         self._request_timeout_s = request_timeout_s
         self._heard = 0
         self._context = zmq.asyncio.Context()
         self._socket = self._context.socket(zmq.DEALER)
-        # Without marks neither side drops or waits. What can pile up is bounded by the scheduler's own queue.
+        # Without marks neither side drops or waits. What can pile up is bounded here, and by the scheduler's own queue.
         self._socket.set_hwm(0)
         self._socket.setsockopt(zmq.LINGER, 0)
         self._socket.setsockopt(zmq.RECONNECT_IVL, 20)
+        self._on_the_way = OnTheWay(most_unheard)
         self._subscriptions: dict[str, Subscription] = {}
         self._status = Status(0, 0, [])
         self._status_at = float("-inf")
@@ -227,22 +232,31 @@ class SchedulerLink:
         return Unavailable(f"No replica is ready: {reasons or 'they are starting'}.", retry_after_s=_RETRY_AFTER_S)
 
     def send(self, message: messages.ToScheduler) -> None:
+        self._send(TO_SCHEDULER.encode(message))
+
+    def _send(self, frames: list[bytes | memoryview]) -> None:
         if not self._socket.closed:
-            self._socket.send_multipart(TO_SCHEDULER.encode(message))  # never waits: the socket has no mark
+            self._on_the_way.sent(frames)
+            self._socket.send_multipart(frames)  # never waits: the socket has no mark
 
     @contextlib.contextmanager
     def submit(
         self, message: Generate | Operate | Pause | Continue | AbortRequests | ListAdapters
     ) -> Iterator[Subscription]:
-        """Send ``message`` and receive its events. Leaving before the end cancels the request."""
+        """Send ``message`` and receive its events. Leaving before the end cancels the request.
+
+        Raises ``Unavailable`` where the scheduler has yet to take too much of what was sent before.
+        """
         if self._refusal is not None:
             raise from_info(self._refusal)
+        frames = TO_SCHEDULER.encode(message)
+        self._on_the_way.check(frames)
         assert message.request_id not in self._subscriptions, "request ids are unique"
         timeout_s = None
         if isinstance(message, Generate):
             timeout_s = self._request_timeout_s if message.timeout_s is None else message.timeout_s
         subscription = self._subscriptions[message.request_id] = Subscription(message.request_id, timeout_s)
-        self.send(message)
+        self._send(frames)
         try:
             yield subscription
         finally:
@@ -266,6 +280,7 @@ class SchedulerLink:
                 continue
             if isinstance(event, Status):
                 self._status, self._status_at = event, time.monotonic()
+                self._on_the_way.heard(event.heard)
                 self._news.set()
                 self._news = asyncio.Event()
                 continue

@@ -83,7 +83,8 @@ class Supervisor:
             if not was_ready and not self._served:
                 raise StartFailed(problem)
             delay = 0.0 if was_ready else delay
-            with contextlib.suppress(OSError):  # the next end of the replica, or the server's, removes them
+            # RuntimeError: no thread. The next end of the replica, or the server's, removes them.
+            with contextlib.suppress(OSError, RuntimeError):
                 await asyncio.to_thread(self._remove_exports, number)
             self._link.send(ReplicaExited(number, problem))
             log.error("%s It is started again in %g s.", problem, delay)

@@ -38,30 +38,54 @@ class Uploads:
     def __init__(self, shared: Path) -> None:
         self._shared = shared
         self._turns = Turns()
+        self.held = 0
+        """Bytes of all bodies that are there or announced, until what they are for is done."""
 
     def receive(self, request: Request) -> Upload:
         """A context with the body's file, which is gone after it.
 
-        Entering raises ``InvalidRequest`` for what is no safetensors file, and ``Unavailable`` where memory is full.
+        Entering raises ``InvalidRequest`` for what is no safetensors file, ``Unavailable`` where memory is full, and
+        ``QueueFull`` where other bodies take most of it.
         """
-        return Upload(self._shared / f"upload-{secrets.token_hex(8)}", self._turns, request)
+        return Upload(self._shared / f"upload-{secrets.token_hex(8)}", self, self._turns, request)
+
+    def take(self, size: int) -> None:
+        """Count a body that is to come. Others need shared memory too, so all together take half; one may take all."""
+        most = half_of(self._shared)
+        if self.held and self.held + size > most:
+            raise QueueFull(
+                f"Other bodies take {self.held >> 20} MB of shared memory, and all together may have {most >> 20} MB. "
+                f"Ask again in {_RETRY_S:.0f} s.",
+                retry_after_s=_RETRY_S,
+            )
+        self.held += size
+
+
+def half_of(memory: Path) -> int:
+    """Bytes."""
+    size = os.statvfs(memory)
+    return size.f_blocks * size.f_frsize // 2
 
 
 class Upload:
-    def __init__(self, folder: Path, turns: Turns, request: Request) -> None:
+    def __init__(self, folder: Path, uploads: Uploads, turns: Turns, request: Request) -> None:
         self.file = folder / "tensors.safetensors"
         self._folder = folder
+        self._uploads = uploads
         self._turns = turns
         self._request = request
+        self._size = 0
 
     async def __aenter__(self) -> Self:
         announced = self._request.headers.get("content-length", "")
         if not announced.isdigit():
             raise InvalidRequest("A safetensors body needs a Content-Length.")
+        self._uploads.take(int(announced))
+        self._size = int(announced)
         try:
             async with self._turns.turn() as turn:
                 self._folder.mkdir(mode=0o700)
-                await _receive(self._request, self.file, int(announced), turn)
+                await _receive(self._request, self.file, self._size, turn)
         except BaseException as error:
             await self._remove()
             if isinstance(error, BadTensorFile):
@@ -79,7 +103,12 @@ class Upload:
         await self._remove()
 
     async def _remove(self) -> None:
-        await asyncio.shield(asyncio.to_thread(shutil.rmtree, self._folder, ignore_errors=True))
+        removing = asyncio.ensure_future(asyncio.to_thread(shutil.rmtree, self._folder, ignore_errors=True))
+        removing.add_done_callback(self._give_back)  # also where nobody waits for it any more
+        await asyncio.shield(removing)
+
+    def _give_back(self, removing: asyncio.Future[None]) -> None:
+        self._uploads.held -= self._size
 
 
 async def _receive(request: Request, file: Path, size: int, turn: Turn) -> None:

@@ -83,11 +83,13 @@ def test_a_server_that_says_hello_learns_the_status_and_without_a_worker_gets_a_
 
 def test_the_status_comes_about_every_second_without_any_event(scheduler: Scheduler) -> None:
     server = scheduler.server()
-    server.expect(Status)
+    before = server.expect(Status)
     begin = time.monotonic()
+    server.send(Cancel("nobody's"), Cancel("nobody's"))
     server.expect(Status)
-    server.expect(Status)
+    after = server.expect(Status)
     assert 1.5 < time.monotonic() - begin < 4.0
+    assert after.heard - before.heard == 2, "the server counts on it, to know what is still on its way"
 
 
 def test_no_polling_interval_lies_in_the_path_of_a_request(scheduler: Scheduler) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import psutil
@@ -34,3 +35,23 @@ async def test_a_launcher_that_is_killed_while_it_writes_the_configuration_leave
     command = [sys.executable, "-P", "-c", "from safelight.protocol.child import read_child_config as r; r()"]
     ended = await asyncio.to_thread(subprocess.run, command, input=written, capture_output=True, text=True)
     assert (ended.returncode, ended.stderr) == (ORPHANED, "")
+
+
+@pytest.mark.parametrize("missing", ["to wait for it", "to write its configuration"])
+async def test_where_the_system_has_no_more_threads_no_process_is_left_and_the_supervisor_is_told(
+    missing: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The supervisor tries again after an ``OSError``, and would end the server by any other."""
+
+    before = psutil.Process().children()
+
+    def none_left(*_: object) -> None:
+        raise RuntimeError("can't start new thread")
+
+    if missing == "to wait for it":
+        monkeypatch.setattr(threading.Thread, "start", none_left)
+    else:
+        monkeypatch.setattr(asyncio, "to_thread", none_left)
+    with pytest.raises(OSError, match="can't start new thread"):
+        await ChildProcess.start("scheduler", ChildConfig(config=Config(), directory=str(tmp_path)))
+    assert psutil.Process().children() == before

@@ -106,3 +106,17 @@ async def test_a_decoder_ends_with_its_server_however_that_ends() -> None:
     )
     with contextlib.suppress(psutil.NoSuchProcess):
         await asyncio.to_thread(psutil.Process(int(killed.stdout)).wait, 60)
+
+
+async def test_the_end_of_a_server_waits_for_no_decoder_that_is_stopped() -> None:
+    before = psutil.Process().children()
+    decoding = PictureDecoding()
+    await decoding.read([file(picture())], LIMIT)
+    for decoder in psutil.Process().children():
+        if decoder not in before:
+            decoder.suspend()
+    reading = asyncio.create_task(decoding.read([file(picture())], LIMIT))
+    await asyncio.sleep(0.1)
+    decoding.close()
+    with pytest.raises(Unavailable):
+        await asyncio.wait_for(reading, 30)

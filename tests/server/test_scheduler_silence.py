@@ -6,6 +6,7 @@ import asyncio
 from pathlib import Path
 
 import pytest
+from msgspec.structs import replace
 
 from safelight.protocol.errors import DeadlinePassed, Unavailable
 from safelight.protocol.messages import Cancel, Generate, Sample
@@ -79,3 +80,25 @@ async def test_a_new_scheduler_is_greeted_and_what_the_old_one_knew_of_ends(tmp_
                 await asyncio.sleep(0.01)
             await new.say(ready())
             await link.status_where(lambda status: status.replicas or None)
+
+
+async def test_what_is_sent_to_a_stopped_scheduler_is_bounded_until_it_has_taken_it(tmp_path: Path) -> None:
+    async with (
+        PlayedScheduler(tmp_path, lambda _: []) as scheduler,
+        SchedulerLink(scheduler.address, most_unheard=2000) as link,
+        asyncio.timeout(60),
+    ):
+
+        def ask(name: str) -> None:
+            """A client that goes away at once: what it sent waits all the same."""
+            with link.submit(Generate(request_id=name, samples=[Sample("a" * 1000, 1)])):
+                pass
+
+        ask("0")
+        with pytest.raises(Unavailable, match="yet to take"):
+            ask("1")
+        while not scheduler.received:
+            await asyncio.sleep(0.01)
+        await scheduler.say(replace(ready(), heard=1000))
+        await link.status_where(lambda status: status.heard or None)
+        ask("2")
