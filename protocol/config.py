@@ -7,6 +7,7 @@ sends the result to its child processes as one line of JSON on their standard in
 from __future__ import annotations
 
 import difflib
+import math
 import os
 import tomllib
 from collections.abc import Mapping
@@ -325,9 +326,13 @@ def load_config(
             raise StartFailed(f"There is no option {key}; did you mean {meant}?")
     values.update(flags)
     try:
-        return msgspec.convert(values, Config, strict=False)
+        config = msgspec.convert(values, Config, strict=False)
     except msgspec.ValidationError as error:
         raise StartFailed(f"A configuration value cannot be used: {error}.") from None
+    for name, value in msgspec.structs.asdict(config).items():
+        if isinstance(value, float) and math.isinf(value):  # no timer, and no JSON, takes one
+            raise StartFailed(f"{name} is {value}; it must be a finite number, such as 1e9.")
+    return config
 
 
 def _read_file(file: Path) -> dict[str, Any]:

@@ -30,8 +30,9 @@ def listen(host: str, port: int, *, beyond_loopback: bool = False) -> socket.soc
     """
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-    except OSError as error:
-        raise StartFailed(f"The address {host!r} cannot be resolved ({error.strerror}); give another --host.") from None
+    except (OSError, UnicodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is no name"
+        raise StartFailed(f"The address {host[:100]!r} cannot be resolved ({reason}); give another --host.") from None
     if not beyond_loopback and not is_loopback(str(address[0])):
         raise StartFailed(
             f"Other machines may reach {host}, and everybody there could use and change this server: set an API key "

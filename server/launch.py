@@ -23,7 +23,7 @@ import msgspec
 from ..protocol.checkpoint import check_model
 from ..protocol.config import ChildConfig, Config
 from ..protocol.errors import StartFailed
-from ..protocol.logs import configure_logging
+from ..protocol.logs import configure_logging, escaped
 from .connections import raise_descriptor_limit
 from .flags import read_config
 from .http_server import listen
@@ -53,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if config.until_stdin_closes and sys.stdin is None:
             raise StartFailed("--until-stdin-closes was asked for, but standard input is closed already.")
     except StartFailed as error:
-        print(error.message, file=sys.stderr)
+        print(escaped(error.message), file=sys.stderr)
         return WRONG_START
     configure_logging(config, "server")
     with json_stderr() if config.log_format == "json" else nullcontext():
@@ -79,7 +79,7 @@ def _tell(message: str, config: Config) -> None:
     if config.log_format == "json":
         log.error("%s", message)
     else:
-        print(message, file=sys.stderr)
+        print(escaped(message), file=sys.stderr)
 
 
 async def _serve(child: ChildConfig, listener: socket.socket, started: float) -> int:

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from ..protocol.config import ChildConfig
 from ..protocol.errors import Unavailable
+from ..protocol.logs import escaped
 from ..protocol.messages import ModelInfo, Status
 from .app import create_app
 from .http_server import HttpServer, url_of
@@ -117,7 +118,7 @@ class Run:
             _SHARING[model.batching.mode], model.batching.reason, extra={"fields": fields},
         )  # fmt: skip
         if self._config.log_format == "text":
-            print(f"ready: {url_of(self._listener)} serves {model.model}", flush=True)
+            print(f"ready: {url_of(self._listener)} serves {escaped(model.model)}", flush=True)
 
     async def _give_up(self, serving: asyncio.Task[None]) -> None:
         """End the HTTP server, and tell the clients that wait."""

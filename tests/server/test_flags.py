@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,7 @@ from safelight.protocol.config import options
 from safelight.protocol.errors import StartFailed
 from safelight.server.flags import GROUPS, make_parser, read_config
 from safelight.server.http_server import listen
+from safelight.server.launch import WRONG_START
 
 
 def test_every_option_has_a_flag_and_a_place_in_the_help() -> None:
@@ -59,6 +62,8 @@ def test_the_positional_model_is_the_model() -> None:
         (["a", "b"], "b"),
         (["a", "--model", "b"], "given twice"),
         (["--config", "/nowhere.toml"], "/nowhere.toml does not exist"),
+        (["--grace-s", "inf"], "grace_s is inf; it must be a finite number"),
+        (["--request-timeout-s", "1e999"], "request_timeout_s"),
     ],
 )
 def test_a_wrong_flag_is_told_in_one_sentence(arguments: list[str], told: str) -> None:
@@ -97,3 +102,17 @@ def test_a_server_that_strangers_reach_needs_a_key(host: str) -> None:
     with pytest.raises(StartFailed, match="--insecure"):
         listen(host, 0)
     listen(host, 0, beyond_loopback=True).close()
+
+
+@pytest.mark.parametrize("host", ["a" * 70, "a..b", "a\x00b", "", "[::]"])
+def test_a_host_that_is_no_name_is_told_in_one_sentence(host: str) -> None:
+    with pytest.raises(StartFailed, match="give another --host"):
+        listen(host, 0)
+
+
+def test_a_path_in_a_refusal_moves_no_cursor_and_forges_no_line() -> None:
+    """Paths come from scripts and files that others write."""
+    command = [sys.executable, "-P", "-m", "safelight.server", "/nowhere\x1b[2J\nready: forged"]
+    ended = subprocess.run(command, capture_output=True, text=True)
+    assert ended.returncode == WRONG_START
+    assert (len(ended.stderr.splitlines()), "\x1b" in ended.stderr, ended.stdout) == (1, False, "")
