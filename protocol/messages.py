@@ -182,7 +182,8 @@ class Parameter(msgspec.Struct, frozen=True):
     ``types`` are JSON types ("int", "float", "str", "bool", "list", "null"); ``default`` is what a request gets that
     leaves it out (null where the pipeline decides), and ``maximum`` the largest value that makes sense for this model,
     where one is known. Of a list, ``items`` are the JSON types of its elements, empty where any will do, and ``length``
-    is the only one it may have; the pipeline gets it as a tuple where ``is_tuple``.
+    is the only one it may have; the pipeline gets it as a tuple where ``is_tuple``. ``is_required`` is what the
+    pipeline does not run without, as the self-test found out, although its signature has a default.
     """
 
     types: list[str]
@@ -191,6 +192,7 @@ class Parameter(msgspec.Struct, frozen=True):
     items: list[str] = []
     length: int | None = None
     is_tuple: bool = False
+    is_required: bool = False
 
 
 class Batching(msgspec.Struct, frozen=True):

@@ -13,7 +13,10 @@ _FILE = "self-test.json"
 
 
 class TaskResult(msgspec.Struct, frozen=True, kw_only=True):
-    """What was found out about a task; ``tried_size`` are the arguments of the size at which it ran."""
+    """What was found out about a task.
+
+    ``tried_size`` are the arguments of the size at which it ran, ``required`` those that it did not run without.
+    """
 
     pipeline: str
     output_type: Literal["pt", "np"]
@@ -21,6 +24,7 @@ class TaskResult(msgspec.Struct, frozen=True, kw_only=True):
     supports_preview: bool
     batching: Batching
     tried_size: dict[str, int | None]
+    required: list[str]
 
 
 class SelfTestResult(msgspec.Struct, frozen=True, kw_only=True):

@@ -105,9 +105,18 @@ def check_model(body: GenerateBody, images: int, model: ModelInfo, config: Confi
             f"output_format must be one of {', '.join(FORMATS[model.kind])} for a model that makes {model.kind}s.",
             field="output_format",
         )
+    _check_required(body, task)
     _check_bulk(body.extra)
     for name, value in body.extra.items():
         _check_extra(name, value, task, config)
+
+
+def _check_required(body: GenerateBody, task: ModelInfo | ImageTask) -> None:
+    for name in (name for name, argument in task.arguments.items() if argument.is_required):
+        given = getattr(body, name) if name in _PIPELINE_FIELDS else body.extra.get(name)
+        if given is None:
+            field = name if name in _PIPELINE_FIELDS else f"extra.{name}"
+            raise InvalidRequest(f"{task.pipeline} does not run without {name}; give {field}.", field=field)
 
 
 def _task(images: int, model: ModelInfo) -> ModelInfo | ImageTask:

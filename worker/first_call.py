@@ -16,6 +16,7 @@ from PIL import Image as pillow
 
 from .call import Call
 from .fork import Fork
+from .image_pipelines import as_taken
 
 log = logging.getLogger(__name__)
 
@@ -38,7 +39,7 @@ def variables_at_first_call(
     function = type(pipeline).__call__
     takes = inspect.signature(function).parameters
     given: dict[str, Any] = {"prompt": "a star"} if "prompt" in takes else {}
-    given |= {name: pillow.new("RGB", (64, 64)) for name in pictures_as}
+    given |= {name: as_taken(name, pillow.new("RGB", (64, 64))) for name in pictures_as}
     code = inspect.unwrap(function).__code__
 
     def stop(_: Call) -> Any:

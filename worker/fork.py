@@ -2,7 +2,8 @@
 
 The copy is shallow: processors are shared. Schedulers and guiders are copied, as they keep the state of a denoising
 loop; so are the attributes of tokenizers and the tables of the pipeline, which some pipelines write to. Components
-stand behind boundaries. Whatever a pipeline writes to itself or to a component stays with the fork.
+stand behind boundaries. Pipelines that the pipeline consists of are copied with it, and have the same components as the
+copy. Whatever a pipeline writes to itself or to a component stays with the fork.
 """
 
 from __future__ import annotations
@@ -29,9 +30,8 @@ class Fork:
     def __init__(self, pipeline: DiffusionPipeline, crossing: Crossing = cross, *, watches_all: bool = False) -> None:
         modules = [part for part in pipeline.components.values() if isinstance(part, nn.Module)]
         self.changes = Changes(modules if watches_all else ())
-        self._pipeline = copy.copy(pipeline)
+        self._pipeline = _copied(pipeline)
         own = vars(self._pipeline)
-        own |= {name: value.copy() for name, value in own.items() if type(value) in (dict, list, set)}
         for name, component in pipeline.components.items():
             if isinstance(component, nn.Module):
                 # not setattr: the pipeline's own would write the change into the configuration that all forks share
@@ -40,6 +40,7 @@ class Fork:
                 own[name] = copy.deepcopy(component)
             elif is_stateful(component):
                 own[name] = _with_own_attributes(component)
+        _copy_inner(self._pipeline, {id(part): own[name] for name, part in pipeline.components.items()})
 
     def __enter__(self) -> DiffusionPipeline:
         self.changes.show()
@@ -54,6 +55,23 @@ def schedulers(pipeline: DiffusionPipeline) -> list[SchedulerMixin]:
     """The schedulers among the pipeline's components that take denoising steps."""
     found = [value for value in pipeline.components.values() if isinstance(value, SchedulerMixin)]
     return [scheduler for scheduler in found if hasattr(scheduler, "step")]
+
+
+def _copied(pipeline: DiffusionPipeline) -> DiffusionPipeline:
+    """A copy with tables of its own."""
+    copied = copy.copy(pipeline)
+    own = vars(copied)
+    own |= {name: value.copy() for name, value in own.items() if type(value) in (dict, list, set)}
+    return copied
+
+
+def _copy_inner(pipeline: DiffusionPipeline, replaced: dict[int, Any]) -> None:
+    """Copy what ``pipeline`` holds of pipelines; ``replaced`` are its components' stand-ins, by the originals' ids."""
+    for name, inner in vars(pipeline).items():
+        if isinstance(inner, DiffusionPipeline):
+            copied = _copied(inner)
+            vars(copied).update({part: replaced.get(id(value), value) for part, value in inner.components.items()})
+            vars(pipeline)[name] = copied
 
 
 def _with_own_attributes(component: Any) -> Any:

@@ -22,14 +22,22 @@ _NAMED_OTHERWISE: dict[str, tuple[str, ...]] = {
 }
 """Those whose pipelines for images have other names, or that have none."""
 
-_IMAGE_ARGUMENTS = ("image", "mask_image", "control_image", "control_mask")
+_IMAGE_ARGUMENTS = ("image", "images", "mask_image", "control_image", "control_mask")
 """Where a pipeline takes images: what it goes on from, what of that it draws anew, and what guides it, where."""
+
+_IMAGE_LISTS = frozenset({"images"})
+"""Those of them that take a list, also of a single image."""
 
 
 def image_arguments(pipeline: type[DiffusionPipeline]) -> tuple[str, ...]:
     """The arguments that take the request's images, in their order; none for a pipeline without images."""
     takes = _call(pipeline)
     return tuple(name for name in _IMAGE_ARGUMENTS if name in takes)
+
+
+def as_taken(argument: str, given: Any) -> Any:
+    """One image or several as ``argument`` takes them: some arguments take a list only."""
+    return [given] if argument in _IMAGE_LISTS and not isinstance(given, list) else given
 
 
 def takes_image(pipeline: type[DiffusionPipeline]) -> bool:

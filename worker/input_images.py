@@ -10,6 +10,7 @@ from PIL import Image as pillow
 
 from ..protocol.errors import InvalidRequest
 from ..protocol.messages import Generate, Image
+from .image_pipelines import as_taken
 from .task import Task
 
 
@@ -35,6 +36,7 @@ def image_arguments(task: Task, request: Generate) -> dict[str, Any]:
     given: dict[str, Any] = dict(zip(task.image_arguments, pictures, strict=False))
     if len(pictures) > needed:
         given = {task.image_arguments[0]: pictures}
+    given = {name: as_taken(name, value) for name, value in given.items()}
     return given if size is None or not takes_sides else given | {"width": size[0], "height": size[1]}
 
 

@@ -145,10 +145,12 @@ def _task_result(task: Task | None) -> TaskResult | None:
         supports_preview=task.supports_preview,
         batching=task.batching,
         tried_size=task.tried_size,
+        required=[name for name, parameter in task.arguments.items() if parameter.is_required],
     )
 
 
 def _recall(task: Task, result: TaskResult) -> None:
+    task.require(result.required)
     task.output_type, task.several_images = result.output_type, result.several_images
     task.supports_preview, task.batching, task.tried_size = (
         result.supports_preview,

@@ -56,10 +56,14 @@ def find_sizes(
     return Sizes(multiple, width, height, {})
 
 
-def small_sizes(arguments: Mapping[str, Parameter], sizes: Sizes) -> list[dict[str, int]]:
-    """Arguments of size for a quick call, from small to (none at all) the pipeline's default."""
+def small_sizes(arguments: Mapping[str, Parameter], sizes: Sizes, *, images: bool = False) -> list[dict[str, int]]:
+    """Arguments of size for a quick call, from small to (none at all) the pipeline's default.
+
+    With ``images``, a pipeline that has no arguments for the sides takes them from those.
+    """
+    takes_sides = images or ("width" in arguments and "height" in arguments)
     found: list[dict[str, int]] = []
-    for multiples in _SMALL_SIDES if "width" in arguments and "height" in arguments else ():
+    for multiples in _SMALL_SIDES if takes_sides else ():
         for frames in _SMALL_FRAMES if "num_frames" in arguments else (0,):
             size = {"width": multiples * sizes.multiple, "height": multiples * sizes.multiple}
             found.append(size | ({"num_frames": frames} if frames else {}))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -50,6 +50,13 @@ class Task:
     supports_preview: bool = False
     batching: Batching = UNTESTED
     tried_size: dict[str, int | None] = field(default_factory=dict)
+
+    def require(self, names: Collection[str]) -> None:
+        """Make ``names`` the arguments that every request has to give."""
+        self.arguments = {
+            name: msgspec.structs.replace(parameter, is_required=name in names)
+            for name, parameter in self.arguments.items()
+        }
 
 
 def new_task(

@@ -6,6 +6,7 @@ keeps a request's state inside a shared object shows it here. Together, their ca
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -46,6 +47,15 @@ _EXTRA = {"use_resolution_binning": False, "strength": 0.75}
 """Binning would enlarge the small size to one of the model's own, and little strength leave none of so few steps."""
 
 
+_NEEDED: tuple[dict[str, Any], ...] = (
+    {},
+    {"negative_prompt": "blurry"},
+    {"control_mode": 0},
+    {"source_prompt": "a red square"},
+)
+"""Arguments without which some pipelines do not run, although their signatures have defaults for them."""
+
+
 @dataclass(frozen=True, slots=True)
 class Verdict:
     """How a task's requests share forwards. ``unmergeable`` are the calls that must run alone, and why."""
@@ -72,6 +82,7 @@ class Trial:
         self._images = images
         self._at_rest = AtRest(modules(task.pipeline))
         self._size: dict[str, int | None] = {}
+        self._needed: dict[str, Any] = {}
         self._last: tuple[SampleRun, Step] | None = None
         self._first = torch.empty(0)
 
@@ -99,6 +110,8 @@ class Trial:
         """Run one small request of the size that the task is known to run at. Raises ``DoesNotRun``."""
         self._report("self-test: one request, as another replica has done the rest")
         self._size = self._task.tried_size
+        required = {name for name, parameter in self._task.arguments.items() if parameter.is_required}
+        self._needed = next(needed for needed in _NEEDED if needed.keys() == required)
         try:
             self._pictures(self._hub("serial"), (0,))
         except _SampleFailed as failed:
@@ -138,12 +151,16 @@ class Trial:
         )
 
     def _first_runs(self) -> list[torch.Tensor]:
-        """The pictures apart, at the smallest size and in the output type with which the pipeline runs."""
+        """The pictures apart, at the smallest size and in the output type with which the pipeline runs.
+
+        Arguments that it does not run without become required ones.
+        """
         errors: list[BaseException] = []
+        possible = [needed for needed in _NEEDED if needed.keys() <= self._task.arguments.keys()]
         for output_type in self._output_types():
             self._task.output_type = output_type
-            for size in self._sizes():
-                self._size = size
+            for size, needed in itertools.product(self._sizes(), possible):
+                self._size, self._needed = size, needed
                 try:
                     pictures = self._apart("serial")
                 except _SampleFailed as failed:
@@ -153,6 +170,7 @@ class Trial:
                     errors.append(ValueError(f"its {output_type!r} output has the shape {tuple(pictures[0].shape)}"))
                     break  # as it would have at any size
                 self._task.tried_size = size
+                self._task.require(self._needed.keys())
                 return pictures
         log.info("the pipeline does not run", exc_info=errors[-1])
         raise DoesNotRun(f"{type(errors[-1]).__name__}: {errors[-1]}")
@@ -170,7 +188,9 @@ class Trial:
         """
         if self._images and self._model.text is not None:
             return [self._model.text.tried_size]
-        small: list[dict[str, int | None]] = [{**size} for size in small_sizes(self._task.arguments, self._task.sizes)]
+        small: list[dict[str, int | None]] = [
+            {**size} for size in small_sizes(self._task.arguments, self._task.sizes, images=self._images)
+        ]
         default = small.pop()
         if not small:
             return [default, {"num_inference_steps": None}]
@@ -203,8 +223,10 @@ class Trial:
             num_inference_steps=_STEPS[index] if "num_inference_steps" in takes else None,
             extra={name: value for name, value in _EXTRA.items() if name in takes},
         )
+        fields = {name: value for name, value in self._needed.items() if name in request.__struct_fields__}
+        extra = {name: value for name, value in self._needed.items() if name not in fields}
         images = [self._image(index + place) for place in range(len(self._task.image_arguments) if self._images else 0)]
-        return msgspec.structs.replace(request, images=images, **self._size)
+        return msgspec.structs.replace(request, images=images, extra=request.extra | extra, **fields, **self._size)
 
     def _image(self, seed: int) -> Image:
         """A picture of coarse noise, as large as what is to be made from it."""

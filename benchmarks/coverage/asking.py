@@ -12,6 +12,7 @@ from PIL import Image as pillow
 
 from safelight.protocol.codec import Buffer
 from safelight.protocol.messages import Generate, Image, Sample
+from safelight.worker.image_pipelines import as_taken
 from safelight.worker.task import Task
 
 from .build import particulars
@@ -46,7 +47,8 @@ def directly(pipeline: DiffusionPipeline, name: str) -> dict[str, Any]:
     if "prompt" in takes:
         found["prompt"] = PROMPTS[0]
     if kind(name).startswith("image"):
-        found |= {argument: picture(0, side) for argument in (*PICTURES, *OTHER_PICTURES) if argument in takes}
+        asked = takes & {*PICTURES, *OTHER_PICTURES}
+        found |= {argument: as_taken(argument, picture(0, side)) for argument in sorted(asked)}
     return found | {"generator": torch.Generator().manual_seed(0), "output_type": "np"}
 
 

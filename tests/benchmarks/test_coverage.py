@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import multiprocessing
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from safelight.benchmarks.coverage.build import TINY, build
 from safelight.benchmarks.coverage.catalogue import exported, left_out
+from safelight.benchmarks.coverage.child import PLAIN_CALLS, Noted, examined
 from safelight.benchmarks.coverage.report import page, read
+from safelight.benchmarks.coverage.row import Row
 
 ROOT = Path(__file__).parents[2]
 FINDINGS = read(ROOT / "benchmarks" / "results" / "coverage.json")
@@ -43,3 +47,33 @@ def test_a_tiny_form_is_small_and_has_no_silent_layer(name: str) -> None:
 def test_a_pipeline_whose_processor_needs_torchvision_is_served(family: str) -> None:
     row = FINDINGS.rows[f"{family}Pipeline"]
     assert (row.served, row.bitwise) == (True, True), row.reason
+
+
+def test_an_examination_has_as_long_as_plain_diffusers_would_need_for_many_calls(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """What is heavy is not taken for what hangs."""
+    waits: list[float] = []
+
+    class Busy:
+        exitcode = None
+
+        def __init__(self, **_: object) -> None: ...
+
+        def start(self) -> None:
+            (tmp_path / "FluxPipeline.json").write_bytes(
+                msgspec.json.encode(Noted(Row("FluxPipeline", "text-to-image"), 3.0))
+            )
+
+        def join(self, timeout_s: float | None = None) -> None:
+            waits.append(timeout_s or 0)
+
+        def is_alive(self) -> bool:
+            return True
+
+        def kill(self) -> None: ...
+
+    monkeypatch.setattr(multiprocessing.get_context("forkserver"), "Process", Busy, raising=False)
+    row = examined("FluxPipeline", tmp_path, 1.0)
+    assert waits == [1.0, 3.0 * PLAIN_CALLS, 0]
+    assert row.reason == f"took longer than 1 s and {PLAIN_CALLS} calls of 3.0 s"

@@ -179,6 +179,24 @@ async def test_a_pipeline_that_takes_several_images_gets_one_for_each_of_its_arg
     assert "2 images, in this order: image, mask_image; not 1" in one.json()["error"]["message"]
 
 
+async def test_a_request_without_what_the_pipeline_does_not_run_without_is_refused_before_any_work() -> None:
+    required = {
+        "negative_prompt": Parameter(["str"], is_required=True),
+        "control_mode": Parameter(["int"], is_required=True),
+    }
+    model = msgspec.structs.replace(IMAGE_MODEL, arguments=IMAGE_MODEL.arguments | required)
+    complete = {"prompt": "a", "negative_prompt": "", "extra": {"control_mode": 0}}
+    async with stage(status=ready(model)) as played:
+        replies = [
+            await played.client.post("/generate", json={name: complete[name] for name in names})
+            for names in (("prompt", "extra"), ("prompt", "negative_prompt"), tuple(complete))
+        ]
+        (message,) = played.scheduler.generates()
+    assert [reply.status_code for reply in replies] == [400, 400, 200]
+    assert [reply.json()["error"]["field"] for reply in replies[:2]] == ["negative_prompt", "extra.control_mode"]
+    assert (message.negative_prompt, message.extra) == ("", {"control_mode": 0})
+
+
 async def test_names_that_no_header_can_hold_are_quoted() -> None:
     model = msgspec.structs.replace(IMAGE_MODEL, model="模\r\nX-Evil: 1")
     async with stage(status=ready(model)) as played:

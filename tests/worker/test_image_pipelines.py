@@ -6,7 +6,7 @@ import diffusers
 import pytest
 from diffusers.pipelines import auto_pipeline
 
-from safelight.worker.image_pipelines import for_images, takes_image
+from safelight.worker.image_pipelines import as_taken, for_images, image_arguments, takes_image
 
 TABLES = (
     (auto_pipeline.AUTO_TEXT2IMAGE_PIPELINES_MAPPING, auto_pipeline.AUTO_IMAGE2IMAGE_PIPELINES_MAPPING),
@@ -35,3 +35,11 @@ def test_diffusers_own_pairs_are_found() -> None:
 )
 def test_pairs_of_names(text: str, images: list[str]) -> None:
     assert [cls.__name__ for cls in for_images(getattr(diffusers, text))] == images
+
+
+def test_an_argument_for_images_alone_in_a_list_is_found_and_gets_a_list() -> None:
+    """``JoyImageEditPlusPipeline`` looks at ``images[0]``, also of one image."""
+    assert image_arguments(diffusers.JoyImageEditPlusPipeline) == ("images",)
+    assert as_taken("images", "a picture") == ["a picture"]
+    assert as_taken("images", ["a picture", "another"]) == ["a picture", "another"]
+    assert as_taken("image", "a picture") == "a picture"

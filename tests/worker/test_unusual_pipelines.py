@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import diffusers
 import msgspec
@@ -18,8 +19,11 @@ from safelight.protocol.codec import Buffer
 from safelight.protocol.config import Config
 from safelight.protocol.errors import InvalidRequest
 from safelight.protocol.messages import Generate, Image, Sample
+from safelight.worker.call import Call, cross
+from safelight.worker.first_call import variables_at_first_call
+from safelight.worker.fork import Fork, schedulers
 from safelight.worker.hub import Hub
-from safelight.worker.model import Model, load_model
+from safelight.worker.model import Model, load_model, modules
 from safelight.worker.sample import SampleRun, first_output
 from safelight.worker.self_test import SelfTest
 
@@ -65,6 +69,56 @@ def test_a_picture_is_given_as_the_control_image_where_there_is_no_other_argumen
     assert model.text is None
     assert model.image is not None
     assert model.image.image_arguments == ("control_image",)
+
+
+def test_a_pipeline_that_takes_no_sides_is_tried_with_larger_images_too(tested: Callable[[str], Model]) -> None:
+    """Of 32 pixels aMUSEd's mask would have none, as diffusers halves it three times and then rounds to 8."""
+    model = tested("AmusedInpaintPipeline")
+    assert model.image is not None, model.no_image
+    assert model.image.tried_size == {"width": 64, "height": 64}
+
+
+def test_a_pipeline_that_does_not_run_without_an_optional_argument_requires_it(tmp_path: Path) -> None:
+    config = Config(model=str(tmp_path / "model"), device="cpu")
+    build("EasyAnimatePipeline").save_pretrained(config.model)
+    model, again = load_model(config), load_model(config)
+    with pytest.raises(TypeError, match="'NoneType' object is not iterable"):
+        DiffusionPipeline.from_pretrained(config.model)("a star", width=32, height=32, num_frames=5)
+    self_test = SelfTest(model, config)
+    result = self_test.result(self_test.run())
+    assert result.text is not None
+    assert result.text.required == ["negative_prompt"]
+    SelfTest(again, config).recall(result)  # another replica, which runs one request with it
+    for one in (model, again):
+        assert one.text is not None
+        assert [name for name, argument in one.text.arguments.items() if argument.is_required] == ["negative_prompt"]
+
+
+def test_a_pipeline_that_consists_of_pipelines_comes_to_the_boundary_from_each_of_them() -> None:
+    """Kandinsky's calls a pipeline for the prior and one for the picture, which hold the components themselves."""
+    pipeline, called = build("KandinskyV22CombinedPipeline"), set()
+    pipeline.set_progress_bar_config(disable=True)
+    arguments = {"prompt": "a star", "width": 64, "height": 64, "output_type": "np"}
+    arguments |= {"num_inference_steps": 2, "prior_num_inference_steps": 2}
+
+    def crossing(call: Call) -> Any:
+        called.add(call.component)
+        return cross(call)
+
+    with Fork(pipeline, crossing) as forked:
+        found = forked(**arguments, generator=torch.Generator().manual_seed(7)).images
+    assert called >= {"prior_text_encoder", "prior_prior", "unet"}
+    assert [part.num_inference_steps for part in schedulers(pipeline)] == [None, None], "the fork has its own"
+    assert (found == pipeline(**arguments, generator=torch.Generator().manual_seed(7)).images).all()
+
+
+def test_the_defaults_of_a_pipeline_that_consists_of_pipelines_are_found_without_a_forward() -> None:
+    pipeline = build("KandinskyV22InpaintCombinedPipeline")
+    for part in modules(pipeline).values():
+        part.register_forward_pre_hook(lambda *_: pytest.fail("a component was called"))
+    made = variables_at_first_call(pipeline, ("image", "mask_image"))
+    assert made is not None
+    assert (made["width"], made["height"]) == (512, 512)
 
 
 def test_a_mask_and_what_guides_are_the_images_behind_the_one_to_go_on_from(tested: Callable[[str], Model]) -> None:
