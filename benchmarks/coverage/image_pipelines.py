@@ -47,6 +47,11 @@ FOR_MEGAPIXELS: Changes = {
 }
 """An autoencoder that reduces by 32, for pipelines that enlarge every picture to a megapixel."""
 
+WAN_FOR_MEGAPIXELS: Changes = {
+    "vae": {"base_dim": 4, "dim_mult": [1] * 6, "temperal_downsample": [False, True, True, False, False]}
+}
+"""The same of the autoencoders of Wan and Qwen."""
+
 MASK_AND_CONDITION: Changes = {"in_channels": 288, "out_channels": 16}
 """FLUX.1 Fill: 16 packed channels of noise, 16 of the masked picture, and 8 by 8 by 4 pixels of mask."""
 
@@ -114,7 +119,10 @@ TINY: dict[str, Tiny] = {
         SHORT,
     ),
     "PIAPipeline": Tiny({"motion_adapter": {"conv_in_channels": 9}}),
-    "LongCatImageEditPipeline": Tiny(LONG_CAT),
+    "LongCatImageEditPipeline": Tiny(LONG_CAT | {"vae": FOR_MEGAPIXELS | LONG_CAT["vae"]}),
+    "JoyImageEditPlusPipeline": Tiny(WAN_FOR_MEGAPIXELS),
+    "QwenImageEditInpaintPipeline": Tiny(WAN_FOR_MEGAPIXELS),
+    "QwenImageLayeredPipeline": Tiny(WAN_FOR_MEGAPIXELS),
     "QwenImageControlNetInpaintPipeline": Tiny(
         SHIFTED | {"controlnet": {"extra_condition_channels": 4}}, SHORT | {"true_cfg_scale": 1.0}
     ),
