@@ -89,6 +89,6 @@ async def _http_error(request: Request, error: Exception) -> Response:
     """What the router itself refuses: unknown paths and methods."""
     assert isinstance(error, HTTPException)
     status = error.status_code
-    told = {404: "There is no such route", 405: f"This route does not take {request.method}"}
+    told = {404: "There is no such route", 405: f"This route does not take {request.method[:20]}"}
     message = f"{told.get(status, error.detail)}; /docs lists the routes."
     return error_reply(ErrorInfo(_CODES.get(status, "invalid_request"), message, status), error.headers)

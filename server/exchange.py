@@ -28,6 +28,8 @@ _POLLED = frozenset({"/liveness", "/health", "/health_generate", "/metrics"})  #
 _LONGEST = 500
 """Characters of what a client wrote in one log line."""
 
+_LONGEST_METHOD = 20  # of those that there are, UPDATEREDIRECTREF has the most
+
 log = logging.getLogger(__name__)
 
 
@@ -109,7 +111,7 @@ class Exchange:
         route = _route_of(self._scope)
         self._metrics.count_request(route, status, seconds)
         level = logging.DEBUG if route in _POLLED else logging.INFO
-        method, path = self._scope["method"], _path_of(self._scope)
+        method, path = self._scope["method"][:_LONGEST_METHOD], _path_of(self._scope)
         fields: dict[str, str | int | float | None] = {
             "method": method, "path": path, "status": status, "duration_ms": round(1000 * seconds, 1)
         }  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass
 
 from fastapi import APIRouter, Request, Response
 
@@ -37,37 +38,51 @@ def routes(service: Service) -> APIRouter:
     @router.post("/generate", summary="Make pictures or videos from a prompt", openapi_extra=_OPENAPI)
     async def generate(request: Request) -> Response:
         started_at = time.perf_counter()
-        body, sources = await read_generate(request)
-        check_ranges(body, service.config)
-        model = service.link.ready_model()
-        check_model(body, len(sources), model, service.config)
-        as_file, output_format = accept.choose(request.headers.get("accept"), body.output_format, model.kind)
-        request_id = own_id_var.get()
-        images = await service.pictures.read(sources, service.config.max_pixels or MOST_PIXELS) if sources else []
-        message = to_message(body, images, request_id, output_format, service.config)
+        asked = await _read(request, service)
+        message = asked.message
 
         def finish(result: Result) -> Reply:
             service.metrics.count_outputs(len(result.outputs))
-            return Reply(request_id_var.get(), model.model, message, result, time.perf_counter() - started_at)
+            return Reply(request_id_var.get(), asked.model, message, result, time.perf_counter() - started_at)
 
         async def finish_event(result: Result) -> bytes:
             return await finish(result).as_json()
 
         service.unread.make_room()
-        if body.stream:
+        if asked.stream:
             return EventStream(service.link, message, finish_event, service.unread)
-        if as_file and len(message.samples) != 1:
-            raise InvalidRequest(
-                f"An answer of the type {accept.MEDIA_TYPES[output_format]} holds one output, and this request makes "
-                f"{len(message.samples)}; accept application/json, or ask for one."
-            )
         reply = finish(await while_connected(request.receive, _result(service, message)))
         service.unread.make_room()
-        if as_file:
+        if asked.as_file:
             return reply.as_file(service.unread)
         return UnreadReply([await reply.as_json()], service.unread, "application/json")
 
     return router
+
+
+@dataclass(frozen=True)
+class _Asked:
+    message: Generate
+    model: str
+    stream: bool
+    as_file: bool
+
+
+async def _read(request: Request, service: Service) -> _Asked:
+    """The checked request. Nothing of its body is left, which can be far larger than the pictures in it."""
+    body, sources = await read_generate(request)
+    check_ranges(body, service.config)
+    model = service.link.ready_model()
+    check_model(body, len(sources), model, service.config)
+    as_file, output_format = accept.choose(request.headers.get("accept"), body.output_format, model.kind)
+    images = await service.pictures.read(sources, service.config.max_pixels or MOST_PIXELS) if sources else []
+    message = to_message(body, images, own_id_var.get(), output_format, service.config)
+    if as_file and not body.stream and len(message.samples) != 1:
+        raise InvalidRequest(
+            f"An answer of the type {accept.MEDIA_TYPES[output_format]} holds one output, and this request makes "
+            f"{len(message.samples)}; accept application/json, or ask for one."
+        )
+    return _Asked(message, model.model, body.stream, as_file)
 
 
 async def _result(service: Service, message: Generate) -> Result:

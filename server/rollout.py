@@ -43,32 +43,36 @@ def routes(service: Service) -> APIRouter:
 
     @router.post("/rollout/generate", summary="Generate with log-probabilities", openapi_extra=_OPENAPI)
     async def generate(request: Request) -> Response:
-        body = await read_rollout(request)
-        check_ranges(body, service.config)
-        model = service.link.ready_model()
-        check_rollout(body, model, service.config)
-        sources: list[str | bytes] = [*(body.image or ())]
-        if body.image_path is not None:
-            sources += await asyncio.to_thread(read_paths, body.image_path, service.config)
-        check_model(body, len(sources), model, service.config)
-        images = await service.pictures.read(sources, service.config.max_pixels or MOST_PIXELS) if sources else []
-        request_id = own_id_var.get()
-        message = to_message(body, images, request_id, "pt", service.config)
-        rollout = await asyncio.to_thread(to_rollout, body, len(message.samples))
-        message = msgspec.structs.replace(message, rollout=rollout)
-        if body.rollout_shared_memory:
-            _check_near(request)
+        message = await _read(request, service)
         unread.make_room()
         try:
             result = await while_connected(request.receive, _result(service, message))
         finally:
-            if body.rollout_shared_memory:
+            if message.rollout is not None and message.rollout.shared_memory:
                 asyncio.get_running_loop().call_later(KEPT_S + _LATE_S, unread.sweep)
         service.metrics.count_outputs(len(result.outputs))
         unread.make_room(files_of(result.outputs))
         return _reply(result, unread)
 
     return router
+
+
+async def _read(request: Request, service: Service) -> Generate:
+    """The checked request. Nothing of its body is left, which can be far larger than the pictures in it."""
+    body = await read_rollout(request)
+    check_ranges(body, service.config)
+    model = service.link.ready_model()
+    check_rollout(body, model, service.config)
+    sources: list[str | bytes] = [*(body.image or ())]
+    if body.image_path is not None:
+        sources += await asyncio.to_thread(read_paths, body.image_path, service.config)
+    check_model(body, len(sources), model, service.config)
+    images = await service.pictures.read(sources, service.config.max_pixels or MOST_PIXELS) if sources else []
+    message = to_message(body, images, own_id_var.get(), "pt", service.config)
+    rollout = await asyncio.to_thread(to_rollout, body, len(message.samples))
+    if rollout.shared_memory:
+        _check_near(request)
+    return msgspec.structs.replace(message, rollout=rollout)
 
 
 async def _result(service: Service, message: Generate) -> Result:

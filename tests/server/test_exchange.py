@@ -215,3 +215,12 @@ async def test_an_access_line_says_which_path_was_not_found_and_what_was_refused
     assert fields["error"].startswith("width must be a multiple of 16")
     assert served.getMessage().endswith(" ms")
     assert {*vars(served)["fields"]} == {"method", "path", "status", "duration_ms"}
+
+
+async def test_a_method_of_a_client_s_own_fills_no_log_line(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "safelight.server.exchange")
+    async with stage() as played:
+        reply = await played.client.request("A" * 10_000, "/generate", headers={"Connection": "close"})
+    assert (reply.status_code, len(reply.content) < 1000) == (405, True)
+    (line,) = [record.getMessage() for record in caplog.records if record.name.endswith("exchange")]
+    assert len(line) < 1000
