@@ -9,10 +9,38 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 
-from ..protocol.errors import ClientGone
+from ..protocol.errors import ClientGone, QueueFull
 from ..protocol.operations import Operate, Settled
 from .adapter_files import new_folder
 from .scheduler_link import SchedulerLink
+
+MOST_PARTS = 64
+"""Parts of adapters that are added or wait for that; their bytes count among the bodies that are being received."""
+
+_RETRY_S = 5.0
+
+
+class _Line:
+    """One at a time, and a bounded number behind it."""
+
+    def __init__(self) -> None:
+        self._lock = asyncio.Lock()
+        self._inside = 0
+
+    @asynccontextmanager
+    async def turn(self) -> AsyncIterator[None]:
+        """Raises ``QueueFull``."""
+        if self._inside >= MOST_PARTS:
+            raise QueueFull(
+                f"{self._inside} parts of adapters wait already. Ask again in {_RETRY_S:.0f} s.",
+                retry_after_s=_RETRY_S,
+            )
+        self._inside += 1
+        try:
+            async with self._lock:
+                yield
+        finally:
+            self._inside -= 1
 
 
 class AdapterFolders:
@@ -28,16 +56,16 @@ class AdapterFolders:
         self._pending: set[Path] = set()
         self._tasks: set[asyncio.Task[None]] = set()
         self._parts: dict[str, dict[str, Path]] = {}
-        self._merging = asyncio.Lock()
-        self._adding = asyncio.Lock()
+        self._merging = _Line()
+        self._adding = _Line()
 
     @asynccontextmanager
     async def parts_of(self, update_id: str | None) -> AsyncIterator[None]:
         """A context in which one part of an adapter is added, to those of a begun update or to what is merged.
 
-        The latter waits until a begun update has ended.
+        The latter waits until a begun update has ended, whose own parts find room. Raises ``QueueFull``.
         """
-        async with self._merging if update_id is None else self._adding:
+        async with (self._merging if update_id is None else self._adding).turn():
             yield
 
     def part(self, update_id: str | None, target: str) -> str | None:
