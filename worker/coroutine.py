@@ -1,17 +1,20 @@
 """A pipeline call as a coroutine: it runs until it calls a component, and waits there for the hub.
 
-torch's settings (autocast, for one) are a coroutine's own: they are put away while it waits, and never reach others.
+torch's settings (autocast, for one) and random numbers are a coroutine's own: they are put away while it waits, and
+never reach others.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from greenlet import getcurrent, greenlet
 
 from .call import Call
 from .lora.adapters import Wanted
+from .random_state import RandomState, kept_random_state, random_state, set_random_state
 from .thread_state import Swap, ThreadState, thread_state
 
 
@@ -23,8 +26,9 @@ class Coroutine:
     """Runs ``body`` in a greenlet.
 
     ``alone`` keeps its calls out of merged forwards, and an ``exclusive`` one has the hub to itself from its start to
-    its end; ``wanted`` are the adapters of its request. When it ends, ``done`` is called with it, in the hub's
-    greenlet; then exactly one of ``result`` and ``error`` says how.
+    its end; ``wanted`` are the adapters of its request. Its random numbers begin at ``random``, or where the hub's are.
+    When it ends, ``done`` is called with it, in the hub's greenlet; then exactly one of ``result`` and ``error``
+    says how.
     """
 
     def __init__(
@@ -35,6 +39,7 @@ class Coroutine:
         alone: bool = False,
         exclusive: bool = False,
         wanted: Wanted = None,
+        random: RandomState | None = None,
     ) -> None:
         self._greenlet = greenlet(body)
         self._done = done
@@ -48,6 +53,7 @@ class Coroutine:
         self.state: ThreadState | None = None
         """The settings of torch with which its calls are made, where they are others than the hub's."""
         self._away: Swap | None = None
+        self._random = random
         self.result: Any = None
         self.error: BaseException | None = None
 
@@ -85,12 +91,24 @@ class Coroutine:
         self._end()
         return None
 
+    @contextmanager
+    def own_random_numbers(self) -> Iterator[None]:
+        """Around what draws this coroutine's: its own code, and a call that is made for it alone."""
+        with kept_random_state():
+            if self._random is not None:
+                set_random_state(self._random)
+            try:
+                yield
+            finally:
+                self._random = random_state()
+
     def _with_own_settings(self, switch: Callable[[], Any]) -> Any:
         outside = thread_state()
         if self._away is not None:
             self._away.back()
         try:
-            return switch()
+            with self.own_random_numbers():
+                return switch()
         finally:
             inside = thread_state()
             self.state = inside if inside != outside else None

@@ -1,9 +1,9 @@
 """A request's own copy of the pipeline.
 
-The copy is shallow: processors are shared. Schedulers and guiders are copied, as they keep the state of a denoising
-loop; so are the attributes of tokenizers and the tables of the pipeline, which some pipelines write to. Components
-stand behind boundaries. Pipelines that the pipeline consists of are copied with it, and have the same components as the
-copy. Whatever a pipeline writes to itself or to a component stays with the fork.
+The copy is shallow. Schedulers and guiders are copied, as they keep the state of a denoising loop; so are the
+attributes of tokenizers and processors and the tables of the pipeline, which some pipelines write to. Components stand
+behind boundaries. Pipelines that the pipeline consists of are copied with it, and have the same components as the copy.
+Whatever a pipeline writes to itself or to a component stays with the fork.
 """
 
 from __future__ import annotations
@@ -12,13 +12,18 @@ import copy
 from typing import Any
 
 from diffusers import ConfigMixin, DiffusionPipeline
+from diffusers.image_processor import VaeImageProcessor
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import nn
+from transformers.utils import PushToHubMixin
 
 from .boundary import Boundary, Crossing
 from .call import cross
 from .changes import Changes
 from .module_state import is_stateful
+
+_PROCESSORS = (VaeImageProcessor, PushToHubMixin)
+"""diffusers' processors, which are no components, and transformers' tokenizers and processors, which hold others."""
 
 
 class Fork:
@@ -30,7 +35,8 @@ class Fork:
     def __init__(self, pipeline: DiffusionPipeline, crossing: Crossing = cross, *, watches_all: bool = False) -> None:
         modules = [part for part in pipeline.components.values() if isinstance(part, nn.Module)]
         self.changes = Changes(modules if watches_all else ())
-        self._pipeline = _copied(pipeline)
+        copies: dict[int, Any] = {}  # of processors by the originals' ids, as one may have several names
+        self._pipeline = _copied(pipeline, copies)
         own = vars(self._pipeline)
         for name, component in pipeline.components.items():
             if isinstance(component, nn.Module):
@@ -39,8 +45,8 @@ class Fork:
             elif isinstance(component, ConfigMixin):  # schedulers and guiders
                 own[name] = copy.deepcopy(component)
             elif is_stateful(component):
-                own[name] = _with_own_attributes(component)
-        _copy_inner(self._pipeline, {id(part): own[name] for name, part in pipeline.components.items()})
+                own[name] = _with_own_attributes(component, copies)
+        _copy_inner(self._pipeline, {id(part): own[name] for name, part in pipeline.components.items()}, copies)
 
     def __enter__(self) -> DiffusionPipeline:
         self.changes.show()
@@ -57,26 +63,35 @@ def schedulers(pipeline: DiffusionPipeline) -> list[SchedulerMixin]:
     return [scheduler for scheduler in found if hasattr(scheduler, "step")]
 
 
-def _copied(pipeline: DiffusionPipeline) -> DiffusionPipeline:
-    """A copy with tables of its own."""
+def _copied(pipeline: DiffusionPipeline, copies: dict[int, Any]) -> DiffusionPipeline:
+    """A copy with tables and processors of its own."""
     copied = copy.copy(pipeline)
     own = vars(copied)
     own |= {name: value.copy() for name, value in own.items() if type(value) in (dict, list, set)}
+    own |= {name: _with_own_attributes(value, copies) for name, value in own.items() if _is_processor(value)}
     return copied
 
 
-def _copy_inner(pipeline: DiffusionPipeline, replaced: dict[int, Any]) -> None:
+def _copy_inner(pipeline: DiffusionPipeline, replaced: dict[int, Any], copies: dict[int, Any]) -> None:
     """Copy what ``pipeline`` holds of pipelines; ``replaced`` are its components' stand-ins, by the originals' ids."""
     for name, inner in vars(pipeline).items():
         if isinstance(inner, DiffusionPipeline):
-            copied = _copied(inner)
+            copied = _copied(inner, copies)
             vars(copied).update({part: replaced.get(id(value), value) for part, value in inner.components.items()})
             vars(pipeline)[name] = copied
 
 
-def _with_own_attributes(component: Any) -> Any:
+def _is_processor(value: Any) -> bool:
+    return isinstance(value, _PROCESSORS) and not isinstance(value, nn.Module)
+
+
+def _with_own_attributes(component: Any, copies: dict[int, Any]) -> Any:
     """A tokenizer or processor with the same contents; not its class's own copy, which may read its files again."""
-    copied = object.__new__(type(component))
-    tables = {name: value.copy() for name, value in vars(component).items() if type(value) is dict and len(value) < 100}
-    vars(copied).update(vars(component) | tables)
+    if id(component) in copies:
+        return copies[id(component)]
+    copies[id(component)] = copied = object.__new__(type(component))
+    attributes = vars(component)
+    tables = {name: value.copy() for name, value in attributes.items() if type(value) is dict and len(value) < 100}
+    parts = {name: _with_own_attributes(value, copies) for name, value in attributes.items() if _is_processor(value)}
+    vars(copied).update(attributes | tables | parts)
     return copied

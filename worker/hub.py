@@ -27,6 +27,7 @@ from .lora.adapters import RankAdapters
 from .lora.beside import CannotMix, Uses
 from .merging import NotSplittable, RowLists, merge
 from .prompt_cache import PromptCache, prompt_key
+from .random_state import has_drawn, kept_random_state, random_state
 from .thread_state import ThreadState, within
 
 log = logging.getLogger(__name__)
@@ -245,10 +246,13 @@ class Hub:
             return Outcome(cached)
         self.counters.forwards += 1
         try:
-            value = self._computed([waiting], waiting.call.run)
+            with waiting.coroutine.own_random_numbers():
+                before = random_state()
+                value = self._computed([waiting], waiting.call.run)
+                if waiting.prompt is not None and not has_drawn(before):
+                    self._keep(waiting, value, exact=True)
         except Exception as error:  # noqa: BLE001  # goes to the coroutine that made the call
             return Outcome(error=error)
-        self._keep(waiting, value, exact=True)
         return Outcome(value)
 
     def _merged(self, group: list[Waiting]) -> list[Outcome] | None:
@@ -256,7 +260,11 @@ class Hub:
         parts = [waiting.anatomy for waiting in group if waiting.anatomy is not None]
         name = group[0].call.name
         try:
-            output = self._run(group, parts)
+            with kept_random_state() as before:
+                output = self._run(group, parts)
+                if has_drawn(before):
+                    self._never_merge_again(name, "it draws random numbers, which are each request's own")
+                    return None
             values = self._row_lists.split(output, parts, lambda: self._run(group[:1], parts[:1]))
         except CannotMix as reason:
             log.info("requests with different adapters take turns in %s: %s", name, reason)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import copy
 import functools
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,6 +28,7 @@ from .fork import Fork, schedulers
 from .input_images import image_arguments
 from .lora.adapters import Wanted
 from .model import Model
+from .random_state import kept_random_state, seeded
 from .rollout.environment import Environment, likely_scales
 from .rollout.initial_noise import shapes, usual_shapes
 from .rollout.record import as_output, peak_memory_mb, read_tensor, told, told_of_nothing
@@ -90,7 +91,14 @@ class SampleRun:
         mode = model.batching_mode(request)
         alone, exclusive = request.deterministic or mode != "merged", mode == "serial"
         self.watches_all = watches_all or exclusive
-        self.coroutine = Coroutine(self._run, lambda _: done(self), alone=alone, exclusive=exclusive, wanted=wanted)
+        self.coroutine = Coroutine(
+            self._run,
+            lambda _: done(self),
+            alone=alone,
+            exclusive=exclusive,
+            wanted=wanted,
+            random=seeded(self.seed),
+        )
         self.coroutine.pixels = model.output_pixels(request)
 
     @property
@@ -205,10 +213,15 @@ class SampleRun:
             "log_prob_reduction": "mean",
         }
 
-    def aside(self) -> AbstractContextManager[None]:
-        """Around another call of the pipeline in this sample's coroutine, which finds the components unchanged."""
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """Around another call of the pipeline in this sample's coroutine, of which nothing is left in the sample.
+
+        It finds the components unchanged.
+        """
         assert self._fork is not None, "it runs"
-        return self._fork.changes.aside()
+        with self._fork.changes.aside(), kept_random_state():
+            yield
 
     def _cross(self, call: Call) -> Any:
         if self._shapes is not None and call.name in DENOISERS:

@@ -1,7 +1,7 @@
 """torch's settings that a pipeline can change around a call: autocast, inference and gradient mode, defaults, modes.
 
 They belong to the thread or the process, and all coroutines run in one thread. So each coroutine's settings are put
-away while it waits, and its calls are made with them.
+away while it waits, and its calls are made with them. diffusers' choice of an attention kernel is one of them.
 """
 
 from __future__ import annotations
@@ -11,8 +11,18 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from diffusers.models.attention_dispatch import _AttentionBackendRegistry
 from torch.overrides import _get_current_function_mode_stack, _pop_mode, _push_mode
 from torch.utils import _device
+from torch.utils._python_dispatch import (
+    _get_current_dispatch_mode_stack,
+)
+from torch.utils._python_dispatch import (
+    _pop_mode as _pop_dispatch_mode,
+)
+from torch.utils._python_dispatch import (
+    _push_mode as _push_dispatch_mode,
+)
 
 ThreadState = tuple[Any, ...]
 """A value for each of the settings; two that are equal are the same for any computation."""
@@ -52,6 +62,25 @@ def _set_modes(found: tuple[Any, ...]) -> None:
         _push_mode(mode)  # type: ignore[no-untyped-call]
 
 
+def _dispatch_modes() -> tuple[Any, ...]:
+    return tuple(_get_current_dispatch_mode_stack()) if torch._C._len_torch_dispatch_stack() else ()
+
+
+def _set_dispatch_modes(found: tuple[Any, ...]) -> None:
+    for _ in range(torch._C._len_torch_dispatch_stack()):
+        _pop_dispatch_mode()
+    for mode in found:
+        _push_dispatch_mode(mode)
+
+
+def _attention_backend() -> Any:
+    return _AttentionBackendRegistry._active_backend
+
+
+def _attention_order() -> tuple[int, ...]:
+    return tuple(torch._C._get_sdp_priority_order())
+
+
 def _deterministic() -> tuple[bool, bool]:
     return torch._C._get_deterministic_algorithms(), torch._C._get_deterministic_algorithms_warn_only()
 
@@ -68,6 +97,14 @@ _SETTINGS: tuple[tuple[Callable[[], Any], Callable[[Any], Any]], ...] = (
     (torch.get_default_dtype, torch.set_default_dtype),
     (torch.get_float32_matmul_precision, torch.set_float32_matmul_precision),
     (_deterministic, _set_deterministic),
+    (torch.get_num_threads, torch.set_num_threads),
+    (_attention_backend, _AttentionBackendRegistry.set_active_backend),
+    (_dispatch_modes, _set_dispatch_modes),
+    (torch._C._get_cudnn_enabled, torch._C._set_cudnn_enabled),
+    (torch._C._get_cudnn_benchmark, torch._C._set_cudnn_benchmark),
+    (torch._C._get_cudnn_deterministic, torch._C._set_cudnn_deterministic),
+    (torch._C._get_mkldnn_enabled, torch._C._set_mkldnn_enabled),
+    (_attention_order, lambda found: torch._C._set_sdp_priority_order(list(found))),
     (torch._C._get_flash_sdp_enabled, torch._C._set_sdp_use_flash),
     (torch._C._get_mem_efficient_sdp_enabled, torch._C._set_sdp_use_mem_efficient),
     (torch._C._get_math_sdp_enabled, torch._C._set_sdp_use_math),

@@ -25,6 +25,7 @@ from .fork import Fork
 from .hub import Hub
 from .model import Model, modules
 from .preview import preview
+from .random_state import seeded
 from .sample import SampleRun, outputs
 from .sizes import SMALLEST, small_sizes
 from .steps import Step
@@ -245,7 +246,7 @@ class Trial:
             return False
         sample, latents = self._last[0], self._last[1].prev_sample
         try:
-            seen = self._alone(lambda: preview(self._task, sample.arguments(), latents))
+            seen = self._alone(lambda: preview(self._task, sample.arguments(), latents), sample.seed)
         except _SampleFailed as failed:
             log.info("previews are off: the pipeline does not run with a denoiser of zeros (%r)", failed.error)
             return False
@@ -257,7 +258,7 @@ class Trial:
         run = SampleRun(self._model, both, 0, lambda *_: None, lambda _: None)
         self._task.several_images = True
         try:
-            made = self._alone(lambda: self._outputs(run))
+            made = self._alone(lambda: self._outputs(run), run.seed)
         except _SampleFailed as failed:
             log.info("two images do not make one output (%r)", failed.error)
             return False
@@ -273,10 +274,10 @@ class Trial:
         with Fork(self._task.pipeline) as pipeline:
             return outputs(pipeline(**run.arguments()))
 
-    def _alone(self, function: Callable[[], Any]) -> Any:
-        """What ``function`` returns as the only coroutine. Raises ``_SampleFailed`` with what it raised."""
+    def _alone(self, function: Callable[[], Any], seed: int) -> Any:
+        """What ``function`` returns as the only coroutine, of a sample with ``seed``. Raises ``_SampleFailed``."""
         hub = self._hub("interleaved")
-        coroutine = Coroutine(function, lambda _: None)
+        coroutine = Coroutine(function, lambda _: None, random=seeded(seed))
         hub.start(coroutine)
         while hub.busy:
             hub.turn()

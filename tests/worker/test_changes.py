@@ -15,10 +15,12 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, DiffusionPipeline, UNet2DConditionModel
 from diffusers.hooks import HookRegistry, ModelHook
+from diffusers.image_processor import VaeImageProcessor
 from diffusers.models.attention_processor import AttnProcessor
 from diffusers.utils import BaseOutput
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel
+from transformers.utils import PushToHubMixin
 
 from safelight.worker.call import Call, cross
 from safelight.worker.coroutine import Cancelled, Coroutine
@@ -382,3 +384,24 @@ def test_no_memory_for_the_request_s_cast_fails_the_request_and_leaves_nothing(
 
 def test_a_plain_call_through_a_raw_boundary_needs_no_fork() -> None:
     assert cross(Call("knobs", "__call__", torch.neg, (torch.ones(1),), {})) == -1
+
+
+class Settings(PushToHubMixin):
+    """A tokenizer, or a processor that holds one."""
+
+    def __init__(self, tokenizer: Settings | None = None) -> None:
+        self.padding_side = "right"
+        self.tokenizer = tokenizer
+
+
+def test_what_is_written_to_processors_is_the_request_s_own_by_each_of_their_names(pipeline: Writer) -> None:
+    """Also to those that are no components, as diffusers' own, and to those that others hold."""
+    shared = copy.copy(pipeline)
+    shared.image_processor, tokenizer = VaeImageProcessor(), Settings()
+    shared.processor, shared.tokenizer = Settings(tokenizer), tokenizer
+    with Fork(shared) as forked:
+        forked.image_processor.register_to_config(do_normalize=False)
+        forked.processor.tokenizer.padding_side = "left"
+        assert forked.tokenizer.padding_side == "left"
+    assert shared.image_processor.config.do_normalize
+    assert tokenizer.padding_side == "right"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -74,10 +75,11 @@ def test_requests_with_images_that_must_run_alone_leave_the_others_their_shared_
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Here the image's pipeline draws noise that no seed determines, so nothing can be compared."""
+    calls = itertools.count()
 
     def prepare_latents(*args: Any, **kwargs: Any) -> torch.Tensor:
         latents: torch.Tensor = INITIAL_LATENTS(*args, **kwargs)
-        return latents + torch.rand_like(latents)
+        return latents + torch.rand(latents.shape, generator=torch.Generator().manual_seed(next(calls)))
 
     monkeypatch.setattr(diffusers.StableDiffusionImg2ImgPipeline, "prepare_latents", prepare_latents)
     model, hub = self_tested(Config(model=str(save("sd15", tmp_path)), device="cpu"))

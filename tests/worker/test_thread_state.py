@@ -8,8 +8,10 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers.models.attention_dispatch import _AttentionBackendRegistry, attention_backend
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from safelight.worker.call import Call, cross
 from safelight.worker.coroutine import Cancelled, Coroutine
@@ -26,6 +28,14 @@ class Sixes(TorchFunctionMode):
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         made = function(*args, **(kwargs or {}))
         return made * 6 if function is torch.mm else made
+
+
+class Fives(TorchDispatchMode):
+    """Makes every product five times as large, below autograd."""
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = function(*args, **(kwargs or {}))
+        return made * 5 if function is torch.ops.aten.mm.default else made
 
 
 class DefaultDtype:
@@ -45,6 +55,13 @@ CONTEXTS: dict[str, Callable[[], AbstractContextManager[Any]]] = {
     "function mode": Sixes,
     "default dtype": DefaultDtype,
     "attention kernel": lambda: sdpa_kernel([SDPBackend.MATH]),
+    "attention kernels in an order": lambda: sdpa_kernel(
+        [SDPBackend.MATH, SDPBackend.FLASH_ATTENTION], set_priority=True
+    ),
+    "attention kernel of diffusers": lambda: attention_backend("_native_math"),
+    "dispatch mode": Fives,
+    "deterministic convolutions": lambda: torch.backends.cudnn.flags(enabled=False, deterministic=True),
+    "no oneDNN": lambda: torch.backends.mkldnn.flags(enabled=False),
 }
 
 
@@ -54,7 +71,9 @@ def component(x: torch.Tensor) -> tuple[Any, ...]:
     fresh = torch.ones(1)
     kernels = torch.backends.cuda.flash_sdp_enabled()
     seen = (product.dtype, product.is_inference(), float(product.sum()) if product.device.type == "cpu" else None)
-    return (*seen, fresh.dtype, fresh.device, torch.is_grad_enabled(), kernels)
+    libraries = (torch.backends.cudnn.enabled, torch.backends.cudnn.deterministic, torch.backends.mkldnn.enabled)
+    order = (_AttentionBackendRegistry.get_active_backend()[0], tuple(torch._C._get_sdp_priority_order()))
+    return (*seen, fresh.dtype, fresh.device, torch.is_grad_enabled(), kernels, *libraries, *order)
 
 
 def call(method: str = "look") -> Any:
