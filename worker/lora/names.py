@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 from ..sizes import DENOISERS
 from ..weights.layout import Layout
@@ -40,6 +40,43 @@ def split_name(name: str, shapes: Shapes) -> Place:
         return component, rest.removeprefix(_PEFT_MODEL)
     denoiser = next((found for found in DENOISERS if found in shapes), "")
     return denoiser, path.removeprefix(FOREIGN)
+
+
+_DENOISER = ("lora_unet_", "lora_transformer_", "lycoris_")
+_ENCODERS = {
+    "lora_te_": ("text_encoder",),
+    "lora_te1_": ("text_encoder",),
+    "lora_te2_": ("text_encoder_2",),
+    "lora_te3_": ("text_encoder_3", "text_encoder_2"),  # of FLUX, where sd-scripts also calls T5 the third
+}
+
+
+def locate_underscored(names: Iterable[str], shapes: Shapes) -> dict[str, Place]:
+    """The model's layers whose names are in ``names`` with underscores for dots, as sd-scripts and LyCORIS write them.
+
+    Those that mean no layer are not in it, nor those that would mean several.
+    """
+    denoiser = next((found for found in DENOISERS if found in shapes), "")
+    tables: dict[str, dict[str, list[str]]] = {}
+    found: dict[str, Place] = {}
+    for name in names:
+        for before, components in {**dict.fromkeys(_DENOISER, (denoiser,)), **_ENCODERS}.items():
+            component = next((one for one in components if one in shapes), None)
+            if component is None or not name.startswith(before):
+                continue
+            table = tables.setdefault(component, _by_underscored(shapes[component]))
+            layer = name.removeprefix(before)
+            layers = table.get(layer) or table.get(layer.removeprefix(_NESTED_TEXT.replace(".", "_"))) or []
+            if len(layers) == 1:
+                found[name] = (component, layers[0])
+    return found
+
+
+def _by_underscored(layers: Iterable[str]) -> dict[str, list[str]]:
+    found: dict[str, list[str]] = {}
+    for layer in layers:
+        found.setdefault(layer.replace(".", "_"), []).append(layer)
+    return found
 
 
 def locate(name: str, shapes: Shapes) -> Place | None:

@@ -11,8 +11,11 @@ import torch
 
 from ...protocol.errors import InvalidRequest
 
+ADAPTER_NAME = r"(?:\.(?!(?:weight|bias)$)[\w-]+)?"
+"""What a module of peft's has in its names, which a file of peft's has not: the adapter's own, mostly ``default``."""
+
 _FACTOR = re.compile(
-    r"(?P<layer>.+?)\.(?:lora_(?P<letter>[AB])(?:\.default)?(?:\.weight)?"
+    rf"(?P<layer>.+?)\.(?:lora_(?P<letter>[AB]){ADAPTER_NAME}(?:\.weight)?"
     r"|(?:lora_|lora\.|lora_linear_layer\.)?(?P<word>down|up)(?:\.default)?\.weight)"
 )
 
@@ -22,7 +25,7 @@ _NOT_LOW_RANK = {
     "embeddings": re.compile(r"lora_embedding_"),
     "Tucker decompositions": re.compile(r"lora_mid"),
     "differences of modulations (diff_m)": re.compile(r"\.diff_m$"),
-    "biases of what is narrow": re.compile(r"\.(lora_A|lora_down|down)(\.default)?\.bias$"),
+    "biases of what is narrow": re.compile(rf"\.(lora_A|lora_down|down){ADAPTER_NAME}\.bias$"),
 }
 """What adapters may hold besides pairs, by what their tensors' names contain."""
 

@@ -13,7 +13,7 @@ from ..weights.fuse import FusedPart
 from .convert import Converted, NotConverted, convert
 from .names import Place, Shapes, locate
 from .pairs import LeftOut, Pair, refused
-from .targets import Targets, by_sd3
+from .targets import Targets, by_sd3, underscored
 from .whole import Whole
 
 _FUSED = re.compile(r"(qkv|linear1|to_kv|to_added_qkv)$")
@@ -49,6 +49,9 @@ def _in_model_names(
     absent = [name for name in own if locate(name, shapes) is None]
     if not absent:
         return list(own.items())
+    named = underscored(absent, shapes)
+    if len(named) == len(absent):
+        return _cut(pairs, named) + [(name, pair) for name, pair in own.items() if name not in named]
     if sd3 := by_sd3({name: pairs[name].up.shape[0] for name in absent}, pairs, shapes):
         return _cut(pairs, sd3) + [(name, pair) for name, pair in own.items() if name not in sd3]
     try:

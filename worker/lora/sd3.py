@@ -43,8 +43,6 @@ _OUTSIDE = {
     "lora_unet_final_layer_adaLN_modulation_1": "norm_out.linear",
 }
 
-_ENCODERS = {"lora_te1_": "text_encoder", "lora_te2_": "text_encoder_2", "lora_te3_": "text_encoder_3"}
-
 _MODULATIONS_OF_THE_LAST_CONTEXT = 2
 """Scale and shift alone, in diffusers' order; earlier blocks have six in the order of the checkpoint."""
 
@@ -69,18 +67,6 @@ def sd3_targets(layer: str, out: int, width: int) -> Iterator[tuple[str, torch.T
         elif (name := _LAYERS.get(kind)) is not None:
             last = name == "norm1_context.linear" and out == _MODULATIONS_OF_THE_LAST_CONTEXT * width
             yield f"{where}.{name}", _halves_turned(out) if last else None
-
-
-def encoder_name(layer: str) -> tuple[str, str] | None:
-    """The text encoder's component, and the layer's name in it with underscores for dots."""
-    return next(
-        (
-            (component, layer.removeprefix(before))
-            for before, component in _ENCODERS.items()
-            if layer.startswith(before)
-        ),
-        None,
-    )
 
 
 def _halves_turned(out: int) -> torch.Tensor:

@@ -5,7 +5,7 @@ A converter is asked with pairs whose ``up`` counts the outputs: where they come
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -14,9 +14,9 @@ from diffusers.loaders.single_file_model import SINGLE_FILE_LOADABLE_CLASSES
 
 from ..sizes import DENOISERS
 from .convert import FAILURES, NotConverted, Traced, convert, traced
-from .names import FOREIGN, Place, Shapes, locate
+from .names import FOREIGN, Place, Shapes, locate, locate_underscored
 from .pairs import ALPHA, Pair
-from .sd3 import encoder_name, is_sd3, sd3_targets
+from .sd3 import is_sd3, sd3_targets
 
 _WORDS, _LETTERS = ("lora_down.weight", "lora_up.weight"), ("lora_A.weight", "lora_B.weight")
 
@@ -39,6 +39,7 @@ Outs = Mapping[str, int]
 def find_targets(outs: Outs, pairs: Mapping[str, Pair], pipeline: DiffusionPipeline, shapes: Shapes) -> Targets:
     """Where layers are; those that nothing is known of are not in it. ``pairs`` are the file's other layers."""
     found: Targets = {layer: [Target(where)] for layer in outs if (where := locate(layer, shapes)) is not None}
+    found |= underscored(outs.keys() - found.keys(), shapes)
     ways: list[Callable[[Outs], Targets]] = [
         lambda missing: by_sd3(missing, {**pairs, **outs}, shapes),
         lambda missing: _by_checkpoint(missing, pipeline, shapes),
@@ -50,26 +51,18 @@ def find_targets(outs: Outs, pairs: Mapping[str, Pair], pipeline: DiffusionPipel
     return found
 
 
+def underscored(layers: Iterable[str], shapes: Shapes) -> Targets:
+    return {layer: [Target(where)] for layer, where in locate_underscored(layers, shapes).items()}
+
+
 def by_sd3(outs: Outs, every: Mapping[str, object], shapes: Shapes) -> Targets:
     """In a file with sd-scripts' names for Stable Diffusion 3, as ``every`` layer of it shows."""
     layers = shapes.get("transformer", {})
     if not any(is_sd3(layer) for layer in every) or "context_embedder" not in layers:
         return {}
     width = layers["context_embedder"][0]
-    underscored = {
-        component: {name.replace(".", "_"): name for name in shapes[component]}
-        for component in ("text_encoder", "text_encoder_2", "text_encoder_3")
-        if component in shapes
-    }
-    found: Targets = {}
+    found = underscored(outs, shapes)
     for layer, out in outs.items():
-        if (named := encoder_name(layer)) is not None:
-            component, name = named
-            names = underscored.get(component, {})
-            own = names.get(name) or names.get(name.removeprefix("text_model_"))
-            if own is not None:
-                found[layer] = [Target((component, own))]
-            continue
         targets = [
             Target(where, rows) for name, rows in sd3_targets(layer, out, width) if (where := locate(name, shapes))
         ]

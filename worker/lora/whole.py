@@ -16,17 +16,17 @@ from typing import Literal
 
 import torch
 
-from .pairs import ALPHA, Pair, float32, one_alpha, refused
+from .pairs import ADAPTER_NAME, ALPHA, Pair, float32, one_alpha, refused
 
 Kind = Literal["difference", "bias", "LoKr", "LoHa", "DoRA"]
 Parameter = Literal["weight", "bias"]
 
 _NAMED = re.compile(
     r"(?P<layer>.+?)\.(?:(?P<difference>diff|diff_b|w_norm|b_norm)"
-    r"|lokr_(?P<LoKr>w[12](?:_[ab])?|t2)"
-    r"|hada_(?P<LoHa>w[12]_[ab]|t[12])"
-    r"|(?P<DoRA>dora_scale|lora_magnitude_vector)(?:\.default)?(?:\.weight)?"
-    r"|(?:lora_B|lora_up|up)(?:\.default)?\.(?P<bias>bias))"
+    rf"|lokr_(?P<LoKr>w[12](?:_[ab])?|t2){ADAPTER_NAME}"
+    rf"|hada_(?P<LoHa>w[12]_[ab]|t[12]){ADAPTER_NAME}"
+    rf"|(?P<DoRA>dora_scale|lora_magnitude_vector){ADAPTER_NAME}(?:\.weight)?"
+    rf"|(?:lora_B|lora_up|up){ADAPTER_NAME}\.(?P<bias>bias))"
 )
 _BIASES = ("diff_b", "b_norm", "bias")
 _KINDS: tuple[Kind, ...] = ("difference", "bias", "LoKr", "LoHa", "DoRA")

@@ -14,6 +14,8 @@ LETTERS = ("lora_A.weight", "lora_B.weight")
 WORDS = ("lora_down.weight", "lora_up.weight")
 DOTS = ("lora.down.weight", "lora.up.weight")
 WITH_DEFAULT = ("lora_A.default.weight", "lora_B.default.weight")
+NAMED = ("lora_A.learner_1.weight", "lora_B.learner_1.weight")
+"""As the parameters of a model are called to which peft has added an adapter of that name."""
 
 
 def adapter(

@@ -116,6 +116,36 @@ def test_every_layer_gets_what_diffusers_would_add_to_it(case: str, tmp_path: Pa
     assert_same(deltas(file), by_diffusers(name, path))
 
 
+@pytest.mark.parametrize("before", ["lycoris_", "lora_unet_", "lora_transformer_"])
+@pytest.mark.parametrize("name", ["sd3", "ltx"])
+def test_underscores_for_dots_are_read_where_diffusers_has_no_converter_for_them(
+    name: str, before: str, tmp_path: Path
+) -> None:
+    """SimpleTuner writes so for any model. The truth is the same adapter under diffusers' names."""
+    layers = attention(linear(name))
+    dotted = adapter(layers, before="transformer.", ranks=RANKS)
+    theirs = by_diffusers(name, written(tmp_path / "dotted.safetensors", dotted))
+    path = written(tmp_path / "a.safetensors", adapter(formats.underscores(layers), WORDS, before=before, ranks=RANKS))
+    assert_same(deltas(read(name, path)), theirs)
+
+
+def test_parameters_of_a_peft_model_carry_any_adapter_s_name(tmp_path: Path) -> None:
+    layers = attention(linear("sd3"))
+    theirs = by_diffusers("sd3", written(tmp_path / "saved.safetensors", adapter(layers, before="transformer.")))
+    path = written(tmp_path / "a.safetensors", adapter(layers, formats.NAMED, before="base_model.model."))
+    assert_same(deltas(read("sd3", path)), theirs)
+
+
+def test_factors_of_lycoris_are_for_the_layer_that_their_name_means(tmp_path: Path) -> None:
+    layers = attention(linear("sd3"))
+    tensors = {}
+    for layer, (rows, columns) in formats.underscores(layers).items():
+        tensors[f"lycoris_{layer}.lokr_w1"] = torch.ones(4, 4)
+        tensors[f"lycoris_{layer}.lokr_w2"] = torch.ones(rows // 4, columns // 4)
+    found = read("sd3", written(tmp_path / "a.safetensors", tensors))
+    assert {(change.component, change.layer) for change in found.changes} == {("transformer", name) for name in layers}
+
+
 OTHERS = ("chroma", "auraflow", "ltx", "cogvideox", "lumina2", "sana", "qwenimage_edit")
 
 

@@ -208,15 +208,17 @@ def test_a_naming_that_no_converter_knows_is_refused(pipelines: Callable[[str], 
     assert f"1 {ABSENT} ({name})" in message
 
 
-def test_a_pipeline_without_a_loader_takes_plain_names_alone(pipelines: Callable[[str], DiffusionPipeline]) -> None:
+def test_a_pipeline_without_a_loader_takes_its_own_names_alone(pipelines: Callable[[str], DiffusionPipeline]) -> None:
     pipeline = pipelines("pixart")
     assert not hasattr(pipeline, "load_lora_weights")
     layer = "transformer_blocks.0.attn1.to_q"
     shape = shapes_of(pipeline)["transformer"][layer]
     for before in ("base_model.model.", "transformer.", "diffusion_model.", "base_model.model.transformer.", ""):
         assert set(read(pipeline, adapter({layer: shape}, before=before)).layers["transformer"]) == {layer}
-    kohya = adapter({f"lora_unet_{layer.replace('.', '_')}": shape}, WORDS)
-    assert "cannot be converted to its names (lora_unet_transformer_blocks" in refusal(lambda: read(pipeline, kohya))
+    underscored = adapter({f"lora_unet_{layer.replace('.', '_')}": shape}, WORDS)
+    assert set(read(pipeline, underscored).layers["transformer"]) == {layer}
+    kohya = adapter({"lora_unet_blocks_0_attn_q": shape}, WORDS)
+    assert "cannot be converted to its names (lora_unet_blocks_0_attn_q)" in refusal(lambda: read(pipeline, kohya))
 
 
 LOST: dict[str, tuple[str, Callable[[], Tensors], str]] = {
