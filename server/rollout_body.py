@@ -7,7 +7,7 @@ import base64
 import binascii
 import itertools
 import math
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeGuard
 
 import numpy as np
 from fastapi import Request
@@ -96,16 +96,22 @@ def _validated(value: dict[str, Any]) -> RolloutBody:
     """``value``, with what is in ``extra_sampling_params`` where it belongs. A field that is null is left out."""
     value = _without_nulls(value)
     params, extra = value.get("extra_sampling_params"), value.get("extra", {})
-    if not isinstance(params, dict) or not isinstance(extra, dict):
+    if not _is_object(params) or not _is_object(extra):
         return validate(value, RolloutBody)
-    fields = _without_nulls({name: item for name, item in params.items() if name in RolloutBody.model_fields})
+    params = _without_nulls(params)
+    fields = {name: item for name, item in params.items() if name in RolloutBody.model_fields}
     further = {name: item for name, item in params.items() if name not in RolloutBody.model_fields}
-    if twice := sorted((value.keys() | extra.keys()) & (fields.keys() | further.keys())):
+    if twice := sorted((value.keys() | extra.keys()) & params.keys()):
         raise InvalidRequest(f"{twice[0][:100]} is given twice, in extra_sampling_params too.", field=twice[0][:100])
     within = fields.pop("extra", {})
     if not isinstance(within, dict):
         return validate({**value, "extra": within}, RolloutBody)
     return validate({**value, **fields, "extra": {**extra, **within, **further}}, RolloutBody)
+
+
+def _is_object(value: Any) -> TypeGuard[dict[str, Any]]:
+    """Whether ``value`` has names: a map of msgpack may have anything in their place."""
+    return isinstance(value, dict) and all(isinstance(name, str) for name in value)
 
 
 def _without_nulls(value: dict[str, Any]) -> dict[str, Any]:

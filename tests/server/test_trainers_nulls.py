@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import msgspec
 import pytest
 from msgspec.structs import replace
 
@@ -68,7 +69,12 @@ async def test_a_null_among_sampling_parameters_contradicts_nothing_and_nothing_
     async with stage(answer=refused) as played:
         wanted = await asked_for(played, plain)
         assert await asked_for(played, ROLLOUT | {"extra_sampling_params": within}) == wanted
-        assert await asked_for(played, plain | {"extra_sampling_params": {"seed": None, "extra": None}}) == wanted
+        assert (
+            await asked_for(
+                played, plain | {"extra_sampling_params": {"seed": None, "extra": None, "guidance_scale_2": None}}
+            )
+            == wanted
+        )
         twice = plain | {"extra_sampling_params": {"num_inference_steps": 2}}
         assert (await played.client.post("/rollout/generate", json=twice)).status_code == 400
 
@@ -88,3 +94,12 @@ async def test_what_vllm_says_of_packing_is_no_obstacle_where_nothing_is_packed(
         played.scheduler.operated = operated
         told = await operation(played, "/update_weights", {"update_info": info})
         assert told == await operation(played, "/update_weights_from_distributed", BROADCAST | {"group_name": GROUP})
+
+
+@pytest.mark.parametrize("params", [{1: 2}, {1: 2, "a": 3}, {None: 2}])
+async def test_a_map_of_msgpack_without_names_is_no_fault_of_the_server(params: dict[Any, Any]) -> None:
+    body = ROLLOUT | {"extra": params, "extra_sampling_params": params}
+    async with stage(answer=refused) as played:
+        headers = {"Content-Type": "application/msgpack"}
+        reply = await played.client.post("/rollout/generate", content=msgspec.msgpack.encode(body), headers=headers)
+        assert reply.status_code == 422
