@@ -58,6 +58,8 @@ class Examination:
         requests = [request(task, self._row.pipeline, index) for index in range(len(PROMPTS))]
         self._enter("diffusers")
         expected = [first_output(plain(**_arguments(model, asked))).float() for asked in requests]
+        if not all(made.isfinite().all() for made in expected):
+            raise ValueError("what it makes is not finite (NaN or infinity)")
         self._enter("serve")
         self._row.mode = task.batching.mode
         self._row.reason = task.batching.reason

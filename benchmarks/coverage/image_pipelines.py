@@ -147,7 +147,9 @@ TINY: dict[str, Tiny] = {
     ),
     "StableDiffusion3ControlNetPipeline": Tiny(SD3, SHORT),
     "StableDiffusion3Img2ImgPipeline": Tiny(SD3, SHORT),
-    "StableDiffusion3InpaintPipeline": Tiny(SD3 | {"transformer": {"in_channels": 9}}, SHORT),
+    "StableDiffusion3InpaintPipeline": Tiny(
+        SD3 | {"transformer": {"in_channels": 16, "out_channels": 16}, "vae": {"latent_channels": 16}}, SHORT
+    ),
     "StableDiffusion3PAGImg2ImgPipeline": Tiny(SD3 | {"pag_applied_layers": "blocks.1"}, SHORT),
     "StableDiffusionAdapterPipeline": Tiny(SD | {"unet": ATTENTIVE_FIRST}),
     "StableDiffusionControlNetImg2ImgPipeline": Tiny(SD),

@@ -86,6 +86,7 @@ TINY: dict[str, Tiny] = {
             "scheduler": Other("DDIMScheduler"),
         }
     ),
+    "LTX2DFRPipeline": Tiny({"transformer": {"use_keyframes_abs_pos_embedding": True}}, SHORT),
     "LTX2Pipeline": Tiny({}, SHORT),
     "LTXPipeline": Tiny({"scheduler": {"use_dynamic_shifting": True}}, SHORT),
     "LatentConsistencyModelPipeline": Tiny(SD | {"unet": {"time_cond_proj_dim": 16}}),
