@@ -252,12 +252,17 @@ class Jobs:
                 sample.rolled_out = record.on_the_host(sample.rolled_out)
             self._threads.submit(self._encode_output, job, sample, _widened(pixels), sound)
         except BaseException as failure:  # the pipeline's, or memory for the copy: this request's failure
-            log.error("output %d failed", sample.index, exc_info=failure, extra=_in(job))
-            self._fail(job, self._explained(failure, job))
+            told = self._explained(failure, job)
+            if told.status >= 500:
+                log.error("output %d failed", sample.index, exc_info=failure, extra=_in(job))
+            else:  # the client's mistake, which may come often
+                log.info("output %d failed: %s", sample.index, told.message, extra=_in(job))
+            self._fail(job, told)
 
     def _explained(self, error: BaseException, job: Job) -> SafelightError:
         """Raises the error itself where the device is broken: nothing can be computed here any more, for anybody."""
         if isinstance(error, torch.AcceleratorError):
+            log.error("the device is broken", exc_info=error, extra=_in(job))
             raise error
         if isinstance(error, NotFinite) and not self._weights_are_sound:
             self._weights_are_sound = self._model.is_finite()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterator
 
@@ -60,7 +61,10 @@ def test_outputs_come_in_the_order_of_their_seeds(stage: Stage) -> None:
     assert together.steps == 3
 
 
-def test_a_request_whose_outputs_all_fail_at_once_ends_once_and_harms_nobody(stage: Stage) -> None:
+def test_a_request_whose_outputs_all_fail_at_once_ends_once_and_harms_nobody(
+    stage: Stage, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
     stage.jobs.submit(generate("bad", outputs=4, extra={"max_sequence_length": 100_000}))
     stage.jobs.submit(generate("good"))
     ended = {message.request_id: message for message in stage.settle() if isinstance(message, Failed | Result)}
@@ -68,6 +72,9 @@ def test_a_request_whose_outputs_all_fail_at_once_ends_once_and_harms_nobody(sta
     assert isinstance(bad, Failed)
     assert (bad.error.status, "max_sequence_length" in bad.error.message) == (400, True)
     assert isinstance(ended["good"], Result)
+    lines = [record for record in caplog.records if "output" in record.getMessage()]
+    assert lines
+    assert all(record.exc_info is None and record.levelno == logging.INFO for record in lines), "it is the client's"
 
 
 def test_a_request_that_raises_inside_a_merged_forward_fails_alone(
