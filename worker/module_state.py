@@ -23,6 +23,9 @@ _ABSENT, _UNCHANGED = object(), object()
 _VALUES = (bool, int, float, str)
 """Types whose equal values are the same for any purpose."""
 
+_STATELESS = frozenset({type(None), bool, int, float, str, tuple, torch.dtype, torch.device, torch.Size})
+"""Types of most attributes, of which nothing is a piece."""
+
 _OPAQUE = (
     nn.Module,
     torch.Tensor,
@@ -188,7 +191,8 @@ def pieces(module: nn.Module) -> Iterator[Piece]:
     attributes = vars(module)
     yield Mapping(attributes)
     for value in attributes.values():
-        yield from pieces_of_value(value)
+        if type(value) not in _STATELESS:
+            yield from pieces_of_value(value)
 
 
 def pieces_of_value(value: Any) -> Iterator[Piece]:

@@ -95,13 +95,9 @@ class Trial:
         self._task.supports_preview = self._preview_matches(apart[-1])
         if self._config.batching == "serial":
             return Verdict("serial", "chosen by --batching")
-        if not _same(apart, self._attempt(self._hub("serial"))):
-            return Verdict(
-                "serial", "its pictures are not determined by the request's seed, so nothing can be compared"
-            )
         self._say("interleaved")
         if not _same(apart, self._attempt(self._hub("interleaved"))):
-            return Verdict("serial", "it keeps a request's state in objects that requests share")
+            return Verdict("serial", self._why_serial(apart))
         if self._config.batching == "interleaved":
             return Verdict("interleaved", "chosen by --batching")
         self._say("together")
@@ -133,6 +129,11 @@ class Trial:
                 return _merged_verdict(hub)
         reason = "its calls cannot be merged: requests together differ from the same ones apart"
         return Verdict("interleaved", reason)
+
+    def _why_serial(self, apart: list[torch.Tensor]) -> str:
+        if _same(apart, self._attempt(self._hub("serial"))):
+            return "it keeps a request's state in objects that requests share"
+        return "its pictures are not determined by the request's seed, so nothing can be compared"
 
     def _attempt(self, hub: Hub) -> list[torch.Tensor]:
         """The pictures on ``hub``; none when the pipeline does not survive this way of running."""
