@@ -12,7 +12,7 @@ ENVIRONMENT := .venv/.installed
 BIN := .venv/bin
 SUITABLE := import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))
 
-PYTEST = $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
+PYTEST = $(BIN)/python -m pytest -n $(JOBS) --dist loadgroup --no-loadscope-reorder
 FAST := tests/protocol tests/scheduler tests/server tests/client tests/rollout/test_transitions.py
 
 export PROMPT

@@ -4,8 +4,17 @@ from __future__ import annotations
 
 import os
 import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+from xdist.scheduler import LoadGroupScheduling
 
 from safelight.tests.effort import NIGHTLY
+
+if TYPE_CHECKING:
+    from safelight.tests.serving import Servers
 
 ON_DEVICE = "TEST_DEVICE" in os.environ
 collect_ignore = [*([] if NIGHTLY else ["nightly"]), *([] if ON_DEVICE else ["cuda"])]
@@ -20,3 +29,35 @@ def pytest_configure() -> None:
     """
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+class _ByFileOrGroup(LoadGroupScheduling):
+    """Tests of a file run in one process, one after the other, and so do those of an ``xdist_group``."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        scope: str = super()._split_scope(nodeid)
+        return scope.partition("::")[0]
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> LoadGroupScheduling:
+    return _ByFileOrGroup(config, log)
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The directory of a family's tiny checkpoint."""
+    from safelight.tests.tiny import save  # imports torch, which many tests do without
+
+    directory: Path = tmp_path_factory.mktemp("tiny")
+    return lambda name: save(name, directory)
+
+
+@pytest.fixture(scope="session")
+def servers(checkpoint: Callable[[str], Path]) -> Iterator[Servers]:
+    """Servers that tests share, by family and flags."""
+    from safelight.tests.serving import Servers
+
+    found = Servers(checkpoint)
+    yield found
+    found.stop()

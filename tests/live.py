@@ -31,7 +31,8 @@ class LiveServer:
     """A server on a free port, as a context that ends at once, with every process gone.
 
     It is ``python -m safelight.server`` where ``program`` is set or ``environment`` is given, as that may change what
-    libraries do; else it is forked, as are all its processes (:mod:`.forked`).
+    libraries do; else it is forked, as are all its processes (:mod:`.forked`). It ends with the tests' process, however
+    that ends.
 
     ``flags`` are further command line flags. Entering waits until the server listens; :meth:`wait_ready` until it
     serves. ``log`` and ``output`` are what it wrote so far to standard error (its children too) and standard output.
@@ -46,12 +47,13 @@ class LiveServer:
         temporary: Path | None = None,
         program: bool = False,
     ) -> None:
-        arguments = [str(model), "--port", "0", *flags]
+        arguments = [str(model), "--port", "0", "--until-stdin-closes", *flags]
         variables = {**os.environ, "PYTHONUNBUFFERED": "1", **(environment or {})}
         if temporary is not None:
             variables["TMPDIR"] = str(temporary)
         options: dict[str, Any] = {
-            "env": variables, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "start_new_session": True
+            "env": variables, "stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE,
+            "start_new_session": True,
         }  # fmt: skip
         self._process: subprocess.Popen[str]
         if program or environment:

@@ -70,13 +70,13 @@ def serve(adapters: Adapters) -> Serve:
     return serving
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def alone(serve: Serve) -> Iterator[Trainer]:
     with serve() as trainer:
         yield trainer
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def divided(serve: Serve) -> Iterator[Trainer]:
     """Two replicas of two ranks each."""
     with serve("--replicas", "2", tp=2) as trainer:

@@ -90,6 +90,15 @@ def test_a_great_deal_of_output_does_not_stop_it(tmp_path: Path) -> None:
         assert not client.health().ready
 
 
+@pytest.fixture
+def hung_up_by_sighup() -> Iterator[None]:
+    """Also where tests run under ``nohup``, whose disposition of it they would hand on."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.usefixtures("hung_up_by_sighup")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
 def test_no_server_outlives_the_command_that_is_stopped(tmp_path: Path, number: signal.Signals) -> None:
     (tmp_path / "server.py").write_text(LISTENER + "server.serve_forever()")
@@ -129,6 +138,7 @@ def test_a_server_whose_standard_input_is_at_its_end_stops_by_itself() -> None:
     assert subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, timeout=60).returncode == 0
 
 
+@pytest.mark.usefixtures("hung_up_by_sighup")
 def test_a_program_s_own_handlers_stay_its_own(tmp_path: Path) -> None:
     def own(*_: object) -> None:
         raise AssertionError("nobody sends it")

@@ -2,21 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Iterator
 
 import pytest
 import torch
 
 from safelight.tests.live import LiveServer
-from safelight.tests.tiny import save
-
-
-@pytest.fixture(scope="session")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """The directory of a family's tiny checkpoint."""
-    directory: Path = tmp_path_factory.mktemp("tiny")
-    return lambda name: save(name, directory)
+from safelight.tests.serving import Servers
 
 
 @pytest.fixture
@@ -28,8 +20,7 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-@pytest.fixture(scope="module")
-def flux(checkpoint: Callable[[str], Path]) -> Iterator[LiveServer]:
-    """A ready server of the tiny FLUX, for the tests of one module that leave it as it was."""
-    with LiveServer(checkpoint("flux"), ["--threads", "1"]) as server:
-        yield server.wait_ready()
+@pytest.fixture
+def flux(servers: Servers) -> LiveServer:
+    """A ready server of the tiny FLUX, for tests that leave it as it was."""
+    return servers("flux")

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from safelight.tests.live import LiveServer
+from safelight.tests.serving import Servers, by_family
 
 from .asking import ask, ask_together, body, load_plain, picture, plain, stats
 
@@ -17,23 +18,23 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 FAMILIES = ["flux", "sd3", "zimage", "qwenimage", "wan", "ltx", "sdxl", "pixart", "sana"]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", by_family(*FAMILIES))
 def test_solo_requests_are_bitwise_diffusers_and_merged_ones_are_close(
-    family: str, checkpoint: Callable[[str], Path]
+    family: str, checkpoint: Callable[[str], Path], servers: Servers
 ) -> None:
     pipeline = load_plain(checkpoint(family))
     bodies = [body(family, index) for index in range(6)]
     expected = [plain(pipeline, asked) for asked in bodies]
-    with LiveServer(checkpoint(family), ["--threads", "1"]) as server:
-        server.wait_ready()
-        assert torch.equal(picture(ask(server.url, bodies[1])), expected[1]), "alone"
-        answers = ask_together(server.url, bodies)
-        assert torch.equal(picture(ask(server.url, bodies[0] | {"deterministic": True})), expected[0]), "deterministic"
-        server.wait_for(lambda: stats(server.url)["outputs"] == 8 or None, 10)
-        counted = stats(server.url)
+    server = servers(family)
+    before = stats(server.url)
+    assert torch.equal(picture(ask(server.url, bodies[1])), expected[1]), "alone"
+    answers = ask_together(server.url, bodies)
+    assert torch.equal(picture(ask(server.url, bodies[0] | {"deterministic": True})), expected[0]), "deterministic"
+    server.wait_for(lambda: stats(server.url)["outputs"] == before["outputs"] + 8 or None, 10)
+    after = stats(server.url)
     worst = max((picture(a.json()) - e).abs().max().item() for a, e in zip(answers, expected, strict=True))
     assert worst <= 1e-4
-    assert counted["forwards"] < counted["calls"]
+    assert after["forwards"] - before["forwards"] < after["calls"] - before["calls"]
 
 
 def test_a_seed_gives_the_same_picture_beside_a_cancelled_neighbour_and_after_a_restart(

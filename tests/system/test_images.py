@@ -18,6 +18,7 @@ from PIL import Image
 from safetensors.torch import load
 
 from safelight.tests.live import LiveServer
+from safelight.tests.serving import Servers, by_family
 from safelight.tests.tiny.wan import build_wan_from_image
 from safelight.worker.input_images import fitting
 
@@ -62,9 +63,9 @@ def plain(pipeline: Any, asked: dict[str, Any], image: Any, **size: int) -> torc
     return found
 
 
-@pytest.mark.parametrize("family", PARTNERS)
+@pytest.mark.parametrize("family", by_family(*PARTNERS))
 def test_images_are_drawn_over_as_diffusers_does_on_the_same_components(
-    family: str, checkpoint: Callable[[str], Path]
+    family: str, checkpoint: Callable[[str], Path], servers: Servers
 ) -> None:
     name, options = PARTNERS[family]
     base = load_plain(checkpoint(family))
@@ -72,13 +73,12 @@ def test_images_are_drawn_over_as_diffusers_does_on_the_same_components(
     size = {"width": 64, "height": 64} if family in ("flux", "ltx") else {}
     bodies = [body(index, options) | ({"width": 64, "height": 64} if family == "ltx" else {}) for index in range(4)]
     expected = [plain(pipeline, asked, drawing(index), **size) for index, asked in enumerate(bodies)]
-    with LiveServer(checkpoint(family), ["--threads", "1"]) as server:
-        server.wait_ready()
-        assert httpx.get(f"{server.url}/model_info").json()["image_task"]["pipeline"] == name
-        assert torch.equal(picture(ask(server.url, bodies[1])), expected[1]), "alone"
-        answers = ask_together(server.url, bodies)
-        assert torch.equal(picture(ask(server.url, bodies[0] | {"deterministic": True})), expected[0]), "deterministic"
-        without = ask(server.url, {**bodies[0], "image": None, "extra": {}, "width": 64, "height": 64})
+    server = servers(family)
+    assert httpx.get(f"{server.url}/model_info").json()["image_task"]["pipeline"] == name
+    assert torch.equal(picture(ask(server.url, bodies[1])), expected[1]), "alone"
+    answers = ask_together(server.url, bodies)
+    assert torch.equal(picture(ask(server.url, bodies[0] | {"deterministic": True})), expected[0]), "deterministic"
+    without = ask(server.url, {**bodies[0], "image": None, "extra": {}, "width": 64, "height": 64})
     worst = max((picture(a.json()) - e).abs().max().item() for a, e in zip(answers, expected, strict=True))
     assert worst <= 1e-4
     assert (picture(without) - expected[0]).abs().max() > 1e-3, "text alone is something else"
@@ -154,11 +154,9 @@ def test_a_large_image_is_drawn_over_at_the_size_that_the_model_is_made_for(flux
     assert made["width"] == 2 * made["height"]
 
 
-@pytest.mark.parametrize("family", ["flux", "sd15"])
-def test_progress_counts_the_steps_that_are_taken(family: str, checkpoint: Callable[[str], Path]) -> None:
-    with LiveServer(checkpoint(family), ["--threads", "1"]) as server:
-        server.wait_ready()
-        steps = progress(server.url, body(1, PARTNERS[family][1], stream=True))
+@pytest.mark.parametrize("family", by_family("flux", "sd15"))
+def test_progress_counts_the_steps_that_are_taken(family: str, servers: Servers) -> None:
+    steps = progress(servers(family).url, body(1, PARTNERS[family][1], stream=True))
     assert steps == [(1, 3), (2, 3), (3, 3)], "three of four steps are left at strength 0.75"
 
 
@@ -218,43 +216,43 @@ def test_a_form_that_breaks_off_or_has_another_charset_is_refused(flux: LiveServ
         assert answer.status_code == 422, answer.text
 
 
-def test_a_pipeline_s_refusal_of_an_image_is_a_400_in_its_own_words(checkpoint: Callable[[str], Path]) -> None:
+@pytest.mark.xdist_group("flux2")
+def test_a_pipeline_s_refusal_of_an_image_is_a_400_in_its_own_words(servers: Servers) -> None:
     small = base64.b64encode(png(drawing(0, (8, 8)))).decode()
-    with LiveServer(checkpoint("flux2"), ["--threads", "1"]) as server:
-        server.wait_ready()
-        answer = httpx.post(f"{server.url}/generate", json=body(0, {"num_inference_steps": 2}, image=small), timeout=60)
+    asked = body(0, {"num_inference_steps": 2}, image=small)
+    answer = httpx.post(f"{servers('flux2').url}/generate", json=asked, timeout=60)
     assert answer.status_code == 400, answer.text
     assert "64" in answer.json()["error"]["message"]
 
 
-def test_a_model_with_no_way_for_images_says_why(checkpoint: Callable[[str], Path]) -> None:
-    with LiveServer(checkpoint("pixart"), ["--threads", "1"]) as server:
-        server.wait_ready()
-        answer = httpx.post(f"{server.url}/generate", json=body(0, {}))
+@pytest.mark.xdist_group("pixart")
+def test_a_model_with_no_way_for_images_says_why(servers: Servers) -> None:
+    answer = httpx.post(f"{servers('pixart').url}/generate", json=body(0, {}))
     assert (answer.status_code, answer.json()["error"]["field"]) == (400, "image")
     assert "no pipeline for images" in answer.json()["error"]["message"]
 
 
-def test_several_images_make_one_picture_where_the_pipeline_takes_them(checkpoint: Callable[[str], Path]) -> None:
+@pytest.mark.xdist_group("flux2")
+def test_several_images_make_one_picture_where_the_pipeline_takes_them(
+    checkpoint: Callable[[str], Path], servers: Servers
+) -> None:
     images = [base64.b64encode(png(drawing(index))).decode() for index in range(2)]
     options = {"num_inference_steps": 2, "width": 64, "height": 64, "guidance_scale": 1.0, "extra": {}}
-    with LiveServer(checkpoint("flux2"), ["--threads", "1"]) as server:
-        server.wait_ready()
-        both = load(base64.b64decode(ask(server.url, body(0, options, image=images))["outputs"][0]["b64"]))["t"]
-        one = picture(ask(server.url, body(0, options, image=images[0])))
+    url = servers("flux2").url
+    both = load(base64.b64decode(ask(url, body(0, options, image=images))["outputs"][0]["b64"]))["t"]
+    one = picture(ask(url, body(0, options, image=images[0])))
     expected = plain(load_plain(checkpoint("flux2")), body(0, options) | {"extra": {"guidance_scale": 1.0}},
                      [drawing(0), drawing(1)], width=64, height=64)  # fmt: skip
     assert torch.equal(both, expected)
     assert not torch.equal(both, one)
 
 
-def test_two_ranks_draw_over_an_image_as_one_does(checkpoint: Callable[[str], Path]) -> None:
+@pytest.mark.xdist_group("flux")
+def test_two_ranks_draw_over_an_image_as_one_does(checkpoint: Callable[[str], Path], servers: Servers) -> None:
     name, options = PARTNERS["flux"]
     pipeline = getattr(diffusers, name).from_pipe(load_plain(checkpoint("flux")))
-    with LiveServer(checkpoint("flux"), ["--threads", "1", "--tp", "2"]) as server:
-        server.wait_ready()
-        bodies = [body(index, options) for index in range(3)]
-        together = [picture(answer.json()) for answer in ask_together(server.url, bodies)]
+    bodies = [body(index, options) for index in range(3)]
+    together = [picture(answer.json()) for answer in ask_together(servers("flux", "--tp", "2").url, bodies)]
     for index, found in enumerate(together):
         expected = plain(pipeline, bodies[index], drawing(index), width=64, height=64)
         assert (found - expected).abs().max() <= 1e-4

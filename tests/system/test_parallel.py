@@ -16,6 +16,7 @@ import pytest
 from safelight.client.private_server import SERVER_PROGRAM
 from safelight.protocol.models import resolve_model
 from safelight.tests.live import LiveServer
+from safelight.tests.serving import Servers
 
 from .asking import ask, ask_together, body, load_plain, metric, picture, plain
 
@@ -25,26 +26,29 @@ FOUR_RANKS = ("flux", "zimage", "wan")
 TOLERANCE = 1e-4
 
 
+def on_ranks(family: str, tp: str, *flags: str) -> Any:
+    group = pytest.mark.xdist_group(family)
+    return pytest.param(family, ("--tp", tp, *flags), marks=group, id=f"{tp}-{family}")
+
+
 @pytest.mark.parametrize(
     ("family", "flags"),
-    [(family, ("--tp", "2")) for family in FAMILIES]
-    + [(family, ("--tp", "4", "--fuse-projections")) for family in FOUR_RANKS],
-    ids=[f"2-{family}" for family in FAMILIES] + [f"4-fused-{family}" for family in FOUR_RANKS],
+    [on_ranks(family, "2") for family in FAMILIES]
+    + [on_ranks(family, "4", "--fuse-projections") for family in FOUR_RANKS],
 )
 def test_several_ranks_make_the_picture_of_one(
-    family: str, flags: tuple[str, ...], checkpoint: Callable[[str], Path]
+    family: str, flags: tuple[str, ...], checkpoint: Callable[[str], Path], servers: Servers
 ) -> None:
     pipeline = load_plain(checkpoint(family))
-    with LiveServer(checkpoint(family), ["--threads", "1", *flags]) as server:
-        server.wait_ready()
-        asked = [body(family, index) for index in range(3)]
-        together = [picture(answer.json()) for answer in ask_together(server.url, asked)]
-        expected = [plain(pipeline, one) for one in asked]
-        for found, wanted in zip(together, expected, strict=True):
-            assert (found - wanted).abs().max() <= TOLERANCE
-        alone = [picture(ask(server.url, asked[0] | {"deterministic": True})) for _ in range(2)]
-        assert (alone[0] == alone[1]).all()
-        assert (alone[0] - expected[0]).abs().max() <= TOLERANCE
+    url = servers(family, *flags).url
+    asked = [body(family, index) for index in range(3)]
+    together = [picture(answer.json()) for answer in ask_together(url, asked)]
+    expected = [plain(pipeline, one) for one in asked]
+    for found, wanted in zip(together, expected, strict=True):
+        assert (found - wanted).abs().max() <= TOLERANCE
+    alone = [picture(ask(url, asked[0] | {"deterministic": True})) for _ in range(2)]
+    assert (alone[0] == alone[1]).all()
+    assert (alone[0] - expected[0]).abs().max() <= TOLERANCE
 
 
 @pytest.mark.parametrize(

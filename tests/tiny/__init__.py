@@ -4,7 +4,14 @@
 the keyword arguments of a quick call. Nothing is downloaded.
 """
 
+import functools
+import hashlib
+import importlib.metadata
+import os
+import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from .animatediff import ANIMATEDIFF
@@ -37,23 +44,47 @@ FAMILIES: dict[str, Family] = {family.name: family for family in (*_IMAGE, *_VID
 
 
 def save(name: str, directory: Path) -> Path:
-    """Build the family's pipeline and save it as `directory / name`, unless it is there already.
+    """Save the family's pipeline as `directory / name`, unless it is there already.
 
-    The checkpoint appears in one rename, so a directory that exists is complete, also when several processes
-    save at once.
+    It is built once on a machine and copied from there. A checkpoint appears in one rename, so a directory that
+    exists is complete, also when several processes save at once.
 
     Returns:
         The checkpoint's directory.
     """
     target = directory / name
-    if target.exists():
-        return target
-    directory.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=directory, prefix=f".{name}-") as scratch:
-        checkpoint = Path(scratch) / name
-        FAMILIES[name].build().save_pretrained(checkpoint, safe_serialization=True)
-        _publish(checkpoint, target)
+    if not target.exists():
+        with _scratch(directory) as scratch:
+            _publish(Path(shutil.copytree(_built(name), scratch / name)), target)
     return target
+
+
+def _built(name: str) -> Path:
+    """The family's checkpoint in the directory that all runs of this version share."""
+    target = _shared_directory() / name
+    if not target.exists():
+        with _scratch(target.parent) as scratch:
+            FAMILIES[name].build().save_pretrained(scratch / name, safe_serialization=True)
+            _publish(scratch / name, target)
+    return target
+
+
+@functools.cache
+def _shared_directory() -> Path:
+    """Of this user, and of these very sources and libraries."""
+    known = hashlib.sha256()
+    for source in sorted(Path(__file__).parent.rglob("*.py")):
+        known.update(source.read_bytes())
+    for library in ("torch", "diffusers", "transformers", "safetensors"):
+        known.update(importlib.metadata.version(library).encode())
+    return Path(tempfile.gettempdir()) / f"tiny-checkpoints-{os.getuid()}-{known.hexdigest()[:16]}"
+
+
+@contextmanager
+def _scratch(directory: Path) -> Iterator[Path]:
+    directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+    with tempfile.TemporaryDirectory(dir=directory, prefix=".saving-") as scratch:
+        yield Path(scratch)
 
 
 def _publish(checkpoint: Path, target: Path) -> None:

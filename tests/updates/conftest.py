@@ -36,14 +36,14 @@ def serve(checkpoint: Path) -> Serve:
     return serving
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def alone(serve: Serve) -> Iterator[Trainer]:
-    """One replica of one rank, for the tests of one module; each leaves the weights as they were."""
+    """One replica of one rank, for the tests of all modules; each leaves the weights as they were."""
     with serve() as trainer:
         yield trainer
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def divided(serve: Serve) -> Iterator[Trainer]:
     """Two replicas of two ranks each, projections fused."""
     with serve("--replicas", "2", "--fuse-projections", tp=2) as trainer:
