@@ -10,6 +10,7 @@ from diffusers import FluxPipeline
 
 from safelight.shapes import caption, judge, sample_scenes
 from safelight.shapes.train.text import clip_tokenizer, t5_tokenizer
+from safelight.tests.effort import examples
 
 CHECKPOINT = Path(__file__).resolve().parents[2] / "assets" / "shapes"
 MEGABYTE = 1_000_000
@@ -44,7 +45,7 @@ def test_the_default_picture_is_not_of_another_size_than_the_training_pictures(p
 @pytest.mark.parametrize("length", [32, 512])
 def test_pictures_do_not_show_something_else_than_was_asked(pipeline: FluxPipeline, length: int) -> None:
     """At the short text length and at the pipeline's default, with the pipeline's default steps and guidance."""
-    scenes = sample_scenes(12 if length == 32 else 4, torch.Generator().manual_seed(3))
+    scenes = sample_scenes(examples(6, 12) if length == 32 else examples(2, 4), torch.Generator().manual_seed(3))
     pictures = pipeline(
         [caption(scene) for scene in scenes],
         height=128,

@@ -14,8 +14,9 @@ from torch import Tensor
 from safelight.shapes import Scene, judge, render, sample_scenes
 from safelight.shapes.judge import Picture
 from safelight.shapes.templates import blur
+from safelight.tests.effort import examples
 
-COUNT = 250
+COUNT = examples(100, 250)
 SCENES = sample_scenes(COUNT, torch.Generator().manual_seed(11))
 
 

@@ -15,6 +15,7 @@ from safelight.shapes import Scene, render, sample_scenes
 from safelight.shapes.scene import COLOURS, PICTURE, SHAPES, SIZES
 from safelight.shapes.style_judge import StyleVerdict, depths, judge_style, silhouette
 from safelight.shapes.styles import STYLES, render_styled
+from safelight.tests.effort import examples
 
 CHECKPOINT = Path(__file__).resolve().parents[2] / "assets" / "shapes"
 SCENES = sample_scenes(60, torch.Generator().manual_seed(21))
@@ -111,7 +112,7 @@ def test_no_pair_of_colours_changes_the_style(styles: tuple[str, ...]) -> None:
 @pytest.mark.parametrize("size", SIZES)
 def test_the_autoencoder_does_not_wash_a_style_out(autoencoder: AutoencoderKL, size: str) -> None:
     """Medians; a gap of two pixels, as a small shape has, comes back as a shade, so its bar is low."""
-    scenes = [Scene(s.colour, s.shape, size, s.position, s.background) for s in SCENES[:16]]
+    scenes = [Scene(s.colour, s.shape, size, s.position, s.background) for s in SCENES[: examples(8, 16)]]
     seen = {
         styles: verdicts(passed_through(autoencoder, render_styled(scenes, styles, generator(3))))
         for styles in EVERY_STYLE
