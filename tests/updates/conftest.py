@@ -37,17 +37,29 @@ def serve(checkpoint: Path) -> Serve:
 
 
 @pytest.fixture(scope="session")
-def alone(serve: Serve) -> Iterator[Trainer]:
-    """One replica of one rank, for the tests of all modules; each leaves the weights as they were."""
+def _alone(serve: Serve) -> Iterator[Trainer]:
     with serve() as trainer:
         yield trainer
 
 
 @pytest.fixture(scope="session")
-def divided(serve: Serve) -> Iterator[Trainer]:
-    """Two replicas of two ranks each, projections fused."""
+def _divided(serve: Serve) -> Iterator[Trainer]:
     with serve("--replicas", "2", "--fuse-projections", tp=2) as trainer:
         yield trainer
+
+
+@pytest.fixture(scope="module")
+def alone(_alone: Trainer) -> Trainer:
+    """One replica of one rank; tests leave its weights as they were, unless they are their module's last."""
+    _alone.restore()
+    return _alone
+
+
+@pytest.fixture(scope="module")
+def divided(_divided: Trainer) -> Trainer:
+    """Two replicas of two ranks each, projections fused."""
+    _divided.restore()
+    return _divided
 
 
 @pytest.fixture(scope="module", params=["alone", "divided"])
