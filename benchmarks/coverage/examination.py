@@ -15,7 +15,7 @@ from safelight.protocol.config import Config
 from safelight.protocol.errors import StartFailed
 from safelight.protocol.messages import Generate
 from safelight.worker.model import Model, load_model
-from safelight.worker.sample import SampleRun, first_output
+from safelight.worker.sample import SampleRun
 from safelight.worker.self_test import Found, SelfTest
 from safelight.worker.task import Task
 
@@ -24,7 +24,7 @@ from .build import build
 from .catalogue import arguments
 from .row import Row, Stage
 from .service import Service
-from .two_ranks import parallel
+from .two_ranks import made_plainly, parallel
 
 MISSING = {
     "gligen_boxes": "needs boxes for things in the picture",
@@ -57,7 +57,7 @@ class Examination:
         task = self._task(model)
         requests = [request(task, self._row.pipeline, index) for index in range(len(PROMPTS))]
         self._enter("diffusers")
-        expected = [first_output(plain(**_arguments(model, asked))).float() for asked in requests]
+        expected = [made_plainly(plain, _arguments(model, asked)) for asked in requests]
         if not all(made.isfinite().all() for made in expected):
             raise ValueError("what it makes is not finite (NaN or infinity)")
         self._enter("serve")

@@ -38,11 +38,17 @@ def parallel(pipeline: DiffusionPipeline, checkpoint: str, arguments: dict[str, 
     return "yes" if worst <= TOLERANCE else f"differs by {worst:.0e}"
 
 
+def made_plainly(pipeline: DiffusionPipeline, arguments: dict[str, Any]) -> torch.Tensor:
+    """What the pipeline itself makes; what it draws without a generator follows from the same seed."""
+    torch.manual_seed(arguments["generator"].initial_seed())
+    return first_output(pipeline(**arguments)).float()
+
+
 def _rank(rank: int, checkpoint: str, arguments: dict[str, Any], directory: str) -> None:
     torch.set_grad_enabled(False)
     ranks = join(rank, DEGREE, f"{directory}/store", torch.device("cpu"), TIMEOUT_S)
     model = load_model(Config(model=checkpoint, device="cpu", tp=DEGREE), ranks=ranks)
-    found = first_output(model.pipeline(**arguments)).float()
+    found = made_plainly(model.pipeline, arguments)
     if rank == 0:
         torch.save(found, Path(directory) / "found.pt")
     leave(ranks)
