@@ -45,9 +45,9 @@ class Call:
 
 
 def cross(call: Call) -> Any:
-    """Suspend the current coroutine until the hub has made ``call``; returns what the component returned.
+    """Suspend the current coroutine until the batcher has made ``call``; returns what the component returned.
 
     Outside a coroutine there is nobody to switch to, and the call is made at once.
     """
-    hub = getcurrent().parent
-    return call.run() if hub is None else hub.switch(call)
+    batcher = getcurrent().parent
+    return call.run() if batcher is None else batcher.switch(call)

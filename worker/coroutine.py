@@ -1,4 +1,4 @@
-"""A pipeline call as a coroutine: it runs until it calls a component, and waits there for the hub.
+"""A pipeline call as a coroutine: it runs until it calls a component, and waits there for the batcher.
 
 torch's settings (autocast, for one) and random numbers are a coroutine's own: they are put away while it waits, and
 never reach others.
@@ -25,10 +25,10 @@ class Cancelled(BaseException):
 class Coroutine:
     """Runs ``body`` in a greenlet.
 
-    ``alone`` keeps its calls out of merged forwards, and an ``exclusive`` one has the hub to itself from its start to
-    its end; ``wanted`` are the adapters of its request. Its random numbers begin at ``random``, or where the hub's are.
-    When it ends, ``done`` is called with it, in the hub's greenlet; then exactly one of ``result`` and ``error``
-    says how.
+    ``alone`` keeps its calls out of merged forwards, and an ``exclusive`` one has the batcher to itself from its start
+    to its end; ``wanted`` are the adapters of its request. Its random numbers begin at ``random``, or where the
+    batcher's are. When it ends, ``done`` is called with it, in the batcher's greenlet; then exactly one of ``result``
+    and ``error`` says how.
     """
 
     def __init__(
@@ -49,9 +49,9 @@ class Coroutine:
         self.pixels = 0
         """Of the output that it makes, all frames together; 0 where that is not known."""
         self.number = 0
-        """Which start of its hub it was."""
+        """Which start of its batcher it was."""
         self.state: ThreadState | None = None
-        """The settings of torch with which its calls are made, where they are others than the hub's."""
+        """The settings of torch with which its calls are made, where they are others than the batcher's."""
         self._away: Swap | None = None
         self._random = random
         self.result: Any = None

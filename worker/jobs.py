@@ -18,10 +18,10 @@ from ..protocol.adapters import AdapterState, Drawn, Use, drawn
 from ..protocol.codec import Buffer
 from ..protocol.errors import ClientGone, Internal, SafelightError
 from ..protocol.messages import Failed, FromWorker, Generate, Output, Preview, Progress, ReplicaStats, Result, Timings
+from .batcher import Batcher
 from .encoding import Floats, Waveform, encode, encode_image, to_uint8
 from .failure import NotFinite, explain
 from .frame_rate import rate_told
-from .hub import Hub
 from .lora.adapters import RankAdapters
 from .model import Model
 from .preview import preview
@@ -77,7 +77,7 @@ class Jobs:
     def __init__(
         self,
         model: Model,
-        hub: Hub,
+        batcher: Batcher,
         send: Callable[[FromWorker], None],
         wake: Callable[[], None] = lambda: None,
         *,
@@ -86,7 +86,7 @@ class Jobs:
         shared: Path | None = None,
     ) -> None:
         self._model = model
-        self._hub = hub
+        self._batcher = batcher
         self._send = send
         self._adapters = adapters
         self._shared = shared
@@ -99,7 +99,7 @@ class Jobs:
         self._weights_are_sound = False  # whether the weights that serve now are known to make finite values
 
     def stats(self) -> ReplicaStats:
-        counters = self._hub.counters
+        counters = self._batcher.runner.counters
         return ReplicaStats(
             running=sum(len(job.samples) - len(job.outputs) for job in self._jobs.values()),
             forwards=counters.forwards,
@@ -107,7 +107,7 @@ class Jobs:
             outputs=self._outputs,
             cancelled=self._cancelled,
             failed=self._failed,
-            unmergeable=self._hub.unmergeable,
+            unmergeable=self._batcher.policy.unmergeable,
             costs=self._model.costs.measured(),
         )
 
@@ -126,7 +126,7 @@ class Jobs:
                 self._model, request, index, self._stepped, lambda done: self._finished(job, done), wanted
             )
             job.samples.append(sample)
-            self._hub.start(sample.coroutine)
+            self._batcher.start(sample.coroutine)
 
     def set_version(self, weight_version: str) -> None:
         """The weights or the adapters may be others from now on, also for what is in progress."""
@@ -198,7 +198,7 @@ class Jobs:
     def _stop(self, job: Job) -> None:
         """Nobody waits for it any more: neither for what is in progress nor for what is done."""
         for sample in job.samples:
-            self._hub.cancel(sample.coroutine)
+            self._batcher.cancel(sample.coroutine)
         for output in job.outputs.values():
             record.forget(output)
 

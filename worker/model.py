@@ -20,7 +20,7 @@ from ..protocol.costs import output_pixels
 from ..protocol.errors import InvalidRequest, StartFailed
 from ..protocol.messages import BatchingMode, Generate, ImageTask, ModelInfo
 from ..protocol.models import resolve_model
-from .costs import Costs
+from .forward.costs import Costs
 from .frame_rate import frame_rate
 from .parallel.ranks import ALONE, Ranks
 from .published import Published, read_published

@@ -31,7 +31,7 @@ from ..protocol.operations import (
     Update,
     Wake,
 )
-from .hub import Hub
+from .batcher import Batcher
 from .lora.adapters import MERGED, RankAdapters
 from .model import Model
 from .parallel.ranks import RankLost, Ranks
@@ -73,7 +73,7 @@ class Operations:
     def __init__(
         self,
         model: Model,
-        hub: Hub,
+        batcher: Batcher,
         ranks: Ranks,
         *,
         place: int,
@@ -86,7 +86,7 @@ class Operations:
         groups: Groups,
     ) -> None:
         self._model = model
-        self._hub = hub
+        self._batcher = batcher
         self._ranks = ranks
         self._shared = shared
         self._sign = sign
@@ -288,7 +288,7 @@ class Operations:
 
     def _commit_adapters(self, change: AdapterChange) -> Report:
         invalidated = self._flush() if self._adapters.commit() else []
-        self._hub.adapters_changed()
+        self._batcher.policy.adapters_changed()
         updated = self._adapters.layers_of(change.nicknames) if isinstance(change, SetAdapters) else {}
         state, told = self._adapters.state, self._adapters.told
         return Report(updated=updated, expected=updated, adapters=state, told=told, invalidated=invalidated)
@@ -351,7 +351,7 @@ class Operations:
         return report
 
     def _flush(self) -> list[str]:
-        self._hub.forget_answers()
+        self._batcher.forget_answers()
         return [PROMPT_CACHE]
 
     def _sleep(self, operation: Sleep) -> Report:

@@ -1,4 +1,4 @@
-"""A replica's rank: it loads, tests itself, and then turns the hub between messages.
+"""A replica's rank: it loads, tests itself, and then turns the batcher between messages.
 
 Rank 0 leads: it alone speaks with the scheduler, and tells the other ranks what each turn begins with.
 """
@@ -30,9 +30,10 @@ from ..protocol.messages import (
     ToWorker,
 )
 from ..protocol.operations import Perform, Performed, SetPaused
-from .at_rest import AtRest
+from .batcher import Batcher
+from .forward.at_rest import AtRest
+from .forward.prompt_cache import PromptCache
 from .group_orders import GroupOrders
-from .hub import Hub
 from .jobs import Jobs
 from .lora.adapters import RankAdapters
 from .model import Model, find_device, load_model, modules
@@ -40,7 +41,6 @@ from .operations import Operations
 from .parallel.ranks import RankLost, join, leave
 from .parallel.starting import FailedTogether, all_or_none
 from .parallel.team import Diverged, Follower, Leader, SettleJoin, Stop, Turn
-from .prompt_cache import PromptCache
 from .self_test import Found, SelfTest
 from .weights.groups import Groups
 from .weights.journal import Journal
@@ -136,7 +136,7 @@ class Replica:
             most=self._config.max_loras,
             most_bytes=self._config.max_lora_mb * 1_000_000,
         )
-        hub = Hub(
+        batcher = Batcher(
             max_batch=self._config.max_batch,
             max_tokens=self._config.max_batch_tokens,
             mode=found.mode,
@@ -145,15 +145,15 @@ class Replica:
             costs=model.costs,
             at_rest=AtRest(modules(model.pipeline)),
         )
-        hub.unmergeable.update(found.unmergeable)
+        batcher.policy.unmergeable.update(found.unmergeable)
         shared = Path(self._child.shared)
-        jobs = Jobs(model, hub, self._send, self._wake, leads=self._leads, adapters=adapters, shared=shared)
+        jobs = Jobs(model, batcher, self._send, self._wake, leads=self._leads, adapters=adapters, shared=shared)
         place = self._number * self._config.tp + self._child.rank
         groups = Groups(place, model.device, ended=self._wake, receive_s=self._config.max_update_hold_s)
         group_orders = GroupOrders(groups, self._ranks)
         operations = Operations(
             model,
-            hub,
+            batcher,
             self._ranks,
             place=place,
             places=self._config.replicas * self._config.tp,
@@ -176,26 +176,26 @@ class Replica:
                     case Cancel():
                         jobs.cancel(message.request_id)
                     case SetPaused(paused=paused):
-                        hub.paused = paused
+                        batcher.paused = paused
                     case SettleJoin():
                         self._answer(group_orders.settle(message))
                     case Perform() if group_orders.include(message):
                         self._answer(group_orders.perform(message))
                     case Perform():
-                        with hub.aside():
+                        with batcher.aside():
                             performed = operations.perform(message)
                         self._send(performed)
                         jobs.set_version(model.weight_version)
             if not operations.holds:
-                hub.turn()
+                batcher.step()
 
         try:
             if self._leads:
                 self._send(ReplicaReady(self._number, os.getpid(), model.info()))
-                self._lead(hub, jobs, group_orders, lambda: hub.busy and not operations.holds, take)
+                self._lead(batcher, jobs, group_orders, lambda: batcher.busy and not operations.holds, take)
             else:
                 follower = Follower(self._context, self._child.meeting_place, self._child.rank)
-                follower.run(lambda: hub.trace, take)
+                follower.run(lambda: batcher.schedule_digest, take)
         finally:
             jobs.close()  # also after a fault: what waits to be encoded must not hold up the end
         leave(self._ranks)
@@ -203,7 +203,7 @@ class Replica:
 
     def _lead(
         self,
-        hub: Hub,
+        batcher: Batcher,
         jobs: Jobs,
         group_orders: GroupOrders,
         busy: Callable[[], bool],
@@ -221,7 +221,7 @@ class Replica:
             messages = [*(self._received() if self._socket in ready else []), *group_orders.due()]
             dropped = jobs.collect()
             if messages or dropped or busy():
-                turn = Turn(messages, dropped, hub.trace)
+                turn = Turn(messages, dropped, batcher.schedule_digest)
                 team.tell(turn)
                 take(turn)
         team.tell(Stop())

@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """The hub's mode, which leaves each task its own. ``unmergeable`` are the calls that must run alone, and why."""
+    """The batcher's mode, which leaves each task its own; ``unmergeable`` are calls that must run alone, and why."""
 
     mode: BatchingMode
     unmergeable: dict[str, str]
@@ -160,7 +160,7 @@ def _recall(task: Task, result: TaskResult) -> None:
 
 
 def _together(verdicts: list[Verdict]) -> Found:
-    """The hub merges if any task's calls can be; requests of the others keep out of it by themselves."""
+    """The batcher merges if any task's calls can be; requests of the others keep out of it by themselves."""
     modes = {verdict.mode for verdict in verdicts}
     mode = next(mode for mode in ("merged", "interleaved", "serial") if mode in modes)
     unmergeable = {name: why for verdict in verdicts for name, why in verdict.unmergeable.items()}

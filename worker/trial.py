@@ -19,10 +19,10 @@ from PIL import Image as pillow
 from ..protocol.codec import Buffer
 from ..protocol.config import Config
 from ..protocol.messages import BatchingMode, Generate, Image, Sample
-from .at_rest import AtRest
+from .batcher import Batcher
 from .coroutine import Coroutine
 from .fork import Fork
-from .hub import Hub
+from .forward.at_rest import AtRest
 from .model import Model, modules
 from .preview import preview
 from .random_state import seeded
@@ -96,7 +96,7 @@ class Trial:
         if self._config.batching == "serial":
             return Verdict("serial", "chosen by --batching")
         self._say("interleaved")
-        if not _same(apart, self._attempt(self._hub("interleaved"))):
+        if not _same(apart, self._attempt(self._batcher("interleaved"))):
             return Verdict("serial", self._why_serial(apart))
         if self._config.batching == "interleaved":
             return Verdict("interleaved", "chosen by --batching")
@@ -110,7 +110,7 @@ class Trial:
         required = {name for name, parameter in self._task.arguments.items() if parameter.is_required}
         self._needed = next(needed for needed in _NEEDED if needed.keys() == required)
         try:
-            self._pictures(self._hub("serial"), (0,))
+            self._pictures(self._batcher("serial"), (0,))
         except _SampleFailed as failed:
             log.info("the pipeline does not run", exc_info=failed.error)
             raise DoesNotRun(str(failed)) from None
@@ -119,32 +119,32 @@ class Trial:
         self._report(f"self-test{' with images' if self._images else ''}: requests {stage}")
 
     def _together(self, apart: list[torch.Tensor]) -> Verdict:
-        hub = self._hub("merged")
-        if self._close(apart, self._attempt(hub)):
-            return _merged_verdict(hub)
-        for name in sorted(hub.merged_names):
-            hub = self._hub("merged")
-            hub.unmergeable[name] = "merged, it changes the picture"
-            if self._close(apart, self._attempt(hub)):
-                return _merged_verdict(hub)
+        batcher = self._batcher("merged")
+        if self._close(apart, self._attempt(batcher)):
+            return _merged_verdict(batcher)
+        for name in sorted(batcher.recovery.merged_names):
+            batcher = self._batcher("merged")
+            batcher.policy.unmergeable[name] = "merged, it changes the picture"
+            if self._close(apart, self._attempt(batcher)):
+                return _merged_verdict(batcher)
         reason = "its calls cannot be merged: requests together differ from the same ones apart"
         return Verdict("interleaved", reason)
 
     def _why_serial(self, apart: list[torch.Tensor]) -> str:
-        if _same(apart, self._attempt(self._hub("serial"))):
+        if _same(apart, self._attempt(self._batcher("serial"))):
             return "it keeps a request's state in objects that requests share"
         return "its pictures are not determined by the request's seed, so nothing can be compared"
 
-    def _attempt(self, hub: Hub) -> list[torch.Tensor]:
-        """The pictures on ``hub``; none when the pipeline does not survive this way of running."""
+    def _attempt(self, batcher: Batcher) -> list[torch.Tensor]:
+        """The pictures on ``batcher``; none when the pipeline does not survive this way of running."""
         try:
-            return self._pictures(hub)
+            return self._pictures(batcher)
         except _SampleFailed as failed:
             log.info("a request of the self-test failed", exc_info=failed.error)
             return []
 
-    def _hub(self, mode: BatchingMode) -> Hub:
-        return Hub(
+    def _batcher(self, mode: BatchingMode) -> Batcher:
+        return Batcher(
             max_batch=self._config.max_batch,
             max_tokens=self._config.max_batch_tokens,
             mode=mode,
@@ -199,19 +199,19 @@ class Trial:
         return [*small, *(size | {"num_inference_steps": None} for size in small), default]
 
     def _apart(self, mode: BatchingMode) -> list[torch.Tensor]:
-        return [self._pictures(self._hub(mode), (index,))[0] for index in range(len(_PROMPTS))]
+        return [self._pictures(self._batcher(mode), (index,))[0] for index in range(len(_PROMPTS))]
 
-    def _pictures(self, hub: Hub, indices: Sequence[int] = range(len(_PROMPTS))) -> list[torch.Tensor]:
-        """Run the small requests ``indices`` on ``hub``. Raises ``_SampleFailed`` with what one of them raised."""
-        watches_all = hub.mode == "serial"
+    def _pictures(self, batcher: Batcher, indices: Sequence[int] = range(len(_PROMPTS))) -> list[torch.Tensor]:
+        """Run the small requests ``indices`` on ``batcher``. Raises ``_SampleFailed`` with what one of them raised."""
+        watches_all = batcher.mode == "serial"
         runs = [
             SampleRun(self._model, self._request(index), 0, self._remember, lambda _: None, watches_all=watches_all)
             for index in indices
         ]
         for run in runs:
-            hub.start(run.coroutine)
-        while hub.busy:
-            hub.turn()
+            batcher.start(run.coroutine)
+        while batcher.busy:
+            batcher.step()
         for run in runs:
             if run.coroutine.error is not None:
                 raise _SampleFailed(run.coroutine.error)
@@ -277,11 +277,11 @@ class Trial:
 
     def _alone(self, function: Callable[[], Any], seed: int) -> Any:
         """What ``function`` returns as the only coroutine, of a sample with ``seed``. Raises ``_SampleFailed``."""
-        hub = self._hub("interleaved")
+        batcher = self._batcher("interleaved")
         coroutine = Coroutine(function, lambda _: None, random=seeded(seed))
-        hub.start(coroutine)
-        while hub.busy:
-            hub.turn()
+        batcher.start(coroutine)
+        while batcher.busy:
+            batcher.step()
         if coroutine.error is not None:
             raise _SampleFailed(coroutine.error)
         return coroutine.result
@@ -307,13 +307,14 @@ def _has_channels_first(picture: torch.Tensor) -> bool:
     return picture.ndim in (3, 4) and picture.shape[-3] in (1, 3, 4)
 
 
-def _merged_verdict(hub: Hub) -> Verdict:
-    if not hub.merged_names:
-        why = "; ".join(f"{name}: {reason}" for name, reason in sorted(hub.unmergeable.items()))
+def _merged_verdict(batcher: Batcher) -> Verdict:
+    if not batcher.recovery.merged_names:
+        why = "; ".join(f"{name}: {reason}" for name, reason in sorted(batcher.policy.unmergeable.items()))
         return Verdict("interleaved", why or "no two calls were alike enough to meet")
-    reason = f"three small requests took {hub.counters.forwards} forwards for {hub.counters.calls} calls"
-    alone = "".join(f"; {name} runs alone: {why}" for name, why in sorted(hub.unmergeable.items()))
-    return Verdict("merged", reason + alone, dict(hub.unmergeable))
+    counters = batcher.runner.counters
+    reason = f"three small requests took {counters.forwards} forwards for {counters.calls} calls"
+    alone = "".join(f"; {name} runs alone: {why}" for name, why in sorted(batcher.policy.unmergeable.items()))
+    return Verdict("merged", reason + alone, dict(batcher.policy.unmergeable))
 
 
 def _same(one: list[torch.Tensor], other: list[torch.Tensor]) -> bool:

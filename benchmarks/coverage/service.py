@@ -1,4 +1,4 @@
-"""A replica without its process: jobs, hub and encoding, as a worker puts them together."""
+"""A replica without its process: jobs, batcher and encoding, as a worker puts them together."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from safetensors.torch import load
 
 from safelight.protocol.config import Config
 from safelight.protocol.messages import Failed, FromWorker, Generate, Result
-from safelight.worker.hub import Counters, Hub
+from safelight.worker.batcher import Batcher
+from safelight.worker.forward.runner import Counters
 from safelight.worker.jobs import Jobs
 from safelight.worker.model import Model
 from safelight.worker.self_test import Found
@@ -23,10 +24,10 @@ class Service:
     """Answers requests for ``model`` in the way that the self-test ``found``."""
 
     def __init__(self, model: Model, found: Found, config: Config) -> None:
-        self.hub = Hub(max_batch=config.max_batch, max_tokens=config.max_batch_tokens, mode=found.mode)
-        self.hub.unmergeable.update(found.unmergeable)
+        self.batcher = Batcher(max_batch=config.max_batch, max_tokens=config.max_batch_tokens, mode=found.mode)
+        self.batcher.policy.unmergeable.update(found.unmergeable)
         self._sent: list[FromWorker] = []
-        self._jobs = Jobs(model, self.hub, self._sent.append)
+        self._jobs = Jobs(model, self.batcher, self._sent.append)
 
     def close(self) -> None:
         """End the encoding threads."""
@@ -47,15 +48,15 @@ class Service:
 
     def counted(self) -> Counters:
         """The counters since the last time, which start anew."""
-        counters, self.hub.counters = self.hub.counters, Counters()
+        counters, self.batcher.runner.counters = self.batcher.runner.counters, Counters()
         return counters
 
     def _settle(self) -> None:
-        while self.hub.busy or self._jobs.stats().running:
-            self.hub.turn()
+        while self.batcher.busy or self._jobs.stats().running:
+            self.batcher.step()
             for request_id in self._jobs.collect():
                 self._jobs.drop(request_id)
-            if not self.hub.busy:
+            if not self.batcher.busy:
                 time.sleep(0.001)  # the encoding threads are at work
 
 

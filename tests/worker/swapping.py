@@ -10,7 +10,7 @@ from msgspec.structs import replace
 from safelight.protocol.config import Config
 from safelight.protocol.messages import Generate
 from safelight.tests.worker.lora.agreement import request
-from safelight.worker.hub import Hub
+from safelight.worker.batcher import Batcher
 from safelight.worker.model import Model, load_model
 from safelight.worker.parallel.ranks import Ranks
 from safelight.worker.sample import SampleRun, first_output
@@ -37,16 +37,16 @@ def references(checkpoint: Path) -> list[torch.Tensor]:
 def cancelled_and_drawn(ranks: Ranks, checkpoint: Path, expected: list[torch.Tensor]) -> None:
     """A request ends in the middle on every rank; those after it are as plain diffusers draws them."""
     config = Config(model=str(checkpoint), device="cpu", tp=ranks.size)
-    model, hub = load_model(config, torch.device("cpu"), ranks), Hub(max_batch=4, max_tokens=10**6)
+    model, batcher = load_model(config, torch.device("cpu"), ranks), Batcher(max_batch=4, max_tokens=10**6)
     doomed = run_of(model, requests()[0])
-    hub.start(doomed.coroutine)
+    batcher.start(doomed.coroutine)
     for _ in range(6):
-        hub.turn()
-    hub.cancel(doomed.coroutine)
+        batcher.step()
+    batcher.cancel(doomed.coroutine)
     runs = [run_of(model, asked) for asked in requests()]
     for run in runs:
-        hub.start(run.coroutine)
-    while hub.busy:
-        hub.turn()
+        batcher.start(run.coroutine)
+    while batcher.busy:
+        batcher.step()
     for run, picture in zip(runs, expected, strict=True):
         assert torch.allclose(run.coroutine.result, picture, atol=1e-5), run.coroutine.error

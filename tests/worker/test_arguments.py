@@ -17,9 +17,9 @@ from safelight.benchmarks.coverage.build import build
 from safelight.protocol.config import Config
 from safelight.protocol.messages import FromWorker, Generate, Result, Sample
 from safelight.worker.arguments import call_arguments, offered_arguments
+from safelight.worker.batcher import Batcher
 from safelight.worker.bounds import bounded
 from safelight.worker.frame_rate import frame_rate
-from safelight.worker.hub import Hub
 from safelight.worker.jobs import Jobs
 from safelight.worker.model import Model, load_model
 from safelight.worker.sample import SampleRun, first_output
@@ -35,11 +35,11 @@ def pipelines() -> Iterator[type[DiffusionPipeline]]:
 
 def drawn(model: Model, *requests: Generate) -> list[SampleRun]:
     runs = [SampleRun(model, asked, 0, lambda *_: None, lambda _: None) for asked in requests]
-    hub = Hub(max_batch=16, max_tokens=10**6)
+    batcher = Batcher(max_batch=16, max_tokens=10**6)
     for run in runs:
-        hub.start(run.coroutine)
-    while hub.busy:
-        hub.turn()
+        batcher.start(run.coroutine)
+    while batcher.busy:
+        batcher.step()
     for run in runs:
         if run.coroutine.error is not None:
             raise run.coroutine.error
@@ -49,12 +49,12 @@ def drawn(model: Model, *requests: Generate) -> list[SampleRun]:
 def finished(model: Model, *requests: Generate) -> list[FromWorker]:
     """What the jobs answer."""
     sent: list[FromWorker] = []
-    hub = Hub(max_batch=16, max_tokens=10**6)
-    jobs = Jobs(model, hub, sent.append)
+    batcher = Batcher(max_batch=16, max_tokens=10**6)
+    jobs = Jobs(model, batcher, sent.append)
     for request in requests:
         jobs.submit(request)
-    while hub.busy or jobs.stats().running:
-        hub.turn()
+    while batcher.busy or jobs.stats().running:
+        batcher.step()
         for request_id in jobs.collect():
             jobs.drop(request_id)
     jobs.close()

@@ -9,10 +9,10 @@ import pytest
 import torch
 from diffusers import AutoencoderKLMagvit
 
-from safelight.worker.at_rest import AtRest
+from safelight.worker.batcher import Batcher
 from safelight.worker.call import Call, cross
 from safelight.worker.coroutine import Coroutine
-from safelight.worker.hub import Hub
+from safelight.worker.forward.at_rest import AtRest
 
 
 @pytest.fixture
@@ -27,16 +27,16 @@ def vae() -> AutoencoderKLMagvit:
     ).eval()
 
 
-def decoded(vae: AutoencoderKLMagvit, hub: Hub, clips: list[torch.Tensor]) -> list[Any]:
+def decoded(vae: AutoencoderKLMagvit, batcher: Batcher, clips: list[torch.Tensor]) -> list[Any]:
     def decode(latents: torch.Tensor) -> torch.Tensor:
         made: torch.Tensor = cross(Call("vae", "decode", vae.decode, (latents,), {})).sample
         return made
 
     coroutines = [Coroutine(lambda latents=clip: decode(latents), lambda _: None) for clip in clips]
     for coroutine in coroutines:
-        hub.start(coroutine)
-    while hub.busy:
-        hub.turn()
+        batcher.start(coroutine)
+    while batcher.busy:
+        batcher.step()
     return [coroutine.error or coroutine.result for coroutine in coroutines]
 
 
@@ -47,7 +47,7 @@ def test_a_clip_that_fails_halfway_leaves_no_frames_in_the_next_ones(
     clips = [torch.randn(1, 2, 3, 4, 4, generator=torch.Generator().manual_seed(seed)) for seed in (1, 2)]
     plain = copy.deepcopy(vae)
     expected = [plain.decode(clip).sample for clip in clips]
-    hub = Hub(max_batch=16, max_tokens=10**6, at_rest=AtRest({"vae": vae}))
+    batcher = Batcher(max_batch=16, max_tokens=10**6, at_rest=AtRest({"vae": vae}))
     chunks = 0
 
     def fail_once(*_: Any) -> None:
@@ -57,10 +57,10 @@ def test_a_clip_that_fails_halfway_leaves_no_frames_in_the_next_ones(
             raise failure
 
     vae.decoder.register_forward_hook(fail_once)
-    drawn = decoded(vae, hub, clips)  # together, which fails, and then one by one
+    drawn = decoded(vae, batcher, clips)  # together, which fails, and then one by one
     assert all(map(torch.equal, drawn, expected))
     chunks = 0
-    (error,) = decoded(vae, hub, clips[:1])
+    (error,) = decoded(vae, batcher, clips[:1])
     assert error is failure
-    (again,) = decoded(vae, hub, clips[1:])
+    (again,) = decoded(vae, batcher, clips[1:])
     assert torch.equal(again, expected[1])

@@ -22,11 +22,11 @@ from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel
 from transformers.utils import PushToHubMixin
 
+from safelight.worker.batcher import Batcher
 from safelight.worker.call import Call, cross
 from safelight.worker.coroutine import Cancelled, Coroutine
 from safelight.worker.fork import Fork
-from safelight.worker.hub import Hub
-from safelight.worker.prompt_cache import PromptCache
+from safelight.worker.forward.prompt_cache import PromptCache
 
 
 class Knobs(nn.Module):
@@ -269,15 +269,15 @@ def coroutine(pipeline: Writer, value: float, write: Write | None = None, *, wat
     return Coroutine(body, lambda _: None)
 
 
-def new_hub(**changes: Any) -> Hub:
-    return Hub(**({"max_batch": 4, "max_tokens": 10**6, "mode": "merged", "cache": PromptCache(10**6)} | changes))
+def new_batcher(**changes: Any) -> Batcher:
+    return Batcher(**({"max_batch": 4, "max_tokens": 10**6, "mode": "merged", "cache": PromptCache(10**6)} | changes))
 
 
-def run(hub: Hub, coroutines: list[Coroutine]) -> list[torch.Tensor]:
+def run(batcher: Batcher, coroutines: list[Coroutine]) -> list[torch.Tensor]:
     for one in coroutines:
-        hub.start(one)
-    while hub.busy:
-        hub.turn()
+        batcher.start(one)
+    while batcher.busy:
+        batcher.step()
     for one in coroutines:
         if one.error is not None:
             raise one.error
@@ -291,12 +291,12 @@ def close(made: torch.Tensor, expected: torch.Tensor) -> bool:
 @pytest.mark.parametrize("name", WRITES)
 def test_what_one_request_writes_no_other_sees(name: str, pipeline: Writer) -> None:
     before, write = state(pipeline), WRITES[name]
-    hub = new_hub()
+    batcher = new_batcher()
     writing, other = plain(pipeline, 1.0, write), plain(pipeline, 2.0)
-    made = run(hub, [coroutine(pipeline, *call) for call in ((1.0, write), (2.0, None), (1.0, write), (2.0, None))])
+    made = run(batcher, [coroutine(pipeline, *call) for call in ((1.0, write), (2.0, None), (1.0, write), (2.0, None))])
     assert all(close(*pair) for pair in zip(made, [writing, other] * 2, strict=True))
     assert state(pipeline) == before
-    assert hub.counters.forwards < hub.counters.calls, "those that write nothing still meet"
+    assert batcher.runner.counters.forwards < batcher.runner.counters.calls, "those that write nothing still meet"
 
 
 @pytest.mark.parametrize("name", WRITES)
@@ -307,39 +307,39 @@ def test_a_request_that_is_cancelled_after_any_call_leaves_nothing(
     before, write, other = state(pipeline), WRITES[name], plain(pipeline, 2.0)
     turns = 0
     while True:
-        hub = new_hub(mode="serial")
+        batcher = new_batcher(mode="serial")
         doomed = coroutine(pipeline, 1.0, write, watches_all=watches_all)
-        hub.start(doomed)
+        batcher.start(doomed)
         for _ in range(turns):
-            hub.turn()
+            batcher.step()
         if doomed.finished:
             break
-        hub.cancel(doomed)
+        batcher.cancel(doomed)
         assert isinstance(doomed.error, Cancelled)
         turns += 3
     assert state(pipeline) == before
     assert torch.equal(doomed.result, plain(pipeline, 1.0, write))
-    assert torch.equal(run(hub, [coroutine(pipeline, 2.0, watches_all=watches_all)])[0], other)
+    assert torch.equal(run(batcher, [coroutine(pipeline, 2.0, watches_all=watches_all)])[0], other)
 
 
 def test_an_update_between_a_cast_and_the_way_back_is_in_the_cast_and_stays(pipeline: Writer) -> None:
     model, fresh = copy.deepcopy(pipeline), copy.deepcopy(pipeline)
     for watches_all in (False, True):
-        hub = new_hub(mode="serial" if watches_all else "interleaved")
+        batcher = new_batcher(mode="serial" if watches_all else "interleaved")
         casting = coroutine(model, 1.0, WRITES["a dtype and later back"], watches_all=watches_all)
-        hub.start(casting)
+        batcher.start(casting)
         for _ in range(5):
-            hub.turn()
-        with hub.aside():
+            batcher.step()
+        with batcher.aside():
             assert {one.dtype for one in model.knobs.parameters()} == {torch.float32}
             for one, same in zip(model.knobs.parameters(), fresh.knobs.parameters(), strict=True):
                 one.copy_(one * 2)
                 same.copy_(one)
-        while hub.busy:
-            hub.turn()
+        while batcher.busy:
+            batcher.step()
         assert casting.error is None
         assert all(map(torch.equal, model.knobs.parameters(), fresh.knobs.parameters()))
-        assert torch.equal(run(hub, [coroutine(model, 2.0)])[0], plain(fresh, 2.0))
+        assert torch.equal(run(batcher, [coroutine(model, 2.0)])[0], plain(fresh, 2.0))
 
 
 def test_a_call_in_a_request_s_own_state_is_not_answered_from_the_cache(pipeline: Writer) -> None:
@@ -349,7 +349,7 @@ def test_a_call_in_a_request_s_own_state_is_not_answered_from_the_cache(pipeline
     def listen(pipe: DiffusionPipeline) -> None:
         pipe.text_encoder.encoder.layers[0].register_forward_hook(lambda *_: heard.append(1))
 
-    run(new_hub(), [coroutine(pipeline, 1.0), coroutine(pipeline, 1.0, listen)])
+    run(new_batcher(), [coroutine(pipeline, 1.0), coroutine(pipeline, 1.0, listen)])
     assert len(heard) == 2
 
 
@@ -358,7 +358,7 @@ def test_a_hook_of_a_fork_s_within_its_own_forward_can_use_the_component(pipelin
         layer = pipe.knobs.layers[0]
         pipe.knobs.register_forward_hook(lambda module, given, made: made + layer(given[0]))
 
-    assert torch.equal(run(new_hub(), [coroutine(pipeline, 1.0, write)])[0], plain(pipeline, 1.0, write))
+    assert torch.equal(run(new_batcher(), [coroutine(pipeline, 1.0, write)])[0], plain(pipeline, 1.0, write))
 
 
 def test_no_memory_for_the_request_s_cast_fails_the_request_and_leaves_nothing(
@@ -373,10 +373,10 @@ def test_no_memory_for_the_request_s_cast_fails_the_request_and_leaves_nothing(
     def refuse(*_: Any, **__: Any) -> torch.Tensor:
         raise torch.OutOfMemoryError
 
-    hub, doomed = new_hub(), coroutine(pipeline, 1.0, write)
-    hub.start(doomed)
-    while hub.busy:
-        hub.turn()
+    batcher, doomed = new_batcher(), coroutine(pipeline, 1.0, write)
+    batcher.start(doomed)
+    while batcher.busy:
+        batcher.step()
     monkeypatch.undo()
     assert isinstance(doomed.error, torch.OutOfMemoryError)
     assert state(pipeline) == before

@@ -7,7 +7,7 @@ import time
 import pytest
 import torch
 
-from safelight.worker.costs import Costs
+from safelight.worker.forward.costs import Costs
 
 
 @pytest.fixture

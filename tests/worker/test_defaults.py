@@ -15,7 +15,7 @@ from safelight.benchmarks.coverage.build import build
 from safelight.protocol.config import Config
 from safelight.protocol.messages import Generate, ModelInfo, Sample
 from safelight.tests.tiny import FAMILIES
-from safelight.worker.hub import Hub
+from safelight.worker.batcher import Batcher
 from safelight.worker.model import Model, load_model
 from safelight.worker.sample import SampleRun, first_output
 from safelight.worker.task import new_task
@@ -49,10 +49,10 @@ def asked(**changes: Any) -> Generate:
 
 def drawn(model: Model, request: Generate) -> torch.Tensor:
     run = SampleRun(model, request, 0, lambda *_: None, lambda _: None)
-    hub = Hub(max_batch=16, max_tokens=10**6)
-    hub.start(run.coroutine)
-    while hub.busy:
-        hub.turn()
+    batcher = Batcher(max_batch=16, max_tokens=10**6)
+    batcher.start(run.coroutine)
+    while batcher.busy:
+        batcher.step()
     if run.coroutine.error is not None:
         raise run.coroutine.error
     picture: torch.Tensor = run.coroutine.result

@@ -18,8 +18,8 @@ from safelight.protocol.messages import Failed, FromWorker, Generate, Image, Par
 from safelight.server.limits import check_model
 from safelight.server.schemas import GenerateBody
 from safelight.tests.tiny import FAMILIES
+from safelight.worker.batcher import Batcher
 from safelight.worker.failure import NotFinite, explain
-from safelight.worker.hub import Hub
 from safelight.worker.jobs import Jobs
 from safelight.worker.model import Model
 from safelight.worker.replica import Replica
@@ -31,15 +31,15 @@ PICTURE = Image(64, 64, Buffer(bytes(range(256)) * 48))
 class Stage:
     def __init__(self, model: Model) -> None:
         self.model = model
-        self.hub = Hub(max_batch=16, max_tokens=10**6)
+        self.batcher = Batcher(max_batch=16, max_tokens=10**6)
         self.sent: list[FromWorker] = []
-        self.jobs = Jobs(model, self.hub, self.sent.append)
+        self.jobs = Jobs(model, self.batcher, self.sent.append)
 
     def ask(self, **given: Any) -> Failed | Result:
         fields = {"num_inference_steps": 2, "width": 64, "height": 64, "output_format": "pt"} | given
         self.jobs.submit(Generate(request_id="asked", samples=[Sample("a star", 1)], **fields))
-        while self.hub.busy or self.jobs.stats().running:
-            self.hub.turn()
+        while self.batcher.busy or self.jobs.stats().running:
+            self.batcher.step()
             for request_id in self.jobs.collect():
                 self.jobs.drop(request_id)
         answer = self.sent.pop()

@@ -12,7 +12,7 @@ from safetensors.torch import load
 
 from safelight.protocol.messages import Failed, FromWorker, Generate, Preview, Progress, Result, Sample
 from safelight.protocol.rollouts import Rollout
-from safelight.worker.hub import Hub
+from safelight.worker.batcher import Batcher
 from safelight.worker.jobs import Jobs
 from safelight.worker.model import Model
 
@@ -23,14 +23,14 @@ class Stage:
     def __init__(self, model: Model) -> None:
         self.model = model
         self.sent: list[FromWorker] = []
-        self.hub = Hub(max_batch=16, max_tokens=10**6)
-        self.jobs = Jobs(model, self.hub, self.sent.append)
+        self.batcher = Batcher(max_batch=16, max_tokens=10**6)
+        self.jobs = Jobs(model, self.batcher, self.sent.append)
 
     def settle(self) -> list[FromWorker]:
         """Run until every request has ended; returns what was sent and forgets it."""
         deadline = time.monotonic() + 60
-        while self.hub.busy or self.jobs.stats().running:
-            self.hub.turn()
+        while self.batcher.busy or self.jobs.stats().running:
+            self.batcher.step()
             for request_id in self.jobs.collect():
                 self.jobs.drop(request_id)
             assert time.monotonic() < deadline
@@ -108,17 +108,17 @@ def test_a_request_that_raises_inside_a_merged_forward_fails_alone(
 def test_a_cancelled_request_is_acknowledged_once_and_leaves_nothing_running(stage: Stage) -> None:
     stage.jobs.submit(generate("doomed", outputs=4, num_inference_steps=500))
     for _ in range(5):
-        stage.hub.turn()
+        stage.batcher.step()
     stage.jobs.cancel("doomed")
     stage.jobs.cancel("doomed")
     assert [(type(message), message.request_id) for message in stage.settle()] == [(Failed, "doomed")]  # type: ignore[union-attr]
-    assert not stage.hub.busy
+    assert not stage.batcher.busy
     assert stage.jobs.stats().cancelled == 1
 
 
 def test_the_calls_that_run_alone_are_counted_among_the_facts(stage: Stage) -> None:
     assert stage.jobs.stats().unmergeable == {}
-    stage.hub.unmergeable["vae.decode"] = "merged, it changes the picture"
+    stage.batcher.policy.unmergeable["vae.decode"] = "merged, it changes the picture"
     assert stage.jobs.stats().unmergeable == {"vae.decode": "merged, it changes the picture"}
 
 
@@ -165,7 +165,7 @@ def test_a_rollouts_step_has_the_version_of_its_own_forwards_or_none_where_they_
     guided = {"true_cfg_scale": 3.0, "negative_prompt": "a blue square", "width": 32, "height": 32}
     stage.jobs.submit(generate("spanning", rollout=Rollout(), **guided))
     while len(forwards) < 3:
-        stage.hub.turn()
+        stage.batcher.step()
     model.weight_version = "new"
     stage.jobs.set_version("new")
     (result,) = stage.settle()

@@ -13,9 +13,9 @@ from diffusers import CogVideoXDPMScheduler
 from safelight.protocol.config import Config
 from safelight.protocol.messages import BatchingMode, Generate, Sample
 from safelight.tests.tiny import FAMILIES
-from safelight.worker.hub import Hub
+from safelight.worker.batcher import Batcher
+from safelight.worker.forward.prompt_cache import PromptCache
 from safelight.worker.model import Model
-from safelight.worker.prompt_cache import PromptCache
 from safelight.worker.sample import SampleRun, first_output
 from safelight.worker.self_test import SelfTest
 
@@ -43,20 +43,20 @@ def plain(model: Model, asked: Generate) -> torch.Tensor:
     return first_output(model.task(asked).pipeline(**arguments))
 
 
-def through_hub(model: Model, hub: Hub, requests: list[Generate]) -> list[torch.Tensor]:
+def through_batcher(model: Model, batcher: Batcher, requests: list[Generate]) -> list[torch.Tensor]:
     runs = [SampleRun(model, asked, 0, lambda *_: None, lambda _: None) for asked in requests]
     for run in runs:
-        hub.start(run.coroutine)
-    while hub.busy:
-        hub.turn()
+        batcher.start(run.coroutine)
+    while batcher.busy:
+        batcher.step()
     for run in runs:
         if run.coroutine.error:
             raise run.coroutine.error
     return [run.coroutine.result for run in runs]
 
 
-def new_hub(mode: BatchingMode = "merged", cache: PromptCache | None = None) -> Hub:
-    return Hub(max_batch=16, max_tokens=10**6, mode=mode, cache=cache)
+def new_batcher(mode: BatchingMode = "merged", cache: PromptCache | None = None) -> Batcher:
+    return Batcher(max_batch=16, max_tokens=10**6, mode=mode, cache=cache)
 
 
 @pytest.mark.parametrize("name", JSON_FAMILIES)
@@ -66,7 +66,7 @@ def test_a_request_through_the_boundary_is_bitwise_what_diffusers_gives(
     model = tiny_model(name)
     asked = request(name, 1)
     expected = plain(model, asked)
-    assert torch.equal(through_hub(model, new_hub(), [asked])[0], expected)
+    assert torch.equal(through_batcher(model, new_batcher(), [asked])[0], expected)
 
 
 def test_a_scheduler_whose_step_takes_the_last_step_s_estimate_too_is_served(
@@ -83,10 +83,10 @@ def test_a_scheduler_whose_step_takes_the_last_step_s_estimate_too_is_served(
     run = SampleRun(
         model, asked, 0, lambda _, step: steps.append((step.number, step.total, step.index)), lambda _: None
     )
-    hub = new_hub()
-    hub.start(run.coroutine)
-    while hub.busy:
-        hub.turn()
+    batcher = new_batcher()
+    batcher.start(run.coroutine)
+    while batcher.busy:
+        batcher.step()
     assert torch.equal(run.coroutine.result, plain(model, asked))
     assert steps == [(1, 3, 0), (2, 3, 1), (3, 3, 2)]
 
@@ -98,12 +98,12 @@ def test_six_mixed_requests_together_are_what_each_is_alone(name: str, tiny_mode
     assert verdict.mode == "merged", model.main.batching.reason
     requests = [request(name, index) for index in range(6)]
     expected = [plain(model, asked) for asked in requests]
-    hub = new_hub(verdict.mode)
-    hub.unmergeable.update(verdict.unmergeable)
-    together = through_hub(model, hub, requests)
+    batcher = new_batcher(verdict.mode)
+    batcher.policy.unmergeable.update(verdict.unmergeable)
+    together = through_batcher(model, batcher, requests)
     worst = max((a - b).abs().max().item() for a, b in zip(expected, together, strict=True))
     assert worst <= 1e-4
-    assert hub.counters.forwards < hub.counters.calls
+    assert batcher.runner.counters.forwards < batcher.runner.counters.calls
 
 
 @pytest.mark.parametrize("name", [name for name in JSON_FAMILIES if name not in SWAPPING])
@@ -117,7 +117,7 @@ def test_a_wide_and_a_tall_picture_of_one_area_keep_their_own_positions(
     shapes = [(side, 2 * side), (2 * side, side)]
     requests = [request(name, 2, width=width, height=height) for width, height in shapes]
     expected = [plain(model, asked) for asked in requests]
-    together = through_hub(model, new_hub(), requests)
+    together = through_batcher(model, new_batcher(), requests)
     assert max((a - b).abs().max().item() for a, b in zip(expected, together, strict=True)) <= 1e-4
 
 
@@ -127,17 +127,17 @@ def test_shared_modules_are_as_they_were_after_the_self_test_and_a_cancelled_req
 ) -> None:
     fresh, model = tiny_model(name), tiny_model(name)
     verdict = SelfTest(model, Config()).run()
-    hub = new_hub(verdict.mode)
+    batcher = new_batcher(verdict.mode)
     doomed = SampleRun(model, request(name, 0, num_inference_steps=50), 0, lambda *_: None, lambda _: None)
-    hub.start(doomed.coroutine)
+    batcher.start(doomed.coroutine)
     for _ in range(6):
-        hub.turn()
-    hub.cancel(doomed.coroutine)
+        batcher.step()
+    batcher.cancel(doomed.coroutine)
     assert doomed.coroutine.finished
     asked = request(name, 1)
     assert torch.equal(plain(model, asked), plain(fresh, asked))
     asked = request(name, 1, extra=asked.extra | {"pag_scale": 0.0})
-    assert torch.equal(through_hub(model, hub, [asked])[0], plain(fresh, asked))
+    assert torch.equal(through_batcher(model, batcher, [asked])[0], plain(fresh, asked))
 
 
 @pytest.mark.parametrize("name", ["flux", "wan", "zimage"])
@@ -145,10 +145,10 @@ def test_deterministic_requests_are_bitwise_among_merged_neighbours_and_cached_p
     name: str, tiny_model: Callable[[str], Model]
 ) -> None:
     model = tiny_model(name)
-    hub = new_hub(cache=PromptCache(2**20))
-    through_hub(model, hub, [request(name, index) for index in range(6)])
+    batcher = new_batcher(cache=PromptCache(2**20))
+    through_batcher(model, batcher, [request(name, index) for index in range(6)])
     requests = [request(name, index, deterministic=index == 3) for index in range(6)]
-    assert torch.equal(through_hub(model, hub, requests)[3], plain(model, requests[3]))
+    assert torch.equal(through_batcher(model, batcher, requests)[3], plain(model, requests[3]))
 
 
 def _remembering(transformer: torch.nn.Module) -> None:
@@ -174,7 +174,7 @@ def test_state_that_a_component_keeps_of_a_request_is_found_out_and_ends_with_th
     assert found.mode == "serial"
     assert "state" in model.main.batching.reason
     requests = [request("flux", 0), asked, request("flux", 2), asked]
-    drawn = through_hub(model, new_hub(found.mode), requests)
+    drawn = through_batcher(model, new_batcher(found.mode), requests)
     assert torch.equal(drawn[1], expected)
     assert torch.equal(drawn[3], expected)
     assert "before" not in vars(model.pipeline.transformer)
@@ -193,7 +193,7 @@ def test_a_prompt_is_encoded_once_for_a_group_of_outputs(tiny_model: Callable[[s
     requests = [msgspec.structs.replace(asked, samples=[sample]) for sample in outputs]
     counted = {}
     for cache in (None, PromptCache(2**20)):
-        hub = new_hub("interleaved", cache)
-        through_hub(model, hub, requests)
-        counted[cache is None] = hub.counters.forwards
+        batcher = new_batcher("interleaved", cache)
+        through_batcher(model, batcher, requests)
+        counted[cache is None] = batcher.runner.counters.forwards
     assert counted[True] - counted[False] == 2 * 3, "two text encoders, for three of the four outputs"

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from safelight.worker.call import Call
-from safelight.worker.prompt_cache import PromptCache, prompt_key
+from safelight.worker.forward.prompt_cache import PromptCache, prompt_key
 
 
 def call(ids: list[int], component: str = "text_encoder", **kwargs: Any) -> Call:

@@ -15,11 +15,11 @@ from diffusers import AutoencoderKLLTXVideo, DiffusionPipeline
 
 from safelight.protocol.config import Config
 from safelight.tests.tiny import save
+from safelight.worker.batcher import Batcher
 from safelight.worker.call import Call, cross
 from safelight.worker.coroutine import Cancelled, Coroutine
-from safelight.worker.hub import Hub
+from safelight.worker.forward.prompt_cache import PromptCache
 from safelight.worker.model import Model, load_model
-from safelight.worker.prompt_cache import PromptCache
 from safelight.worker.random_state import has_drawn, random_state, seeded
 from safelight.worker.sample import SampleRun, first_output
 
@@ -49,42 +49,42 @@ def coroutine(seed: int, made: Callable[[], Any] = body) -> Coroutine:
     return Coroutine(made, lambda _: None, random=seeded(seed))
 
 
-def run(hub: Hub, *coroutines: Coroutine) -> list[torch.Tensor]:
+def run(batcher: Batcher, *coroutines: Coroutine) -> list[torch.Tensor]:
     for one in coroutines:
-        hub.start(one)
-    while hub.busy:
-        hub.turn()
+        batcher.start(one)
+    while batcher.busy:
+        batcher.step()
     return [one.result for one in coroutines]
 
 
 @pytest.fixture
-def hub() -> Hub:
-    return Hub(max_batch=4, max_tokens=100, cache=PromptCache(10**6))
+def batcher() -> Batcher:
+    return Batcher(max_batch=4, max_tokens=100, cache=PromptCache(10**6))
 
 
-def test_requests_that_run_together_draw_what_each_draws_alone_and_none_of_it_twice(hub: Hub) -> None:
+def test_requests_that_run_together_draw_what_each_draws_alone_and_none_of_it_twice(batcher: Batcher) -> None:
     before = random_state()
-    made = run(hub, coroutine(1), coroutine(2), coroutine(1))
+    made = run(batcher, coroutine(1), coroutine(2), coroutine(1))
     for seed, one in zip((1, 2, 1), made, strict=True):
         assert torch.equal(one, plainly(seed, body))
-    assert "transformer" in hub.unmergeable, "a forward that draws belongs to one request"
+    assert "transformer" in batcher.policy.unmergeable, "a forward that draws belongs to one request"
     assert not has_drawn(before)
 
 
-def test_what_is_cancelled_between_two_draws_leaves_those_of_others_alone(hub: Hub) -> None:
+def test_what_is_cancelled_between_two_draws_leaves_those_of_others_alone(batcher: Batcher) -> None:
     before, gone, other = random_state(), coroutine(1), coroutine(2)
-    hub.start(gone)
-    hub.start(other)
-    hub.turn()
-    hub.cancel(gone)
-    run(hub)
+    batcher.start(gone)
+    batcher.start(other)
+    batcher.step()
+    batcher.cancel(gone)
+    run(batcher)
     assert isinstance(gone.error, Cancelled)
     assert torch.equal(other.result, plainly(2, body))
     assert not has_drawn(before)
 
 
-def test_a_prompt_that_is_encoded_with_random_numbers_is_encoded_for_each_request(hub: Hub) -> None:
-    made = run(hub, coroutine(1, lambda: body("text_encoder")), coroutine(2, lambda: body("text_encoder")))
+def test_a_prompt_that_is_encoded_with_random_numbers_is_encoded_for_each_request(batcher: Batcher) -> None:
+    made = run(batcher, coroutine(1, lambda: body("text_encoder")), coroutine(2, lambda: body("text_encoder")))
     assert torch.equal(made[1], plainly(2, lambda: body("text_encoder")))
 
 
@@ -105,9 +105,9 @@ def drawing(tmp_path: Path) -> Model:
 
 def test_a_decoder_that_adds_noise_gives_each_request_its_own(drawing: Model) -> None:
     asked = [request("ltx", index, deterministic=index == 1) for index in range(3)]
-    hub = Hub(max_batch=4, max_tokens=10**6)
+    batcher = Batcher(max_batch=4, max_tokens=10**6)
     runs = [SampleRun(drawing, one, 0, lambda *_: None, lambda _: None) for one in asked]
-    made = run(hub, *(one.coroutine for one in runs))
+    made = run(batcher, *(one.coroutine for one in runs))
     for sample, clip in zip(runs, made, strict=True):
         expected = plainly(sample.seed, lambda s=sample: first_output(s.task.pipeline(**s.arguments())))
         assert torch.allclose(clip, expected, atol=1e-4)

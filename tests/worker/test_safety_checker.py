@@ -14,7 +14,7 @@ from safelight.protocol.config import Config
 from safelight.protocol.messages import Generate, Sample
 from safelight.tests.tiny.stable_diffusion import sd15_components
 from safelight.tests.tiny.weights import ready, seeded
-from safelight.worker.hub import Hub
+from safelight.worker.batcher import Batcher
 from safelight.worker.model import Model, load_model
 from safelight.worker.sample import SampleRun
 from safelight.worker.self_test import SelfTest
@@ -68,13 +68,13 @@ def test_a_flagged_neighbour_neither_blackens_nor_greys_anybody_s_picture(checke
     assert found.mode == "merged", checked.main.batching.reason
     expected = [plain(checked.pipeline, seed) for seed in SEEDS]
     assert {flagged for _, flagged in expected} == {True, False}
-    hub = Hub(max_batch=16, max_tokens=10**6)
-    hub.unmergeable.update(found.unmergeable)
+    batcher = Batcher(max_batch=16, max_tokens=10**6)
+    batcher.policy.unmergeable.update(found.unmergeable)
     runs = [SampleRun(checked, asked(seed), 0, lambda *_: None, lambda _: None) for seed in SEEDS]
     for run in runs:
-        hub.start(run.coroutine)
-    while hub.busy:
-        hub.turn()
-    assert "safety_checker" in hub.merged_names
+        batcher.start(run.coroutine)
+    while batcher.busy:
+        batcher.step()
+    assert "safety_checker" in batcher.recovery.merged_names
     for run, (picture, _) in zip(runs, expected, strict=True):
         assert torch.allclose(run.coroutine.result, picture, atol=1e-4, rtol=0)

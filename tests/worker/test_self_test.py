@@ -14,7 +14,7 @@ from safelight.protocol.codec import Buffer
 from safelight.protocol.config import Config
 from safelight.protocol.messages import Generate, Image, Sample
 from safelight.tests.tiny import save
-from safelight.worker.hub import Hub
+from safelight.worker.batcher import Batcher
 from safelight.worker.model import Model, load_model
 from safelight.worker.sample import SampleRun, first_output
 from safelight.worker.self_test import SelfTest
@@ -41,34 +41,34 @@ def plain(model: Model, request: Generate) -> torch.Tensor:
     return first_output(model.task(request).pipeline(**arguments))
 
 
-def together(model: Model, hub: Hub, requests: list[Generate]) -> list[torch.Tensor]:
+def together(model: Model, batcher: Batcher, requests: list[Generate]) -> list[torch.Tensor]:
     runs = [SampleRun(model, request, 0, lambda *_: None, lambda _: None) for request in requests]
     for run in runs:
-        hub.start(run.coroutine)
-    while hub.busy:
-        hub.turn()
+        batcher.start(run.coroutine)
+    while batcher.busy:
+        batcher.step()
     for run in runs:
         if run.coroutine.error:
             raise run.coroutine.error
     return [run.coroutine.result for run in runs]
 
 
-def self_tested(config: Config) -> tuple[Model, Hub]:
+def self_tested(config: Config) -> tuple[Model, Batcher]:
     model = load_model(config)
     found = SelfTest(model, config).run()
-    hub = Hub(max_batch=16, max_tokens=10**6, mode=found.mode)
-    hub.unmergeable.update(found.unmergeable)
-    return model, hub
+    batcher = Batcher(max_batch=16, max_tokens=10**6, mode=found.mode)
+    batcher.policy.unmergeable.update(found.unmergeable)
+    return model, batcher
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_a_low_precision_makes_no_task_vanish_and_changes_no_picture(dtype: str, tmp_path: Path) -> None:
     """Stable Diffusion XL moves its autoencoder to float32 and back in every request with an image."""
-    model, hub = self_tested(Config(model=str(save("sdxl", tmp_path)), device="cpu", dtype=dtype))
+    model, batcher = self_tested(Config(model=str(save("sdxl", tmp_path)), device="cpu", dtype=dtype))
     assert model.image is not None, model.no_image
     requests = [asked(index, image=index % 2 == 1, deterministic=True) for index in range(4)]
     expected = [plain(model, request) for request in requests]
-    assert all(torch.equal(a, b) for a, b in zip(expected, together(model, hub, requests), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(expected, together(model, batcher, requests), strict=True))
 
 
 def test_requests_with_images_that_must_run_alone_leave_the_others_their_shared_forwards(
@@ -82,12 +82,12 @@ def test_requests_with_images_that_must_run_alone_leave_the_others_their_shared_
         return latents + torch.rand(latents.shape, generator=torch.Generator().manual_seed(next(calls)))
 
     monkeypatch.setattr(diffusers.StableDiffusionImg2ImgPipeline, "prepare_latents", prepare_latents)
-    model, hub = self_tested(Config(model=str(save("sd15", tmp_path)), device="cpu"))
+    model, batcher = self_tested(Config(model=str(save("sd15", tmp_path)), device="cpu"))
     assert model.text is not None
     assert model.image is not None, model.no_image
     assert (model.text.batching.mode, model.image.batching.mode) == ("merged", "serial")
     requests = [asked(index, image=index in (1, 4)) for index in range(6)]
-    drawn = together(model, hub, requests)
-    assert "unet" in hub.merged_names
+    drawn = together(model, batcher, requests)
+    assert "unet" in batcher.recovery.merged_names
     for request, picture in zip(requests, drawn, strict=True):
         assert request.images or torch.allclose(picture, plain(model, request), atol=1e-4, rtol=0)

@@ -13,10 +13,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from safelight.worker.batcher import Batcher
 from safelight.worker.call import Call, cross
 from safelight.worker.coroutine import Cancelled, Coroutine
-from safelight.worker.hub import Hub
-from safelight.worker.prompt_cache import PromptCache
+from safelight.worker.forward.prompt_cache import PromptCache
 from safelight.worker.thread_state import thread_state
 
 ONES = torch.ones(2, 3)
@@ -96,13 +96,13 @@ def as_in_a_worker() -> Iterator[None]:
         yield
 
 
-def drain(hub: Hub) -> None:
-    while hub.busy:
-        hub.turn()
+def drain(batcher: Batcher) -> None:
+    while batcher.busy:
+        batcher.step()
 
 
 def plainly(context: Callable[[], AbstractContextManager[Any]]) -> list[Any]:
-    """What the component sees without a hub."""
+    """What the component sees without a batcher."""
     outside = component(ONES)
     with context():
         inside = component(ONES)
@@ -111,13 +111,13 @@ def plainly(context: Callable[[], AbstractContextManager[Any]]) -> list[Any]:
 
 @pytest.mark.parametrize("name", CONTEXTS)
 def test_a_context_around_a_call_reaches_the_call_and_nobody_else(name: str) -> None:
-    neutral, hub = thread_state(), Hub(max_batch=4, max_tokens=100, mode="interleaved")
+    neutral, batcher = thread_state(), Batcher(max_batch=4, max_tokens=100, mode="interleaved")
     first, second, other = (Coroutine(body(made), lambda _: None) for made in (CONTEXTS[name],) * 2 + (nullcontext,))
     seen = []
     for coroutine in (first, other, second):
-        hub.start(coroutine)
-    while hub.busy:
-        hub.turn()
+        batcher.start(coroutine)
+    while batcher.busy:
+        batcher.step()
         seen.append(thread_state())
     assert first.result == second.result == plainly(CONTEXTS[name])
     assert other.result == plainly(nullcontext)
@@ -126,14 +126,14 @@ def test_a_context_around_a_call_reaches_the_call_and_nobody_else(name: str) -> 
 
 @pytest.mark.parametrize("name", CONTEXTS)
 def test_two_that_overlap_and_one_that_is_cancelled_leave_no_setting_behind(name: str) -> None:
-    neutral, hub = thread_state(), Hub(max_batch=4, max_tokens=100, mode="interleaved")
+    neutral, batcher = thread_state(), Batcher(max_batch=4, max_tokens=100, mode="interleaved")
     coroutines = [Coroutine(body(CONTEXTS[name]), lambda _: None) for _ in range(3)]
     for coroutine in coroutines:
-        hub.start(coroutine)
+        batcher.start(coroutine)
     for _ in range(5):
-        hub.turn()
-    hub.cancel(coroutines[0])
-    drain(hub)
+        batcher.step()
+    batcher.cancel(coroutines[0])
+    drain(batcher)
     assert isinstance(coroutines[0].error, Cancelled)
     assert coroutines[1].result == coroutines[2].result == plainly(CONTEXTS[name])
     assert thread_state() == neutral
@@ -147,17 +147,17 @@ def test_a_setting_that_is_made_and_never_taken_back_ends_with_its_request() -> 
         torch.autocast("cpu", dtype=torch.bfloat16).__enter__()
         return call()
 
-    neutral, hub = thread_state(), Hub(max_batch=4, max_tokens=100)
+    neutral, batcher = thread_state(), Batcher(max_batch=4, max_tokens=100)
     setting = Coroutine(run, lambda _: None)
-    hub.start(setting)
-    drain(hub)
+    batcher.start(setting)
+    drain(batcher)
     assert setting.error is None
     assert setting.result[3:6] == (torch.float64, torch.device("meta"), True)
     assert thread_state() == neutral
 
 
 def test_answers_in_autocast_are_not_given_to_who_asks_without() -> None:
-    hub = Hub(max_batch=4, max_tokens=100, cache=PromptCache(10**6))
+    batcher = Batcher(max_batch=4, max_tokens=100, cache=PromptCache(10**6))
 
     def encoder(x: torch.Tensor) -> torch.Tensor:
         return torch.mm(x, x.T)
@@ -169,13 +169,13 @@ def test_answers_in_autocast_are_not_given_to_who_asks_without() -> None:
     contexts = [torch.autocast("cpu", dtype=torch.bfloat16), nullcontext(), torch.autocast("cpu", dtype=torch.bfloat16)]
     coroutines = [Coroutine(lambda one=one: run(one), lambda _: None) for one in contexts]
     for coroutine in coroutines:
-        hub.start(coroutine)
-    drain(hub)
+        batcher.start(coroutine)
+    drain(batcher)
     assert [coroutine.result for coroutine in coroutines] == [torch.bfloat16, torch.float32, torch.bfloat16]
 
 
 def test_calls_with_the_same_settings_still_meet() -> None:
-    sizes, hub = [], Hub(max_batch=4, max_tokens=100)
+    sizes, batcher = [], Batcher(max_batch=4, max_tokens=100)
 
     def denoiser(x: torch.Tensor) -> torch.Tensor:
         sizes.append(len(x))
@@ -186,6 +186,6 @@ def test_calls_with_the_same_settings_still_meet() -> None:
             return cross(Call("transformer", "__call__", denoiser, (ONES,), {}))
 
     for coroutine in [Coroutine(run, lambda _: None) for _ in range(2)]:
-        hub.start(coroutine)
-    drain(hub)
+        batcher.start(coroutine)
+    drain(batcher)
     assert sizes == [4]

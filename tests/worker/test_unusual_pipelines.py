@@ -19,10 +19,10 @@ from safelight.protocol.codec import Buffer
 from safelight.protocol.config import Config
 from safelight.protocol.errors import InvalidRequest
 from safelight.protocol.messages import Generate, Image, Sample
+from safelight.worker.batcher import Batcher
 from safelight.worker.call import Call, cross
 from safelight.worker.first_call import variables_at_first_call
 from safelight.worker.fork import Fork, schedulers
-from safelight.worker.hub import Hub
 from safelight.worker.model import Model, load_model, modules
 from safelight.worker.sample import SampleRun, first_output
 from safelight.worker.self_test import SelfTest
@@ -131,10 +131,10 @@ def test_a_mask_and_what_guides_are_the_images_behind_the_one_to_go_on_from(test
     samples, options = [Sample("a red circle", 7)], {"num_inference_steps": 4}
     request = Generate(request_id="a", samples=samples, images=images, extra={"strength": 0.75}, **options)
     run = SampleRun(model, request, 0, lambda *_: None, lambda _: None)
-    hub = Hub(max_batch=16, max_tokens=10**6)
-    hub.start(run.coroutine)
-    while hub.busy:
-        hub.turn()
+    batcher = Batcher(max_batch=16, max_tokens=10**6)
+    batcher.start(run.coroutine)
+    while batcher.busy:
+        batcher.step()
     plain = DiffusionPipeline.from_pretrained(model.path)
     named = dict(zip(("image", "mask_image", "control_image"), pictures, strict=True))
     generator = torch.Generator().manual_seed(7)
@@ -190,11 +190,11 @@ def plain(model: Model, request: Generate) -> torch.Tensor:
 
 def drawn(model: Model, requests: list[Generate]) -> list[torch.Tensor]:
     """The requests together, in turns."""
-    hub, runs = Hub(max_batch=4, max_tokens=10**6), [run_of(model, request) for request in requests]
+    batcher, runs = Batcher(max_batch=4, max_tokens=10**6), [run_of(model, request) for request in requests]
     for run in runs:
-        hub.start(run.coroutine)
-    while hub.busy:
-        hub.turn()
+        batcher.start(run.coroutine)
+    while batcher.busy:
+        batcher.step()
     assert [run.coroutine.error for run in runs] == [None] * len(runs)
     return [run.coroutine.result for run in runs]
 
@@ -227,12 +227,12 @@ def test_a_cancelled_request_never_leaves_the_autoencoder_in_float32(sdxl: tuple
     turns, finished = 0, False
     while not finished:
         turns += 1
-        hub, doomed = Hub(max_batch=4, max_tokens=10**6), run_of(served, asked(0))
-        hub.start(doomed.coroutine)
+        batcher, doomed = Batcher(max_batch=4, max_tokens=10**6), run_of(served, asked(0))
+        batcher.start(doomed.coroutine)
         for _ in range(turns):
-            hub.turn()
+            batcher.step()
         finished = doomed.coroutine.finished
-        hub.cancel(doomed.coroutine)
+        batcher.cancel(doomed.coroutine)
         assert {tensor.dtype for tensor in served.pipeline.vae.parameters()} == {torch.float16}
     assert turns > 4, "cancelled at every call of it"
     assert torch.equal(drawn(served, [asked(1)])[0], plain(fresh, asked(1)))
@@ -242,13 +242,13 @@ def test_new_weights_that_come_while_the_autoencoder_is_upcast_are_the_ones_that
     sdxl: tuple[Model, Model],
 ) -> None:
     served, fresh = sdxl
-    hub, waiting = Hub(max_batch=4, max_tokens=10**6), run_of(served, asked(0))
-    hub.start(waiting.coroutine)
+    batcher, waiting = Batcher(max_batch=4, max_tokens=10**6), run_of(served, asked(0))
+    batcher.start(waiting.coroutine)
     name = "decoder.conv_out.weight"
     new = fresh.layouts["vae"].local(name) * 1.5
     while not waiting.coroutine.finished:  # between every two calls, so between the two casts as well
-        hub.turn()
-        with hub.aside():
+        batcher.step()
+        with batcher.aside():
             served.layouts["vae"].write(name, new)
     fresh.layouts["vae"].write(name, new)
     assert torch.equal(served.layouts["vae"].local(name), new)

@@ -16,8 +16,8 @@ from torch.utils import _pytree as pytree
 from ...protocol.codec import Buffer
 from ...protocol.errors import StartFailed
 from ...protocol.messages import Generate, Image, Sample
+from ..batcher import Batcher
 from ..call import Call
-from ..hub import Hub
 from ..image_pipelines import takes_image
 from ..model import Model
 from ..sample import SampleRun
@@ -67,10 +67,10 @@ class _RecordedRun(SampleRun):
 
     def go(self) -> BaseException | None:
         """Run to the end; returns what the pipeline raised."""
-        hub = Hub(max_batch=1, max_tokens=1, mode="serial")
-        hub.start(self.coroutine)
-        while hub.busy:
-            hub.turn()
+        batcher = Batcher(max_batch=1, max_tokens=1, mode="serial")
+        batcher.start(self.coroutine)
+        while batcher.busy:
+            batcher.step()
         return self.coroutine.error
 
     def recorded(self) -> list[Recorded]:

@@ -78,11 +78,11 @@ class Beside:
 
         ``listed`` says that a row is an element of a list, and not of a tensor's first dimension.
         """
-        self._now = self._prepared(component, rows, listed=listed)
+        before, self._now = self._now, self._prepared(component, rows, listed=listed)
         try:
             yield
         finally:
-            self._now = None
+            self._now = before
 
     def _prepared(
         self, component: str, rows: Sequence[tuple[int, Uses]], *, listed: bool

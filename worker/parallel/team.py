@@ -26,7 +26,7 @@ class SettleJoin(msgspec.Struct, tag=True, frozen=True):
 class Turn(msgspec.Struct, tag=True, frozen=True):
     """What happens before the next forward: requests that start or end, and ones whose outputs could not be encoded.
 
-    ``trace`` is the leader's :attr:`.hub.Hub.trace` before the turn.
+    ``trace`` is the leader's :attr:`.batcher.Hub.trace` before the turn.
     """
 
     messages: list[Generate | Cancel | Perform | SetPaused | SettleJoin]

@@ -19,7 +19,7 @@ from safelight.protocol.adapters import ALL, AdapterChange, AdapterSource, SetAd
 from safelight.protocol.config import Config
 from safelight.protocol.messages import Generate, Sample
 from safelight.tests.tiny import FAMILIES, save
-from safelight.worker.hub import Hub
+from safelight.worker.batcher import Batcher
 from safelight.worker.lora.adapters import RankAdapters
 from safelight.worker.model import Model, load_model
 from safelight.worker.parallel.ranks import ALONE, Ranks
@@ -107,19 +107,19 @@ def change(adapters: RankAdapters, wanted: AdapterChange) -> None:
     adapters.commit()
 
 
-def new_hub(adapters: RankAdapters | None) -> Hub:
-    return Hub(max_batch=16, max_tokens=10**6, adapters=adapters)
+def new_batcher(adapters: RankAdapters | None) -> Batcher:
+    return Batcher(max_batch=16, max_tokens=10**6, adapters=adapters)
 
 
-def draw(model: Model, hub: Hub, adapters: RankAdapters, requests: Sequence[Generate]) -> list[torch.Tensor]:
+def draw(model: Model, batcher: Batcher, adapters: RankAdapters, requests: Sequence[Generate]) -> list[torch.Tensor]:
     """The requests' pictures, drawn together."""
     runs = [
         SampleRun(model, asked, 0, lambda *_: None, lambda _: None, adapters.wanted(asked.lora)) for asked in requests
     ]
     for run in runs:
-        hub.start(run.coroutine)
-    while hub.busy:
-        hub.turn()
+        batcher.start(run.coroutine)
+    while batcher.busy:
+        batcher.step()
     for run in runs:
         if run.coroutine.error:
             raise run.coroutine.error
@@ -209,7 +209,7 @@ def every_way(ranks: Ranks, directory: Path, fused: bool) -> None:
         config = Config(model=str(directory / name), device="cpu", tp=ranks.size, fuse_projections=fused)
         model = load_model(config, CPU, ranks)
         adapters = new_adapters(model, ranks)
-        hub = new_hub(adapters)
+        batcher = new_batcher(adapters)
         plain, expected = torch.load(directory / f"{name}.pt")
         before = module_digests(model.layouts, ranks, lambda: None)[0][0]
         folders = directory / "adapters" / name
@@ -228,7 +228,7 @@ def every_way(ranks: Ranks, directory: Path, fused: bool) -> None:
             nicknames, strengths = [nick for nick, _ in uses], [scale for _, scale in uses]
             for mode in ("merge", "dynamic"):
                 change(adapters, SetAdapters(nicknames=nicknames, strengths=strengths, mode=mode))
-                (drawn,) = draw(model, hub, adapters, [asked])
+                (drawn,) = draw(model, batcher, adapters, [asked])
                 worst[mode, index] = distance(drawn, expected[index])
                 assert module_digests(model.layouts, ranks, lambda: None)[0][0] == before
             change(adapters, UnmergeAdapters(ALL))
@@ -236,13 +236,15 @@ def every_way(ranks: Ranks, directory: Path, fused: bool) -> None:
         assert not any(layout.bases for layout in model.layouts.values())
         together = [request(name, index, [Use(*use) for use in uses]) for index, uses in enumerate(CHOICES)]
         together += [replace(request(name, index, []), request_id=f"none {index}") for index in range(len(CHOICES))]
-        forwards = hub.counters.forwards, hub.counters.calls
-        drawn = draw(model, hub, adapters, together)
+        forwards = batcher.runner.counters.forwards, batcher.runner.counters.calls
+        drawn = draw(model, batcher, adapters, together)
         for index in range(len(CHOICES)):
             worst["request", index] = distance(drawn[index], expected[index])
             worst["none", index] = distance(drawn[len(CHOICES) + index], plain[index])
             assert distance(expected[index], plain[index]) > 1e-3, "an adapter that changes nothing proves nothing"
-        assert hub.counters.forwards - forwards[0] < hub.counters.calls - forwards[1], "they have not met"
+        assert batcher.runner.counters.forwards - forwards[0] < batcher.runner.counters.calls - forwards[1], (
+            "they have not met"
+        )
         print(name, ranks.size, {key: f"{value:.1e}" for key, value in worst.items()})
         assert max(worst.values()) < 1e-5, (name, worst)
 
@@ -258,7 +260,7 @@ def in_low_precision(directory: Path, name: str) -> None:
     peft = Peft(directory / name, [(made, folders / nickname)], torch.bfloat16)
     theirs = distance(peft.draw(dict(arguments(model, asked)), CHOICES[0]), expected)
     adapters = new_adapters(model)
-    hub = new_hub(adapters)
+    batcher = new_batcher(adapters)
     ours = {}
     sources = [source(folders / nickname)]
     for mode in ("request", "dynamic", "merge"):
@@ -267,10 +269,10 @@ def in_low_precision(directory: Path, name: str) -> None:
             SetAdapters(nicknames=[nickname], strengths=[strength], mode=mode, sources=sources),
         )
         lora = [Use(nickname, strength)] if mode == "request" else None
-        ours[mode] = distance(draw(model, hub, adapters, [replace(asked, lora=lora)])[0], expected)
+        ours[mode] = distance(draw(model, batcher, adapters, [replace(asked, lora=lora)])[0], expected)
     others = [replace(asked, request_id="other", lora=[]), replace(asked, lora=[Use(nickname, strength)])]
     change(adapters, SetAdapters(nicknames=[nickname], strengths=[0.0], mode="dynamic"))
-    ours["mixed"] = distance(draw(model, hub, adapters, others)[1], expected)
+    ours["mixed"] = distance(draw(model, batcher, adapters, others)[1], expected)
     print(name, f"peft {theirs:.1e}", {mode: f"{value:.1e}" for mode, value in ours.items()})
     assert theirs > 1e-4, "it is of low precision"
     assert max(ours.values()) < 1.5 * theirs, (theirs, ours)

@@ -12,10 +12,10 @@ from torch import nn
 
 from safelight.protocol.adapters import SetAdapters, Use
 from safelight.protocol.messages import Generate
+from safelight.worker.forward.prompt_cache import PromptCache
 from safelight.worker.model import Model
-from safelight.worker.prompt_cache import PromptCache
 
-from .agreement import Made, change, distance, draw, new_adapters, new_hub, request, source, write_adapter
+from .agreement import Made, change, distance, draw, new_adapters, new_batcher, request, source, write_adapter
 
 LINEAR = (Made("first", 3, 3.0, seed=1), Made("second", 20, 10.0, ("to_", "attn", "attention"), seed=2))
 WITH_CONVOLUTIONS = (Made("first", 3, 3.0, seed=1, kinds=(nn.Linear, nn.Conv2d)), LINEAR[1])
@@ -57,13 +57,13 @@ def test_together_is_as_alone(
     adapters = new_adapters(model)
     change(adapters, prepared(model, made, tmp_path, component))
     requests = [replace(request(name, 0, uses), request_id=str(index)) for index, uses in enumerate(CHOICES)]
-    alone = [draw(model, new_hub(adapters), adapters, [asked])[0] for asked in requests]
-    hub = new_hub(adapters)
-    together = draw(model, hub, adapters, requests)
+    alone = [draw(model, new_batcher(adapters), adapters, [asked])[0] for asked in requests]
+    batcher = new_batcher(adapters)
+    together = draw(model, batcher, adapters, requests)
     assert max(distance(one, other) for one, other in zip(together, alone, strict=True)) < 1e-5
     assert min(distance(one, alone[1]) for index, one in enumerate(alone) if index not in (1, 4)) > 1e-3
-    assert (component not in hub._unmixed) == meet
-    assert hub.counters.forwards < hub.counters.calls
+    assert (component not in batcher._unmixed) == meet
+    assert batcher.runner.counters.forwards < batcher.runner.counters.calls
 
 
 def test_a_text_encoder_s_answers_are_kept_for_each_choice_of_adapters(
@@ -78,19 +78,19 @@ def test_a_text_encoder_s_answers_are_kept_for_each_choice_of_adapters(
     tensors = {name.replace("base_model.model.", "text_encoder_2."): one for name, one in load_file(file).items()}
     save_file(tensors, file)
     change(adapters, SetAdapters(nicknames=["words"], strengths=[1.0], mode="request", sources=[source(folder)]))
-    hub = new_hub(adapters)
-    hub._cache = PromptCache(1 << 24)
+    batcher = new_batcher(adapters)
+    batcher._cache = PromptCache(1 << 24)
 
     def asked(lora: list[Use] | None) -> Generate:
         return request("flux", 0, lora)
 
-    plain, with_words = draw(model, hub, adapters, [asked(None), asked([Use("words")])])
+    plain, with_words = draw(model, batcher, adapters, [asked(None), asked([Use("words")])])
     assert distance(plain, with_words) > 1e-4
     for lora, expected in ((None, plain), ([Use("words")], with_words), ([Use("words", 0.0)], plain)):
-        forwards = hub.counters.forwards
-        assert distance(draw(model, hub, adapters, [asked(lora)])[0], expected) < 1e-6
-        assert hub.counters.forwards > forwards
-    stronger = draw(model, hub, adapters, [asked([Use("words", 3.0)])])[0]
+        forwards = batcher.runner.counters.forwards
+        assert distance(draw(model, batcher, adapters, [asked(lora)])[0], expected) < 1e-6
+        assert batcher.runner.counters.forwards > forwards
+    stronger = draw(model, batcher, adapters, [asked([Use("words", 3.0)])])[0]
     assert distance(stronger, with_words) > 1e-4
 
 

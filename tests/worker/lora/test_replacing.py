@@ -17,7 +17,7 @@ from safelight.protocol.errors import Conflict, InvalidRequest
 from safelight.tests.tiny import save
 from safelight.worker.model import Model, load_model
 
-from .agreement import Made, change, distance, draw, new_adapters, new_hub, request, source, write_adapter
+from .agreement import Made, change, distance, draw, new_adapters, new_batcher, request, source, write_adapter
 
 SMALL = Made("small", 2, 2.0, seed=1)
 OTHER = Made("other", 2, 2.0, seed=2)
@@ -184,11 +184,11 @@ def test_a_fused_text_encoder_takes_adapters_under_its_own_names(tmp_path: Path)
     for fused in (False, True):
         model = load_model(Config(model=str(checkpoint), device="cpu", fuse_projections=fused))
         adapters = new_adapters(model)
-        hub = new_hub(adapters)
-        pictures.append(draw(model, hub, adapters, [request("qwenimage", 0)])[0])
+        batcher = new_batcher(adapters)
+        pictures.append(draw(model, batcher, adapters, [request("qwenimage", 0)])[0])
         for mode in ("merge", "dynamic"):
             change(adapters, setting(folder, "words", mode=mode))
-            pictures.append(draw(model, hub, adapters, [request("qwenimage", 0)])[0])
+            pictures.append(draw(model, batcher, adapters, [request("qwenimage", 0)])[0])
     for index in range(3):
         assert distance(pictures[3 + index], pictures[index]) < 1e-5
     assert distance(pictures[1], pictures[2]) < 1e-5

@@ -24,17 +24,17 @@ from safelight.tests.worker.lora.agreement import (
     source,
     write_adapter,
 )
-from safelight.worker.hub import Hub
+from safelight.worker.batcher import Batcher
 from safelight.worker.jobs import Jobs
 from safelight.worker.model import Model, load_model
 from safelight.worker.self_test import SelfTest
 
 
-def served(jobs: Jobs, hub: Hub, sent: list[FromWorker], model: Model, index: int) -> torch.Tensor:
+def served(jobs: Jobs, batcher: Batcher, sent: list[FromWorker], model: Model, index: int) -> torch.Tensor:
     jobs.submit(replace(request("sd3_pag", index), output_format="pt"))
     end = time.monotonic() + 60
-    while hub.busy or jobs.stats().running:
-        hub.turn()
+    while batcher.busy or jobs.stats().running:
+        batcher.step()
         assert not jobs.collect()
         assert time.monotonic() < end
     (result,) = sent
@@ -54,9 +54,9 @@ def test_every_request_in_serial_mode_has_the_adapter_and_not_the_first_alone(tm
     expected = [peft.draw(dict(call), [(made.nickname, 1.0)]) for call in calls]
     adapters = new_adapters(model)
     change(adapters, SetAdapters(nicknames=[made.nickname], strengths=[1.0], mode="dynamic", sources=[source(folder)]))
-    hub, sent = Hub(max_batch=16, max_tokens=10**6, mode="serial", adapters=adapters), list[FromWorker]()
-    jobs = Jobs(model, hub, sent.append, adapters=adapters)
-    drawn = [served(jobs, hub, sent, model, index) for index in (0, 1, 0)]
+    batcher, sent = Batcher(max_batch=16, max_tokens=10**6, mode="serial", adapters=adapters), list[FromWorker]()
+    jobs = Jobs(model, batcher, sent.append, adapters=adapters)
+    drawn = [served(jobs, batcher, sent, model, index) for index in (0, 1, 0)]
     jobs.close()
     assert max(map(distance, drawn, expected)) < 1e-5
     plain = peft.draw(dict(arguments(model, request("sd3_pag", 0))), ())

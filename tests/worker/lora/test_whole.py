@@ -18,7 +18,7 @@ from safelight.tests.worker.lora import whole_weights
 from safelight.worker.model import Model
 from safelight.worker.parallel.ranks import ALONE
 
-from .agreement import change, distance, draw, new_adapters, new_hub, request
+from .agreement import change, distance, draw, new_adapters, new_batcher, request
 from .formats import WORDS, adapter
 from .whole_weights import ATTENTION, CONVOLUTIONAL, CONVOLUTIONS, KINDS, is_merged, setting, write
 
@@ -68,15 +68,15 @@ def test_a_picture_with_dora_is_what_peft_draws(tiny_model: Callable[[str], Mode
     model = tiny_model("flux")
     pipeline = FAMILIES["flux"].build()
     pipeline.transformer.load_state_dict(model.pipeline.transformer.state_dict())
-    before = draw(model, new_hub(None), new_adapters(model), [request("flux", 0)])[0]
+    before = draw(model, new_batcher(None), new_adapters(model), [request("flux", 0)])[0]
     expected = write(KINDS["DoRA"](ATTENTION), pipeline.transformer, tmp_path / "x")
     adapters = new_adapters(model)
-    hub = new_hub(adapters)
+    batcher = new_batcher(adapters)
     change(adapters, setting(tmp_path / "x"))
-    drawn = draw(model, hub, adapters, [request("flux", 0)])[0]
+    drawn = draw(model, batcher, adapters, [request("flux", 0)])[0]
     change(adapters, UnmergeAdapters())
     model.pipeline.transformer.load_state_dict(expected)
-    assert distance(drawn, draw(model, hub, adapters, [request("flux", 0)])[0]) < 1e-5
+    assert distance(drawn, draw(model, batcher, adapters, [request("flux", 0)])[0]) < 1e-5
     assert distance(drawn, before) > 1e-3
 
 

@@ -1,4 +1,6 @@
-"""What a call's arguments are made of: which leaves have a row per sample, and which are shared by all rows.
+"""The batch signature of a call: what must be equal for two calls to meet in one forward.
+
+Every leaf of a call's arguments either has a row per sample or is shared by all rows.
 
 The *primary* argument is the first that is a tensor with dimensions or a list of tensors; its first dimension (or its
 length) is the number of rows. Every other leaf then plays one of four roles:
@@ -25,8 +27,8 @@ import torch
 from torch.utils import _pytree as pytree
 from torch.utils.weak import WeakIdKeyDictionary
 
-from .call import Call
-from .sizes import DENOISERS
+from ..call import Call
+from ..sizes import DENOISERS
 
 MERGEABLE_METHODS = frozenset({"__call__", "forward", "encode", "decode", "get_text_features", "get_image_features"})
 """Methods whose rows are independent by the conventions of diffusers and transformers. Others run alone."""
@@ -40,8 +42,8 @@ class Role(enum.Enum):
 
 
 @dataclass(slots=True, eq=False)
-class Anatomy:
-    """A call's arguments, taken apart. Two calls with the same ``key`` can meet in one forward.
+class Batchable:
+    """A call's arguments, taken apart. Two calls with the same ``signature`` can meet in one forward.
 
     ``positions`` is the work in the primary argument: rows times tokens, or rows times latent pixels. Calls with the
     same ``form`` differ in their tensors alone, so their outputs are built alike.
@@ -53,18 +55,18 @@ class Anatomy:
     rows: int
     positions: int
     listed: bool
-    key: Hashable
+    signature: Hashable
     form: Hashable
 
 
-class Anatomist:
-    """Takes calls apart; remembers the content digests of the shared tensors that it has seen."""
+class Signatures:
+    """Reads calls' signatures; remembers the content digests of the shared tensors that it has seen."""
 
     def __init__(self) -> None:
         self._digests: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
-    def dissect(self, call: Call) -> Anatomy | None:
-        """The anatomy of ``call``, or ``None`` when it has no rows to merge by."""
+    def read(self, call: Call) -> Batchable | None:
+        """``call`` taken apart, or ``None`` when it has no rows to batch by."""
         primary = _primary(call)
         if primary is None or call.method not in MERGEABLE_METHODS:
             return None
@@ -76,11 +78,11 @@ class Anatomist:
         places = _position_ids(call)
         marks = tuple(self._mark(leaf, role, id(leaf) in places) for leaf, role in zip(leaves, roles, strict=True))
         plain = tuple(mark for leaf, mark in zip(leaves, marks, strict=True) if not isinstance(leaf, torch.Tensor))
-        key, form = (call.name, spec, marks), (call.name, spec, plain)
-        return Anatomy(leaves, spec, roles, rows, _positions(primary), listed, key, form)
+        signature, form = (call.name, spec, marks), (call.name, spec, plain)
+        return Batchable(leaves, spec, roles, rows, _positions(primary), listed, signature, form)
 
     def _mark(self, leaf: Any, role: Role, places: bool) -> Hashable:
-        """What must be equal in two calls for this leaf to merge."""
+        """What of this leaf must be equal in two calls."""
         if role is Role.BATCHED:
             # denoisers read the position ids of the first row for all rows (FLUX.2 does)
             content = self._digest(leaf) if places else None

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..protocol.costs import Measured
+from ...protocol.costs import Measured
 
 _WEIGHT = 0.3
 """Of the newest measurement in the mean."""

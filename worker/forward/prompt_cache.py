@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
-from .anatomy import digest
-from .call import Call
+from ..call import Call
+from .signature import digest
 
 
 @dataclass(slots=True)

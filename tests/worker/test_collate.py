@@ -12,31 +12,31 @@ import torch
 from diffusers.utils import BaseOutput
 from torch.utils import _pytree as pytree
 
-from safelight.worker.anatomy import Anatomist, Anatomy
 from safelight.worker.call import Call
-from safelight.worker.merging import NotSplittable, RowLists, merge
+from safelight.worker.forward.collate import NotDivisible, RowLists, collate
+from safelight.worker.forward.signature import Batchable, Signatures
 
 
 def call(*args: Any, method: str = "__call__", **kwargs: Any) -> Call:
     return Call("transformer", method, lambda *a, **k: None, args, kwargs)
 
 
-def dissected(anatomist: Anatomist, *calls: Call) -> list[Anatomy]:
-    parts = [anatomist.dissect(each) for each in calls]
+def dissected(anatomist: Signatures, *calls: Call) -> list[Batchable]:
+    parts = [anatomist.read(each) for each in calls]
     return [part for part in parts if part is not None]
 
 
 def split(component: Callable[[torch.Tensor], Any], *rows: torch.Tensor) -> list[Any]:
     """What each of the calls gets from one forward of ``component``, which is also asked for the first call alone."""
-    parts = dissected(Anatomist(), *(call(each) for each in rows))
-    return RowLists().split(component(torch.cat(rows)), parts, lambda: component(rows[0]))
+    parts = dissected(Signatures(), *(call(each) for each in rows))
+    return RowLists().uncollate(component(torch.cat(rows)), parts, lambda: component(rows[0]))
 
 
 def test_rows_of_different_counts_come_back_to_their_calls() -> None:
     one, two = torch.randn(1, 4, 3), torch.randn(2, 4, 3)
-    parts = dissected(Anatomist(), call(hidden_states=one), call(hidden_states=two))
-    assert parts[0].key == parts[1].key
-    _, kwargs = merge(parts)
+    parts = dissected(Signatures(), call(hidden_states=one), call(hidden_states=two))
+    assert parts[0].signature == parts[1].signature
+    _, kwargs = collate(parts)
     assert kwargs["hidden_states"].shape == (3, 4, 3)
     outputs = split(lambda x: (x * 2,), one, two)
     assert torch.equal(outputs[0][0], one * 2)
@@ -45,29 +45,29 @@ def test_rows_of_different_counts_come_back_to_their_calls() -> None:
 
 def test_a_timestep_without_dimensions_reaches_only_its_own_rows() -> None:
     parts = dissected(
-        Anatomist(),
+        Signatures(),
         call(torch.zeros(2, 4, 8, 8), torch.tensor(10.0)),
         call(torch.zeros(1, 4, 8, 8), torch.tensor(3.0)),
     )
-    args, _ = merge(parts)
+    args, _ = collate(parts)
     assert args[1].tolist() == [10.0, 10.0, 3.0]
 
 
 def test_lists_of_prompts_of_different_lengths_are_extended() -> None:
     a = call([torch.randn(16, 1, 4, 4)], torch.tensor([0.5]), [torch.randn(5, 8)])
     b = call([torch.randn(16, 1, 4, 4)], torch.tensor([0.1]), [torch.randn(9, 8)])
-    parts = dissected(Anatomist(), a, b)
-    assert parts[0].key == parts[1].key
-    args, _ = merge(parts)
+    parts = dissected(Signatures(), a, b)
+    assert parts[0].signature == parts[1].signature
+    args, _ = collate(parts)
     assert [len(text) for text in args[2]] == [5, 9]
-    outputs = RowLists().split((args[0],), parts, lambda: (a.args[0],))
+    outputs = RowLists().uncollate((args[0],), parts, lambda: (a.args[0],))
     assert torch.equal(outputs[1][0][0], b.args[0][0])
 
 
 def test_residuals_in_a_list_are_merged_row_by_row_and_not_end_to_end() -> None:
     residuals = [torch.randn(2, 3), torch.randn(2, 5)]
     calls = [call(torch.randn(2, 4), residuals=[r.clone() for r in residuals]) for _ in range(2)]
-    _, kwargs = merge(dissected(Anatomist(), *calls))
+    _, kwargs = collate(dissected(Signatures(), *calls))
     assert [tuple(r.shape) for r in kwargs["residuals"]] == [(4, 3), (4, 5)]
 
 
@@ -86,34 +86,34 @@ def test_residuals_in_a_list_are_merged_row_by_row_and_not_end_to_end() -> None:
 )
 def test_calls_that_differ_in_what_rows_share_do_not_meet(first: dict[str, Any], second: dict[str, Any]) -> None:
     latents = torch.randn(1, 4, 3)
-    parts = dissected(Anatomist(), call(latents, **first), call(latents, **second))
-    assert parts[0].key != parts[1].key
+    parts = dissected(Signatures(), call(latents, **first), call(latents, **second))
+    assert parts[0].signature != parts[1].signature
 
 
 def test_equal_position_ids_of_two_requests_meet_though_they_are_two_tensors() -> None:
     parts = dissected(
-        Anatomist(), *(call(torch.randn(1, 4, 3), img_ids=torch.arange(12.0).reshape(4, 3)) for _ in range(2))
+        Signatures(), *(call(torch.randn(1, 4, 3), img_ids=torch.arange(12.0).reshape(4, 3)) for _ in range(2))
     )
-    assert parts[0].key == parts[1].key
+    assert parts[0].signature == parts[1].signature
 
 
 def test_a_shared_tensor_that_was_written_to_is_compared_anew() -> None:
-    anatomist, ids = Anatomist(), torch.zeros(4, 3)
+    anatomist, ids = Signatures(), torch.zeros(4, 3)
     before = dissected(anatomist, call(torch.randn(1, 4, 3), img_ids=ids))[0]
     ids.add_(1)
     after = dissected(anatomist, call(torch.randn(1, 4, 3), img_ids=ids))[0]
-    assert before.key != after.key
+    assert before.signature != after.signature
 
 
 def test_methods_whose_rows_may_depend_on_each_other_have_no_anatomy() -> None:
-    assert Anatomist().dissect(call(torch.zeros(1, 4), method="generate")) is None
-    assert Anatomist().dissect(call("no tensors")) is None
+    assert Signatures().read(call(torch.zeros(1, 4), method="generate")) is None
+    assert Signatures().read(call("no tensors")) is None
 
 
 def test_an_output_that_belongs_to_no_row_is_refused() -> None:
     one, two = torch.zeros(1, 4), torch.zeros(1, 4)
     for output in (torch.tensor(1.0), torch.zeros(3, 4), np.zeros((3, 4)), np.zeros(()), object(), {1, 2}):
-        with pytest.raises(NotSplittable):
+        with pytest.raises(NotDivisible):
             split(lambda _, output=output: (output,), one, two)
 
 
@@ -177,7 +177,7 @@ def test_every_call_gets_its_own_rows_of_an_output_that_is_no_tensor(
 def test_a_value_that_cannot_be_attributed_to_a_row_is_given_to_no_call(
     of_all_rows: Callable[[torch.Tensor], Any],
 ) -> None:
-    with pytest.raises(NotSplittable):
+    with pytest.raises(NotDivisible):
         split(of_all_rows, torch.tensor([[1.0, 2.0, 3.0]]), torch.tensor([[-4.0, 5.0, 6.0]]))
 
 
@@ -185,13 +185,15 @@ def test_a_call_is_made_alone_once_to_see_what_its_lists_are() -> None:
     lists, seen = RowLists(), []
     for count in (2, 2, 3):
         rows = [torch.full((1, 3), float(number)) for number in range(count)]
-        parts = dissected(Anatomist(), *(call(each) for each in rows))
+        parts = dissected(Signatures(), *(call(each) for each in rows))
 
         def alone(rows: list[torch.Tensor] = rows) -> Any:
             seen.append(rows[0])
             return [0.0]
 
-        assert lists.split([float(number) for number in range(count)], parts, alone) == [[0.0], [1.0], [2.0]][:count]
+        assert (
+            lists.uncollate([float(number) for number in range(count)], parts, alone) == [[0.0], [1.0], [2.0]][:count]
+        )
     assert len(seen) == 1
 
 
@@ -207,7 +209,7 @@ def alike(one: Any, other: Any) -> bool:
 
 def test_positions_count_tokens_and_latent_pixels() -> None:
     def positions(*args: Any) -> int:
-        return dissected(Anatomist(), call(*args))[0].positions
+        return dissected(Signatures(), call(*args))[0].positions
 
     assert positions(torch.zeros(2, 77, dtype=torch.int64)) == 154
     assert positions(torch.zeros(2, 64, 32)) == 128

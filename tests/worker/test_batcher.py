@@ -1,4 +1,4 @@
-"""The hub's promises: who runs together, who waits for whom, and who fails alone."""
+"""The batcher's promises: who runs together, who waits for whom, and who fails alone."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from safelight.protocol.messages import BatchingMode
+from safelight.worker.batcher import Batcher
 from safelight.worker.call import Call, cross
 from safelight.worker.coroutine import Cancelled, Coroutine
-from safelight.worker.hub import Hub
-from safelight.worker.prompt_cache import PromptCache
+from safelight.worker.forward.prompt_cache import PromptCache
 
 
 class Doubler:
@@ -29,8 +29,8 @@ class Doubler:
         return x * 2
 
 
-def hub(*, max_batch: int = 16, max_tokens: int = 10**6, mode: BatchingMode = "merged") -> Hub:
-    return Hub(max_batch=max_batch, max_tokens=max_tokens, mode=mode)
+def batcher(*, max_batch: int = 16, max_tokens: int = 10**6, mode: BatchingMode = "merged") -> Batcher:
+    return Batcher(max_batch=max_batch, max_tokens=max_tokens, mode=mode)
 
 
 def request_body(component: Callable[..., Any], value: float, steps: int, width: int = 2) -> Callable[[], list[float]]:
@@ -48,17 +48,17 @@ def request(component: Callable[..., Any], value: float, steps: int, width: int 
     return Coroutine(request_body(component, value, steps, width), lambda _: None, alone=alone)
 
 
-def drain(running: Hub) -> None:
+def drain(running: Batcher) -> None:
     while running.busy:
-        running.turn()
+        running.step()
 
 
 def test_requests_that_start_later_join_the_forwards_of_those_that_run() -> None:
-    component, running = Doubler(), hub()
+    component, running = Doubler(), batcher()
     first = request(component, 1.0, 4)
     running.start(first)
-    running.turn()
-    running.turn()
+    running.step()
+    running.step()
     second = request(component, 5.0, 2)
     running.start(second)
     drain(running)
@@ -67,7 +67,7 @@ def test_requests_that_start_later_join_the_forwards_of_those_that_run() -> None
 
 
 def test_an_exclusive_coroutine_shares_the_hub_with_nobody_and_its_time_comes() -> None:
-    component, running = Doubler(), hub()
+    component, running = Doubler(), batcher()
     before = [request(component, value, 3) for value in (1.0, 2.0)]
     only = Coroutine(request_body(component, 5.0, 3), lambda _: None, exclusive=True)
     behind = [request(component, value, 3) for value in (6.0, 7.0)]
@@ -79,7 +79,7 @@ def test_an_exclusive_coroutine_shares_the_hub_with_nobody_and_its_time_comes() 
 
 
 def test_no_shape_starves_while_another_keeps_coming() -> None:
-    component, running = Doubler(), hub()
+    component, running = Doubler(), batcher()
     narrow = [request(component, 1.0, 10) for _ in range(2)]
     wide = request(component, 9.0, 10, width=3)
     for coroutine in [*narrow, wide]:
@@ -92,7 +92,7 @@ def test_no_shape_starves_while_another_keeps_coming() -> None:
 
 
 def test_more_calls_than_fit_take_turns_so_that_all_advance_alike() -> None:
-    component, running = Doubler(), hub(max_batch=2)
+    component, running = Doubler(), batcher(max_batch=2)
     for value in (1.0, 2.0, 3.0):
         running.start(request(component, value, 6))
     drain(running)
@@ -105,7 +105,7 @@ def test_more_calls_than_fit_take_turns_so_that_all_advance_alike() -> None:
 def test_a_group_that_comes_to_an_idle_hub_makes_all_its_steps_together() -> None:
     """Also where its prompt is encoded first, once, and taken from the cache by the others."""
     component, encoder = Doubler(), Doubler()
-    running = Hub(max_batch=16, max_tokens=10**6, cache=PromptCache(2**20))
+    running = Batcher(max_batch=16, max_tokens=10**6, cache=PromptCache(2**20))
 
     def sample(value: float) -> None:
         cross(Call("text_encoder", "__call__", encoder, (torch.full((1, 2), 7.0),), {}))
@@ -120,7 +120,7 @@ def test_a_group_that_comes_to_an_idle_hub_makes_all_its_steps_together() -> Non
 
 
 def test_the_token_budget_caps_a_forward_but_never_stops_a_single_call() -> None:
-    component, running = Doubler(), hub(max_tokens=5)
+    component, running = Doubler(), batcher(max_tokens=5)
     for value in (1.0, 2.0, 3.0):
         running.start(request(component, value, 1, width=2))
     running.start(request(component, 4.0, 1, width=50))
@@ -129,14 +129,14 @@ def test_the_token_budget_caps_a_forward_but_never_stops_a_single_call() -> None
 
 
 def test_a_request_that_raises_inside_a_batch_fails_alone() -> None:
-    component, running = Doubler(), hub()
+    component, running = Doubler(), batcher()
     good, bad, other = request(component, 1.0, 3), request(component, -1.0, 3), request(component, 2.0, 3)
     for coroutine in (good, bad, other):
         running.start(coroutine)
     drain(running)
     assert isinstance(bad.error, ValueError)
     assert (good.result, other.result) == ([2.0] * 3, [4.0] * 3)
-    assert running.unmergeable == {}
+    assert running.policy.unmergeable == {}
 
 
 def test_a_component_that_only_takes_one_row_is_called_row_by_row_from_then_on() -> None:
@@ -148,18 +148,18 @@ def test_a_component_that_only_takes_one_row_is_called_row_by_row_from_then_on()
             raise RuntimeError("one row only")
         return x + 1
 
-    running = hub()
+    running = batcher()
     both = [request(single, 1.0, 3), request(single, 2.0, 3)]
     for coroutine in both:
         running.start(coroutine)
     drain(running)
     assert [c.result for c in both] == [[2.0] * 3, [3.0] * 3]
     assert seen.count(2) == 1, "the same kind of call is not tried again"
-    assert running.unmergeable == {}, "other kinds of calls to it still merge"
+    assert running.policy.unmergeable == {}, "other kinds of calls to it still merge"
 
 
 def test_deterministic_requests_share_no_forward() -> None:
-    component, running = Doubler(), hub()
+    component, running = Doubler(), batcher()
     for value, alone in ((1.0, True), (2.0, False), (3.0, True), (4.0, False)):
         running.start(request(component, value, 2, alone=alone))
     drain(running)
@@ -168,7 +168,7 @@ def test_deterministic_requests_share_no_forward() -> None:
 
 @pytest.mark.parametrize("mode", ["interleaved", "serial"])
 def test_modes_without_merging_never_merge(mode: BatchingMode) -> None:
-    component, running = Doubler(), hub(mode=mode)
+    component, running = Doubler(), batcher(mode=mode)
     for value in (1.0, 2.0):
         running.start(request(component, value, 2))
     drain(running)
@@ -177,11 +177,11 @@ def test_modes_without_merging_never_merge(mode: BatchingMode) -> None:
 
 
 def test_a_cancelled_request_makes_no_further_call_and_its_neighbour_goes_on() -> None:
-    component, running = Doubler(), hub()
+    component, running = Doubler(), batcher()
     doomed, survivor = request(component, 1.0, 100), request(component, 2.0, 5)
     running.start(doomed)
     running.start(survivor)
-    running.turn()
+    running.step()
     running.cancel(doomed)
     drain(running)
     assert isinstance(doomed.error, Cancelled)
@@ -190,7 +190,7 @@ def test_a_cancelled_request_makes_no_further_call_and_its_neighbour_goes_on() -
 
 
 def test_a_request_cancelled_by_its_neighbour_in_the_same_forward_still_ends() -> None:
-    component, running = Doubler(), hub()
+    component, running = Doubler(), batcher()
     doomed = request(component, 2.0, 100)
     first = Coroutine(
         lambda: cross(Call("transformer", "__call__", component, (torch.ones(1, 2),), {})),
@@ -204,7 +204,7 @@ def test_a_request_cancelled_by_its_neighbour_in_the_same_forward_still_ends() -
 
 
 def test_a_request_cancelled_before_it_began_never_begins() -> None:
-    component, running = Doubler(), hub()
+    component, running = Doubler(), batcher()
     coroutine = request(component, 1.0, 1)
     running.start(coroutine)
     running.cancel(coroutine)
@@ -214,7 +214,7 @@ def test_a_request_cancelled_before_it_began_never_begins() -> None:
 
 
 def test_a_request_that_fails_at_once_may_take_waiting_ones_along() -> None:
-    component, running = Doubler(), hub()
+    component, running = Doubler(), batcher()
     second = request(component, 1.0, 1)
 
     def fails() -> None:
@@ -239,7 +239,7 @@ def test_arguments_that_cannot_be_compared_run_alone_and_harm_nobody() -> None:
     def odd() -> Any:
         return cross(Call("vae", "decode", lambda x, y: x + 1, (torch.ones(2, 2), [Odd(), Odd()]), {}))
 
-    component, running = Doubler(), hub()
+    component, running = Doubler(), batcher()
     strange, usual = Coroutine(odd, lambda _: None), request(component, 1.0, 2)
     running.start(strange)
     running.start(usual)
@@ -257,7 +257,7 @@ def test_a_forward_too_large_for_the_memory_is_made_smaller_from_then_on() -> No
             raise torch.OutOfMemoryError
         return x * 2
 
-    running = hub()
+    running = batcher()
     coroutines = [request(hungry, float(value), 4) for value in range(1, 5)]
     for coroutine in coroutines:
         running.start(coroutine)
@@ -267,7 +267,7 @@ def test_a_forward_too_large_for_the_memory_is_made_smaller_from_then_on() -> No
 
 
 def test_a_pipeline_that_catches_every_exception_cannot_survive_its_cancellation() -> None:
-    component, running = Doubler(), hub()
+    component, running = Doubler(), batcher()
 
     def stubborn() -> str:
         try:
@@ -279,7 +279,7 @@ def test_a_pipeline_that_catches_every_exception_cannot_survive_its_cancellation
     coroutine = Coroutine(stubborn, lambda _: None)
     running.start(coroutine)
     running.start(request(component, 2.0, 3))
-    running.turn()
+    running.step()
     running.cancel(coroutine)
     drain(running)
     assert coroutine.result != "caught"

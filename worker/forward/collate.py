@@ -10,7 +10,7 @@ import torch
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from torch.utils import _pytree as pytree
 
-from .anatomy import Anatomy, Role
+from .signature import Batchable, Role
 
 MOST_LISTS = 1000
 """Lists whose elements are known to be rows, or not; then they are forgotten, and looked at again."""
@@ -19,12 +19,12 @@ Path = tuple[int, ...]
 """Where a part of an output stands: which child of which child of the whole."""
 
 
-class NotSplittable(Exception):
+class NotDivisible(Exception):
     """An output has a part that belongs to no row."""
 
 
-def merge(parts: Sequence[Anatomy]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The arguments of one call with the rows of all ``parts``, which have equal keys."""
+def collate(parts: Sequence[Batchable]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments of one call with the rows of all ``parts``, which have equal signatures."""
     columns = zip(*(part.leaves for part in parts), strict=True)
     leaves = [_join(list(column), role, parts) for column, role in zip(columns, parts[0].roles, strict=True)]
     args, kwargs = pytree.tree_unflatten(leaves, parts[0].spec)
@@ -42,11 +42,11 @@ class RowLists:
     def __init__(self) -> None:
         self._known: dict[tuple[Hashable, Path], bool] = {}
 
-    def split(self, output: Any, parts: Sequence[Anatomy], first_alone: Callable[[], Any]) -> list[Any]:
+    def uncollate(self, output: Any, parts: Sequence[Batchable], first_alone: Callable[[], Any]) -> list[Any]:
         """``output`` of a merged call, cut into what each part's own call would have returned.
 
         ``first_alone`` makes the first part's call by itself, where that has to be looked at. Raises
-        ``NotSplittable`` when a part of ``output`` has no row for each of the merged call's.
+        ``NotDivisible`` when a part of ``output`` has no row for each of the merged call's.
         """
         return _Cut(parts, self, first_alone).cut(output, ())
 
@@ -62,7 +62,7 @@ class RowLists:
 class _Cut:
     """One merged output being cut."""
 
-    def __init__(self, parts: Sequence[Anatomy], lists: RowLists, first_alone: Callable[[], Any]) -> None:
+    def __init__(self, parts: Sequence[Batchable], lists: RowLists, first_alone: Callable[[], Any]) -> None:
         ends = np.cumsum([part.rows for part in parts]).tolist()
         self._rows = [slice(end - part.rows, end) for part, end in zip(parts, ends, strict=True)]
         self._total: int = ends[-1]
@@ -84,7 +84,7 @@ class _Cut:
             return [node[rows] for rows in self._rows]
         children, spec = _children(node)
         if spec.is_leaf():
-            raise NotSplittable(f"{node!r:.40} is no row's" if _is_plain(node) else f"a {type(node).__name__}")
+            raise NotDivisible(f"{node!r:.40} is no row's" if _is_plain(node) else f"a {type(node).__name__}")
         columns = [self.cut(child, (*path, index)) for index, child in enumerate(children)]
         return [
             pytree.tree_unflatten([column[number] for column in columns], spec) for number in range(len(self._rows))
@@ -93,7 +93,7 @@ class _Cut:
     def _cut_array(self, array: torch.Tensor | np.ndarray[Any, Any]) -> list[Any]:
         if array.ndim == 0 or array.shape[0] != self._total:
             kind = "a tensor" if isinstance(array, torch.Tensor) else "an array"
-            raise NotSplittable(f"{kind} of shape {tuple(array.shape)} among {self._total} rows")
+            raise NotDivisible(f"{kind} of shape {tuple(array.shape)} among {self._total} rows")
         return [array[rows] for rows in self._rows]
 
     def _has_rows(self, merged: list[Any] | tuple[Any, ...], path: Path) -> bool:
@@ -103,7 +103,7 @@ class _Cut:
             return known
         alone = self._alone_at(path)
         if type(alone) is not type(merged) or len(alone) not in (self._first.rows, self._total):
-            raise NotSplittable(f"a {type(merged).__name__} that a call alone returns in another form")
+            raise NotDivisible(f"a {type(merged).__name__} that a call alone returns in another form")
         has_rows = len(alone) == self._first.rows
         self._lists.learn(self._first.form, path, has_rows)
         return has_rows
@@ -129,7 +129,7 @@ def _is_plain(node: Any) -> bool:
     return isinstance(node, str | int | float | bool)
 
 
-def _join(column: list[Any], role: Role, parts: Sequence[Anatomy]) -> Any:
+def _join(column: list[Any], role: Role, parts: Sequence[Batchable]) -> Any:
     if role is Role.BATCHED:
         return torch.cat(column)
     if role is Role.SCALAR:

@@ -1,0 +1,145 @@
+"""The stages around a component's call, in their order. A new one is a class here and its line in :func:`stages`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from typing import Any
+
+from ..lora.adapters import RankAdapters
+from ..lora.beside import Uses
+from ..random_state import has_drawn, kept_random_state, random_state
+from ..thread_state import within
+from .at_rest import AtRest
+from .batch import Forward, Pending
+from .costs import Costs
+from .prompt_cache import PromptCache
+from .runner import Stage
+
+Proceed = Callable[[], list[Any]]
+
+
+class DrawsRandomNumbers(Exception):
+    """A merged forward drew random numbers, which are each request's own."""
+
+
+def stages(
+    cache: PromptCache | None, adapters: RankAdapters | None, costs: Costs | None, at_rest: AtRest | None
+) -> list[Stage]:
+    """Those that there is something for, from the outermost to the one next to the component."""
+    return [
+        RandomNumbers(),
+        *([] if cache is None else [PromptCaching(cache)]),
+        *([] if at_rest is None else [Restoring(at_rest)]),
+        Settings(),
+        *([] if adapters is None else [Adapting(adapters)]),
+        *([] if costs is None else [Timing(costs)]),
+    ]
+
+
+class RandomNumbers:
+    """Whatever draws without a generator draws the request's own numbers, and a probe draws nobody's."""
+
+    name = "random numbers"
+
+    def __call__(self, forward: Forward, proceed: Proceed) -> list[Any]:
+        if not forward.merged and not forward.probe:
+            with forward.calls[0].coroutine.own_random_numbers():
+                return proceed()
+        with kept_random_state() as before:
+            answers = proceed()
+            if has_drawn(before) and not forward.probe:
+                raise DrawsRandomNumbers
+            return answers
+
+
+class PromptCaching:
+    """Answers a text encoder's call that was answered before."""
+
+    name = "prompt cache"
+
+    def __init__(self, cache: PromptCache) -> None:
+        self._cache = cache
+
+    def __call__(self, forward: Forward, proceed: Proceed) -> list[Any]:
+        if forward.probe or forward.calls[0].prompt is None:
+            return proceed()
+        known = None if forward.merged else self._get(forward)
+        if known is not None:
+            return [known]
+        before = random_state()
+        answers = proceed()
+        if not has_drawn(before):
+            for pending, uses, answer in zip(forward.calls, forward.adapters, answers, strict=True):
+                self._cache.put(prompt_of(pending, uses), answer, exact=not forward.merged)
+        return answers
+
+    def _get(self, forward: Forward) -> Any | None:
+        pending = forward.calls[0]
+        return self._cache.get(prompt_of(pending, forward.adapters[0]), exact=pending.coroutine.alone)
+
+
+class Restoring:
+    """Leaves nothing in a component of a forward that failed halfway."""
+
+    name = "restore after a failure"
+
+    def __init__(self, at_rest: AtRest) -> None:
+        self._at_rest = at_rest
+
+    def __call__(self, forward: Forward, proceed: Proceed) -> list[Any]:
+        try:
+            return proceed()
+        except BaseException:
+            self._at_rest.restore(forward.component.partition(".")[0])
+            raise
+
+
+class Settings:
+    """torch's settings, as the request has made them."""
+
+    name = "torch settings"
+
+    def __call__(self, forward: Forward, proceed: Proceed) -> list[Any]:
+        if forward.state is None:
+            return proceed()
+        with within(forward.state):
+            return proceed()
+
+
+class Adapting:
+    """Each call's rows with the adapters that it has."""
+
+    name = "adapters"
+
+    def __init__(self, adapters: RankAdapters) -> None:
+        self._adapters = adapters
+
+    def __call__(self, forward: Forward, proceed: Proceed) -> list[Any]:
+        first = forward.calls[0].batchable
+        rows = [
+            (1 if pending.batchable is None else pending.batchable.rows, uses)
+            for pending, uses in zip(forward.calls, forward.adapters, strict=True)
+        ]
+        with self._adapters.during(forward.component, rows, listed=first is not None and first.listed):
+            return proceed()
+
+
+class Timing:
+    """Measures forwards, for estimates of what requests cost."""
+
+    name = "timing"
+
+    def __init__(self, costs: Costs) -> None:
+        self._costs = costs
+
+    def __call__(self, forward: Forward, proceed: Proceed) -> list[Any]:
+        pixels = max(pending.coroutine.pixels for pending in forward.calls)
+        with self._costs.timed(forward.name, pixels, alone=not forward.merged):
+            return proceed()
+
+
+def prompt_of(pending: Pending, uses: Uses) -> Hashable | None:
+    """By what a text encoder's answer is known: its call, its adapters, and torch's settings."""
+    if pending.prompt is None:
+        return None
+    return pending.prompt, tuple((adapter.number, strength) for adapter, strength in uses), pending.state
