@@ -268,6 +268,8 @@ class ReplicaStats(msgspec.Struct, frozen=True):
     cancelled: int = 0
     failed: int = 0
     unmergeable: dict[str, str] = {}
+    caps: dict[str, int] = {}
+    stages: list[str] = []
     costs: dict[str, list[Measured]] = {}
 
 

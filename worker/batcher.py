@@ -124,8 +124,7 @@ class Batcher:
             numbers = ",".join(str(pending.coroutine.number) for pending in forward.calls)
             self.schedule_digest = zlib.crc32(numbers.encode(), self.schedule_digest)
             self.runner.counters.calls += len(forward.calls)
-            for pending, outcome in self.recovery.outcomes(forward):
-                self._continue(pending.coroutine, self._answer(pending.coroutine, outcome))
+            self.recovery.run(forward, self._deliver)
 
     def _may_start(self, coroutine: Coroutine) -> bool:
         """Those behind one that has to wait wait too, so that its time comes."""
@@ -133,10 +132,13 @@ class Batcher:
             return not self._active
         return not any(active.exclusive for active in self._active)
 
-    def _answer(self, coroutine: Coroutine, outcome: Outcome) -> Call | None:
+    def _deliver(self, pending: Pending, outcome: Outcome) -> None:
+        coroutine = pending.coroutine
         if coroutine in self._cancelled:
-            return coroutine.throw(Cancelled())
-        return coroutine.throw(outcome.error) if outcome.error else coroutine.resume(outcome.value)
+            call = coroutine.throw(Cancelled())
+        else:
+            call = coroutine.throw(outcome.error) if outcome.error else coroutine.resume(outcome.value)
+        self._continue(coroutine, call)
 
     def _continue(self, coroutine: Coroutine, call: Call | None) -> None:
         """Put the coroutine's next call into the line, if it made one."""

@@ -108,6 +108,8 @@ class Jobs:
             cancelled=self._cancelled,
             failed=self._failed,
             unmergeable=self._batcher.policy.unmergeable,
+            caps=self._batcher.policy.caps,
+            stages=[stage.name for stage in self._batcher.runner.stages],
             costs=self._model.costs.measured(),
         )
 

@@ -78,6 +78,10 @@ class Forward:
     def slice(self, start: int, end: int) -> Forward:
         return Forward(self.calls[start:end], self.adapters[start:end])
 
+    def halves(self) -> list[Forward]:
+        half = len(self.calls) // 2
+        return [self.slice(0, half), self.slice(half, len(self.calls))]
+
     def single(self) -> list[Forward]:
         """A forward for each call."""
         return [self.slice(index, index + 1) for index in range(len(self.calls))]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import torch
 
@@ -17,7 +17,8 @@ from .stages import DrawsRandomNumbers
 
 log = logging.getLogger(__name__)
 
-Outcomes = Iterator[tuple[Pending, Outcome]]
+Deliver = Callable[[Pending, Outcome], None]
+"""Lets the coroutine of a call go on with its outcome."""
 
 
 class Recovery:
@@ -30,77 +31,77 @@ class Recovery:
         self._policy = policy
         self._free = free
 
-    def outcomes(self, forward: Forward) -> Outcomes:
-        """Each call with what it returned or raised, as soon as that is known.
+    def run(self, forward: Forward, deliver: Deliver) -> bool:
+        """Deliver what each call returned or raised, as soon as that is known. Returns whether all did well.
 
-        Whoever iterates passes an outcome on before the next one is made, so that no two failures' or smaller
-        forwards' tensors are held at once.
+        A smaller forward begins when the answers of the one before are delivered, so that no more is held at once.
         """
         if not forward.merged:
-            yield forward.calls[0], self._alone(forward)
-            return
-        smaller = None
+            return self._alone(forward, deliver)
+        if forward.positions > self._policy.max_positions(forward.name):  # known since it was put together
+            return self._each(forward.halves(), deliver)
+        smaller, suspect = list[Forward](), False
         try:
             answers = self._runner.answers(forward)
-        except Exception as error:  # noqa: BLE001  # one of the calls, or of the ways to batch them
-            smaller = self._learn(forward, error)
-            traceback.clear_frames(error.__traceback__)  # they hold the failed forward's tensors
-        if smaller is not None:
-            yield from self._each(forward, smaller)
-            return
+        except (torch.OutOfMemoryError, CannotMix, NotDivisible, DrawsRandomNumbers) as reason:
+            smaller = self._learn(forward, reason)
+            traceback.clear_frames(reason.__traceback__)  # they hold the failed forward's tensors
+        except torch.AcceleratorError:  # the device is broken for this process, and no request's fault
+            raise
+        except Exception as error:  # one of the calls: alone, each shows which
+            number = len(forward.calls)
+            log.warning("a forward of %d calls to %s failed; they run one by one", number, forward.name, exc_info=True)
+            smaller, suspect = forward.single(), True
+            traceback.clear_frames(error.__traceback__)
+        if smaller:
+            all_well = self._each(smaller, deliver)
+            if all_well and suspect:
+                self._policy.keep_apart(forward.parts[0].signature)
+            return all_well
         self.merged_names.add(forward.name)
         self._policy.fitted(forward.name)
         for pending, answer in zip(forward.calls, answers, strict=True):
-            yield pending, Outcome(answer)
+            deliver(pending, Outcome(answer))
+        return True
 
-    def _alone(self, forward: Forward) -> Outcome:
+    def _alone(self, forward: Forward, deliver: Deliver) -> bool:
         try:
             (answer,) = self._runner.answers(forward)
         except torch.OutOfMemoryError as error:
             traceback.clear_frames(error.__traceback__)
             self._free()
-            return Outcome(error=error)
+            outcome = Outcome(error=error)
         except torch.AcceleratorError:
             raise
         except Exception as error:  # noqa: BLE001  # goes to the coroutine that made the call
-            return Outcome(error=error)
-        self._policy.fitted(forward.name)
-        return Outcome(answer)
+            outcome = Outcome(error=error)
+        else:
+            self._policy.fitted(forward.name)
+            outcome = Outcome(answer)
+        deliver(forward.calls[0], outcome)
+        return outcome.error is None
 
-    def _learn(self, forward: Forward, error: Exception) -> list[Forward]:
-        """The smaller forwards to make instead of one that raised ``error``. Raises it where nothing can be made."""
+    def _learn(self, forward: Forward, reason: Exception) -> list[Forward]:
+        """The smaller forwards to make instead, and what is remembered for later ones."""
         name, policy = forward.name, self._policy
-        match error:
+        match reason:
             case torch.OutOfMemoryError():
                 self._free()
                 policy.lower_cap(name, forward.positions)
-                half = len(forward.calls) // 2
-                log.warning("%d calls to %s are too many for the memory; half of them are tried", 2 * half, name)
-                return [forward.slice(0, half), forward.slice(half, len(forward.calls))]
-            case torch.AcceleratorError():
-                raise error
+                log.warning("%d calls to %s are too many for the memory; halves are tried", len(forward.calls), name)
+                return forward.halves()
             case CannotMix():
-                log.info("requests with different adapters take turns in %s: %s", name, error)
+                log.info("requests with different adapters take turns in %s: %s", name, reason)
                 policy.take_turns(name)
                 return forward.by_adapters()
             case NotDivisible():
-                policy.never_merge(name, f"its output cannot be divided: {error}")
-            case DrawsRandomNumbers():
-                policy.never_merge(name, "it draws random numbers, which are each request's own")
+                policy.never_merge(name, f"its output cannot be divided: {reason}")
             case _:
-                log.warning(
-                    "a forward of %d calls to %s failed; they run one by one", len(forward.calls), name, exc_info=error
-                )
+                policy.never_merge(name, "it draws random numbers, which are each request's own")
         return forward.single()
 
-    def _each(self, forward: Forward, smaller: list[Forward]) -> Outcomes:
-        """If each call does well alone where all together failed, calls with just this signature stay apart."""
-        failed = False
-        for part in smaller:
-            for pending, outcome in self.outcomes(part):
-                failed |= outcome.error is not None
-                yield pending, outcome
-        name = forward.name
-        one_by_one = len(smaller) == len(forward.calls) and name not in self._policy.unmergeable
-        if one_by_one and not failed and name not in self._policy.caps and not self._policy.takes_turns(name):
-            self._policy.keep_apart(forward.parts[0].signature)
+    def _each(self, smaller: list[Forward], deliver: Deliver) -> bool:
+        all_well = True
+        for forward in smaller:
+            all_well &= self.run(forward, deliver)
+        return all_well
