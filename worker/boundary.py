@@ -1,8 +1,8 @@
 """The boundary: what stands in a pipeline's fork where the component stood.
 
 It looks like the component in every way that a pipeline can ask for (class, attributes, configuration), and turns
-each call that carries tensors into a :class:`Call` for the hub. Whatever can write to the component goes through it, so
-that the fork's changes stay the fork's own (:class:`Changes`).
+each call that carries tensors into a :class:`Call` for the batcher. Whatever can write to the component goes through
+it, so that the fork's changes stay the fork's own (:class:`Changes`).
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ _MEMORY_RETRY_S = 5.0
 
 _OURS = __name__.partition(".")[0]
 _LIBRARIES = ("diffusers", "transformers")
-_BETWEEN = ("boundary", "call", "coroutine", "hub")
+_BETWEEN = ("boundary", "call", "coroutine", "batcher", "forward.recovery", "forward.runner", "forward.stages")
 """Modules of ours through which a pipeline reaches its components: what is raised there is what it reached for."""
 
 _ALLOCATION = re.compile(r"not enough memory|can't allocate memory", re.IGNORECASE)  # torch's on a CPU

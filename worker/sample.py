@@ -57,8 +57,8 @@ class Clock:
 class SampleRun:
     """Sample ``index`` of ``request`` as a coroutine.
 
-    ``stepped`` hears of each denoising step, inside the coroutine; ``done`` of its end, in the hub. ``watches_all`` is
-    its fork's; that of a request with the hub to itself is so anyway.
+    ``stepped`` hears of each denoising step, inside the coroutine; ``done`` of its end, in the batcher. ``watches_all``
+    is its fork's; that of a request with the batcher to itself is so anyway.
     """
 
     def __init__(
