@@ -22,6 +22,17 @@ from .call import Call
 from .module_state import Piece, pieces, pieces_of_value
 
 
+@contextmanager
+def untraced(components: Iterable[nn.Module]) -> Iterator[None]:
+    """Around what may leave traces in ``components``, which are removed."""
+    traces = Changes(components)
+    traces.show()
+    try:
+        yield
+    finally:
+        traces.hide()
+
+
 class Changes:
     """Those of one fork. ``whole`` are components that are watched all the time, whatever the boundary says.
 

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from diffusers import DiffusionPipeline
@@ -13,7 +12,7 @@ from ..protocol.config import Config
 from ..protocol.errors import StartFailed
 from ..protocol.messages import Batching, BatchingMode
 from ..protocol.self_test import SelfTestResult, TaskResult
-from .changes import Changes
+from .changes import untraced
 from .image_pipelines import DoesNotFit, for_images, needs_image, on_components
 from .model import Model, modules
 from .task import Task, new_task
@@ -41,9 +40,10 @@ class SelfTest:
 
     def run(self) -> Found:
         """Raises ``StartFailed`` when the pipeline does not run at all."""
-        with self._untraced():
+        components = modules(self._model.pipeline).values()
+        with untraced(components):
             text = self._text()
-        with self._untraced():
+        with untraced(components):
             image = self._image()
         verdicts = [verdict for verdict in (text, image) if verdict is not None]
         if not verdicts:
@@ -81,23 +81,13 @@ class SelfTest:
             model.text = None
         model.no_image = result.no_image
         try:
-            with self._untraced():
+            with untraced(modules(model.pipeline).values()):
                 Trial(model, self._config, self._report, images=model.text is None).run_once()
         except DoesNotRun as error:
             raise StartFailed(
                 f"The pipeline {type(model.pipeline).__name__} ran before and does not now ({error})."
             ) from None
         return Found(result.mode, result.unmergeable)
-
-    @contextmanager
-    def _untraced(self) -> Iterator[None]:
-        """Around a trial, which may leave its traces in the components."""
-        traces = Changes(modules(self._model.pipeline).values())
-        traces.show()
-        try:
-            yield
-        finally:
-            traces.hide()
 
     def _text(self) -> Verdict | None:
         assert self._model.text is not None

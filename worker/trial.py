@@ -20,6 +20,7 @@ from ..protocol.codec import Buffer
 from ..protocol.config import Config
 from ..protocol.messages import BatchingMode, Generate, Image, Sample
 from .batcher import Batcher
+from .changes import untraced
 from .coroutine import Coroutine
 from .fork import Fork
 from .forward.at_rest import AtRest
@@ -96,7 +97,9 @@ class Trial:
         if self._config.batching == "serial":
             return Verdict("serial", "chosen by --batching")
         self._say("interleaved")
-        if not _same(apart, self._attempt(self._batcher("interleaved"))):
+        with untraced(modules(self._task.pipeline).values()):
+            interleaved = self._attempt(self._batcher("interleaved"))
+        if not _same(apart, interleaved):
             return Verdict("serial", self._why_serial(apart))
         if self._config.batching == "interleaved":
             return Verdict("interleaved", "chosen by --batching")

@@ -29,7 +29,8 @@ class MergePolicy:
         """Positions that may meet in calls that have run out of memory, by name."""
         self._fitted: dict[str, int] = {}
         self._apart: set[Hashable] = set()
-        self._turns: set[str] = set()
+        self.turns: set[str] = set()
+        """Calls in which requests with different adapters cannot meet, by name."""
 
     def batchable(self, pending: Pending) -> Batchable | None:
         """What ``pending`` can be batched by; ``None`` if it has to run alone."""
@@ -53,14 +54,14 @@ class MergePolicy:
 
     def takes_turns(self, name: str) -> bool:
         """Whether calls with different adapters cannot meet."""
-        return name in self._turns
+        return name in self.turns
 
     def take_turns(self, name: str) -> None:
-        self._turns.add(name)
+        self.turns.add(name)
 
     def adapters_changed(self) -> None:
         """Calls with different ones may meet again where those that there were could not."""
-        self._turns.clear()
+        self.turns.clear()
 
     def lower_cap(self, name: str, positions: int) -> None:
         """A forward of ``positions`` did not fit into memory."""
