@@ -10,16 +10,16 @@ from __future__ import annotations
 import logging
 import zlib
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 
 import torch
 
 from ..protocol.messages import BatchingMode
-from .call import Call
-from .coroutine import Cancelled, Coroutine
+from .crossing.call import Call
+from .crossing.coroutine import Cancelled, Coroutine
 from .forward.at_rest import AtRest
-from .forward.batch import Forward, Outcome, Pending
+from .forward.batch import Forward, Outcome, Pending, Wait
 from .forward.costs import Costs
 from .forward.policy import MergePolicy
 from .forward.prompt_cache import PromptCache, prompt_key
@@ -91,8 +91,10 @@ class Batcher:
         if coroutine in self._starting:
             self._starting.remove(coroutine)
             self._continue(coroutine, coroutine.throw(Cancelled()))
-        for pending in [pending for pending in self._waiting if pending.coroutine is coroutine]:
-            self._waiting.remove(pending)
+        waits = [pending.wait for pending in self._waiting if pending.coroutine is coroutine]
+        if waits:
+            waits[0].abandoned = True  # also where the forward in hand makes another of its calls
+            self._waiting = deque(pending for pending in self._waiting if pending.coroutine is not coroutine)
             self._continue(coroutine, coroutine.throw(Cancelled()))
 
     @contextmanager
@@ -133,28 +135,36 @@ class Batcher:
         return not any(active.exclusive for active in self._active)
 
     def _deliver(self, pending: Pending, outcome: Outcome) -> None:
-        coroutine = pending.coroutine
+        """Let the call's coroutine go on, unless it waits for another one's answer too."""
+        wait, coroutine = pending.wait, pending.coroutine
+        wait.answers[pending.index] = outcome.value
+        wait.error = wait.error or outcome.error
+        wait.missing -= 1
+        if wait.abandoned or wait.missing:
+            return
         if coroutine in self._cancelled:
-            call = coroutine.throw(Cancelled())
+            calls = coroutine.throw(Cancelled())
         else:
-            call = coroutine.throw(outcome.error) if outcome.error else coroutine.resume(outcome.value)
-        self._continue(coroutine, call)
+            answers, wait.answers = wait.answers, []  # the forward in hand must not hold what the pipeline lets go of
+            calls = coroutine.throw(wait.error) if wait.error else coroutine.resume(answers)
+        self._continue(coroutine, calls)
 
-    def _continue(self, coroutine: Coroutine, call: Call | None) -> None:
-        """Put the coroutine's next call into the line, if it made one."""
-        if call is None:
+    def _continue(self, coroutine: Coroutine, calls: Sequence[Call] | None) -> None:
+        """Put the coroutine's next calls into the line, if it made any."""
+        if calls is None:
             self._active.discard(coroutine)
             self._cancelled.discard(coroutine)
             return
-        self._waiting.append(self._examined(coroutine, call))
+        wait = Wait(coroutine, [None] * len(calls), len(calls))
+        self._waiting.extend(self._examined(wait, index, call) for index, call in enumerate(calls))
 
-    def _examined(self, coroutine: Coroutine, call: Call) -> Pending:
+    def _examined(self, wait: Wait, index: int, call: Call) -> Pending:
         """The call with what decides its company. One that cannot be examined runs alone, and says so once."""
-        pending = Pending(coroutine, call, None, None, coroutine.state)
+        pending = Pending(wait, index, call, wait.coroutine.state)
         if call.around is not None:  # by what its own fork has changed, so that it is nobody else's call
             return pending
         try:
-            if self.mode == "merged" and not coroutine.alone and call.name not in self.policy.unmergeable:
+            if self.mode == "merged" and not wait.coroutine.alone and call.name not in self.policy.unmergeable:
                 pending.batchable = self._signatures.read(call)
             pending.prompt = prompt_key(call) if self._cache else None
         except Exception:  # arguments of any kind come by here, and the loop serves everybody

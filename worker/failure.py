@@ -20,8 +20,8 @@ _MEMORY_RETRY_S = 5.0
 
 _OURS = __name__.partition(".")[0]
 _LIBRARIES = ("diffusers", "transformers")
-_BETWEEN = ("boundary", "call", "coroutine", "batcher", "forward.recovery", "forward.runner", "forward.stages")
-"""Modules of ours through which a pipeline reaches its components: what is raised there is what it reached for."""
+_BETWEEN = ("crossing", "batcher", "forward")
+"""By these of our modules and packages a pipeline reaches its components: what is raised there is theirs."""
 
 _ALLOCATION = re.compile(r"not enough memory|can't allocate memory", re.IGNORECASE)  # torch's on a CPU
 _DEVICE = re.compile(r"CUDA|CUBLAS|cuDNN|CUDNN|NCCL")
@@ -122,8 +122,8 @@ def _is_of_the_libraries(error: Exception) -> bool:
     if isinstance(error, NothingMade):
         return True
     modules = [frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__)]
-    between = {f"{__package__}.{name}" for name in _BETWEEN}
-    packages = [module.partition(".")[0] for module in modules if module not in between]
+    between = tuple(f"{__package__}.{name}" for name in _BETWEEN)
+    packages = [module.partition(".")[0] for module in modules if not module.startswith(between)]
     innermost = next((package for package in reversed(packages) if package in (_OURS, *_LIBRARIES)), _OURS)
     return innermost != _OURS
 

@@ -14,8 +14,8 @@ from typing import Any
 from diffusers import DiffusionPipeline
 from PIL import Image as pillow
 
-from .call import Call
-from .fork import Fork
+from .crossing.call import Call
+from .crossing.fork import Fork
 from .image_pipelines import as_taken
 
 log = logging.getLogger(__name__)

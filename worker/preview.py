@@ -10,13 +10,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from diffusers.utils import BaseOutput
-from torch.utils import _pytree as pytree
 
-from .call import Call, cross
-from .fork import Fork, schedulers
+from .crossing.chain import Chain
+from .crossing.fork import Fork, schedulers
+from .crossing.interceptors import without_denoiser
 from .sample import first_output
-from .sizes import DENOISERS
 from .steps import answer_steps
 from .task import Task
 
@@ -33,16 +31,7 @@ def preview(task: Task, arguments: dict[str, Any], latents: torch.Tensor, *, wat
     once = {name: value for name, value in arguments.items() if name not in _SCHEDULE}
     if "strength" in task.arguments:
         once["strength"] = 1.0  # less would leave no step at all
-    with Fork(task.pipeline, _cross_without_denoiser, watches_all=watches_all) as pipeline:
+    with Fork(task.pipeline, Chain([without_denoiser]), watches_all=watches_all) as pipeline:
         for scheduler in schedulers(pipeline):
             answer_steps(scheduler, latents)
         return first_output(pipeline(**once, num_inference_steps=1))
-
-
-def _cross_without_denoiser(call: Call) -> Any:
-    if call.component not in DENOISERS or call.method != "__call__":
-        return cross(call)
-    values = (*call.args, *call.kwargs.values())
-    primary = next(v for v in values if isinstance(v, list) or (isinstance(v, torch.Tensor) and v.ndim > 0))
-    zeros = pytree.tree_map(torch.zeros_like, primary)
-    return (zeros,) if call.kwargs.get("return_dict") is False else BaseOutput(sample=zeros)

@@ -7,7 +7,6 @@ import functools
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -21,20 +20,20 @@ from ..protocol.logs import request_id_var
 from ..protocol.messages import Generate
 from ..protocol.rollouts import Rollout
 from .arguments import as_declared
-from .call import Call, cross
-from .coroutine import Coroutine
+from .crossing.chain import Chain, Interceptor
+from .crossing.coroutine import Coroutine
+from .crossing.fork import Fork, schedulers
+from .crossing.interceptors import Clock, NoiseCheck, Recorder, is_of_denoiser
+from .crossing.random_state import kept_random_state, seeded
 from .failure import NothingMade
-from .fork import Fork, schedulers
 from .input_images import image_arguments
 from .lora.adapters import Wanted
 from .model import Model
-from .random_state import kept_random_state, seeded
 from .rollout.environment import Environment, likely_scales
-from .rollout.initial_noise import shapes, usual_shapes
+from .rollout.initial_noise import usual_shapes
 from .rollout.record import as_output, peak_memory_mb, read_tensor, told, told_of_nothing
 from .rollout.sampling import RolloutSampler, why_no_rollouts
 from .rollout.schedule import follow, shift
-from .sizes import DENOISERS
 from .sound import Sound, first_sound
 from .steps import Step, watch_steps
 from .task import Task
@@ -42,16 +41,6 @@ from .task import Task
 _REQUEST_FIELDS = (
     "negative_prompt", "width", "height", "num_frames", "num_inference_steps", "guidance_scale", "true_cfg_scale",
 )  # fmt: skip
-
-
-@dataclass(slots=True)
-class Clock:
-    """Moments of a sample's life, in seconds of ``time.perf_counter``."""
-
-    submitted: float = field(default_factory=time.perf_counter)
-    started: float | None = None
-    first_denoise: float | None = None
-    last_step: float | None = None
 
 
 class SampleRun:
@@ -84,8 +73,8 @@ class SampleRun:
         self._model = model
         self._stepped = stepped
         self._fork: Fork | None = None
+        self._chain = Chain()
         self._environment: Environment | None = None
-        self._shapes: list[torch.Size] | None = None  # that the denoiser's first call must have
         self._versions: set[str] = set()  # by which the denoiser answered since the last step
         self._step_versions: list[str | None] = []
         mode = model.batching_mode(request)
@@ -142,7 +131,8 @@ class SampleRun:
         request_id_var.set(self.request.request_id)  # of this coroutine's own context
         self.clock.started = time.perf_counter()
         arguments = self.arguments()
-        self._fork = Fork(self.task.pipeline, self._cross, watches_all=self.watches_all)
+        self._chain = Chain(self.interceptors())
+        self._fork = Fork(self.task.pipeline, self._chain, watches_all=self.watches_all)
         try:
             with self._fork as pipeline:
                 return self._drawn(pipeline, arguments)
@@ -173,7 +163,8 @@ class SampleRun:
             follow(scheduler, rollout.sigmas)
         if rollout.initial_noise:
             with self.aside():
-                self._shapes = usual_shapes(self.task.pipeline, arguments, self.seed)
+                usual = usual_shapes(self.task.pipeline, arguments, self.seed)
+            self._chain.add(NoiseCheck(usual))
 
     def _rolled(self, pipeline: DiffusionPipeline, field: str) -> list[SchedulerMixin]:
         """The one scheduler of a flow, in a list."""
@@ -186,6 +177,7 @@ class SampleRun:
         if rollout.returns_environment:
             scales = likely_scales(pipeline, arguments)
             self._environment = Environment(scales, from_images=bool(self.request.images))
+            self._chain.add(Recorder(lambda call: call, self._environment.saw))
         generators = functools.partial(self._step_generator, rollout, arguments["generator"])
         sampler = RolloutSampler(scheduler, rollout, generators, self._took_step)
         watch_steps(scheduler, self._saw, sampler.step)
@@ -223,19 +215,13 @@ class SampleRun:
         with self._fork.changes.aside(), kept_random_state():
             yield
 
-    def _cross(self, call: Call) -> Any:
-        if self._shapes is not None and call.name in DENOISERS:
-            if shapes(call) != self._shapes:
-                raise InvalidRequest("initial_noise has another shape than such a sample's.", field="initial_noise")
-            self._shapes = None
-        if self.clock.first_denoise is None and call.component.split(".")[0] in DENOISERS:
-            self.clock.first_denoise = time.perf_counter()
-        answer = cross(call)
-        if call.component.split(".")[0] in DENOISERS:
+    def interceptors(self) -> list[Interceptor]:
+        """What its calls meet from the start, the first one first; a rollout adds its own."""
+        return [self.clock, Recorder(is_of_denoiser, self._answered)]
+
+    def _answered(self, by_denoiser: bool, _: object) -> None:
+        if by_denoiser:
             self._versions.add(self._model.weight_version)  # still that of the forward: nothing comes between
-        if self._environment is not None and call.name in DENOISERS:
-            self._environment.saw(call, answer)
-        return answer
 
     def _took_step(self, velocity: torch.Tensor, sample: torch.Tensor) -> None:
         """A rollout's step: it has no version of its own where the denoiser's weights changed between its calls."""

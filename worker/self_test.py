@@ -12,7 +12,7 @@ from ..protocol.config import Config
 from ..protocol.errors import StartFailed
 from ..protocol.messages import Batching, BatchingMode
 from ..protocol.self_test import SelfTestResult, TaskResult
-from .changes import untraced
+from .crossing.changes import untraced
 from .image_pipelines import DoesNotFit, for_images, needs_image, on_components
 from .model import Model, modules
 from .task import Task, new_task

@@ -20,13 +20,13 @@ from ..protocol.codec import Buffer
 from ..protocol.config import Config
 from ..protocol.messages import BatchingMode, Generate, Image, Sample
 from .batcher import Batcher
-from .changes import untraced
-from .coroutine import Coroutine
-from .fork import Fork
+from .crossing.changes import untraced
+from .crossing.coroutine import Coroutine
+from .crossing.fork import Fork
+from .crossing.random_state import seeded
 from .forward.at_rest import AtRest
 from .model import Model, modules
 from .preview import preview
-from .random_state import seeded
 from .sample import SampleRun, outputs
 from .sizes import SMALLEST, small_sizes
 from .steps import Step

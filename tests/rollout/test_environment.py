@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from safelight.rollout.replay import velocity
-from safelight.worker.call import Call
+from safelight.worker.crossing.call import Call
 from safelight.worker.rollout.environment import Environment
 
 

@@ -10,8 +10,8 @@ import torch
 from diffusers import AutoencoderKLMagvit
 
 from safelight.worker.batcher import Batcher
-from safelight.worker.call import Call, cross
-from safelight.worker.coroutine import Coroutine
+from safelight.worker.crossing.call import Call, cross
+from safelight.worker.crossing.coroutine import Coroutine
 from safelight.worker.forward.at_rest import AtRest
 
 

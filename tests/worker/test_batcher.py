@@ -11,8 +11,8 @@ import torch
 
 from safelight.protocol.messages import BatchingMode
 from safelight.worker.batcher import Batcher
-from safelight.worker.call import Call, cross
-from safelight.worker.coroutine import Cancelled, Coroutine
+from safelight.worker.crossing.call import Call, cross
+from safelight.worker.crossing.coroutine import Cancelled, Coroutine
 from safelight.worker.forward.prompt_cache import PromptCache
 
 

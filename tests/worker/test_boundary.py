@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from safelight.worker.boundary import Boundary
+from safelight.worker.crossing.boundary import Boundary
 
 
 class Decoder(nn.Module):

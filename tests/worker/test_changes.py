@@ -23,9 +23,9 @@ from transformers import CLIPTextConfig, CLIPTextModel
 from transformers.utils import PushToHubMixin
 
 from safelight.worker.batcher import Batcher
-from safelight.worker.call import Call, cross
-from safelight.worker.coroutine import Cancelled, Coroutine
-from safelight.worker.fork import Fork
+from safelight.worker.crossing.call import Call, cross
+from safelight.worker.crossing.coroutine import Cancelled, Coroutine
+from safelight.worker.crossing.fork import Fork
 from safelight.worker.forward.prompt_cache import PromptCache
 
 

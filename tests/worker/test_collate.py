@@ -12,7 +12,7 @@ import torch
 from diffusers.utils import BaseOutput
 from torch.utils import _pytree as pytree
 
-from safelight.worker.call import Call
+from safelight.worker.crossing.call import Call
 from safelight.worker.forward.collate import NotDivisible, RowLists, collate
 from safelight.worker.forward.signature import Batchable, Signatures
 

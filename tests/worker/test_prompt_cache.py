@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from safelight.worker.call import Call
+from safelight.worker.crossing.call import Call
 from safelight.worker.forward.prompt_cache import PromptCache, prompt_key
 
 

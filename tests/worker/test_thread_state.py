@@ -14,10 +14,10 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from safelight.worker.batcher import Batcher
-from safelight.worker.call import Call, cross
-from safelight.worker.coroutine import Cancelled, Coroutine
+from safelight.worker.crossing.call import Call, cross
+from safelight.worker.crossing.coroutine import Cancelled, Coroutine
+from safelight.worker.crossing.thread_state import thread_state
 from safelight.worker.forward.prompt_cache import PromptCache
-from safelight.worker.thread_state import thread_state
 
 ONES = torch.ones(2, 3)
 

@@ -20,9 +20,9 @@ from safelight.protocol.config import Config
 from safelight.protocol.errors import InvalidRequest
 from safelight.protocol.messages import Generate, Image, Sample
 from safelight.worker.batcher import Batcher
-from safelight.worker.call import Call, cross
+from safelight.worker.crossing.call import Call, cross
+from safelight.worker.crossing.fork import Fork, schedulers
 from safelight.worker.first_call import variables_at_first_call
-from safelight.worker.fork import Fork, schedulers
 from safelight.worker.model import Model, load_model, modules
 from safelight.worker.sample import SampleRun, first_output
 from safelight.worker.self_test import SelfTest

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.utils import _pytree as pytree
 
-from ..call import Call
+from ..crossing.call import Call
 
 _TENSORS, _CALLS = "calls.safetensors", "calls.json"
 

@@ -17,7 +17,8 @@ from ...protocol.codec import Buffer
 from ...protocol.errors import StartFailed
 from ...protocol.messages import Generate, Image, Sample
 from ..batcher import Batcher
-from ..call import Call
+from ..crossing.chain import Interceptor
+from ..crossing.interceptors import Recorder
 from ..image_pipelines import takes_image
 from ..model import Model
 from ..sample import SampleRun
@@ -81,14 +82,14 @@ class _RecordedRun(SampleRun):
         ]
         return [call for calls in self._calls.values() for call in calls] + backwards
 
-    def _cross(self, call: Call) -> Any:
-        kept = keep(call)
-        value = super()._cross(call)
+    def interceptors(self) -> list[Interceptor]:
+        return [*super().interceptors(), Recorder(keep, self._keep_answered)]
+
+    def _keep_answered(self, kept: Recorded, answer: Any) -> None:
         self._calls[kept.name] = [*self._calls.get(kept.name, [])[:1], kept]
         if kept.method == "decode" and hasattr(self._model.pipeline.components[kept.owner], "encode"):
-            pictures = [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, torch.Tensor)]
+            pictures = [leaf for leaf in pytree.tree_leaves(answer) if isinstance(leaf, torch.Tensor)]
             self._decoded[kept.component] = pictures[0].detach().cpu().clone()
-        return value
 
 
 def _request(task: Task, index: int, size: dict[str, int], images: list[Image]) -> Generate:

@@ -6,26 +6,44 @@ from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..call import Call
-from ..coroutine import Coroutine
+from ..crossing.call import Call
+from ..crossing.coroutine import Coroutine
+from ..crossing.thread_state import ThreadState
 from ..lora.beside import Uses
-from ..thread_state import ThreadState
 from .signature import Batchable
 
 
 @dataclass(slots=True, eq=False)
-class Pending:
-    """A coroutine at its call. Without ``batchable`` the call can only be made alone.
-
-    A call with a ``prompt`` is a text encoder's; two with the same one have the same answer. ``state`` are the settings
-    of torch with which the call is made, where they are not the batcher's.
-    """
+class Wait:
+    """A coroutine that waits for ``answers``, of which ``missing`` are not there; one call may have failed."""
 
     coroutine: Coroutine
+    answers: list[Any]
+    missing: int
+    error: Exception | None = None
+    abandoned: bool = False
+    """Nobody waits any more."""
+
+
+@dataclass(slots=True, eq=False)
+class Pending:
+    """A call that a coroutine waits for, as answer ``index`` of ``wait``.
+
+    Without ``batchable`` it can only be made alone. A call with a ``prompt`` is a text encoder's; two with the same one
+    have the same answer. ``state`` are the settings of torch with which the call is made, where they are not the
+    batcher's.
+    """
+
+    wait: Wait
+    index: int
     call: Call
-    batchable: Batchable | None
-    prompt: Hashable | None
     state: ThreadState | None
+    batchable: Batchable | None = None
+    prompt: Hashable | None = None
+
+    @property
+    def coroutine(self) -> Coroutine:
+        return self.wait.coroutine
 
 
 @dataclass(slots=True)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
-from ..call import Call
+from ..crossing.call import Call
 from .signature import digest
 
 

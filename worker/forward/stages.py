@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable
 from typing import Any
 
+from ..crossing.random_state import has_drawn, kept_random_state, random_state
+from ..crossing.thread_state import within
 from ..lora.adapters import RankAdapters
 from ..lora.beside import Uses
-from ..random_state import has_drawn, kept_random_state, random_state
-from ..thread_state import within
 from .at_rest import AtRest
 from .batch import Forward, Pending
 from .costs import Costs

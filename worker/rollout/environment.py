@@ -18,7 +18,8 @@ from torch import nn
 
 from ...rollout.equality import equal
 from ...rollout.guidance import GUIDED, Rule, guided
-from ..call import Call
+from ..crossing.call import Call
+from ..sizes import DENOISERS
 
 _TIMESTEPS = ("timestep", "timesteps", "t")
 _GUIDANCE = ("guidance_scale", "true_cfg_scale")
@@ -76,6 +77,9 @@ class Environment:
         self._alike = True
 
     def saw(self, call: Call, output: Any) -> None:
+        """Any call: only those of the denoiser count."""
+        if call.name not in DENOISERS:
+            return
         forward = call.function.forward if isinstance(call.function, nn.Module) else call.function
         bound = inspect.signature(forward).bind(*call.args, **call.kwargs).arguments
         latents = next(iter(bound))

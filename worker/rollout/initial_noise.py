@@ -6,11 +6,12 @@ from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
-from torch.utils import _pytree as pytree
 
 from ...protocol.errors import InvalidRequest
-from ..call import Call, cross
-from ..fork import Fork
+from ..crossing.call import Call
+from ..crossing.chain import Chain, Proceed
+from ..crossing.fork import Fork
+from ..crossing.interceptors import shapes
 from ..sizes import DENOISERS
 
 
@@ -28,20 +29,17 @@ def usual_shapes(pipeline: DiffusionPipeline, arguments: dict[str, Any], seed: i
     Raises ``InvalidRequest`` for a pipeline without a denoiser.
     """
 
-    def until_denoiser(call: Call) -> Any:
+    def until_denoiser(call: Call, proceed: Proceed) -> Any:
         if call.name in DENOISERS:
             raise _Reached(call)
-        return cross(call)
+        (answer,) = proceed(call)
+        return answer
 
     generator = torch.Generator(arguments["generator"].device).manual_seed(seed)
     given = {name: value for name, value in arguments.items() if name != "latents"}
     try:
-        with Fork(pipeline, until_denoiser) as forked:
+        with Fork(pipeline, Chain([until_denoiser])) as forked:
             forked(**given | {"generator": generator})
     except _Reached as reached:
         return shapes(reached.call)
     raise InvalidRequest("This pipeline takes no initial noise.", field="initial_noise")
-
-
-def shapes(call: Call) -> list[torch.Size]:
-    return [leaf.shape for leaf in pytree.tree_leaves((call.args, call.kwargs)) if isinstance(leaf, torch.Tensor)]

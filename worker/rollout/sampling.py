@@ -14,8 +14,8 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from ...protocol.errors import InvalidRequest
 from ...protocol.rollouts import Rollout
 from ...rollout.transitions import Transition, transition
+from ..crossing.fork import schedulers
 from ..failure import NotFinite
-from ..fork import schedulers
 from ..steps import first_index
 
 _EULER = "FlowMatchEulerDiscreteScheduler"

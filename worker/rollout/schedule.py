@@ -10,7 +10,7 @@ from diffusers import DiffusionPipeline
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
 from ...protocol.errors import InvalidRequest
-from ..fork import schedulers
+from ..crossing.fork import schedulers
 
 
 def shift(pipeline: DiffusionPipeline, flow_shift: float) -> None:

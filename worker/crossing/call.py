@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -45,9 +45,18 @@ class Call:
 
 
 def cross(call: Call) -> Any:
-    """Suspend the current coroutine until the batcher has made ``call``; returns what the component returned.
+    """Suspend the current coroutine until the batcher has made ``call``; returns what the component returned."""
+    return cross_all(call)[0]
 
-    Outside a coroutine there is nobody to switch to, and the call is made at once.
+
+def cross_all(*calls: Call) -> Sequence[Any]:
+    """Suspend the current coroutine until all ``calls`` are made, and return their answers in the same order.
+
+    Those that can meet are made as one forward. If any failed, one of the failures is raised. Outside a coroutine there
+    is nobody to switch to, and the calls are made at once.
     """
     batcher = getcurrent().parent
-    return call.run() if batcher is None else batcher.switch(call)
+    if batcher is None:
+        return [call.run() for call in calls]
+    answers: Sequence[Any] = batcher.switch(calls)
+    return answers

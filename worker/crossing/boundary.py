@@ -17,9 +17,9 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
+from ..forward.signature import MERGEABLE_METHODS
 from .call import Call, cross
 from .changes import Changes
-from .forward.signature import MERGEABLE_METHODS
 
 Crossing = Callable[[Call], Any]
 

@@ -6,14 +6,14 @@ never reach others.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 from greenlet import getcurrent, greenlet
 
+from ..lora.adapters import Wanted
 from .call import Call
-from .lora.adapters import Wanted
 from .random_state import RandomState, kept_random_state, random_state, set_random_state
 from .thread_state import Swap, ThreadState, thread_state
 
@@ -61,19 +61,19 @@ class Coroutine:
     def finished(self) -> bool:
         return bool(self._greenlet.dead)
 
-    def start(self) -> Call | None:
-        """Run to the first call; ``None`` when the body ended without one."""
+    def start(self) -> Sequence[Call] | None:
+        """Run to the first call, or set of calls; ``None`` when the body ended without one."""
         return self._advance(self._greenlet.switch)
 
-    def resume(self, value: Any) -> Call | None:
-        """Return ``value`` from the call that the coroutine waits in, and run to its next one."""
-        return self._advance(lambda: self._greenlet.switch(value))
+    def resume(self, answers: Sequence[Any]) -> Sequence[Call] | None:
+        """Answer the calls that the coroutine waits for, and run to its next ones."""
+        return self._advance(lambda: self._greenlet.switch(answers))
 
-    def throw(self, error: BaseException) -> Call | None:
-        """Raise ``error`` from the call that the coroutine waits in. It ends, unless the pipeline handles the error."""
+    def throw(self, error: BaseException) -> Sequence[Call] | None:
+        """Raise ``error`` where the coroutine waits. It ends, unless the pipeline handles the error."""
         return self._advance(lambda: self._greenlet.throw(error))
 
-    def _advance(self, switch: Callable[[], Any]) -> Call | None:
+    def _advance(self, switch: Callable[[], Any]) -> Sequence[Call] | None:
         # not the greenlet that made this coroutine: that may be another coroutine (a sample that wants a preview)
         self._greenlet.parent = getcurrent()
         try:
@@ -85,7 +85,7 @@ class Coroutine:
             self._end()
             return None
         if not self.finished:
-            assert isinstance(value, Call), "a coroutine hands over nothing but calls"
+            assert isinstance(value, tuple), "a coroutine hands over nothing but calls"
             return value
         self.result = value
         self._end()

@@ -1,0 +1,1 @@
+"""What happens between a pipeline and its components, in the coroutine of a request."""
