@@ -249,10 +249,19 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         float,
         Meta(
             gt=0,
-            description="Seconds without a sign of life after which a ready replica is started again; a scheduler that "
-            "gives none for as long, and for ten seconds at least, ends the server",
+            description="Seconds without a heartbeat, or without progress between two forwards, after which a ready "
+            "replica is started again; a scheduler that gives no sign of life for as long, and for ten seconds at "
+            "least, ends the server",
         ),
     ] = 120.0
+    forward_timeout_s: Annotated[
+        float,
+        Meta(
+            gt=0,
+            description="Seconds that one forward (a component's call: a denoising step, a VAE's decode of a whole "
+            "clip) may take, its compilation included, before its replica counts as hanging and is started again",
+        ),
+    ] = 600.0
     grace_s: Annotated[float, Meta(ge=0, description="Seconds that running requests get to finish after SIGTERM")] = (
         30.0
     )

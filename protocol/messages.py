@@ -297,10 +297,18 @@ class ReplicaFailed(msgspec.Struct, tag=True, frozen=True):
 
 
 class Heartbeat(msgspec.Struct, tag=True, frozen=True):
-    """Sent by a worker's loop about every second while it turns."""
+    """Sent about every second by a thread of a worker's process, whatever its loop is doing.
+
+    ``progress`` counts what the loop has done: where it stands still, the loop does. ``forward_s`` is for how long the
+    forward in hand has run; ``None`` between forwards. It comes over a socket of its own, and so maybe before or after
+    what the loop sends: ``pid`` says of which process it is.
+    """
 
     replica: int
+    pid: int
     stats: ReplicaStats
+    progress: int
+    forward_s: float | None = None
 
 
 class ReplicaStatus(msgspec.Struct, frozen=True, kw_only=True):

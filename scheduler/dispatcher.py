@@ -136,7 +136,7 @@ class Dispatcher:
 
     def turn(self, now: float) -> None:
         """Do what time alone makes due, and report changes of state."""
-        self._replicas.check_stalls(now, self._config.stall_timeout_s)
+        self._replicas.check_stalls(now, self._config)
         self._settle(now)
         shown = self._shown()
         if now >= self._status_due or shown != self._pushed:
@@ -219,8 +219,8 @@ class Dispatcher:
                     self._operations.came(replica, now)
             case ReplicaFailed(message=why):
                 self._lose(replica, replica.failed(why), f"failed ({why})")
-            case Heartbeat(stats=stats):
-                replica.heartbeat(stats)
+            case Heartbeat():
+                replica.heartbeat(message, now)
             case Progress() | Preview():
                 if self._running_on(number, message.request_id):
                     self._outbox.to_server.append(message)
@@ -228,7 +228,8 @@ class Dispatcher:
                 self._answer(replica, message, now)
             case Performed():
                 self._operations.answered(number, message, now)
-        replica.sign_of_life(now)
+        if not isinstance(message, Heartbeat):
+            replica.spoke(now)
         self._settle(now)
 
     def _named_adapters(self) -> set[str]:

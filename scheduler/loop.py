@@ -24,6 +24,9 @@ MESSAGES_A_TURN = 256
 
 IDENTITY_PREFIX = b"replica-"
 
+HEARTBEAT_PREFIX = b"heartbeat-"
+"""Of the sockets that workers send nothing but heartbeats by."""
+
 
 class Loop:
     """Two sockets around a :class:`Dispatcher`. Raises ``zmq.ZMQError`` when a socket cannot be bound."""
@@ -115,8 +118,9 @@ def _decode(codec: Codec[M], sender: bytes, body: list[memoryview]) -> M | None:
 
 
 def _replica_number(identity: bytes) -> int | None:
-    digits = identity.removeprefix(IDENTITY_PREFIX)
-    if identity.startswith(IDENTITY_PREFIX) and digits.isdigit() and len(digits) < 10:
-        return int(digits)
+    for prefix in (IDENTITY_PREFIX, HEARTBEAT_PREFIX):
+        digits = identity.removeprefix(prefix)
+        if identity.startswith(prefix) and digits.isdigit() and len(digits) < 10:
+            return int(digits)
     logger.warning("dropped a message from %r, which is no replica", identity)
     return None

@@ -8,7 +8,8 @@ from typing import Literal
 
 from msgspec.structs import replace
 
-from ..protocol.messages import ModelInfo, ReplicaStats, ReplicaStatus
+from ..protocol.config import Config
+from ..protocol.messages import Heartbeat, ModelInfo, ReplicaStats, ReplicaStatus
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +42,10 @@ class Replica:
         self.stats = ReplicaStats()
         self.outstanding = 0
         self._held: dict[str, int] = {}
-        self._last_sign = 0.0
+        self._last_sign = 0.0  # of the process
+        self._last_progress = 0.0  # of its loop
+        self._progress = 0  # as the last heartbeat counted it
+        self._forward_began: float | None = None  # of the forward in hand
         self._exited = False  # the exit of `pid` was reported
         self._exits_due = 0  # exits of earlier incarnations that were not reported yet
 
@@ -104,21 +108,46 @@ class Replica:
         self._exited = True
         return self._drop_held()
 
-    def sign_of_life(self, now: float) -> None:
-        """The worker sent anything at all."""
+    def spoke(self, now: float) -> None:
+        """The worker's loop sent something."""
         self._last_sign = now
+        self._went_on(now)
+
+    def heartbeat(self, beat: Heartbeat, now: float) -> None:
+        """The worker's process lives, and its loop has done ``beat.progress`` so far.
+
+        Before a new process has measured any costs, those that the last one measured still hold.
+        """
+        if self._exited or beat.pid != self.pid:  # an earlier process's, or one's that is yet to say that it loads
+            return
+        self.stats = beat.stats if beat.stats.costs else replace(beat.stats, costs=self.stats.costs)
+        self._last_sign = now
+        if beat.progress != self._progress:
+            self._progress = beat.progress
+            self._went_on(now)
+        self._forward_began = None if beat.forward_s is None else now - beat.forward_s
+
+    def check_stall(self, now: float, config: Config) -> None:
+        """Give a ready replica no more work when its process is silent, or its loop stands still for too long."""
+        if self.state == "ready" and (why := self._stall(now, config)) is not None:
+            self._become("stalled", why)
+
+    def _stall(self, now: float, config: Config) -> str | None:
+        silent_s, still_s = now - self._last_sign, now - self._last_progress
+        forward_s = None if self._forward_began is None else now - self._forward_began
+        if silent_s >= config.stall_timeout_s:
+            return f"no sign of life for {silent_s:.0f} s"
+        if forward_s is not None and forward_s >= config.forward_timeout_s:
+            return f"one forward has run for {forward_s:.0f} s, and --forward-timeout-s is {config.forward_timeout_s:g}"
+        if forward_s is None and still_s >= config.stall_timeout_s:
+            return f"no progress for {still_s:.0f} s, though no forward is running"
+        return None
+
+    def _went_on(self, now: float) -> None:
+        self._last_progress = now
+        self._forward_began = None
         if self.state == "stalled":
             self._become("ready", "ready")
-
-    def heartbeat(self, stats: ReplicaStats) -> None:
-        """Take ``stats``; before a new process has measured anything, what the last one measured still holds."""
-        if not self._exited:
-            self.stats = stats if stats.costs else replace(stats, costs=self.stats.costs)
-
-    def check_stall(self, now: float, stall_timeout_s: float) -> None:
-        """Give a ready replica no more work after ``stall_timeout_s`` seconds of silence."""
-        if self.state == "ready" and now - self._last_sign >= stall_timeout_s:
-            self._become("stalled", f"no sign of life for {now - self._last_sign:.0f} s")
 
     def hold(self, request_id: str, outputs: int) -> None:
         assert request_id not in self._held, f"replica {self.number} already holds request {request_id}"
@@ -153,7 +182,7 @@ class Replica:
 
     def _meet(self, pid: int, now: float) -> list[str]:
         """Note a sign of life of process ``pid``; a new pid means that the one before is gone."""
-        self._last_sign = now
+        self._last_sign = self._last_progress = now
         if pid == self.pid:
             return []
         if self.pid is not None and not self._exited:
@@ -199,9 +228,9 @@ class Replicas:
     def holds(self, request_id: str) -> bool:
         return any(replica.holds(request_id) for replica in self._replicas)
 
-    def check_stalls(self, now: float, stall_timeout_s: float) -> None:
+    def check_stalls(self, now: float, config: Config) -> None:
         for replica in self._replicas:
-            replica.check_stall(now, stall_timeout_s)
+            replica.check_stall(now, config)
 
     def reasons(self) -> str:
         """Why each replica is not ready, in one sentence for an error's message."""

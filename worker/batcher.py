@@ -27,6 +27,7 @@ from .forward.recovery import Recovery
 from .forward.runner import Runner
 from .forward.signature import Signatures
 from .forward.stages import prompt_of, stages
+from .heartbeat import Activity
 from .lora.adapters import RankAdapters
 from .lora.beside import Uses
 
@@ -52,10 +53,11 @@ class Batcher:
         adapters: RankAdapters | None = None,
         costs: Costs | None = None,
         at_rest: AtRest | None = None,
+        activity: Activity | None = None,
     ) -> None:
         self.mode: BatchingMode = mode
         self.policy = MergePolicy(max_batch, max_tokens)
-        self.runner = Runner(stages(cache, adapters, costs, at_rest))
+        self.runner = Runner(stages(cache, adapters, costs, at_rest, activity))
         self.recovery = Recovery(self.runner, self.policy, self._free_memory)
         self.schedule_digest = 0
         """Of which coroutines have been served together, in which order; equal on all ranks of a replica."""

@@ -64,7 +64,7 @@ class _Vote(msgspec.Struct, frozen=True):
 
 
 class Operations:
-    """Performs operations on this rank. ``sign`` is called now and then by what takes long.
+    """Performs operations on this rank. ``sign`` is called whenever a part of what takes long is done.
 
     ``place`` is the rank's number among ``places``, all ranks of all replicas; ``shared`` is the server's shared-memory
     directory.

@@ -23,7 +23,6 @@ from ..protocol.messages import (
     Cancel,
     FromWorker,
     Generate,
-    Heartbeat,
     ReplicaFailed,
     ReplicaLoading,
     ReplicaReady,
@@ -34,6 +33,7 @@ from .batcher import Batcher
 from .forward.at_rest import AtRest
 from .forward.prompt_cache import PromptCache
 from .group_orders import GroupOrders
+from .heartbeat import HEARTBEAT_S, Activity, Heartbeats
 from .jobs import Jobs
 from .lora.adapters import RankAdapters
 from .model import Model, find_device, load_model, modules
@@ -48,8 +48,6 @@ from .weights.undo import UndoMemory
 
 log = logging.getLogger(__name__)
 
-HEARTBEAT_S = 1.0
-
 
 class Replica:
     """One process of a replica. ``replica`` and ``rank`` of ``child`` are its numbers."""
@@ -63,8 +61,10 @@ class Replica:
         journal = _path(self._config.weights_journal)
         self._journal = Journal(journal) if journal is not None else None
         self._stopping = False
-        self._beat_at = 0.0
+        self._stats_due = 0.0
         self._context = zmq.Context()
+        self._activity = Activity()
+        self._heartbeats = Heartbeats(self._context, child.backend, self._number, self._activity)
         self._socket = self._context.socket(zmq.DEALER)
         self._socket.identity = f"replica-{self._number}".encode()
         self._socket.sndhwm = 0
@@ -144,6 +144,7 @@ class Replica:
             adapters=adapters,
             costs=model.costs,
             at_rest=AtRest(modules(model.pipeline)),
+            activity=self._activity,
         )
         batcher.policy.unmergeable.update(found.unmergeable)
         shared = Path(self._child.shared)
@@ -160,7 +161,7 @@ class Replica:
             shared=shared,
             journal=self._journal,
             undo=UndoMemory(model.device, _undo_limit(self._config), _path(self._config.undo_spill)),
-            sign=lambda: self._beat(jobs),
+            sign=self._activity.advance,
             adapters=adapters,
             groups=groups,
         )
@@ -192,6 +193,7 @@ class Replica:
         try:
             if self._leads:
                 self._send(ReplicaReady(self._number, os.getpid(), model.info()))
+                self._heartbeats.start()
                 self._lead(batcher, jobs, group_orders, lambda: batcher.busy and not operations.holds, take)
             else:
                 follower = Follower(self._context, self._child.meeting_place, self._child.rank)
@@ -214,7 +216,9 @@ class Replica:
         poller.register(self._socket, zmq.POLLIN)
         poller.register(self._awake, zmq.POLLIN)
         while not self._stopping:
-            left_s = min(self._beat(jobs), group_orders.next_look_s)
+            self._activity.advance()
+            self._show(jobs, at_once=not busy())
+            left_s = min(HEARTBEAT_S, group_orders.next_look_s)  # a loop that has nothing to do turns too
             ready = dict(poller.poll(0 if busy() else round(left_s * 1000)))
             if self._awake in ready:
                 os.read(self._awake, 4096)
@@ -226,13 +230,12 @@ class Replica:
                 take(turn)
         team.tell(Stop())
 
-    def _beat(self, jobs: Jobs) -> float:
-        """Give a sign of life when one is due. Returns the seconds until the next one is."""
+    def _show(self, jobs: Jobs, *, at_once: bool) -> None:
+        """Let the next heartbeats say how far ``jobs`` are; unless ``at_once``, no more often than they are sent."""
         now = time.monotonic()
-        if now >= self._beat_at:
-            self._send(Heartbeat(self._number, jobs.stats()))
-            self._beat_at = now + HEARTBEAT_S
-        return self._beat_at - now
+        if at_once or now >= self._stats_due:
+            self._activity.stats = jobs.stats()
+            self._stats_due = now + HEARTBEAT_S
 
     def _received(self) -> list[ToWorker]:
         """Every message that has arrived."""
@@ -266,6 +269,7 @@ class Replica:
         self._wake()
 
     def _leave(self, status: int) -> int:
+        self._heartbeats.stop()
         self._context.destroy(linger=500)
         return status
 

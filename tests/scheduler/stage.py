@@ -83,6 +83,7 @@ class Stage:
     ) -> None:
         self.dispatcher = Dispatcher(config or Config(), adapters)
         self.now = 1000.0
+        self.progress = 0
         self.to_server: list[FromScheduler] = []
         self.to_replicas: list[tuple[int, ToWorker]] = []
         for number in ready:
@@ -101,8 +102,19 @@ class Stage:
     def ready(self, number: int = 0, pid: int | None = None) -> None:
         self.worker(number, ReplicaReady(number, 10 + number if pid is None else pid, MODEL))
 
-    def heartbeat(self, number: int = 0) -> None:
-        self.worker(number, Heartbeat(number, ReplicaStats()))
+    def heartbeat(
+        self,
+        number: int = 0,
+        stats: ReplicaStats | None = None,
+        *,
+        goes_on: bool = True,
+        forward_s: float | None = None,
+    ) -> None:
+        """Of the replica's present process, whose loop ``goes_on`` or stands where it stood."""
+        pid = self.replica(number).pid
+        assert pid is not None
+        self.progress += goes_on
+        self.worker(number, Heartbeat(number, pid, stats or ReplicaStats(), self.progress, forward_s))
 
     def exited(self, number: int = 0, message: str = "it was killed by signal 9") -> None:
         self.server(ReplicaExited(number, message))

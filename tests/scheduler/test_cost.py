@@ -10,7 +10,7 @@ from msgspec.structs import replace
 from safelight.protocol.codec import Buffer
 from safelight.protocol.config import Config, most_pixels
 from safelight.protocol.costs import Measured, estimate
-from safelight.protocol.messages import Failed, Heartbeat, Image, ReplicaStats
+from safelight.protocol.messages import Failed, Image, ReplicaStats
 from safelight.tests.scheduler.stage import Stage, generate
 
 MEASURED = {"transformer": [Measured(64 * 64, 0.01)], "vae.decode": [Measured(64 * 64, 0.04)]}
@@ -19,7 +19,7 @@ MEASURED = {"transformer": [Measured(64 * 64, 0.01)], "vae.decode": [Measured(64
 def asked(max_forward_s: float = 60.0, costs: dict[str, list[Measured]] | None = None, **given: Any) -> str | None:
     """The message with which a request is refused, where it is."""
     stage = Stage(config=Config(max_forward_s=max_forward_s, max_pixels=1 << 24))
-    stage.worker(0, Heartbeat(0, ReplicaStats(costs=MEASURED if costs is None else costs)))
+    stage.heartbeat(0, ReplicaStats(costs=MEASURED if costs is None else costs))
     stage.server(replace(generate("r"), **given))
     failed = stage.sent(Failed, "r")
     assert all((one.error.code, one.error.status) == ("invalid_request", 400) for one in failed)
@@ -58,7 +58,7 @@ def test_before_anything_is_measured_nothing_is_refused() -> None:
 
 def test_a_replica_that_starts_again_is_judged_by_what_its_last_process_measured() -> None:
     stage = Stage(config=Config(max_pixels=1 << 24))
-    stage.worker(0, Heartbeat(0, ReplicaStats(costs=MEASURED)))
+    stage.heartbeat(0, ReplicaStats(costs=MEASURED))
     stage.exited(0)
     stage.ready(0, pid=99)
     stage.heartbeat(0)

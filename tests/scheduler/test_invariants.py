@@ -41,6 +41,7 @@ class Worker:
     """A process: what it was given and has not answered, and which of it was cancelled."""
 
     pid: int
+    progress: int = 0
     held: dict[str, int] = field(default_factory=dict)
     cancelled: set[str] = field(default_factory=set)
 
@@ -158,10 +159,18 @@ class SchedulerMachine(RuleBasedStateMachine):
         if worker is None or request_id not in worker.held:
             self.say(number, Progress(request_id, 0, 1, 4), result(request_id))
 
+    @rule(number=REPLICA_NUMBERS, goes_on=st.booleans(), forward_s=st.sampled_from([None, 0.0, 100.0]))
+    def beat(self, number: int, goes_on: bool, forward_s: float | None) -> None:
+        if worker := self.workers[number]:
+            worker.progress += goes_on
+            self.say(number, Heartbeat(number, worker.pid, ReplicaStats(), worker.progress, forward_s))
+
     @rule(number=REPLICA_NUMBERS)
-    def beat(self, number: int) -> None:
-        if self.workers[number] is not None:
-            self.say(number, Heartbeat(number, ReplicaStats()))
+    def hear_an_earlier_process(self, number: int) -> None:
+        """Heartbeats have a socket of their own: one may be read after what the next process says."""
+        before = self.stage.replica(number)
+        self.say(number, Heartbeat(number, 99, ReplicaStats(forwards=1), 1000))
+        assert self.stage.replica(number) == before
 
     @rule(seconds=st.sampled_from([0.0, 0.5, 2.0, 11.0, STALL_TIMEOUT_S]))
     def wait(self, seconds: float) -> None:

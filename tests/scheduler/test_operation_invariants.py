@@ -110,7 +110,7 @@ class OperationsMachine(RuleBasedStateMachine):
         self.taken_back: set[str] = set()
         self.requests: dict[str, bool] = {}  # whether each that was accepted is answered
         self.steps_asked: set[tuple[int, str]] = set()
-        self.names = 0
+        self.names = self.beats = 0
 
     @initialize(
         journal=st.booleans(),
@@ -311,8 +311,9 @@ class OperationsMachine(RuleBasedStateMachine):
 
     @rule(number=NUMBERS)
     def beat(self, number: int) -> None:
-        if self.workers[number] is not None:
-            self.say(number, Heartbeat(number, ReplicaStats()))
+        if worker := self.workers[number]:
+            self.beats += 1
+            self.say(number, Heartbeat(number, worker.process.pid, ReplicaStats(), self.beats))
 
     @rule(seconds=st.sampled_from([0.0, 1.0, UPDATE_TIMEOUT_S, STALL_TIMEOUT_S]))
     def wait(self, seconds: float) -> None:

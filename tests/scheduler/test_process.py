@@ -129,7 +129,7 @@ def test_a_cancel_reaches_the_worker_and_the_server_need_not_wait_for_it(schedul
     server.send(Cancel("a"))
     assert server.expect(Failed).error.code == "client_gone"
     assert worker.expect(Cancel) == Cancel("a")
-    worker.send(stopped("a"), Heartbeat(0, ReplicaStats(cancelled=1)))
+    worker.send(stopped("a"), Heartbeat(0, 10, ReplicaStats(cancelled=1), 1))
     status = server.expect(Status, lambda status: status.replicas[0].stats.cancelled == 1)
     assert status.replicas[0].outstanding == 0
 

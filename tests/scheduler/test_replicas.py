@@ -23,7 +23,7 @@ def test_a_replica_goes_from_its_stages_to_ready_with_what_it_serves() -> None:
     assert (stage.replica().state, stage.replica().message, stage.replica().pid) == ("starting", "loading the vae", 10)
     stage.ready(0, pid=10)
     assert (stage.replica().state, stage.replica().model) == ("ready", MODEL)
-    stage.worker(0, Heartbeat(0, ReplicaStats(running=1, forwards=7)))
+    stage.heartbeat(0, ReplicaStats(running=1, forwards=7))
     assert stage.replica().stats.forwards == 7
 
 
@@ -92,7 +92,8 @@ def test_the_last_messages_of_a_dead_process_do_not_revive_it() -> None:
     stage = Stage(ready=())
     stage.worker(0, ReplicaLoading(0, 10, "importing"))
     stage.exited()
-    stage.worker(0, ReplicaReady(0, 10, MODEL), Heartbeat(0, ReplicaStats(forwards=3)), ReplicaLoading(0, 10, "late"))
+    last_words = ReplicaReady(0, 10, MODEL), ReplicaLoading(0, 10, "late")
+    stage.worker(0, *last_words, Heartbeat(0, 10, ReplicaStats(forwards=3), 1))
     assert (stage.replica().state, stage.replica().stats.forwards) == ("lost", 0)
     stage.ready(0, pid=11)
     assert stage.replica().state == "ready"
@@ -165,6 +166,46 @@ def test_a_stall_does_not_fail_what_is_running_but_ends_the_waiting_when_it_leav
     stage.worker(0, result("a"))
     assert len(stage.sent(Result, "a")) == 1
     assert stage.replica().state == "ready"
+
+
+def test_a_forward_longer_than_the_stall_timeout_leaves_its_replica_ready() -> None:
+    stage = Stage(config=Config(stall_timeout_s=10.0, forward_timeout_s=100.0))
+    stage.server(generate("a"))
+    stage.heartbeat(forward_s=0.5)
+    for second in range(1, 100):
+        stage.wait(1.0)
+        stage.heartbeat(goes_on=False, forward_s=0.5 + second)
+    assert stage.replica().state == "ready"
+    stage.wait(1.0)
+    assert (stage.replica().state, "one forward has run for 100 s" in stage.replica().message) == ("stalled", True)
+    stage.heartbeat(goes_on=False, forward_s=100.5)
+    assert stage.replica().state == "stalled", "it has not gone on"
+    stage.heartbeat()
+    assert stage.replica().state == "ready"
+
+
+def test_a_loop_that_stands_still_between_forwards_is_found_though_its_heartbeats_go_on() -> None:
+    stage = Stage(config=Config(stall_timeout_s=10.0))
+    stage.heartbeat(forward_s=3.0)
+    stage.heartbeat()  # the forward has ended
+    for _ in range(9):
+        stage.wait(1.0)
+        stage.heartbeat(goes_on=False)
+        assert stage.replica().state == "ready"
+    stage.wait(1.0)
+    assert (stage.replica().state, stage.replica().message) == (
+        "stalled",
+        "no progress for 10 s, though no forward is running",
+    )
+
+
+def test_a_process_that_ends_its_heartbeats_within_a_forward_is_found_by_its_silence() -> None:
+    stage = Stage(config=Config(stall_timeout_s=10.0, forward_timeout_s=1000.0))
+    stage.heartbeat(forward_s=3.0)
+    stage.wait(9.0)
+    assert stage.replica().state == "ready"
+    stage.wait(1.0)
+    assert (stage.replica().state, stage.replica().message) == ("stalled", "no sign of life for 10 s")
 
 
 def test_progress_counts_as_a_sign_of_life() -> None:

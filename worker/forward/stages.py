@@ -7,6 +7,7 @@ from typing import Any
 
 from ..crossing.random_state import has_drawn, kept_random_state, random_state
 from ..crossing.thread_state import within
+from ..heartbeat import Activity
 from ..lora.adapters import RankAdapters
 from ..lora.beside import Uses
 from .at_rest import AtRest
@@ -23,10 +24,15 @@ class DrawsRandomNumbers(Exception):
 
 
 def stages(
-    cache: PromptCache | None, adapters: RankAdapters | None, costs: Costs | None, at_rest: AtRest | None
+    cache: PromptCache | None,
+    adapters: RankAdapters | None,
+    costs: Costs | None,
+    at_rest: AtRest | None,
+    activity: Activity | None,
 ) -> list[Stage]:
     """Those that there is something for, from the outermost to the one next to the component."""
     return [
+        *([] if activity is None else [Reporting(activity)]),
         RandomNumbers(),
         *([] if cache is None else [PromptCaching(cache)]),
         *([] if at_rest is None else [Restoring(at_rest)]),
@@ -34,6 +40,19 @@ def stages(
         *([] if adapters is None else [Adapting(adapters)]),
         *([] if costs is None else [Timing(costs)]),
     ]
+
+
+class Reporting:
+    """Lets heartbeats say that a forward is in hand."""
+
+    name = "heartbeat"
+
+    def __init__(self, activity: Activity) -> None:
+        self._activity = activity
+
+    def __call__(self, forward: Forward, proceed: Proceed) -> list[Any]:
+        with self._activity.forward():
+            return proceed()
 
 
 class RandomNumbers:

@@ -51,7 +51,7 @@ class _Group:
     device: torch.device
     timeout_s: float
 
-    def receive(self, tensor: torch.Tensor, sign: Sign, deadline: float) -> None:
+    def receive(self, tensor: torch.Tensor, deadline: float) -> None:
         """Raises ``RuntimeError`` where it does not come."""
         work = self.backend.broadcast(tensor, SENDER)
         began = time.monotonic()
@@ -59,7 +59,6 @@ class _Group:
         while not work.is_completed():
             if time.monotonic() > late:
                 raise RuntimeError(f"nothing came for {late - began:.3g} s")
-            sign()
             time.sleep(_POLL_S)
         work.wait()
 
@@ -175,9 +174,10 @@ class Groups:
         }
         for name, tensor in received.items():
             try:
-                group.receive(tensor, sign, deadline)
+                group.receive(tensor, deadline)
             except RuntimeError as error:
                 raise Unavailable(f"The trainer's {name} did not come: {first_line(error)}.") from error
+            sign()
         return received
 
     def announced(self, asked: Broadcast) -> dict[str, torch.Tensor]:

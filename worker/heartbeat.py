@@ -1,0 +1,90 @@
+"""Heartbeats, from a thread of their own: they go on while the loop is in a forward that takes minutes."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import zmq
+
+from ..protocol.messages import FROM_WORKER, Heartbeat, ReplicaStats
+
+HEARTBEAT_S = 1.0
+
+
+class Activity:
+    """What the loop is doing. The loop alone writes it, and the heartbeats' thread reads it."""
+
+    def __init__(self) -> None:
+        self.progress = 0
+        """Grows whenever the loop goes on: with each turn, forward, and part of an operation."""
+        self.stats = ReplicaStats()
+        self._forward_began: float | None = None
+
+    def advance(self) -> None:
+        self.progress += 1
+
+    @contextmanager
+    def forward(self) -> Iterator[None]:
+        """Around a forward. Within another one (a probe), it counts as the forward in hand until it ends."""
+        outer, self._forward_began = self._forward_began, time.monotonic()
+        self.advance()
+        try:
+            yield
+        finally:
+            self._forward_began = outer
+            self.advance()
+
+    @property
+    def forward_s(self) -> float | None:
+        """Seconds since the forward in hand began; ``None`` between forwards."""
+        began = self._forward_began
+        return None if began is None else time.monotonic() - began
+
+
+class Heartbeats:
+    """Sends what ``activity`` says every ``interval_s`` to the scheduler at ``backend``, from :meth:`start` on.
+
+    The thread has a socket of its own, as ZMQ's may not be used by two threads, and as the loop, which would have to
+    forward what the thread says, is what may be busy.
+    """
+
+    def __init__(
+        self,
+        context: zmq.Context[zmq.Socket[bytes]],
+        backend: str,
+        replica: int,
+        activity: Activity,
+        interval_s: float = HEARTBEAT_S,
+    ) -> None:
+        self._context = context
+        self._backend = backend
+        self._replica = replica
+        self._activity = activity
+        self._interval_s = interval_s
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Has no effect before :meth:`start`. Afterwards the ZMQ context may be destroyed."""
+        self._ended.set()
+        if self._thread.is_alive():
+            self._thread.join()
+
+    def _run(self) -> None:
+        with self._context.socket(zmq.DEALER) as socket:
+            socket.identity = f"heartbeat-{self._replica}".encode()
+            socket.linger = 0
+            socket.connect(self._backend)
+            while not self._ended.wait(self._interval_s):
+                socket.send_multipart(FROM_WORKER.encode(self._beat()), copy=False)
+
+    def _beat(self) -> Heartbeat:
+        activity = self._activity
+        return Heartbeat(self._replica, os.getpid(), activity.stats, activity.progress, activity.forward_s)
