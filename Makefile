@@ -13,7 +13,9 @@ BIN := .venv/bin
 SUITABLE := import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))
 
 PYTEST = $(BIN)/python -m pytest -n $(JOBS) --dist loadgroup --no-loadscope-reorder
-FAST := tests/protocol tests/scheduler tests/server tests/client tests/rollout/test_transitions.py
+FAST := tests/protocol tests/scheduler tests/server tests/client tests/rollout/test_transitions.py \
+	$(addprefix tests/worker/test_,batcher.py recovery.py collate.py boundary.py prompt_cache.py costs.py) \
+	--ignore=tests/server/test_processes.py --ignore=tests/client/test_live.py
 
 export PROMPT
 
@@ -34,7 +36,7 @@ test: $(ENVIRONMENT) ## run the tests: ARGS="tests/client -q" for some of them, 
 test-cuda: $(ENVIRONMENT) ## run the tests that compare with plain diffusers on a GPU
 	TEST_DEVICE=cuda $(BIN)/python -m pytest tests/cuda
 
-test-fast: $(ENVIRONMENT) ## run the tests that need neither live servers nor many models, in two minutes
+test-fast: $(ENVIRONMENT) ## run the tests that need few live servers and models, in two minutes
 	$(PYTEST) $(FAST) $(ARGS)
 
 test-nightly: $(ENVIRONMENT) ## run the tests with far more random examples, and those that take hours

@@ -47,15 +47,12 @@ def compare(component: Component, calls: Sequence[Recorded], case: Case, policy:
     """A row for each name among ``calls``, on rank 0; the other ranks, which all must call this too, return none."""
     held: list[nn.Module] = []
     dtype, device, ranks = setting.dtype, setting.device, setting.ranks
-    sides = _Sides(calls, device, None if setting.staged else held)
+    sides = Sides(calls, device, None if setting.staged else held)
     ours = sides.outputs(partial(runtime, component, dtype, device, ranks, fused=setting.fused))
     of_ranks = _of_all_ranks(ours, ranks, device)
     if ranks.rank != 0:
         return []
-    theirs = sides.outputs(partial(plain, component, dtype, device))
-    reference = theirs
-    if dtype is not torch.float32:
-        reference = sides.outputs(partial(exact, component, dtype, device), torch.float64)
+    theirs, reference = references(component, sides, setting)
     held.clear()
     _release(device)
     blank = Row(call="", component=component.name, cls=case.cls, dtype=case.dtype, status="passed")
@@ -63,7 +60,7 @@ def compare(component: Component, calls: Sequence[Recorded], case: Case, policy:
         _row(
             msgspec.structs.replace(blank, call=name, staged=setting.staged),
             [outputs[name] for outputs in of_ranks],
-            theirs[name] if reference is not theirs else None,
+            None if theirs is None else theirs[name],
             reference[name],
             policy,
         )
@@ -71,8 +68,16 @@ def compare(component: Component, calls: Sequence[Recorded], case: Case, policy:
     ]
 
 
+def references(component: Component, sides: Sides, setting: Setting) -> tuple[Outputs | None, Outputs]:
+    """What the library's component returns in a low precision, and what it returns exactly: in fp32, or by fp64."""
+    theirs = sides.outputs(partial(plain, component, setting.dtype, setting.device))
+    if setting.dtype is torch.float32:
+        return None, theirs
+    return theirs, sides.outputs(partial(exact, component, setting.dtype, setting.device), torch.float64)
+
+
 @dataclass(frozen=True, slots=True)
-class _Sides:
+class Sides:
     """Makes the calls on one side after the other. Modules are kept in ``held``, or let go where that is ``None``."""
 
     calls: Sequence[Recorded]

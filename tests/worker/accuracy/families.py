@@ -11,10 +11,13 @@ import torch
 from torch import nn
 
 from safelight.protocol.config import Config
+from safelight.worker.accuracy import compare
+from safelight.worker.accuracy.compare import Outputs, Setting, Sides
 from safelight.worker.accuracy.policy import load_policy
 from safelight.worker.accuracy.recorded import Recorded, read, write
 from safelight.worker.accuracy.recorder import record
 from safelight.worker.accuracy.report import Row
+from safelight.worker.accuracy.sides import Component
 from safelight.worker.accuracy.task import DTYPES, DType
 from safelight.worker.accuracy.verification import Checkpoint
 from safelight.worker.model import load_model
@@ -62,12 +65,27 @@ def rows(
     return list(compared.rows(components, recorded(checkpoint, dtype), dtype))
 
 
+def keep_references(folder: Path) -> None:
+    """They are the same for any degree, fused or not: let the next comparison find in ``folder`` what one has made."""
+    make = compare.references
+
+    def kept(component: Component, sides: Sides, setting: Setting) -> tuple[Outputs | None, Outputs]:
+        file = folder / f"{component.directory.name}-{component.name}-{setting.dtype}.pt"
+        if not file.exists():
+            torch.save(make(component, sides, setting), file)
+        found: tuple[Outputs | None, Outputs] = torch.load(file, weights_only=True)
+        return found
+
+    compare.references = kept
+
+
 def verify_families(ranks: Ranks, checkpoints: Sequence[Path], result: Path) -> None:
     """Write the rows of all components that are loaded otherwise than one rank alone loads them.
 
     Alone and not fused, those are all components, as the others are loaded in one way only.
     """
     gc.freeze()
+    keep_references(checkpoints[0].parent)
     found: Found = {}
     for checkpoint in checkpoints:
         for fused in (False, True):

@@ -19,7 +19,7 @@ from safelight.worker.accuracy.task import DTYPES
 from safelight.worker.parallel.ranks import Ranks
 from safelight.worker.weights.components import component_classes
 
-from .families import Found, rows
+from .families import Found, keep_references, rows
 
 
 @dataclass(frozen=True)
@@ -124,6 +124,7 @@ def cases() -> list[tuple[str, str]]:
 def plant(ranks: Ranks, folder: Path, result: Path) -> None:
     """Write the rows of each case, by "kind error dtype"."""
     gc.freeze()
+    keep_references(folder)
     found: Found = {}
     for kind, error in cases():
         target = TARGETS[kind]
