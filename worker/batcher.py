@@ -23,7 +23,7 @@ from .forward.batch import Forward, Outcome, Pending, Wait
 from .forward.costs import Costs
 from .forward.policy import MergePolicy
 from .forward.prompt_cache import PromptCache, prompt_key
-from .forward.recovery import Recovery
+from .forward.recovery import Agree, Recovery
 from .forward.runner import Runner
 from .forward.signature import Signatures
 from .forward.stages import prompt_of, stages
@@ -54,15 +54,17 @@ class Batcher:
         costs: Costs | None = None,
         at_rest: AtRest | None = None,
         activity: Activity | None = None,
+        agree: Agree = lambda _: None,
     ) -> None:
         self.mode: BatchingMode = mode
         self.policy = MergePolicy(max_batch, max_tokens)
         self.runner = Runner(stages(cache, adapters, costs, at_rest, activity))
-        self.recovery = Recovery(self.runner, self.policy, self._free_memory)
+        self.recovery = Recovery(self.runner, self.policy, self._free_memory, agree)
         self.schedule_digest = 0
         """Of which coroutines have been served together, in which order; equal on all ranks of a replica."""
         self.paused = False
         """While it is, no coroutine goes on."""
+        self._agree = agree
         self._cache = cache
         self._adapters = adapters
         self._signatures = Signatures()
@@ -169,7 +171,8 @@ class Batcher:
             if self.mode == "merged" and not wait.coroutine.alone and call.name not in self.policy.unmergeable:
                 pending.batchable = self._signatures.read(call)
             pending.prompt = prompt_key(call) if self._cache else None
-        except Exception:  # arguments of any kind come by here, and the loop serves everybody
+        except Exception as error:  # arguments of any kind come by here, and the loop serves everybody
+            self._agree(f"reading the arguments of {call.name} has raised {type(error).__name__}")
             log.warning("the arguments of %s cannot be compared", call.name, exc_info=True)
             self.policy.never_merge(call.name, "its arguments cannot be compared")
         return pending

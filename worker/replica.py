@@ -145,6 +145,7 @@ class Replica:
             costs=model.costs,
             at_rest=AtRest(modules(model.pipeline)),
             activity=self._activity,
+            agree=self._ranks.agree,
         )
         batcher.policy.unmergeable.update(found.unmergeable)
         shared = Path(self._child.shared)

@@ -9,7 +9,7 @@ import torch
 
 from safelight.tests.ranks import on_ranks
 from safelight.tests.tiny import save
-from safelight.tests.worker import swapping
+from safelight.tests.worker import failing, swapping
 from safelight.tests.worker.limiting import gives_up_on_a_silent_rank
 from safelight.tests.worker.summing import sums_round_once
 
@@ -26,3 +26,17 @@ def test_what_a_pipeline_writes_to_its_components_ends_with_the_request_on_every
 
 def test_a_limit_that_is_set_after_the_start_holds_for_later_collectives(tmp_path: Path) -> None:
     on_ranks(2, gives_up_on_a_silent_rank, tmp_path / "ended")
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_a_forward_that_fails_on_all_ranks_goes_on_in_halves_on_all(size: int) -> None:
+    on_ranks(size, failing.is_short_of_memory_on_all)
+
+
+@pytest.mark.parametrize("short", [0, 1])
+def test_a_forward_that_fails_on_one_rank_alone_ends_them_all_before_it_goes_on_in_another_way(short: int) -> None:
+    on_ranks(2, failing.is_short_of_memory_on_one, short)
+
+
+def test_ranks_that_fail_in_different_forwards_do_not_take_them_for_one() -> None:
+    on_ranks(2, failing.fails_in_another_forward)

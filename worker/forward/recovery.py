@@ -1,10 +1,14 @@
-"""What happens when a forward fails: fewer calls at a time, down to one, whose failure is its request's."""
+"""What happens when a forward fails: fewer calls at a time, down to one, whose failure is its request's.
+
+A forward of several ranks fails on all of them or, as far as anybody goes on after it, on none.
+"""
 
 from __future__ import annotations
 
 import logging
 import traceback
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -21,15 +25,27 @@ Deliver = Callable[[Pending, Outcome], None]
 """Lets the coroutine of a call go on with its outcome."""
 
 
-class Recovery:
-    """Makes forwards by ``runner``, and teaches ``policy`` by those that fail. ``free`` gives caches back."""
+Agree = Callable[[str], None]
+"""Says to the other ranks of the replica how this one has failed, and returns when all have failed alike.
 
-    def __init__(self, runner: Runner, policy: MergePolicy, free: Callable[[], None]) -> None:
+Otherwise it ends the replica (with :class:`..parallel.ranks.RankLost`): smaller forwards on this rank would meet the
+failed one's collectives on the others.
+"""
+
+
+class Recovery:
+    """Makes forwards by ``runner``, and teaches ``policy`` by those that fail. ``free`` gives caches back.
+
+    What it does after a failure, ``agree`` has to allow; of forwards that succeed, it hears nothing.
+    """
+
+    def __init__(self, runner: Runner, policy: MergePolicy, free: Callable[[], None], agree: Agree) -> None:
         self.merged_names: set[str] = set()
         """Calls that have met in a forward, by name."""
         self._runner = runner
         self._policy = policy
         self._free = free
+        self._agree = agree
 
     def run(self, forward: Forward, deliver: Deliver) -> bool:
         """Deliver what each call returned or raised, as soon as that is known. Returns whether all did well.
@@ -42,7 +58,7 @@ class Recovery:
             return self._each(forward.halves(), deliver)
         smaller, suspect = list[Forward](), False
         try:
-            answers = self._runner.answers(forward)
+            answers = self._answers(forward)
         except (torch.OutOfMemoryError, CannotMix, NotDivisible, DrawsRandomNumbers) as reason:
             smaller = self._learn(forward, reason)
             traceback.clear_frames(reason.__traceback__)  # they hold the failed forward's tensors
@@ -66,7 +82,7 @@ class Recovery:
 
     def _alone(self, forward: Forward, deliver: Deliver) -> bool:
         try:
-            (answer,) = self._runner.answers(forward)
+            (answer,) = self._answers(forward)
         except torch.OutOfMemoryError as error:
             traceback.clear_frames(error.__traceback__)
             self._free()
@@ -80,6 +96,17 @@ class Recovery:
             outcome = Outcome(answer)
         deliver(forward.calls[0], outcome)
         return outcome.error is None
+
+    def _answers(self, forward: Forward) -> list[Any]:
+        """Raises what the forward has raised on every rank."""
+        try:
+            return self._runner.answers(forward)
+        except torch.AcceleratorError:  # the end of this process, which the others see by themselves
+            raise
+        except Exception as error:
+            number, calls = self._runner.counters.forwards, len(forward.calls)
+            self._agree(f"forward {number}, {calls} calls to {forward.name}, has raised {type(error).__name__}")
+            raise
 
     def _learn(self, forward: Forward, reason: Exception) -> list[Forward]:
         """The smaller forwards to make instead, and what is remembered for later ones."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -23,6 +24,13 @@ class RankLost(BaseException):
 
 CPU = torch.device("cpu")
 
+AGREEMENT_S = 2.0
+"""For how long a rank whose forward has failed waits for the others to say that theirs has too.
+
+They were together at the last collective, so that they come to the same failure within milliseconds; one that is in a
+collective, which waits for this rank, never says it.
+"""
+
 
 @dataclass(slots=True)
 class Traffic:
@@ -40,6 +48,8 @@ class Ranks:
     size: int = 1
     group: dist.ProcessGroup | None = None
     device: torch.device = CPU
+    failures: dist.ProcessGroup | None = None
+    """Of the same ranks, for :meth:`agree` alone: what a rank says there never meets another's next collective."""
     traffic: Traffic = field(default_factory=Traffic)
 
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -88,6 +98,23 @@ class Ranks:
         gathered = self.gather(padded.to(device))
         return [part[:length].cpu().numpy().tobytes() for part, length in zip(gathered, lengths, strict=True)]
 
+    def agree(self, failure: str) -> None:
+        """Return when all ranks say that the same ``failure`` has happened to them; others do not call this.
+
+        Raises ``RankLost`` where another rank says something else, or nothing, since it then goes on, or waits in a
+        collective for this one.
+        """
+        if self.failures is None:
+            return
+        said = torch.frombuffer(bytearray(hashlib.sha256(failure.encode()).digest()), dtype=torch.uint8)
+        heard = [torch.empty_like(said) for _ in range(self.size)]
+        try:
+            dist.all_gather(heard, said, group=self.failures)
+        except RuntimeError as error:
+            raise RankLost(f"{failure}, on this rank and not on all others") from error
+        if any(not torch.equal(other, said) for other in heard):
+            raise RankLost(f"{failure}, and something else on another rank")
+
     def limit(self, timeout_s: float) -> None:
         """From now on a collective that takes longer than ``timeout_s`` raises."""
         if self.group is not None:
@@ -127,7 +154,9 @@ def join(rank: int, size: int, meeting_place: str, device: torch.device, timeout
         world_size=size,
         timeout=timedelta(seconds=timeout_s),
     )
-    return Ranks(rank, size, dist.group.WORLD, device)
+    failures = dist.new_group(backend="gloo")
+    dist.distributed_c10d._set_pg_timeout(timedelta(seconds=AGREEMENT_S), failures)  # not for meeting in it
+    return Ranks(rank, size, dist.group.WORLD, device, failures)
 
 
 def leave(ranks: Ranks) -> None:

@@ -1,0 +1,87 @@
+"""Forwards that fail on some ranks or on all; in a module that ranks' processes can import."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+from safelight.worker.batcher import Batcher
+from safelight.worker.crossing.call import Call, cross
+from safelight.worker.crossing.coroutine import Coroutine
+from safelight.worker.parallel.ranks import RankLost, Ranks
+
+COMPONENT = "transformer"
+
+
+class Bounded:
+    """A component, divided among ``ranks``, that has memory for ``rows`` at once on this one."""
+
+    def __init__(self, ranks: Ranks, rows: int) -> None:
+        self._ranks = ranks
+        self._rows = rows
+        self.forwards: list[int] = []
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        self.forwards.append(len(x))
+        if len(x) > self._rows:
+            raise torch.OutOfMemoryError
+        return self._ranks.sum(x.clone())
+
+
+def drawn(batcher: Batcher, component: Bounded, number: int) -> list[Coroutine]:
+    """The coroutines of ``number`` calls, when all have ended."""
+
+    def calls(value: int) -> float:
+        call = Call(COMPONENT, "forward", component, (torch.full((1, 1), float(value)),), {})
+        return float(cross(call)[0, 0])
+
+    coroutines = [Coroutine(lambda value=value: calls(value), lambda _: None) for value in range(1, number + 1)]
+    for coroutine in coroutines:
+        batcher.start(coroutine)
+    run(batcher)
+    return coroutines
+
+
+def run(batcher: Batcher) -> None:
+    while batcher.busy:
+        batcher.step()
+
+
+def is_short_of_memory_on_all(ranks: Ranks) -> None:
+    """All go on with halves, and what they say to each other is the layers' sums alone."""
+    batcher, component = Batcher(max_batch=8, max_tokens=10**6, agree=ranks.agree), Bounded(ranks, 2)
+    coroutines = drawn(batcher, component, 8)
+    assert [one.result for one in coroutines] == [float(ranks.size * value) for value in range(1, 9)]
+    assert component.forwards == [8, 4, 2, 2, 2, 2]
+    assert (batcher.policy.caps, ranks.traffic.calls) == ({f"{COMPONENT}.forward": 2}, 4)
+
+
+def is_short_of_memory_on_one(ranks: Ranks, short: int) -> None:
+    """The one ends, which ends the others, who wait for it, long before their collective's timeout."""
+    batcher = Batcher(max_batch=8, max_tokens=10**6, agree=ranks.agree)
+    component = Bounded(ranks, 4 if ranks.rank == short else 8)
+    with pytest.raises(RankLost) as lost:
+        drawn(batcher, component, 8)
+    told = "OutOfMemoryError, on this rank and not on all others" if ranks.rank == short else "onnection"
+    assert told in str(lost.value)
+    assert component.forwards == [8], "no smaller one has met the others' collective"
+    assert batcher.policy.caps == {}
+    os._exit(0)  # as a replica's rank does, whose connections close by it
+
+
+def fails_in_another_forward(ranks: Ranks) -> None:
+    """After its last collective, one fails; the other, which has seen nothing of that, fails in its next forward."""
+    batcher = Batcher(max_batch=1, max_tokens=10**6, agree=ranks.agree)
+
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        if ranks.rank == int(x[0, 0]):
+            raise ValueError(x)
+        return x
+
+    for value in range(2):
+        call = Call(COMPONENT, "forward", forward, (torch.full((1, 1), float(value)),), {})
+        batcher.start(Coroutine(lambda call=call: cross(call), lambda _: None))
+    with pytest.raises(RankLost, match="something else on another rank"):
+        run(batcher)
