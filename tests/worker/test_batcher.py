@@ -283,3 +283,21 @@ def test_a_pipeline_that_catches_every_exception_cannot_survive_its_cancellation
     running.cancel(coroutine)
     drain(running)
     assert coroutine.result != "caught"
+
+
+def test_requests_that_take_gradients_through_a_component_do_not_free_each_other_s_graph() -> None:
+    weight = torch.arange(6.0).reshape(2, 3)
+
+    def body(value: float) -> torch.Tensor:
+        with torch.enable_grad():
+            given = torch.full((1, 2), value).requires_grad_()
+            answer = cross(Call("transformer", "__call__", lambda x: (x @ weight) ** 2, (given,), {}))
+            return torch.autograd.grad(answer.sum(), given)[0]
+
+    running, bodies = batcher(), [functools.partial(body, value) for value in (1.0, 2.0)]
+    coroutines = [Coroutine(one, lambda _: None) for one in bodies]
+    for one in coroutines:
+        running.start(one)
+    drain(running)
+    assert [one.error for one in coroutines] == [None, None]
+    assert all(torch.equal(one.result, alone()) for one, alone in zip(coroutines, bodies, strict=True))

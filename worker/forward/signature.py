@@ -66,9 +66,9 @@ class Signatures:
         self._digests: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
     def read(self, call: Call) -> Batchable | None:
-        """``call`` taken apart, or ``None`` when it has no rows to batch by."""
+        """``call`` taken apart, or ``None`` when it has no rows to batch by, or somebody takes gradients through it."""
         primary = _primary(call)
-        if primary is None or call.method not in MERGEABLE_METHODS:
+        if primary is None or call.method not in MERGEABLE_METHODS or _takes_gradients(call):
             return None
         listed = isinstance(primary, list)
         rows = len(primary)
@@ -138,6 +138,12 @@ def _primary(call: Call) -> torch.Tensor | list[torch.Tensor] | None:
         if isinstance(value, list) and value and all(isinstance(element, torch.Tensor) for element in value):
             return value
     return None
+
+
+def _takes_gradients(call: Call) -> bool:
+    """Whether it is part of an autograd graph: calls that meet would share one, and the first backward frees it."""
+    leaves = pytree.tree_leaves((call.args, call.kwargs))
+    return any(isinstance(leaf, torch.Tensor) and leaf.requires_grad for leaf in leaves)
 
 
 def _role(leaf: Any, rows: int) -> Role:
