@@ -6,9 +6,11 @@ import inspect
 from typing import Any
 
 import torch
+from diffusers import DiffusionPipeline
 from torch import nn
 
 from safelight.worker.crossing.boundary import Boundary
+from safelight.worker.crossing.fork import Fork
 
 
 class Decoder(nn.Module):
@@ -38,3 +40,45 @@ def test_walking_through_all_modules_searches_for_the_name_of_none() -> None:
     assert len(modules) == 21
     assert Counting.walks == 1, "the walk itself"
     assert repr(modules[4]) == "Boundary(transformer.3: Decoder)"
+
+
+class Asking:
+    """What a pipeline is mixed with, which asks for types in every way that names ``type``."""
+
+    def told(self, part: Any) -> list[Any]:
+        table = {Decoder: "found"}
+        return [
+            type(part) is Decoder,
+            type(part) == Decoder,  # noqa: E721
+            type(part) in (Decoder, nn.Linear),
+            type(part).__name__,
+            table.get(type(part)),
+            isinstance(part, type),
+            isinstance(type(part), type),
+            issubclass(type(type(part)), type),
+            type("Own", (Decoder,), {}).__bases__,
+            type[Decoder],
+        ]
+
+
+class AskingPipeline(Asking, DiffusionPipeline):
+    def __init__(self, vae: nn.Module) -> None:
+        super().__init__()
+        self.register_modules(vae=vae)
+
+    def __call__(self) -> list[list[Any]]:
+        return [self.told(part) for part in (self.vae, *self.vae.children(), Decoder, 3)]
+
+
+def test_a_pipeline_is_told_the_exact_types_of_modules_as_without_a_boundary() -> None:
+    class Nested(Decoder):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = Decoder()
+
+    pipeline = AskingPipeline(Nested())
+    expected = pipeline()
+    assert expected[1][:5] == [True, True, True, "Decoder", "found"]
+    with Fork(pipeline) as forked:
+        assert forked() == expected
+    assert pipeline() == expected

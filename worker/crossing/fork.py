@@ -20,6 +20,7 @@ from transformers.utils import PushToHubMixin
 from .boundary import Boundary, Crossing
 from .call import cross
 from .changes import Changes
+from .exact_type import look_through_boundaries
 from .module_state import is_stateful
 
 _PROCESSORS = (VaeImageProcessor, PushToHubMixin)
@@ -65,6 +66,7 @@ def schedulers(pipeline: DiffusionPipeline) -> list[SchedulerMixin]:
 
 def _copied(pipeline: DiffusionPipeline, copies: dict[int, Any]) -> DiffusionPipeline:
     """A copy with tables and processors of its own."""
+    look_through_boundaries(type(pipeline))
     copied = copy.copy(pipeline)
     own = vars(copied)
     own |= {name: value.copy() for name, value in own.items() if type(value) in (dict, list, set)}
