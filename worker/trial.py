@@ -45,8 +45,11 @@ _PROMPTS = ("a red circle", "two small blue squares and a star on a white table"
 _STEPS = (2, 3, 3)
 """Unequal, so that some still run when another's call has ended and cleaned up after itself."""
 
-_EXTRA = {"use_resolution_binning": False, "strength": 0.75}
-"""Binning would enlarge the small size to one of the model's own, and little strength leave none of so few steps."""
+_EXTRA = {"use_resolution_binning": False, "strength": 0.75, "attn_res": None}
+"""Binning would enlarge the small size to one of the model's own, and little strength leave none of so few steps.
+
+Attention is looked at where a small picture has it, which is not where a large one does.
+"""
 
 
 _NEEDED: tuple[dict[str, Any], ...] = (
@@ -54,6 +57,8 @@ _NEEDED: tuple[dict[str, Any], ...] = (
     {"negative_prompt": "blurry"},
     {"control_mode": 0},
     {"source_prompt": "a red square"},
+    {"token_indices": [1]},
+    {"gligen_phrases": ["a red square"], "gligen_boxes": [[0.25, 0.25, 0.75, 0.75]]},
 )
 """Arguments without which some pipelines do not run, although their signatures have defaults for them."""
 

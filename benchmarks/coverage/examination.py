@@ -21,16 +21,9 @@ from safelight.worker.task import Task
 
 from .asking import PROMPTS, directly, request
 from .build import build
-from .catalogue import arguments
 from .row import Row, Stage
 from .service import Service
 from .two_ranks import made_plainly, parallel
-
-MISSING = {
-    "gligen_boxes": "needs boxes for things in the picture",
-    "token_indices": "needs to be told which words to attend to",
-}
-"""Arguments without which some pipelines do not run, and that the self-test has no value for."""
 
 
 class Examination:
@@ -91,9 +84,6 @@ class Examination:
             if plain_error is not None:
                 self._enter("diffusers")
                 raise plain_error from None
-            missing = [why for name, why in MISSING.items() if name in arguments(self._row.pipeline)]
-            if missing:
-                raise StartFailed(missing[0]) from None
             raise
 
     def _task(self, model: Model) -> Task:

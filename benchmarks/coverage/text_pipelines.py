@@ -130,7 +130,17 @@ TINY: dict[str, Tiny] = {
     "StableDiffusion3PAGPipeline": Tiny(SD3 | {"pag_applied_layers": "blocks.1"}, SHORT),
     "StableDiffusion3Pipeline": Tiny(SD3, SHORT),
     "StableDiffusionAttendAndExcitePipeline": Tiny(
-        SD, {"token_indices": [2, 5], "max_iter_to_alter": 1, "attn_res": [4, 4]}
+        # it looks at attention among the pixels of a latent halved twice
+        SD
+        | {
+            "unet": {
+                "block_out_channels": (16, 16, 32),
+                "down_block_types": ("DownBlock2D", "DownBlock2D", "CrossAttnDownBlock2D"),
+                "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D", "UpBlock2D"),
+                "attention_head_dim": 4,
+            }
+        },
+        {"token_indices": [2, 3], "attn_res": [2, 2]},
     ),
     "StableDiffusionGLIGENPipeline": Tiny(
         SD | {"unet": {"attention_type": "gated", "use_linear_projection": True}},

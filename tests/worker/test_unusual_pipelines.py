@@ -94,6 +94,16 @@ def test_a_pipeline_that_does_not_run_without_an_optional_argument_requires_it(t
         assert [name for name, argument in one.text.arguments.items() if argument.is_required] == ["negative_prompt"]
 
 
+def test_a_pipeline_that_wants_boxes_with_what_is_in_them_requires_both(tmp_path: Path) -> None:
+    config = Config(model=str(tmp_path), device="cpu", batching="serial")
+    build("StableDiffusionGLIGENPipeline").save_pretrained(tmp_path)
+    model = load_model(config)
+    SelfTest(model, config).run()
+    assert model.text is not None
+    required = {name for name, argument in model.text.arguments.items() if argument.is_required}
+    assert required == {"gligen_phrases", "gligen_boxes"}
+
+
 def test_a_pipeline_that_consists_of_pipelines_comes_to_the_boundary_from_each_of_them() -> None:
     """Kandinsky's calls a pipeline for the prior and one for the picture, which hold the components themselves."""
     pipeline, called = build("KandinskyV22CombinedPipeline"), set()
@@ -254,6 +264,26 @@ def test_new_weights_that_come_while_the_autoencoder_is_upcast_are_the_ones_that
     assert torch.equal(served.layouts["vae"].local(name), new)
     assert torch.equal(waiting.coroutine.result, plain(fresh, asked(0)))
     assert torch.equal(drawn(served, [asked(1)])[0], plain(fresh, asked(1)))
+
+
+def test_layers_that_a_pipeline_knows_by_their_exact_type_are_switched_for_one_request_alone(tmp_path: Path) -> None:
+    """GLIGEN's, which are on for the first part of the steps."""
+    served, fresh = two_of("StableDiffusionGLIGENPipeline", tmp_path)
+    boxes = {"gligen_phrases": ["a star"], "gligen_boxes": [[0.1, 0.2, 0.6, 0.7]]}
+    requests = [asked(0, **boxes, gligen_scheduled_sampling_beta=part) for part in (0.0, 0.5, 1.0)]
+    expected = [plain(fresh, request) for request in requests]
+    assert not torch.equal(expected[0], expected[1])
+    assert not torch.equal(expected[1], expected[2])
+    assert all(map(torch.equal, drawn(served, requests), expected))
+
+
+def test_requests_that_follow_gradients_are_bitwise_what_diffusers_gives(tmp_path: Path) -> None:
+    """Attend-and-Excite moves the latents so that the UNet attends more to some words."""
+    served, fresh = two_of("StableDiffusionAttendAndExcitePipeline", tmp_path)
+    requests = [asked(0, attn_res=[2, 2], token_indices=[word]) for word in (1, 2)]
+    expected = [plain(fresh, request) for request in requests]
+    assert not torch.equal(*expected)
+    assert all(map(torch.equal, drawn(served, requests), expected))
 
 
 def test_an_argument_that_a_pipeline_writes_into_its_model_changes_nobody_else_s_picture(tmp_path: Path) -> None:
