@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from safelight.protocol.config import Config
+from safelight.tests.effort import NIGHTLY
 from safelight.worker.accuracy import compare
 from safelight.worker.accuracy.compare import Outputs, Setting, Sides
 from safelight.worker.accuracy.policy import load_policy
@@ -34,6 +35,11 @@ CPU = torch.device("cpu")
 
 Found = dict[str, list[Row]]
 """Rows by :func:`key`."""
+
+
+def fusing(tp: int) -> list[bool]:
+    """Whether projections are fused, of each comparison over ``tp`` ranks: four are many processes."""
+    return [False, True] if tp < 4 or NIGHTLY else [True]
 
 
 def key(name: str, fused: bool, dtype: str) -> str:
@@ -88,7 +94,7 @@ def verify_families(ranks: Ranks, checkpoints: Sequence[Path], result: Path) -> 
     keep_references(checkpoints[0].parent)
     found: Found = {}
     for checkpoint in checkpoints:
-        for fused in (False, True):
+        for fused in fusing(ranks.size):
             alone = ranks.size == 1 and not fused
             components = component_classes(checkpoint) if alone else planned(checkpoint)
             for dtype in DTYPES:

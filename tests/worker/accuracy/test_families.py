@@ -39,9 +39,16 @@ def found(request: pytest.FixtureRequest, checkpoints: list[Path], tmp_path_fact
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("fused", [False, True], ids=["apart", "fused"])
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("found", [1, 2, 4], indirect=True)
+@pytest.mark.parametrize(
+    ("found", "fused"),
+    [
+        pytest.param(tp, fused, id=f"{tp}-{'fused' if fused else 'apart'}")
+        for tp in (1, 2, 4)
+        for fused in families.fusing(tp)
+    ],
+    indirect=["found"],
+)
 def test_a_component_that_the_runtime_computes_otherwise_is_noticed(
     found: Found, name: str, fused: bool, dtype: str, checkpoints: list[Path]
 ) -> None:
