@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import zlib
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 
 import torch
@@ -55,16 +55,19 @@ class Batcher:
         at_rest: AtRest | None = None,
         activity: Activity | None = None,
         agree: Agree = lambda _: None,
+        meet: Callable[[int], None] = lambda _: None,
     ) -> None:
+        """``meet`` hears the :attr:`schedule_digest` of each forward before it is made, and may refuse it."""
         self.mode: BatchingMode = mode
         self.policy = MergePolicy(max_batch, max_tokens)
         self.runner = Runner(stages(cache, adapters, costs, at_rest, activity))
         self.recovery = Recovery(self.runner, self.policy, self._free_memory, agree)
         self.schedule_digest = 0
-        """Of which coroutines have been served together, in which order; equal on all ranks of a replica."""
+        """Of which calls of which coroutines have met, in which order; equal on all ranks of a replica."""
         self.paused = False
         """While it is, no coroutine goes on."""
         self._agree = agree
+        self._meet = meet
         self._cache = cache
         self._adapters = adapters
         self._signatures = Signatures()
@@ -119,7 +122,7 @@ class Batcher:
         if self.paused:
             return
         for _ in range(STARTS_PER_STEP if self._waiting else self.policy.max_batch):
-            # looked at anew each time: a coroutine that fails at once may cancel others that wait to start
+            # looked at anew each time: one that fails at once leaves its place to the next
             if not self._starting or not self._may_start(self._starting[0]):
                 break
             coroutine = self._starting.popleft()
@@ -128,7 +131,8 @@ class Batcher:
         if self._waiting:
             forward = self._next_forward()
             numbers = ",".join(str(pending.coroutine.number) for pending in forward.calls)
-            self.schedule_digest = zlib.crc32(numbers.encode(), self.schedule_digest)
+            self.schedule_digest = zlib.crc32(f"{forward.name} {numbers}".encode(), self.schedule_digest)
+            self._meet(self.schedule_digest)
             self.runner.counters.calls += len(forward.calls)
             self.recovery.run(forward, self._deliver)
 

@@ -35,7 +35,10 @@ log = logging.getLogger(__name__)
 
 @dataclass(slots=True, eq=False)
 class Job:
-    """A request, its samples, and the outputs that are ready so far. It is done when no preview is owed either."""
+    """A request, its samples, and the outputs that are ready so far. It is done when no preview is owed either.
+
+    One that has ``failed`` was answered, and is there until its work is dropped.
+    """
 
     request: Generate
     samples: list[SampleRun] = field(default_factory=list)
@@ -95,6 +98,7 @@ class Jobs:
         self._jobs: dict[str, Job] = {}
         self._threads = ThreadPoolExecutor(max(1, (os.cpu_count() or 2) // 2), thread_name_prefix="encode")
         self._encoded: SimpleQueue[_Encoded] = SimpleQueue()
+        self._failing: list[str] = []
         self._outputs = self._cancelled = self._failed = 0
         self._weights_are_sound = False  # whether the weights that serve now are known to make finite values
 
@@ -155,9 +159,9 @@ class Jobs:
     def collect(self) -> list[str]:
         """Take in finished encodings, and send the results and previews that they complete.
 
-        Returns the requests that failed by it: every rank is to :meth:`drop` them before the same turn.
+        Returns the requests that have failed since the last time. What fails may have failed on this rank alone, so
+        that their work goes on until every rank is to :meth:`drop` them, in the same turn.
         """
-        failed: list[str] = []
         while not self._encoded.empty():
             encoded = self._encoded.get()
             job = encoded.job
@@ -165,10 +169,7 @@ class Jobs:
                 record.forget(encoded.output)
                 continue
             if encoded.error is not None:
-                self._failed += 1
-                job.failed = True
-                failed.append(job.request.request_id)
-                self._send(Failed(job.request.request_id, self._explained(encoded.error, job).info()))
+                self._fail(job, self._explained(encoded.error, job))
                 continue
             if encoded.output is not None:
                 job.outputs[encoded.index] = encoded.output
@@ -180,7 +181,8 @@ class Jobs:
                     self._send(encoded.preview)
             if job.done:
                 self._end(job, self._result(job))
-        return failed
+        failing, self._failing = self._failing, []
+        return failing
 
     def drop(self, request_id: str) -> None:
         """Stop the work of a request whose failure was sent."""
@@ -205,8 +207,12 @@ class Jobs:
             record.forget(output)
 
     def _fail(self, job: Job, error: SafelightError) -> None:
+        """Answer the request; its work ends by :meth:`drop`."""
         self._failed += 1
-        self._end(job, Failed(job.request.request_id, error.info()))
+        job.failed = True
+        self._failing.append(job.request.request_id)
+        self._send(Failed(job.request.request_id, error.info()))
+        self._wake()
 
     def _stepped(self, sample: SampleRun, step: Step) -> None:
         request = sample.request
@@ -242,10 +248,8 @@ class Jobs:
         error, pixels, sound = sample.coroutine.error, sample.coroutine.result, sample.sound
         # they are large, and the job may live on for long
         sample.coroutine.error = sample.coroutine.result = sample.sound = None
-        if error is None and not self._leads:
-            job.finished += 1
-            if job.finished == len(job.samples):
-                del self._jobs[job.request.request_id]
+        if not self._leads:
+            self._followed(job, sample, error)
             return
         try:
             if error is not None:
@@ -260,6 +264,16 @@ class Jobs:
             else:  # the client's mistake, which may come often
                 log.info("output %d failed: %s", sample.index, told.message, extra=_in(job))
             self._fail(job, told)
+
+    def _followed(self, job: Job, sample: SampleRun, error: BaseException | None) -> None:
+        """A rank that does not lead has made a sample, or failed to: what that means is the leader's to say."""
+        if isinstance(error, torch.AcceleratorError):
+            raise error
+        if error is not None:
+            log.info("output %d failed on this rank: %s", sample.index, type(error).__name__, extra=_in(job))
+        job.finished += 1
+        if job.finished == len(job.samples):
+            del self._jobs[job.request.request_id]
 
     def _explained(self, error: BaseException, job: Job) -> SafelightError:
         """Raises the error itself where the device is broken: nothing can be computed here any more, for anybody."""

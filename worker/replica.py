@@ -136,6 +136,7 @@ class Replica:
             most=self._config.max_loras,
             most_bytes=self._config.max_lora_mb * 1_000_000,
         )
+        team = self._team()
         batcher = Batcher(
             max_batch=self._config.max_batch,
             max_tokens=self._config.max_batch_tokens,
@@ -146,6 +147,7 @@ class Replica:
             at_rest=AtRest(modules(model.pipeline)),
             activity=self._activity,
             agree=self._ranks.agree,
+            meet=team.meet,
         )
         batcher.policy.unmergeable.update(found.unmergeable)
         shared = Path(self._child.shared)
@@ -192,27 +194,32 @@ class Replica:
                 batcher.step()
 
         try:
-            if self._leads:
+            if isinstance(team, Leader):
                 self._send(ReplicaReady(self._number, os.getpid(), model.info()))
                 self._heartbeats.start()
-                self._lead(batcher, jobs, group_orders, lambda: batcher.busy and not operations.holds, take)
+                self._lead(team, batcher, jobs, group_orders, lambda: batcher.busy and not operations.holds, take)
             else:
-                follower = Follower(self._context, self._child.meeting_place, self._child.rank)
-                follower.run(lambda: batcher.schedule_digest, take)
+                team.run(take)
         finally:
             jobs.close()  # also after a fault: what waits to be encoded must not hold up the end
         leave(self._ranks)
         return self._leave(0)
 
+    def _team(self) -> Leader | Follower:
+        place = self._child.meeting_place
+        if self._leads:
+            return Leader(self._context, place, self._config.tp)
+        return Follower(self._context, place, self._child.rank)
+
     def _lead(
         self,
+        team: Leader,
         batcher: Batcher,
         jobs: Jobs,
         group_orders: GroupOrders,
         busy: Callable[[], bool],
         take: Callable[[Turn], None],
     ) -> None:
-        team = Leader(self._context, self._child.meeting_place, self._config.tp)
         poller = zmq.Poller()
         poller.register(self._socket, zmq.POLLIN)
         poller.register(self._awake, zmq.POLLIN)
@@ -226,7 +233,7 @@ class Replica:
             messages = [*(self._received() if self._socket in ready else []), *group_orders.due()]
             dropped = jobs.collect()
             if messages or dropped or busy():
-                turn = Turn(messages, dropped, batcher.schedule_digest)
+                turn = Turn(messages, dropped)
                 team.tell(turn)
                 take(turn)
         team.tell(Stop())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -9,7 +11,7 @@ import torch
 
 from safelight.tests.ranks import on_ranks
 from safelight.tests.tiny import save
-from safelight.tests.worker import failing, swapping
+from safelight.tests.worker import failing, leading, swapping
 from safelight.tests.worker.limiting import gives_up_on_a_silent_rank
 from safelight.tests.worker.summing import sums_round_once
 
@@ -40,3 +42,20 @@ def test_a_forward_that_fails_on_one_rank_alone_ends_them_all_before_it_goes_on_
 
 def test_ranks_that_fail_in_different_forwards_do_not_take_them_for_one() -> None:
     on_ranks(2, failing.fails_in_another_forward)
+
+
+@pytest.fixture
+def meeting_place() -> Iterator[str]:
+    """Short, as a socket's path has a limit."""
+    with tempfile.TemporaryDirectory() as directory:
+        yield f"{directory}/start-0"
+
+
+def test_an_output_that_fails_on_the_leader_alone_costs_its_request_and_no_rank(
+    tmp_path: Path, meeting_place: str
+) -> None:
+    on_ranks(2, leading.fails_on_the_leader_alone, save("flux", tmp_path), meeting_place)
+
+
+def test_a_rank_that_would_make_another_forward_ends_before_it(meeting_place: str) -> None:
+    on_ranks(2, leading.would_make_another_forward, meeting_place)

@@ -1,7 +1,8 @@
 """The leader of a replica tells its other ranks what to do, so that all do the same in the same order.
 
-Each turn goes as one message from rank 0 to every other. A turn carries a digest of what was done before it; a rank
-that did something else must not go on, since its next collective would meet another one.
+Each turn goes as one message from rank 0 to every other, and is followed by the name of the group of calls that the
+leader's next forward is for, where it makes one. A rank that would make another forward, or none, must not go on, since
+its next collective would meet another one.
 """
 
 from __future__ import annotations
@@ -24,14 +25,16 @@ class SettleJoin(msgspec.Struct, tag=True, frozen=True):
 
 
 class Turn(msgspec.Struct, tag=True, frozen=True):
-    """What happens before the next forward: requests that start or end, and ones whose outputs could not be encoded.
-
-    ``trace`` is the leader's :attr:`.batcher.Hub.trace` before the turn.
-    """
+    """What happens before the next forward: requests that start or end, and ones that have failed on the leader."""
 
     messages: list[Generate | Cancel | Perform | SetPaused | SettleJoin]
     dropped: list[str]
-    trace: int
+
+
+class Group(msgspec.Struct, tag=True, frozen=True):
+    """The forward that the leader is about to make, by its :attr:`..batcher.Batcher.schedule_digest`."""
+
+    digest: int
 
 
 class Stop(msgspec.Struct, tag=True, frozen=True):
@@ -39,10 +42,10 @@ class Stop(msgspec.Struct, tag=True, frozen=True):
 
 
 class Diverged(Exception):
-    """This rank has done something else than the leader."""
+    """This rank would do something else than the leader."""
 
 
-_TURNS: Codec[Turn | Stop] = Codec(Turn | Stop)
+_MESSAGES: Codec[Turn | Group | Stop] = Codec(Turn | Group | Stop)
 
 
 class Leader:
@@ -53,10 +56,16 @@ class Leader:
         for rank, socket in enumerate(self._sockets, start=1):
             socket.bind(_address(meeting_place, rank))
 
-    def tell(self, turn: Turn | Stop) -> None:
-        frames = _TURNS.encode(turn)
+    def tell(self, message: Turn | Group | Stop) -> None:
+        if not self._sockets:
+            return
+        frames = _MESSAGES.encode(message)
         for socket in self._sockets:
             socket.send_multipart(frames, copy=False)
+
+    def meet(self, digest: int) -> None:
+        """Before a forward: name its group to the other ranks."""
+        self.tell(Group(digest))
 
 
 class Follower:
@@ -66,12 +75,23 @@ class Follower:
         self._socket = _socket(context, zmq.PULL)
         self._socket.connect(_address(meeting_place, rank))
 
-    def run(self, trace: Callable[[], int], take: Callable[[Turn], None]) -> None:
-        """Take turns until there are no more. Raises ``Diverged`` when this rank's ``trace`` is not the leader's."""
-        while isinstance(turn := _TURNS.decode(self._socket.recv_multipart()), Turn):
-            if trace() != turn.trace:
-                raise Diverged("this rank's forwards are not the leader's")
-            take(turn)
+    def run(self, take: Callable[[Turn], None]) -> None:
+        """Take turns until there are no more. Raises ``Diverged`` where the leader makes a forward that nobody met."""
+        while isinstance(message := self._next(), Turn):
+            take(message)
+        if isinstance(message, Group):
+            raise Diverged("the leader makes a forward, and this rank has none to make")
+
+    def meet(self, digest: int) -> None:
+        """Before a forward: raises ``Diverged`` unless the leader makes the same one."""
+        message = self._next()
+        if not isinstance(message, Group):
+            raise Diverged("this rank has a forward to make, and the leader makes none")
+        if message.digest != digest:
+            raise Diverged("this rank's forward is for other calls than the leader's")
+
+    def _next(self) -> Turn | Group | Stop:
+        return _MESSAGES.decode(self._socket.recv_multipart())
 
 
 def _socket(context: zmq.Context[zmq.Socket[bytes]], kind: int) -> zmq.Socket[bytes]:
