@@ -20,7 +20,7 @@ _MEMORY_RETRY_S = 5.0
 
 _OURS = __name__.partition(".")[0]
 _LIBRARIES = ("diffusers", "transformers")
-_BETWEEN = ("crossing", "batcher", "forward")
+_BETWEEN = ("crossing", "batcher", "forward.recovery", "forward.runner", "forward.stages")
 """By these of our modules and packages a pipeline reaches its components: what is raised there is theirs."""
 
 _ALLOCATION = re.compile(r"not enough memory|can't allocate memory", re.IGNORECASE)  # torch's on a CPU

@@ -13,6 +13,7 @@ from safetensors.torch import load
 from safelight.protocol.messages import Failed, FromWorker, Generate, Preview, Progress, Result, Sample
 from safelight.protocol.rollouts import Rollout
 from safelight.worker.batcher import Batcher
+from safelight.worker.forward.collate import collate
 from safelight.worker.jobs import Jobs
 from safelight.worker.model import Model
 
@@ -95,7 +96,8 @@ def test_a_request_that_raises_inside_a_merged_forward_fails_alone(
         stage.jobs.submit(generate(name, guidance_scale=scale))
     ended = {message.request_id: message for message in stage.settle() if isinstance(message, Failed | Result)}
     assert isinstance(ended["bad"], Failed)
-    assert ended["bad"].error.status == 500, "what raises is no library, but this test"
+    assert (ended["bad"].error.status, ended["bad"].error.field) == (400, "guidance_scale")
+    assert "RuntimeError: thirteen" in ended["bad"].error.message, "what the component said of the request's value"
     assert isinstance(alone, Result)
     expected = load(bytes(alone.outputs[0].data))["t"]
     for name in ("first", "last"):
@@ -103,6 +105,16 @@ def test_a_request_that_raises_inside_a_merged_forward_fails_alone(
         assert isinstance(good, Result)
         assert (load(bytes(good.outputs[0].data))["t"] - expected).abs().max() <= 1e-4
     assert "they run one by one" in caplog.text
+
+
+def test_a_mistake_of_ours_within_a_forward_is_not_blamed_on_the_request(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stage.model.pipeline.transformer, "forward", lambda *_, **__: collate([]))
+    stage.jobs.submit(generate("asked", guidance_scale=2.0))
+    (ended,) = [message for message in stage.settle() if isinstance(message, Failed | Result)]
+    assert isinstance(ended, Failed)
+    assert ended.error.status == 500
 
 
 def test_a_cancelled_request_is_acknowledged_once_and_leaves_nothing_running(stage: Stage) -> None:

@@ -70,8 +70,8 @@ class Coroutine:
         return self._advance(lambda: self._greenlet.switch(answers))
 
     def throw(self, error: BaseException) -> Sequence[Call] | None:
-        """Raise ``error`` where the coroutine waits. It ends, unless the pipeline handles the error."""
-        return self._advance(lambda: self._greenlet.throw(error))
+        """Raise ``error``, with its traceback, where the coroutine waits. It ends, unless the pipeline handles it."""
+        return self._advance(lambda: self._greenlet.throw(type(error), error, error.__traceback__))
 
     def _advance(self, switch: Callable[[], Any]) -> Sequence[Call] | None:
         # not the greenlet that made this coroutine: that may be another coroutine (a sample that wants a preview)

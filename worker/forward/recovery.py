@@ -90,6 +90,7 @@ class Recovery:
         except torch.AcceleratorError:
             raise
         except Exception as error:  # noqa: BLE001  # goes to the coroutine that made the call
+            traceback.clear_frames(error.__traceback__)
             outcome = Outcome(error=error)
         else:
             self._policy.fitted(forward.name)
