@@ -23,7 +23,7 @@ from .encoding import Floats, Waveform, encode, encode_image, to_uint8
 from .failure import NotFinite, explain
 from .frame_rate import rate_told
 from .lora.adapters import RankAdapters
-from .model import Model
+from .model import Model, use_device
 from .preview import preview
 from .rollout import record
 from .sample import SampleRun
@@ -96,7 +96,9 @@ class Jobs:
         self._wake = wake
         self._leads = leads
         self._jobs: dict[str, Job] = {}
-        self._threads = ThreadPoolExecutor(max(1, (os.cpu_count() or 2) // 2), thread_name_prefix="encode")
+        self._threads = ThreadPoolExecutor(
+            max(1, (os.cpu_count() or 2) // 2), "encode", initializer=use_device, initargs=(model.device,)
+        )
         self._encoded: SimpleQueue[_Encoded] = SimpleQueue()
         self._failing: list[str] = []
         self._outputs = self._cancelled = self._failed = 0

@@ -264,6 +264,12 @@ def find_device(config: Config, replica: int = 0, rank: int = 0) -> torch.device
     return torch.device("cuda", (replica * config.tp + rank) % torch.cuda.device_count())
 
 
+def use_device(device: torch.device) -> None:
+    """Make ``device`` the calling thread's own: kernels that are not torch's operators run on no other."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+
+
 def _dtype(config: Config, device: torch.device, stored: Callable[[], str | None]) -> torch.dtype:
     if config.dtype != "auto":
         found: torch.dtype = getattr(torch, config.dtype)

@@ -36,7 +36,7 @@ from .group_orders import GroupOrders
 from .heartbeat import HEARTBEAT_S, Activity, Heartbeats
 from .jobs import Jobs
 from .lora.adapters import RankAdapters
-from .model import Model, find_device, load_model, modules
+from .model import Model, find_device, load_model, modules, use_device
 from .operations import Operations
 from .parallel.ranks import RankLost, join, leave
 from .parallel.starting import FailedTogether, all_or_none
@@ -96,6 +96,7 @@ class Replica:
     def _load(self) -> tuple[Model, Found]:
         self._report("loading the model")
         device = find_device(self._config, self._number, self._child.rank)
+        use_device(device)  # before anything opens one
         threads = self._config.threads or max(1, (os.cpu_count() or 1) // (self._config.replicas * self._config.tp))
         torch.set_num_threads(threads)
         # gradient mode is the thread's: set once here, so that no pipeline's no_grad can switch it on on leaving

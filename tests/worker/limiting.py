@@ -1,12 +1,14 @@
-"""What every rank does in the test of the limit on collectives; in a module that other processes can import."""
+"""What every rank does in tests of collectives; in a module that other processes can import."""
 
 from __future__ import annotations
 
 import os
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from safelight.worker.parallel.ranks import RankLost, Ranks
 
@@ -22,3 +24,10 @@ def gives_up_on_a_silent_rank(ranks: Ranks, ended: Path) -> None:
     while not ended.exists():
         time.sleep(0.01)
     os._exit(0)  # the group is broken
+
+
+def votes_without_the_device(ranks: Ranks) -> None:
+    """A device on which there is no memory at all."""
+    full = replace(ranks, device=torch.device("meta"))
+    assert full.exchange(b"x" * ranks.rank) == [b"x" * rank for rank in range(ranks.size)]
+    full.agree("it has failed alike")

@@ -12,7 +12,7 @@ import torch
 from safelight.tests.ranks import on_ranks
 from safelight.tests.tiny import save
 from safelight.tests.worker import failing, leading, swapping
-from safelight.tests.worker.limiting import gives_up_on_a_silent_rank
+from safelight.tests.worker.limiting import gives_up_on_a_silent_rank, votes_without_the_device
 from safelight.tests.worker.summing import sums_round_once
 
 
@@ -59,3 +59,7 @@ def test_an_output_that_fails_on_the_leader_alone_costs_its_request_and_no_rank(
 
 def test_a_rank_that_would_make_another_forward_ends_before_it(meeting_place: str) -> None:
     on_ranks(2, leading.would_make_another_forward, meeting_place)
+
+
+def test_a_vote_of_the_ranks_needs_no_memory_of_their_devices() -> None:
+    on_ranks(2, votes_without_the_device)

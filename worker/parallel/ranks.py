@@ -87,16 +87,14 @@ class Ranks:
         return parts
 
     def exchange(self, value: bytes) -> list[bytes]:
-        """``value`` of every rank, in the order of the ranks."""
+        """``value`` of every rank, in the order of the ranks. It needs nothing of the device, which may be full."""
         if self.group is None:
             return [value]
-        device = self.device
-        longest = torch.tensor([len(value)], device=device)
-        lengths = [int(length) for length in self.gather(longest)]
+        lengths = [int(length) for length in self.gather(torch.tensor([len(value)]))]
         padded = torch.zeros(max(lengths), dtype=torch.uint8)
         padded[: len(value)] = torch.frombuffer(bytearray(value), dtype=torch.uint8) if value else padded[:0]
-        gathered = self.gather(padded.to(device))
-        return [part[:length].cpu().numpy().tobytes() for part, length in zip(gathered, lengths, strict=True)]
+        gathered = self.gather(padded)
+        return [part[:length].numpy().tobytes() for part, length in zip(gathered, lengths, strict=True)]
 
     def agree(self, failure: str) -> None:
         """Return when all ranks say that the same ``failure`` has happened to them; others do not call this.
@@ -116,7 +114,7 @@ class Ranks:
             raise RankLost(f"{failure}, and something else on another rank")
 
     def limit(self, timeout_s: float) -> None:
-        """From now on a collective that takes longer than ``timeout_s`` raises."""
+        """From now on a collective that takes longer than ``timeout_s`` raises; NCCL ends the process."""
         if self.group is not None:
             dist.distributed_c10d._set_pg_timeout(timedelta(seconds=timeout_s), self.group)
 
@@ -138,7 +136,7 @@ ALONE = Ranks()
 
 
 def join(rank: int, size: int, meeting_place: str, device: torch.device, timeout_s: float) -> Ranks:
-    """Meet the other ranks: gloo between CPUs, NCCL between CUDA devices.
+    """Meet the other ranks: gloo for tensors on CPUs, and NCCL beside it for those on CUDA devices.
 
     ``meeting_place`` is a path that no file lies at yet, the same for all ranks of this start. A collective that takes
     longer than ``timeout_s`` raises, since a rank is then gone or hangs.
@@ -148,7 +146,7 @@ def join(rank: int, size: int, meeting_place: str, device: torch.device, timeout
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # the ranks of a replica share a machine
     store = FileStore(meeting_place, size)
     dist.init_process_group(
-        "nccl" if device.type == "cuda" else "gloo",
+        "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
         store=store,
         rank=rank,
         world_size=size,
