@@ -130,15 +130,22 @@ def test_a_group_encodes_its_prompt_once(server: LiveServer, client: Client) -> 
         told: dict[str, int] = replica["stats"]
         return told
 
+    def settled() -> dict[str, int]:
+        """What several heartbeats in a row say."""
+        seen = [stats()]
+        while len(seen) < 30 or seen[-30:] != [seen[-1]] * 30:
+            time.sleep(0.1)
+            seen.append({name: stats()[name] for name in ("running", "outputs", "forwards")})
+        return seen[-1]
+
     def forwards_for(outputs: int, **changes: Any) -> int:
-        before = server.wait_for(lambda: told if (told := stats())["running"] == 0 else None, 20)
+        before = settled()
         client.rollout(**asked("flux", deterministic=True, n=outputs, **changes))
         wanted = before["outputs"] + outputs
-        after = server.wait_for(lambda: told if (told := stats())["outputs"] == wanted else None, 20)
+        after = server.wait_for(lambda: told if (told := stats())["outputs"] == wanted else None, 60)
         return after["forwards"] - before["forwards"]
 
     client.rollout(**asked("flux", deterministic=True, prompt="something"))
-    time.sleep(1.5)  # until the worker has told of it
     encoders = 2  # of FLUX
     alone = forwards_for(1, prompt="something else")
     assert forwards_for(3, prompt="something else again") == 3 * (alone - encoders) + encoders

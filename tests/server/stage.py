@@ -30,7 +30,7 @@ class Stage:
     url: str
     http: HttpServer
 
-    async def until(self, condition: Callable[[], object], timeout_s: float = 5) -> None:
+    async def until(self, condition: Callable[[], object], timeout_s: float = 60) -> None:
         deadline = time.monotonic() + timeout_s
         while not condition():
             assert time.monotonic() < deadline, "it did not happen"

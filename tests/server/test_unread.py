@@ -104,7 +104,7 @@ async def test_pictures_that_nobody_reads_are_bounded_like_rollouts(accept: byte
             writers.append(await ask_and_read_nothing(played, more, accept))
             await played.until(lambda number=number: len(played.scheduler.generates()) > number)
         status = 200
-        for _ in range(200):
+        for _ in range(3000):
             reply = await played.client.post("/generate", content=ASK % b"")
             if (status := reply.status_code) != 200:
                 break
@@ -112,7 +112,7 @@ async def test_pictures_that_nobody_reads_are_bounded_like_rollouts(accept: byte
         assert (status, "--max-unread-mb" in reply.text) == (429, True)
         for writer in writers:
             writer.close()
-        for _ in range(200):
+        for _ in range(3000):
             reply = await played.client.post("/generate", content=ASK % b"")
             if reply.status_code == 200:
                 break

@@ -130,7 +130,7 @@ def test_a_higher_priority_goes_first(checkpoint: Callable[[str], Path]) -> None
         worker.suspend()
         queued = "safelight_queued_requests"
         for waiting, (name, priority) in enumerate((("low", 0), ("high", 5)), start=1):
-            futures.append(pool.submit(one, server.url, name, priority, 5))
+            futures.append(pool.submit(one, server.url, name, priority, 60))
             server.wait_for(lambda waiting=waiting: metric(server.url, queued) == waiting or None, 10)
         worker.resume()
         for future in futures:

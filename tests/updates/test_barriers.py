@@ -16,7 +16,7 @@ import pytest
 
 from .trainer import DRAWING, Trainer, changed, transformer
 
-LONG_STEPS = {1: 400, 2: 60}
+LONG_STEPS = {1: 400, 2: 150}
 """By ranks: some seconds of drawing."""
 
 
