@@ -13,18 +13,7 @@ from safelight.worker.crossing.call import Call
 from safelight.worker.crossing.chain import Chain, Proceed
 from safelight.worker.crossing.coroutine import Cancelled, Coroutine
 
-
-class Doubler:
-    """A component that doubles its rows and writes down how many it saw at once."""
-
-    def __init__(self) -> None:
-        self.forwards: list[list[float]] = []
-
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        self.forwards.append([float(row[0]) for row in x])
-        if bool((x < 0).any()):
-            raise ValueError("negative")
-        return x * 2
+from .test_batcher import Doubler
 
 
 def paired(other: float, width: int = 2) -> Callable[[Call, Proceed], Any]:

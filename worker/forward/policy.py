@@ -29,8 +29,7 @@ class MergePolicy:
         """Positions that may meet in calls that have run out of memory, by name."""
         self._fitted: dict[str, int] = {}
         self._apart: set[Hashable] = set()
-        self.turns: set[str] = set()
-        """Calls in which requests with different adapters cannot meet, by name."""
+        self._turns: set[str] = set()
 
     def batchable(self, pending: Pending) -> Batchable | None:
         """What ``pending`` can be batched by; ``None`` if it has to run alone."""
@@ -54,14 +53,14 @@ class MergePolicy:
 
     def takes_turns(self, name: str) -> bool:
         """Whether calls with different adapters cannot meet."""
-        return name in self.turns
+        return name in self._turns
 
     def take_turns(self, name: str) -> None:
-        self.turns.add(name)
+        self._turns.add(name)
 
     def adapters_changed(self) -> None:
         """Calls with different ones may meet again where those that there were could not."""
-        self.turns.clear()
+        self._turns.clear()
 
     def lower_cap(self, name: str, positions: int) -> None:
         """A forward of ``positions`` did not fit into memory."""

@@ -61,14 +61,12 @@ class Recovery:
             answers = self._answers(forward)
         except (torch.OutOfMemoryError, CannotMix, NotDivisible, DrawsRandomNumbers) as reason:
             smaller = self._learn(forward, reason)
-            traceback.clear_frames(reason.__traceback__)  # they hold the failed forward's tensors
         except torch.AcceleratorError:  # the device is broken for this process, and no request's fault
             raise
-        except Exception as error:  # one of the calls: alone, each shows which
+        except Exception:  # one of the calls: alone, each shows which
             number = len(forward.calls)
             log.warning("a forward of %d calls to %s failed; they run one by one", number, forward.name, exc_info=True)
             smaller, suspect = forward.single(), True
-            traceback.clear_frames(error.__traceback__)
         if smaller:
             all_well = self._each(smaller, deliver)
             if all_well and suspect:
@@ -84,13 +82,11 @@ class Recovery:
         try:
             (answer,) = self._answers(forward)
         except torch.OutOfMemoryError as error:
-            traceback.clear_frames(error.__traceback__)
             self._free()
             outcome = Outcome(error=error)
         except torch.AcceleratorError:
             raise
         except Exception as error:  # noqa: BLE001  # goes to the coroutine that made the call
-            traceback.clear_frames(error.__traceback__)
             outcome = Outcome(error=error)
         else:
             self._policy.fitted(forward.name)
@@ -99,12 +95,13 @@ class Recovery:
         return outcome.error is None
 
     def _answers(self, forward: Forward) -> list[Any]:
-        """Raises what the forward has raised on every rank."""
+        """Raises what the forward has raised on every rank, and holds none of its tensors."""
         try:
             return self._runner.answers(forward)
         except torch.AcceleratorError:  # the end of this process, which the others see by themselves
             raise
         except Exception as error:
+            traceback.clear_frames(error.__traceback__)
             number, calls = self._runner.counters.forwards, len(forward.calls)
             self._agree(f"forward {number}, {calls} calls to {forward.name}, has raised {type(error).__name__}")
             raise
