@@ -23,7 +23,7 @@ from torch import Tensor
 
 from safelight.benchmarks.machine import describe
 from safelight.benchmarks.serving import SHAPES
-from safelight.protocol.models import EMBEDDED_ADAPTERS, embedded_adapter
+from safelight.formats.model_names import EMBEDDED_ADAPTERS, embedded_adapter
 from safelight.shapes import Scene, caption, sample_scenes
 from safelight.shapes.scene import SIZES
 from safelight.shapes.style_judge import StyleVerdict, judge_style

@@ -12,9 +12,9 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..protocol.digests import STORED_DTYPES, TORCH_DTYPES, module_digest
+from ..formats.digests import STORED_DTYPES, TORCH_DTYPES, module_digest
+from ..formats.tensor_files import BadTensorFile, StoredTensor, TensorFile
 from ..protocol.errors import InvalidRequest
-from ..protocol.tensor_files import BadTensorFile, StoredTensor, TensorFile
 from .host_tensors import HostTensor
 from .module_files import files_of, module_paths
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import httpx
 
-from ..protocol.addresses import is_loopback
+from ..process.addresses import is_loopback
 from ..protocol.errors import SafelightError, Unavailable
 from .calls import Call
 from .errors import ConnectionLost, decode, error_from_event, error_from_reply, message_of

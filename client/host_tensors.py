@@ -10,9 +10,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..protocol.digests import STORED_DTYPES, TORCH_DTYPES, tensor_digest
+from ..formats.digests import STORED_DTYPES, TORCH_DTYPES, tensor_digest
+from ..formats.tensor_files import ITEM_SIZES, BadTensorFile, read_head
 from ..protocol.errors import InvalidRequest
-from ..protocol.tensor_files import ITEM_SIZES, BadTensorFile, read_head
 
 if TYPE_CHECKING:
     import torch

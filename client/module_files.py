@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from ..formats.tensor_files import BadTensorFile, weight_files
 from ..protocol.errors import InvalidRequest
-from ..protocol.tensor_files import BadTensorFile, weight_files
 
 
 def module_paths(path: Path, wanted: Sequence[str] = ()) -> dict[str, Path]:

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
+from ..formats.tensor_files import write_header
 from ..protocol.rollouts import TENSOR, FloatName, SamplerName
-from ..protocol.tensor_files import write_header
 from . import calls
 from .calls import Call
 from .host_tensors import from_torch

@@ -8,7 +8,7 @@ from typing import Any
 
 import msgspec
 
-from ..protocol.digests import STORED_DTYPES
+from ..formats.digests import STORED_DTYPES
 from ..protocol.errors import NotFound, SafelightError
 from ..protocol.operations import Barrier
 from . import calls, weight_calls

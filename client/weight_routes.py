@@ -13,8 +13,8 @@ from itertools import count
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
+from ..formats.tensor_files import write_header
 from ..protocol.errors import InvalidRequest, Unavailable
-from ..protocol.tensor_files import write_header
 from . import weight_calls
 from .calls import Call
 from .cuda_handles import gpu_of, handle

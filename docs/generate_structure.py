@@ -7,7 +7,10 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "structure.md"
-ROOMS = ("protocol", "server", "scheduler", "worker", "client", "rollout", "shapes", "assets", "benchmarks", "examples")
+ROOMS = (
+    "protocol", "formats", "process", "server", "scheduler", "worker", "client",
+    "rollout", "shapes", "assets", "benchmarks", "examples",
+)  # fmt: skip
 BEGIN, END = "<!-- modules: made by `python docs/generate_structure.py` -->\n", "<!-- end of modules -->\n"
 
 

@@ -37,7 +37,7 @@ WEIGHTS, CACHES = "weights", "caches"
 class Files(msgspec.Struct, tag=True, frozen=True):
     """safetensors files of each module; with ``delete`` they are gone when the update has ended.
 
-    Those that stay on disk have ``stamps`` (:func:`.tensor_files.stamp`), by path, and are read only as long as they
+    Those that stay on disk have ``stamps`` (``formats.tensor_files.stamp``), by path, and are read only as long as they
     are what they were; in an ``overlay`` a tensor of a later file stands for that of an earlier one.
     """
 

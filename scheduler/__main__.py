@@ -9,8 +9,8 @@ from types import FrameType
 
 import zmq
 
-from ..protocol.child import name_process, read_child_config
-from ..protocol.logs import configure_logging
+from ..process.child import name_process, read_child_config
+from ..process.logs import configure_logging
 from .loop import Loop
 
 logger = logging.getLogger(__name__)

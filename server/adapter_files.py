@@ -10,11 +10,11 @@ import stat
 from pathlib import Path
 from typing import BinaryIO
 
+from ..formats.model_names import resolve_model
+from ..formats.tensor_files import BadTensorFile, read_head
 from ..protocol.adapters import ADAPTER_CONFIG, ADAPTER_FILE, ALL, AdapterSource, SetAdapters
 from ..protocol.config import Config
 from ..protocol.errors import InvalidRequest, NotFound, SafelightError, StartFailed, Unavailable
-from ..protocol.models import resolve_model
-from ..protocol.tensor_files import BadTensorFile, read_head
 from .checkpoint_files import find_path
 
 _FIELD = "lora_path"

@@ -15,7 +15,7 @@ from starlette.datastructures import Headers
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from ..protocol.addresses import address_of
+from ..process.addresses import address_of
 from ..protocol.config import Config
 from ..protocol.errors import Forbidden, InvalidRequest, Malformed, StartFailed
 from .gate import media_type

@@ -6,11 +6,11 @@ import os
 from collections.abc import Collection
 from pathlib import Path
 
+from ..formats.model_names import resolve_model
+from ..formats.tensor_files import BadTensorFile, stamp, weight_files
 from ..protocol.config import Config
 from ..protocol.errors import Forbidden, InvalidRequest, NotFound
-from ..protocol.models import resolve_model
 from ..protocol.operations import Files
-from ..protocol.tensor_files import BadTensorFile, stamp, weight_files
 
 SUFFIX = ".safetensors"
 

@@ -13,8 +13,8 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from ..process.logs import request_id_var
 from ..protocol.errors import ClientGone, Internal, SafelightError, Unavailable
-from ..protocol.logs import request_id_var
 from .metrics import Metrics
 from .replies import error_reply, refusal_of
 

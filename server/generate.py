@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 from fastapi import APIRouter, Request, Response
 
+from ..process.logs import request_id_var
 from ..protocol.config import MOST_PIXELS
 from ..protocol.errors import InvalidRequest
-from ..protocol.logs import request_id_var
 from ..protocol.messages import Generate, Result
 from . import accept
 from .body import FORM, read_generate

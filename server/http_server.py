@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import uvicorn
 from starlette.types import ASGIApp
 
-from ..protocol.addresses import is_loopback
+from ..process.addresses import is_loopback
 from ..protocol.errors import StartFailed
 from .connections import Connection, Connections, room_for_connections
 

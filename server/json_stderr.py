@@ -8,7 +8,7 @@ import sys
 import threading
 from collections.abc import Iterator
 
-from ..protocol.logs import as_json_line
+from ..process.logs import as_json_line
 
 _STDERR = 2
 _LAST_S = 5.0  # until children that were killed have closed their end

@@ -20,10 +20,10 @@ from typing import NoReturn
 
 import msgspec
 
-from ..protocol.checkpoint import check_model
+from ..formats.checkpoint import check_model
+from ..process.logs import configure_logging, escaped
 from ..protocol.config import ChildConfig, Config
 from ..protocol.errors import StartFailed
-from ..protocol.logs import configure_logging, escaped
 from .connections import raise_descriptor_limit
 from .flags import read_config
 from .http_server import listen

@@ -10,9 +10,9 @@ from typing import Any
 import msgspec
 from fastapi import APIRouter, Request, Response
 
+from ..process.logs import request_id_var
 from ..protocol.adapters import AdapterState
 from ..protocol.errors import ErrorInfo, SafelightError
-from ..protocol.logs import request_id_var
 from ..protocol.operations import (
     AbortRequests,
     Barrier,

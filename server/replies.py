@@ -10,8 +10,8 @@ import orjson
 from fastapi import Response
 from starlette.types import Receive, Scope, Send
 
+from ..process.logs import request_id_var
 from ..protocol.errors import ErrorInfo
-from ..protocol.logs import request_id_var
 
 _REFUSAL = "safelight.refusal"
 _RETRY_AFTER_S = {429: 1.0, 503: 5.0}  # when the error itself does not know

@@ -7,10 +7,10 @@ import asyncio
 import msgspec
 from fastapi import APIRouter, Request, Response
 
-from ..protocol.addresses import is_loopback
+from ..process.addresses import is_loopback
+from ..process.logs import request_id_var
 from ..protocol.config import MOST_PIXELS
 from ..protocol.errors import InvalidRequest
-from ..protocol.logs import request_id_var
 from ..protocol.messages import Generate, Result
 from .disconnect import while_connected
 from .exchange import own_id_var

@@ -13,12 +13,12 @@ import numpy as np
 from fastapi import Request
 from pydantic import Field
 
+from ..formats.tensor_files import BadTensorFile, read_header
 from ..protocol.codec import Buffer
 from ..protocol.config import Config
 from ..protocol.errors import BodyTooLarge, InvalidRequest, Malformed
 from ..protocol.messages import ModelInfo
 from ..protocol.rollouts import TENSOR, FloatName, Rollout, SamplerName, StepNoise, Tensor
-from ..protocol.tensor_files import BadTensorFile, read_header
 from .bounded import MAX_TEXT, parse, read_body, read_msgpack
 from .limits import Range
 from .schemas import GenerateBody, read_object, validate

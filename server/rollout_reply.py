@@ -7,10 +7,10 @@ from typing import Any
 
 import msgspec
 
-from ..protocol.digests import STORED_DTYPES
+from ..formats.digests import STORED_DTYPES
+from ..formats.tensor_files import write_header
 from ..protocol.messages import Output
 from ..protocol.rollouts import TENSOR, RolledOut, Tensor
-from ..protocol.tensor_files import write_header
 
 MEDIA_TYPE = "application/msgpack"
 

@@ -14,9 +14,9 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from ..process.logs import escaped
 from ..protocol.config import ChildConfig
 from ..protocol.errors import Unavailable
-from ..protocol.logs import escaped
 from ..protocol.messages import ModelInfo, Status
 from .app import create_app
 from .http_server import HttpServer, url_of

@@ -16,8 +16,8 @@ from typing import Self
 
 from fastapi import Request
 
+from ..formats.tensor_files import BadTensorFile, read_header
 from ..protocol.errors import InvalidRequest, QueueFull, Unavailable
-from ..protocol.tensor_files import BadTensorFile, read_header
 from .upload_turns import SLOW_BYTES_S, Turn, Turns
 
 MAX_HEADER = 16 << 20

@@ -5,7 +5,7 @@ from __future__ import annotations
 import tomllib
 from pathlib import Path
 
-from safelight.protocol.models import EMBEDDED_ADAPTERS, embedded_adapter
+from safelight.formats.model_names import EMBEDDED_ADAPTERS, embedded_adapter
 
 ROOT = Path(__file__).resolve().parent.parent
 NOT_INSTALLED = {"tests", "benchmarks", "examples", "docs", "docker", "build"}

@@ -8,8 +8,8 @@ import os
 import sys
 from typing import NoReturn
 
-from ..protocol.child import name_process, read_child_config
-from ..protocol.logs import adopt_library_loggers, configure_logging
+from ..process.child import name_process, read_child_config
+from ..process.logs import adopt_library_loggers, configure_logging
 
 
 def import_replica() -> None:

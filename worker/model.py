@@ -14,12 +14,12 @@ from diffusers import DiffusionPipeline
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..protocol.checkpoint import SAFETENSORS, check_directory
+from ..formats.checkpoint import SAFETENSORS, check_directory
+from ..formats.model_names import resolve_model
 from ..protocol.config import Config
 from ..protocol.costs import output_pixels
 from ..protocol.errors import InvalidRequest, StartFailed
 from ..protocol.messages import BatchingMode, Generate, ImageTask, ModelInfo
-from ..protocol.models import resolve_model
 from .forward.costs import Costs
 from .frame_rate import frame_rate
 from .parallel.ranks import ALONE, Ranks

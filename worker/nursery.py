@@ -12,9 +12,9 @@ import signal
 import socket
 import sys
 
-from ..protocol.child import name_process
+from ..process.child import name_process
+from ..process.logs import configure_logging
 from ..protocol.config import Config
-from ..protocol.logs import configure_logging
 
 _STDIN = 0
 

@@ -15,8 +15,8 @@ from diffusers import DiffusionPipeline
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils import BaseOutput
 
+from ..process.logs import request_id_var
 from ..protocol.errors import InvalidRequest
-from ..protocol.logs import request_id_var
 from ..protocol.messages import Generate
 from ..protocol.rollouts import Rollout
 from .arguments import as_declared

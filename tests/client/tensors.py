@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from safelight.protocol.digests import module_digest
+from safelight.formats.digests import module_digest
 from safelight.worker.weights.digests import raw_bytes
 
 Tensors = dict[str, torch.Tensor]

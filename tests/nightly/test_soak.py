@@ -6,8 +6,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from safelight.client import Client
+from safelight.formats.model_names import EMBEDDED_ADAPTERS, embedded_adapter
 from safelight.protocol.adapters import WantedMode
-from safelight.protocol.models import EMBEDDED_ADAPTERS, embedded_adapter
 from safelight.tests.effort import scaled
 from safelight.tests.live import LiveServer
 from safelight.tests.updates.trainer import Tensors, changed

@@ -20,7 +20,7 @@ import pytest
 from PIL import Image
 
 from safelight.client import Client
-from safelight.protocol.models import embedded_adapter
+from safelight.formats.model_names import embedded_adapter
 from safelight.tests.effort import scaled
 from safelight.tests.live import LiveServer
 from safelight.tests.updates.trainer import Tensors, changed

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from safelight.protocol.child import ORPHANED
+from safelight.process.child import ORPHANED
 from safelight.protocol.codec import Buffer
 from safelight.protocol.config import Config
 from safelight.protocol.messages import (

@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from safelight.protocol.child import ORPHANED
+from safelight.process.child import ORPHANED
 from safelight.protocol.config import ChildConfig, Config
 from safelight.server.child_process import ChildProcess
 
@@ -32,7 +32,7 @@ async def test_no_child_process_has_the_key(tmp_path: Path, monkeypatch: pytest.
 
 @pytest.mark.parametrize("written", ["", '{"config": {"model": "sha'])
 async def test_a_launcher_that_is_killed_while_it_writes_the_configuration_leaves_no_process(written: str) -> None:
-    command = [sys.executable, "-P", "-c", "from safelight.protocol.child import read_child_config as r; r()"]
+    command = [sys.executable, "-P", "-c", "from safelight.process.child import read_child_config as r; r()"]
     ended = await asyncio.to_thread(subprocess.run, command, input=written, capture_output=True, text=True)
     assert (ended.returncode, ended.stderr) == (ORPHANED, "")
 

@@ -7,9 +7,9 @@ import asyncio
 import httpx
 import pytest
 
+from safelight.formats.tensor_files import write_header
 from safelight.protocol.adapters import AdapterState
 from safelight.protocol.operations import Operate, Operated
-from safelight.protocol.tensor_files import write_header
 from safelight.server import adapter_folders, uploads
 
 from .stage import Stage, stage

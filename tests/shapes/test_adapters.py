@@ -9,7 +9,7 @@ import torch
 from diffusers import FluxPipeline
 from safetensors import safe_open
 
-from safelight.protocol.models import EMBEDDED_ADAPTERS, embedded_adapter, resolve_model
+from safelight.formats.model_names import EMBEDDED_ADAPTERS, embedded_adapter, resolve_model
 from safelight.shapes import caption, sample_scenes
 from safelight.shapes.style_judge import StyleVerdict, judge_style
 from safelight.shapes.styles import STYLES

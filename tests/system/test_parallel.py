@@ -14,7 +14,7 @@ import psutil
 import pytest
 
 from safelight.client.private_server import SERVER_PROGRAM
-from safelight.protocol.models import resolve_model
+from safelight.formats.model_names import resolve_model
 from safelight.tests.live import LiveServer
 from safelight.tests.serving import Servers
 

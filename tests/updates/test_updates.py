@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from safelight.client.checksum import checksum
-from safelight.protocol.digests import tensor_digest
+from safelight.formats.digests import tensor_digest
 from safelight.worker.weights.digests import raw_bytes
 
 from .trainer import Tensors, Trainer, changed, transformer

@@ -19,7 +19,7 @@ from diffusers import FluxTransformer2DModel
 from torch.distributed.distributed_c10d import _new_process_group_helper, _world
 from torch.distributed.rendezvous import rendezvous
 
-from safelight.protocol.digests import tensor_digest
+from safelight.formats.digests import tensor_digest
 from safelight.tests.forked import Forked
 from safelight.worker.weights.digests import raw_bytes
 

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
+from safelight.formats.digests import tensor_digest
+from safelight.formats.model_names import EMBEDDED, resolve_model
 from safelight.protocol.config import Config
-from safelight.protocol.digests import tensor_digest
-from safelight.protocol.models import EMBEDDED, resolve_model
 from safelight.worker.model import load_model
 from safelight.worker.models import family_of
 from safelight.worker.parallel.ranks import Ranks

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import msgspec
 
-from ...protocol.checkpoint import check_model
+from ...formats.checkpoint import check_model
 from ...protocol.errors import StartFailed
 from .flags import read_flags, task_of
 from .policy import load_policy

@@ -8,7 +8,7 @@ import sys
 
 import msgspec
 
-from ...protocol.child import read_child
+from ...process.child import read_child
 from ...protocol.errors import StartFailed
 from .task import CANNOT_START, MISSES_ANOTHER, Task
 

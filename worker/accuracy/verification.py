@@ -13,10 +13,10 @@ from typing import Literal
 import torch
 from torch import nn
 
+from ...formats.model_names import resolve_model
+from ...formats.pipeline_index import read_index
 from ...protocol.config import Config
 from ...protocol.errors import StartFailed
-from ...protocol.models import resolve_model
-from ...protocol.pipeline_index import read_index
 from ..model import find_directory, load_model
 from ..parallel.ranks import Ranks
 from ..weights.components import component_classes

@@ -13,6 +13,7 @@ from diffusers import DiffusionPipeline
 from safetensors import SafetensorError
 from torch import nn
 
+from ...formats.digests import STORED_DTYPES
 from ...protocol.adapters import (
     AdapterChange,
     AdapterSource,
@@ -27,7 +28,6 @@ from ...protocol.adapters import (
     UnmergeAdapters,
     Use,
 )
-from ...protocol.digests import STORED_DTYPES
 from ...protocol.errors import Conflict, InvalidRequest, Unavailable
 from ...protocol.operations import Report, Save
 from ..parallel.ranks import Ranks

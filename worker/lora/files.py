@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline
 
+from ...formats.tensor_files import BadTensorFile, read_metadata
 from ...protocol.adapters import ADAPTER_CONFIG, ADAPTER_FILE
 from ...protocol.errors import InvalidRequest
-from ...protocol.tensor_files import BadTensorFile, read_metadata
 from ..weights.sources import map_file
 from .alphas import Told, parse_object, read_config, read_header, scaled
 from .convert import Converted

@@ -10,12 +10,12 @@ from typing import Any
 
 import torch
 
+from ...formats.digests import STORED_DTYPES
+from ...formats.tensor_files import write_header
 from ...protocol.codec import Buffer
-from ...protocol.digests import STORED_DTYPES
 from ...protocol.errors import Unavailable
 from ...protocol.messages import Output
 from ...protocol.rollouts import TENSOR, RolledOut, Rollout, Tensor
-from ...protocol.tensor_files import write_header
 from .sampling import Path
 
 

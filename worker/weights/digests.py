@@ -12,7 +12,7 @@ from typing import Self
 import msgspec
 import torch
 
-from ...protocol.digests import tensor_digest
+from ...formats.digests import tensor_digest
 from ...protocol.operations import TensorDigest
 from ..parallel.ranks import Ranks
 from .layout import Layout

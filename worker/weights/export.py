@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ...protocol.tensor_files import write_header
+from ...formats.tensor_files import write_header
 from ..parallel.ranks import Ranks
 from .digests import raw_bytes
 from .layout import Layout

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from ...protocol.tensor_files import is_shape
+from ...formats.tensor_files import is_shape
 from .allowed import DTYPES, FIELDS, Known, NotAPayload
 from .received import unpickle
 from .segment import Segments

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch.multiprocessing import reductions
 
-from ...protocol.tensor_files import is_shape
+from ...formats.tensor_files import is_shape
 from .allowed import Known, NotAPayload
 from .pickled import MAX_DEPTH, Call, Instance, parse
 from .segment import BadSegment, Segments, check_segment

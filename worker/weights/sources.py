@@ -17,11 +17,11 @@ from pathlib import Path
 
 import torch
 
+from ...formats.digests import TORCH_DTYPES
+from ...formats.tensor_files import BadTensorFile, StoredTensor, read_head, stamp
 from ...protocol.codec import Buffer
-from ...protocol.digests import TORCH_DTYPES
 from ...protocol.errors import InvalidRequest, SafelightError
 from ...protocol.operations import Broadcast, CudaShared, Files, Invalid, Pickled, Report, Source
-from ...protocol.tensor_files import BadTensorFile, StoredTensor, read_head, stamp
 from .allowed import NotAPayload
 from .cuda_handles import open_handles
 from .exchange import Read

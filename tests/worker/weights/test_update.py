@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch import nn
 
+from safelight.formats.tensor_files import write_header
 from safelight.protocol.errors import InvalidRequest, Unavailable
-from safelight.protocol.tensor_files import write_header
 from safelight.worker.parallel.plan import Shard
 from safelight.worker.parallel.ranks import Ranks
 from safelight.worker.weights import undo

@@ -11,8 +11,8 @@ from collections.abc import Iterator
 
 import pytest
 
+from safelight.process.logs import adopt_library_loggers, as_json_line, configure_logging
 from safelight.protocol.config import Config
-from safelight.protocol.logs import adopt_library_loggers, as_json_line, configure_logging
 
 FORGED = "7\n2026-01-01 00:00:00,000 INFO server [-] all is well\r\x1b[2K\x1b[31m\x9b1m\u2028x\u202ey\ud800\x00"
 

@@ -11,7 +11,7 @@ import time
 import warnings
 from typing import Any
 
-from .config import Config
+from ..protocol.config import Config
 
 request_id_var: contextvars.ContextVar[str] = contextvars.ContextVar("request_id", default="-")
 """The request that the current task or coroutine works for."""

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from safelight.protocol.checkpoint import check_model
+from safelight.formats.checkpoint import check_model
+from safelight.formats.model_names import resolve_model
 from safelight.protocol.errors import StartFailed
-from safelight.protocol.models import resolve_model
 
 
 def safetensors(size: int = 8) -> bytes:
@@ -103,7 +103,7 @@ def test_options_that_would_be_ignored_are_refused(tmp_path: Path) -> None:
 
 def test_the_server_looks_at_a_model_without_importing_torch() -> None:
     program = (
-        "import sys; from safelight.protocol.checkpoint import check_model; check_model('shapes');"
+        "import sys; from safelight.formats.checkpoint import check_model; check_model('shapes');"
         "sys.exit(bool({'torch', 'diffusers', 'huggingface_hub'} & set(sys.modules)))"
     )
     assert subprocess.run([sys.executable, "-P", "-c", program], check=False).returncode == 0

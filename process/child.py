@@ -11,7 +11,7 @@ from typing import Protocol, TypeVar
 
 import msgspec
 
-from .config import ChildConfig
+from ..protocol.config import ChildConfig
 
 _STDIN = 0
 

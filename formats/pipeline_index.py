@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .errors import StartFailed
+from ..protocol.errors import StartFailed
 
 INDEX = "model_index.json"
 

@@ -11,8 +11,8 @@ import importlib.util
 import json
 from pathlib import Path
 
-from .errors import StartFailed
-from .models import EMBEDDED, resolve_model
+from ..protocol.errors import StartFailed
+from .model_names import EMBEDDED, resolve_model
 from .pipeline_index import read_index
 
 SAFETENSORS, GGUF = ".safetensors", ".gguf"
