@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from ..protocol.errors import InvalidRequest
-from ..protocol.messages import OutputFormat
+from ..protocol.generation import OutputFormat
 from .pictures import Picture, encode_pictures
 
 P = ParamSpec("P")

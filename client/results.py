@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import msgspec
 
 from ..protocol.adapters import Drawn
-from ..protocol.messages import OutputFormat, Timings
+from ..protocol.generation import OutputFormat, Timings
 from . import notebook
 from .pictures import open_picture
 

@@ -12,16 +12,12 @@ operation has one step.
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Literal
 
 import msgspec
 
-from .adapters import AdapterChange, AdapterSource, AdapterState
-from .codec import Buffer
-from .errors import ErrorInfo
-
-Int64 = Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)]
-"""What a message can hold: JSON knows no bound of its own."""
+from .adapters import AdapterChange, AdapterSource
+from .tensor_sources import Source
 
 Barrier = Literal["wait", "abort", "in_place"]
 """What becomes of requests that came before an operation: they end first, they are ended, or they go on after it."""
@@ -32,69 +28,6 @@ of what was prepared and not written, and of a group that not all have joined.""
 
 
 WEIGHTS, CACHES = "weights", "caches"
-
-
-class Files(msgspec.Struct, tag=True, frozen=True):
-    """safetensors files of each module; with ``delete`` they are gone when the update has ended.
-
-    Those that stay on disk have ``stamps`` (``formats.tensor_files.stamp``), by path, and are read only as long as they
-    are what they were; in an ``overlay`` a tensor of a later file stands for that of an earlier one.
-    """
-
-    modules: dict[str, list[str]]
-    delete: bool = False
-    stamps: dict[str, list[int]] = {}
-    overlay: bool = False
-
-
-class Pickled(msgspec.Struct, tag=True, frozen=True):
-    """``ForkingPickler`` streams: one for all ranks, or one for each; with ``gpu_uuids`` each takes its own GPU's."""
-
-    payloads: list[Buffer]
-    targets: list[str]
-    gpu_uuids: list[str] | None = None
-
-
-class CudaTensor(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A tensor on the GPU whose UUID is ``device``, as torch shares it: a view of a storage, in elements, and handles.
-
-    ``memory`` is the handle of the allocation in which the storage lies, ``storage_offset`` bytes from its begin;
-    ``counters`` and ``counter`` say where its readers are counted, and ``event`` what is to be waited for.
-    """
-
-    name: str
-    dtype: str
-    shape: list[Int64]
-    stride: list[Int64]
-    offset: Int64
-    device: str
-    memory: bytes
-    storage_bytes: Int64
-    storage_offset: Int64
-    counters: bytes
-    counter: Int64
-    event: bytes
-    event_sync: bool
-
-
-class CudaShared(msgspec.Struct, tag=True, frozen=True):
-    """Handles of the tensors of ``module``: a list for each rank of each replica, as each may be opened once."""
-
-    module: str
-    tensors: list[list[CudaTensor]]
-
-
-class Broadcast(msgspec.Struct, tag=True, frozen=True):
-    """Tensors of ``module`` that the trainer sends over the process group ``group``, in this order."""
-
-    group: str
-    module: str
-    names: list[str]
-    dtypes: list[str]
-    shapes: list[list[int]]
-
-
-Source = Files | Pickled | CudaShared | Broadcast
 
 
 class Update(msgspec.Struct, tag=True, frozen=True, kw_only=True):
@@ -292,74 +225,3 @@ class SetPaused(msgspec.Struct, tag=True, frozen=True):
     """Make no forward, or go on."""
 
     paused: bool
-
-
-class Invalid(msgspec.Struct, frozen=True):
-    """A tensor that cannot be written, and why."""
-
-    name: str
-    reason: str
-
-
-class Report(msgspec.Struct, frozen=True, kw_only=True):
-    """What a replica has to say of an operation. What an operation does not have is empty.
-
-    ``updated`` counts the tensors of each module, of which ``expected`` is how many it has; ``complete`` are the
-    modules of which every tensor was given, in all parts together, and ``left_out`` are names that no checkpoint has.
-    ``weight_version`` is the new one, after a commit. ``digests``, ``tensors``, ``aliases`` (further names of tensors)
-    and ``ignored`` (patterns of names that are read over) are by module. ``given`` is equal for replicas that were
-    given the same tensors. ``left`` says that there was a group to leave. ``adapters`` is what will be after a change
-    of them, and ``told`` are sentences about it.
-    ``waiting`` are factors whose counterparts did not come yet.
-    """
-
-    updated: dict[str, int] = {}
-    expected: dict[str, int] = {}
-    complete: list[str] = []
-    left_out: list[str] = []
-    unknown: list[str] = []
-    invalid: list[Invalid] = []
-    invalidated: list[str] = []
-    weight_version: str | None = None
-    ranks: int = 1
-    digests: dict[str, str] = {}
-    tensors: dict[str, dict[str, TensorDigest]] = {}
-    aliases: dict[str, dict[str, str]] = {}
-    ignored: dict[str, list[str]] = {}
-    missing: list[str] = []
-    mismatched: list[str] = []
-    files: dict[str, list[str]] = {}
-    left: bool = False
-    given: str = ""
-    adapters: AdapterState | None = None
-    told: list[str] = []
-    waiting: list[str] = []
-
-
-class TensorDigest(msgspec.Struct, frozen=True):
-    """Of one whole tensor, with its dtype as torch writes it."""
-
-    sha256: str
-    dtype: str
-    shape: list[int]
-
-
-class Performed(msgspec.Struct, tag=True, frozen=True):
-    """A replica has done a step. ``error`` says why it could not: then it has done nothing."""
-
-    number: int
-    step: Step
-    report: Report
-    error: ErrorInfo | None = None
-
-
-class Operated(msgspec.Struct, tag=True, frozen=True):
-    """Every replica has done an operation. ``reports`` are theirs, by number; ``asleep`` is what was put away,
-    and ``adapters`` are those that are there now. ``unable`` says why no replica can serve after it."""
-
-    request_id: str
-    reports: dict[int, Report]
-    weight_version: str | None
-    asleep: list[str]
-    adapters: AdapterState
-    unable: str | None = None

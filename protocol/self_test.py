@@ -7,7 +7,7 @@ from typing import Literal
 
 import msgspec
 
-from .messages import Batching, BatchingMode
+from .replicas import Batching, BatchingMode
 
 _FILE = "self-test.json"
 

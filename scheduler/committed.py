@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 
 from ..protocol.adapters import AdapterChange, AdapterState, RestoreAdapters, SetAdapters
 from ..protocol.errors import Conflict
-from ..protocol.operations import Files, Report
+from ..protocol.reports import Report
+from ..protocol.tensor_sources import Files
 from .on_disk import OnDisk
 from .replicas import Replica, Replicas
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from ..protocol.config import Config
 from ..protocol.costs import longest, most_pixels, output_pixels
 from ..protocol.errors import InvalidRequest
-from ..protocol.messages import Generate, ModelInfo
+from ..protocol.generation import Generate
+from ..protocol.replicas import ModelInfo
 from .replicas import Replica, Replicas
 
 

@@ -28,37 +28,11 @@ from ..protocol.errors import (
     SafelightError,
     Unavailable,
 )
-from ..protocol.messages import (
-    Cancel,
-    Failed,
-    FromScheduler,
-    FromWorker,
-    Generate,
-    Heartbeat,
-    Preview,
-    Progress,
-    Queued,
-    ReplicaExited,
-    ReplicaFailed,
-    ReplicaLoading,
-    ReplicaReady,
-    Result,
-    Started,
-    Status,
-    ToScheduler,
-    ToWorker,
-)
-from ..protocol.operations import (
-    AbortRequests,
-    Barrier,
-    Continue,
-    ListAdapters,
-    Operate,
-    Operated,
-    Pause,
-    Performed,
-    SetPaused,
-)
+from ..protocol.generation import Cancel, Failed, Generate, Preview, Progress, Queued, Result, Started
+from ..protocol.messages import FromScheduler, FromWorker, ToScheduler, ToWorker
+from ..protocol.operations import AbortRequests, Barrier, Continue, ListAdapters, Operate, Pause, SetPaused
+from ..protocol.replicas import Heartbeat, ReplicaExited, ReplicaFailed, ReplicaLoading, ReplicaReady, Status
+from ..protocol.reports import Operated, Performed
 from .backlog import nbytes_of
 from .committed import Committed
 from .cost import refusal_of

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 
 from ..protocol.errors import Conflict, QueueFull, SafelightError, Unavailable, from_info
 from ..protocol.messages import ToWorker
-from ..protocol.operations import Join, Leave, Operate, Perform, Performed, Report, Step
+from ..protocol.operations import Join, Leave, Operate, Perform, Step
+from ..protocol.reports import Performed, Report
 from .replicas import Replica
 from .transaction import RETRY_S
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Container, Iterable, Mapping, Sequence
 
-from ..protocol.operations import Broadcast, CudaShared, Files, Pickled, Source
+from ..protocol.tensor_sources import Broadcast, CudaShared, Files, Pickled, Source
 
 Stamps = Mapping[str, list[int]]
 """Files in the order in which they were written, each with what it is known by."""

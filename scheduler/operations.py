@@ -17,23 +17,19 @@ from msgspec.structs import replace
 from ..protocol.adapters import AdapterChange, SetAdapters
 from ..protocol.config import Config
 from ..protocol.errors import Conflict, NotFound, SafelightError, Unavailable
-from ..protocol.messages import Failed, FromScheduler, Hold, ToWorker
+from ..protocol.generation import Failed
+from ..protocol.messages import FromScheduler, ToWorker
 from ..protocol.operations import (
     Abort,
     Adapt,
     Begin,
-    Broadcast,
     Commit,
     Export,
-    Files,
     Join,
     Leave,
     Operate,
-    Operated,
     Operation,
     Perform,
-    Performed,
-    Report,
     Save,
     Settled,
     Sleep,
@@ -41,6 +37,9 @@ from ..protocol.operations import (
     Update,
     Wake,
 )
+from ..protocol.replicas import Hold
+from ..protocol.reports import Operated, Performed, Report
+from ..protocol.tensor_sources import Broadcast, Files
 from .backlog import Backlog
 from .committed import Committed, Turns, Weights
 from .groups import Groups

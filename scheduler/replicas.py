@@ -9,7 +9,7 @@ from typing import Literal
 from msgspec.structs import replace
 
 from ..protocol.config import Config
-from ..protocol.messages import Heartbeat, ModelInfo, ReplicaStats, ReplicaStatus
+from ..protocol.replicas import Heartbeat, ModelInfo, ReplicaStats, ReplicaStatus
 
 logger = logging.getLogger(__name__)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..protocol.messages import Generate
+from ..protocol.generation import Generate
 
 
 @dataclass(slots=True, eq=False)

@@ -11,18 +11,9 @@ from msgspec.structs import replace
 
 from ..protocol.adapters import AdapterSource, SetAdapters
 from ..protocol.errors import InvalidRequest, SafelightError, Unavailable, from_info
-from ..protocol.operations import (
-    Barrier,
-    Begin,
-    Commit,
-    Operate,
-    Operation,
-    Perform,
-    Performed,
-    Report,
-    Source,
-    Step,
-)
+from ..protocol.operations import Barrier, Begin, Commit, Operate, Operation, Perform, Step
+from ..protocol.reports import Performed, Report
+from ..protocol.tensor_sources import Source
 from .on_disk import Origins, modules_of
 from .replicas import Replica
 

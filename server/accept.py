@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 from ..protocol.errors import InvalidRequest
-from ..protocol.messages import OutputFormat
+from ..protocol.generation import OutputFormat
 from .limits import FORMATS
 
 MEDIA_TYPES: dict[OutputFormat, str] = {

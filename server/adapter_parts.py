@@ -8,7 +8,9 @@ from fastapi import Request
 
 from ..protocol.adapters import SENT, AdapterSource, SetAdapters
 from ..protocol.errors import SafelightError
-from ..protocol.operations import Adapt, Broadcast, Leave, Operated, Save, Source
+from ..protocol.operations import Adapt, Leave, Save
+from ..protocol.reports import Operated
+from ..protocol.tensor_sources import Broadcast, Source
 from . import weight_bodies as bodies
 from .operating import Operating, first_report
 from .scheduler_link import OperationFailed

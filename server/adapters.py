@@ -23,7 +23,8 @@ from ..protocol.adapters import (
     WantedMode,
 )
 from ..protocol.errors import InvalidRequest
-from ..protocol.operations import Adapt, Barrier, ListAdapters, Operated
+from ..protocol.operations import Adapt, Barrier, ListAdapters
+from ..protocol.reports import Operated
 from .adapter_files import copy_adapter
 from .operating import Operating, active_adapters, first_report
 from .replies import json_reply

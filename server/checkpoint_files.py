@@ -10,7 +10,7 @@ from ..formats.model_names import resolve_model
 from ..formats.tensor_files import BadTensorFile, stamp, weight_files
 from ..protocol.config import Config
 from ..protocol.errors import Forbidden, InvalidRequest, NotFound
-from ..protocol.operations import Files
+from ..protocol.tensor_sources import Files
 
 SUFFIX = ".safetensors"
 

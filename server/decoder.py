@@ -15,7 +15,7 @@ import msgspec
 
 from ..protocol.codec import Buffer
 from ..protocol.errors import ErrorInfo, SafelightError
-from ..protocol.messages import Image
+from ..protocol.generation import Image
 from .images import read_images
 
 

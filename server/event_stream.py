@@ -11,7 +11,7 @@ from fastapi import Response
 from starlette.types import Receive, Scope, Send
 
 from ..protocol.errors import ClientGone, SafelightError
-from ..protocol.messages import Generate, Preview, Progress, Queued, Result, Started
+from ..protocol.generation import Generate, Preview, Progress, Queued, Result, Started
 from .disconnect import while_connected
 from .replies import error_object
 from .representation import base64_of

@@ -10,7 +10,7 @@ from fastapi import APIRouter, Request, Response
 from ..process.logs import request_id_var
 from ..protocol.config import MOST_PIXELS
 from ..protocol.errors import InvalidRequest
-from ..protocol.messages import Generate, Result
+from ..protocol.generation import Generate, Result
 from . import accept
 from .body import FORM, read_generate
 from .disconnect import while_connected

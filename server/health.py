@@ -8,7 +8,7 @@ import msgspec
 from fastapi import APIRouter, Response
 
 from ..protocol.errors import Unavailable
-from ..protocol.messages import ReplicaStatus, Status
+from ..protocol.replicas import ReplicaStatus, Status
 from .replies import error_reply, json_reply
 from .service import Service
 

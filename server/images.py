@@ -17,7 +17,7 @@ from PIL import Image as pillow
 
 from ..protocol.codec import Buffer
 from ..protocol.errors import InvalidRequest
-from ..protocol.messages import Image
+from ..protocol.generation import Image
 
 FORMATS = ("PNG", "JPEG", "WEBP")
 """The formats that are read; Pillow is not asked for any other."""

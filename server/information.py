@@ -8,7 +8,7 @@ import msgspec
 from fastapi import APIRouter, Response
 
 from .. import __version__
-from ..protocol.messages import ReplicaStatus
+from ..protocol.replicas import ReplicaStatus
 from .health import what_waits
 from .operating import active_adapters
 from .replies import json_reply

@@ -11,7 +11,8 @@ from typing import Any
 from ..protocol.adapters import Use
 from ..protocol.config import MOST_PIXELS, Config, most_pixels
 from ..protocol.errors import InvalidRequest
-from ..protocol.messages import Generate, Image, ImageTask, ModelInfo, OutputFormat, Parameter, Sample
+from ..protocol.generation import Generate, Image, OutputFormat, Sample
+from ..protocol.replicas import ImageTask, ModelInfo, Parameter
 from .schemas import GenerateBody, near
 
 FORMATS: dict[str, tuple[OutputFormat, ...]] = {

@@ -13,17 +13,8 @@ from fastapi import APIRouter, Request, Response
 from ..process.logs import request_id_var
 from ..protocol.adapters import AdapterState
 from ..protocol.errors import ErrorInfo, SafelightError
-from ..protocol.operations import (
-    AbortRequests,
-    Barrier,
-    Continue,
-    ListAdapters,
-    Operate,
-    Operated,
-    Operation,
-    Pause,
-    Report,
-)
+from ..protocol.operations import AbortRequests, Barrier, Continue, ListAdapters, Operate, Operation, Pause
+from ..protocol.reports import Operated, Report
 from .disconnect import while_connected
 from .replies import error_reply, json_reply
 from .scheduler_link import OperationFailed

@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 import msgspec
 
 from ..protocol.errors import InvalidRequest, QueueFull, SafelightError, Unavailable, from_info
-from ..protocol.messages import Image
+from ..protocol.generation import Image
 from .decoder import Decoded, Task, as_images, receive, send
 
 PROCESSES = 2

@@ -13,7 +13,7 @@ from fastapi import Response
 
 from ..protocol.adapters import Drawn
 from ..protocol.codec import Buffer
-from ..protocol.messages import Generate, Output, Result
+from ..protocol.generation import Generate, Output, Result
 from .accept import MEDIA_TYPES
 from .unread import Unread, UnreadReply
 

@@ -11,7 +11,7 @@ from ..process.addresses import is_loopback
 from ..process.logs import request_id_var
 from ..protocol.config import MOST_PIXELS
 from ..protocol.errors import InvalidRequest
-from ..protocol.messages import Generate, Result
+from ..protocol.generation import Generate, Result
 from .disconnect import while_connected
 from .exchange import own_id_var
 from .image_paths import read_paths

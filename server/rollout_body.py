@@ -17,7 +17,7 @@ from ..formats.tensor_files import BadTensorFile, read_header
 from ..protocol.codec import Buffer
 from ..protocol.config import Config
 from ..protocol.errors import BodyTooLarge, InvalidRequest, Malformed
-from ..protocol.messages import ModelInfo
+from ..protocol.replicas import ModelInfo
 from ..protocol.rollouts import TENSOR, FloatName, Rollout, SamplerName, StepNoise, Tensor
 from .bounded import MAX_TEXT, parse, read_body, read_msgpack
 from .limits import Range

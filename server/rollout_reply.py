@@ -9,7 +9,7 @@ import msgspec
 
 from ..formats.digests import STORED_DTYPES
 from ..formats.tensor_files import write_header
-from ..protocol.messages import Output
+from ..protocol.generation import Output
 from ..protocol.rollouts import TENSOR, RolledOut, Tensor
 
 MEDIA_TYPE = "application/msgpack"

@@ -17,7 +17,7 @@ from pathlib import Path
 from ..process.logs import escaped
 from ..protocol.config import ChildConfig
 from ..protocol.errors import Unavailable
-from ..protocol.messages import ModelInfo, Status
+from ..protocol.replicas import ModelInfo, Status
 from .app import create_app
 from .http_server import HttpServer, url_of
 from .nursery import Nursery

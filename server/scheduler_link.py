@@ -16,21 +16,11 @@ import zmq.asyncio
 from ..protocol import messages
 from ..protocol.adapters import AdapterState
 from ..protocol.errors import DeadlinePassed, ErrorInfo, SafelightError, Unavailable, from_info
-from ..protocol.messages import (
-    FROM_SCHEDULER,
-    TO_SCHEDULER,
-    Cancel,
-    Failed,
-    Generate,
-    ModelInfo,
-    Preview,
-    Progress,
-    Queued,
-    Result,
-    Started,
-    Status,
-)
-from ..protocol.operations import AbortRequests, Continue, ListAdapters, Operate, Operated, Pause, Report
+from ..protocol.generation import Cancel, Failed, Generate, Preview, Progress, Queued, Result, Started
+from ..protocol.messages import FROM_SCHEDULER, TO_SCHEDULER
+from ..protocol.operations import AbortRequests, Continue, ListAdapters, Operate, Pause
+from ..protocol.replicas import ModelInfo, Status
+from ..protocol.reports import Operated, Report
 from .on_the_way import OnTheWay
 
 T = TypeVar("T")

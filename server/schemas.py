@@ -16,7 +16,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from pydantic_core import ErrorDetails
 
 from ..protocol.errors import InvalidRequest, Malformed, SafelightError
-from ..protocol.messages import OutputFormat
+from ..protocol.generation import OutputFormat
 
 _MOST_ADAPTERS = 16
 _MOST_ITEMS = 4096  # no configuration allows more outputs, so no list may be longer

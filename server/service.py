@@ -13,7 +13,7 @@ from typing import ParamSpec, TypeVar
 from ..protocol.adapters import SetAdapters
 from ..protocol.config import Config
 from ..protocol.errors import Unavailable
-from ..protocol.messages import ModelInfo
+from ..protocol.replicas import ModelInfo
 from .adapter_folders import AdapterFolders
 from .metrics import Metrics
 from .picture_decoding import PictureDecoding

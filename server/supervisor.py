@@ -11,7 +11,7 @@ from pathlib import Path
 
 from ..protocol.config import ChildConfig
 from ..protocol.errors import StartFailed
-from ..protocol.messages import ReplicaExited, Status
+from ..protocol.replicas import ReplicaExited, Status
 from ..protocol.self_test import read_result
 from .child_process import ChildProcess
 from .nursery import Nursery

@@ -8,7 +8,8 @@ from fastapi import APIRouter, Request
 
 from ..protocol.adapters import KeepAdapters
 from ..protocol.errors import Conflict
-from ..protocol.operations import Adapt, CheckTensors, Digests, Operated
+from ..protocol.operations import Adapt, CheckTensors, Digests
+from ..protocol.reports import Operated
 from . import weight_bodies as bodies
 from .operating import Handler, Operating, first_report, routes_of, success
 from .service import Service

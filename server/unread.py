@@ -13,7 +13,7 @@ from fastapi.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from ..protocol.errors import ClientGone, QueueFull
-from ..protocol.messages import Output
+from ..protocol.generation import Output
 from .rollout_reply import Piece, in_parts
 
 KEPT_S = 120.0

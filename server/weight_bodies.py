@@ -11,7 +11,8 @@ from fastapi import Request
 from msgspec import Meta
 
 from ..protocol.errors import InvalidRequest, Malformed
-from ..protocol.operations import Barrier, CudaTensor, Int64
+from ..protocol.operations import Barrier
+from ..protocol.tensor_sources import CudaTensor, Int64
 from .bounded import MAX_VALUES, parse, read_body
 from .schemas import near
 

@@ -14,23 +14,9 @@ from fastapi import APIRouter, Request
 
 from ..protocol.codec import Buffer
 from ..protocol.errors import ClientGone, Internal, InvalidRequest, NotFound, SafelightError
-from ..protocol.operations import (
-    Abort,
-    Begin,
-    Broadcast,
-    CheckTensors,
-    Commit,
-    CudaShared,
-    Digests,
-    Files,
-    Join,
-    Leave,
-    Operated,
-    Pickled,
-    Report,
-    Source,
-    Update,
-)
+from ..protocol.operations import Abort, Begin, CheckTensors, Commit, Digests, Join, Leave, Update
+from ..protocol.reports import Operated, Report
+from ..protocol.tensor_sources import Broadcast, CudaShared, Files, Pickled, Source
 from . import weight_bodies as bodies
 from .adapter_parts import AdapterParts
 from .bounded import read_body

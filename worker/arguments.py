@@ -11,7 +11,7 @@ from typing import Any
 
 from diffusers import DiffusionPipeline
 
-from ..protocol.messages import Parameter
+from ..protocol.replicas import Parameter
 
 _JSON_TYPES: dict[Any, str] = {
     int: "int",

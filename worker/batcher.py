@@ -15,7 +15,7 @@ from contextlib import ExitStack, contextmanager
 
 import torch
 
-from ..protocol.messages import BatchingMode
+from ..protocol.replicas import BatchingMode
 from .crossing.call import Call
 from .crossing.coroutine import Cancelled, Coroutine
 from .forward.at_rest import AtRest

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 import msgspec
 
 from ..protocol.config import Config
-from ..protocol.messages import Parameter
+from ..protocol.replicas import Parameter
 
 _LONGEST_TEXT = 4096
 """Tokens, for pipelines that name no default and tokenizers that name no limit."""

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from ..protocol.errors import Internal, InvalidRequest, SafelightError, Unavailable
-from ..protocol.messages import Generate
+from ..protocol.generation import Generate
 
 _MEMORY_RETRY_S = 5.0
 

@@ -10,7 +10,7 @@ from typing import Any
 from diffusers import DiffusionPipeline
 from diffusers.utils import export_to_video
 
-from ..protocol.messages import Parameter
+from ..protocol.replicas import Parameter
 
 ARGUMENTS = ("frame_rate", "fps", "target_fps")
 """What pipelines that are told the rate call it."""

@@ -9,7 +9,8 @@ from __future__ import annotations
 import msgspec
 
 from ..protocol.errors import ErrorInfo, SafelightError
-from ..protocol.operations import Join, Leave, Perform, Performed, Report
+from ..protocol.operations import Join, Leave, Perform
+from ..protocol.reports import Performed, Report
 from .parallel.ranks import Ranks
 from .parallel.team import SettleJoin
 from .weights.groups import Groups

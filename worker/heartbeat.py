@@ -10,7 +10,8 @@ from contextlib import contextmanager
 
 import zmq
 
-from ..protocol.messages import FROM_WORKER, Heartbeat, ReplicaStats
+from ..protocol.messages import FROM_WORKER
+from ..protocol.replicas import Heartbeat, ReplicaStats
 
 HEARTBEAT_S = 1.0
 

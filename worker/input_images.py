@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image as pillow
 
 from ..protocol.errors import InvalidRequest
-from ..protocol.messages import Generate, Image
+from ..protocol.generation import Generate, Image
 from .image_pipelines import as_taken
 from .task import Task
 

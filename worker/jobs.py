@@ -17,7 +17,9 @@ import torch
 from ..protocol.adapters import AdapterState, Drawn, Use, drawn
 from ..protocol.codec import Buffer
 from ..protocol.errors import ClientGone, Internal, SafelightError
-from ..protocol.messages import Failed, FromWorker, Generate, Output, Preview, Progress, ReplicaStats, Result, Timings
+from ..protocol.generation import Failed, Generate, Output, Preview, Progress, Result, Timings
+from ..protocol.messages import FromWorker
+from ..protocol.replicas import ReplicaStats
 from .batcher import Batcher
 from .encoding import Floats, Waveform, encode, encode_image, to_uint8
 from .failure import NotFinite, explain

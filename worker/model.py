@@ -19,7 +19,8 @@ from ..formats.model_names import resolve_model
 from ..protocol.config import Config
 from ..protocol.costs import output_pixels
 from ..protocol.errors import InvalidRequest, StartFailed
-from ..protocol.messages import BatchingMode, Generate, ImageTask, ModelInfo
+from ..protocol.generation import Generate
+from ..protocol.replicas import BatchingMode, ImageTask, ModelInfo
 from .forward.costs import Costs
 from .frame_rate import frame_rate
 from .parallel.ranks import ALONE, Ranks

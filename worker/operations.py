@@ -16,21 +16,19 @@ from ..protocol.operations import (
     CACHES,
     WEIGHTS,
     Adapt,
-    Broadcast,
     CheckTensors,
     Digests,
     Export,
     Flush,
     Operation,
     Perform,
-    Performed,
-    Report,
     Save,
     Sleep,
-    Source,
     Update,
     Wake,
 )
+from ..protocol.reports import Performed, Report
+from ..protocol.tensor_sources import Broadcast, Source
 from .batcher import Batcher
 from .lora.adapters import MERGED, RankAdapters
 from .model import Model

@@ -17,18 +17,11 @@ import zmq
 
 from ..protocol.config import ChildConfig, Config
 from ..protocol.errors import StartFailed
-from ..protocol.messages import (
-    FROM_WORKER,
-    TO_WORKER,
-    Cancel,
-    FromWorker,
-    Generate,
-    ReplicaFailed,
-    ReplicaLoading,
-    ReplicaReady,
-    ToWorker,
-)
-from ..protocol.operations import Perform, Performed, SetPaused
+from ..protocol.generation import Cancel, Generate
+from ..protocol.messages import FROM_WORKER, TO_WORKER, FromWorker, ToWorker
+from ..protocol.operations import Perform, SetPaused
+from ..protocol.replicas import ReplicaFailed, ReplicaLoading, ReplicaReady
+from ..protocol.reports import Performed
 from .batcher import Batcher
 from .forward.at_rest import AtRest
 from .forward.prompt_cache import PromptCache

@@ -17,7 +17,7 @@ from diffusers.utils import BaseOutput
 
 from ..process.logs import request_id_var
 from ..protocol.errors import InvalidRequest
-from ..protocol.messages import Generate
+from ..protocol.generation import Generate
 from ..protocol.rollouts import Rollout
 from .arguments import as_declared
 from .crossing.chain import Chain, Interceptor

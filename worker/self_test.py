@@ -10,7 +10,7 @@ from diffusers import DiffusionPipeline
 
 from ..protocol.config import Config
 from ..protocol.errors import StartFailed
-from ..protocol.messages import Batching, BatchingMode
+from ..protocol.replicas import Batching, BatchingMode
 from ..protocol.self_test import SelfTestResult, TaskResult
 from .crossing.changes import untraced
 from .image_pipelines import DoesNotFit, for_images, needs_image, on_components

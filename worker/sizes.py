@@ -9,7 +9,7 @@ from typing import Any
 
 from diffusers import ConfigMixin, DiffusionPipeline
 
-from ..protocol.messages import Parameter
+from ..protocol.replicas import Parameter
 
 DENOISERS = ("transformer", "transformer_2", "unet", "prior", "decoder")
 """Components that are called once or more in every denoising step, in the order in which they are looked for."""

@@ -11,7 +11,7 @@ import msgspec
 from diffusers import DiffusionPipeline
 
 from ..protocol.config import Config, most_pixels
-from ..protocol.messages import Batching, Parameter
+from ..protocol.replicas import Batching, Parameter
 from .arguments import offered_arguments
 from .bounds import bounded
 from .first_call import variables_at_first_call

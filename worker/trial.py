@@ -18,7 +18,8 @@ from PIL import Image as pillow
 
 from ..protocol.codec import Buffer
 from ..protocol.config import Config
-from ..protocol.messages import BatchingMode, Generate, Image, Sample
+from ..protocol.generation import Generate, Image, Sample
+from ..protocol.replicas import BatchingMode
 from .batcher import Batcher
 from .crossing.changes import untraced
 from .crossing.coroutine import Coroutine

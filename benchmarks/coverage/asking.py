@@ -11,7 +11,7 @@ from diffusers import DiffusionPipeline
 from PIL import Image as pillow
 
 from safelight.protocol.codec import Buffer
-from safelight.protocol.messages import Generate, Image, Sample
+from safelight.protocol.generation import Generate, Image, Sample
 from safelight.worker.image_pipelines import as_taken
 from safelight.worker.task import Task
 

@@ -13,7 +13,7 @@ from diffusers import DiffusionPipeline
 
 from safelight.protocol.config import Config
 from safelight.protocol.errors import StartFailed
-from safelight.protocol.messages import Generate
+from safelight.protocol.generation import Generate
 from safelight.worker.model import Model, load_model
 from safelight.worker.sample import SampleRun
 from safelight.worker.self_test import Found, SelfTest

@@ -8,7 +8,8 @@ import torch
 from safetensors.torch import load
 
 from safelight.protocol.config import Config
-from safelight.protocol.messages import Failed, FromWorker, Generate, Result
+from safelight.protocol.generation import Failed, Generate, Result
+from safelight.protocol.messages import FromWorker
 from safelight.worker.batcher import Batcher
 from safelight.worker.forward.runner import Counters
 from safelight.worker.jobs import Jobs

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from safelight.protocol.config import Config
-from safelight.protocol.messages import Generate, Sample
+from safelight.protocol.generation import Generate, Sample
 from safelight.tests.live import LiveServer
 from safelight.tests.tiny import save
 from safelight.tests.updates.trainer import DRAWING, Trainer

@@ -10,13 +10,13 @@ from safelight.protocol.operations import (
     Begin,
     Commit,
     ListAdapters,
-    Operated,
     Operation,
     Perform,
     Sleep,
     Update,
     Wake,
 )
+from safelight.protocol.reports import Operated
 from safelight.tests.scheduler.adapting import adapted
 from safelight.tests.scheduler.operating import CHECKPOINT, Process
 

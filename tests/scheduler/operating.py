@@ -8,24 +8,23 @@ from msgspec.structs import replace
 from safelight.protocol.adapters import AdapterState, SetAdapters
 from safelight.protocol.config import Config
 from safelight.protocol.errors import InvalidRequest, SafelightError
-from safelight.protocol.messages import Failed, ModelInfo, ReplicaReady
+from safelight.protocol.generation import Failed
 from safelight.protocol.operations import (
     Adapt,
     Barrier,
     Begin,
     Commit,
     Export,
-    Files,
     Operate,
-    Operated,
     Operation,
     Perform,
-    Performed,
-    Report,
     Sleep,
     Update,
     Wake,
 )
+from safelight.protocol.replicas import ModelInfo, ReplicaReady
+from safelight.protocol.reports import Operated, Performed, Report
+from safelight.protocol.tensor_sources import Files
 from safelight.tests.scheduler.adapting import adapted, words
 from safelight.tests.scheduler.stage import MODEL, Stage
 

@@ -13,19 +13,18 @@ import zmq
 
 from safelight.protocol.codec import Codec
 from safelight.protocol.config import ChildConfig, Config
+from safelight.protocol.generation import Cancel
 from safelight.protocol.messages import (
     FROM_SCHEDULER,
     FROM_WORKER,
     TO_SCHEDULER,
     TO_WORKER,
-    Cancel,
     FromScheduler,
     FromWorker,
-    ReplicaReady,
-    Status,
     ToScheduler,
     ToWorker,
 )
+from safelight.protocol.replicas import ReplicaReady, Status
 from safelight.tests.forked import Forked
 from safelight.tests.scheduler.stage import MODEL
 

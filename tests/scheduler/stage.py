@@ -7,27 +7,17 @@ from safelight.protocol.adapters import SetAdapters, Use
 from safelight.protocol.codec import Buffer
 from safelight.protocol.config import Config
 from safelight.protocol.errors import ClientGone
-from safelight.protocol.messages import (
+from safelight.protocol.generation import Cancel, Failed, Generate, Output, Result, Sample, Started, Timings
+from safelight.protocol.messages import FromScheduler, FromWorker, ToScheduler, ToWorker
+from safelight.protocol.replicas import (
     Batching,
-    Cancel,
-    Failed,
-    FromScheduler,
-    FromWorker,
-    Generate,
     Heartbeat,
     ModelInfo,
-    Output,
     ReplicaExited,
     ReplicaReady,
     ReplicaStats,
     ReplicaStatus,
-    Result,
-    Sample,
-    Started,
     Status,
-    Timings,
-    ToScheduler,
-    ToWorker,
 )
 from safelight.scheduler.dispatcher import Dispatcher
 

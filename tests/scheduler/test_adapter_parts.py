@@ -5,7 +5,9 @@ import pytest
 from safelight.protocol.adapters import AdapterSource
 from safelight.protocol.config import Config
 from safelight.protocol.errors import Internal
-from safelight.protocol.operations import Abort, Adapt, Broadcast, Commit, Files, Leave, Report, Save
+from safelight.protocol.operations import Abort, Adapt, Commit, Leave, Save
+from safelight.protocol.reports import Report
+from safelight.protocol.tensor_sources import Broadcast, Files
 
 from .adapting import set_adapters, words
 from .operating import Operating, update

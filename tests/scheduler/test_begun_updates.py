@@ -7,8 +7,10 @@ import pytest
 from safelight.protocol.codec import Buffer
 from safelight.protocol.config import Config
 from safelight.protocol.errors import Internal
-from safelight.protocol.messages import Cancel, Hold
-from safelight.protocol.operations import Abort, Begin, Broadcast, Commit, Digests, Leave, Pickled, Source, Update
+from safelight.protocol.generation import Cancel
+from safelight.protocol.operations import Abort, Begin, Commit, Digests, Leave, Update
+from safelight.protocol.replicas import Hold
+from safelight.protocol.tensor_sources import Broadcast, Pickled, Source
 from safelight.tests.scheduler.operating import REFUSED, Operating, update
 from safelight.tests.scheduler.stage import generate, result
 

@@ -10,7 +10,8 @@ from msgspec.structs import replace
 from safelight.protocol.codec import Buffer
 from safelight.protocol.config import Config, most_pixels
 from safelight.protocol.costs import Measured, estimate
-from safelight.protocol.messages import Failed, Image, ReplicaStats
+from safelight.protocol.generation import Failed, Image
+from safelight.protocol.replicas import ReplicaStats
 from safelight.tests.scheduler.stage import Stage, generate
 
 MEASURED = {"transformer": [Measured(64 * 64, 0.01)], "vae.decode": [Measured(64 * 64, 0.04)]}

@@ -8,20 +8,9 @@ import pytest
 from safelight.protocol.codec import Buffer
 from safelight.protocol.config import Config
 from safelight.protocol.errors import Internal
-from safelight.protocol.messages import (
-    Cancel,
-    Failed,
-    FromWorker,
-    Generate,
-    Image,
-    Preview,
-    Progress,
-    Queued,
-    ReplicaFailed,
-    ReplicaLoading,
-    Result,
-    Started,
-)
+from safelight.protocol.generation import Cancel, Failed, Generate, Image, Preview, Progress, Queued, Result, Started
+from safelight.protocol.messages import FromWorker
+from safelight.protocol.replicas import ReplicaFailed, ReplicaLoading
 from safelight.protocol.rollouts import Rollout, Tensor
 from safelight.tests.scheduler.stage import Stage, generate, result, stopped
 

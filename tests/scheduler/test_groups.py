@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 
 from safelight.protocol.errors import Unavailable
-from safelight.protocol.messages import Cancel
-from safelight.protocol.operations import Digests, Join, Leave, Operated, Perform, Performed, Report
+from safelight.protocol.generation import Cancel
+from safelight.protocol.operations import Digests, Join, Leave, Perform
+from safelight.protocol.reports import Operated, Performed, Report
 from safelight.scheduler.groups import LATE_S, MOST_JOINING
 from safelight.tests.scheduler.operating import Operating
 from safelight.tests.scheduler.stage import generate

@@ -3,14 +3,7 @@
 import pytest
 
 from safelight.protocol.errors import Conflict
-from safelight.protocol.operations import (
-    Barrier,
-    Continue,
-    Pause,
-    SetPaused,
-    Sleep,
-    Wake,
-)
+from safelight.protocol.operations import Barrier, Continue, Pause, SetPaused, Sleep, Wake
 from safelight.tests.scheduler.operating import Operating, update
 from safelight.tests.scheduler.stage import generate, result
 

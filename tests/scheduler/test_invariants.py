@@ -12,20 +12,9 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from safelight.protocol.config import Config
-from safelight.protocol.messages import (
-    Cancel,
-    Failed,
-    FromWorker,
-    Generate,
-    Heartbeat,
-    Progress,
-    Queued,
-    ReplicaFailed,
-    ReplicaLoading,
-    ReplicaStats,
-    Result,
-    Started,
-)
+from safelight.protocol.generation import Cancel, Failed, Generate, Progress, Queued, Result, Started
+from safelight.protocol.messages import FromWorker
+from safelight.protocol.replicas import Heartbeat, ReplicaFailed, ReplicaLoading, ReplicaStats
 from safelight.tests.effort import examples
 from safelight.tests.scheduler.stage import Stage, generate, result, stopped
 

@@ -3,14 +3,8 @@
 import pytest
 
 from safelight.protocol.config import Config
-from safelight.protocol.messages import Cancel, Queued
-from safelight.protocol.operations import (
-    AbortRequests,
-    Barrier,
-    Begin,
-    Digests,
-    Operation,
-)
+from safelight.protocol.generation import Cancel, Queued
+from safelight.protocol.operations import AbortRequests, Barrier, Begin, Digests, Operation
 from safelight.tests.scheduler.operating import Operating, update
 from safelight.tests.scheduler.stage import generate, result
 

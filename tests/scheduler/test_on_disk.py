@@ -6,7 +6,9 @@ import pytest
 
 from safelight.protocol.config import Config
 from safelight.protocol.errors import InvalidRequest
-from safelight.protocol.operations import Files, Operated, Update
+from safelight.protocol.operations import Update
+from safelight.protocol.reports import Operated
+from safelight.protocol.tensor_sources import Files
 from safelight.tests.scheduler.operating import Operating, update
 
 

@@ -24,20 +24,8 @@ from safelight.protocol.adapters import (
 )
 from safelight.protocol.config import Config
 from safelight.protocol.errors import Conflict
-from safelight.protocol.messages import (
-    Cancel,
-    Failed,
-    FromScheduler,
-    FromWorker,
-    Generate,
-    Heartbeat,
-    Queued,
-    ReplicaLoading,
-    ReplicaReady,
-    ReplicaStats,
-    Result,
-    ToWorker,
-)
+from safelight.protocol.generation import Cancel, Failed, Generate, Queued, Result
+from safelight.protocol.messages import FromScheduler, FromWorker, ToWorker
 from safelight.protocol.operations import (
     Abort,
     Adapt,
@@ -47,21 +35,20 @@ from safelight.protocol.operations import (
     Continue,
     Digests,
     Export,
-    Files,
     ListAdapters,
     Operate,
-    Operated,
     Operation,
     Pause,
     Perform,
-    Performed,
-    Report,
     Save,
     SetPaused,
     Sleep,
     Update,
     Wake,
 )
+from safelight.protocol.replicas import Heartbeat, ReplicaLoading, ReplicaReady, ReplicaStats
+from safelight.protocol.reports import Operated, Performed, Report
+from safelight.protocol.tensor_sources import Files
 from safelight.tests.effort import examples
 from safelight.tests.scheduler.account import Account, Asked, Truth, Weights
 from safelight.tests.scheduler.adapting import set_adapters

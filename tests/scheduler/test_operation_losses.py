@@ -3,8 +3,8 @@
 import pytest
 
 from safelight.protocol.config import Config
-from safelight.protocol.messages import ReplicaLoading, ReplicaReady
 from safelight.protocol.operations import Abort, Commit, Digests, Pause
+from safelight.protocol.replicas import ReplicaLoading, ReplicaReady
 from safelight.tests.scheduler.operating import Operating, update
 from safelight.tests.scheduler.stage import MODEL, generate
 

@@ -5,22 +5,22 @@ from msgspec.structs import replace
 
 from safelight.protocol.config import Config
 from safelight.protocol.errors import Internal
-from safelight.protocol.messages import Status
 from safelight.protocol.operations import (
     Abort,
     Begin,
     Commit,
     Continue,
     Digests,
-    Files,
     Flush,
-    Operated,
     Operation,
     Pause,
     Sleep,
     Update,
     Wake,
 )
+from safelight.protocol.replicas import Status
+from safelight.protocol.reports import Operated
+from safelight.protocol.tensor_sources import Files
 from safelight.tests.scheduler.operating import REFUSED, TWO, Operating, update
 
 JOURNAL = Config(replicas=2, weights_journal="/journal")

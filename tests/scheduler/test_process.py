@@ -13,21 +13,8 @@ import pytest
 from safelight.process.child import ORPHANED
 from safelight.protocol.codec import Buffer
 from safelight.protocol.config import Config
-from safelight.protocol.messages import (
-    Cancel,
-    Failed,
-    Generate,
-    Heartbeat,
-    Preview,
-    Progress,
-    Queued,
-    ReplicaExited,
-    ReplicaReady,
-    ReplicaStats,
-    Result,
-    Started,
-    Status,
-)
+from safelight.protocol.generation import Cancel, Failed, Generate, Preview, Progress, Queued, Result, Started
+from safelight.protocol.replicas import Heartbeat, ReplicaExited, ReplicaReady, ReplicaStats, Status
 from safelight.tests.scheduler.process import PATIENCE_S, Scheduler
 from safelight.tests.scheduler.stage import MODEL, generate, result, stopped
 

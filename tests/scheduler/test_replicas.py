@@ -1,16 +1,8 @@
 """What happens to replicas, and to requests on them, when processes start, stall, die and come back."""
 
 from safelight.protocol.config import Config
-from safelight.protocol.messages import (
-    Failed,
-    Heartbeat,
-    Progress,
-    ReplicaFailed,
-    ReplicaLoading,
-    ReplicaReady,
-    ReplicaStats,
-    Result,
-)
+from safelight.protocol.generation import Failed, Progress, Result
+from safelight.protocol.replicas import Heartbeat, ReplicaFailed, ReplicaLoading, ReplicaReady, ReplicaStats
 from safelight.tests.scheduler.stage import MODEL, Stage, generate, result, stopped
 
 TWO = Config(replicas=2, max_running=1)

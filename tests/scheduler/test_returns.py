@@ -4,19 +4,10 @@ import pytest
 
 from safelight.protocol.config import Config
 from safelight.protocol.errors import Internal
-from safelight.protocol.messages import Cancel
-from safelight.protocol.operations import (
-    Abort,
-    Begin,
-    Commit,
-    Digests,
-    Export,
-    Files,
-    Operated,
-    Sleep,
-    Update,
-    Wake,
-)
+from safelight.protocol.generation import Cancel
+from safelight.protocol.operations import Abort, Begin, Commit, Digests, Export, Sleep, Update, Wake
+from safelight.protocol.reports import Operated
+from safelight.protocol.tensor_sources import Files
 from safelight.tests.scheduler.operating import Operating, Process, update
 from safelight.tests.scheduler.stage import generate
 

@@ -11,24 +11,9 @@ import zmq
 import zmq.asyncio
 
 from safelight.protocol.codec import Buffer
-from safelight.protocol.messages import (
-    FROM_SCHEDULER,
-    TO_SCHEDULER,
-    Batching,
-    Cancel,
-    FromScheduler,
-    Generate,
-    ModelInfo,
-    Output,
-    Parameter,
-    Queued,
-    ReplicaStatus,
-    Result,
-    Started,
-    Status,
-    Timings,
-    ToScheduler,
-)
+from safelight.protocol.generation import Cancel, Generate, Output, Queued, Result, Started, Timings
+from safelight.protocol.messages import FROM_SCHEDULER, TO_SCHEDULER, FromScheduler, ToScheduler
+from safelight.protocol.replicas import Batching, ModelInfo, Parameter, ReplicaStatus, Status
 
 PNG = b"\x89PNG\r\n\x1a\n" + bytes(100)
 

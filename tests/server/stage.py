@@ -13,7 +13,9 @@ from pathlib import Path
 import httpx
 
 from safelight.protocol.config import Config
-from safelight.protocol.messages import FromScheduler, Generate, Status
+from safelight.protocol.generation import Generate
+from safelight.protocol.messages import FromScheduler
+from safelight.protocol.replicas import Status
 from safelight.server.app import create_app
 from safelight.server.http_server import HttpServer, listen, url_of
 from safelight.server.scheduler_link import SchedulerLink

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from safelight.protocol.config import Config
-from safelight.protocol.messages import Cancel
+from safelight.protocol.generation import Cancel
 from safelight.server.http_server import listen
 
 from .stage import stage

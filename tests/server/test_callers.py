@@ -6,7 +6,7 @@ import pytest
 
 from safelight.protocol.config import Config
 from safelight.protocol.errors import StartFailed
-from safelight.protocol.messages import Generate
+from safelight.protocol.generation import Generate
 from safelight.protocol.operations import Pause
 from safelight.server.callers import Callers
 from safelight.server.flags import read_config

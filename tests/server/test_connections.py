@@ -13,7 +13,8 @@ from collections.abc import AsyncIterator, Iterator
 import pytest
 
 from safelight.protocol.config import Config
-from safelight.protocol.messages import FromScheduler, Generate, Queued
+from safelight.protocol.generation import Generate, Queued
+from safelight.protocol.messages import FromScheduler
 from safelight.server import connections, http_server
 from safelight.server.connections import Connection
 

@@ -11,7 +11,8 @@ import pytest
 
 from safelight.protocol.codec import Buffer
 from safelight.protocol.errors import Unavailable
-from safelight.protocol.messages import Failed, FromScheduler, Generate, Preview, Progress, Queued
+from safelight.protocol.generation import Failed, Generate, Preview, Progress, Queued
+from safelight.protocol.messages import FromScheduler
 from safelight.server import event_stream
 from safelight.server.scheduler_link import EVENTS_KEPT, Subscription
 

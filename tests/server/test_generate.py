@@ -18,18 +18,9 @@ from PIL import Image as pillow
 
 from safelight.protocol.codec import Buffer
 from safelight.protocol.errors import DeadlinePassed, InvalidRequest, QueueFull, SafelightError
-from safelight.protocol.messages import (
-    Batching,
-    Failed,
-    FromScheduler,
-    Generate,
-    ImageTask,
-    Parameter,
-    Preview,
-    Queued,
-    Result,
-    Status,
-)
+from safelight.protocol.generation import Failed, Generate, Preview, Queued, Result
+from safelight.protocol.messages import FromScheduler
+from safelight.protocol.replicas import Batching, ImageTask, Parameter, Status
 
 from .played_scheduler import IMAGE_MODEL, PNG, finished, ready
 from .stage import stage

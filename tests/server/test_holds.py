@@ -9,8 +9,9 @@ from msgspec.structs import replace
 
 from safelight.protocol.adapters import AdapterState
 from safelight.protocol.config import Config
-from safelight.protocol.messages import Hold
-from safelight.protocol.operations import Abort, Leave, Operate, Operated
+from safelight.protocol.operations import Abort, Leave, Operate
+from safelight.protocol.replicas import Hold
+from safelight.protocol.reports import Operated
 from safelight.server.weight_bodies import DEFAULT_GROUP
 from safelight.server.weight_transfer import GROUP
 

@@ -7,7 +7,7 @@ import pytest
 
 from safelight import __version__
 from safelight.protocol.config import Config
-from safelight.protocol.messages import ReplicaStats, ReplicaStatus, Status
+from safelight.protocol.replicas import ReplicaStats, ReplicaStatus, Status
 from safelight.server import scheduler_link
 
 from .played_scheduler import IMAGE_MODEL

@@ -17,8 +17,9 @@ from hypothesis import strategies as st
 
 from safelight.protocol.adapters import AdapterState
 from safelight.protocol.config import Config
-from safelight.protocol.messages import Batching, FromScheduler, ImageTask, Parameter, ToScheduler
-from safelight.protocol.operations import Operated
+from safelight.protocol.messages import FromScheduler, ToScheduler
+from safelight.protocol.replicas import Batching, ImageTask, Parameter
+from safelight.protocol.reports import Operated
 
 from .played_scheduler import ARGUMENTS, IMAGE_MODEL, ready
 from .stage import stage

@@ -9,7 +9,7 @@ import pytest
 from msgspec.structs import replace
 
 from safelight.protocol.errors import DeadlinePassed, Unavailable
-from safelight.protocol.messages import Cancel, Generate, Sample
+from safelight.protocol.generation import Cancel, Generate, Sample
 from safelight.protocol.operations import Digests, Operate
 from safelight.server import scheduler_link
 from safelight.server.scheduler_link import OperationFailed, SchedulerLink

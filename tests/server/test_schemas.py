@@ -12,7 +12,8 @@ from msgspec.structs import replace
 
 from safelight.protocol.config import Config
 from safelight.protocol.errors import InvalidRequest, Malformed
-from safelight.protocol.messages import Generate, Parameter
+from safelight.protocol.generation import Generate
+from safelight.protocol.replicas import Parameter
 from safelight.server.limits import check_model, check_ranges, to_message
 from safelight.server.schemas import GenerateBody, parse_generate
 

@@ -10,8 +10,10 @@ from msgspec.structs import replace
 
 from safelight.protocol.adapters import AdapterState
 from safelight.protocol.errors import Unavailable
-from safelight.protocol.messages import Failed, FromScheduler, Generate, ToScheduler
-from safelight.protocol.operations import Operate, Operated, Operation
+from safelight.protocol.generation import Failed, Generate
+from safelight.protocol.messages import FromScheduler, ToScheduler
+from safelight.protocol.operations import Operate, Operation
+from safelight.protocol.reports import Operated
 from safelight.server.rollout_body import RolloutBody
 from safelight.server.weight_transfer import GROUP
 

@@ -13,7 +13,8 @@ from starlette.types import Message
 from safelight.protocol.codec import Buffer
 from safelight.protocol.config import Config
 from safelight.protocol.errors import ClientGone, QueueFull
-from safelight.protocol.messages import FromScheduler, Generate, Preview, Progress, Result
+from safelight.protocol.generation import Generate, Preview, Progress, Result
+from safelight.protocol.messages import FromScheduler
 from safelight.server import unread
 from safelight.server.scheduler_link import PREVIEWS_KEPT, Subscription
 from safelight.server.unread import KEPT_S, PATIENCE_S, Unread, UnreadReply

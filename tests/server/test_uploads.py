@@ -9,7 +9,8 @@ import pytest
 
 from safelight.formats.tensor_files import write_header
 from safelight.protocol.adapters import AdapterState
-from safelight.protocol.operations import Operate, Operated
+from safelight.protocol.operations import Operate
+from safelight.protocol.reports import Operated
 from safelight.server import adapter_folders, uploads
 
 from .stage import Stage, stage

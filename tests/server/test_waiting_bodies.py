@@ -11,7 +11,8 @@ import gc
 
 import pytest
 
-from safelight.protocol.messages import FromScheduler, Generate, Queued
+from safelight.protocol.generation import Generate, Queued
+from safelight.protocol.messages import FromScheduler
 from safelight.server.schemas import GenerateBody
 
 from .played_scheduler import ready

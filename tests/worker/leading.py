@@ -11,7 +11,8 @@ import torch
 import zmq
 
 from safelight.protocol.config import Config
-from safelight.protocol.messages import Cancel, Failed, FromWorker, Generate, Result
+from safelight.protocol.generation import Cancel, Failed, Generate, Result
+from safelight.protocol.messages import FromWorker
 from safelight.tests.worker.failing import COMPONENT, Bounded
 from safelight.tests.worker.test_jobs import generate
 from safelight.worker import jobs

@@ -8,7 +8,7 @@ import torch
 from msgspec.structs import replace
 
 from safelight.protocol.config import Config
-from safelight.protocol.messages import Generate
+from safelight.protocol.generation import Generate
 from safelight.tests.worker.lora.agreement import request
 from safelight.worker.batcher import Batcher
 from safelight.worker.model import Model, load_model

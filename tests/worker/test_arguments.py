@@ -15,7 +15,8 @@ from safetensors.torch import load
 
 from safelight.benchmarks.coverage.build import build
 from safelight.protocol.config import Config
-from safelight.protocol.messages import FromWorker, Generate, Result, Sample
+from safelight.protocol.generation import Generate, Result, Sample
+from safelight.protocol.messages import FromWorker
 from safelight.worker.arguments import call_arguments, offered_arguments
 from safelight.worker.batcher import Batcher
 from safelight.worker.bounds import bounded

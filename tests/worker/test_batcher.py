@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from safelight.protocol.messages import BatchingMode
+from safelight.protocol.replicas import BatchingMode
 from safelight.worker.batcher import Batcher
 from safelight.worker.crossing.call import Call, cross
 from safelight.worker.crossing.coroutine import Cancelled, Coroutine

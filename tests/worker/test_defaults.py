@@ -13,7 +13,8 @@ from diffusers import DiffusionPipeline
 
 from safelight.benchmarks.coverage.build import build
 from safelight.protocol.config import Config
-from safelight.protocol.messages import Generate, ModelInfo, Sample
+from safelight.protocol.generation import Generate, Sample
+from safelight.protocol.replicas import ModelInfo
 from safelight.tests.tiny import FAMILIES
 from safelight.worker.batcher import Batcher
 from safelight.worker.model import Model, load_model

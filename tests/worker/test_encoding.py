@@ -16,7 +16,7 @@ from PIL import Image
 from safetensors.numpy import load
 
 from safelight.protocol.errors import InvalidRequest
-from safelight.protocol.messages import OutputFormat
+from safelight.protocol.generation import OutputFormat
 from safelight.worker.encoding import Floats, Waveform, encode, to_uint8
 
 

@@ -14,7 +14,9 @@ import torch
 from safelight.protocol.codec import Buffer
 from safelight.protocol.config import ChildConfig, Config
 from safelight.protocol.errors import InvalidRequest
-from safelight.protocol.messages import Failed, FromWorker, Generate, Image, Parameter, Result, Sample
+from safelight.protocol.generation import Failed, Generate, Image, Result, Sample
+from safelight.protocol.messages import FromWorker
+from safelight.protocol.replicas import Parameter
 from safelight.server.limits import check_model
 from safelight.server.schemas import GenerateBody
 from safelight.tests.tiny import FAMILIES

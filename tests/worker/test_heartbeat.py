@@ -10,7 +10,8 @@ import pytest
 import torch
 import zmq
 
-from safelight.protocol.messages import FROM_WORKER, Heartbeat, ReplicaStats
+from safelight.protocol.messages import FROM_WORKER
+from safelight.protocol.replicas import Heartbeat, ReplicaStats
 from safelight.worker.batcher import Batcher
 from safelight.worker.crossing.call import Call, cross
 from safelight.worker.crossing.coroutine import Coroutine

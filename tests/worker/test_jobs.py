@@ -10,7 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load
 
-from safelight.protocol.messages import Failed, FromWorker, Generate, Preview, Progress, Result, Sample
+from safelight.protocol.generation import Failed, Generate, Preview, Progress, Result, Sample
+from safelight.protocol.messages import FromWorker
 from safelight.protocol.rollouts import Rollout
 from safelight.worker.batcher import Batcher
 from safelight.worker.forward.collate import collate

@@ -11,7 +11,8 @@ import torch
 from diffusers import CogVideoXDPMScheduler
 
 from safelight.protocol.config import Config
-from safelight.protocol.messages import BatchingMode, Generate, Sample
+from safelight.protocol.generation import Generate, Sample
+from safelight.protocol.replicas import BatchingMode
 from safelight.tests.tiny import FAMILIES
 from safelight.worker.batcher import Batcher
 from safelight.worker.forward.prompt_cache import PromptCache

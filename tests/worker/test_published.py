@@ -11,7 +11,7 @@ import pytest
 
 from safelight.protocol.config import Config
 from safelight.protocol.errors import StartFailed
-from safelight.protocol.messages import Generate, Sample
+from safelight.protocol.generation import Generate, Sample
 from safelight.tests.tiny import save
 from safelight.worker.model import Model, load_model
 from safelight.worker.sample import SampleRun

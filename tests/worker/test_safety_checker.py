@@ -11,7 +11,7 @@ from diffusers import StableDiffusionPipeline
 from safelight.benchmarks.coverage.encoders import SEEING
 from safelight.benchmarks.coverage.tokenizing import clip_pictures
 from safelight.protocol.config import Config
-from safelight.protocol.messages import Generate, Sample
+from safelight.protocol.generation import Generate, Sample
 from safelight.tests.tiny.stable_diffusion import sd15_components
 from safelight.tests.tiny.weights import ready, seeded
 from safelight.worker.batcher import Batcher

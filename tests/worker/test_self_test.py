@@ -12,7 +12,7 @@ import torch
 
 from safelight.protocol.codec import Buffer
 from safelight.protocol.config import Config
-from safelight.protocol.messages import Generate, Image, Sample
+from safelight.protocol.generation import Generate, Image, Sample
 from safelight.tests.tiny import save
 from safelight.worker.batcher import Batcher
 from safelight.worker.model import Model, load_model

@@ -18,7 +18,7 @@ from safelight.benchmarks.coverage.build import build
 from safelight.protocol.codec import Buffer
 from safelight.protocol.config import Config
 from safelight.protocol.errors import InvalidRequest
-from safelight.protocol.messages import Generate, Image, Sample
+from safelight.protocol.generation import Generate, Image, Sample
 from safelight.worker.batcher import Batcher
 from safelight.worker.crossing.call import Call, cross
 from safelight.worker.crossing.fork import Fork, schedulers

@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 
 from ...protocol.codec import Buffer
 from ...protocol.errors import StartFailed
-from ...protocol.messages import Generate, Image, Sample
+from ...protocol.generation import Generate, Image, Sample
 from ..batcher import Batcher
 from ..crossing.chain import Interceptor
 from ..crossing.interceptors import Recorder

@@ -29,7 +29,8 @@ from ...protocol.adapters import (
     Use,
 )
 from ...protocol.errors import Conflict, InvalidRequest, Unavailable
-from ...protocol.operations import Report, Save
+from ...protocol.operations import Save
+from ...protocol.reports import Report
 from ..parallel.ranks import Ranks
 from ..sizes import DENOISERS
 from ..weights.layout import Layout

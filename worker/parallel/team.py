@@ -13,7 +13,7 @@ import msgspec
 import zmq
 
 from ...protocol.codec import Codec
-from ...protocol.messages import Cancel, Generate
+from ...protocol.generation import Cancel, Generate
 from ...protocol.operations import Perform, SetPaused
 
 

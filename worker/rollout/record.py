@@ -14,7 +14,7 @@ from ...formats.digests import STORED_DTYPES
 from ...formats.tensor_files import write_header
 from ...protocol.codec import Buffer
 from ...protocol.errors import Unavailable
-from ...protocol.messages import Output
+from ...protocol.generation import Output
 from ...protocol.rollouts import TENSOR, RolledOut, Rollout, Tensor
 from .sampling import Path
 

@@ -13,7 +13,8 @@ from hashlib import sha256
 import msgspec
 import torch
 
-from ...protocol.operations import CudaShared, Invalid, Pickled, Source
+from ...protocol.reports import Invalid
+from ...protocol.tensor_sources import CudaShared, Pickled, Source
 from .digests import digest
 from .payload import Tensors
 from .sign import Sign

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import torch
 
-from ...protocol.operations import CudaTensor
+from ...protocol.tensor_sources import CudaTensor
 from .allowed import DTYPES, Known, NotAPayload
 from .pickled import Call
 from .received import cuda_tensor

@@ -13,7 +13,7 @@ import msgspec
 import torch
 
 from ...formats.digests import tensor_digest
-from ...protocol.operations import TensorDigest
+from ...protocol.reports import TensorDigest
 from ..parallel.ranks import Ranks
 from .layout import Layout
 from .sign import Sign

@@ -24,7 +24,8 @@ from typing import Any
 import torch
 
 from ...protocol.errors import Conflict, InvalidRequest, NotFound, Unavailable
-from ...protocol.operations import Broadcast, Join
+from ...protocol.operations import Join
+from ...protocol.tensor_sources import Broadcast
 from .joining import LATE_S, SENDER, Attempt, first_line
 from .sign import Sign
 

@@ -21,7 +21,8 @@ from ...formats.digests import TORCH_DTYPES
 from ...formats.tensor_files import BadTensorFile, StoredTensor, read_head, stamp
 from ...protocol.codec import Buffer
 from ...protocol.errors import InvalidRequest, SafelightError
-from ...protocol.operations import Broadcast, CudaShared, Files, Invalid, Pickled, Report, Source
+from ...protocol.reports import Invalid, Report
+from ...protocol.tensor_sources import Broadcast, CudaShared, Files, Pickled, Source
 from .allowed import NotAPayload
 from .cuda_handles import open_handles
 from .exchange import Read

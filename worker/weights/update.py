@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from ...protocol.errors import InvalidRequest, NotFound, Unavailable
-from ...protocol.operations import Invalid, Report
+from ...protocol.reports import Invalid, Report
 from .exchange import Staging
 from .layout import Layout
 from .names import Named, by_checkpoint_names, memory_of

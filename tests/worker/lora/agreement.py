@@ -17,7 +17,7 @@ from torch import nn
 
 from safelight.protocol.adapters import ALL, AdapterChange, AdapterSource, SetAdapters, UnmergeAdapters, Use
 from safelight.protocol.config import Config
-from safelight.protocol.messages import Generate, Sample
+from safelight.protocol.generation import Generate, Sample
 from safelight.tests.tiny import FAMILIES, save
 from safelight.worker.batcher import Batcher
 from safelight.worker.lora.adapters import RankAdapters

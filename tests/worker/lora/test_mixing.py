@@ -11,7 +11,7 @@ from msgspec.structs import replace
 from torch import nn
 
 from safelight.protocol.adapters import SetAdapters, Use
-from safelight.protocol.messages import Generate
+from safelight.protocol.generation import Generate
 from safelight.worker.forward.prompt_cache import PromptCache
 from safelight.worker.model import Model
 

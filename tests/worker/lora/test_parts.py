@@ -14,7 +14,9 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 
 from safelight.protocol.adapters import AdapterSource, RestoreAdapters, SetAdapters, UnmergeAdapters
 from safelight.protocol.errors import InvalidRequest
-from safelight.protocol.operations import Files, Report, Save
+from safelight.protocol.operations import Save
+from safelight.protocol.reports import Report
+from safelight.protocol.tensor_sources import Files
 from safelight.worker.lora.adapters import RankAdapters
 from safelight.worker.lora.parts import read_parts
 from safelight.worker.model import Model

@@ -11,7 +11,8 @@ from safetensors.torch import load
 
 from safelight.protocol.adapters import SetAdapters
 from safelight.protocol.config import Config
-from safelight.protocol.messages import FromWorker, Result
+from safelight.protocol.generation import Result
+from safelight.protocol.messages import FromWorker
 from safelight.tests.tiny import save
 from safelight.tests.worker.lora.agreement import (
     ADAPTERS,

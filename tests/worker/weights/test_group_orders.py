@@ -13,7 +13,8 @@ import pytest
 import torch
 from msgspec.structs import replace
 
-from safelight.protocol.operations import Join, Leave, Perform, Performed
+from safelight.protocol.operations import Join, Leave, Perform
+from safelight.protocol.reports import Performed
 from safelight.worker.group_orders import GroupOrders
 from safelight.worker.parallel.ranks import ALONE
 from safelight.worker.weights import groups

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from safelight.protocol.codec import Buffer
-from safelight.protocol.operations import Pickled
+from safelight.protocol.tensor_sources import Pickled
 from safelight.worker.weights.allowed import NotAPayload
 from safelight.worker.weights.groups import Groups
 from safelight.worker.weights.payload import InvalidTensor, Tensors, choose, interpret

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch.multiprocessing import reductions
 
-from safelight.protocol.operations import CudaTensor
+from safelight.protocol.tensor_sources import CudaTensor
 from safelight.worker.weights import segment
 from safelight.worker.weights.allowed import NotAPayload
 from safelight.worker.weights.cuda_handles import open_handles

@@ -1,0 +1,149 @@
+"""Messages of one generation: what a client asks for, and what comes back."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import msgspec
+
+from .adapters import Drawn, Use
+from .codec import Buffer
+from .errors import ErrorInfo
+from .reports import Report
+from .rollouts import RolledOut, Rollout
+
+OutputFormat = Literal["png", "jpeg", "webp", "mp4", "webm", "pt"]
+
+
+class Sample(msgspec.Struct, frozen=True):
+    """One output to make: a prompt and the seed of its generator."""
+
+    prompt: str
+    seed: int
+
+
+class Image(msgspec.Struct, frozen=True):
+    """A picture that a request brings along: rows of RGB, 8 bits each, from the top left."""
+
+    width: int
+    height: int
+    rgb: Buffer
+
+
+class Generate(msgspec.Struct, tag=True, frozen=True, kw_only=True):
+    """Make ``samples``, all of them from the same ``images``. ``None`` leaves a value to the pipeline's own default."""
+
+    request_id: str
+    samples: list[Sample]
+    images: list[Image] = []
+    negative_prompt: str | None = None
+    width: int | None = None
+    height: int | None = None
+    num_frames: int | None = None
+    fps: int | None = None
+    num_inference_steps: int | None = None
+    guidance_scale: float | None = None
+    true_cfg_scale: float | None = None
+    output_format: OutputFormat = "png"
+    deterministic: bool = False
+    preview_every: int = 0
+    progress: bool = False
+    extra: dict[str, Any] = {}
+    priority: int = 0
+    timeout_s: float | None = None
+    lora: list[Use] | None = None
+    """The adapters of this request; ``None`` for those that are active for all."""
+    rollout: Rollout | None = None
+    """That it is sampled as a rollout, and what is to be recorded."""
+
+
+class Cancel(msgspec.Struct, tag=True, frozen=True):
+    """Stop a request's work at its next boundary. A request that is unknown or done is ignored."""
+
+    request_id: str
+
+
+class Queued(msgspec.Struct, tag=True, frozen=True):
+    """The request was accepted; ``position`` requests are ahead of it."""
+
+    request_id: str
+    position: int
+
+
+class Started(msgspec.Struct, tag=True, frozen=True):
+    """The request was given to a replica, after ``queue_s`` seconds."""
+
+    request_id: str
+    replica: int
+    queue_s: float
+
+
+class Progress(msgspec.Struct, tag=True, frozen=True):
+    """Output ``output`` of the request has finished ``step`` of ``steps`` denoising steps."""
+
+    request_id: str
+    output: int
+    step: int
+    steps: int
+
+
+class Preview(msgspec.Struct, tag=True, frozen=True):
+    """What output ``output`` looks like after ``step`` steps, as a JPEG."""
+
+    request_id: str
+    output: int
+    step: int
+    steps: int
+    image: Buffer
+
+
+class Output(msgspec.Struct, frozen=True):
+    """One finished picture, clip or tensor, encoded as ``format``; ``audio_sample_rate`` of a clip with sound."""
+
+    data: Buffer
+    format: OutputFormat
+    seed: int
+    width: int
+    height: int
+    num_frames: int | None = None
+    fps: int | None = None
+    audio_sample_rate: int | None = None
+    rolled_out: RolledOut | None = None
+    """In place of ``data``, of a rollout."""
+
+
+class Timings(msgspec.Struct, frozen=True):
+    """Seconds; of several outputs, from the first one's begin to the last one's end of each phase.
+
+    ``total_s`` is measured where the request entered that process.
+    """
+
+    queue_s: float
+    encode_s: float
+    denoise_s: float
+    decode_s: float
+    total_s: float
+
+
+class Result(msgspec.Struct, tag=True, frozen=True):
+    """All outputs of a request, in the order of its samples.
+
+    ``weight_version`` is the last one that made any of them, and ``weight_versions`` are all, in their order;
+    ``adapters`` are all that had a part in any.
+    """
+
+    request_id: str
+    outputs: list[Output]
+    timings: Timings
+    steps: int
+    weight_version: str
+    weight_versions: list[str] = []
+    adapters: list[Drawn] = []
+
+
+class Failed(msgspec.Struct, tag=True, frozen=True):
+    """The request ended without a result. Of an operation, ``report`` has the details, if there are any."""
+
+    request_id: str
+    error: ErrorInfo
+    report: Report | None = None

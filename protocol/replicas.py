@@ -1,0 +1,200 @@
+"""Messages about replicas: what one serves, how it starts, and how it does."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import msgspec
+
+from .adapters import AdapterState
+from .costs import Measured
+
+BatchingMode = Literal["merged", "interleaved", "serial"]
+
+
+class ReplicaExited(msgspec.Struct, tag=True, frozen=True):
+    """The supervisor saw a replica's process end; ``message`` says how."""
+
+    replica: int
+    message: str
+
+
+class Parameter(msgspec.Struct, frozen=True):
+    """One argument of the pipeline's ``__call__`` that a request may set.
+
+    ``types`` are JSON types ("int", "float", "str", "bool", "list", "null"); ``default`` is what a request gets that
+    leaves it out (null where the pipeline decides), and ``maximum`` the largest value that makes sense for this model,
+    where one is known. Of a list, ``items`` are the JSON types of its elements, empty where any will do, and ``length``
+    is the only one it may have; the pipeline gets it as a tuple where ``is_tuple``. ``is_required`` is what the
+    pipeline does not run without, as the self-test found out, although its signature has a default.
+    """
+
+    types: list[str]
+    default: Any = None
+    maximum: int | None = None
+    items: list[str] = []
+    length: int | None = None
+    is_tuple: bool = False
+    is_required: bool = False
+
+
+class Batching(msgspec.Struct, frozen=True):
+    """How requests share forwards, and what the self-test saw that decided it."""
+
+    mode: BatchingMode
+    reason: str
+
+
+class ImageTask(msgspec.Struct, frozen=True, kw_only=True):
+    """What a model does with a request that brings images: one for each of ``image_arguments``, in this order.
+
+    Where there is one argument alone, it takes ``several_images`` for one output, or only one.
+    """
+
+    pipeline: str
+    arguments: dict[str, Parameter]
+    size_multiple: int
+    image_arguments: tuple[str, ...] = ("image",)
+    several_images: bool
+    supports_preview: bool
+    batching: Batching
+    deterministic_defaults: dict[str, Any] = {}
+
+
+class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
+    """What a replica serves. Sizes are in pixels; ``parameters`` maps a component to its number of parameters.
+
+    ``pipeline`` and its ``arguments`` are for requests that bring no more than they must: no image, unless the model
+    takes no text alone. ``no_image`` says why there is no ``image_task``.
+    """
+
+    model: str
+    path: str
+    pipeline: str
+    kind: Literal["image", "video"]
+    device: str
+    dtype: str
+    parameters: dict[str, int]
+    arguments: dict[str, Parameter]
+    size_multiple: int
+    default_width: int | None = None
+    default_height: int | None = None
+    default_num_frames: int | None = None
+    default_fps: int | None = None
+    deterministic_defaults: dict[str, Any] = {}
+    """Arguments whose default is another one for a ``deterministic`` request: that of diffusers itself."""
+    supports_preview: bool = True
+    takes_text_alone: bool = True
+    image_task: ImageTask | None = None
+    no_image: str | None = None
+    no_rollout: str | None = None
+    """Why it cannot be rolled out; ``None`` where it can."""
+    batching: Batching
+    weight_version: str
+    divided: dict[str, str] = {}
+    """How tensor-parallel ranks share each component with weights, and why one or a part of it is whole on each."""
+    gpus: list[str] = []
+    """UUIDs of the GPUs that its processes see."""
+
+
+class ReplicaStats(msgspec.Struct, frozen=True):
+    """Counters since the replica's start. ``calls / forwards`` is how many calls met in a forward.
+
+    ``costs`` are the seconds of one call to each component, by the size of the output. ``unmergeable`` names calls that
+    run alone though others merge, and why: found by the self-test, or since.
+    """
+
+    running: int = 0
+    forwards: int = 0
+    calls: int = 0
+    outputs: int = 0
+    cancelled: int = 0
+    failed: int = 0
+    unmergeable: dict[str, str] = {}
+    caps: dict[str, int] = {}
+    stages: list[str] = []
+    costs: dict[str, list[Measured]] = {}
+
+
+class ReplicaLoading(msgspec.Struct, tag=True, frozen=True):
+    """A worker is alive and at ``stage`` of its start."""
+
+    replica: int
+    pid: int
+    stage: str
+
+
+class ReplicaReady(msgspec.Struct, tag=True, frozen=True):
+    """A worker has loaded its model and finished the self-test's real forwards: it takes requests."""
+
+    replica: int
+    pid: int
+    model: ModelInfo
+
+
+class ReplicaFailed(msgspec.Struct, tag=True, frozen=True):
+    """A worker cannot start; the message is for the person who started the server."""
+
+    replica: int
+    message: str
+
+
+class Heartbeat(msgspec.Struct, tag=True, frozen=True):
+    """Sent about every second by a thread of a worker's process, whatever its loop is doing.
+
+    ``progress`` counts what the loop has done: where it stands still, the loop does. ``forward_s`` is for how long the
+    forward in hand has run; ``None`` between forwards. It comes over a socket of its own, and so maybe before or after
+    what the loop sends: ``pid`` says of which process it is.
+    """
+
+    replica: int
+    pid: int
+    stats: ReplicaStats
+    progress: int
+    forward_s: float | None = None
+
+
+class ReplicaStatus(msgspec.Struct, frozen=True, kw_only=True):
+    """The scheduler's view of a replica. ``state`` is the reason that ``/health`` gives."""
+
+    replica: int
+    state: Literal["starting", "ready", "failed", "lost", "stalled"]
+    message: str
+    pid: int | None = None
+    outstanding: int = 0
+    stats: ReplicaStats = ReplicaStats()
+    model: ModelInfo | None = None
+
+
+class Hold(msgspec.Struct, frozen=True, kw_only=True):
+    """An operation that holds back the requests and operations that came after it.
+
+    ``phase`` says what it waits for: "draining" for requests that came before it, "working" for replicas, and "open",
+    of a begun update, for its client; it is then aborted after ``ends_in_s`` seconds more.
+    """
+
+    operation: str
+    phase: Literal["draining", "working", "open"]
+    held_s: float
+    update_id: str | None = None
+    ends_in_s: float | None = None
+
+
+class Status(msgspec.Struct, tag=True, frozen=True):
+    """Pushed to the server whenever a replica changes state, a hold begins or ends, and about every second.
+
+    ``halted`` is why no request is started, though replicas are ready: "asleep" or "paused", for ``halted_s`` seconds.
+    ``queued_bytes`` are those of waiting requests and operations. ``adapters`` are what is committed. ``heard`` counts
+    the messages that the scheduler has taken from the server.
+    """
+
+    queued: int
+    running: int
+    replicas: list[ReplicaStatus]
+    halted: str | None = None
+    adapters: AdapterState = AdapterState()
+    halted_s: float = 0.0
+    hold: Hold | None = None
+    queued_operations: int = 0
+    queued_bytes: int = 0
+    heard: int = 0
