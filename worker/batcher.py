@@ -29,7 +29,7 @@ from .forward.signature import Signatures
 from .forward.stages import prompt_of, stages
 from .heartbeat import Activity
 from .lora.adapters import RankAdapters
-from .lora.beside import Uses
+from .lora.dynamic import Uses
 
 log = logging.getLogger(__name__)
 

@@ -9,7 +9,7 @@ from ..crossing.random_state import has_drawn, kept_random_state, random_state
 from ..crossing.thread_state import within
 from ..heartbeat import Activity
 from ..lora.adapters import RankAdapters
-from ..lora.beside import Uses
+from ..lora.dynamic import Uses
 from .at_rest import AtRest
 from .batch import Forward, Pending
 from .costs import Costs

@@ -36,8 +36,8 @@ from ..sizes import DENOISERS
 from ..weights.layout import Layout
 from . import planning
 from .adapter import Adapter, Term, placed
-from .beside import Beside, Uses
 from .change import Change
+from .dynamic import Beside, Uses
 from .files import AdapterFile, load_adapter, read_adapter
 from .merge import Sum, merge, rounded_away
 from .names import Shapes, weight_shapes

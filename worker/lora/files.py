@@ -19,10 +19,10 @@ from ...protocol.errors import InvalidRequest
 from ..weights.sources import map_file
 from .alphas import Told, parse_object, read_config, read_header, scaled
 from .convert import Converted
+from .matching import ABSENT, fault_of, place
 from .names import Shapes, split_name, weight_shapes
 from .pairs import ALPHA, LeftOut, Pair, find_pairs, refused
 from .parts import layer_of, read_notes
-from .places import ABSENT, fault_of, place
 from .targets import find_targets
 from .whole import Whole, decomposed, of_pair, take_magnitudes, take_whole
 

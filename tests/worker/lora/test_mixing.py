@@ -96,7 +96,7 @@ def test_a_text_encoder_s_answers_are_kept_for_each_choice_of_adapters(
 
 def test_a_layer_whose_rows_are_not_those_of_requests_is_not_mixed() -> None:
     from safelight.worker.lora.adapter import Adapter, Term
-    from safelight.worker.lora.beside import Beside, CannotMix
+    from safelight.worker.lora.dynamic import Beside, CannotMix
     from safelight.worker.parallel.ranks import ALONE
 
     layer = nn.Linear(6, 5)
