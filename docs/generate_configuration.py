@@ -9,7 +9,8 @@ from typing import Any, Literal
 
 import msgspec
 
-from safelight.protocol.config import Config, Option, options
+from safelight.process.configuration import Option, options
+from safelight.protocol.config import Config
 
 PAGE = Path(__file__).with_name("configuration.md")
 

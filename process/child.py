@@ -11,7 +11,7 @@ from typing import Protocol, TypeVar
 
 import msgspec
 
-from ..protocol.config import ChildConfig
+from ..protocol.child_config import ChildConfig
 
 _STDIN = 0
 

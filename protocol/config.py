@@ -1,33 +1,15 @@
-"""Every option of a server, once: typed, documented, and settable by flag, environment variable or file.
+"""Every option of a server, once: typed and documented.
 
-Precedence, highest first: flag, environment (``SAFELIGHT_<OPTION>``), file, default. The launcher reads them here and
-sends the result to its child processes as one line of JSON on their standard input.
+The launcher reads them (``process.configuration``) and sends the result to its child processes as one line of JSON on
+their standard input.
 """
 
 from __future__ import annotations
 
-import difflib
-import math
-import os
-import tomllib
-from collections.abc import Mapping
-from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import msgspec
 from msgspec import Meta
-
-from .adapters import SetAdapters
-from .errors import StartFailed
-from .self_test import SelfTestResult
-
-ENVIRONMENT_PREFIX = "SAFELIGHT_"
-
-_OF_CLIENTS = frozenset({"url"})
-_MISSPELT = 0.8
-"""How alike an unknown variable is to an option that it was meant for; others may be anybody's."""
-
-SHARED_MEMORY = "/dev/shm"  # where Linux keeps files in memory
 
 
 class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -287,116 +269,3 @@ def most_pixels(config: Config, width: int | None, height: int | None) -> int:
     if config.max_pixels:
         return config.max_pixels
     return _TIMES_THE_DEFAULT * width * height if width and height else MOST_PIXELS
-
-
-class Option(msgspec.Struct, frozen=True):
-    """One field of :class:`Config`, as flags, documentation and environment need it."""
-
-    name: str
-    annotation: Any
-    default: Any
-    description: str
-
-    @property
-    def flag(self) -> str:
-        return "--" + self.name.replace("_", "-")
-
-    @property
-    def variable(self) -> str:
-        return ENVIRONMENT_PREFIX + self.name.upper()
-
-
-def options() -> list[Option]:
-    """Every option, in the order of the class."""
-    found = []
-    for field in msgspec.structs.fields(Config):
-        base, meta = field.type.__origin__, field.type.__metadata__[0]
-        found.append(Option(field.name, base, field.default, meta.description))
-    return found
-
-
-def load_config(
-    flags: Mapping[str, Any], environment: Mapping[str, str] | None = None, file: Path | None = None
-) -> Config:
-    """The configuration from ``flags`` over ``environment`` over ``file`` (TOML).
-
-    Raises ``StartFailed`` that names the option and what it may be.
-    """
-    known = {option.name for option in options()}
-    values: dict[str, Any] = _read_file(file) if file else {}
-    for key, text in (environment or {}).items():
-        name = key.removeprefix(ENVIRONMENT_PREFIX).lower()
-        if not key.startswith(ENVIRONMENT_PREFIX) or name in _OF_CLIENTS:
-            continue
-        if name in known:
-            values[name] = text
-        elif close := difflib.get_close_matches(name, known, n=1, cutoff=_MISSPELT):
-            meant = ENVIRONMENT_PREFIX + close[0].upper()
-            raise StartFailed(f"There is no option {key}; did you mean {meant}?")
-    values.update(flags)
-    try:
-        config = msgspec.convert(values, Config, strict=False)
-    except msgspec.ValidationError as error:
-        raise StartFailed(f"A configuration value cannot be used: {error}.") from None
-    for name, value in msgspec.structs.asdict(config).items():
-        if isinstance(value, float) and math.isinf(value):  # no timer, and no JSON, takes one
-            raise StartFailed(f"{name} is {value}; it must be a finite number, such as 1e9.")
-    return config
-
-
-def _read_file(file: Path) -> dict[str, Any]:
-    try:
-        return tomllib.loads(file.read_text())
-    except FileNotFoundError:
-        raise StartFailed(f"The configuration file {file} does not exist.") from None
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise StartFailed(f"The configuration file {file} cannot be read as TOML: {error}.") from None
-
-
-class ChildConfig(msgspec.Struct, frozen=True, kw_only=True):
-    """What the launcher writes to a scheduler's or worker's standard input as its first line.
-
-    The pipe then stays open: its end tells the child that the launcher is gone. ``replica`` is ``None`` for the
-    scheduler. The sockets lie in ``directory`` (mode 0700). ``start`` counts the starts of the replica.
-    """
-
-    config: Config
-    directory: str
-    replica: int | None = None
-    rank: int = 0
-    start: int = 0
-    adapters: SetAdapters | None = None
-    """What the scheduler is to have every replica begin with."""
-    self_test: SelfTestResult | None = None
-    """What a replica of this server has found out about the model."""
-
-    def without_key(self) -> ChildConfig:
-        """For a child process, which asks nobody for the key."""
-        return msgspec.structs.replace(self, config=msgspec.structs.replace(self.config, api_key=None))
-
-    @property
-    def directories(self) -> list[str]:
-        """What is to be removed when all has ended."""
-        return [self.directory, self.shared]
-
-    @property
-    def meeting_place(self) -> str:
-        """The path, of this start alone, below which the ranks of a replica find each other."""
-        return f"{self.directory}/replica-{self.replica}-start-{self.start}"
-
-    @property
-    def shared(self) -> str:
-        """The directory in shared memory through which large tensors come; nobody else's, like ``directory``."""
-        name = Path(self.directory).name
-        usable = os.access(SHARED_MEMORY, os.W_OK | os.X_OK)  # a container's may be read-only
-        return f"{SHARED_MEMORY}/{name}" if usable else f"{self.directory}/shared"
-
-    @property
-    def frontend(self) -> str:
-        """Where the scheduler's socket for the server is bound."""
-        return f"ipc://{self.directory}/frontend"
-
-    @property
-    def backend(self) -> str:
-        """Where the scheduler's socket for the workers is bound."""
-        return f"ipc://{self.directory}/backend"

@@ -9,8 +9,8 @@ from typing import NoReturn, TypeVar
 
 import zmq
 
+from ..protocol.child_config import ChildConfig
 from ..protocol.codec import Codec
-from ..protocol.config import ChildConfig
 from ..protocol.messages import FROM_SCHEDULER, FROM_WORKER, TO_SCHEDULER, TO_WORKER
 from .dispatcher import Dispatcher
 

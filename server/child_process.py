@@ -13,7 +13,7 @@ from typing import Literal, Self
 
 import msgspec
 
-from ..protocol.config import ChildConfig
+from ..protocol.child_config import ChildConfig
 
 TERMINATION_S = 5.0
 """Seconds that a process gets between SIGTERM and SIGKILL."""

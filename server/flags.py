@@ -9,7 +9,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
-from ..protocol.config import Config, Option, load_config, options
+from ..process.configuration import Option, load_config, options
+from ..protocol.config import Config
 from ..protocol.errors import StartFailed
 from .api_key import with_key
 from .callers import Callers

@@ -22,7 +22,8 @@ import msgspec
 
 from ..formats.checkpoint import check_model
 from ..process.logs import configure_logging, escaped
-from ..protocol.config import ChildConfig, Config
+from ..protocol.child_config import ChildConfig
+from ..protocol.config import Config
 from ..protocol.errors import StartFailed
 from .connections import raise_descriptor_limit
 from .flags import read_config

@@ -9,7 +9,7 @@ import socket
 import sys
 from dataclasses import dataclass, replace
 
-from ..protocol.config import ChildConfig
+from ..protocol.child_config import ChildConfig
 from .child_process import ChildProcess, spawn
 
 _PR_SET_CHILD_SUBREAPER = 36  # <linux/prctl.h>

@@ -11,7 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
-from ..protocol.config import SHARED_MEMORY, ChildConfig, Config
+from ..protocol.child_config import SHARED_MEMORY, ChildConfig
+from ..protocol.config import Config
 from ..protocol.errors import StartFailed
 
 _PREFIX = "safelight-"

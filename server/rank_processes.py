@@ -8,7 +8,7 @@ from typing import Self
 
 import msgspec
 
-from ..protocol.config import ChildConfig
+from ..protocol.child_config import ChildConfig
 from .child_process import ChildProcess
 
 StartRank = Callable[[ChildConfig], Awaitable[ChildProcess]]

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ..process.logs import escaped
-from ..protocol.config import ChildConfig
+from ..protocol.child_config import ChildConfig
 from ..protocol.errors import Unavailable
 from ..protocol.replicas import ModelInfo, Status
 from .app import create_app

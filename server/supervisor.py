@@ -9,7 +9,7 @@ import logging
 import shutil
 from pathlib import Path
 
-from ..protocol.config import ChildConfig
+from ..protocol.child_config import ChildConfig
 from ..protocol.errors import StartFailed
 from ..protocol.replicas import ReplicaExited, Status
 from ..protocol.self_test import read_result

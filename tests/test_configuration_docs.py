@@ -6,7 +6,8 @@ import re
 import runpy
 from pathlib import Path
 
-from safelight.protocol.config import Config, load_config, options
+from safelight.process.configuration import load_config, options
+from safelight.protocol.config import Config
 
 DOCS = Path(__file__).parent.parent / "docs"
 TEXT = (DOCS / "configuration.md").read_text(encoding="utf-8")

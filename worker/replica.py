@@ -15,7 +15,8 @@ from pathlib import Path
 import torch
 import zmq
 
-from ..protocol.config import ChildConfig, Config
+from ..protocol.child_config import ChildConfig
+from ..protocol.config import Config
 from ..protocol.errors import StartFailed
 from ..protocol.generation import Cancel, Generate
 from ..protocol.messages import FROM_WORKER, TO_WORKER, FromWorker, ToWorker

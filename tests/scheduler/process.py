@@ -11,8 +11,9 @@ from typing import Any, Generic, TypeVar
 import msgspec
 import zmq
 
+from safelight.protocol.child_config import ChildConfig
 from safelight.protocol.codec import Codec
-from safelight.protocol.config import ChildConfig, Config
+from safelight.protocol.config import Config
 from safelight.protocol.generation import Cancel
 from safelight.protocol.messages import (
     FROM_SCHEDULER,

@@ -12,7 +12,8 @@ import psutil
 import pytest
 
 from safelight.process.child import ORPHANED
-from safelight.protocol.config import ChildConfig, Config
+from safelight.protocol.child_config import ChildConfig
+from safelight.protocol.config import Config
 from safelight.server.child_process import ChildProcess
 
 pytestmark = pytest.mark.anyio

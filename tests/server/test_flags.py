@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from safelight.protocol.config import options
+from safelight.process.configuration import options
 from safelight.protocol.errors import StartFailed
 from safelight.server.flags import GROUPS, make_parser, read_config
 from safelight.server.http_server import listen

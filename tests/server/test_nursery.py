@@ -11,7 +11,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from safelight.protocol.config import ChildConfig, Config
+from safelight.protocol.child_config import ChildConfig
+from safelight.protocol.config import Config
 from safelight.server import nursery as launchers
 from safelight.server.child_process import ChildProcess
 from safelight.server.nursery import Nursery

@@ -16,7 +16,8 @@ from typing import IO
 
 import pytest
 
-from safelight.protocol.config import SHARED_MEMORY, Config
+from safelight.protocol.child_config import SHARED_MEMORY
+from safelight.protocol.config import Config
 from safelight.protocol.errors import StartFailed
 from safelight.server.own_directories import own_directories, remove_abandoned
 

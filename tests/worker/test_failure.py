@@ -11,8 +11,9 @@ import diffusers
 import pytest
 import torch
 
+from safelight.protocol.child_config import ChildConfig
 from safelight.protocol.codec import Buffer
-from safelight.protocol.config import ChildConfig, Config
+from safelight.protocol.config import Config
 from safelight.protocol.errors import InvalidRequest
 from safelight.protocol.generation import Failed, Generate, Image, Result, Sample
 from safelight.protocol.messages import FromWorker
