@@ -92,6 +92,13 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
             "fraction of the time; only on Linux"
         ),
     ] = True
+    self_test_cache: Annotated[
+        bool,
+        Meta(
+            description="Take over what the self-test of an earlier start has found out about the same files, with the "
+            "same software and hardware; kept in `safelight/self-tests` below `$XDG_CACHE_HOME`, or `~/.cache`"
+        ),
+    ] = True
     threads: Annotated[
         int, Meta(ge=0, le=1024, description="CPU threads of each replica; 0 divides the cores among them")
     ] = 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,13 +23,17 @@ if not ON_DEVICE:
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # these tests compare with what plain diffusers computes on a CPU
 
 
-def pytest_configure() -> None:
+def pytest_configure(config: pytest.Config) -> None:
     """One thread for torch's sums, as files of tests run beside each other; and Ctrl-C for what tests start.
 
-    Processes of pytest-xdist ignore it, and what they start would too.
+    Processes of pytest-xdist ignore it, and what they start would too. Servers of a run share their caches.
     """
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    if not hasattr(config, "workerinput"):
+        caches = tempfile.TemporaryDirectory(prefix="caches-of-tests-")
+        config.add_cleanup(caches.cleanup)
+        os.environ["XDG_CACHE_HOME"] = caches.name
 
 
 class _ByFileOrGroup(LoadGroupScheduling):

@@ -52,6 +52,8 @@ class Model:
 
     name: str
     path: str
+    directory: Path
+    """Where its files lie; of a single file, those of its base."""
     pipeline: DiffusionPipeline
     device: torch.device
     dtype: torch.dtype
@@ -171,6 +173,7 @@ def load_model(config: Config, device: torch.device | None = None, ranks: Ranks 
     return Model(
         name=config.served_model_name or config.model.rstrip("/").rsplit("/", 1)[-1],
         path=path,
+        directory=directory,
         pipeline=pipeline,
         device=device,
         dtype=dtype,

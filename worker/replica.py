@@ -23,6 +23,7 @@ from ..protocol.messages import FROM_WORKER, TO_WORKER, FromWorker, ToWorker
 from ..protocol.operations import Perform, SetPaused
 from ..protocol.replicas import ReplicaFailed, ReplicaLoading, ReplicaReady
 from ..protocol.reports import Performed
+from ..protocol.self_test import SelfTestResult
 from .batcher import Batcher
 from .forward.at_rest import AtRest
 from .forward.prompt_cache import PromptCache
@@ -36,6 +37,7 @@ from .parallel.ranks import RankLost, join, leave
 from .parallel.starting import FailedTogether, all_or_none
 from .parallel.team import Diverged, Follower, Leader, SettleJoin, Stop, Turn
 from .self_test import Found, SelfTest
+from .self_test_cache import SelfTestCache
 from .weights.groups import Groups
 from .weights.journal import Journal
 from .weights.undo import UndoMemory
@@ -110,17 +112,30 @@ class Replica:
         return model, found
 
     def _test(self, model: Model) -> Found:
-        """Find out what the model does, or take over what an earlier start of this server has found out."""
+        """Find out what the model does, or take over what an earlier start has found out."""
         test = SelfTest(model, self._config, self._report)
         if self._child.self_test is not None:
             return test.recall(self._child.self_test)
-        found = test.run()
-        if self._leads:
+        cache = SelfTestCache(model, self._config, self._ranks) if self._config.self_test_cache else None
+        if cache is not None and (kept := cache.read()) is not None:
             try:
-                test.result(found).write(Path(self._child.directory))
-            except OSError as error:
-                log.warning("the self-test is made again at each start, as its result cannot be kept: %s", error)
+                found = test.recall(kept)
+            except StartFailed:
+                cache.forget()
+                raise
+        else:
+            found = test.run()
+        if self._leads:
+            self._keep(test.result(found), cache)
         return found
+
+    def _keep(self, result: SelfTestResult, cache: SelfTestCache | None) -> None:
+        try:
+            result.write(Path(self._child.directory))
+        except OSError as error:
+            log.warning("the self-test is made again at each start, as its result cannot be kept: %s", error)
+        if cache is not None:
+            cache.keep(result)
 
     def _serve(self, model: Model, found: Found) -> int:
         adapters = RankAdapters(

@@ -155,10 +155,25 @@ def test_it_answers_while_it_starts_and_sigterm_then_ends_it_with_status_0(tiny_
         wait_until_gone(server, 0.5)
 
 
+def test_a_later_start_takes_over_what_the_self_test_has_found_and_draws_the_same(
+    tiny_flux: Path, scratch: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    drawn = []
+    for tried in ((True, False), (False, True)):
+        with LiveServer(tiny_flux, FLAGS, temporary=scratch) as server:
+            server.wait_ready()
+            log = server.log
+            assert ("self-test: requests apart" in log, "self-test: one request" in log) == tried
+            drawn.append(ask(server, {**QUICK, "seed": 7}).json()["outputs"])
+    assert drawn[0] == drawn[1]
+
+
 @pytest.mark.parametrize("flag", ["--nursery", "--no-nursery"])
 def test_the_life_of_a_server(flag: str, tiny_flux: Path, scratch: Path, asking: ThreadPoolExecutor) -> None:
     """One after the other, because each start costs seconds: ready, serve, lose the worker, serve again, stop."""
-    with LiveServer(tiny_flux, [*FLAGS, "--grace-s", "20", flag], temporary=scratch, program=True) as server:
+    flags = [*FLAGS, "--no-self-test-cache", "--grace-s", "20", flag]
+    with LiveServer(tiny_flux, flags, temporary=scratch, program=True) as server:
         server.wait_ready()
         assert server.output == f"ready: {server.url} serves flux\n"
         assert server.url.startswith("http://127.0.0.1:")
