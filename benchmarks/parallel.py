@@ -26,7 +26,7 @@ from diffusers import FluxTransformer2DModel, ModelMixin, WanTransformer3DModel
 from safelight.benchmarks.machine import describe
 from safelight.worker.models import family_of
 from safelight.worker.parallel.ranks import Ranks, join, leave
-from safelight.worker.weights.loader import load_component
+from safelight.worker.weights.checkpoint.loader import load_component
 
 RESULTS = Path(__file__).resolve().parent / "results"
 PICTURE_TOKENS, TEXT_TOKENS = 1024, 128

@@ -13,7 +13,7 @@ from ..protocol.operations import Join, Leave, Perform
 from ..protocol.reports import Performed, Report
 from .parallel.ranks import Ranks
 from .parallel.team import SettleJoin
-from .weights.groups import Groups
+from .weights.transport.groups import Groups
 
 
 class _Outcome(msgspec.Struct, frozen=True):

@@ -28,13 +28,13 @@ from .published import Published, read_published
 from .rollout.sampling import why_no_rollouts
 from .sizes import DENOISERS
 from .task import Task, new_task
-from .weights.components import components
-from .weights.download import download_pipeline
-from .weights.files import WeightFiles
-from .weights.layout import Layout
-from .weights.loader import CannotLoad
-from .weights.pipeline import LoadedPipeline, load_pipeline
-from .weights.single_file import SingleFile, open_single_file
+from .weights.checkpoint.components import components
+from .weights.checkpoint.download import download_pipeline
+from .weights.checkpoint.files import WeightFiles
+from .weights.checkpoint.layout import Layout
+from .weights.checkpoint.loader import CannotLoad
+from .weights.checkpoint.pipeline import LoadedPipeline, load_pipeline
+from .weights.checkpoint.single_file import SingleFile, open_single_file
 
 log = logging.getLogger(__name__)
 

@@ -32,15 +32,15 @@ from .heartbeat import HEARTBEAT_S, Activity, Heartbeats
 from .jobs import Jobs
 from .lora.adapters import RankAdapters
 from .model import Model, find_device, load_model, modules, use_device
-from .operations import Operations
+from .operations.coordinator import Operations
 from .parallel.ranks import RankLost, join, leave
 from .parallel.starting import FailedTogether, all_or_none
 from .parallel.team import Diverged, Follower, Leader, SettleJoin, Stop, Turn
 from .self_test import Found, SelfTest
 from .self_test_cache import SelfTestCache
-from .weights.groups import Groups
-from .weights.journal import Journal
-from .weights.undo import UndoMemory
+from .weights.snapshot.journal import Journal
+from .weights.transport.groups import Groups
+from .weights.update.undo_log import UndoMemory
 
 log = logging.getLogger(__name__)
 

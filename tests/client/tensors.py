@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from safelight.formats.digests import module_digest
-from safelight.worker.weights.digests import raw_bytes
+from safelight.worker.weights.snapshot.digests import raw_bytes
 
 Tensors = dict[str, torch.Tensor]
 

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from safelight.client.checksum import checksum
 from safelight.tests.live import LiveServer
 from safelight.tests.tiny import save
-from safelight.worker.weights.digests import raw_bytes
+from safelight.worker.weights.snapshot.digests import raw_bytes
 
 from .conftest import Serve
 from .test_updates import digests

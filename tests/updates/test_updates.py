@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from safelight.client.checksum import checksum
 from safelight.formats.digests import tensor_digest
-from safelight.worker.weights.digests import raw_bytes
+from safelight.worker.weights.snapshot.digests import raw_bytes
 
 from .trainer import Tensors, Trainer, changed, transformer
 

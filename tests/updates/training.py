@@ -21,7 +21,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from safelight.formats.digests import tensor_digest
 from safelight.tests.forked import Forked
-from safelight.worker.weights.digests import raw_bytes
+from safelight.worker.weights.snapshot.digests import raw_bytes
 
 
 def init_custom_process_group(

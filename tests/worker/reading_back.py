@@ -11,10 +11,10 @@ from safelight.worker.models import family_of
 from safelight.worker.parallel.plan import Family
 from safelight.worker.parallel.ranks import Ranks
 from safelight.worker.sizes import DENOISERS
-from safelight.worker.weights.components import component_classes
-from safelight.worker.weights.files import WeightFiles
-from safelight.worker.weights.loader import load_component
-from safelight.worker.weights.pipeline import load_pipeline
+from safelight.worker.weights.checkpoint.components import component_classes
+from safelight.worker.weights.checkpoint.files import WeightFiles
+from safelight.worker.weights.checkpoint.loader import load_component
+from safelight.worker.weights.checkpoint.pipeline import load_pipeline
 
 CPU = torch.device("cpu")
 

@@ -15,8 +15,8 @@ from safelight.protocol.config import Config
 from safelight.worker.model import load_model
 from safelight.worker.models import family_of
 from safelight.worker.parallel.ranks import Ranks
-from safelight.worker.weights.digests import raw_bytes, tensor_digests
-from safelight.worker.weights.loader import Loaded, load_component
+from safelight.worker.weights.checkpoint.loader import Loaded, load_component
+from safelight.worker.weights.snapshot.digests import raw_bytes, tensor_digests
 
 CPU = torch.device("cpu")
 

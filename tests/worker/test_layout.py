@@ -13,8 +13,8 @@ from safelight.tests.tiny import save
 from safelight.tests.worker.reading_back import CPU, computes_with_its_part, planned, reads_back
 from safelight.worker.model import count_parameters
 from safelight.worker.parallel.ranks import Ranks
-from safelight.worker.weights.layout import Entry, Layout
-from safelight.worker.weights.loader import CannotLoad, load_component
+from safelight.worker.weights.checkpoint.layout import Entry, Layout
+from safelight.worker.weights.checkpoint.loader import CannotLoad, load_component
 
 PLANNED = (
     "flux", "flux2", "sd3", "qwenimage", "qwenimage_edit", "zimage", "wan", "wan22", "ltx", "hunyuan_video",

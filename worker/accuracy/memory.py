@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from ..weights.files import WeightFiles
+from ..weights.checkpoint.files import WeightFiles
 
 _RESERVE = 0.8
 """The share of the free memory that weights may take; the rest is for activations."""

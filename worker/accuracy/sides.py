@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from ..model import forget_cache
 from ..parallel.ranks import Ranks
-from ..weights.pipeline import load_pipeline
+from ..weights.checkpoint.pipeline import load_pipeline
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,8 +19,8 @@ from ...protocol.config import Config
 from ...protocol.errors import StartFailed
 from ..model import find_directory, load_model
 from ..parallel.ranks import Ranks
-from ..weights.components import component_classes
-from ..weights.loader import CannotLoad
+from ..weights.checkpoint.components import component_classes
+from ..weights.checkpoint.loader import CannotLoad
 from . import memory
 from .compare import Setting, compare
 from .policy import Case, Policy, load_policy

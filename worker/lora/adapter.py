@@ -14,8 +14,8 @@ from ...protocol.adapters import ALL
 from ...protocol.errors import InvalidRequest
 from ..parallel.layers import GatheredColumnLinear, RowParallelLinear
 from ..sizes import DENOISERS
-from ..weights.fuse import FusedPart
-from ..weights.layout import Layout
+from ..weights.checkpoint.fuse import FusedPart
+from ..weights.checkpoint.layout import Layout
 from .change import Change, change_of
 from .files import AdapterFile, LowRank, WholeChange
 

@@ -33,7 +33,7 @@ from ...protocol.operations import Save
 from ...protocol.reports import Report
 from ..parallel.ranks import Ranks
 from ..sizes import DENOISERS
-from ..weights.layout import Layout
+from ..weights.checkpoint.layout import Layout
 from . import planning
 from .adapter import Adapter, Term, placed
 from .change import Change

@@ -8,7 +8,7 @@ from typing import Protocol
 
 import torch
 
-from ..weights.layout import Layout
+from ..weights.checkpoint.layout import Layout
 from .files import WholeChange
 from .whole import Whole
 

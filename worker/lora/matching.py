@@ -9,7 +9,7 @@ from math import prod
 from diffusers import DiffusionPipeline
 from torch import nn
 
-from ..weights.fuse import FusedPart
+from ..weights.checkpoint.fuse import FusedPart
 from .convert import Converted, NotConverted, convert
 from .names import Place, Shapes, locate
 from .pairs import LeftOut, Pair, refused

@@ -10,8 +10,8 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 
-from ..weights.layout import Layout
-from ..weights.pages import ALIGNMENT, home
+from ..weights.checkpoint.layout import Layout
+from ..weights.update.page_swap import ALIGNMENT, home
 from .adapter import Term
 from .change import Change
 

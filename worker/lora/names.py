@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 
 from ..sizes import DENOISERS
-from ..weights.layout import Layout
+from ..weights.checkpoint.layout import Layout
 
 Shapes = Mapping[str, Mapping[str, tuple[int, ...]]]
 """Of the whole weights, by component and layer."""

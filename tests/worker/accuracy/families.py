@@ -24,7 +24,7 @@ from safelight.worker.accuracy.verification import Checkpoint
 from safelight.worker.model import load_model
 from safelight.worker.models import family_of
 from safelight.worker.parallel.ranks import Ranks
-from safelight.worker.weights.components import component_classes
+from safelight.worker.weights.checkpoint.components import component_classes
 
 NAMES = (
     "flux", "flux2", "sd3", "qwenimage", "qwenimage_edit", "zimage", "wan", "wan22", "hunyuan_video",

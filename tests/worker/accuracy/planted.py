@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 from safelight.worker.accuracy import compare
 from safelight.worker.accuracy.task import DTYPES
 from safelight.worker.parallel.ranks import Ranks
-from safelight.worker.weights.components import component_classes
+from safelight.worker.weights.checkpoint.components import component_classes
 
 from .families import Found, keep_references, rows
 

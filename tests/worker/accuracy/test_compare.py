@@ -22,7 +22,7 @@ from safelight.worker.accuracy.sides import Component, plain
 from safelight.worker.accuracy.verification import Checkpoint, chosen
 from safelight.worker.model import load_model
 from safelight.worker.parallel.ranks import ALONE
-from safelight.worker.weights.components import component_classes
+from safelight.worker.weights.checkpoint.components import component_classes
 
 from .families import CPU, recorded, rows
 

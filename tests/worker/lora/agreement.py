@@ -24,7 +24,7 @@ from safelight.worker.lora.adapters import RankAdapters
 from safelight.worker.model import Model, load_model
 from safelight.worker.parallel.ranks import ALONE, Ranks
 from safelight.worker.sample import SampleRun, first_output
-from safelight.worker.weights.digests import module_digests
+from safelight.worker.weights.snapshot.digests import module_digests
 
 FAMILIES_OF_THE_PROOF = ("flux", "sd3", "qwenimage", "zimage", "wan")
 CPU = torch.device("cpu")

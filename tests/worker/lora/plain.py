@@ -15,7 +15,7 @@ from torch import nn
 from safelight.protocol.adapters import ADAPTER_FILE
 from safelight.tests.tiny import FAMILIES
 from safelight.worker.lora.files import AdapterFile, load_adapter, weight_shapes
-from safelight.worker.weights.layout import Layout
+from safelight.worker.weights.checkpoint.layout import Layout
 
 Deltas = dict[tuple[str, str], torch.Tensor]
 """What is added to weights, by component and layer."""

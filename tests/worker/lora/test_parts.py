@@ -21,8 +21,8 @@ from safelight.worker.lora.adapters import RankAdapters
 from safelight.worker.lora.parts import read_parts
 from safelight.worker.model import Model
 from safelight.worker.parallel.ranks import ALONE
-from safelight.worker.weights.digests import module_digests
-from safelight.worker.weights.layout import Layout
+from safelight.worker.weights.checkpoint.layout import Layout
+from safelight.worker.weights.snapshot.digests import module_digests
 
 from .agreement import change, new_adapters
 

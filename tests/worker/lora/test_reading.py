@@ -16,8 +16,8 @@ from torch import nn
 from safelight.tests.tiny import FAMILIES, save
 from safelight.worker.lora.files import load_adapter, read_adapter, weight_shapes
 from safelight.worker.parallel.ranks import Ranks
-from safelight.worker.weights.fuse import FusedPart
-from safelight.worker.weights.loader import load_component
+from safelight.worker.weights.checkpoint.fuse import FusedPart
+from safelight.worker.weights.checkpoint.loader import load_component
 
 from ..reading_back import CPU, planned
 from .formats import LETTERS, WORDS, Tensors, adapter, attention, kohya_flux, product, some

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from safelight.worker.weights import segment
+from safelight.worker.weights.transport import shm_segment as segment
 
 from .streams import SEGMENT
 from .trainer import Trainer

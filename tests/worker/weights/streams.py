@@ -13,10 +13,11 @@ from typing import Any
 
 import pytest
 
-from safelight.worker.weights import payload, received
-from safelight.worker.weights.allowed import NotAPayload
-from safelight.worker.weights.payload import Tensors, interpret
-from safelight.worker.weights.segment import Segments
+from safelight.worker.weights.transport import payload
+from safelight.worker.weights.transport import rebuild as received
+from safelight.worker.weights.transport.allowlist import NotAPayload
+from safelight.worker.weights.transport.payload import Tensors, interpret
+from safelight.worker.weights.transport.shm_segment import Segments
 
 START = b"\x80\x04"
 SEGMENT = b"/torch_1_2_3"

@@ -17,7 +17,7 @@ from transformers import CLIPImageProcessor
 from safelight.protocol.errors import StartFailed
 from safelight.tests.tiny import FAMILIES, save
 from safelight.worker.parallel.ranks import ALONE
-from safelight.worker.weights.pipeline import LoadedPipeline, load_pipeline
+from safelight.worker.weights.checkpoint.pipeline import LoadedPipeline, load_pipeline
 
 CPU = torch.device("cpu")
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 4\n"

@@ -17,8 +17,8 @@ from safelight.protocol.operations import Join, Leave, Perform
 from safelight.protocol.reports import Performed
 from safelight.worker.group_orders import GroupOrders
 from safelight.worker.parallel.ranks import ALONE
-from safelight.worker.weights import groups
-from safelight.worker.weights.groups import Groups
+from safelight.worker.weights.transport import groups
+from safelight.worker.weights.transport.groups import Groups
 
 
 @pytest.fixture

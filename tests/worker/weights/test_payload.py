@@ -15,10 +15,10 @@ import torch
 
 from safelight.protocol.codec import Buffer
 from safelight.protocol.tensor_sources import Pickled
-from safelight.worker.weights.allowed import NotAPayload
-from safelight.worker.weights.groups import Groups
-from safelight.worker.weights.payload import InvalidTensor, Tensors, choose, interpret
-from safelight.worker.weights.sources import Reader, open_source
+from safelight.worker.weights.transport.allowlist import NotAPayload
+from safelight.worker.weights.transport.groups import Groups
+from safelight.worker.weights.transport.payload import InvalidTensor, Tensors, choose, interpret
+from safelight.worker.weights.transport.sources import Reader, open_source
 
 from .streams import decode
 from .trainer import UUID, Trainer, floats, mixed, of_dtype, weights
@@ -27,8 +27,8 @@ ONE = ["transformer"]
 CPU = torch.device("cpu")
 READER = """
 import base64, sys
-from safelight.worker.weights.payload import decode
-from safelight.worker.weights.segment import Segments
+from safelight.worker.weights.transport.payload import decode
+from safelight.worker.weights.transport.shm_segment import Segments
 segments = Segments()
 held = decode(base64.b64decode(sys.stdin.readline()), ["transformer"], segments)
 segments.release()

@@ -12,9 +12,9 @@ import torch
 from torch.multiprocessing import reductions
 
 from safelight.protocol.tensor_sources import CudaTensor
-from safelight.worker.weights import segment
-from safelight.worker.weights.allowed import NotAPayload
-from safelight.worker.weights.cuda_handles import open_handles
+from safelight.worker.weights.transport import shm_segment as segment
+from safelight.worker.weights.transport.allowlist import NotAPayload
+from safelight.worker.weights.transport.cuda_handles import open_handles
 
 from .streams import decode
 from .trainer import UUID, Trainer

@@ -17,10 +17,10 @@ from typing import Any
 import pytest
 import torch
 
-from safelight.worker.weights.allowed import NotAPayload
-from safelight.worker.weights.payload import interpret
-from safelight.worker.weights.pickled import MAX_BYTES, MAX_DEPTH, MAX_OPCODES, parse
-from safelight.worker.weights.received import _Receiver
+from safelight.worker.weights.transport.allowlist import NotAPayload
+from safelight.worker.weights.transport.payload import interpret
+from safelight.worker.weights.transport.pickled import MAX_BYTES, MAX_DEPTH, MAX_OPCODES, parse
+from safelight.worker.weights.transport.rebuild import _Receiver
 
 from .streams import (
     FLOAT,

@@ -14,9 +14,12 @@ import torch
 from torch.multiprocessing import reductions
 
 from safelight.tests.effort import examples
-from safelight.worker.weights import allowed, payload, pickled, received, segment
-from safelight.worker.weights.allowed import NotAPayload
-from safelight.worker.weights.payload import interpret
+from safelight.worker.weights.transport import allowlist as allowed
+from safelight.worker.weights.transport import payload, pickled
+from safelight.worker.weights.transport import rebuild as received
+from safelight.worker.weights.transport import shm_segment as segment
+from safelight.worker.weights.transport.allowlist import NotAPayload
+from safelight.worker.weights.transport.payload import interpret
 
 from .fuzzing import Coverage, changed, tokens
 from .streams import MANAGER, nothing_runs, unpickle

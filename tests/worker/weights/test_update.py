@@ -16,15 +16,15 @@ from safelight.formats.tensor_files import write_header
 from safelight.protocol.errors import InvalidRequest, Unavailable
 from safelight.worker.parallel.plan import Shard
 from safelight.worker.parallel.ranks import Ranks
-from safelight.worker.weights import undo
-from safelight.worker.weights.digests import raw_bytes
-from safelight.worker.weights.layout import Entry, Layout
-from safelight.worker.weights.names import Names
-from safelight.worker.weights.pages import have_own, settle
-from safelight.worker.weights.parking import Parking
-from safelight.worker.weights.sources import MappedFiles, Opened, Rejected
-from safelight.worker.weights.undo import NoRoom, UndoMemory
-from safelight.worker.weights.update import Update
+from safelight.worker.weights.checkpoint.layout import Entry, Layout
+from safelight.worker.weights.checkpoint.names import Names
+from safelight.worker.weights.snapshot.digests import raw_bytes
+from safelight.worker.weights.transport.sources import MappedFiles, Opened, Rejected
+from safelight.worker.weights.update import undo_log as undo
+from safelight.worker.weights.update.offload import Parking
+from safelight.worker.weights.update.page_swap import have_own, settle
+from safelight.worker.weights.update.rank_update import Update
+from safelight.worker.weights.update.undo_log import NoRoom, UndoMemory
 
 CPU = torch.device("cpu")
 PLENTY = 1 << 30

@@ -17,19 +17,19 @@ from pathlib import Path
 
 import torch
 
-from ...formats.digests import TORCH_DTYPES
-from ...formats.tensor_files import BadTensorFile, StoredTensor, read_head, stamp
-from ...protocol.codec import Buffer
-from ...protocol.errors import InvalidRequest, SafelightError
-from ...protocol.reports import Invalid, Report
-from ...protocol.tensor_sources import Broadcast, CudaShared, Files, Pickled, Source
-from .allowed import NotAPayload
+from ....formats.digests import TORCH_DTYPES
+from ....formats.tensor_files import BadTensorFile, StoredTensor, read_head, stamp
+from ....protocol.codec import Buffer
+from ....protocol.errors import InvalidRequest, SafelightError
+from ....protocol.reports import Invalid, Report
+from ....protocol.tensor_sources import Broadcast, CudaShared, Files, Pickled, Source
+from ..checkpoint.overwrite import Read
+from ..progress import Sign
+from .allowlist import NotAPayload
 from .cuda_handles import open_handles
-from .exchange import Read
 from .groups import Groups
 from .payload import InvalidTensor, Tensors, choose, decode
-from .segment import Segments
-from .sign import Sign
+from .shm_segment import Segments
 
 DTYPES: dict[str, torch.dtype] = {
     stored: getattr(torch, told.removeprefix("torch.")) for stored, told in TORCH_DTYPES.items()

@@ -12,11 +12,11 @@ from typing import Self
 import msgspec
 import torch
 
-from ...formats.digests import tensor_digest
-from ...protocol.reports import TensorDigest
-from ..parallel.ranks import Ranks
-from .layout import Layout
-from .sign import Sign
+from ....formats.digests import tensor_digest
+from ....protocol.reports import TensorDigest
+from ...parallel.ranks import Ranks
+from ..checkpoint.layout import Layout
+from ..progress import Sign
 
 
 def raw_bytes(tensor: torch.Tensor) -> memoryview:

@@ -29,11 +29,11 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
-from ...formats.checkpoint import GGUF
-from ...formats.model_names import resolve_model
-from ...formats.pipeline_index import read_index
-from ...protocol.errors import StartFailed
-from ..sizes import DENOISERS
+from ....formats.checkpoint import GGUF
+from ....formats.model_names import resolve_model
+from ....formats.pipeline_index import read_index
+from ....protocol.errors import StartFailed
+from ...sizes import DENOISERS
 from .components import Component
 from .download import download_configurations, download_pipeline
 

@@ -18,7 +18,7 @@ from typing import Any
 
 from torch.distributed import PrefixStore, ProcessGroupGloo, TCPStore  # type: ignore[attr-defined]
 
-from ...protocol.operations import Join
+from ....protocol.operations import Join
 
 SENDER = 0
 """The trainer's rank in the group."""

@@ -12,9 +12,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from .pages import ALIGNMENT, home, laid_out
-from .sign import Sign
-from .undo import in_file
+from ..progress import Sign
+from .page_swap import ALIGNMENT, home, laid_out
+from .undo_log import in_file
 
 
 class Parking:

@@ -10,10 +10,10 @@ from collections.abc import Sequence
 
 import torch
 
-from ...protocol.tensor_sources import CudaTensor
-from .allowed import DTYPES, Known, NotAPayload
+from ....protocol.tensor_sources import CudaTensor
+from .allowlist import DTYPES, Known, NotAPayload
 from .pickled import Call
-from .received import cuda_tensor
+from .rebuild import cuda_tensor
 
 
 def open_handles(handles: Sequence[CudaTensor]) -> dict[str, torch.Tensor]:

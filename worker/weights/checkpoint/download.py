@@ -20,7 +20,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from ...protocol.errors import StartFailed
+from ....protocol.errors import StartFailed
 
 _CONFIGURATIONS = ["**/*.json", "*.json", "*.txt", "**/*.txt", "**/*.model"]  # what `from_single_file` fetches
 

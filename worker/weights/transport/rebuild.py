@@ -1,7 +1,7 @@
 """Makes tensors of what :mod:`.pickled` read: views of memory that another process of this user shares.
 
 Nothing of the sender's is believed. Handles have exactly the form that torch gives them, what they name belongs to this
-user and is as large as the stream says (:mod:`.segment`), and no view reaches beyond it.
+user and is as large as the stream says (:mod:`.shm_segment`), and no view reaches beyond it.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch.multiprocessing import reductions
 
-from ...formats.tensor_files import is_shape
-from .allowed import Known, NotAPayload
+from ....formats.tensor_files import is_shape
+from .allowlist import Known, NotAPayload
 from .pickled import MAX_DEPTH, Call, Instance, parse
-from .segment import BadSegment, Segments, check_segment
+from .shm_segment import BadSegment, Segments, check_segment
 
 _MANAGER = re.compile(rb"(/[^/\0]+)*/torch-shm-dir-[A-Za-z0-9]{6}/manager\.sock")
 _COUNTERS = 10_000  # of 8 bytes, in a segment of CUDA's reference counts: CUDA_IPC_REF_COUNTER_FILE_SIZE

@@ -8,12 +8,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ...formats.tensor_files import write_header
-from ..parallel.ranks import Ranks
+from ....formats.tensor_files import write_header
+from ...parallel.ranks import Ranks
+from ..checkpoint.layout import Layout
+from ..progress import Sign
+from ..transport.sources import DTYPES
 from .digests import raw_bytes
-from .layout import Layout
-from .sign import Sign
-from .sources import DTYPES
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 

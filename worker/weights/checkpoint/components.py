@@ -16,10 +16,10 @@ from diffusers.pipelines.pipeline_loading_utils import (
 from torch import nn
 from transformers import PreTrainedModel
 
-from ...formats.checkpoint import check_tensor_file
-from ...formats.pipeline_index import read_index, read_object
-from ...formats.tensor_files import STEMS, BadTensorFile, weight_files
-from ...protocol.errors import StartFailed
+from ....formats.checkpoint import check_tensor_file
+from ....formats.pipeline_index import read_index, read_object
+from ....formats.tensor_files import STEMS, BadTensorFile, weight_files
+from ....protocol.errors import StartFailed
 
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 _CONFIG = "config.json"

@@ -1,7 +1,7 @@
 """Reads the ``ForkingPickler`` streams that trainers send, without running anything that they name.
 
 First the stream is interpreted symbolically: opcodes become plain values, and what the stream would call becomes a
-:class:`Call` that only says so. When all of it has been read, :mod:`.received` makes tensors of the calls, each with
+:class:`Call` that only says so. When all of it has been read, :mod:`.rebuild` makes tensors of the calls, each with
 exactly checked arguments. Opcodes, globals and ways to use them are those of real streams of protocols 2 to 5 (torch
 2.x, ``torch.multiprocessing.reductions``); everything else is refused. Every opcode makes at most one small value, so
 memory and time are bounded by the number of opcodes.
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pickletools import opcodes
 from typing import Any, NoReturn
 
-from .allowed import DTYPES, FIELDS, KNOWN, REFUSED, Known, NotAPayload
+from .allowlist import DTYPES, FIELDS, KNOWN, REFUSED, Known, NotAPayload
 
 MAX_BYTES = 16 << 20  # a tensor takes about 150 of them, and 60 opcodes
 MAX_OPCODES = 1 << 20

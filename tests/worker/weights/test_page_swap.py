@@ -10,8 +10,17 @@ import pytest
 import torch
 from torch import nn
 
-from safelight.worker.weights import pages as module_of_pages
-from safelight.worker.weights.pages import LEAST, PagesLost, can_exchange, exchange, have_own, home, pages, settle
+from safelight.worker.weights.update import page_swap as module_of_pages
+from safelight.worker.weights.update.page_swap import (
+    LEAST,
+    PagesLost,
+    can_exchange,
+    exchange,
+    have_own,
+    home,
+    pages,
+    settle,
+)
 
 SIZES = [1, 4095, 4096, 4097, 3 << 20, (5 << 20) + 17]
 

@@ -15,9 +15,9 @@ import torch
 
 from ...protocol.reports import Invalid
 from ...protocol.tensor_sources import CudaShared, Pickled, Source
-from .digests import digest
-from .payload import Tensors
-from .sign import Sign
+from ..weights.progress import Sign
+from ..weights.snapshot.digests import digest
+from ..weights.transport.payload import Tensors
 
 Given = dict[str, dict[str, str]]
 """One rank's tensors, by module and name: dtype and shape, and SHA-256 where values can differ between ranks."""

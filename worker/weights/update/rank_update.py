@@ -8,16 +8,16 @@ from typing import Any
 
 import torch
 
-from ...protocol.errors import InvalidRequest, NotFound, Unavailable
-from ...protocol.reports import Invalid, Report
-from .exchange import Staging
-from .layout import Layout
-from .names import Named, by_checkpoint_names, memory_of
-from .pages import exchange, have_own
-from .payload import Tensors
-from .sign import Sign
-from .sources import Opened, Rejected
-from .undo import NoRoom, UndoMemory
+from ....protocol.errors import InvalidRequest, NotFound, Unavailable
+from ....protocol.reports import Invalid, Report
+from ..checkpoint.layout import Layout
+from ..checkpoint.names import Named, by_checkpoint_names, memory_of
+from ..checkpoint.overwrite import Staging
+from ..progress import Sign
+from ..transport.payload import Tensors
+from ..transport.sources import Opened, Rejected
+from .page_swap import exchange, have_own
+from .undo_log import NoRoom, UndoMemory
 
 _SHOWN = 20
 

@@ -14,15 +14,15 @@ from diffusers.utils import logging as diffusers_logging
 from torch import nn
 from transformers.utils import logging as transformers_logging
 
-from ..models import family_of
-from ..parallel.plan import Family
-from ..parallel.ranks import Ranks
-from ..sizes import DENOISERS
+from ...models import family_of
+from ...parallel.plan import Family
+from ...parallel.ranks import Ranks
+from ...sizes import DENOISERS
+from ..update.page_swap import settle
 from .components import Component, components, inspect, pipeline_class
 from .files import WeightFiles
 from .layout import Layout
 from .loader import CannotLoad, Loaded, WrongDegree, layout_of, load_component, make, possible_degrees
-from .pages import settle
 from .single_file import SingleFile, saved_tensors
 
 log = logging.getLogger(__name__)

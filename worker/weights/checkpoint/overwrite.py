@@ -8,7 +8,7 @@ from typing import Self
 
 import torch
 
-from .sign import Sign
+from ..progress import Sign
 
 CHUNK = 1 << 19
 """Bytes that are exchanged at a time: so few that what was read is still in a core's cache when it is written."""

@@ -10,7 +10,7 @@ from typing import Any, Self
 
 from safetensors import safe_open
 
-from ...formats.tensor_files import weight_files
+from ....formats.tensor_files import weight_files
 
 
 class WeightFiles:

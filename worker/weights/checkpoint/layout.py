@@ -13,10 +13,10 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from ..parallel.plan import Shard
-from ..parallel.ranks import ALONE, Ranks
-from .exchange import Pair, Read, exchange
+from ...parallel.plan import Shard
+from ...parallel.ranks import ALONE, Ranks
 from .names import Names
+from .overwrite import Pair, Read, exchange
 
 
 class Sliceable(Protocol):

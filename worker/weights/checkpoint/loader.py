@@ -20,9 +20,9 @@ from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
-from ..parallel.divide import divide
-from ..parallel.plan import CannotDivide, Family, Shard, degrees, fit, shards, undividable
-from ..parallel.ranks import ALONE, Ranks
+from ...parallel.divide import divide
+from ...parallel.plan import CannotDivide, Family, Shard, degrees, fit, shards, undividable
+from ...parallel.ranks import ALONE, Ranks
 from .files import WeightFiles
 from .fuse import fuse
 from .layout import Layout, entries

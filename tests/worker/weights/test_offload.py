@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import nn
 
-from safelight.worker.weights import parking
-from safelight.worker.weights.parking import Parking
+from safelight.worker.weights.update import offload as parking
+from safelight.worker.weights.update.offload import Parking
 
 CPU = torch.device("cpu")
 

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from .payload import Tensors
+from ..transport.payload import Tensors
 
 if TYPE_CHECKING:
     from .layout import Layout

@@ -12,7 +12,7 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from ..parallel.plan import Family, matching
+from ...parallel.plan import Family, matching
 from .layout import Entry
 
 

@@ -23,11 +23,11 @@ from typing import Any
 
 import torch
 
-from ...protocol.errors import Conflict, InvalidRequest, NotFound, Unavailable
-from ...protocol.operations import Join
-from ...protocol.tensor_sources import Broadcast
+from ....protocol.errors import Conflict, InvalidRequest, NotFound, Unavailable
+from ....protocol.operations import Join
+from ....protocol.tensor_sources import Broadcast
+from ..progress import Sign
 from .joining import LATE_S, SENDER, Attempt, first_line
-from .sign import Sign
 
 MOST_GROUPS = 32
 """Each has threads and connections of this rank."""

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from . import pages
+from . import page_swap as pages
 
 LEAST = 64 << 20
 """Bytes of a block, unless more are needed at once, or fewer are allowed."""

@@ -8,10 +8,10 @@ from typing import Any, TypeVar
 
 import torch
 
-from ...formats.tensor_files import is_shape
-from .allowed import DTYPES, FIELDS, Known, NotAPayload
-from .received import unpickle
-from .segment import Segments
+from ....formats.tensor_files import is_shape
+from .allowlist import DTYPES, FIELDS, Known, NotAPayload
+from .rebuild import unpickle
+from .shm_segment import Segments
 
 Payload = TypeVar("Payload")
 Tensors = dict[str, dict[str, torch.Tensor]]

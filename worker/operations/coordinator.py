@@ -10,9 +10,9 @@ import msgspec
 import torch
 from torch import nn
 
-from ..protocol.adapters import AdapterChange, SetAdapters
-from ..protocol.errors import Conflict, ErrorInfo, Internal, InvalidRequest, NotFound, SafelightError
-from ..protocol.operations import (
+from ...protocol.adapters import AdapterChange, SetAdapters
+from ...protocol.errors import Conflict, ErrorInfo, Internal, InvalidRequest, NotFound, SafelightError
+from ...protocol.operations import (
     CACHES,
     WEIGHTS,
     Adapt,
@@ -27,24 +27,24 @@ from ..protocol.operations import (
     Update,
     Wake,
 )
-from ..protocol.reports import Performed, Report
-from ..protocol.tensor_sources import Broadcast, Source
-from .batcher import Batcher
-from .lora.adapters import MERGED, RankAdapters
-from .model import Model
-from .parallel.ranks import RankLost, Ranks
-from .sizes import DENOISERS
-from .weights.agreement import Given, describe, differences, differs_by_rank, fingerprint, is_for_each_rank
-from .weights.digests import module_digests, tensor_digests
-from .weights.export import export
-from .weights.groups import Groups
-from .weights.journal import Journal
-from .weights.names import by_checkpoint_names
-from .weights.parking import Parking
-from .weights.sign import Sign
-from .weights.sources import Opened, Reader, Rejected, open_source
-from .weights.undo import UndoMemory
-from .weights.update import Update as RankUpdate
+from ...protocol.reports import Performed, Report
+from ...protocol.tensor_sources import Broadcast, Source
+from ..batcher import Batcher
+from ..lora.adapters import MERGED, RankAdapters
+from ..model import Model
+from ..parallel.ranks import RankLost, Ranks
+from ..sizes import DENOISERS
+from ..weights.checkpoint.names import by_checkpoint_names
+from ..weights.progress import Sign
+from ..weights.snapshot.digests import module_digests, tensor_digests
+from ..weights.snapshot.journal import Journal
+from ..weights.snapshot.snapshot import export
+from ..weights.transport.groups import Groups
+from ..weights.transport.sources import Opened, Reader, Rejected, open_source
+from ..weights.update.offload import Parking
+from ..weights.update.rank_update import Update as RankUpdate
+from ..weights.update.undo_log import UndoMemory
+from .agreement import Given, describe, differences, differs_by_rank, fingerprint, is_for_each_rank
 
 log = logging.getLogger(__name__)
 

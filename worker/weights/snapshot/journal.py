@@ -15,12 +15,12 @@ from pathlib import Path
 
 import msgspec
 
-from ...protocol.errors import StartFailed
-from ..parallel.ranks import Ranks
-from .export import export
-from .layout import Layout
-from .sign import Sign
-from .sources import map_file
+from ....protocol.errors import StartFailed
+from ...parallel.ranks import Ranks
+from ..checkpoint.layout import Layout
+from ..progress import Sign
+from ..transport.sources import map_file
+from .snapshot import export
 
 _ENTRY = re.compile(r"version-[0-9a-f]{16}")
 
