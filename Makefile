@@ -13,7 +13,7 @@ BIN := .venv/bin
 SUITABLE := import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))
 
 PYTEST = $(BIN)/python -m pytest -n $(JOBS) --dist loadgroup --no-loadscope-reorder
-FAST := tests/formats tests/process tests/scheduler tests/server tests/client tests/rollout/test_transitions.py \
+FAST := tests/protocol tests/formats tests/process tests/scheduler tests/server tests/client tests/rollout/test_transitions.py \
 	$(addprefix tests/worker/test_,batcher.py recovery.py collate.py boundary.py prompt_cache.py costs.py) \
 	--ignore=tests/server/test_processes.py --ignore=tests/client/test_live.py
 

@@ -10,8 +10,9 @@ from dataclasses import dataclass, replace
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from ..protocol.errors import InvalidRequest
-from ..protocol.generation import OutputFormat
+from ..protocol.output_formats import OutputFormat
 from .pictures import Picture, encode_pictures
+from .request_fields import by_table, shows_fields
 
 P = ParamSpec("P")
 S = TypeVar("S")
@@ -69,57 +70,32 @@ SERVER_INFO = Call("GET", "/server_info")
 MODEL_INFO = Call("GET", "/model_info")
 
 
+@shows_fields
 def generate(
     prompt: str | Sequence[str],
     *,
-    negative_prompt: str | None = None,
-    width: int | None = None,
-    height: int | None = None,
-    num_frames: int | None = None,
-    fps: int | None = None,
-    steps: int | None = None,
-    num_inference_steps: int | None = None,
-    guidance_scale: float | None = None,
-    true_cfg_scale: float | None = None,
     seed: int | Sequence[int] | None = None,
     n: int | None = None,
     image: Picture | Sequence[Picture] | None = None,
     lora: Sequence[Mapping[str, Any]] | None = None,
     output_format: OutputFormat | None = None,
-    preview_every: int | None = None,
-    deterministic: bool | None = None,
-    priority: int | None = None,
-    timeout_s: float | None = None,
     extra: Mapping[str, Any] | None = None,
-    **pipeline_arguments: Any,
+    **arguments: Any,
 ) -> Call:
     """The request for pictures or clips. What is ``None`` is left to the server; ``steps`` is short for
-    ``num_inference_steps``; every further argument goes to the pipeline's own ``__call__``."""
-    if steps is not None and num_inference_steps is not None:
-        raise InvalidRequest("`steps` and `num_inference_steps` are the same: give one of them.", field="steps")
+    ``num_inference_steps``; every argument that is not a field goes to the pipeline's own ``__call__``."""
+    settings, further = by_table(arguments)
     fields: dict[str, Any] = {
         "prompt": prompt if isinstance(prompt, str) else list(prompt),
-        "negative_prompt": negative_prompt,
-        "width": width,
-        "height": height,
-        "num_frames": num_frames,
-        "fps": fps,
-        "num_inference_steps": num_inference_steps if steps is None else steps,
-        "guidance_scale": guidance_scale,
-        "true_cfg_scale": true_cfg_scale,
         "seed": list(seed) if isinstance(seed, Sequence) else seed,
         "n": n,
         "image": None if image is None else encode_pictures(image),
         "lora": None if lora is None else [dict(adapter) for adapter in lora],
         "output_format": output_format,
-        "preview_every": preview_every,
-        "deterministic": deterministic,
-        "priority": priority,
-        "timeout_s": timeout_s,
-        "extra": {**(extra or {}), **pipeline_arguments} or None,
+        "extra": {**(extra or {}), **further} or None,
     }
-    body = {name: value for name, value in fields.items() if value is not None}
-    return Call("POST", "/generate", body, timeout_s)
+    body = {name: value for name, value in fields.items() if value is not None} | settings
+    return Call("POST", "/generate", body, settings.get("timeout_s"))
 
 
 def with_arguments_of(

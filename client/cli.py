@@ -15,12 +15,13 @@ from rich.console import Console
 
 from .. import __version__
 from ..protocol.errors import InvalidRequest, SafelightError
+from ..protocol.output_formats import FORMATS
 from . import weight_commands
 from .endpoint import DEFAULT_TIMEOUT_S, DEFAULT_URL
 from .errors import Unreachable
-from .options import ApiKey, Url
+from .options import ApiKey, Url, takes_fields
 from .private_server import SERVER_PROGRAM, PrivateServer
-from .results import FORMATS, Generation, Output, Result
+from .results import SUFFIXES, Generation, Output, Result
 from .sync_client import Client
 from .terminal import GenerationView, complain, server_table, standard_error
 
@@ -96,6 +97,7 @@ def verify(context: typer.Context) -> None:
 
 
 @app.command(help="Draw what PROMPT says, with a running server or, where there is none, with one of its own.")
+@takes_fields
 def generate(
     prompt: Annotated[str, typer.Argument(help="What to show.", show_default=False)],
     output: Annotated[
@@ -108,47 +110,31 @@ def generate(
         str | None, typer.Option("--model", "-m", help="What a server of its own serves; a running one must serve it.")
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Chosen, and printed, when not given.")] = None,
-    steps: Annotated[int | None, typer.Option(help="Denoising steps.")] = None,
-    width: Annotated[int | None, typer.Option(help="In pixels.")] = None,
-    height: Annotated[int | None, typer.Option(help="In pixels.")] = None,
     n: Annotated[int, typer.Option("-n", min=1, help="How many, of as many seeds.")] = 1,
-    negative_prompt: Annotated[str | None, typer.Option(help="What not to show.")] = None,
-    guidance_scale: Annotated[float | None, typer.Option(help="How strongly the prompt guides.")] = None,
     image: Annotated[
         list[Path] | None,
         typer.Option(exists=True, dir_okay=False, help="A picture to begin with; several where the model takes them."),
     ] = None,
-    num_frames: Annotated[int | None, typer.Option(help="Frames of a video.")] = None,
-    fps: Annotated[int | None, typer.Option(help="Frames a second of a video.")] = None,
-    deterministic: Annotated[bool, typer.Option("--deterministic", help="Share no forward with others.")] = False,
     extra: Annotated[
         list[str] | None,
         typer.Option(metavar="NAME=JSON", help="A further argument of the pipeline; may be given several times."),
     ] = None,
     preview: Annotated[bool, typer.Option("--preview", help="Show the picture in the terminal as it forms.")] = False,
     timeout: Annotated[float, typer.Option(help="Seconds that the server may be silent.")] = DEFAULT_TIMEOUT_S,
+    **settings: Any,
 ) -> None:
     notes = standard_error()
-    output_format = _format_of(output)
-    request: dict[str, Any] = {
+    own: dict[str, Any] = {
         "seed": seed,
-        "steps": steps,
-        "width": width,
-        "height": height,
         "n": n,
-        "negative_prompt": negative_prompt,
-        "guidance_scale": guidance_scale,
         "image": (image if len(image) > 1 else image[0]) if image else None,
-        "num_frames": num_frames,
-        "fps": fps,
-        "deterministic": deterministic,
-        "output_format": output_format,
+        "output_format": _format_of(output),
         "preview_every": PREVIEW_EVERY if preview and notes.is_terminal else None,
         "extra": dict(_extra_argument(text) for text in extra or ()),
     }
     output.parent.mkdir(parents=True, exist_ok=True)
     with _ready_client(notes, url, api_key, timeout, model) as client:
-        generation = _draw(client, notes, prompt, request)
+        generation = _draw(client, notes, prompt, own | settings)
     _save(generation, output)
 
 
@@ -168,9 +154,9 @@ def info(
 
 def _format_of(output: Path) -> str | None:
     """The format that the suffix names; with no suffix, the server's choice."""
-    if output.suffix and output.suffix.lower() not in FORMATS:
-        raise InvalidRequest(f"{output} cannot be written: use a name that ends in one of {', '.join(FORMATS)}.")
-    return FORMATS.get(output.suffix.lower())
+    if output.suffix and output.suffix.lower() not in SUFFIXES:
+        raise InvalidRequest(f"{output} cannot be written: use a name that ends in one of {', '.join(SUFFIXES)}.")
+    return SUFFIXES.get(output.suffix.lower())
 
 
 def _extra_argument(text: str) -> tuple[str, Any]:
@@ -247,6 +233,6 @@ def _save(generation: Generation, output: Path) -> None:
 
 
 def _numbered(output: Path, made: Output, index: int | None) -> Path:
-    suffix = output.suffix or next(suffix for suffix, name in FORMATS.items() if name == made.format)
+    suffix = output.suffix or FORMATS[made.format].suffixes[0]
     number = "" if index is None else f"-{index}"
     return output.with_name(f"{output.stem}{number}{suffix}")

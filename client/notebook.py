@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from html import escape
 from typing import TYPE_CHECKING
 
+from ..protocol.output_formats import FORMATS
+
 if TYPE_CHECKING:
     from .results import Generation, Output
 
@@ -16,15 +18,16 @@ SMALL = 256
 
 def element(output: Output) -> str:
     """The HTML element that shows ``output``, with its bytes inside."""
-    if output.format == "pt":
+    kind = FORMATS[output.format]
+    if kind.holds is None:
         return f"<code>{escape(repr(output))}</code>"
     width = max(output.width, SMALL)
     style = "image-rendering: pixelated" if output.width < SMALL else ""
     data = base64.b64encode(output.data).decode()
-    if output.format in ("mp4", "webm"):
+    if kind.holds == "video":
         look = f'width="{width}" style="{style}" controls loop autoplay muted playsinline'
-        return f'<video src="data:video/{output.format};base64,{data}" {look}></video>'
-    return f'<img src="data:image/{output.format};base64,{data}" width="{width}" style="{style}" alt="{output!r}">'
+        return f'<video src="data:{kind.media_type};base64,{data}" {look}></video>'
+    return f'<img src="data:{kind.media_type};base64,{data}" width="{width}" style="{style}" alt="{output!r}">'
 
 
 def gallery(generation: Generation) -> str:

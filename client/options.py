@@ -1,12 +1,17 @@
-"""Options that commands have in common."""
+"""Options that commands have in common, and those that come from the table of request fields."""
 
 from __future__ import annotations
 
-from typing import Annotated
+import inspect
+from collections.abc import Callable
+from typing import Annotated, Any, TypeVar
 
 import typer
 
+from ..protocol.fields import TABLE, Row
 from .endpoint import DEFAULT_URL
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 Url = Annotated[
     str | None, typer.Option(envvar="SAFELIGHT_URL", help=f"Where the server is; {DEFAULT_URL} when not given.")
@@ -14,3 +19,17 @@ Url = Annotated[
 ApiKey = Annotated[
     str | None, typer.Option(envvar="SAFELIGHT_API_KEY", show_envvar=True, help="The key that the server asks for.")
 ]
+
+
+def takes_fields(command: F) -> F:
+    """Give ``command`` an option for each field of a request that is a flag; it takes them as ``**settings``."""
+    signature = inspect.signature(command, eval_str=True)
+    *own, _ = signature.parameters.values()
+    fields = [_option(row) for row in TABLE.values() if row.field.flag]
+    vars(command)["__signature__"] = signature.replace(parameters=[*own, *fields])
+    return command
+
+
+def _option(row: Row) -> inspect.Parameter:
+    option = typer.Option(row.default, f"--{row.alias.replace('_', '-')}", help=f"{row.field.help}.")
+    return inspect.Parameter(row.alias, inspect.Parameter.KEYWORD_ONLY, default=option, annotation=row.type)

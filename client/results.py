@@ -11,17 +11,15 @@ from typing import TYPE_CHECKING, Any, Literal
 import msgspec
 
 from ..protocol.adapters import Drawn
-from ..protocol.generation import OutputFormat, Timings
+from ..protocol.generation import Timings
+from ..protocol.output_formats import FORMATS, OutputFormat
 from . import notebook
 from .pictures import open_picture
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-STILL_FORMATS = {".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg", ".webp": "webp"}
-"""File suffix to the format of a picture."""
-
-FORMATS = {**STILL_FORMATS, ".mp4": "mp4", ".webm": "webm", ".pt": "pt"}
+SUFFIXES: dict[str, OutputFormat] = {suffix: name for name, one in FORMATS.items() for suffix in one.suffixes}
 """File suffix to ``output_format``."""
 
 
@@ -39,15 +37,15 @@ class Output(msgspec.Struct, frozen=True):
     @property
     def image(self) -> Image:
         """The picture. Raises ``ValueError`` for a clip or a tensor."""
-        if self.format not in STILL_FORMATS.values():
+        if FORMATS[self.format].holds != "image":
             raise ValueError(f"an output of format {self.format} is no picture; write it to a file with save()")
         return open_picture(self.data)
 
     def save(self, path: str | Path) -> Path:
         """Write this output to ``path``; a picture is converted when the suffix names another picture format."""
         path = Path(path)
-        wanted = STILL_FORMATS.get(path.suffix.lower(), self.format)
-        if wanted == self.format or self.format not in STILL_FORMATS.values():
+        wanted = SUFFIXES.get(path.suffix.lower(), self.format)
+        if wanted == self.format or not FORMATS[wanted].holds == FORMATS[self.format].holds == "image":
             path.write_bytes(self.data)
         else:
             self.image.convert("RGB").save(path, format=wanted, quality=95)

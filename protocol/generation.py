@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
-
 import msgspec
 
 from .adapters import Drawn, Use
 from .codec import Buffer
 from .errors import ErrorInfo
+from .fields import Settings
+from .output_formats import OutputFormat
 from .reports import Report
 from .rollouts import RolledOut, Rollout
-
-OutputFormat = Literal["png", "jpeg", "webp", "mp4", "webm", "pt"]
 
 
 class Sample(msgspec.Struct, frozen=True):
@@ -30,27 +28,14 @@ class Image(msgspec.Struct, frozen=True):
     rgb: Buffer
 
 
-class Generate(msgspec.Struct, tag=True, frozen=True, kw_only=True):
-    """Make ``samples``, all of them from the same ``images``. ``None`` leaves a value to the pipeline's own default."""
+class Generate(Settings, tag=True, frozen=True, kw_only=True):
+    """Make ``samples``, all of them from the same ``images``, with the settings of the request."""
 
     request_id: str
     samples: list[Sample]
-    images: list[Image] = []
-    negative_prompt: str | None = None
-    width: int | None = None
-    height: int | None = None
-    num_frames: int | None = None
-    fps: int | None = None
-    num_inference_steps: int | None = None
-    guidance_scale: float | None = None
-    true_cfg_scale: float | None = None
+    images: list[Image] = msgspec.field(default_factory=list)
     output_format: OutputFormat = "png"
-    deterministic: bool = False
-    preview_every: int = 0
     progress: bool = False
-    extra: dict[str, Any] = {}
-    priority: int = 0
-    timeout_s: float | None = None
     lora: list[Use] | None = None
     """The adapters of this request; ``None`` for those that are active for all."""
     rollout: Rollout | None = None

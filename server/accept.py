@@ -2,47 +2,34 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 from ..protocol.errors import InvalidRequest
-from ..protocol.generation import OutputFormat
-from .limits import FORMATS
+from ..protocol.output_formats import FORMATS, Kind, OutputFormat
 
-MEDIA_TYPES: dict[OutputFormat, str] = {
-    "png": "image/png",
-    "jpeg": "image/jpeg",
-    "webp": "image/webp",
-    "mp4": "video/mp4",
-    "webm": "video/webm",
-    "pt": "application/octet-stream",
-}
 _JSON = ("application/json", "application/*", "*/*")
 
 
-def choose(
-    accept: str | None, wanted: OutputFormat | None, kind: Literal["image", "video"]
-) -> tuple[bool, OutputFormat]:
+def choose(accept: str | None, wanted: OutputFormat | None, kind: Kind) -> tuple[bool, OutputFormat]:
     """Whether to answer with the file itself, and the format to make.
 
     ``wanted`` is the request's ``output_format``. A file goes only to those who name one: everybody's ``*/*`` means
     JSON. Raises ``InvalidRequest`` when the header names only files that this request cannot make.
     """
     ranges = _parse(accept or "*/*")
-    possible = [wanted] if wanted is not None else [format for format in FORMATS[kind] if format != "pt"]
+    possible = [wanted] if wanted is not None else [format for format in FORMATS if FORMATS[format].holds == kind]
     best = max(possible, key=lambda format: _quality(_covering(format), ranges))
     quality, json_quality = _quality(_covering(best), ranges), _quality(_JSON, ranges)
     if quality > 0 and quality >= json_quality:
         return True, best
     if json_quality == 0 and any(pattern.startswith(("image/", "video/")) for pattern, q in ranges if q > 0):
-        types = ", ".join(MEDIA_TYPES[format] for format in possible)
+        types = ", ".join(FORMATS[format].media_type for format in possible)
         raise InvalidRequest(f"The Accept header names no type that this request can make: {types}, {_JSON[0]}.")
     return False, possible[0]
 
 
 def _covering(format: OutputFormat) -> tuple[str, ...]:
     """The media ranges that ask for a file of ``format``, the most specific first."""
-    media_type = MEDIA_TYPES[format]
-    return (media_type,) if format == "pt" else (media_type, media_type.partition("/")[0] + "/*")
+    media_type = FORMATS[format].media_type
+    return (media_type,) if FORMATS[format].holds is None else (media_type, media_type.partition("/")[0] + "/*")
 
 
 def _quality(patterns: tuple[str, ...], ranges: list[tuple[str, float]]) -> float:

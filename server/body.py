@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal, get_args, get_origin
 
 import orjson
 from fastapi import Request
@@ -17,7 +17,15 @@ from .schemas import GenerateBody, parse_generate, validate
 
 FORM = "multipart/form-data"
 
-_TEXTS = frozenset({"prompt", "negative_prompt", "output_format", "image"})
+
+def _has_text(annotation: Any) -> bool:
+    """Whether values of this type are strings, or lists of them."""
+    if get_origin(annotation) is dict:
+        return False
+    return annotation is str or get_origin(annotation) is Literal or any(map(_has_text, get_args(annotation)))
+
+
+_TEXTS = frozenset(name for name, field in GenerateBody.model_fields.items() if _has_text(field.annotation))
 """Fields of a form that are text as it stands; every other one is JSON: ``-F seed=4 -F stream=true``."""
 
 _MOST_FIELDS = 256

@@ -11,12 +11,14 @@ from ..process.logs import request_id_var
 from ..protocol.config import MOST_PIXELS
 from ..protocol.errors import InvalidRequest
 from ..protocol.generation import Generate, Result
+from ..protocol.output_formats import FORMATS
 from . import accept
 from .body import FORM, read_generate
 from .disconnect import while_connected
 from .event_stream import EventStream
 from .exchange import own_id_var
-from .limits import check_model, check_ranges, to_message
+from .limits import check_ranges, to_message
+from .model_limits import check_model
 from .reference import body_schema
 from .representation import Reply
 from .schemas import GenerateBody
@@ -79,7 +81,7 @@ async def _read(request: Request, service: Service) -> _Asked:
     message = to_message(body, images, own_id_var.get(), output_format, service.config)
     if as_file and not body.stream and len(message.samples) != 1:
         raise InvalidRequest(
-            f"An answer of the type {accept.MEDIA_TYPES[output_format]} holds one output, and this request makes "
+            f"An answer of the type {FORMATS[output_format].media_type} holds one output, and this request makes "
             f"{len(message.samples)}; accept application/json, or ask for one."
         )
     return _Asked(message, model.model, body.stream, as_file)

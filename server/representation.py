@@ -14,7 +14,7 @@ from fastapi import Response
 from ..protocol.adapters import Drawn
 from ..protocol.codec import Buffer
 from ..protocol.generation import Generate, Output, Result
-from .accept import MEDIA_TYPES
+from ..protocol.output_formats import FORMATS
 from .unread import Unread, UnreadReply
 
 _OFF_THE_LOOP = 256 * 1024
@@ -41,7 +41,7 @@ class Reply:
     def as_file(self, unread: Unread) -> Response:
         """The only output itself."""
         (output,) = self._result.outputs
-        data, kind = memoryview(output.data.data).cast("B"), MEDIA_TYPES[output.format]
+        data, kind = memoryview(output.data.data).cast("B"), FORMATS[output.format].media_type
         return UnreadReply([data], unread, kind, headers=self._headers(output))
 
     def _as_json(self) -> bytes:

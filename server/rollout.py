@@ -15,7 +15,8 @@ from ..protocol.generation import Generate, Result
 from .disconnect import while_connected
 from .exchange import own_id_var
 from .image_paths import read_paths
-from .limits import check_model, check_ranges, to_message
+from .limits import check_ranges, to_message
+from .model_limits import check_model
 from .reference import body_schema
 from .rollout_body import RolloutBody, check_rollout, read_rollout, to_rollout
 from .rollout_reply import MEDIA_TYPE, pieces

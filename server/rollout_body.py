@@ -123,12 +123,12 @@ def check_rollout(body: RolloutBody, model: ModelInfo, config: Config) -> None:
     if model.no_rollout is not None and (body.rollout or body.sigmas is not None):
         field = "rollout" if body.rollout else "sigmas"
         raise InvalidRequest(f"{model.pipeline} cannot be rolled out: {model.no_rollout}.", field=field)
-    if body.stream or body.preview_every:
+    if body.stream or body.settings.preview_every:
         raise InvalidRequest("A rollout is told at its end; leave out stream and preview_every.", field="stream")
     if body.output_format not in (None, "pt"):
         raise InvalidRequest("A rollout's outputs are tensors; leave out output_format.", field="output_format")
     for name in ("sigmas", "timesteps"):
-        if name in body.extra:
+        if name in body.settings.extra:
             raise InvalidRequest(f"A rollout takes its schedule as sigmas, not in extra.{name}.", field=f"extra.{name}")
     most = 1.0 if body.rollout_sde_type == "cps" else _MOST_NOISE
     Range(0, most).check("rollout_noise_level", body.rollout_noise_level)
@@ -141,7 +141,7 @@ def check_rollout(body: RolloutBody, model: ModelInfo, config: Config) -> None:
     if body.generator_device == "cuda" and not model.device.startswith("cuda"):
         raise InvalidRequest(f"The model is on {model.device}, and no noise on a GPU.", field="generator_device")
     if body.sigmas is not None:
-        _check_sigmas(body.sigmas, body.num_inference_steps, config)
+        _check_sigmas(body.sigmas, body.settings.num_inference_steps, config)
 
 
 def _check_indices(name: str, indices: list[int] | None, most: int) -> None:

@@ -12,11 +12,14 @@ from collections.abc import Collection
 from typing import Annotated, Any, TypeVar
 
 import orjson
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, WithJsonSchema
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, WithJsonSchema, create_model
 from pydantic_core import ErrorDetails
 
 from ..protocol.errors import InvalidRequest, Malformed, SafelightError
-from ..protocol.generation import OutputFormat
+from ..protocol.fields import TABLE, Settings
+from ..protocol.output_formats import OutputFormat
+
+M = TypeVar("M", bound=BaseModel)
 
 _MOST_ADAPTERS = 16
 _MOST_ITEMS = 4096  # no configuration allows more outputs, so no list may be longer
@@ -44,6 +47,18 @@ class LoraUse(BaseModel):
     scale: float = Field(1.0, ge=-100, le=100, description="How strongly it is added")
 
 
+def with_settings(form: type[M]) -> type[M]:
+    """``form`` with the fields of :class:`.fields.Settings`, their types and their help."""
+    fields: dict[str, Any] = {
+        row.name: (row.type, Field(row.default, description=row.field.help)) for row in TABLE.values()
+    }
+    made: type[M] = create_model(
+        form.__name__, __base__=form, __module__=form.__module__, __doc__=form.__doc__, **fields
+    )
+    return made
+
+
+@with_settings
 class GenerateBody(BaseModel):
     """What to make. Everything but the prompt has a default, most of them the pipeline's own."""
 
@@ -52,14 +67,6 @@ class GenerateBody(BaseModel):
     prompt: Annotated[Texts, _one_or_list("string")] = Field(
         description="What to show; a list makes one result per prompt"
     )
-    negative_prompt: str | None = Field(None, description="What not to show, where the pipeline takes it")
-    width: int | None = Field(None, description="In pixels; a multiple of the model's `size_multiple`")
-    height: int | None = Field(None, description="In pixels; a multiple of the model's `size_multiple`")
-    num_frames: int | None = Field(None, description="Frames of a video")
-    fps: int | None = Field(None, description="Frames per second of a video")
-    num_inference_steps: int | None = Field(None, description="Denoising steps")
-    guidance_scale: float | None = Field(None, description="How strongly the prompt guides")
-    true_cfg_scale: float | None = Field(None, description="Guidance with a negative prompt, for distilled models")
     seed: Annotated[Seeds, _one_or_list("integer")] | None = Field(
         None,
         description="Output i of n uses seed + i; a list has one per prompt, or one per output; "
@@ -77,16 +84,13 @@ class GenerateBody(BaseModel):
         max_length=_MOST_ADAPTERS,
         description="Adapters of this request alone, in place of those that are active beside the weights",
     )
-    priority: int = Field(0, description="Requests of a higher priority run first")
-    timeout_s: float | None = Field(None, description="Seconds after which the request ends with a 504")
     output_format: OutputFormat | None = Field(None, description="png for pictures and mp4 for videos when omitted")
     stream: bool = Field(False, description="Answer with server-sent events: queued, progress, preview, result, error")
-    preview_every: int = Field(0, description="While streaming, a decoded preview each so many steps")
-    deterministic: bool = Field(
-        False,
-        description="Run its forwards alone, with diffusers' own defaults: bitwise what diffusers gives for this seed",
-    )
-    extra: dict[str, Any] = Field({}, description="Further arguments of the pipeline; see `arguments` in /model_info")
+
+    @property
+    def settings(self) -> Settings:
+        """The fields that reach a worker as they are."""
+        return Settings(**{name: getattr(self, name) for name in TABLE})
 
 
 B = TypeVar("B", bound=GenerateBody)

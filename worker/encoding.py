@@ -20,7 +20,7 @@ from PIL import Image
 from safetensors.numpy import save as save_safetensors
 
 from ..protocol.errors import InvalidRequest
-from ..protocol.generation import OutputFormat
+from ..protocol.output_formats import OutputFormat
 
 Floats = npt.NDArray[np.float32]
 Pixels = npt.NDArray[np.uint8]

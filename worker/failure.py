@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from ..protocol.errors import Internal, InvalidRequest, SafelightError, Unavailable
+from ..protocol.fields import OF_PIPELINES
 from ..protocol.generation import Generate
 
 _MEMORY_RETRY_S = 5.0
@@ -34,7 +35,6 @@ _MOST_NAMED = 8
 _HUGE = 1e4
 
 _SIZES = ("width", "height", "num_frames", "fps")
-_FIELDS = ("guidance_scale", "true_cfg_scale", "num_inference_steps", *_SIZES, "negative_prompt")
 
 
 class NotFinite(Exception):
@@ -96,7 +96,7 @@ def _given(request: Generate) -> Iterator[tuple[str, Any]]:
         yield "rollout_noise_level", rollout.noise_level
     if request.images:
         yield "image", ", ".join(f"{image.width} x {image.height}" for image in request.images)
-    yield from ((name, value) for name in _FIELDS if (value := getattr(request, name)) is not None)
+    yield from ((name, value) for name in OF_PIPELINES if (value := getattr(request, name)) is not None)
 
 
 def _magnitude(value: Any) -> float | None:

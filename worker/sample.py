@@ -17,6 +17,7 @@ from diffusers.utils import BaseOutput
 
 from ..process.logs import request_id_var
 from ..protocol.errors import InvalidRequest
+from ..protocol.fields import ARGUMENTS
 from ..protocol.generation import Generate
 from ..protocol.rollouts import Rollout
 from .arguments import as_declared
@@ -37,10 +38,6 @@ from .rollout.schedule import follow, shift
 from .sound import Sound, first_sound
 from .steps import Step, watch_steps
 from .task import Task
-
-_REQUEST_FIELDS = (
-    "negative_prompt", "width", "height", "num_frames", "num_inference_steps", "guidance_scale", "true_cfg_scale",
-)  # fmt: skip
 
 
 class SampleRun:
@@ -98,7 +95,7 @@ class SampleRun:
     def arguments(self) -> dict[str, Any]:
         """The keyword arguments of the pipeline's call, with a fresh generator."""
         request, task = self.request, self.task
-        given = {name: getattr(request, name) for name in _REQUEST_FIELDS if getattr(request, name) is not None}
+        given = {name: getattr(request, name) for name in ARGUMENTS if getattr(request, name) is not None}
         if request.fps is not None and "frame_rate" in task.arguments:
             given["frame_rate"] = request.fps
         if task.takes_prompt:

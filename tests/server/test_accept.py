@@ -7,7 +7,7 @@ from typing import Literal
 import pytest
 
 from safelight.protocol.errors import InvalidRequest
-from safelight.protocol.generation import OutputFormat
+from safelight.protocol.output_formats import OutputFormat
 from safelight.server.accept import choose
 
 Kind = Literal["image", "video"]

@@ -16,7 +16,7 @@ from PIL import Image
 from safetensors.numpy import load
 
 from safelight.protocol.errors import InvalidRequest
-from safelight.protocol.generation import OutputFormat
+from safelight.protocol.output_formats import OutputFormat
 from safelight.worker.encoding import Floats, Waveform, encode, to_uint8
 
 
@@ -105,7 +105,7 @@ _COUNT_THREADS = """
 from concurrent.futures import ThreadPoolExecutor
 from typing import get_args
 import numpy, psutil, torch
-from safelight.protocol.messages import OutputFormat
+from safelight.protocol.output_formats import OutputFormat
 from safelight.worker.encoding import encode
 
 torch.set_num_threads(2)

@@ -18,7 +18,7 @@ from safelight.protocol.errors import InvalidRequest
 from safelight.protocol.generation import Failed, Generate, Image, Result, Sample
 from safelight.protocol.messages import FromWorker
 from safelight.protocol.replicas import Parameter
-from safelight.server.limits import check_model
+from safelight.server.model_limits import check_model
 from safelight.server.schemas import GenerateBody
 from safelight.tests.tiny import FAMILIES
 from safelight.worker.batcher import Batcher

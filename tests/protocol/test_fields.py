@@ -1,0 +1,49 @@
+"""A field or an output format that the table has is known everywhere, and nowhere under another name or range."""
+
+from __future__ import annotations
+
+import inspect
+from typing import get_args
+
+import msgspec
+import pytest
+
+from safelight.client import AsyncClient, Client
+from safelight.client.cli import generate
+from safelight.client.results import SUFFIXES
+from safelight.protocol.config import Config
+from safelight.protocol.errors import InvalidRequest
+from safelight.protocol.fields import TABLE
+from safelight.protocol.generation import Generate
+from safelight.protocol.output_formats import FORMATS, OutputFormat
+from safelight.server.limits import check_ranges
+from safelight.server.schemas import GenerateBody
+
+
+@pytest.mark.parametrize("name", TABLE)
+def test_a_field_is_missing_nowhere(name: str) -> None:
+    row = TABLE[name]
+    assert GenerateBody.model_fields[name].description == row.field.help
+    assert name in {field.name for field in msgspec.structs.fields(Generate)}
+    for owner in (Client, AsyncClient):
+        assert {name, row.alias} <= inspect.signature(owner.generate).parameters.keys()
+    assert (row.alias in inspect.signature(generate).parameters) == (row.field.flag or name == "extra")
+
+
+@pytest.mark.parametrize("name", [row.name for row in TABLE.values() if row.field.low is not None])
+def test_a_range_of_the_table_is_the_server_s(name: str) -> None:
+    low, high = TABLE[name].field.low, TABLE[name].field.high
+    config = Config(max_pixels=4096)
+    most = getattr(config, high) if isinstance(high, str) else high
+    assert low is not None
+    for inside in (low, most):
+        check_ranges(GenerateBody.model_construct(prompt=["a"], n=1, stream=True, **{name: inside}), config)
+    for outside in (low - 1, most + 1):
+        with pytest.raises(InvalidRequest, match=f"{name} must be between"):
+            check_ranges(GenerateBody.model_construct(prompt=["a"], n=1, stream=True, **{name: outside}), config)
+
+
+def test_a_format_has_a_media_type_and_a_suffix_of_its_own() -> None:
+    assert set(FORMATS) == set(get_args(OutputFormat)) == set(SUFFIXES.values())
+    assert len({one.media_type for one in FORMATS.values()}) == len(FORMATS)
+    assert len(SUFFIXES) == sum(len(one.suffixes) for one in FORMATS.values())
