@@ -1,28 +1,29 @@
-"""Trainers' process groups: replicas join and leave them beside the line of operations, and nothing waits for that."""
+"""Trainers' process groups: replicas join and leave them beside the barrier queue, and nothing waits for that."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from ..protocol.errors import Conflict, QueueFull, SafelightError, Unavailable, from_info
-from ..protocol.messages import ToWorker
-from ..protocol.operations import Join, Leave, Operate, Perform, Step
+from ..protocol.operations import Join, Leave, Operate, Perform, Save, Step, Update
 from ..protocol.reports import Performed, Report
-from .replicas import Replica
+from ..protocol.tensor_sources import Broadcast
+from .outbox import Outbox
+from .replicas import Replica, Replicas
+from .replies import Replies
 from .transaction import RETRY_S
 
 MOST_JOINING = 8
 """Joins in progress; each has a thread of every rank."""
 
 LATE_S = 5.0
-"""Seconds after a join's own limit by which replicas have told how it ended."""
+"""Seconds that replicas have after a join's own limit to report how it ended."""
 
 
 @dataclass(slots=True, eq=False)
 class _Asked:
-    """A join or a leave, the replicas that have yet to answer it, and what the others said."""
+    """A join or a leave, the replicas that have yet to answer it, and the reports of the others."""
 
     part: Operate
     operation: Join | Leave
@@ -34,23 +35,12 @@ class _Asked:
 
 
 class Groups:
-    """Owns the orders to join and to leave until all replicas have answered them.
+    """Owns the orders to join and to leave until all replicas have answered them."""
 
-    ``done`` and ``fail`` answer whoever has asked.
-    """
-
-    def __init__(
-        self,
-        numbers: Iterator[int],
-        to_replica: Callable[[int, ToWorker], None],
-        *,
-        done: Callable[[Operate, dict[int, Report]], None],
-        fail: Callable[[Operate, SafelightError], None],
-    ) -> None:
-        self._numbers = numbers
-        self._to_replica = to_replica
-        self._tell_done = done
-        self._tell_failed = fail
+    def __init__(self, replicas: Replicas, outbox: Outbox, replies: Replies) -> None:
+        self._replicas = replicas
+        self._outbox = outbox
+        self._replies = replies
         self._asked: dict[int, _Asked] = {}
 
     @property
@@ -59,28 +49,39 @@ class Groups:
         return min((asked.deadline for asked in self._asked.values()), default=math.inf)
 
     def join(self, part: Operate, join: Join, replicas: set[int], now: float) -> None:
-        """Have ``replicas`` join; whoever fails, all of them are out of the group."""
+        """Have ``replicas`` join. If one fails, all of them leave the group."""
         if not replicas:
-            self._tell_failed(part, Unavailable("No replica is ready to join a group.", retry_after_s=RETRY_S))
+            self._replies.failed(part, Unavailable("No replica is ready to join a group.", retry_after_s=RETRY_S))
         elif len(self._joins()) >= MOST_JOINING:
             busy = QueueFull(f"{MOST_JOINING} groups are being joined already.", retry_after_s=RETRY_S)
-            self._tell_failed(part, busy)
+            self._replies.failed(part, busy)
         else:
             self._order(part, join, replicas, now + join.timeout_s + LATE_S)
 
-    def leave(self, part: Operate, leave: Leave, replicas: set[int]) -> None:
-        """Have ``replicas`` leave, also while they are joining; a group that nobody has is left already."""
+    def leave(self, part: Operate, leave: Leave) -> None:
+        """Have all replicas leave, also while they are joining."""
         for asked in [asked for asked in self._joins() if leave.group in (None, asked.operation.group)]:
-            del self._asked[asked.number]  # the replicas give it up as they are told to leave
+            del self._asked[asked.number]  # the order to leave ends the join
             name = asked.operation.group
-            self._tell_failed(asked.part, Conflict(f"The group {name!r} was destroyed while it was joined."))
-        if replicas:
+            self._replies.failed(asked.part, Conflict(f"The group {name!r} was destroyed while it was joined."))
+        if replicas := {replica.number for replica in self._replicas if replica.has_loaded}:
             self._order(part, leave, replicas)
         else:
-            self._tell_done(part, {})
+            self._replies.done(part)
+
+    def refuse(self, part: Operate, error: SafelightError) -> None:
+        """Fail a part that no replica has heard of."""
+        self._replies.failed(part, error)
+        self.abandon(part)
+
+    def abandon(self, part: Operate) -> None:
+        """Leave the group over which a trainer sends what nobody receives: it would wait, or be taken for the next."""
+        match part.operation:
+            case Update(source=Broadcast(group=group)) | Save(source=Broadcast(group=group)):
+                self.leave(Operate("", Leave(group)), Leave(group))
 
     def answered(self, replica: int, message: Performed) -> bool:
-        """What a replica says, if it is of one of these orders."""
+        """Record an answer. Says whether it is one to these orders."""
         asked = self._asked.get(message.number)
         if asked is None or replica not in asked.expected:
             return False
@@ -93,7 +94,7 @@ class Groups:
         return True
 
     def lost(self, replica: Replica) -> None:
-        """A replica's process is gone, and with it its place in every group."""
+        """A replica's process is gone, and its rank in every group with it."""
         for asked in [asked for asked in self._asked.values() if replica.number in asked.replicas]:
             asked.replicas.discard(replica.number)
             asked.expected.discard(replica.number)
@@ -103,12 +104,12 @@ class Groups:
                 self._end_if_complete(asked)
 
     def cancel(self, request_id: str) -> None:
-        """The client of a join is gone: nobody would use the group."""
+        """The client of a join has gone away: nobody would use the group."""
         for asked in [asked for asked in self._joins() if asked.part.request_id == request_id]:
             self._forget(asked)
 
     def expire(self, now: float) -> None:
-        """Give up joins whose time is over though replicas say nothing of them."""
+        """Give up joins that replicas have not reported on in time."""
         for asked in [asked for asked in self._joins() if asked.deadline <= now]:
             self._fail(asked, Unavailable(f"The group {asked.operation.group!r} could not be joined in time."))
 
@@ -116,25 +117,25 @@ class Groups:
         return [asked for asked in self._asked.values() if isinstance(asked.operation, Join)]
 
     def _order(self, part: Operate, operation: Join | Leave, replicas: set[int], deadline: float = math.inf) -> None:
-        asked = _Asked(part, operation, next(self._numbers), set(replicas), set(replicas), deadline)
+        asked = _Asked(part, operation, self._outbox.next_number(), set(replicas), set(replicas), deadline)
         self._asked[asked.number] = asked
-        self._tell(asked, "prepare")
+        self._send(asked, "prepare")
 
-    def _tell(self, asked: _Asked, step: Step) -> None:
-        for number in sorted(asked.replicas):
-            self._to_replica(number, Perform(number=asked.number, step=step, leads=False, operation=asked.operation))
+    def _send(self, asked: _Asked, step: Step) -> None:
+        order = Perform(number=asked.number, step=step, leads=False, operation=asked.operation)
+        self._outbox.order_each(asked.replicas, order)
 
     def _end_if_complete(self, asked: _Asked) -> None:
         if not asked.expected:
             del self._asked[asked.number]
-            self._tell_done(asked.part, asked.reports)
+            self._replies.done(asked.part, asked.reports)
 
     def _fail(self, asked: _Asked, error: SafelightError) -> None:
         self._forget(asked)
-        self._tell_failed(asked.part, error)
+        self._replies.failed(asked.part, error)
 
     def _forget(self, asked: _Asked) -> None:
-        """Have the replicas leave what they have joined, and end what they have begun."""
+        """Have replicas leave the group, and end their joins."""
         del self._asked[asked.number]
         if isinstance(asked.operation, Join):
-            self._tell(asked, "release")
+            self._send(asked, "release")

@@ -220,6 +220,11 @@ class Replicas:
     def any_ready(self) -> bool:
         return any(replica.state == "ready" for replica in self._replicas)
 
+    @property
+    def are_idle(self) -> bool:
+        """Whether no replica holds any request."""
+        return all(replica.outstanding == 0 for replica in self._replicas)
+
     def least_loaded(self) -> Replica | None:
         """The ready replica with the fewest outstanding outputs."""
         ready = (replica for replica in self._replicas if replica.state == "ready")

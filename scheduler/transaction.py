@@ -1,4 +1,4 @@
-"""What holds back everything behind it: one operation, or a begun update with its parts."""
+"""A transaction holds back everything behind it: one operation, or a session (a begun update) with its parts."""
 
 from __future__ import annotations
 
@@ -12,20 +12,21 @@ from msgspec.structs import replace
 from ..protocol.adapters import AdapterSource, SetAdapters
 from ..protocol.errors import InvalidRequest, SafelightError, Unavailable, from_info
 from ..protocol.operations import Barrier, Begin, Commit, Operate, Operation, Perform, Step
+from ..protocol.replicas import Hold
 from ..protocol.reports import Performed, Report
 from ..protocol.tensor_sources import Source
-from .on_disk import Origins, modules_of
 from .replicas import Replica
+from .writes import Writes, modules_of
 
 RETRY_S = 5.0
-"""When it is worth asking again after a replica was lost: it comes back in seconds."""
+"""When to ask again after a replica was lost: it comes back in seconds."""
 
 
 @dataclass(slots=True, eq=False)
 class Running:
-    """A part that ``replicas`` work on: which step, who has yet to answer it, and what the others said of it.
+    """The step that ``replicas`` work on, those that have yet to answer it, and the reports of the others.
 
-    Who is lost is in none of them any more. ``version`` is the one that is to be committed.
+    Lost replicas are dropped from all of these. ``version`` is the one that will be committed.
     """
 
     part: Operate
@@ -39,7 +40,7 @@ class Running:
     version: str = ""
 
     def begin(self, step: Step, operation: Operation | None = None) -> list[tuple[int, Perform]]:
-        """Expect ``step`` of all; the journal is kept by one of them. Returns the orders, with whom they are for."""
+        """Expect ``step`` of all replicas, of the first alone if it is the journal. Returns each one's order."""
         first, version = min(self.replicas), self.version or None
         self.step, self.expected = step, {first} if step == "journal" else set(self.replicas)
         self.reports.clear()
@@ -47,7 +48,7 @@ class Running:
         return [(number, replace(order, leads=number == first)) for number in sorted(self.expected)]
 
     def takes(self, replica: int, message: Performed) -> bool:
-        """What a replica says, if it is of this step, and not the last words of a process that is gone."""
+        """Record an answer. Says whether it is one to this step, and not the last message of a lost process."""
         if (message.number, message.step) != (self.number, self.step) or replica not in self.expected:
             return False
         self.expected.remove(replica)
@@ -57,7 +58,7 @@ class Running:
         return True
 
     def compare(self) -> None:
-        """Fail a step in which replicas were given different tensors."""
+        """Fail the step if replicas were given different tensors."""
         first = min(self.reports, default=0)
         others = [number for number, report in self.reports.items() if report.given != self.reports[first].given]
         if others and self.error is None:
@@ -66,8 +67,11 @@ class Running:
                 "Every rank of every replica needs the same full tensors."
             )
 
-    def goes_on_without(self, replica: int) -> None:
-        """What is to be undone or committed is so by the others; whoever keeps the journal, or votes, is missed."""
+    def drop(self, replica: int) -> None:
+        """Drop a lost replica.
+
+        Commit and rollback go on without it; a replica that was voting or writing the journal fails the step.
+        """
         missed = replica in self.expected if self.step == "journal" else self.step not in ("commit", "rollback")
         if missed and self.error is None:
             self.error = Unavailable(
@@ -80,55 +84,55 @@ class Running:
 
 @dataclass(slots=True, eq=False)
 class Transaction:
-    """What holds back everything behind it: one operation, or a begun update with its parts.
+    """``participants`` are the replicas of a session, from its first part on; ``target`` is the one that an internal
+    transaction is for.
 
-    ``replicas`` are those that take part, once it has begun; ``only`` is the one that an operation of our own is for.
-    ``written`` counts the tensors of each module that parts have written, and ``complete`` are modules of which every
-    tensor came. ``adapters`` are those that came in parts, with what is ``waiting`` for its counterpart, by nickname.
-    ``origins`` say where parts came from, in their order.
+    ``writes`` are those of its parts. ``adapters`` are those that came in parts, with the factors that are
+    ``unpaired``, by nickname.
     """
 
     barrier: Barrier
     parts: deque[Operate] = field(default_factory=deque)
-    begun: Begin | None = None
-    only: Replica | None = None
-    reached: bool = False
-    replicas: set[int] | None = None
+    session: Begin | None = None
+    target: Replica | None = None
+    barrier_passed: bool = False
+    ended: bool = False
+    participants: set[int] | None = None
     running: Running | None = None
     since: float = math.inf
-    """When it began to hold back what is behind it."""
+    """When it began to hold back everything behind it."""
     deadline: float = math.inf
+    """When a session ends, unless a part of it comes before."""
     ceiling: float = math.inf
-    """When a begun update ends, however many parts of it come."""
-    written: dict[str, int] = field(default_factory=dict)
-    complete: set[str] = field(default_factory=set)
+    """When a session ends, however many parts of it come."""
+    writes: Writes = field(default_factory=Writes)
     adapters: dict[str, AdapterSource] = field(default_factory=dict)
-    waiting: dict[str, list[str]] = field(default_factory=dict)
-    origins: list[Origins] = field(default_factory=list)
+    unpaired: dict[str, list[str]] = field(default_factory=dict)
 
-    @property
-    def partly(self) -> set[str]:
-        """Modules of which tensors were written, but not all."""
-        return set(self.written) - self.complete
+    def hold(self, now: float) -> Hold:
+        """What a status says of it while it holds back everything behind it."""
+        session, working = self.session, self.running is not None or bool(self.parts)
+        part = self.running.part if self.running is not None else next(iter(self.parts), None)
+        return Hold(
+            operation=type(session or (part.operation if part is not None else None)).__name__,
+            phase="draining" if not self.barrier_passed else "working" if working else "open",
+            held_s=max(0.0, now - self.since),
+            update_id=session.update_id if session is not None else None,
+            ends_in_s=max(0.0, self.deadline - now) if math.isfinite(self.deadline) else None,
+        )
 
-    def gives_time(self, now: float) -> None:
-        """Have the time until the next part count from ``now``."""
-        if self.begun is not None:
-            self.deadline = min(now + self.begun.timeout_s, self.ceiling)
+    def extend(self, now: float) -> None:
+        """Count the time until the next part from ``now``."""
+        if self.session is not None:
+            self.deadline = min(now + self.session.timeout_s, self.ceiling)
 
-    def took(self, report: Report) -> None:
-        """A replica has written a part."""
-        self.complete.update(report.complete)
-        for module, count in report.updated.items():
-            self.written[module] = max(self.written.get(module, 0), count)
-
-    def kept(self, adapter: AdapterSource, reports: Iterable[Report]) -> None:
-        """A replica has kept a part of an adapter, with those before."""
+    def saved(self, adapter: AdapterSource, reports: Iterable[Report]) -> None:
+        """Replicas have saved a part of an adapter, with those before."""
         self.adapters[adapter.nickname] = adapter
-        self.waiting[adapter.nickname] = [name for report in reports for name in report.waiting]
+        self.unpaired[adapter.nickname] = [name for report in reports for name in report.waiting]
 
     def adapters_change(self) -> SetAdapters:
-        """How the adapters that came in parts become active."""
+        """The change by which the adapters that came in parts become active."""
         return SetAdapters(
             nicknames=list(self.adapters),
             strengths=[1.0] * len(self.adapters),
@@ -139,26 +143,25 @@ class Transaction:
         )
 
     def refusal_of(self, source: Source) -> SafelightError | None:
-        """Why ``source`` is no part of the update, if it names a module that the update was not begun for."""
-        named = modules_of(source)
-        meant = self.begun.modules if self.begun is not None else None
-        others = [name for name in named if meant is not None and name not in meant]
+        """Why ``source`` is not a part of the session: it has a module that the session was not begun for."""
+        allowed = self.session.modules if self.session is not None else None
+        others = [name for name in modules_of(source) if allowed is not None and name not in allowed]
         if others:
             return InvalidRequest(f"The update was not begun for {others[0]}.", field="target_modules")
         return None
 
     def refusal_to_end(self, commit: Commit) -> SafelightError | None:
-        """Why it cannot be committed, as far as it knows."""
-        if not self.written and not self.adapters:
+        """Why its parts cannot be committed."""
+        if not self.writes.counts and not self.adapters:
             return InvalidRequest("Nothing was written in this update; send tensors, or abort it.", field="update_id")
-        if waiting := [name for names in self.waiting.values() for name in names]:
+        if unpaired := [name for names in self.unpaired.values() for name in names]:
             return InvalidRequest(
-                f"{len(waiting)} factors have no counterpart ({', '.join(waiting[:3])}); send them or abort.",
+                f"{len(unpaired)} factors have no counterpart ({', '.join(unpaired[:3])}); send them or abort.",
                 field="update_id",
             )
-        named = set(self.begun.modules or () if self.begun is not None else ())
+        named = set(self.session.modules or () if self.session is not None else ())
         adapted = {adapter.target for adapter in self.adapters.values()}
-        partly = sorted((named - adapted | set(self.written)) - self.complete)
+        partly = sorted((named - adapted | set(self.writes.counts)) - self.writes.complete)
         if commit.require_complete and partly:
             return InvalidRequest(
                 f"Not every tensor of {', '.join(partly)} was sent, and require_complete asks for that.",
@@ -167,6 +170,6 @@ class Transaction:
         return None
 
 
-def of_our_own(operation: Operation, only: Replica | None = None) -> Transaction:
-    """An operation that nobody asked for, on all replicas or on one."""
-    return Transaction("in_place", deque([Operate("", operation)]), only=only)
+def internal(operation: Operation, target: Replica) -> Transaction:
+    """An operation for one replica, which no client asked for."""
+    return Transaction("in_place", deque([Operate("", operation)]), target=target)

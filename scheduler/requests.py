@@ -1,0 +1,69 @@
+"""The accepted requests, until each has its answer: where they wait, and when they expire."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from ..protocol.config import Config
+from ..protocol.generation import Generate
+from .barrier_queue import BarrierQueue
+from .queue import Queue, by_deadline, by_turn
+from .request import Request
+
+
+class Requests:
+    """A request waits in ``queue`` or, behind an operation, in the barrier queue; else a replica has it."""
+
+    def __init__(self, config: Config, barrier_queue: BarrierQueue) -> None:
+        self.queue = Queue(by_turn, config.max_queue)
+        self._timeout_s = config.request_timeout_s
+        self._barrier_queue = barrier_queue
+        self._deadlines = Queue(by_deadline)
+        self._live: dict[str, Request] = {}
+        self._arrivals = 0
+
+    def __iter__(self) -> Iterator[Request]:
+        return iter(list(self._live.values()))
+
+    def __len__(self) -> int:
+        return len(self._live)
+
+    def get(self, request_id: str) -> Request | None:
+        return self._live.get(request_id)
+
+    def running_on(self, number: int, request_id: str) -> Request | None:
+        request = self._live.get(request_id)
+        return request if request is not None and request.replica == number else None
+
+    def accept(self, generate: Generate, nbytes: int, now: float, *, behind: bool) -> int:
+        """Put a request into its queue, ``behind`` an operation if there is one. Returns the number of those ahead."""
+        timeout_s = self._timeout_s if generate.timeout_s is None else generate.timeout_s
+        request = Request(generate, self._arrivals, now, now + timeout_s, nbytes)
+        self._arrivals += 1
+        self._live[request.id] = request
+        self._deadlines.add(request)
+        if behind:
+            return len(self.queue) + self._barrier_queue.enqueue_behind(request)
+        return self.queue.add(request)
+
+    def remove(self, request: Request) -> None:
+        """It is answered."""
+        del self._live[request.id]
+        self._deadlines.remove(request)
+        if request.replica is None and not self._barrier_queue.remove(request):
+            self.queue.remove(request)
+
+    def waiting(self) -> list[Request]:
+        return [*self.queue, *self._barrier_queue.requests()]
+
+    def waiting_bytes(self) -> int:
+        return self.queue.nbytes + sum(request.nbytes for request in self._barrier_queue.requests())
+
+    def not_queued_behind(self) -> list[Request]:
+        """The requests that no operation holds back."""
+        behind = set(self._barrier_queue.requests())
+        return [request for request in self if request not in behind]
+
+    @property
+    def next_to_expire(self) -> Request | None:
+        return self._deadlines.first
