@@ -300,7 +300,7 @@ def test_what_one_request_writes_no_other_sees(name: str, pipeline: Writer) -> N
     assert batcher.runner.counters.forwards < batcher.runner.counters.calls, "those that write nothing still meet"
 
 
-STRIDE = 1 if NIGHTLY else 7
+STRIDE = 1 if NIGHTLY else 23
 """Calls between two that a request is cancelled after."""
 
 

@@ -38,14 +38,13 @@ def found(request: pytest.FixtureRequest, checkpoints: list[Path], tmp_path_fact
     return msgspec.msgpack.decode(result.read_bytes(), type=Found)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize(
-    ("found", "fused"),
+    ("found", "fused", "dtype"),
     [
-        pytest.param(tp, fused, id=f"{tp}-{'fused' if fused else 'apart'}")
+        pytest.param(tp, fused, dtype, id=f"{tp}-{'fused' if fused else 'apart'}-{dtype}")
         for tp in (1, 2, 4)
-        for fused in families.fusing(tp)
+        for fused, dtype in families.cases(tp)
     ],
     indirect=["found"],
 )
@@ -57,7 +56,7 @@ def test_a_component_that_the_runtime_computes_otherwise_is_noticed(
     assert [row.progress for row in rows if row.status != "passed"] == []
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "qwenimage_edit"])
 @pytest.mark.parametrize("found", [1], indirect=True)
 def test_no_vae_is_compared_in_one_direction_only(name: str, found: Found) -> None:
     calls = {row.call for row in found[families.key(name, False, "float32")]}
