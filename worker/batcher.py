@@ -22,11 +22,11 @@ from .forward.at_rest import AtRest
 from .forward.batch import Forward, Outcome, Pending, Wait
 from .forward.costs import Costs
 from .forward.policy import MergePolicy
-from .forward.prompt_cache import PromptCache, prompt_key
+from .forward.prompt_cache import PromptCache, prompt_key, prompt_of
 from .forward.recovery import Agree, Recovery
 from .forward.runner import Runner
 from .forward.signature import Signatures
-from .forward.stages import prompt_of, stages
+from .forward.stages import stages
 from .heartbeat import Activity
 from .lora.adapters import RankAdapters
 from .lora.dynamic import Uses

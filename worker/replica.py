@@ -113,7 +113,7 @@ class Replica:
 
     def _test(self, model: Model) -> Found:
         """Find out what the model does, or take over what an earlier start has found out."""
-        test = SelfTest(model, self._config, self._report)
+        test = SelfTest(model, self._config, self._report, self._ranks.agree)
         if self._child.self_test is not None:
             return test.recall(self._child.self_test)
         cache = SelfTestCache(model, self._config, self._ranks) if self._config.self_test_cache else None

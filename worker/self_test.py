@@ -13,6 +13,7 @@ from ..protocol.errors import StartFailed
 from ..protocol.replicas import Batching, BatchingMode
 from ..protocol.self_test import SelfTestResult, TaskResult
 from .crossing.changes import untraced
+from .forward.recovery import Agree
 from .image_pipelines import DoesNotFit, for_images, needs_image, on_components
 from .model import Model, modules
 from .task import Task, new_task
@@ -30,12 +31,22 @@ class Found:
 
 
 class SelfTest:
-    """Runs small requests on ``model``, and sets what it does. ``report`` hears of each stage."""
+    """Runs small requests on ``model``, and sets what it does.
 
-    def __init__(self, model: Model, config: Config, report: Callable[[str], None] = lambda _: None) -> None:
+    ``report`` hears of each stage; ``agree`` is that of the batcher, for forwards that fail on several ranks.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        config: Config,
+        report: Callable[[str], None] = lambda _: None,
+        agree: Agree = lambda _: None,
+    ) -> None:
         self._model = model
         self._config = config
         self._report = report
+        self._agree = agree
         self._no_text = ""
 
     def run(self) -> Found:
@@ -82,19 +93,22 @@ class SelfTest:
         model.no_image = result.no_image
         try:
             with untraced(modules(model.pipeline).values()):
-                Trial(model, self._config, self._report, images=model.text is None).run_once()
+                self._trial(images=model.text is None).run_once()
         except DoesNotRun as error:
             raise StartFailed(
                 f"The pipeline {type(model.pipeline).__name__} ran before and does not now ({error})."
             ) from None
         return Found(result.mode, result.unmergeable)
 
+    def _trial(self, *, images: bool) -> Trial:
+        return Trial(self._model, self._config, self._report, self._agree, images=images)
+
     def _text(self) -> Verdict | None:
         assert self._model.text is not None
         try:
             if needs_image(type(self._model.pipeline)):
                 raise DoesNotRun("it needs an image")
-            verdict = Trial(self._model, self._config, self._report, images=False).judge()
+            verdict = self._trial(images=False).judge()
         except DoesNotRun as error:
             self._no_text = str(error)
             self._model.text = None
@@ -118,7 +132,7 @@ class SelfTest:
     def _try_images(self, pipeline: DiffusionPipeline) -> Verdict:
         """Raises ``DoesNotRun``."""
         self._model.image = image = new_task(pipeline, self._config, self._model.published.defaults, images=True)
-        trial = Trial(self._model, self._config, self._report, images=True)
+        trial = self._trial(images=True)
         verdict = trial.judge()
         image.several_images = len(image.image_arguments) == 1 and trial.takes_several_images()
         image.batching = Batching(verdict.mode, verdict.reason)

@@ -26,6 +26,7 @@ from .crossing.coroutine import Coroutine
 from .crossing.fork import Fork
 from .crossing.random_state import seeded
 from .forward.at_rest import AtRest
+from .forward.recovery import Agree
 from .model import Model, modules
 from .preview import preview
 from .sample import SampleRun, outputs
@@ -78,15 +79,21 @@ class DoesNotRun(Exception):
 
 
 class Trial:
-    """Runs the small requests for the model's task with images, or for the one without. ``report`` hears of stages."""
+    """Runs the small requests for the model's task with images, or for the one without.
 
-    def __init__(self, model: Model, config: Config, report: Callable[[str], None], *, images: bool) -> None:
+    ``report`` hears of stages; ``agree`` is asked after a forward that failed, as in serving.
+    """
+
+    def __init__(
+        self, model: Model, config: Config, report: Callable[[str], None], agree: Agree, *, images: bool
+    ) -> None:
         task = model.image if images else model.text
         assert task is not None, "the task that is tried"
         self._model = model
         self._task = task
         self._config = config
         self._report = report
+        self._agree = agree
         self._images = images
         self._at_rest = AtRest(modules(task.pipeline))
         self._size: dict[str, int | None] = {}
@@ -159,6 +166,7 @@ class Trial:
             mode=mode,
             costs=self._model.costs,
             at_rest=self._at_rest,
+            agree=self._agree,
         )
 
     def _first_runs(self) -> list[torch.Tensor]:

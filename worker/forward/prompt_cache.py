@@ -11,6 +11,8 @@ import torch
 from torch.utils import _pytree as pytree
 
 from ..crossing.call import Call
+from ..lora.dynamic import Uses
+from .batch import Pending
 from .signature import digest
 
 
@@ -90,3 +92,10 @@ def prompt_key(call: Call) -> Hashable | None:
         else:
             return None
     return (call.name, spec, tuple(marks))
+
+
+def prompt_of(pending: Pending, uses: Uses) -> Hashable | None:
+    """By what a text encoder's answer is known: its call, its adapters, and torch's settings."""
+    if pending.prompt is None:
+        return None
+    return pending.prompt, tuple((adapter.number, strength) for adapter, strength in uses), pending.state

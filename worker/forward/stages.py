@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
 from typing import Any
 
 from ..crossing.random_state import has_drawn, kept_random_state, random_state
 from ..crossing.thread_state import within
 from ..heartbeat import Activity
 from ..lora.adapters import RankAdapters
-from ..lora.dynamic import Uses
 from .at_rest import AtRest
-from .batch import Forward, Pending
+from .batch import Forward
 from .costs import Costs
-from .prompt_cache import PromptCache
+from .prompt_cache import PromptCache, prompt_of
 from .runner import Stage
 
 Proceed = Callable[[], list[Any]]
@@ -155,10 +154,3 @@ class Timing:
         pixels = max(pending.coroutine.pixels for pending in forward.calls)
         with self._costs.timed(forward.name, pixels, alone=not forward.merged):
             return proceed()
-
-
-def prompt_of(pending: Pending, uses: Uses) -> Hashable | None:
-    """By what a text encoder's answer is known: its call, its adapters, and torch's settings."""
-    if pending.prompt is None:
-        return None
-    return pending.prompt, tuple((adapter.number, strength) for adapter, strength in uses), pending.state
