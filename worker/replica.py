@@ -40,7 +40,7 @@ from .self_test import Found, SelfTest
 from .self_test_cache import SelfTestCache
 from .weights.snapshot.journal import Journal
 from .weights.transport.groups import Groups
-from .weights.update.undo_log import UndoMemory
+from .weights.update.undo_log import UndoLog
 
 log = logging.getLogger(__name__)
 
@@ -173,8 +173,8 @@ class Replica:
             places=self._config.replicas * self._config.tp,
             shared=shared,
             journal=self._journal,
-            undo=UndoMemory(model.device, _undo_limit(self._config), _path(self._config.undo_spill)),
-            sign=self._activity.advance,
+            undo=UndoLog(model.device, _undo_limit(self._config), _path(self._config.undo_spill)),
+            on_progress=self._activity.advance,
             adapters=adapters,
             groups=groups,
         )

@@ -15,9 +15,9 @@ import torch
 
 from ...protocol.reports import Invalid
 from ...protocol.tensor_sources import CudaShared, Pickled, Source
-from ..weights.progress import Sign
+from ..weights.checkpoint.names import Tensors
+from ..weights.progress import Progress
 from ..weights.snapshot.digests import digest
-from ..weights.transport.payload import Tensors
 
 Given = dict[str, dict[str, str]]
 """One rank's tensors, by module and name: dtype and shape, and SHA-256 where values can differ between ranks."""
@@ -42,7 +42,7 @@ def differs_by_rank(source: Source) -> bool:
     return is_for_each_rank(source)
 
 
-def describe(tensors: Tensors, sign: Sign, *, hashed: bool) -> Given:
+def describe(tensors: Tensors, on_progress: Progress, *, hashed: bool) -> Given:
     """Every tensor as this rank was given it; ``hashed`` with its values."""
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
         found: Given = {}
@@ -51,7 +51,7 @@ def describe(tensors: Tensors, sign: Sign, *, hashed: bool) -> Given:
             found[module] = {name: f"{tensor.dtype} {list(tensor.shape)}" for name, tensor in given.items()}
             for name, value in zip(given, hashes, strict=False):
                 found[module][name] += f" {value}"
-                sign()
+                on_progress()
         return found
 
 

@@ -34,16 +34,17 @@ from ..lora.adapters import MERGED, RankAdapters
 from ..model import Model
 from ..parallel.ranks import RankLost, Ranks
 from ..sizes import DENOISERS
-from ..weights.checkpoint.names import by_checkpoint_names
-from ..weights.progress import Sign
+from ..weights.checkpoint.aliases import by_checkpoint_names
+from ..weights.progress import Progress
 from ..weights.snapshot.digests import module_digests, tensor_digests
 from ..weights.snapshot.journal import Journal
-from ..weights.snapshot.snapshot import export
+from ..weights.snapshot.snapshot import write_snapshot
 from ..weights.transport.groups import Groups
-from ..weights.transport.sources import Opened, Reader, Rejected, open_source
-from ..weights.update.offload import Parking
-from ..weights.update.rank_update import Update as RankUpdate
-from ..weights.update.undo_log import UndoMemory
+from ..weights.transport.sources import RankContext, Rejected, TensorSource, open_source
+from ..weights.update.checks import check_tensors
+from ..weights.update.offload import Offloader
+from ..weights.update.rank_update import RankUpdate
+from ..weights.update.undo_log import UndoLog
 from .agreement import Given, describe, differences, differs_by_rank, fingerprint, is_for_each_rank
 
 log = logging.getLogger(__name__)
@@ -62,7 +63,7 @@ class _Vote(msgspec.Struct, frozen=True):
 
 
 class Operations:
-    """Performs operations on this rank. ``sign`` is called whenever a part of what takes long is done.
+    """Performs operations on this rank. ``on_progress`` is called whenever a part of what takes long is done.
 
     ``place`` is the rank's number among ``places``, all ranks of all replicas; ``shared`` is the server's shared-memory
     directory.
@@ -78,8 +79,8 @@ class Operations:
         places: int,
         shared: Path,
         journal: Journal | None,
-        undo: UndoMemory,
-        sign: Sign,
+        undo: UndoLog,
+        on_progress: Progress,
         adapters: RankAdapters,
         groups: Groups,
     ) -> None:
@@ -87,7 +88,7 @@ class Operations:
         self._batcher = batcher
         self._ranks = ranks
         self._shared = shared
-        self._sign = sign
+        self._on_progress = on_progress
         self._place = place
         self._places = places
         self._replica = place // ranks.size
@@ -98,7 +99,7 @@ class Operations:
         self._adapters = adapters
         components = model.pipeline.components
         self._modules = {name: part for name, part in components.items() if isinstance(part, nn.Module)}
-        self._parking = Parking([*self._modules.values()], model.device, adapters.tensors)
+        self._offloader = Offloader([*self._modules.values()], model.device, adapters.tensors)
         self._operation: Operation | None = None
         self._given: Given = {}
 
@@ -173,8 +174,8 @@ class Operations:
                 return Report()
         raise Internal("There is no such operation.")
 
-    def _reader(self, leads: bool) -> Reader:
-        return Reader(self._ranks.rank, self._ranks.size, self._place, self._places, self._model.device, leads)
+    def _reader(self, leads: bool) -> RankContext:
+        return RankContext(self._ranks.rank, self._ranks.size, self._place, self._places, self._model.device, leads)
 
     def _save(self, operation: Save, leads: bool) -> Report:
         """One rank writes the file. Others read only what is for them alone, so that its sender has it back."""
@@ -187,7 +188,7 @@ class Operations:
         opened = self._received(source, reader) if isinstance(source, Broadcast) else self._opened(source, reader)
         try:
             if for_each:
-                self._given = describe(opened.tensors, self._sign, hashed=differs_by_rank(source))
+                self._given = describe(opened.tensors, self._on_progress, hashed=differs_by_rank(source))
             if not writes:
                 return Report()
             ((_, tensors),) = opened.tensors.items()
@@ -195,10 +196,10 @@ class Operations:
         finally:
             opened.close()
 
-    def _opened(self, source: Source, reader: Reader) -> Opened:
-        return open_source(source, self._groups, reader, self._sign)
+    def _opened(self, source: Source, reader: RankContext) -> TensorSource:
+        return open_source(source, self._groups, reader, self._on_progress)
 
-    def _received(self, source: Broadcast, reader: Reader) -> Opened:
+    def _received(self, source: Broadcast, reader: RankContext) -> TensorSource:
         """Factors, whose shapes nothing says beforehand. What cannot be received ends the group."""
         try:
             self._groups.announced(source)
@@ -214,20 +215,21 @@ class Operations:
             return self._receive(source, reader)
         return self._prepare_from(source, reader, complete=operation.require_complete)
 
-    def _prepare_from(self, source: Source, reader: Reader, *, complete: bool = False) -> Report:
-        opened = open_source(source, self._groups, reader, self._sign)
-        report = self._update.prepare(opened, self._sign, complete=complete)
-        self._given = describe(opened.tensors, self._sign, hashed=differs_by_rank(source))
+    def _prepare_from(self, source: Source, reader: RankContext, *, complete: bool = False) -> Report:
+        opened = open_source(source, self._groups, reader, self._on_progress)
+        report = self._update.prepare(opened, self._on_progress, complete=complete)
+        self._given = describe(opened.tensors, self._on_progress, hashed=differs_by_rank(source))
         return msgspec.structs.replace(report, given=fingerprint(self._given))
 
-    def _receive(self, source: Broadcast, reader: Reader) -> Report:
+    def _receive(self, source: Broadcast, reader: RankContext) -> Report:
         """What cannot be received, or is not to be, ends the group: who waits in it, the trainer too, is told at once.
 
         Nobody knows of what was announced and not received whether it is still sent, and would be taken for the next.
         """
         try:
             announced = {source.module: self._groups.announced(source)}
-            self._update.check(by_checkpoint_names(announced, self._model.layouts).tensors)
+            layouts = self._model.layouts
+            check_tensors(by_checkpoint_names(announced, layouts).tensors, layouts)
             return self._prepare_from(source, reader)
         except (Rejected, SafelightError) as failed:
             if not self._groups.leave(source.group):
@@ -248,7 +250,7 @@ class Operations:
             self._adapters.write()
         else:
             names = self._update.prepared
-            self._update.write(self._sign)
+            self._update.write(self._on_progress)
             self._adapters.rebuild(names)
         if self._model.device.type == "cuda":
             torch.cuda.synchronize(self._model.device)
@@ -259,7 +261,7 @@ class Operations:
         assert order.weight_version is not None
         modules = list(self._update.written)
         try:
-            self._journal.write(self._model.layouts, modules, order.weight_version, self._ranks, self._sign)
+            self._journal.write(self._model.layouts, modules, order.weight_version, self._ranks, self._on_progress)
         except OSError as error:
             raise Internal(f"The journal could not be written: {error.strerror or error}.") from error
         return Report()
@@ -306,7 +308,7 @@ class Operations:
         known = self._model.layouts
         names = list(known) if operation.modules is None else [name for name in operation.modules if name in known]
         layouts = {name: known[name] for name in names}
-        told, tensors = module_digests(layouts, self._ranks, self._sign, detail=operation.detail)
+        told, tensors = module_digests(layouts, self._ranks, self._on_progress, detail=operation.detail)
         digests, *others = told
         for rank, other in enumerate(others, start=1):
             for module, digest in digests.items():
@@ -330,7 +332,7 @@ class Operations:
         there = {name: layout.names.aliases.get(name, name) for name in operation.expected if name not in left_out}
         missing = sorted(name for name, known in there.items() if known not in layout)
         known_names = sorted({known for known in there.values() if known in layout})
-        found = tensor_digests(layout, known_names, self._sign)
+        found = tensor_digests(layout, known_names, self._on_progress)
         mismatched = sorted(
             name
             for name, known in there.items()
@@ -356,7 +358,7 @@ class Operations:
         if modules := self._named_by(operation.tags):
             self._adapters.forget_stacks()
             try:
-                self._parking.park(self._sign, modules)
+                self._offloader.offload(self._on_progress, modules)
             except OSError as error:
                 raise Conflict(f"The weights cannot be put away: {error.strerror or error}.") from error
         if CACHES in operation.tags:
@@ -366,7 +368,7 @@ class Operations:
 
     def _wake(self, operation: Wake) -> Report:
         if modules := self._named_by(operation.tags):
-            self._parking.fetch(self._sign, modules)
+            self._offloader.restore(self._on_progress, modules)
         return Report()
 
     def _named_by(self, tags: list[str]) -> list[nn.Module]:
@@ -375,7 +377,7 @@ class Operations:
     def _export(self, operation: Export) -> Report:
         folder = self._shared / operation.folder
         try:
-            files = export(self._model.layouts, operation.modules, folder, self._ranks, self._sign)
+            files = write_snapshot(self._model.layouts, operation.modules, folder, self._ranks, self._on_progress)
         except OSError as error:
             raise Internal(f"The weights could not be written out: {error.strerror or error}.") from error
         return Report(files={module: [file.path] for module, file in files.items()})
