@@ -310,14 +310,14 @@ def test_the_second_update_uses_the_memory_of_the_first_and_free_gives_it_back()
 
 def test_memory_that_is_free_and_too_small_does_not_count() -> None:
     memory = UndoLog(CPU, 100 << 20, None)
-    memory.take([torch.zeros(66 << 20, dtype=torch.uint8)])
+    memory.reserve([torch.zeros(66 << 20, dtype=torch.uint8)])
     memory.clear()
-    memory.take([torch.zeros(80 << 20, dtype=torch.uint8)])
+    memory.reserve([torch.zeros(80 << 20, dtype=torch.uint8)])
 
 
 def test_copies_do_not_overlap_and_are_aligned() -> None:
     memory = UndoLog(CPU, PLENTY, None)
-    taken, _ = memory.take([torch.zeros(shape, dtype=torch.uint8) for shape in (1, 63, 64, 65, 1_000_000)])
+    taken, _ = memory.reserve([torch.zeros(shape, dtype=torch.uint8) for shape in (1, 63, 64, 65, 1_000_000)])
     for number, tensor in enumerate(taken):
         tensor.fill_(number)
     assert [set(tensor.tolist()) for tensor in taken] == [{0}, {1}, {2}, {3}, {4}]
@@ -327,11 +327,11 @@ def test_copies_do_not_overlap_and_are_aligned() -> None:
 def test_what_was_taken_and_not_used_is_there_again() -> None:
     memory = UndoLog(CPU, 64 << 20, None)
     for _ in range(3):
-        _, give_back = memory.take([torch.zeros(60 << 20, dtype=torch.uint8)])
+        _, give_back = memory.reserve([torch.zeros(60 << 20, dtype=torch.uint8)])
         give_back()
-    memory.take([torch.zeros(60 << 20, dtype=torch.uint8)])
+    memory.reserve([torch.zeros(60 << 20, dtype=torch.uint8)])
     with pytest.raises(UndoBudgetExceeded):
-        memory.take([torch.zeros(5 << 20, dtype=torch.uint8)])
+        memory.reserve([torch.zeros(5 << 20, dtype=torch.uint8)])
 
 
 def test_a_file_that_becomes_shorter_is_found_before_anything_is_written(tmp_path: Path) -> None:
@@ -392,7 +392,7 @@ def test_pages_are_used_again_and_are_within_the_limit(tmp_path: Path) -> None:
     assert memory._held() == 0
     before, small = state(module), begun(module, UndoLog(CPU, 6_000_000, tmp_path))
     small.prepare(opened(other(module)))
-    assert len(small._memory._pages) < 3
+    assert len(small._undo_log._pages) < 3
     small.write()
     small.rollback()
     assert same(state(module), before)
