@@ -6,7 +6,6 @@ donor they are read again from disk. Then come the adapters, then it serves, and
 
 from __future__ import annotations
 
-import itertools
 import logging
 
 from ..protocol.operations import Adapt, Export, Operate, Operation, Sleep, Update
@@ -30,7 +29,6 @@ class CatchUp:
     def __init__(self, sync: ReplicaSync, queue: BarrierQueue) -> None:
         self._sync = sync
         self._queue = queue
-        self._snapshots = itertools.count(1)
 
     def joined(self, replica: Replica, *, changing: bool) -> None:
         """``replica`` has loaded. While the committed state is ``changing``, its turn is after that."""
@@ -81,7 +79,8 @@ class CatchUp:
             change = self._sync.missing_adapters(replica)
             return None if change is None else (replica, Adapt(change))
         if (donor := self._sync.donor()) is not None:
-            return donor, Export(missing, f"replica-{replica.number}-{next(self._snapshots)}")
+            # always the same folder: a snapshot that its target did not live to read is replaced by the next
+            return donor, Export(missing, f"replica-{replica.number}")
         if (files := self._sync.files(missing)) is not None:
             return replica, self._update(files)
         return None

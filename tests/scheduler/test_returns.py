@@ -254,6 +254,17 @@ def test_a_replica_that_is_lost_while_it_is_brought_up_comes_back_for_another_tr
     assert all_alike(stage, "new")
 
 
+def test_a_replica_that_dies_again_and_again_before_it_has_read_its_snapshot_does_not_fill_the_memory() -> None:
+    stage = Operating()
+    updated(stage)
+    for _ in range(3):
+        stage.kill(1)
+        stage.start(1)
+        stage.do(0)
+    folders = [order.operation.folder for _, order in stage.told if isinstance(order.operation, Export)]
+    assert folders == ["replica-1"] * 3, "each snapshot takes the place of the one before"
+
+
 @pytest.mark.parametrize("who", [0, 1])
 def test_what_cannot_be_brought_up_says_so_and_holds_up_nobody(who: int) -> None:
     """The supervisor starts it again then."""

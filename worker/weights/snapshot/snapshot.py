@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,12 +39,15 @@ def write_snapshot(
     *,
     durable: bool = False,
 ) -> dict[str, SnapshotFile]:
-    """Write a file for each module into ``folder``, which rank 0 makes; ``durable`` files are on disk afterwards.
+    """Write a file for each module into ``folder``, which rank 0 makes anew; ``durable`` files are on disk afterwards.
 
-    All ranks must call this together. Raises ``OSError`` on rank 0, after the other ranks have finished too.
+    All ranks must call this together. Raises ``OSError`` on rank 0, after the other ranks have finished too, and leaves
+    no file.
     """
     written: dict[str, SnapshotFile] = {}
     fault: OSError | None = None
+    if ranks.rank == 0:
+        shutil.rmtree(folder, ignore_errors=True)
     for module in modules:
         layout, file = layouts[module], folder / f"{module}.safetensors"
         header = write_header([(entry.name, _NAMES[layout.dtype(entry.name)], entry.shape) for entry in layout])
@@ -59,6 +63,7 @@ def write_snapshot(
             on_progress()
         written[module] = SnapshotFile(str(file), digest.hexdigest())
     if fault is not None:
+        shutil.rmtree(folder, ignore_errors=True)
         raise fault
     return written
 
