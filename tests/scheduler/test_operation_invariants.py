@@ -34,7 +34,6 @@ from safelight.protocol.operations import (
     Commit,
     Continue,
     Digests,
-    Export,
     ListAdapters,
     Operate,
     Operation,
@@ -43,6 +42,7 @@ from safelight.protocol.operations import (
     Save,
     SetPaused,
     Sleep,
+    TakeSnapshot,
     Update,
     Wake,
 )
@@ -215,7 +215,7 @@ class OperationsMachine(RuleBasedStateMachine):
             for number in range(REPLICAS):
                 self.obey(number, many=True)
 
-    @rule(kind=st.sampled_from(["write", "journal", "commit", Adapt, Update, Export]))
+    @rule(kind=st.sampled_from(["write", "journal", "commit", Adapt, Update, TakeSnapshot]))
     def obey_up_to(self, kind: str | type[Operation]) -> None:
         """All do what they are told, but not such a step, or the first of such an operation."""
 
@@ -418,7 +418,7 @@ class OperationsMachine(RuleBasedStateMachine):
     def perform(self, number: int, worker: Worker, order: Perform) -> None:
         process = worker.process
         written = dict(process.weights)
-        if isinstance(order.operation, Export):
+        if isinstance(order.operation, TakeSnapshot):
             assert not process.open
         done = process.perform(order)
         if order.step == "journal":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ...protocol.errors import Internal
-from ...protocol.operations import Export
+from ...protocol.operations import TakeSnapshot
 from ...protocol.reports import Report
 from ..weights.snapshot.snapshot import write_snapshot
 from .participant import OneStep, Prepared
@@ -14,7 +14,7 @@ class Snapshot(OneStep):
     def __init__(self, resources: Resources) -> None:
         self._resources = resources
 
-    def prepare(self, operation: Export, *, is_primary: bool) -> Prepared:
+    def prepare(self, operation: TakeSnapshot, *, is_primary: bool) -> Prepared:
         rank = self._resources
         folder = rank.shared / operation.folder
         try:

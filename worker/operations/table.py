@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ...protocol.operations import Adapt, CheckTensors, Digests, Export, Flush, Save, Sleep, Update, Wake
+from ...protocol.operations import Adapt, CheckTensors, Digests, Flush, Save, Sleep, TakeSnapshot, Update, Wake
 from ..weights.update.rank_update import RankUpdate
 from .adapter_change import AdapterPart, AdaptersChange
 from .coordinator import Coordinator
@@ -32,5 +32,5 @@ def new_table(resources: Resources, update: RankUpdate) -> Table:
         Flush: CacheFlush(resources),
         Sleep: Offload(resources, offloaded),
         Wake: Restore(resources, offloaded),
-        Export: Snapshot(resources),
+        TakeSnapshot: Snapshot(resources),
     }
