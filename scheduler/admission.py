@@ -55,7 +55,7 @@ class Admission:
 
     def _no_room(self, nbytes: int) -> QueueFull | None:
         """Why a request of so many bytes may not wait; the first one always may."""
-        waiting, waiting_bytes = len(self._requests.waiting()), self._requests.waiting_bytes()
+        waiting, waiting_bytes = self._requests.waiting_count, self._requests.waiting_bytes()
         if waiting >= self._config.max_queue:
             full = f"{waiting} requests wait already, and no more may (--max-queue)."
         elif waiting and waiting_bytes + nbytes > self._config.max_queue_mb * 2**20:

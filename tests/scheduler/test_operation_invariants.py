@@ -321,6 +321,16 @@ class OperationsMachine(RuleBasedStateMachine):
             assert worker.truth == serving[0].truth
             assert worker.process.asleep <= self.account.asleep
 
+    @invariant()
+    def whoever_has_everything_serves_when_nothing_is_in_progress(self) -> None:
+        if self.stage.dispatcher.status(self.stage.now).hold is not None or len(self.account.truths) > 1:
+            return
+        if any(self.unreported) or any(worker is not None and worker.inbox for worker in self.workers):
+            return
+        for number, worker in enumerate(self.workers):
+            if worker is not None and worker.loaded and worker.truth == self.account.truths[0]:
+                assert self.stage.replica(number).state != "starting", "it has all that was committed"
+
     def teardown(self) -> None:
         """In the end everything is answered and all replicas serve the same, if need be after what was lost is sent."""
         self.pause_or_continue(None)
