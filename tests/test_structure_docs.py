@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import runpy
 from pathlib import Path
 
@@ -59,3 +60,12 @@ def test_nothing_is_unpickled() -> None:
                 if isinstance(node, ast.Import | ast.ImportFrom):
                     names = {alias.name for alias in node.names} | {getattr(node, "module", None) or ""}
                     assert not names & {"pickle", "cloudpickle", "dill", "marshal"}, path
+
+
+_PATH = re.compile(rf"`((?:{'|'.join(MAY_IMPORT)})/[\w/.-]+\.(?:py|toml))`")
+
+
+@pytest.mark.parametrize("page", sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "docs").rglob("*.md")))
+def test_a_page_names_no_file_that_is_gone(page: str) -> None:
+    named = _PATH.findall((ROOT / page).read_text(encoding="utf-8"))
+    assert [path for path in named if not (ROOT / path).exists()] == []
