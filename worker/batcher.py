@@ -29,7 +29,7 @@ from .forward.signature import Signatures
 from .forward.stages import stages
 from .heartbeat import Activity
 from .lora.adapters import RankAdapters
-from .lora.dynamic import Uses
+from .lora.bank import ActiveAdapters
 
 log = logging.getLogger(__name__)
 
@@ -208,11 +208,11 @@ class Batcher:
         self._waiting = left
         return Forward(calls, adapters)
 
-    def _is_cached(self, pending: Pending, uses: Uses) -> bool:
+    def _is_cached(self, pending: Pending, uses: ActiveAdapters) -> bool:
         key = prompt_of(pending, uses)
         return self._cache is not None and self._cache.holds(key, exact=pending.coroutine.alone)
 
-    def _uses(self, pending: Pending) -> Uses:
+    def _uses(self, pending: Pending) -> ActiveAdapters:
         if self._adapters is None:
             return ()
         return self._adapters.uses(pending.call.component, pending.coroutine.wanted)

@@ -28,7 +28,7 @@ from .crossing.interceptors import Clock, NoiseCheck, Recorder, is_of_denoiser
 from .crossing.random_state import kept_random_state, seeded
 from .failure import NothingMade
 from .input_images import image_arguments
-from .lora.adapters import Wanted
+from .lora.adapters import RequestedAdapters
 from .model import Model
 from .rollout.environment import Environment, likely_scales
 from .rollout.initial_noise import usual_shapes
@@ -54,7 +54,7 @@ class SampleRun:
         index: int,
         stepped: Callable[[SampleRun, Step], None],
         done: Callable[[SampleRun], None],
-        wanted: Wanted = None,
+        wanted: RequestedAdapters = None,
         *,
         watches_all: bool = False,
     ) -> None:

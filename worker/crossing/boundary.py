@@ -18,6 +18,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from ..forward.signature import MERGEABLE_METHODS
+from ..lora.layers import base_class
 from .call import Call, cross
 from .changes import Changes
 
@@ -62,7 +63,7 @@ class Boundary:
 
     @property  # type: ignore[misc]  # isinstance() asks for __class__, which a property may answer
     def __class__(self) -> type:
-        return type(self._module)
+        return base_class(self._module)
 
     def __getattr__(self, name: str) -> Any:
         value = getattr(self._module, name)

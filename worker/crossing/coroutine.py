@@ -12,7 +12,7 @@ from typing import Any
 
 from greenlet import getcurrent, greenlet
 
-from ..lora.adapters import Wanted
+from ..lora.adapters import RequestedAdapters
 from .call import Call
 from .random_state import RandomState, kept_random_state, random_state, set_random_state
 from .thread_state import Swap, ThreadState, thread_state
@@ -38,7 +38,7 @@ class Coroutine:
         *,
         alone: bool = False,
         exclusive: bool = False,
-        wanted: Wanted = None,
+        wanted: RequestedAdapters = None,
         random: RandomState | None = None,
     ) -> None:
         self._greenlet = greenlet(body)

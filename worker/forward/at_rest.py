@@ -12,8 +12,10 @@ from typing import Any
 
 from torch import nn
 
-_TABLES = frozenset(vars(nn.Module()))
-"""Parameters, buffers, sub-modules and hooks, which a forward does not write to, and operations may."""
+from ..lora.layers import LORA
+
+_LEFT_ALONE = frozenset(vars(nn.Module())) | {LORA}
+"""Parameters, buffers, sub-modules, hooks and adapters, which a forward does not write to, and operations may."""
 
 
 class AtRest:
@@ -34,4 +36,4 @@ class AtRest:
 
 
 def _own(attributes: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in attributes.items() if name not in _TABLES}
+    return {name: value for name, value in attributes.items() if name not in _LEFT_ALONE}

@@ -9,7 +9,7 @@ from typing import Any
 from ..crossing.call import Call
 from ..crossing.coroutine import Coroutine
 from ..crossing.thread_state import ThreadState
-from ..lora.dynamic import Uses
+from ..lora.bank import ActiveAdapters
 from .signature import Batchable
 
 
@@ -62,7 +62,7 @@ class Forward:
     """
 
     calls: Sequence[Pending]
-    adapters: Sequence[Uses]
+    adapters: Sequence[ActiveAdapters]
     probe: bool = False
 
     @property
@@ -109,7 +109,7 @@ class Forward:
 
     def by_adapters(self) -> list[Forward]:
         """A forward for each choice of adapters."""
-        indices: dict[Uses, list[int]] = {}
+        indices: dict[ActiveAdapters, list[int]] = {}
         for index, uses in enumerate(self.adapters):
             indices.setdefault(uses, []).append(index)
         return [Forward([self.calls[i] for i in alike], [uses] * len(alike)) for uses, alike in indices.items()]

@@ -11,7 +11,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 from ..crossing.call import Call
-from ..lora.dynamic import Uses
+from ..lora.bank import ActiveAdapters
 from .batch import Pending
 from .signature import digest
 
@@ -94,7 +94,7 @@ def prompt_key(call: Call) -> Hashable | None:
     return (call.name, spec, tuple(marks))
 
 
-def prompt_of(pending: Pending, uses: Uses) -> Hashable | None:
+def prompt_of(pending: Pending, uses: ActiveAdapters) -> Hashable | None:
     """By what a text encoder's answer is known: its call, its adapters, and torch's settings."""
     if pending.prompt is None:
         return None

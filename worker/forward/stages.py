@@ -138,7 +138,7 @@ class Adapting:
             (1 if pending.batchable is None else pending.batchable.rows, uses)
             for pending, uses in zip(forward.calls, forward.adapters, strict=True)
         ]
-        with self._adapters.during(forward.component, rows, listed=first is not None and first.listed):
+        with self._adapters.applied(forward.component, rows, listed=first is not None and first.listed):
             return proceed()
 
 

@@ -12,73 +12,45 @@ from torch import nn
 
 from ...protocol.adapters import ALL
 from ...protocol.errors import InvalidRequest
-from ..parallel.layers import GatheredColumnLinear, RowParallelLinear
+from ..parallel.layers import GatheredColumnLinear
 from ..sizes import DENOISERS
-from ..weights.checkpoint.fuse import FusedPart
 from ..weights.checkpoint.layout import Layout
 from .change import Change, change_of
+from .factors import LoraFactors
 from .files import AdapterFile, LowRank, WholeChange
-
-BESIDE = (nn.Linear, RowParallelLinear, GatheredColumnLinear, FusedPart, nn.Conv1d, nn.Conv2d, nn.Conv3d)
-"""Layers beside which a term can be computed: exactly these classes, as others are not always called."""
+from .layers import is_adaptable
 
 _FIELD = "lora_path"
 _numbers = itertools.count(1)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Term:
-    """What an adapter adds to one layer, ``up @ down``, in fp32.
-
-    ``weight`` is the name of the layer's weight in the checkpoint. ``down`` and ``up`` are this rank's: their product
-    is this rank's part of the weight's change. ``whole_up`` is of all output features, where the layer gives every rank
-    all of them.
-    """
-
-    weight: str
-    down: torch.Tensor
-    up: torch.Tensor
-    whole_up: torch.Tensor
-
-    @property
-    def rank(self) -> int:
-        return self.down.shape[0]
-
-    def added(self, base: torch.Tensor, strength: float) -> torch.Tensor:
-        """What is added to this rank's part of the weight, in fp32; of a convolution, kernels and all."""
-        product = self.up.flatten(1) @ self.down.flatten(1)
-        return product.mul_(strength).view(self.up.shape[0], *self.down.shape[1:])
-
-    def tensors(self) -> Iterator[torch.Tensor]:
-        yield from (self.down, self.up, self.whole_up)
-
-
 @dataclass(slots=True, eq=False)
 class Adapter:
-    """``terms`` by component and layer, and ``changes`` of whole weights by component.
+    """``factors`` by component and layer, and ``changes`` of whole weights by component.
 
-    ``only_merged`` are layers that it cannot be computed beside, ``only_beside`` such that it cannot be merged into.
+    ``only_merged`` are layers for which it cannot be computed dynamically, ``only_dynamic`` those that it cannot be
+    merged into.
     ``number`` is no other's in this process.
     """
 
     nickname: str
-    terms: dict[str, dict[str, Term]] = field(default_factory=dict)
+    factors: dict[str, dict[str, LoraFactors]] = field(default_factory=dict)
     changes: dict[str, list[Change]] = field(default_factory=dict)
     only_merged: list[str] = field(default_factory=list)
-    only_beside: list[str] = field(default_factory=list)
+    only_dynamic: list[str] = field(default_factory=list)
     number: int = field(default_factory=lambda: next(_numbers))
 
     @property
     def components(self) -> list[str]:
-        return list(dict.fromkeys([*self.terms, *self.changes]))
+        return list(dict.fromkeys([*self.factors, *self.changes]))
 
     def layers(self, component: str) -> set[str]:
-        return {*self.terms.get(component, ()), *(change.layer for change in self.changes.get(component, ()))}
+        return {*self.factors.get(component, ()), *(change.layer for change in self.changes.get(component, ()))}
 
     def tensors(self) -> Iterator[torch.Tensor]:
         """What it holds on the device."""
-        for terms in self.terms.values():
-            yield from itertools.chain.from_iterable(term.tensors() for term in terms.values())
+        for factors in self.factors.values():
+            yield from itertools.chain.from_iterable(one.tensors() for one in factors.values())
         for changes in self.changes.values():
             yield from itertools.chain.from_iterable(change.tensors() for change in changes)
 
@@ -108,13 +80,13 @@ def placed(
             adapter.only_merged += [f"{own}.{change.layer} ({change.kind})" for change in adapter.changes[own]]
         if (layers := file.layers.get(component)) is None:
             continue
-        adapter.terms[own] = _terms(own, layers, components[own], layouts[own], device)
-        for path, term in adapter.terms[own].items():
-            live = layouts[own].live(term.weight)
-            if type(components[own].get_submodule(path)) not in BESIDE:
+        adapter.factors[own] = _terms(own, layers, components[own], layouts[own], device)
+        for path, one in adapter.factors[own].items():
+            live = layouts[own].live(one.weight)
+            if not is_adaptable(components[own].get_submodule(path)):
                 adapter.only_merged.append(f"{own}.{path}")
             if type(live.data) is not torch.Tensor or not live.is_floating_point():
-                adapter.only_beside.append(f"{own}.{path}")
+                adapter.only_dynamic.append(f"{own}.{path}")
     if target != ALL and target in components and target not in adapter.components:
         raise InvalidRequest(
             f"The adapter {nickname!r} has no layers of {target}; it has {', '.join(adapter.components)}.",
@@ -154,9 +126,9 @@ def _shared(layout: Layout) -> set[str]:
 
 def _terms(
     component: str, layers: Mapping[str, LowRank], module: nn.Module, layout: Layout, device: torch.device
-) -> dict[str, Term]:
+) -> dict[str, LoraFactors]:
     shared = _shared(layout)
-    terms: dict[str, Term] = {}
+    factors: dict[str, LoraFactors] = {}
     for path, pair in layers.items():
         name = layout.checkpoint_name(f"{path}.weight")
         if name is None or layout[name].shape[:2] != (pair.up.shape[0], pair.down.shape[1]):
@@ -165,6 +137,6 @@ def _terms(
             raise InvalidRequest(f"{component}.{path} shares its memory with another layer.", field=_FIELD)
         scaled = pair.scale * pair.up
         down, up = (factor.to(device) for factor in layout.factors(name, pair.down, scaled))
-        whole = scaled.to(device) if type(module.get_submodule(path)) is GatheredColumnLinear else up
-        terms[path] = Term(name, down, up, whole)
-    return terms
+        whole = scaled.to(device) if isinstance(module.get_submodule(path), GatheredColumnLinear) else up
+        factors[path] = LoraFactors(name, down, up, whole)
+    return factors

@@ -11,42 +11,53 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 
 from ..weights.checkpoint.layout import Layout
-from ..weights.update.page_swap import ALIGNMENT, aligned_like
-from .adapter import Term
+from ..weights.update.page_swap import ALIGNMENT, home
+from .adapter import Adapter
 from .change import Change
+from .factors import LoraFactors
 
-Terms = Sequence[tuple[Term | Change, float]]
+Delta = Sequence[tuple[LoraFactors | Change, float]]
 """What is added to a tensor, with strengths."""
 
-Sum = Mapping[str, Terms]
+Deltas = Mapping[str, Delta]
 """Of each tensor, by its name in the checkpoint."""
 
 
+def deltas(component: str, adapters: Iterable[tuple[Adapter, float]]) -> Deltas:
+    """What they add to each tensor of ``component``, in this order."""
+    found: dict[str, list[tuple[LoraFactors | Change, float]]] = {}
+    for adapter, strength in adapters:
+        factors = adapter.factors.get(component, {}).values()
+        for one in (*factors, *adapter.changes.get(component, ())):
+            found.setdefault(one.weight, []).append((one, strength))
+    return found
+
+
 @torch.no_grad()
-def merge(layout: Layout, wanted: Sum, names: Iterable[str] | None = None) -> None:
+def merge(layout: Layout, wanted: Deltas, names: Iterable[str] | None = None) -> None:
     """Have the module's tensors be their bases with ``wanted`` added; all, or only ``names``.
 
     When it raises, a call with what was wanted before puts back every byte.
     """
     for name in sorted({*layout.bases, *wanted}) if names is None else names:
-        live, terms = layout.live(name), wanted.get(name, ())
-        if terms and name not in layout.bases:
+        live, delta = layout.live(name), wanted.get(name, ())
+        if delta and name not in layout.bases:
             layout.bases[name] = _copied(live)
         base = layout.bases.get(name)
         if base is None:
             continue
-        live.copy_(_summed(base.to(live.device), terms) if terms else base)
-        if not terms:
+        live.copy_(_summed(base.to(live.device), delta) if delta else base)
+        if not delta:
             del layout.bases[name]
 
 
 @torch.no_grad()
-def rounded_away(layout: Layout, wanted: Sum) -> tuple[float, float]:
+def rounded_away(layout: Layout, wanted: Deltas) -> tuple[float, float]:
     """The squares of what a merge would lose by rounding, and of what it would add, summed over this rank's part."""
     lost = added = 0.0
-    for name, terms in wanted.items():
+    for name, delta in wanted.items():
         base = layout.local(name).to(layout.live(name).device, torch.float32)
-        merged = _summed(base, terms)
+        merged = _summed(base, delta)
         change = merged - base
         lost += float((merged.to(layout.dtype(name)).float() - merged).square().sum(dtype=torch.float64))
         added += float(change.square().sum(dtype=torch.float64))
@@ -57,12 +68,12 @@ def _copied(live: torch.Tensor) -> torch.Tensor:
     """On the host; on a CPU where the exchange of an update finds it."""
     if live.device.type != "cpu":
         return live.cpu()
-    return aligned_like(live, live.data_ptr() % ALIGNMENT).copy_(live)
+    return home(live, live.data_ptr() % ALIGNMENT).copy_(live)
 
 
-def _summed(base: torch.Tensor, terms: Terms) -> torch.Tensor:
+def _summed(base: torch.Tensor, delta: Delta) -> torch.Tensor:
     total = base.float()
     whole = total
-    for term, strength in terms:
-        total = total + term.added(whole, strength).to(total.device)
+    for one, strength in delta:
+        total = total + one.added(whole, strength).to(total.device)
     return total

@@ -151,7 +151,7 @@ def test_a_merge_in_bfloat16_rounds_once(model: Model, folders: dict[str, Path])
     adapters, before = new_adapters(model), bytes_of(model)
     change(adapters, setting(folders, "first", "second", strength=0.7))
     layout = model.layouts["transformer"]
-    first, second = (adapters._adapters[name].terms["transformer"] for name in ("first", "second"))
+    first, second = (adapters._adapters[name].factors["transformer"] for name in ("first", "second"))
     both = next(path for path in first if path in second)
     total = before[f"{both}.weight"].float()
     for term in (first[both], second[both]):
@@ -190,7 +190,7 @@ def test_requests_keep_the_adapter_that_they_began_with(model: Model, folders: d
     change(adapters, UnloadAdapter("first"))
     ((adapter, strength),) = adapters.uses("transformer", wanted)
     assert (adapter.nickname, strength) == ("first", 0.5)
-    with adapters.during("transformer", [(1, ((adapter, strength),)), (1, ())]):
+    with adapters.applied("transformer", [(1, ((adapter, strength),)), (1, ())]):
         pass
     with pytest.raises(NotFound, match="'first'"):
         adapters.wanted([Use("first")])

@@ -95,25 +95,26 @@ def test_a_text_encoder_s_answers_are_kept_for_each_choice_of_adapters(
 
 
 def test_a_layer_whose_rows_are_not_those_of_requests_is_not_mixed() -> None:
-    from safelight.worker.lora.adapter import Adapter, Term
-    from safelight.worker.lora.dynamic import Beside, CannotMix
-    from safelight.worker.parallel.ranks import ALONE
+    from safelight.worker.lora.adapter import Adapter
+    from safelight.worker.lora.dynamic import DynamicLora
+    from safelight.worker.lora.factors import LoraFactors
+    from safelight.worker.lora.rows import CannotMix
 
     layer = nn.Linear(6, 5)
     down, up = torch.randn(2, 6), torch.randn(5, 2)
-    adapter = Adapter("a", {"transformer": {"0": Term("0.weight", down, 0.5 * up, 0.5 * up)}})
-    beside = Beside(ALONE)
-    beside.watch(nn.Sequential(layer))
+    adapter = Adapter("a", {"transformer": {"0": LoraFactors("0.weight", down, 0.5 * up, 0.5 * up)}})
+    dynamic = DynamicLora("transformer", nn.Sequential(layer), torch.device("cpu"))
+    dynamic.retain([adapter])
     rows = [(1, ((adapter, 1.0),)), (2, ())]
     for shape in ((3, 6), (3, 4, 6), (6, 4, 6)):
         x = torch.randn(shape)
         plain = layer(x)
-        with beside.during("transformer", rows):
+        with dynamic.applied(rows):
             mixed = layer(x)
         own = shape[0] // 3
         torch.testing.assert_close(mixed[:own], plain[:own] + 0.5 * (x[:own] @ down.T) @ up.T)
         assert torch.equal(mixed[own:], plain[own:])
     for shape, listed in (((4, 6), False), ((6, 6), True)):
-        with pytest.raises(CannotMix), beside.during("transformer", rows, listed=listed):
+        with pytest.raises(CannotMix), dynamic.applied(rows, listed=listed):
             layer(torch.randn(shape))
     assert torch.equal(layer(x), plain), "outside of it nothing is added"

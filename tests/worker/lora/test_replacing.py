@@ -15,6 +15,7 @@ from safelight.protocol.adapters import ALL, MergeAdapters, SetAdapters, UnloadA
 from safelight.protocol.config import Config
 from safelight.protocol.errors import Conflict, InvalidRequest
 from safelight.tests.tiny import save
+from safelight.worker.lora.layers import AdaptedLayer
 from safelight.worker.model import Model, load_model
 
 from .agreement import Made, change, distance, draw, new_adapters, new_batcher, request, source, write_adapter
@@ -85,7 +86,7 @@ def test_each_denoiser_has_its_own_factors(tiny_model: Callable[[str], Model], t
     parts = {"transformer": (SMALL, model.pipeline.transformer), "transformer_2": (OTHER, model.pipeline.transformer_2)}
     adapters = new_adapters(model)
     change(adapters, setting(for_components(tmp_path, "both", parts)))
-    factors = [next(iter(adapters._adapters["x"].terms[name].values())).down for name in parts]
+    factors = [next(iter(adapters._adapters["x"].factors[name].values())).down for name in parts]
     assert not torch.equal(*factors)
     one = write_adapter(SMALL, model.pipeline.transformer, tmp_path)
     change(adapters, UnloadAdapter("x"))
@@ -96,7 +97,7 @@ def test_each_denoiser_has_its_own_factors(tiny_model: Callable[[str], Model], t
         "transformer": ["x"],
         "transformer_2": ["y"],
     }
-    assert list(adapters._adapters["y"].terms) == ["transformer_2"]
+    assert list(adapters._adapters["y"].factors) == ["transformer_2"]
 
 
 def test_each_of_two_adapters_is_for_its_own_target(tiny_model: Callable[[str], Model], tmp_path: Path) -> None:
@@ -229,15 +230,14 @@ def test_a_large_adapter_that_is_not_used_makes_no_stack_larger(flux: Model, tmp
             adapters,
             setting(write_adapter(one, flux.pipeline.transformer, tmp_path / one.nickname), one.nickname, "request"),
         )
-    beside = adapters._beside
 
     def bytes_for(*names: str) -> int:
         rows = [(1, adapters.uses("transformer", adapters.wanted([Use(name)]))) for name in names]
-        with adapters.during("transformer", rows):
-            stacks = beside._stacks["transformer"]
-            path = next(iter(rows[0][1][0][0].terms["transformer"]))
-            down, up = stacks.layer(path, torch.float32) or ()
-        return int(down.nbytes + up.nbytes) // (1 + len(stacks.adapters))
+        with adapters.applied("transformer", rows):
+            path = next(iter(rows[0][1][0][0].factors["transformer"]))
+            layer = flux.pipeline.transformer.get_submodule(path)
+            stacks = [layer.lora.stacks[used.rank] for used in layer.lora.active.now]
+        return sum(stack.nbytes // len(stack.down) for stack in stacks)
 
     small = bytes_for("small-0", "small-1")
     assert bytes_for("small-0", "large") > 4 * small
@@ -251,8 +251,10 @@ def test_the_same_adapters_in_another_order_are_the_same(flux: Model, tmp_path: 
             adapters,
             setting(write_adapter(one, flux.pipeline.transformer, tmp_path / one.nickname), one.nickname, "request"),
         )
+    found = []
     for names in (("small", "other"), ("other", "small")):
         uses = adapters.uses("transformer", adapters.wanted([Use(name) for name in names]))
-        with adapters.during("transformer", [(2, uses)]):
-            pass
-    assert len(adapters._beside._joined) == 1
+        with adapters.applied("transformer", [(2, uses)]):
+            layer = next(part for part in flux.pipeline.transformer.modules() if isinstance(part, AdaptedLayer))
+            found.append([(used.rank, used.slots.tolist()) for used in layer.lora.active.now])
+    assert found[0] == found[1]

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from safelight.worker.weights.update import offload as parking
-from safelight.worker.weights.update.offload import Offloader
+from safelight.worker.weights.update.offload import Parking
 
 CPU = torch.device("cpu")
 
@@ -41,14 +41,14 @@ def test_every_byte_every_stride_and_every_alignment_is_the_same_and_no_file_has
     tensors = list(module.state_dict(keep_vars=True).values())
     before = [(tensor.clone(), tensor.data_ptr() % 64) for tensor in tensors]
     strides = [module[0].weight.stride(), module[1].weight.stride()]
-    at_home = Offloader([module], CPU)
-    at_home.offload(nothing)
-    assert at_home.offloaded
+    at_home = Parking([module], CPU)
+    at_home.park(nothing)
+    assert at_home.parked
     assert list(folder.iterdir()) == []
     assert all(torch.equal(tensor, value) for tensor, (value, _) in zip(tensors, before, strict=True))
     assert "(deleted)" in Path("/proc/self/maps").read_text()
-    at_home.restore(nothing)
-    assert not at_home.offloaded
+    at_home.fetch(nothing)
+    assert not at_home.parked
     for tensor, (value, offset) in zip(tensors, before, strict=True):
         assert torch.equal(tensor, value)
         assert not tensor.numel() or tensor.data_ptr() % 64 == offset
@@ -57,11 +57,11 @@ def test_every_byte_every_stride_and_every_alignment_is_the_same_and_no_file_has
 
 def test_what_is_written_while_it_is_parked_comes_home() -> None:
     module = model()
-    parked = Offloader([module], CPU)
-    parked.offload(nothing)
+    parked = Parking([module], CPU)
+    parked.park(nothing)
     with torch.no_grad():
         module[0].weight.fill_(2)
-    parked.restore(nothing)
+    parked.fetch(nothing)
     assert module[0].weight.eq(2).all()
 
 
@@ -83,12 +83,12 @@ def _failing(after: int, monkeypatch: pytest.MonkeyPatch, name: str, error: type
 def test_a_full_disk_leaves_everything_at_home(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     module = model()
     before = [tensor.data_ptr() for tensor in module.parameters()]
-    parked = Offloader([module], CPU)
+    parked = Parking([module], CPU)
     with monkeypatch.context() as patched:
         _failing(2, patched, "in_file", BlockingIOError)
         with pytest.raises(BlockingIOError):
-            parked.offload(nothing)
-    assert not parked.offloaded
+            parked.park(nothing)
+    assert not parked.parked
     assert [tensor.data_ptr() for tensor in module.parameters()] == before
     assert list(folder.iterdir()) == []
 
@@ -96,16 +96,16 @@ def test_a_full_disk_leaves_everything_at_home(folder: Path, monkeypatch: pytest
 def test_a_wake_that_fails_midway_is_finished_by_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
     module = model()
     before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
-    parked = Offloader([module], CPU)
-    parked.offload(nothing)
+    parked = Parking([module], CPU)
+    parked.park(nothing)
     mapped = {tensor.data_ptr() for tensor in module.parameters()}
     with monkeypatch.context() as patched:
-        _failing(2, patched, "aligned_like", MemoryError)
+        _failing(2, patched, "home", MemoryError)
         with pytest.raises(MemoryError):
-            parked.restore(nothing)
-    assert parked.offloaded
-    parked.restore(nothing)
-    assert not parked.offloaded
+            parked.fetch(nothing)
+    assert parked.parked
+    parked.fetch(nothing)
+    assert not parked.parked
     assert not mapped & {tensor.data_ptr() for tensor in module.parameters()}
     assert all(torch.equal(tensor, before[name]) for name, tensor in module.state_dict().items())
 
@@ -114,13 +114,13 @@ def test_what_else_is_put_away_may_be_let_go_of_meanwhile() -> None:
     others = [torch.randn(40, 30), torch.randn(7)]
     before = [other.clone() for other in others]
     homes = {other.data_ptr() for other in others}
-    parked = Offloader([model()], CPU, lambda: others)
-    parked.offload(nothing)
+    parked = Parking([model()], CPU, lambda: others)
+    parked.park(nothing)
     assert not homes & {other.data_ptr() for other in others}
     assert all(torch.equal(other, value) for other, value in zip(others, before, strict=True))
     del others[0]
-    parked.restore(nothing)
-    assert not parked.offloaded
+    parked.fetch(nothing)
+    assert not parked.parked
     assert torch.equal(others[0], before[1])
 
 
@@ -132,15 +132,15 @@ def test_modules_go_and_come_one_by_one_and_what_else_there_is_with_the_last_and
         return [module[0].weight.data_ptr() for module in (one, two)] + [others[0].data_ptr()]
 
     first = homes()
-    parked = Offloader([one, two], CPU, lambda: others)
-    parked.offload(nothing, [two])
+    parked = Parking([one, two], CPU, lambda: others)
+    parked.park(nothing, [two])
     assert [now == then for now, then in zip(homes(), first, strict=True)] == [True, False, True]
-    parked.offload(nothing)
+    parked.park(nothing)
     assert not set(homes()) & {first[0], first[2]}
     away = homes()
-    parked.restore(nothing, [one])
+    parked.fetch(nothing, [one])
     assert [now == then for now, then in zip(homes(), away, strict=True)] == [False, True, False]
-    assert parked.offloaded
-    parked.restore(nothing)
-    assert not parked.offloaded
+    assert parked.parked
+    parked.fetch(nothing)
+    assert not parked.parked
     assert all(torch.equal(tensor, before[name]) for name, tensor in two.state_dict().items())

@@ -1,4 +1,4 @@
-"""The allowlist of names in a payload. Reading resolves a name to an entry here, and never imports it."""
+"""What a payload may name: an exact list. Reading resolves a name to an entry here, and never imports it."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ DTYPES = {
 
 
 class NotAPayload(Exception):
-    """The bytes are not a payload of weights; the message says what is wrong, and where."""
+    """What was sent is no payload of weights; a sentence says what is wrong with it, and where."""
 
 
 class Known(Enum):
-    """The globals that a stream may name, besides dtypes. They are markers: nothing is imported."""
+    """The globals that a stream may name, besides dtypes. Naming one imports nothing: these are only words here."""
 
     REBUILD_TENSOR = "torch.multiprocessing.reductions.rebuild_tensor"
     REBUILD_TYPED_STORAGE = "torch.multiprocessing.reductions.rebuild_typed_storage"

@@ -1,10 +1,10 @@
-"""Page swap: CPU tensors that own their memory pages trade them, so that an update is swapped in and not copied.
+"""Tensors in pages of their own, on a CPU, which can change places with others: an update is exchanged, not copied.
 
-The new bytes are first read into pages beside the model. Then the kernel swaps the pages, with one page-table entry for
-many of them (2 to 12 ms for 1.2 GB, which takes 80 ms to copy). Addresses stay, and the old bytes are the undo copy.
-See docs/decisions/0010.
+New bytes are read into pages beside the model while nothing is written yet. Then the pages trade places, by an entry in
+a table for many of them at once (measured: 2 to 12 ms for 1.2 GB, which take 80 ms to copy): every address is as it
+was, the new bytes are there, and the old ones are what undoes it. See docs/decisions/0010.
 
-The call is ``mremap`` with ``MREMAP_DONTUNMAP`` (Linux 5.7), so that no address is ever unmapped.
+The call is ``mremap`` with ``MREMAP_DONTUNMAP`` (Linux 5.7), so that no address is free for a moment.
 """
 
 from __future__ import annotations
@@ -20,25 +20,25 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-MIN_BYTES = 1 << 18
-"""Bytes from which a tensor gets pages of its own; smaller tensors are copied as fast."""
+LEAST = 1 << 18
+"""Bytes of a tensor that gets pages of its own: smaller ones are copied as fast."""
 
 ALIGNMENT = 64
-"""Some CPU kernels round by a tensor's address modulo this number of bytes, so that offset is kept."""
+"""Where a tensor begins within so many bytes decides the last bits of some CPU kernels, so it is kept."""
 
 _MAYMOVE, _FIXED, _DONTUNMAP = 1, 2, 4
 _FAILED = ctypes.c_void_p(-1).value
 _LARGE = 2 << 20
-"""Bytes of a huge page, which is aligned to its size and moves as one page-table entry."""
+"""Bytes of a large page: its addresses are multiples of that, and it moves as one entry."""
 
 
 class PagesLost(BaseException):
-    """A swap failed halfway and could not be undone: this process must end."""
+    """The pages of a tensor are neither here nor there: the end of this process."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Mapping:
-    """Private memory that holds one tensor of ``used`` bytes."""
+    """Private memory with one tensor in it, of ``used`` bytes."""
 
     address: int
     size: int
@@ -46,39 +46,42 @@ class _Mapping:
 
 
 _known: dict[int, _Mapping] = {}
-"""The process's mappings by the address of the tensor's first byte."""
+"""By the address of the tensor's first byte."""
 
 
-def give_own_pages(modules: Iterable[nn.Module]) -> None:
-    """Move every large CPU parameter and buffer into pages of its own, where the kernel can swap pages."""
-    if not can_swap():
+def settle(modules: Iterable[nn.Module]) -> None:
+    """Give every large parameter and buffer on a CPU pages of its own, where pages can be exchanged."""
+    if not can_exchange():
         return
     moved: dict[tuple[object, ...], torch.Tensor] = {}
     for module in modules:
         for tensor in (*module.parameters(), *module.buffers()):
             old = tensor.data
-            large = type(old) is torch.Tensor and old.device.type == "cpu" and old.nbytes >= MIN_BYTES
-            if large and is_dense(old) and not owns_pages(old):
+            large = type(old) is torch.Tensor and old.device.type == "cpu" and old.nbytes >= LEAST
+            if large and is_dense(old) and not have_own(old):
                 place = (old.data_ptr(), old.dtype, old.shape, old.stride())
                 if place not in moved:
-                    moved[place] = aligned_like(old, old.data_ptr() % ALIGNMENT).copy_(old)
+                    moved[place] = home(old, old.data_ptr() % ALIGNMENT).copy_(old)
                 tensor.data = moved[place]
 
 
-def aligned_like(like: torch.Tensor, offset: int) -> torch.Tensor:
-    """New CPU memory for a tensor like ``like``, ``offset`` bytes behind an aligned address.
+def home(like: torch.Tensor, offset: int) -> torch.Tensor:
+    """New memory on the CPU for a tensor like the other, which begins ``offset`` bytes behind an aligned address.
 
-    It owns its pages where it is large.
+    It has pages of its own where it is large.
     """
-    if like.nbytes >= MIN_BYTES and can_swap():
-        return view_as(allocate_pages(like.nbytes, offset), like)
+    if like.nbytes >= LEAST and can_exchange():
+        return laid_out(pages(like.nbytes, offset), like)
     raw = torch.empty(like.nbytes + 2 * ALIGNMENT, dtype=torch.uint8)
     start = (offset - raw.data_ptr()) % ALIGNMENT
-    return view_as(raw[start : start + like.nbytes], like)
+    return laid_out(raw[start : start + like.nbytes], like)
 
 
-def allocate_pages(size: int, offset: int) -> torch.Tensor:
-    """``size`` bytes from ``offset`` bytes behind a page's start, in pages of their own. Raises ``OSError``."""
+def pages(size: int, offset: int) -> torch.Tensor:
+    """``size`` bytes that begin ``offset`` bytes behind a page's start, and share their pages with nothing.
+
+    Raises ``OSError`` where there is no memory.
+    """
     mapping = _map(-(-(offset + size) // mmap.PAGESIZE) * mmap.PAGESIZE, size)
     memory = (ctypes.c_ubyte * mapping.size).from_address(mapping.address)
     first = mapping.address + offset
@@ -87,16 +90,16 @@ def allocate_pages(size: int, offset: int) -> torch.Tensor:
     return torch.frombuffer(memory, dtype=torch.uint8)[offset : offset + size]
 
 
-def owns_pages(tensor: torch.Tensor) -> bool:
-    """Whether the tensor is all that its pages hold."""
+def have_own(tensor: torch.Tensor) -> bool:
+    """Whether the tensor, all of it and nothing else, is in pages of its own."""
     mapping = _known.get(tensor.data_ptr()) if tensor.device.type == "cpu" and tensor.numel() else None
     return mapping is not None and mapping.used == tensor.nbytes and is_dense(tensor)
 
 
-def swap_pages(one: torch.Tensor, other: torch.Tensor) -> None:
-    """Swap the bytes of two tensors that own their pages and have the same size and offset.
+def exchange(one: torch.Tensor, other: torch.Tensor) -> None:
+    """Have two tensors with pages of their own, as large and at the same offset, trade their bytes.
 
-    Raises ``OSError`` where the kernel has no room in its tables; both tensors are then unchanged.
+    Raises ``OSError`` where the kernel has no room in its tables; both are as they were then.
     """
     first, second = (_known[tensor.data_ptr()] for tensor in (one, other))
     if first.size != second.size or one.data_ptr() - first.address != other.data_ptr() - second.address:
@@ -120,23 +123,23 @@ def swap_pages(one: torch.Tensor, other: torch.Tensor) -> None:
 
 
 @functools.cache
-def can_swap() -> bool:
-    """Whether this machine's kernel can swap pages."""
+def can_exchange() -> bool:
+    """Whether this machine's kernel exchanges pages."""
     try:
-        one, other = allocate_pages(3, 1).fill_(1), allocate_pages(3, 1).fill_(2)
-        swap_pages(one, other)
-    except (OSError, AttributeError):  # an older kernel, or not Linux
+        one, other = pages(3, 1).fill_(1), pages(3, 1).fill_(2)
+        exchange(one, other)
+    except (OSError, AttributeError):  # an older kernel, or none of Linux's
         return False
     return [*one.tolist(), *other.tolist()] == [2, 2, 2, 1, 1, 1]
 
 
 def is_dense(tensor: torch.Tensor) -> bool:
-    """Whether the tensor's bytes have no gaps, in any order of dimensions."""
+    """Whether the tensor has its bytes without gaps, in whatever order."""
     return tensor.stride() == _dense_strides(tensor)
 
 
-def view_as(room: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """View the bytes ``room`` as a tensor like ``like``, with its strides where it is dense."""
+def laid_out(room: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """The bytes ``room`` as a tensor like the other, with its strides where it has no gaps."""
     return room.view(like.dtype).as_strided(like.shape, _dense_strides(like))
 
 
@@ -145,7 +148,7 @@ def _dense_strides(like: torch.Tensor) -> tuple[int, ...]:
 
 
 def _map(size: int, used: int) -> _Mapping:
-    """New memory, aligned for huge pages where it is large. Raises ``OSError``."""
+    """New memory, at an address where it can be in large pages if it is large. Raises ``OSError``."""
     spare = _LARGE if size >= _LARGE else 0
     start = _libc().mmap(
         None, size + spare, mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, -1, 0
@@ -157,7 +160,7 @@ def _map(size: int, used: int) -> _Mapping:
         if end > begin:
             _libc().munmap(begin, end - begin)
     if spare:
-        _libc().madvise(address, size, mmap.MADV_HUGEPAGE)  # refused by a kernel without huge pages
+        _libc().madvise(address, size, mmap.MADV_HUGEPAGE)  # which a kernel without large pages refuses
     return _Mapping(address, size, used)
 
 
@@ -167,7 +170,7 @@ def _unmap(first: int) -> None:
 
 
 def _move(source: int, target: int, size: int) -> None:
-    """Move pages and leave empty ones behind. Raises ``OSError``."""
+    """Move pages; there are empty ones where they were. Raises ``OSError``."""
     if _libc().mremap(source, size, size, _MAYMOVE | _FIXED | _DONTUNMAP, target) == _FAILED:
         raise _error()
 

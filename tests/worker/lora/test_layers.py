@@ -1,0 +1,214 @@
+"""Adapted layers are there while adapters are, and what was compiled or captured of them outlives each adapter."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from safelight.protocol.adapters import SetAdapters, UnloadAdapter, Use
+from safelight.worker.forward.at_rest import AtRest
+from safelight.worker.lora.adapters import RankAdapters
+from safelight.worker.lora.bank import FIRST_SLOTS, MAX_IDLE_SLOTS, ActiveAdapters
+from safelight.worker.lora.layers import AdaptedLayer, LayerLora
+from safelight.worker.model import Model
+
+from .agreement import Made, change, distance, draw, new_adapters, new_batcher, request, source, write_adapter
+
+NAMES = ("first", "second", "third")
+
+
+@pytest.fixture
+def flux(tiny_model: Callable[[str], Model]) -> Model:
+    return tiny_model("flux")
+
+
+def adapted(model: Model, component: str = "transformer") -> list[AdaptedLayer]:
+    module = model.pipeline.components[component]
+    parts = module.modules() if isinstance(module, nn.Module) else ()
+    return [part for part in parts if isinstance(part, AdaptedLayer)]
+
+
+def anatomy(model: Model) -> list[tuple[Any, ...]]:
+    """Of every layer: itself, its class, its attributes' names, and its hooks."""
+    modules = [part for part in model.pipeline.components.values() if isinstance(part, nn.Module)]
+    return [
+        (layer, type(layer), tuple(vars(layer)), len(layer._forward_hooks), len(layer._forward_pre_hooks))
+        for module in modules
+        for layer in module.modules()
+    ]
+
+
+def load(adapters: RankAdapters, model: Model, folder: Path, nickname: str, rank: int = 3, seed: int = 0) -> None:
+    made = Made(nickname, rank, float(rank), seed=seed or 1 + sum(map(ord, nickname)))
+    written = write_adapter(made, model.pipeline.transformer, folder / nickname)
+    change(adapters, SetAdapters(nicknames=[nickname], strengths=[1.0], mode="request", sources=[source(written)]))
+
+
+def unload(adapters: RankAdapters, *nicknames: str) -> None:
+    for nickname in nicknames:
+        change(adapters, UnloadAdapter(nickname))
+
+
+def named(adapters: RankAdapters, nickname: str, strength: float = 1.0) -> ActiveAdapters:
+    return adapters.uses("transformer", adapters.wanted([Use(nickname, strength)]))
+
+
+def storages(model: Model) -> list[tuple[int, int]]:
+    """Where the factors are, and which of them the rows of the forward in hand have."""
+    factors = [
+        (stack.down.data_ptr(), stack.up.data_ptr()) for one in adapted(model) for stack in one.lora.stacks.values()
+    ]
+    rows = [(one.slots.data_ptr(), one.strengths.data_ptr()) for one in adapted(model)[0].lora.active.now]
+    return factors + rows
+
+
+def test_without_adapters_every_module_is_as_its_class_makes_it(flux: Model, tmp_path: Path) -> None:
+    plain = draw(flux, new_batcher(None), new_adapters(flux), [request("flux", 0)])[0]
+    before = anatomy(flux)
+    assert not any(hooks or pre_hooks for *_, hooks, pre_hooks in before)
+    adapters = new_adapters(flux)
+    assert anatomy(flux) == before
+    load(adapters, flux, tmp_path, "first")
+    linear = [layer for layer, cls, *_ in before if cls is nn.Linear]
+    assert adapted(flux) == [layer for layer in flux.pipeline.transformer.modules() if layer in linear]
+    assert not adapted(flux, "text_encoder"), "it is for the transformer alone"
+    assert torch.equal(draw(flux, new_batcher(adapters), adapters, [request("flux", 0)])[0], plain)
+    load(adapters, flux, tmp_path, "second")
+    unload(adapters, "first")
+    assert adapted(flux)
+    unload(adapters, "second")
+    assert anatomy(flux) == before
+
+
+def test_a_change_of_adapters_replaces_no_module_and_no_memory(flux: Model, tmp_path: Path) -> None:
+    adapters = new_adapters(flux)
+    load(adapters, flux, tmp_path, "first")
+    with adapters.applied("transformer", [(2, named(adapters, "first"))]):
+        layers, memory = adapted(flux), storages(flux)
+    for nickname in ("second", "third", "first"):
+        load(adapters, flux, tmp_path, nickname, rank=4, seed=7)
+        with adapters.applied("transformer", [(2, named(adapters, nickname, 0.5))]):
+            assert (adapted(flux), storages(flux)) == (layers, memory)
+    unload(adapters, "first", "second")
+    with adapters.applied("transformer", [(1, named(adapters, "third")), (1, ())]):
+        assert (adapted(flux), storages(flux)) == (layers, memory)
+    unload(adapters, "third")
+
+
+def test_a_change_of_adapters_compiles_nothing_anew(flux: Model, tmp_path: Path) -> None:
+    compiled = 0
+
+    def count(graph: torch.fx.GraphModule, _: Sequence[torch.Tensor]) -> Callable[..., Any]:
+        nonlocal compiled
+        compiled += 1
+        return graph
+
+    adapters = new_adapters(flux)
+    block = flux.pipeline.transformer.transformer_blocks[0].ff  # whose layers the adapters have
+    forward = torch.compile(block, backend=count, fullgraph=True)
+    wide = block.net[2].out_features
+    x = torch.randn(2, 5, wide)
+
+    def both(*rows: tuple[int, ActiveAdapters]) -> torch.Tensor:
+        with adapters.applied("transformer", rows):
+            expected = block(x)
+            torch.testing.assert_close(forward(x), expected)
+        return expected
+
+    for nickname in NAMES[:2]:
+        load(adapters, flux, tmp_path, nickname)
+    plain = both((2, ()))
+    first = both((2, named(adapters, "first")))
+    mixed = both((1, named(adapters, "first")), (1, ()))
+    assert torch.equal(mixed[1], plain[1])
+    variants = compiled
+    assert 0 < variants <= 3, "no adapters, the same for all rows, and others for each"
+    assert distance(both((2, named(adapters, "second"))), first) > 1e-4
+    unload(adapters, "first")
+    load(adapters, flux, tmp_path, "third")
+    both((2, named(adapters, "third", 0.5)))
+    both((1, named(adapters, "second", -1.0)), (1, named(adapters, "third")))
+    assert torch.equal(both((2, ())), plain)
+    assert compiled == variants
+    unload(adapters, "second", "third")
+
+
+def test_what_an_adapter_computes_does_not_depend_on_those_that_were_there_before(flux: Model, tmp_path: Path) -> None:
+    adapters = new_adapters(flux)
+    load(adapters, flux, tmp_path, "first")
+
+    def drawn() -> torch.Tensor:
+        return draw(flux, new_batcher(adapters), adapters, [request("flux", 0, [Use("first")])])[0]
+
+    alone = drawn()
+    others = [f"other-{number}" for number in range(MAX_IDLE_SLOTS + 1)]
+    for number, nickname in enumerate(others):
+        load(adapters, flux, tmp_path, nickname, rank=(3, 40)[number == FIRST_SLOTS])
+        with adapters.applied("transformer", [(1, named(adapters, "first")), (1, named(adapters, nickname))]):
+            pass
+    for nickname in others:  # each takes the place of the one that was not used for longest
+        with adapters.applied("transformer", [(1, named(adapters, nickname))]):
+            pass
+    assert torch.equal(drawn(), alone)
+    unload(adapters, "first", *others)
+
+
+def test_a_request_outlives_the_last_adapter_and_leaves_the_layers_as_they_were(flux: Model, tmp_path: Path) -> None:
+    adapters = new_adapters(flux)
+    load(adapters, flux, tmp_path, "first")
+    kept = named(adapters, "first")
+    block = flux.pipeline.transformer.transformer_blocks[0].ff
+    x = torch.randn(2, 5, block.net[2].out_features)
+    plain = block(x)
+    with adapters.applied("transformer", [(2, kept)]):
+        wanted = block(x)
+    unload(adapters, "first")
+    for _ in range(2):
+        with adapters.applied("transformer", [(2, kept)]):
+            assert torch.equal(block(x), wanted)
+        assert not adapted(flux)
+        assert torch.equal(block(x), plain)
+
+
+def test_a_forward_within_another_leaves_the_outer_one_its_adapters(flux: Model, tmp_path: Path) -> None:
+    adapters = new_adapters(flux)
+    for nickname in NAMES[:2]:
+        load(adapters, flux, tmp_path, nickname)
+    block = flux.pipeline.transformer.transformer_blocks[0].ff
+    x = torch.randn(2, 5, block.net[2].out_features)
+    with adapters.applied("transformer", [(1, named(adapters, "first")), (1, named(adapters, "second"))]):
+        wanted = block(x)
+        with adapters.applied("transformer", [(1, named(adapters, "second"))]):
+            block(x[:1])
+        assert torch.equal(block(x), wanted)
+    unload(adapters, *NAMES[:2])
+
+
+def test_a_forward_that_fails_leaves_the_layers_their_adapters(flux: Model, tmp_path: Path) -> None:
+    at_rest = AtRest({"transformer": flux.pipeline.transformer})
+    adapters = new_adapters(flux)
+    load(adapters, flux, tmp_path, "first")
+    at_rest.restore("transformer")
+    assert all(isinstance(layer.lora, LayerLora) for layer in adapted(flux))
+    with adapters.applied("transformer", [(2, named(adapters, "first"))]):
+        adapted(flux)[0](torch.randn(2, adapted(flux)[0].in_features))
+    unload(adapters, "first")
+
+
+def test_code_that_asks_for_a_layer_s_class_hears_of_its_own(flux: Model, tmp_path: Path) -> None:
+    from safelight.worker.crossing.exact_type import TypeThroughBoundaries
+    from safelight.worker.crossing.fork import Fork
+
+    adapters = new_adapters(flux)
+    load(adapters, flux, tmp_path, "first")
+    with Fork(flux.pipeline) as pipeline:
+        layer = pipeline.transformer.x_embedder
+        assert TypeThroughBoundaries(layer) is nn.Linear
+        assert isinstance(layer, nn.Linear)
+        assert type(flux.pipeline.transformer.x_embedder) is not nn.Linear
+    unload(adapters, "first")

@@ -1,0 +1,110 @@
+"""Adapted layers: a layer's own forward, and what adapters add to its output.
+
+A layer becomes adapted by its class alone. It stays the same module, with the same parameters under the same names, so
+that layouts, updates, forks and hooks find what they know; and it is exactly what it was when its class is put back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from ..parallel.layers import GatheredColumnLinear, RowParallelLinear
+from ..weights.checkpoint.fuse import FusedPart
+from .rows import ActiveRows
+from .stack import FactorStack
+
+LORA = "lora"
+"""The one attribute that an adapted layer has and its base has not."""
+
+
+@dataclass(slots=True, eq=False)
+class LayerLora:
+    """What an adapted layer reads: its ``stacks`` of factors by their rank, and what the rows in hand have of them.
+
+    ``active`` is one for all layers of a component.
+    """
+
+    active: ActiveRows
+    stacks: dict[int, FactorStack] = field(default_factory=dict)
+
+
+class AdaptedLayer(nn.Module):
+    """Stands before a layer's class, of which it calls the forward."""
+
+    lora: LayerLora
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        output: torch.Tensor = super().forward(input)
+        for rows in self.lora.active.now:
+            if (stack := self.lora.stacks.get(rows.rank)) is not None:
+                rows.add(self, stack, input, output)
+        return output
+
+
+class AdaptedLinear(AdaptedLayer, nn.Linear): ...
+
+
+class AdaptedRowParallelLinear(AdaptedLayer, RowParallelLinear): ...
+
+
+class AdaptedGatheredColumnLinear(AdaptedLayer, GatheredColumnLinear): ...
+
+
+class AdaptedFusedPart(AdaptedLayer, FusedPart): ...
+
+
+class AdaptedConv1d(AdaptedLayer, nn.Conv1d): ...
+
+
+class AdaptedConv2d(AdaptedLayer, nn.Conv2d): ...
+
+
+class AdaptedConv3d(AdaptedLayer, nn.Conv3d): ...
+
+
+_ADAPTED: dict[type[nn.Module], type[AdaptedLayer]] = {
+    adapted.__bases__[1]: adapted
+    for adapted in (
+        AdaptedLinear,
+        AdaptedRowParallelLinear,
+        AdaptedGatheredColumnLinear,
+        AdaptedFusedPart,
+        AdaptedConv1d,
+        AdaptedConv2d,
+        AdaptedConv3d,
+    )
+}
+"""By exactly the class of the layer: others are not always called, but read by whoever computes with their weights."""
+
+
+def base_class(layer: nn.Module) -> type[nn.Module]:
+    """The layer's class without adapters."""
+    cls = type(layer)
+    base: type[nn.Module] = cls.__bases__[1] if issubclass(cls, AdaptedLayer) else cls
+    return base
+
+
+def is_adaptable(layer: nn.Module) -> bool:
+    return base_class(layer) in _ADAPTED
+
+
+def adaptable_layers(component: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Every layer of ``component`` that can be adapted, under each of its names."""
+    for path, layer in component.named_modules(remove_duplicate=False):
+        if is_adaptable(layer):
+            yield path, layer
+
+
+def swap_in(layer: nn.Module, lora: LayerLora) -> None:
+    layer.__class__ = _ADAPTED[base_class(layer)]
+    vars(layer)[LORA] = lora
+
+
+def swap_out(layer: nn.Module) -> None:
+    if isinstance(layer, AdaptedLayer):
+        del vars(layer)[LORA]
+        layer.__class__ = base_class(layer)  # type: ignore[assignment]  # which is of a layer without adapters
