@@ -123,10 +123,10 @@ class Leave(msgspec.Struct, tag=True, frozen=True):
     group: str | None
 
 
-class Export(msgspec.Struct, tag=True, frozen=True):
-    """Write the whole tensors of ``modules`` as safetensors files, for a replica that comes later.
+class TakeSnapshot(msgspec.Struct, tag=True, frozen=True):
+    """Write a snapshot of ``modules``, for a replica that joined later: whole tensors, in safetensors files.
 
-    ``folder`` is made in the server's shared-memory directory.
+    ``folder`` is made anew in the server's shared-memory directory.
     """
 
     modules: list[str]
@@ -166,7 +166,7 @@ class Adapt(msgspec.Struct, tag=True, frozen=True):
     weight_version: str | None = None
 
 
-AboutWeights = Update | Begin | Commit | Abort | Digests | CheckTensors | Export | Join | Leave
+AboutWeights = Update | Begin | Commit | Abort | Digests | CheckTensors | TakeSnapshot | Join | Leave
 AboutAdapters = Save | Adapt | Settled
 Operation = AboutWeights | AboutAdapters | Flush | Sleep | Wake
 

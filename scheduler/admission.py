@@ -41,7 +41,7 @@ class Admission:
     def refusal_of(self, generate: Generate, nbytes: int) -> SafelightError | None:
         """Why ``generate`` cannot be accepted."""
         request_id, timeout_s = generate.request_id, generate.timeout_s
-        if self._requests.get(request_id) is not None or self._replicas.holds(request_id):
+        if self._requests.get(request_id) is not None or self._replicas.have(request_id):
             return InvalidRequest(f"The request id {request_id!r} is in use by another request.", field="request_id")
         if not generate.samples:
             return InvalidRequest("The request asks for no output; ask for at least one.", field="samples")
@@ -55,7 +55,7 @@ class Admission:
 
     def _no_room(self, nbytes: int) -> QueueFull | None:
         """Why a request of so many bytes may not wait; the first one always may."""
-        waiting, waiting_bytes = len(self._requests.waiting()), self._requests.waiting_bytes()
+        waiting, waiting_bytes = self._requests.waiting_count, self._requests.waiting_bytes()
         if waiting >= self._config.max_queue:
             full = f"{waiting} requests wait already, and no more may (--max-queue)."
         elif waiting and waiting_bytes + nbytes > self._config.max_queue_mb * 2**20:

@@ -1,4 +1,4 @@
-"""How much may wait: the bytes of what clients have sent, counted as they came, and how many operations."""
+"""The limits of what may wait: how many operations, and how many bytes clients have sent."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from ..protocol.errors import QueueFull
 from ..protocol.messages import TO_SCHEDULER, ToScheduler
 from ..protocol.operations import Abort, Commit, Operate, Wake
 
-ENDINGS_MORE = 8
-"""Operations that end a wait, for which there is room where others find none."""
+MORE_ENDINGS = 8
+"""Further operations that may wait if they end a wait."""
 
 RETRY_S = 5.0
-"""When it is worth asking again: most operations take seconds."""
+"""When to ask again: most operations take seconds."""
 
 
 def nbytes_of(message: ToScheduler) -> int:
@@ -22,29 +22,29 @@ def nbytes_of(message: ToScheduler) -> int:
 
 
 class Backlog:
-    """Operations that wait. It is given them anew each time, and remembers only how large they are."""
+    """The sizes of the operations that wait. Callers pass the operations themselves."""
 
     def __init__(self, config: Config) -> None:
-        self._most = config.max_operations
-        self._most_mb = config.max_queue_mb
+        self._max = config.max_operations
+        self._max_mb = config.max_queue_mb
         self._sizes: dict[str, int] = {}
 
     def admit(self, part: Operate, waiting: Iterable[Operate]) -> QueueFull | None:
-        """Why ``part`` may not wait behind ``waiting``, if it may not; the first one always may."""
+        """Why ``part`` may not wait behind ``waiting``. The first one always may."""
         known = [other.request_id for other in waiting]
         self._sizes = {request_id: self._sizes[request_id] for request_id in known if request_id in self._sizes}
-        size, most = nbytes_of(part), self._most
+        size, max_waiting = nbytes_of(part), self._max
         if isinstance(part.operation, Abort | Commit | Wake):
-            most += ENDINGS_MORE
-        if len(known) >= most:
+            max_waiting += MORE_ENDINGS
+        if len(known) >= max_waiting:
             return QueueFull(
                 f"{len(known)} operations wait already, and no more may (--max-operations). "
                 f"Ask again in {RETRY_S:.0f} s.",
                 retry_after_s=RETRY_S,
             )
-        if known and self.nbytes + size > self._most_mb * 2**20:
+        if known and self.nbytes + size > self._max_mb * 2**20:
             return QueueFull(
-                f"Operations of {self.nbytes >> 20} MB wait already, and {self._most_mb} MB may (--max-queue-mb). "
+                f"Operations of {self.nbytes >> 20} MB wait already, and {self._max_mb} MB may (--max-queue-mb). "
                 f"Ask again in {RETRY_S:.0f} s.",
                 retry_after_s=RETRY_S,
             )
@@ -53,7 +53,7 @@ class Backlog:
 
     @property
     def nbytes(self) -> int:
-        """Of the operations that waited when :meth:`admit` was last asked, with the one that it let in."""
+        """The bytes of the operations that waited at the last :meth:`admit`, with the one that it admitted."""
         return sum(self._sizes.values())
 
     def nbytes_among(self, waiting: Iterable[Operate]) -> int:

@@ -6,10 +6,9 @@ donor they are read again from disk. Then come the adapters, then it serves, and
 
 from __future__ import annotations
 
-import itertools
 import logging
 
-from ..protocol.operations import Adapt, Export, Operate, Operation, Sleep, Update
+from ..protocol.operations import Adapt, Operate, Operation, Sleep, TakeSnapshot, Update
 from ..protocol.reports import Report
 from ..protocol.tensor_sources import Files
 from .barrier_queue import BarrierQueue
@@ -20,7 +19,7 @@ from .writes import is_on_disk
 
 logger = logging.getLogger(__name__)
 
-NEXT = Export([], "")
+NEXT = TakeSnapshot([], "")
 """What a catch-up begins with; which operation it is, is decided when its turn comes."""
 
 
@@ -30,7 +29,6 @@ class CatchUp:
     def __init__(self, sync: ReplicaSync, queue: BarrierQueue) -> None:
         self._sync = sync
         self._queue = queue
-        self._snapshots = itertools.count(1)
 
     def joined(self, replica: Replica, *, changing: bool) -> None:
         """``replica`` has loaded. While the committed state is ``changing``, its turn is after that."""
@@ -68,7 +66,7 @@ class CatchUp:
         match operation:
             case Sleep() if self._sync.asleep and self._sync.serves(replica):
                 return replica, Sleep(sorted(self._sync.asleep))
-            case Export() if self._sync.is_stale(replica):
+            case TakeSnapshot() if self._sync.is_stale(replica):
                 return self._lacks(replica)
             case Update() if self._sync.is_stale(replica):
                 return replica, operation
@@ -81,7 +79,8 @@ class CatchUp:
             change = self._sync.missing_adapters(replica)
             return None if change is None else (replica, Adapt(change))
         if (donor := self._sync.donor()) is not None:
-            return donor, Export(missing, f"replica-{replica.number}-{next(self._snapshots)}")
+            # always the same folder: a snapshot that its target did not live to read is replaced by the next
+            return donor, TakeSnapshot(missing, f"replica-{replica.number}")
         if (files := self._sync.files(missing)) is not None:
             return replica, self._update(files)
         return None

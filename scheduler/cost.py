@@ -1,4 +1,4 @@
-"""Whether a single forward of a request would hold up all others for too long."""
+"""The cost of a request: refuses one of which a single forward would delay all others for too long."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from .replicas import Replica, Replicas
 
 
 def refusal_of(generate: Generate, replicas: Replicas, config: Config) -> InvalidRequest | None:
-    """Why it cannot be drawn, if the longest of its forwards takes more than ``--max-forward-s`` by what was measured.
+    """Why the request cannot be served: by what was measured, its longest forward takes over ``--max-forward-s``.
 
-    What the model makes by itself is never refused: it is what the server is there for.
+    The model's default size is never refused: the server is there for it.
     """
     refusals = [
         _refusal_of(generate, replica, config.max_forward_s) for replica in replicas if replica.state == "ready"
@@ -37,7 +37,7 @@ def _refusal_of(generate: Generate, replica: Replica, limit_s: float) -> Invalid
 
 
 def pixels_of(generate: Generate, model: ModelInfo) -> int:
-    """Of one output. Where one side is given, the other follows from the model, or from the image's proportions."""
+    """The pixels of one output. Where one side is given, the other follows from the model or the image."""
     if generate.images and (generate.width is None) != (generate.height is None):
         image = generate.images[0]
         side = (generate.width or generate.height or 0) / (image.width if generate.width else image.height)

@@ -196,7 +196,7 @@ class Dispatcher:
             return False
         self._requests.queue.remove(request)
         request.start(replica.number, now)
-        replica.hold(request.id, request.outputs)
+        replica.assign(request.id, request.outputs)
         self._outbox.tell_server(Started(request.id, replica.number, request.queue_s(now)))
         self._outbox.order(replica.number, request.generate)
         self._recent.used((use.name for use in request.generate.lora or ()), self._sync.committed.adapters.loaded)

@@ -25,7 +25,7 @@ MESSAGES_A_TURN = 256
 IDENTITY_PREFIX = b"replica-"
 
 HEARTBEAT_PREFIX = b"heartbeat-"
-"""Of the sockets that workers send nothing but heartbeats by."""
+"""Of the identity of a socket over which a worker sends only heartbeats."""
 
 
 class Loop:
@@ -86,7 +86,7 @@ class Loop:
 
 
 def _bind(context: zmq.Context[zmq.Socket[bytes]], address: str) -> Router:
-    """A ROUTER that drops what is for a peer that is gone, and nothing else."""
+    """A ROUTER that drops messages only if their peer is gone."""
     socket: Router = context.socket(zmq.ROUTER)
     socket.linger = 0
     socket.sndhwm = 0  # at a limit, a ROUTER would silently drop; the queue and max_running bound what is sent
@@ -109,7 +109,7 @@ def _send(socket: Router, identity: bytes, frames: list[bytes | memoryview]) -> 
 
 
 def _decode(codec: Codec[M], sender: bytes, body: list[memoryview]) -> M | None:
-    """The message in ``body``, or ``None`` after a log line when it is none."""
+    """The message in ``body``, or ``None`` after a log line if it is malformed."""
     try:
         return codec.decode(body)
     except (ValueError, IndexError, RecursionError) as error:  # msgspec's and Unicode's errors are ValueErrors

@@ -30,7 +30,7 @@ class Queue:
         self._bound = bound
         self._requests: list[Request] = []
         self.nbytes = 0
-        """Of everything that the requests carry."""
+        """The bytes of everything that the requests carry."""
 
     def __iter__(self) -> Iterator[Request]:
         return iter(list(self._requests))

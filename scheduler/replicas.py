@@ -28,9 +28,9 @@ _LEVELS = {
 class Replica:
     """One replica through all its incarnations (processes, told apart by their pid).
 
-    A replica *holds* a request from its dispatch until the worker answers with ``Result`` or ``Failed``, also when the
-    server was told of its end long before: what is held occupies the worker. The transitions that end an incarnation
-    return the ids of the requests that were lost with it.
+    A replica *has* a request from its dispatch until the worker answers with ``Result`` or ``Failed``, even if the
+    server was told of its end long before: it occupies the worker. The transitions that end an incarnation return the
+    ids of the requests that were lost with it.
     """
 
     def __init__(self, number: int) -> None:
@@ -41,7 +41,7 @@ class Replica:
         self.model: ModelInfo | None = None
         self.stats = ReplicaStats()
         self.outstanding = 0
-        self._held: dict[str, int] = {}
+        self._assigned: dict[str, int] = {}
         self._last_sign = 0.0  # of the process
         self._last_progress = 0.0  # of its loop
         self._progress = 0  # as the last heartbeat counted it
@@ -64,7 +64,7 @@ class Replica:
         return self.pid not in (None, pid) and not self._exited
 
     def loading(self, pid: int, stage: str, now: float) -> list[str]:
-        """A worker is at ``stage`` of its start."""
+        """A worker reports the ``stage`` of its start."""
         if self._is_dead(pid):
             return []
         lost = self._meet(pid, now)
@@ -89,14 +89,14 @@ class Replica:
             self._become("ready", "ready")
 
     def has_version(self, weight_version: str) -> None:
-        """It serves other weights from now on."""
+        """It has other weights from now on."""
         if self.model is not None:
             self.model = replace(self.model, weight_version=weight_version)
 
     def failed(self, message: str) -> list[str]:
         """A worker says that it cannot start."""
         self._become("failed", message)
-        return self._drop_held()
+        return self._drop_assigned()
 
     def exited(self, message: str) -> list[str]:
         """The supervisor saw a process end: the current one, unless an earlier one's end is still to be reported."""
@@ -106,7 +106,7 @@ class Replica:
         if self.state != "failed" or self._exited:  # a worker's own reason says more than its exit status
             self._become("lost", message)
         self._exited = True
-        return self._drop_held()
+        return self._drop_assigned()
 
     def spoke(self, now: float) -> None:
         """The worker's loop sent something."""
@@ -149,17 +149,17 @@ class Replica:
         if self.state == "stalled":
             self._become("ready", "ready")
 
-    def hold(self, request_id: str, outputs: int) -> None:
-        assert request_id not in self._held, f"replica {self.number} already holds request {request_id}"
-        self._held[request_id] = outputs
+    def assign(self, request_id: str, outputs: int) -> None:
+        assert request_id not in self._assigned, f"replica {self.number} already has request {request_id}"
+        self._assigned[request_id] = outputs
         self.outstanding += outputs
 
-    def holds(self, request_id: str) -> bool:
-        return request_id in self._held
+    def has(self, request_id: str) -> bool:
+        return request_id in self._assigned
 
     def release(self, request_id: str) -> None:
-        """The worker is done with a request; one that it does not hold (any more) is ignored."""
-        self.outstanding -= self._held.pop(request_id, 0)
+        """The worker is done with a request; one that it does not have (any more) is ignored."""
+        self.outstanding -= self._assigned.pop(request_id, 0)
 
     def has_room(self, outputs: int, max_running: int) -> bool:
         """Whether ``outputs`` fit under the cap; more than the cap are allowed when they are alone."""
@@ -189,11 +189,11 @@ class Replica:
             self._exits_due += 1
         self.pid, self.model, self._exited = pid, None, False
         self.stats = ReplicaStats(costs=self.stats.costs)
-        return self._drop_held()
+        return self._drop_assigned()
 
-    def _drop_held(self) -> list[str]:
-        lost = list(self._held)
-        self._held.clear()
+    def _drop_assigned(self) -> list[str]:
+        lost = list(self._assigned)
+        self._assigned.clear()
         self.outstanding = 0
         return lost
 
@@ -222,7 +222,7 @@ class Replicas:
 
     @property
     def are_idle(self) -> bool:
-        """Whether no replica holds any request."""
+        """Whether no replica has any request."""
         return all(replica.outstanding == 0 for replica in self._replicas)
 
     def least_loaded(self) -> Replica | None:
@@ -230,8 +230,8 @@ class Replicas:
         ready = (replica for replica in self._replicas if replica.state == "ready")
         return min(ready, key=lambda replica: replica.outstanding, default=None)
 
-    def holds(self, request_id: str) -> bool:
-        return any(replica.holds(request_id) for replica in self._replicas)
+    def have(self, request_id: str) -> bool:
+        return any(replica.has(request_id) for replica in self._replicas)
 
     def check_stalls(self, now: float, config: Config) -> None:
         for replica in self._replicas:

@@ -9,7 +9,7 @@ from ..protocol.generation import Generate
 
 @dataclass(slots=True, eq=False)
 class Request:
-    """What the server asked for, and where that stands. Times are seconds of one monotonic clock."""
+    """A request of the server, and its state. Times are seconds of one monotonic clock."""
 
     generate: Generate
     number: int
@@ -17,7 +17,7 @@ class Request:
     arrived: float
     deadline: float
     nbytes: int
-    """Of everything that it carries."""
+    """The bytes of everything that it carries."""
     replica: int | None = None
     """The replica that it was given to; ``None`` while it waits."""
     started: float | None = None

@@ -56,6 +56,10 @@ class Requests:
     def waiting(self) -> list[Request]:
         return [*self.queue, *self._barrier_queue.requests()]
 
+    @property
+    def waiting_count(self) -> int:
+        return len(self.queue) + len(self._barrier_queue.requests())
+
     def waiting_bytes(self) -> int:
         return self.queue.nbytes + sum(request.nbytes for request in self._barrier_queue.requests())
 

@@ -53,7 +53,7 @@ class Statuses:
         return self._replicas.states(), self.halted, adapters, self._operations.session_id
 
     def status(self, now: float, heard: int) -> Status:
-        waiting, halted = len(self._requests.waiting()), self.halted
+        waiting, halted = self._requests.waiting_count, self.halted
         if halted != self._halted_before:
             self._halted_before, self._halted_at = halted, now
         return Status(

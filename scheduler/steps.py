@@ -9,13 +9,13 @@ from ..protocol.operations import (
     Adapt,
     Begin,
     Commit,
-    Export,
     Operate,
     Operation,
     Save,
     Settled,
     Sleep,
     Step,
+    TakeSnapshot,
     Update,
     Wake,
 )
@@ -232,7 +232,7 @@ class Steps:
                 self._sync.asleep.difference_update(tags)
             case Save(adapter=adapter) if transaction.session is not None:
                 transaction.saved(adapter, running.reports.values())
-            case Export():
+            case TakeSnapshot():
                 (snapshot,) = running.reports.values()
                 transaction.parts.append(self._catch_up.read_snapshot(snapshot))
             case Abort():

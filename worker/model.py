@@ -35,6 +35,7 @@ from .weights.checkpoint.layout import Layout
 from .weights.checkpoint.loader import CannotLoad
 from .weights.checkpoint.pipeline import LoadedPipeline, load_pipeline
 from .weights.checkpoint.single_file import SingleFile, open_single_file
+from .weights.update.page_swap import give_own_pages
 
 log = logging.getLogger(__name__)
 
@@ -168,6 +169,7 @@ def load_model(config: Config, device: torch.device | None = None, ranks: Ranks 
     path = str(resolve_model(config.model))
     directory, dtype, loaded = _load_pipeline(path, config, device, ranks)
     pipeline = loaded.pipeline
+    give_own_pages(modules(pipeline).values())
     _forget_caches(pipeline)
     published = read_published(directory, type(pipeline))
     return Model(

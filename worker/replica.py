@@ -32,7 +32,8 @@ from .heartbeat import HEARTBEAT_S, Activity, Heartbeats
 from .jobs import Jobs
 from .lora.adapters import RankAdapters
 from .model import Model, find_device, load_model, modules, use_device
-from .operations.coordinator import Operations
+from .operations.resources import Resources
+from .operations.table import new_coordinator
 from .parallel.ranks import RankLost, join, leave
 from .parallel.starting import FailedTogether, all_or_none
 from .parallel.team import Diverged, Follower, Leader, SettleJoin, Stop, Turn
@@ -40,7 +41,7 @@ from .self_test import Found, SelfTest
 from .self_test_cache import SelfTestCache
 from .weights.snapshot.journal import Journal
 from .weights.transport.groups import Groups
-from .weights.update.undo_log import UndoMemory
+from .weights.update.undo_log import UndoLog
 
 log = logging.getLogger(__name__)
 
@@ -162,21 +163,23 @@ class Replica:
         batcher.policy.unmergeable.update(found.unmergeable)
         shared = Path(self._child.shared)
         jobs = Jobs(model, batcher, self._send, self._wake, leads=self._leads, adapters=adapters, shared=shared)
-        place = self._number * self._config.tp + self._child.rank
-        groups = Groups(place, model.device, ended=self._wake, receive_s=self._config.max_update_hold_s)
+        global_rank = self._number * self._config.tp + self._child.rank
+        groups = Groups(global_rank, model.device, ended=self._wake, receive_s=self._config.max_update_hold_s)
         group_orders = GroupOrders(groups, self._ranks)
-        operations = Operations(
-            model,
-            batcher,
-            self._ranks,
-            place=place,
-            places=self._config.replicas * self._config.tp,
-            shared=shared,
-            journal=self._journal,
-            undo=UndoMemory(model.device, _undo_limit(self._config), _path(self._config.undo_spill)),
-            sign=self._activity.advance,
-            adapters=adapters,
-            groups=groups,
+        operations = new_coordinator(
+            Resources(
+                model=model,
+                batcher=batcher,
+                ranks=self._ranks,
+                global_rank=global_rank,
+                world_size=self._config.replicas * self._config.tp,
+                shared=shared,
+                journal=self._journal,
+                undo_log=UndoLog(model.device, _undo_limit(self._config), _path(self._config.undo_spill)),
+                adapters=adapters,
+                groups=groups,
+                on_progress=self._activity.advance,
+            )
         )
 
         def take(turn: Turn) -> None:

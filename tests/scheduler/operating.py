@@ -14,11 +14,11 @@ from safelight.protocol.operations import (
     Barrier,
     Begin,
     Commit,
-    Export,
     Operate,
     Operation,
     Perform,
     Sleep,
+    TakeSnapshot,
     Update,
     Wake,
 )
@@ -110,7 +110,7 @@ class Process:
             case Update(source=Files(modules=modules)):
                 self._prepared = modules
                 return Report(updated=dict.fromkeys(modules, 2))
-            case Export(modules=names):
+            case TakeSnapshot(modules=names):
                 assert not self._undo, "what is given to others is committed"
                 return Report(files={name: [self.weights[name]] for name in names})
             case Sleep(tags=tags):

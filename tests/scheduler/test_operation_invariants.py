@@ -34,7 +34,6 @@ from safelight.protocol.operations import (
     Commit,
     Continue,
     Digests,
-    Export,
     ListAdapters,
     Operate,
     Operation,
@@ -43,6 +42,7 @@ from safelight.protocol.operations import (
     Save,
     SetPaused,
     Sleep,
+    TakeSnapshot,
     Update,
     Wake,
 )
@@ -215,7 +215,7 @@ class OperationsMachine(RuleBasedStateMachine):
             for number in range(REPLICAS):
                 self.obey(number, many=True)
 
-    @rule(kind=st.sampled_from(["write", "journal", "commit", Adapt, Update, Export]))
+    @rule(kind=st.sampled_from(["write", "journal", "commit", Adapt, Update, TakeSnapshot]))
     def obey_up_to(self, kind: str | type[Operation]) -> None:
         """All do what they are told, but not such a step, or the first of such an operation."""
 
@@ -321,6 +321,16 @@ class OperationsMachine(RuleBasedStateMachine):
             assert worker.truth == serving[0].truth
             assert worker.process.asleep <= self.account.asleep
 
+    @invariant()
+    def whoever_has_everything_serves_when_nothing_is_in_progress(self) -> None:
+        if self.stage.dispatcher.status(self.stage.now).hold is not None or len(self.account.truths) > 1:
+            return
+        if any(self.unreported) or any(worker is not None and worker.inbox for worker in self.workers):
+            return
+        for number, worker in enumerate(self.workers):
+            if worker is not None and worker.loaded and worker.truth == self.account.truths[0]:
+                assert self.stage.replica(number).state != "starting", "it has all that was committed"
+
     def teardown(self) -> None:
         """In the end everything is answered and all replicas serve the same, if need be after what was lost is sent."""
         self.pause_or_continue(None)
@@ -418,7 +428,7 @@ class OperationsMachine(RuleBasedStateMachine):
     def perform(self, number: int, worker: Worker, order: Perform) -> None:
         process = worker.process
         written = dict(process.weights)
-        if isinstance(order.operation, Export):
+        if isinstance(order.operation, TakeSnapshot):
             assert not process.open
         done = process.perform(order)
         if order.step == "journal":

@@ -5,7 +5,7 @@ import pytest
 from safelight.protocol.config import Config
 from safelight.protocol.errors import Internal
 from safelight.protocol.generation import Cancel
-from safelight.protocol.operations import Abort, Begin, Commit, Digests, Export, Sleep, Update, Wake
+from safelight.protocol.operations import Abort, Begin, Commit, Digests, Sleep, TakeSnapshot, Update, Wake
 from safelight.protocol.reports import Operated
 from safelight.protocol.tensor_sources import Files
 from safelight.tests.scheduler.operating import Operating, Process, update
@@ -37,7 +37,7 @@ def test_a_replica_that_comes_back_reads_what_another_wrote_out_before_it_serves
     stage.start(1)
     assert "version 1" in stage.replica(1).message
     assert stage.serving() == [0]
-    assert (stage.steps(0)[-1], isinstance(stage.processes[0].orders[0].operation, Export)) == ("prepare", True)
+    assert (stage.steps(0)[-1], isinstance(stage.processes[0].orders[0].operation, TakeSnapshot)) == ("prepare", True)
     before = len(stage.sent(Operated))
     assert all_alike(stage, "new")
     assert stage.steps(1)[-3:] == ["prepare", "write", "commit"]
@@ -252,6 +252,17 @@ def test_a_replica_that_is_lost_while_it_is_brought_up_comes_back_for_another_tr
     assert stage.started() == [("served", 0)]
     stage.start(1)
     assert all_alike(stage, "new")
+
+
+def test_a_replica_that_dies_again_and_again_before_it_has_read_its_snapshot_does_not_fill_the_memory() -> None:
+    stage = Operating()
+    updated(stage)
+    for _ in range(3):
+        stage.kill(1)
+        stage.start(1)
+        stage.do(0)
+    folders = [order.operation.folder for _, order in stage.told if isinstance(order.operation, TakeSnapshot)]
+    assert folders == ["replica-1"] * 3, "each snapshot takes the place of the one before"
 
 
 @pytest.mark.parametrize("who", [0, 1])

@@ -16,7 +16,7 @@ from diffusers import DiffusionPipeline
 from ...formats.tensor_files import BadTensorFile, read_metadata
 from ...protocol.adapters import ADAPTER_CONFIG, ADAPTER_FILE
 from ...protocol.errors import InvalidRequest
-from ..weights.transport.sources import map_file
+from ..weights.checkpoint.mapped_files import map_file
 from .alphas import Told, parse_object, read_config, read_header, scaled
 from .convert import Converted
 from .matching import ABSENT, fault_of, place

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 
 from ..weights.checkpoint.layout import Layout
-from ..weights.update.page_swap import ALIGNMENT, home
+from ..weights.update.page_swap import ALIGNMENT, aligned_like
 from .adapter import Adapter
 from .change import Change
 from .factors import LoraFactors
@@ -68,7 +68,7 @@ def _copied(live: torch.Tensor) -> torch.Tensor:
     """On the host; on a CPU where the exchange of an update finds it."""
     if live.device.type != "cpu":
         return live.cpu()
-    return home(live, live.data_ptr() % ALIGNMENT).copy_(live)
+    return aligned_like(live, live.data_ptr() % ALIGNMENT).copy_(live)
 
 
 def _summed(base: torch.Tensor, delta: Delta) -> torch.Tensor:

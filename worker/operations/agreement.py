@@ -1,7 +1,7 @@
-"""Agreement between ranks: a payload for each rank must hold the same full tensors for all of them.
+"""Agreement between ranks: payloads for each rank must hold the same full tensors.
 
-Each rank cuts its own part out of its own payload, so payloads that differ would leave a module that is torn between
-two versions, whatever each rank by itself found right.
+Each rank cuts its own part out of its own payload, so payloads that differ would leave a module with parts of two
+versions, although each rank by itself found nothing wrong.
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ import torch
 
 from ...protocol.reports import Invalid
 from ...protocol.tensor_sources import CudaShared, Pickled, Source
-from ..weights.progress import Sign
+from ..weights.checkpoint.names import Tensors
+from ..weights.progress import Progress
 from ..weights.snapshot.digests import digest
-from ..weights.transport.payload import Tensors
 
-Given = dict[str, dict[str, str]]
-"""One rank's tensors, by module and name: dtype and shape, and SHA-256 where values can differ between ranks."""
+Manifest = dict[str, dict[str, str]]
+"""The tensors that one rank received, by module and name: dtype, shape, and SHA-256 where values can differ."""
 
-_SHOWN = 20
+_MAX_LISTED = 20
 
 
 def is_for_each_rank(source: Source) -> bool:
-    """Whether there is a payload for each rank, and not one for all."""
+    """Whether each rank has a payload of its own."""
     match source:
         case Pickled(payloads=payloads):
             return len(payloads) > 1
@@ -36,38 +36,38 @@ def is_for_each_rank(source: Source) -> bool:
 
 
 def differs_by_rank(source: Source) -> bool:
-    """Whether ranks read different memory. Equal pickle streams name the same memory, however many there are."""
+    """Whether ranks read different memory. Equal pickle streams name the same memory."""
     if isinstance(source, Pickled):
         return len({bytes(payload) for payload in source.payloads}) > 1
     return is_for_each_rank(source)
 
 
-def describe(tensors: Tensors, sign: Sign, *, hashed: bool) -> Given:
-    """Every tensor as this rank was given it; ``hashed`` with its values."""
+def describe(tensors: Tensors, on_progress: Progress, *, hashed: bool) -> Manifest:
+    """Describe every tensor that this rank received, ``hashed`` with its values."""
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-        found: Given = {}
+        found: Manifest = {}
         for module, given in tensors.items():
             hashes = pool.map(lambda tensor: digest(tensor).sha256, given.values() if hashed else ())
             found[module] = {name: f"{tensor.dtype} {list(tensor.shape)}" for name, tensor in given.items()}
             for name, value in zip(given, hashes, strict=False):
                 found[module][name] += f" {value}"
-                sign()
+                on_progress()
         return found
 
 
-def fingerprint(given: Given) -> str:
-    """Equal for replicas that were given the same."""
-    return sha256(msgspec.msgpack.encode(given, order="sorted")).hexdigest()
+def fingerprint(manifest: Manifest) -> str:
+    """Equal for replicas that received the same tensors."""
+    return sha256(msgspec.msgpack.encode(manifest, order="sorted")).hexdigest()
 
 
-def differences(ranks: Sequence[Given]) -> list[Invalid]:
-    """The first tensors in which a rank was given something other than rank 0, each with one such rank."""
+def differences(ranks: Sequence[Manifest]) -> list[Invalid]:
+    """The first tensors that a rank received otherwise than rank 0, each with one such rank."""
     found: dict[str, Invalid] = {}
     for rank, given in enumerate(ranks):
         for module in {**ranks[0], **given}:
             here, there = ranks[0].get(module, {}), given.get(module, {})
             for name in {**here, **there}:
-                if here.get(name) != there.get(name) and len(found) < _SHOWN:
+                if here.get(name) != there.get(name) and len(found) < _MAX_LISTED:
                     reason = _difference(here.get(name), there.get(name), rank)
                     found.setdefault(f"{module}.{name}", Invalid(name, reason))
     return list(found.values())

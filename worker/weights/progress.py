@@ -1,8 +1,8 @@
-"""How work that takes long says that it goes on."""
+"""The callback by which long work reports that it goes on."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
-Sign = Callable[[], object]
-"""Called now and then by what takes long: it is progress, without which the replica would count as hanging."""
+Progress = Callable[[], object]
+"""Called after each part of long work. A replica that reports no progress counts as stalled."""

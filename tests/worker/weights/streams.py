@@ -13,10 +13,11 @@ from typing import Any
 
 import pytest
 
+from safelight.worker.weights.checkpoint.names import Tensors
 from safelight.worker.weights.transport import payload
 from safelight.worker.weights.transport import rebuild as received
 from safelight.worker.weights.transport.allowlist import NotAPayload
-from safelight.worker.weights.transport.payload import Tensors, interpret
+from safelight.worker.weights.transport.payload import interpret
 from safelight.worker.weights.transport.shm_segment import Segments
 
 START = b"\x80\x04"

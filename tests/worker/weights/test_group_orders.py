@@ -107,7 +107,7 @@ def test_a_release_of_one_join_leaves_another_of_the_same_name_alone(silent: int
 
 
 def test_groups_are_bounded_in_number(silent: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(groups, "MOST_GROUPS", 1)
+    monkeypatch.setattr(groups, "MAX_GROUPS", 1)
     orders = GroupOrders(Groups(0, torch.device("cpu")), ALONE)
     orders.perform(order(silent, timeout_s=600))
     second = order(silent, timeout_s=600, number=2)

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from safelight.worker.weights.update import offload as parking
-from safelight.worker.weights.update.offload import Parking
+from safelight.worker.weights.update.offload import Offloader
 
 CPU = torch.device("cpu")
 
@@ -41,14 +41,14 @@ def test_every_byte_every_stride_and_every_alignment_is_the_same_and_no_file_has
     tensors = list(module.state_dict(keep_vars=True).values())
     before = [(tensor.clone(), tensor.data_ptr() % 64) for tensor in tensors]
     strides = [module[0].weight.stride(), module[1].weight.stride()]
-    at_home = Parking([module], CPU)
-    at_home.park(nothing)
-    assert at_home.parked
+    at_home = Offloader([module], CPU)
+    at_home.offload(nothing)
+    assert at_home.offloaded
     assert list(folder.iterdir()) == []
     assert all(torch.equal(tensor, value) for tensor, (value, _) in zip(tensors, before, strict=True))
     assert "(deleted)" in Path("/proc/self/maps").read_text()
-    at_home.fetch(nothing)
-    assert not at_home.parked
+    at_home.restore(nothing)
+    assert not at_home.offloaded
     for tensor, (value, offset) in zip(tensors, before, strict=True):
         assert torch.equal(tensor, value)
         assert not tensor.numel() or tensor.data_ptr() % 64 == offset
@@ -57,11 +57,11 @@ def test_every_byte_every_stride_and_every_alignment_is_the_same_and_no_file_has
 
 def test_what_is_written_while_it_is_parked_comes_home() -> None:
     module = model()
-    parked = Parking([module], CPU)
-    parked.park(nothing)
+    parked = Offloader([module], CPU)
+    parked.offload(nothing)
     with torch.no_grad():
         module[0].weight.fill_(2)
-    parked.fetch(nothing)
+    parked.restore(nothing)
     assert module[0].weight.eq(2).all()
 
 
@@ -83,12 +83,12 @@ def _failing(after: int, monkeypatch: pytest.MonkeyPatch, name: str, error: type
 def test_a_full_disk_leaves_everything_at_home(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     module = model()
     before = [tensor.data_ptr() for tensor in module.parameters()]
-    parked = Parking([module], CPU)
+    parked = Offloader([module], CPU)
     with monkeypatch.context() as patched:
         _failing(2, patched, "in_file", BlockingIOError)
         with pytest.raises(BlockingIOError):
-            parked.park(nothing)
-    assert not parked.parked
+            parked.offload(nothing)
+    assert not parked.offloaded
     assert [tensor.data_ptr() for tensor in module.parameters()] == before
     assert list(folder.iterdir()) == []
 
@@ -96,16 +96,16 @@ def test_a_full_disk_leaves_everything_at_home(folder: Path, monkeypatch: pytest
 def test_a_wake_that_fails_midway_is_finished_by_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
     module = model()
     before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
-    parked = Parking([module], CPU)
-    parked.park(nothing)
+    parked = Offloader([module], CPU)
+    parked.offload(nothing)
     mapped = {tensor.data_ptr() for tensor in module.parameters()}
     with monkeypatch.context() as patched:
-        _failing(2, patched, "home", MemoryError)
+        _failing(2, patched, "aligned_like", MemoryError)
         with pytest.raises(MemoryError):
-            parked.fetch(nothing)
-    assert parked.parked
-    parked.fetch(nothing)
-    assert not parked.parked
+            parked.restore(nothing)
+    assert parked.offloaded
+    parked.restore(nothing)
+    assert not parked.offloaded
     assert not mapped & {tensor.data_ptr() for tensor in module.parameters()}
     assert all(torch.equal(tensor, before[name]) for name, tensor in module.state_dict().items())
 
@@ -114,13 +114,13 @@ def test_what_else_is_put_away_may_be_let_go_of_meanwhile() -> None:
     others = [torch.randn(40, 30), torch.randn(7)]
     before = [other.clone() for other in others]
     homes = {other.data_ptr() for other in others}
-    parked = Parking([model()], CPU, lambda: others)
-    parked.park(nothing)
+    parked = Offloader([model()], CPU, lambda: others)
+    parked.offload(nothing)
     assert not homes & {other.data_ptr() for other in others}
     assert all(torch.equal(other, value) for other, value in zip(others, before, strict=True))
     del others[0]
-    parked.fetch(nothing)
-    assert not parked.parked
+    parked.restore(nothing)
+    assert not parked.offloaded
     assert torch.equal(others[0], before[1])
 
 
@@ -132,15 +132,15 @@ def test_modules_go_and_come_one_by_one_and_what_else_there_is_with_the_last_and
         return [module[0].weight.data_ptr() for module in (one, two)] + [others[0].data_ptr()]
 
     first = homes()
-    parked = Parking([one, two], CPU, lambda: others)
-    parked.park(nothing, [two])
+    parked = Offloader([one, two], CPU, lambda: others)
+    parked.offload(nothing, [two])
     assert [now == then for now, then in zip(homes(), first, strict=True)] == [True, False, True]
-    parked.park(nothing)
+    parked.offload(nothing)
     assert not set(homes()) & {first[0], first[2]}
     away = homes()
-    parked.fetch(nothing, [one])
+    parked.restore(nothing, [one])
     assert [now == then for now, then in zip(homes(), away, strict=True)] == [False, True, False]
-    assert parked.parked
-    parked.fetch(nothing)
-    assert not parked.parked
+    assert parked.offloaded
+    parked.restore(nothing)
+    assert not parked.offloaded
     assert all(torch.equal(tensor, before[name]) for name, tensor in two.state_dict().items())

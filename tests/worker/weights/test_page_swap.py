@@ -12,65 +12,65 @@ from torch import nn
 
 from safelight.worker.weights.update import page_swap as module_of_pages
 from safelight.worker.weights.update.page_swap import (
-    LEAST,
+    MIN_BYTES,
     PagesLost,
-    can_exchange,
-    exchange,
-    have_own,
-    home,
-    pages,
-    settle,
+    aligned_like,
+    allocate_pages,
+    can_swap,
+    give_own_pages,
+    owns_pages,
+    swap_pages,
 )
 
 SIZES = [1, 4095, 4096, 4097, 3 << 20, (5 << 20) + 17]
 
 
 def test_this_machine_exchanges_pages() -> None:
-    assert can_exchange()
+    assert can_swap()
 
 
 @pytest.mark.parametrize("offset", [0, 16, 63])
 @pytest.mark.parametrize("size", SIZES)
 def test_bytes_change_places_and_addresses_do_not(size: int, offset: int) -> None:
-    one, other = pages(size, offset), pages(size, offset)
+    one, other = allocate_pages(size, offset), allocate_pages(size, offset)
     first, second = (torch.randint(0, 256, (size,), dtype=torch.uint8) for _ in range(2))
     one.copy_(first)
     other.copy_(second)
     addresses = one.data_ptr(), other.data_ptr()
     for _ in range(3):
-        exchange(one, other)
+        swap_pages(one, other)
         assert torch.equal(one, second)
         assert torch.equal(other, first)
-        exchange(one, other)
+        swap_pages(one, other)
         assert torch.equal(one, first)
     assert addresses == (one.data_ptr(), other.data_ptr())
 
 
 def test_pages_that_were_never_touched_are_zero_on_the_other_side() -> None:
-    one, other = pages(3 << 20, 0), pages(3 << 20, 0).fill_(7)
-    exchange(one, other)
+    one, other = allocate_pages(3 << 20, 0), allocate_pages(3 << 20, 0).fill_(7)
+    swap_pages(one, other)
     assert (int(one.min()), int(other.max())) == (7, 0)
 
 
 def test_pages_of_another_size_or_offset_are_refused() -> None:
-    one = pages(8192, 0).fill_(1)
-    for other in (pages(4096, 0), pages(8192, 64)):
+    one = allocate_pages(8192, 0).fill_(1)
+    for other in (allocate_pages(4096, 0), allocate_pages(8192, 64)):
         with pytest.raises(ValueError, match="different places"):
-            exchange(one, other)
+            swap_pages(one, other)
     assert one.eq(1).all()
 
 
 def test_a_part_of_a_tensor_has_no_pages_of_its_own() -> None:
-    tensor = pages(4 << 20, 0).view(torch.float32).view(1024, 1024)
-    assert have_own(tensor)
-    assert not have_own(tensor[:1023])
-    assert not have_own(tensor[1:])
-    assert not have_own(tensor[:, :512])
-    assert have_own(tensor.t())
+    tensor = allocate_pages(4 << 20, 0).view(torch.float32).view(1024, 1024)
+    assert owns_pages(tensor)
+    assert not owns_pages(tensor[:1023])
+    assert not owns_pages(tensor[1:])
+    assert not owns_pages(tensor[:, :512])
+    assert owns_pages(tensor.t())
 
 
 def test_memory_that_is_gone_is_not_known_any_more() -> None:
-    tensor = pages(1 << 20, 0)
+    tensor = allocate_pages(1 << 20, 0)
     address = tensor.data_ptr()
     assert f"{address:x}-" in Path("/proc/self/maps").read_text()
     del tensor
@@ -80,17 +80,17 @@ def test_memory_that_is_gone_is_not_known_any_more() -> None:
 
 
 def test_memory_that_was_exchanged_is_given_back_where_it_is() -> None:
-    kept = pages(1 << 20, 0).fill_(1)
+    kept = allocate_pages(1 << 20, 0).fill_(1)
     for value in range(2, 40):
-        gone = pages(1 << 20, 0).fill_(value)
-        exchange(kept, gone)
+        gone = allocate_pages(1 << 20, 0).fill_(value)
+        swap_pages(kept, gone)
         del gone
         assert kept.eq(value).all()
 
 
 @pytest.mark.parametrize("step", [1, 2, 3])
 def test_a_kernel_without_room_leaves_both_as_they_were(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    one, other = pages(1 << 20, 0).fill_(1), pages(1 << 20, 0).fill_(2)
+    one, other = allocate_pages(1 << 20, 0).fill_(1), allocate_pages(1 << 20, 0).fill_(2)
     usual, calls = module_of_pages._move, 0
 
     def fails(*arguments: int) -> None:
@@ -102,13 +102,13 @@ def test_a_kernel_without_room_leaves_both_as_they_were(step: int, monkeypatch: 
 
     monkeypatch.setattr(module_of_pages, "_move", fails)
     with pytest.raises(OSError, match="Cannot allocate"):
-        exchange(one, other)
+        swap_pages(one, other)
     assert one.eq(1).all()
     assert other.eq(2).all()
 
 
 def test_pages_that_cannot_be_put_back_end_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    one, other = pages(1 << 20, 0), pages(1 << 20, 0)
+    one, other = allocate_pages(1 << 20, 0), allocate_pages(1 << 20, 0)
     usual, calls = module_of_pages._move, 0
 
     def fails(*arguments: int) -> None:
@@ -120,12 +120,12 @@ def test_pages_that_cannot_be_put_back_end_the_process(monkeypatch: pytest.Monke
 
     monkeypatch.setattr(module_of_pages, "_move", fails)
     with pytest.raises(PagesLost):
-        exchange(one, other)
+        swap_pages(one, other)
 
 
 def test_other_threads_get_no_memory_in_between() -> None:
     """Threads that take and give back memory all the time never find a place that an exchange has for a moment."""
-    one, other, stop = pages(3 << 20, 0).fill_(1), pages(3 << 20, 0).fill_(2), threading.Event()
+    one, other, stop = allocate_pages(3 << 20, 0).fill_(1), allocate_pages(3 << 20, 0).fill_(2), threading.Event()
     faults: list[int] = []
 
     def churn() -> None:
@@ -139,7 +139,7 @@ def test_other_threads_get_no_memory_in_between() -> None:
         thread.start()
     try:
         for number in range(40):
-            exchange(one, other)
+            swap_pages(one, other)
             assert bool(one.eq(1 if number % 2 else 2).all())
     finally:
         stop.set()
@@ -154,8 +154,8 @@ class _Tied(nn.Module):
         self.large = nn.Linear(600, 500, bias=True)
         self.conv = nn.Conv2d(64, 128, 3).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.tied = nn.Parameter(self.large.weight.data)
-        self.register_buffer("buffer", torch.randn(LEAST // 4))
-        self.register_buffer("off", torch.randn(LEAST)[3:])
+        self.register_buffer("buffer", torch.randn(MIN_BYTES // 4))
+        self.register_buffer("off", torch.randn(MIN_BYTES)[3:])
         self.register_buffer("gaps", torch.randn(600, 1200)[:, ::2])
 
 
@@ -164,8 +164,8 @@ def test_a_settled_module_is_the_same_in_other_memory() -> None:
     module = _Tied()
     tensors = list(module.state_dict(keep_vars=True).values())
     before = [(tensor.detach().clone(), tensor.stride(), tensor.data_ptr() % 64) for tensor in tensors]
-    settle([module, module])
-    assert [have_own(tensor) for tensor in tensors] == [
+    give_own_pages([module, module])
+    assert [owns_pages(tensor) for tensor in tensors] == [
         name not in ("large.bias", "conv.bias", "gaps") for name in module.state_dict()
     ]
     assert module.tied.data_ptr() == module.large.weight.data_ptr(), "also when it is asked for again"
@@ -175,9 +175,9 @@ def test_a_settled_module_is_the_same_in_other_memory() -> None:
 
 
 def test_a_kernel_that_exchanges_no_pages_leaves_a_module_where_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module_of_pages, "can_exchange", lambda: False)
+    monkeypatch.setattr(module_of_pages, "can_swap", lambda: False)
     module = _Tied()
     addresses = [tensor.data_ptr() for tensor in module.state_dict().values()]
-    settle([module])
+    give_own_pages([module])
     assert [tensor.data_ptr() for tensor in module.state_dict().values()] == addresses
-    assert not have_own(home(module.large.weight.data, 16))
+    assert not owns_pages(aligned_like(module.large.weight.data, 16))

@@ -15,10 +15,11 @@ import torch
 
 from safelight.protocol.codec import Buffer
 from safelight.protocol.tensor_sources import Pickled
+from safelight.worker.weights.checkpoint.names import Tensors
 from safelight.worker.weights.transport.allowlist import NotAPayload
 from safelight.worker.weights.transport.groups import Groups
-from safelight.worker.weights.transport.payload import InvalidTensor, Tensors, choose, interpret
-from safelight.worker.weights.transport.sources import Reader, open_source
+from safelight.worker.weights.transport.payload import InvalidTensor, choose, interpret
+from safelight.worker.weights.transport.sources import RankContext, open_source
 
 from .streams import decode
 from .trainer import UUID, Trainer, floats, mixed, of_dtype, weights
@@ -163,7 +164,7 @@ def test_what_the_sender_keeps_stays_its_own_however_often_it_lists_one_stream(t
     for _ in range(2):
         stream = base64.b64decode(trainer.send("one", keep=True))
         source = Pickled([Buffer(bytes(bytearray(stream))) for _ in range(copies)], ONE)
-        ranks = [Reader(rank, 2, rank, 2, CPU, leads=True) for rank in range(2)]
+        ranks = [RankContext(rank, 2, rank, 2, CPU, is_primary=True) for rank in range(2)]
         for opened in [open_source(source, Groups(0, CPU), rank, lambda: None) for rank in ranks]:
             assert opened.tensors["transformer"]["a"].tolist() == [1, 1, 1]
             opened.close()

@@ -20,7 +20,7 @@ import torch
 from safelight.worker.weights.transport.allowlist import NotAPayload
 from safelight.worker.weights.transport.payload import interpret
 from safelight.worker.weights.transport.pickled import MAX_BYTES, MAX_DEPTH, MAX_OPCODES, parse
-from safelight.worker.weights.transport.rebuild import _Receiver
+from safelight.worker.weights.transport.rebuild import _Rebuilder
 
 from .streams import (
     FLOAT,
@@ -331,13 +331,13 @@ def test_a_value_that_contains_itself_is_refused(circle: bytes, segments: Path) 
 def test_a_value_that_is_contained_often_is_looked_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Pairs of pairs of … 30 times: 2 to the power of 30 values for who counts them."""
     made: list[int] = []
-    make = _Receiver._make
+    make = _Rebuilder._make
 
-    def counted(self: _Receiver, node: Any, depth: int) -> Any:
+    def counted(self: _Rebuilder, node: Any, depth: int) -> Any:
         made.append(depth)
         return make(self, node, depth)
 
-    monkeypatch.setattr(_Receiver, "_make", counted)
+    monkeypatch.setattr(_Rebuilder, "_make", counted)
     bomb = b")" + b"".join(b"\x94h%c\x86" % n for n in range(30))
     with pytest.raises(NotAPayload, match="entry 0 of transformer is no pair"):
         interpret(unpickle(START + bomb + b"."), ["transformer"])

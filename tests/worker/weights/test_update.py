@@ -17,14 +17,15 @@ from safelight.protocol.errors import InvalidRequest, Unavailable
 from safelight.worker.parallel.plan import Shard
 from safelight.worker.parallel.ranks import Ranks
 from safelight.worker.weights.checkpoint.layout import Entry, Layout
+from safelight.worker.weights.checkpoint.mapped_files import MappedFiles
 from safelight.worker.weights.checkpoint.names import Names
 from safelight.worker.weights.snapshot.digests import raw_bytes
-from safelight.worker.weights.transport.sources import MappedFiles, Opened, Rejected
+from safelight.worker.weights.transport.sources import Rejected, TensorSource
 from safelight.worker.weights.update import undo_log as undo
-from safelight.worker.weights.update.offload import Parking
-from safelight.worker.weights.update.page_swap import have_own, settle
-from safelight.worker.weights.update.rank_update import Update
-from safelight.worker.weights.update.undo_log import NoRoom, UndoMemory
+from safelight.worker.weights.update.offload import Offloader
+from safelight.worker.weights.update.page_swap import give_own_pages, owns_pages
+from safelight.worker.weights.update.rank_update import RankUpdate
+from safelight.worker.weights.update.undo_log import UndoBudgetExceeded, UndoLog
 
 CPU = torch.device("cpu")
 PLENTY = 1 << 30
@@ -43,8 +44,8 @@ def model(*, settled: bool = False) -> nn.Module:
         module.register_buffer(name, torch.randn(shape))
     module.register_buffer("low", torch.randn(300, 5000).bfloat16())
     if settled:
-        settle([module])
-        assert {name for name, tensor in module.state_dict().items() if have_own(tensor)} == {"large", "wide", "low"}
+        give_own_pages([module])
+        assert {name for name, tensor in module.state_dict().items() if owns_pages(tensor)} == {"large", "wide", "low"}
     return module
 
 
@@ -62,12 +63,12 @@ def other(module: nn.Module) -> dict[str, torch.Tensor]:
     return new
 
 
-def begun(module: nn.Module, memory: UndoMemory | None = None) -> Update:
-    return Update({"transformer": Layout.whole(module)}, memory or UndoMemory(CPU, PLENTY, None))
+def begun(module: nn.Module, memory: UndoLog | None = None) -> RankUpdate:
+    return RankUpdate({"transformer": Layout.whole(module)}, memory or UndoLog(CPU, PLENTY, None))
 
 
-def opened(tensors: dict[str, torch.Tensor], then: Callable[[], object] = lambda: None) -> Opened:
-    return Opened({"transformer": tensors}, then)
+def opened(tensors: dict[str, torch.Tensor], then: Callable[[], object] = lambda: None) -> TensorSource:
+    return TensorSource({"transformer": tensors}, then)
 
 
 def same(one: dict[str, torch.Tensor], another: dict[str, torch.Tensor]) -> bool:
@@ -158,7 +159,7 @@ def test_bytes_of_a_file_are_read_into_place_and_undone(settled: bool, tmp_path:
     new, file = from_file(module, tmp_path)
     files, update = MappedFiles(), begun(module)
     tensors = {name: tensor for name, tensor in files.map(file).items() if name in new}
-    update.prepare(Opened({"transformer": tensors}, files.close, files.read))
+    update.prepare(TensorSource({"transformer": tensors}, files.close, files.read))
     update.write()
     assert same(state(module), new)
     update.rollback()
@@ -178,7 +179,7 @@ def test_a_file_that_becomes_shorter_while_it_is_read_leaves_every_byte(reads: i
             os.truncate(file, 1)
         files.read(into, address)
 
-    update.prepare(Opened({"transformer": tensors}, files.close, read))
+    update.prepare(TensorSource({"transformer": tensors}, files.close, read))
     with pytest.raises(OSError, match="a file has become shorter"):
         update.write()
     update.rollback()
@@ -209,8 +210,8 @@ def tied() -> nn.Module:
 def test_two_names_of_the_same_memory_are_undone_to_what_was_there(settled: bool) -> None:
     module, new = tied(), torch.randn(300, 400)
     if settled:
-        settle([module])
-        assert have_own(module.one)
+        give_own_pages([module])
+        assert owns_pages(module.one)
     assert module.one.data_ptr() == module.other.data_ptr()
     before, update = state(module), begun(module)
     update.prepare(opened({"one": new, "other": new.clone()}))
@@ -238,14 +239,14 @@ def test_a_part_reports_its_own_tensors_and_the_whole_all_of_them() -> None:
 def test_an_error_of_any_kind_closes_the_source(monkeypatch: pytest.MonkeyPatch) -> None:
     closed: list[int] = []
     update = begun(model())
-    monkeypatch.setattr(update, "_find_room", lambda tensors: (_ for _ in ()).throw(MemoryError))
+    monkeypatch.setattr(update, "_reserve", lambda tensors: (_ for _ in ()).throw(MemoryError))
     with pytest.raises(MemoryError):
         update.prepare(opened({"row": torch.zeros(5)}, lambda: closed.append(1)))
     assert closed == [1]
 
 
 def test_what_is_rejected_closes_its_source_and_takes_no_room() -> None:
-    module, memory, closed = model(), UndoMemory(CPU, PLENTY, None), []
+    module, memory, closed = model(), UndoLog(CPU, PLENTY, None), []
     update = begun(module, memory)
     with pytest.raises(Rejected) as rejected:
         update.prepare(opened({"nobody": torch.zeros(2)}, lambda: closed.append(1)))
@@ -258,7 +259,7 @@ def test_what_is_rejected_closes_its_source_and_takes_no_room() -> None:
 def test_more_than_is_allowed_is_refused_and_nothing_is_written() -> None:
     module = model()
     before, closed = state(module), []
-    update = begun(module, UndoMemory(CPU, 2_000_000, None))
+    update = begun(module, UndoLog(CPU, 2_000_000, None))
     with pytest.raises(Rejected, match=r"needs 11 MB on each rank, and 2 MB are allowed.*--undo-mb") as rejected:
         update.prepare(opened(other(module), lambda: closed.append(1)))
     assert isinstance(rejected.value.error, Unavailable)
@@ -272,7 +273,7 @@ def test_more_than_is_allowed_is_refused_and_nothing_is_written() -> None:
 def test_what_is_not_allowed_in_memory_goes_to_files_that_leave_nothing(tmp_path: Path) -> None:
     module = model()
     before = state(module)
-    memory = UndoMemory(CPU, 2_000_000, tmp_path)
+    memory = UndoLog(CPU, 2_000_000, tmp_path)
     update = begun(module, memory)
     update.prepare(opened(other(module)))
     assert [block.in_file for block in memory._blocks] == [True]
@@ -288,13 +289,13 @@ def test_a_full_disk_is_said_before_anything_is_written(tmp_path: Path, monkeypa
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(undo.os, "posix_fallocate", full)
-    update = begun(model(), UndoMemory(CPU, 2_000_000, tmp_path))
+    update = begun(model(), UndoLog(CPU, 2_000_000, tmp_path))
     with pytest.raises(Rejected, match=f"no room in {tmp_path}: No space left on device"):
         update.prepare(opened(other(model())))
 
 
 def test_the_second_update_uses_the_memory_of_the_first_and_free_gives_it_back() -> None:
-    module, memory = model(), UndoMemory(CPU, PLENTY, None)
+    module, memory = model(), UndoLog(CPU, PLENTY, None)
     update, addresses = begun(module, memory), []
     for _ in range(3):
         update.prepare(opened(other(module)))
@@ -308,15 +309,15 @@ def test_the_second_update_uses_the_memory_of_the_first_and_free_gives_it_back()
 
 
 def test_memory_that_is_free_and_too_small_does_not_count() -> None:
-    memory = UndoMemory(CPU, 100 << 20, None)
-    memory.take([torch.zeros(66 << 20, dtype=torch.uint8)])
+    memory = UndoLog(CPU, 100 << 20, None)
+    memory.reserve([torch.zeros(66 << 20, dtype=torch.uint8)])
     memory.clear()
-    memory.take([torch.zeros(80 << 20, dtype=torch.uint8)])
+    memory.reserve([torch.zeros(80 << 20, dtype=torch.uint8)])
 
 
 def test_copies_do_not_overlap_and_are_aligned() -> None:
-    memory = UndoMemory(CPU, PLENTY, None)
-    taken, _ = memory.take([torch.zeros(shape, dtype=torch.uint8) for shape in (1, 63, 64, 65, 1_000_000)])
+    memory = UndoLog(CPU, PLENTY, None)
+    taken, _ = memory.reserve([torch.zeros(shape, dtype=torch.uint8) for shape in (1, 63, 64, 65, 1_000_000)])
     for number, tensor in enumerate(taken):
         tensor.fill_(number)
     assert [set(tensor.tolist()) for tensor in taken] == [{0}, {1}, {2}, {3}, {4}]
@@ -324,24 +325,24 @@ def test_copies_do_not_overlap_and_are_aligned() -> None:
 
 
 def test_what_was_taken_and_not_used_is_there_again() -> None:
-    memory = UndoMemory(CPU, 64 << 20, None)
+    memory = UndoLog(CPU, 64 << 20, None)
     for _ in range(3):
-        _, give_back = memory.take([torch.zeros(60 << 20, dtype=torch.uint8)])
+        _, give_back = memory.reserve([torch.zeros(60 << 20, dtype=torch.uint8)])
         give_back()
-    memory.take([torch.zeros(60 << 20, dtype=torch.uint8)])
-    with pytest.raises(NoRoom):
-        memory.take([torch.zeros(5 << 20, dtype=torch.uint8)])
+    memory.reserve([torch.zeros(60 << 20, dtype=torch.uint8)])
+    with pytest.raises(UndoBudgetExceeded):
+        memory.reserve([torch.zeros(5 << 20, dtype=torch.uint8)])
 
 
 def test_a_file_that_becomes_shorter_is_found_before_anything_is_written(tmp_path: Path) -> None:
-    module, memory = model(settled=True), UndoMemory(CPU, PLENTY, None)
+    module, memory = model(settled=True), UndoLog(CPU, PLENTY, None)
     before = state(module)
     _, file = from_file(module, tmp_path)
     files, update, closed = MappedFiles(), begun(module, memory), []
     tensors = {name: tensor for name, tensor in files.map(file).items() if name in before and tensor.nbytes > 1 << 18}
     os.truncate(file, 1)
     with pytest.raises(OSError, match="a file has become shorter"):
-        update.prepare(Opened({"transformer": tensors}, lambda: closed.append(files.close()), files.read))
+        update.prepare(TensorSource({"transformer": tensors}, lambda: closed.append(files.close()), files.read))
     assert (len(closed), update.written, memory._pages) == (1, {}, [])
     assert same(state(module), before)
 
@@ -350,10 +351,10 @@ def test_a_file_that_becomes_shorter_is_found_before_anything_is_written(tmp_pat
 def test_a_divided_tensor_in_pages_is_exchanged_whole(rank: int) -> None:
     module = nn.Module()
     module.register_buffer("packed", torch.randn(9, 50_000))
-    settle([module])
+    give_own_pages([module])
     before, address = module.packed.clone(), module.packed.data_ptr()
     layout = Layout(module, [Entry("packed", "packed", (18, 50_000), Shard(0, (6, 12)))], Ranks(rank, 2))
-    update, whole = Update({"transformer": layout}, UndoMemory(CPU, PLENTY, None)), torch.randn(18, 50_000)
+    update, whole = RankUpdate({"transformer": layout}, UndoLog(CPU, PLENTY, None)), torch.randn(18, 50_000)
     update.prepare(opened({"packed": whole}))
     assert torch.equal(module.packed, before)
     update.write()
@@ -369,16 +370,16 @@ def test_a_begun_update_of_a_module_that_was_put_away_meanwhile_is_undone() -> N
     before, update = state(module), begun(module)
     update.prepare(opened(other(module)))
     update.write()
-    parked = Parking([module], CPU)
-    parked.park(lambda: None)
+    parked = Offloader([module], CPU)
+    parked.offload(lambda: None)
     update.rollback()
     assert same(state(module), before)
-    parked.fetch(lambda: None)
+    parked.restore(lambda: None)
     assert same(state(module), before)
 
 
 def test_pages_are_used_again_and_are_within_the_limit(tmp_path: Path) -> None:
-    module, memory = model(settled=True), UndoMemory(CPU, 70 << 20, None)
+    module, memory = model(settled=True), UndoLog(CPU, 70 << 20, None)
     update, addresses = begun(module, memory), []
     for _ in range(3):
         update.prepare(opened(other(module)))
@@ -389,9 +390,9 @@ def test_pages_are_used_again_and_are_within_the_limit(tmp_path: Path) -> None:
     assert len(addresses[0]) == 3
     memory.free()
     assert memory._held() == 0
-    before, small = state(module), begun(module, UndoMemory(CPU, 6_000_000, tmp_path))
+    before, small = state(module), begun(module, UndoLog(CPU, 6_000_000, tmp_path))
     small.prepare(opened(other(module)))
-    assert len(small._memory._pages) < 3
+    assert len(small._undo_log._pages) < 3
     small.write()
     small.rollback()
     assert same(state(module), before)
@@ -405,7 +406,7 @@ def test_a_divided_tensor_of_several_blocks_is_exchanged_piece_by_piece(rank: in
     entry = Entry("packed", "packed", (18, 500_000), Shard(0, (6, 12)))
     layout = Layout(module, [entry], Ranks(rank, 2))
     whole, kept = torch.randn(18, 500_000), torch.empty(9, 500_000)
-    layout.exchange("packed", whole, kept)
+    layout.overwrite("packed", whole, kept)
     first, second = (slice(0, 3), slice(6, 12)) if rank == 0 else (slice(3, 6), slice(12, 18))
     assert torch.equal(module.packed, torch.cat([whole[first], whole[second]]))
     assert torch.equal(kept, before)
@@ -415,7 +416,7 @@ def test_what_a_refused_update_would_have_left_out_is_not_told_of_the_next() -> 
     module = model()
     layout = Layout.whole(module)
     layout.names = Names(buffers=frozenset({"made"}))
-    update = Update({"transformer": layout}, UndoMemory(CPU, PLENTY, None))
+    update = RankUpdate({"transformer": layout}, UndoLog(CPU, PLENTY, None))
     update.prepare(opened({**other(module), "made": torch.zeros(1)}))
     update.release()  # another rank could not do it
     update.prepare(opened(other(module)))

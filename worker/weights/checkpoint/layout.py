@@ -1,7 +1,7 @@
 """The layout: where each tensor of a checkpoint lives in a module, on this rank.
 
-Names are the checkpoint's, whatever degree of parallelism or fusing is in force. Loading, and everything else that
-touches weights, goes through here; nothing else knows how they are divided.
+Names are those of the checkpoint, at any degree of parallelism and with or without fusing. Everything that reads or
+writes weights goes through here; nothing else knows how they are divided.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import nn
 from ...parallel.plan import Shard
 from ...parallel.ranks import ALONE, Ranks
 from .names import Names
-from .overwrite import Pair, Read, exchange
+from .overwrite import Pair, Read, overwrite
 
 
 class Sliceable(Protocol):
@@ -51,13 +51,13 @@ class Layout:
         self._owners: dict[str, tuple[nn.Module, str]] = {}
         self._names = {entry.own or entry.tensor: entry.name for entry in self}
         self.bases: dict[str, torch.Tensor] = {}
-        """This rank's part of the tensors that adapters are merged into, as they are without them."""
+        """This rank's part of the tensors that adapters are merged into, without the adapters."""
         self.names = Names()
-        """What else tensors of the module may be called."""
+        """Other names of the module's tensors."""
 
     @classmethod
     def whole(cls, module: nn.Module) -> Layout:
-        """The layout of a module that is as its class makes it."""
+        """The layout of a module that is neither divided nor fused."""
         return cls(module, (Entry(name, name, tuple(t.shape)) for name, t in module.state_dict().items()))
 
     def __iter__(self) -> Iterator[Entry]:
@@ -77,18 +77,18 @@ class Layout:
         return self._names.get(tensor)
 
     def local(self, name: str) -> torch.Tensor:
-        """This rank's part of the tensor, without adapters: all that is said and written of weights is of this."""
+        """This rank's part of the tensor without adapters; digests, snapshots and updates mean this one."""
         base = self.bases.get(name)
         return self.live(name) if base is None else base
 
     def live(self, name: str) -> torch.Tensor:
-        """This rank's part of the tensor: the memory that the module computes with."""
+        """This rank's part of the tensor that the module computes with."""
         entry = self._entries[name]
         tensor = self._find(entry.tensor)
         return tensor if entry.rows is None else tensor[entry.rows]
 
     def factors(self, name: str, down: torch.Tensor, up: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """This rank's part of two factors of the tensor, ``up @ down``: their product is this rank's part of it."""
+        """This rank's part of two factors: their product is this rank's part of ``up @ down``."""
         entry = self._entries[name]
         if entry.shard is None or self._ranks.size == 1:
             return down, up
@@ -98,7 +98,7 @@ class Layout:
         return torch.cat([down[index] for index in indices], dim=1), up
 
     def part(self, name: str, whole: torch.Tensor) -> torch.Tensor:
-        """This rank's part of ``whole``, which is of the tensor's shape."""
+        """This rank's part of ``whole``, which has the tensor's shape."""
         pieces = self._pieces(name, whole)
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=self._dim(name))
 
@@ -122,27 +122,26 @@ class Layout:
         for here, piece in self._places(name, whole):
             here.copy_(piece)
 
-    def exchange(self, name: str, whole: Sliceable, before: torch.Tensor, read: Read | None = None) -> None:
-        """:meth:`write`, and keep what was there in ``before``, which is like :meth:`local`.
+    def overwrite(self, name: str, whole: Sliceable, before: torch.Tensor, read: Read | None = None) -> None:
+        """:meth:`write`, and keep the old values in ``before``, which is like :meth:`local`.
 
-        Whatever is raised, the tensor is written whole or not at all.
+        On an error nothing is written.
         """
         places = self._places(name, whole)
         kept = _split(before, [piece for _, piece in places], self._dim(name))
-        exchange(((here, piece, old) for (here, piece), old in zip(places, kept, strict=True)), read)
+        overwrite(((here, piece, old) for (here, piece), old in zip(places, kept, strict=True)), read)
 
     def beside(self, name: str, whole: Sliceable, room: torch.Tensor) -> list[Pair]:
-        """What of ``whole`` is this rank's, piece by piece, and where each belongs in ``room``, which is like
-        :meth:`local`."""
+        """Pairs of a place in ``room``, which is like :meth:`local`, and the piece of ``whole`` that belongs there."""
         pieces = [piece for _, piece in self._places(name, whole)]
         return list(zip(_split(room, pieces, self._dim(name)), pieces, strict=True))
 
     def _dim(self, name: str) -> int:
-        """Along which the tensor is in pieces, if it is."""
+        """The dimension along which the tensor is divided."""
         return 0 if (shard := self._entries[name].shard) is None else shard.dim
 
     def _places(self, name: str, whole: Sliceable) -> list[Pair]:
-        """This rank's memory, and what of ``whole`` belongs there, piece by piece."""
+        """Pairs of a place in this rank's memory and the piece of ``whole`` that belongs there."""
         pieces, local = self._pieces(name, whole), self.local(name)
         dim = self._dim(name)
         shape = list(pieces[0].shape)
@@ -158,7 +157,7 @@ class Layout:
         entry, local = self._entries[name], self.local(name)
         if entry.shard is None or self._ranks.size == 1:
             return local.detach()
-        own = local.detach().to(self._ranks.device).contiguous()  # where ranks can speak of it, also when it is parked
+        own = local.detach().to(self._ranks.device).contiguous()  # also while it is offloaded
         whole = own.new_empty(entry.shape)
         for rank, part in enumerate(self._ranks.gather(own)):
             start = 0
@@ -175,7 +174,7 @@ class Layout:
             yield name, self.read(name)
 
     def _pieces(self, name: str, whole: Sliceable) -> list[torch.Tensor]:
-        """What this rank keeps of ``whole``, along the divided dimension; of a file, only that is read."""
+        """This rank's pieces of ``whole``, along the divided dimension; of a file, only these are read."""
         entry = self._entries[name]
         if entry.shard is None:
             return [whole[...]]

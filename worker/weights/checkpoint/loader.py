@@ -23,10 +23,11 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 from ...parallel.divide import divide
 from ...parallel.plan import CannotDivide, Family, Shard, degrees, fit, shards, undividable
 from ...parallel.ranks import ALONE, Ranks
+from .aliases import names_of
 from .files import WeightFiles
 from .fuse import fuse
 from .layout import Layout, entries
-from .names import ignored_names, names_of
+from .names import ignored_names
 
 
 class CannotLoad(Exception):

@@ -1,4 +1,4 @@
-"""Getting new bytes beside the old ones, or in their place with the old ones kept."""
+"""Copies new bytes beside the old ones, or over them while the old ones are kept."""
 
 from __future__ import annotations
 
@@ -8,38 +8,38 @@ from typing import Self
 
 import torch
 
-from ..progress import Sign
+from ..progress import Progress
 
 CHUNK = 1 << 19
-"""Bytes that are exchanged at a time: so few that what was read is still in a core's cache when it is written."""
+"""Bytes that are overwritten at a time: few enough to stay in a core's cache between read and write."""
 
 _READ = 8 << 20
-"""Bytes that a thread reads at a time."""
+"""Bytes that one thread reads at a time."""
 
 Read = Callable[[memoryview, int], object]
-"""Fills memory with the bytes that are mapped at an address, without touching that."""
+"""Fills memory with the bytes that are mapped at an address, without a page fault there."""
 
 Pair = tuple[torch.Tensor, torch.Tensor]
-"""Of one shape: where to write, and what."""
+"""Two tensors of one shape: the target, and the new values."""
 
 Triple = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
-"""Of one shape: where to write, what, and where what was there is kept."""
+"""Three tensors of one shape: the target, the new values, and where the old values are kept."""
 
 
-class Staging:
-    """Copies tensors on all cores, cast where they have another dtype; a context, and when it ends all are copied.
+class StagedCopy:
+    """Copies tensors on all cores, cast to the target's dtype. A context: all are copied when it ends.
 
-    ``read`` gets bytes from where new tensors lie, where that is cheaper.
+    ``read``, where given, fetches the bytes of mapped tensors.
     """
 
-    def __init__(self, read: Read | None, sign: Sign) -> None:
+    def __init__(self, read: Read | None, on_progress: Progress) -> None:
         self._read = read
-        self._sign = sign
+        self._on_progress = on_progress
         self._pool = ThreadPoolExecutor(torch.get_num_threads())
         self._started: list[Future[object]] = []
 
     def __call__(self, pieces: Iterable[Pair]) -> None:
-        """Begin to copy the second of each to the first. Raises what the copy raises, or leaving the context does."""
+        """Begin to copy each pair. Errors of the copy are raised here or when the context ends."""
         for there, new in pieces:
             if self._read is not None and _plain(there, new):
                 room, address = _flat(there).numpy().data, new.data_ptr()
@@ -47,7 +47,7 @@ class Staging:
                     self._started.append(self._pool.submit(self._read, room[at : at + _READ], address + at))
             else:
                 there.copy_(new)
-                self._sign()
+                self._on_progress()
 
     def __enter__(self) -> Self:
         return self
@@ -56,14 +56,14 @@ class Staging:
         try:
             for started in self._started if kind is None else ():
                 started.result()
-                self._sign()
+                self._on_progress()
         finally:
             self._pool.shutdown(cancel_futures=True)
 
 
 @torch.no_grad()
-def exchange(pieces: Iterable[Triple], read: Read | None = None) -> None:
-    """Copy the first of each to the third and the second to the first; all of them, or none."""
+def overwrite(pieces: Iterable[Triple], read: Read | None = None) -> None:
+    """Keep the old values and write the new ones: all of them or, on an error, none."""
     kept: list[Pair] = []
     try:
         for local, new, before in pieces:
@@ -81,7 +81,7 @@ def exchange(pieces: Iterable[Triple], read: Read | None = None) -> None:
 
 
 def _plain(*tensors: torch.Tensor) -> bool:
-    """Whether these are bytes in order, in the host's memory, to be copied as they are."""
+    """Whether the tensors are contiguous in host memory with one dtype, so that their bytes can be copied."""
     return len({tensor.dtype for tensor in tensors}) == 1 and all(
         type(tensor) in (torch.Tensor, torch.nn.Parameter) and tensor.device.type == "cpu" and tensor.is_contiguous()
         for tensor in tensors

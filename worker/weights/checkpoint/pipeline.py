@@ -18,7 +18,6 @@ from ...models import family_of
 from ...parallel.plan import Family
 from ...parallel.ranks import Ranks
 from ...sizes import DENOISERS
-from ..update.page_swap import settle
 from .components import Component, components, inspect, pipeline_class
 from .files import WeightFiles
 from .layout import Layout
@@ -78,7 +77,6 @@ def load_pipeline(
     pipeline.register_modules(**dict.fromkeys(others))
     pipeline.to(device)
     parts = {name: part for name, part in pipeline.components.items() if isinstance(part, nn.Module)}
-    settle(parts.values())
     layouts = {
         name: own[name].layout if name in own else _layout(part, models.get(name)) for name, part in parts.items()
     }

@@ -1,4 +1,4 @@
-"""Digests of a model's weights: of whole tensors under checkpoint names, whatever the ranks hold of them."""
+"""Digests of a model's weights: of whole tensors by checkpoint name, whatever part each rank holds."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from ....formats.digests import tensor_digest
 from ....protocol.reports import TensorDigest
 from ...parallel.ranks import Ranks
 from ..checkpoint.layout import Layout
-from ..progress import Sign
+from ..progress import Progress
 
 
 def raw_bytes(tensor: torch.Tensor) -> memoryview:
-    """The tensor's bytes, row by row, on the CPU; no copy where they lie so already."""
+    """The tensor's bytes on the CPU, row by row; copied only where needed."""
     flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
     return memoryview(flat.numpy())  # type: ignore[arg-type]  # an array is a buffer
 
@@ -30,12 +30,12 @@ Details = dict[str, dict[str, TensorDigest]]
 
 
 def module_digests(
-    layouts: Mapping[str, Layout], ranks: Ranks, sign: Sign, *, detail: bool = False
+    layouts: Mapping[str, Layout], ranks: Ranks, on_progress: Progress, *, detail: bool = False
 ) -> tuple[list[dict[str, str]], Details]:
-    """Hex of each module: SHA-256 over its tensors, sorted by name, of name and bytes. Rank after rank.
+    """Each rank's hex digest of each module: SHA-256 over names and bytes of its tensors, sorted by name.
 
-    All ranks must call this together. What they say differs where a tensor does that each of them has whole. With
-    ``detail`` every tensor has a digest of its own too; each is gathered once for both.
+    All ranks must call this together. Ranks differ where a tensor differs that each of them has whole. With ``detail``
+    every tensor also has a digest of its own.
     """
     shares = _shares(layouts, _threads())
     with ThreadPoolExecutor(len(shares)) as pool, _Tensors() as tensors:
@@ -45,40 +45,40 @@ def module_digests(
                 if item is not None:
                     module, name = item
                     whole = layouts[module].read(name)
-                    hasher.take(module, name, whole)
+                    hasher.add(module, name, whole)
                     if detail:
-                        tensors.take(module, name, whole)
-                    sign()
+                        tensors.add(module, name, whole)
+                    on_progress()
         found = {module: hexadecimal for hasher in hashers for module, hexadecimal in hasher.done().items()}
-        told = ranks.exchange(msgspec.msgpack.encode(dict(sorted(found.items()))))
-        return [msgspec.msgpack.decode(one, type=dict[str, str]) for one in told], tensors.done()
+        answers = ranks.exchange(msgspec.msgpack.encode(dict(sorted(found.items()))))
+        return [msgspec.msgpack.decode(one, type=dict[str, str]) for one in answers], tensors.done()
 
 
-def tensor_digests(layout: Layout, names: Sequence[str], sign: Sign) -> dict[str, TensorDigest]:
-    """Of each of the tensors ``names``. All ranks must call this together; every rank has all of them."""
+def tensor_digests(layout: Layout, names: Sequence[str], on_progress: Progress) -> dict[str, TensorDigest]:
+    """The digests of the tensors ``names``, on every rank. All ranks must call this together."""
     with _Tensors() as tensors:
         for name in names:
-            tensors.take("", name, layout.read(name))
-            sign()
+            tensors.add("", name, layout.read(name))
+            on_progress()
         return tensors.done().get("", {})
 
 
 def _threads() -> int:
-    """Digests that are computed at a time, on each rank; the same number on all of them."""
+    """How many digests are computed at a time on each rank, the same number on all ranks."""
     return torch.get_num_threads()
 
 
 class _Tensors:
-    """Digests of tensors, computed on all cores, at most a tensor for each of them behind. A context."""
+    """Computes digests of tensors on all cores, with at most one tensor waiting for each core. A context."""
 
     def __init__(self) -> None:
         self._pool = ThreadPoolExecutor(_threads())
         self._pending: deque[tuple[str, str, Future[TensorDigest]]] = deque()
         self._found: Details = {}
 
-    def take(self, module: str, name: str, tensor: torch.Tensor) -> None:
+    def add(self, module: str, name: str, tensor: torch.Tensor) -> None:
         self._pending.append((module, name, self._pool.submit(digest, tensor)))
-        if len(self._pending) > _threads():  # so few whole tensors are in memory
+        if len(self._pending) > _threads():  # bounds the whole tensors in memory
             self._collect()
 
     def done(self) -> Details:
@@ -98,7 +98,7 @@ class _Tensors:
 
 
 def digest(tensor: torch.Tensor) -> TensorDigest:
-    """Of one whole tensor."""
+    """The digest of one whole tensor."""
     dtype, shape = str(tensor.dtype), list(tensor.shape)
     return TensorDigest(tensor_digest(dtype, shape, raw_bytes(tensor)), dtype, shape)
 
@@ -111,7 +111,7 @@ class _Hasher:
         self._digests: dict[str, hashlib._Hash] = {}
         self._pending: Future[None] | None = None
 
-    def take(self, module: str, name: str, tensor: torch.Tensor) -> None:
+    def add(self, module: str, name: str, tensor: torch.Tensor) -> None:
         if self._pending is not None:
             self._pending.result()
         hasher = self._digests.setdefault(module, hashlib.sha256())

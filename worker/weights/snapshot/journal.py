@@ -1,7 +1,7 @@
-"""What was committed, on disk: every module that is not as its checkpoint has it, whole, with the version.
+"""The journal: committed weights on disk, as whole modules that differ from the checkpoint, and their version.
 
-``current.json`` names a folder beside it and is replaced in one move, so that what can be read is always what was
-committed, whenever the machine stops. It has the digests of its files: what the disk has spoilt is never served.
+``current.json`` names a folder beside it and is replaced atomically, so that a start after a crash reads exactly what
+was committed. It has the digests of the files, so that damaged files are never served.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ import msgspec
 from ....protocol.errors import StartFailed
 from ...parallel.ranks import Ranks
 from ..checkpoint.layout import Layout
-from ..progress import Sign
-from ..transport.sources import map_file
-from .snapshot import export
+from ..checkpoint.mapped_files import map_file
+from ..progress import Progress
+from .snapshot import write_snapshot
 
 _ENTRY = re.compile(r"version-[0-9a-f]{16}")
 
@@ -33,7 +33,7 @@ class _Current(msgspec.Struct, frozen=True):
     modules: dict[str, str]
 
 
-class _Look(msgspec.Struct, frozen=True):
+class _Lookup(msgspec.Struct, frozen=True):
     """The bytes of ``current.json``; ``None`` where there is none."""
 
     found: bytes | None = None
@@ -53,9 +53,9 @@ class Journal:
         modules: Sequence[str],
         version: str,
         ranks: Ranks,
-        sign: Sign,
+        on_progress: Progress,
     ) -> None:
-        """Write down what is to be committed: ``modules``, and those that the journal has already.
+        """Write an entry before its commit: ``modules``, and those that the journal already has.
 
         All ranks must call this together. Raises ``OSError`` on rank 0.
         """
@@ -63,37 +63,37 @@ class Journal:
         names = sorted({*modules, *(before.modules if before is not None else ())})
         folder = self._directory / f"version-{os.urandom(8).hex()}"
         try:
-            files = export(layouts, names, folder, ranks, sign, durable=True)
+            files = write_snapshot(layouts, names, folder, ranks, on_progress, durable=True)
             current = _Current(version, folder.name, {module: file.sha256 for module, file in files.items()})
             if ranks.rank == 0:
-                self._put_beside(current)
+                self._write_next(current)
         except OSError:
             shutil.rmtree(folder, ignore_errors=True)
             raise
-        self._written = current if ranks.rank == 0 else None  # who has written it commits it, or drops it
+        self._written = current if ranks.rank == 0 else None  # the rank that wrote it commits or drops it
 
-    def _put_beside(self, current: _Current) -> None:
-        """So that a commit is no more than a move, for which a full disk has room."""
-        with self._beside.open("wb") as stream:
+    def _write_next(self, current: _Current) -> None:
+        """Write the next ``current.json``, so that a commit is only a rename, which needs no room on disk."""
+        with self._next_file.open("wb") as stream:
             stream.write(msgspec.json.encode(current))
             stream.flush()
             os.fsync(stream.fileno())
 
     @property
-    def _beside(self) -> Path:
+    def _next_file(self) -> Path:
         return self._directory / "current.json.new"
 
     def drop(self) -> None:
-        """What was written is not committed."""
+        """Delete the entry that was written."""
         if self._written is not None:
             shutil.rmtree(self._directory / self._written.folder, ignore_errors=True)
             self._written = None
 
     def commit(self) -> None:
-        """What was written is what a start begins with from now on."""
+        """Make the written entry the one that the next start replays."""
         if self._written is None:
             return
-        self._beside.replace(self._directory / "current.json")
+        self._next_file.replace(self._directory / "current.json")
         _sync(self._directory)
         for folder in self._directory.iterdir():
             if _ENTRY.fullmatch(folder.name) and folder.name != self._written.folder:
@@ -101,26 +101,26 @@ class Journal:
         self._written = None
 
     def _current(self, ranks: Ranks) -> _Current | None:
-        """What rank 0 finds: between two ranks' looks another replica may have committed.
+        """The current entry as rank 0 reads it, because another replica may commit between two ranks' reads.
 
-        All ranks must call this together, and on all of them it raises the same: ``OSError``, ``msgspec.DecodeError``.
+        All ranks must call this together, and all raise the same: ``OSError`` or ``msgspec.DecodeError``.
         """
-        file, look = self._directory / "current.json", _Look()
+        file, lookup = self._directory / "current.json", _Lookup()
         try:
             if ranks.rank == 0 and file.exists():
-                look = _Look(file.read_bytes())
+                lookup = _Lookup(file.read_bytes())
         except OSError as error:
-            look = _Look(fault=error.strerror or str(error))
-        look = msgspec.msgpack.decode(ranks.exchange(msgspec.msgpack.encode(look))[0], type=_Look)
-        if look.fault:
-            raise OSError(look.fault)
-        return msgspec.json.decode(look.found, type=_Current) if look.found is not None else None
+            lookup = _Lookup(fault=error.strerror or str(error))
+        lookup = msgspec.msgpack.decode(ranks.exchange(msgspec.msgpack.encode(lookup))[0], type=_Lookup)
+        if lookup.fault:
+            raise OSError(lookup.fault)
+        return msgspec.json.decode(lookup.found, type=_Current) if lookup.found is not None else None
 
     def replay(self, layouts: Mapping[str, Layout], ranks: Ranks) -> str | None:
-        """Write into the model what was committed last; returns its version, or ``None`` where there is none.
+        """Write the last committed entry into the model, and return its version; ``None`` where there is no entry.
 
         All ranks must call this together.
-        Raises ``StartFailed`` for a journal that is of another model, or that cannot be read.
+        Raises ``StartFailed`` where the journal is of another model or cannot be read.
         """
         try:
             current = self._current(ranks)

@@ -1,4 +1,4 @@
-"""What a payload may name: an exact list. Reading resolves a name to an entry here, and never imports it."""
+"""The allowlist of names in a payload. Reading resolves a name to an entry here, and never imports it."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ DTYPES = {
 
 
 class NotAPayload(Exception):
-    """What was sent is no payload of weights; a sentence says what is wrong with it, and where."""
+    """The bytes are not a payload of weights; the message says what is wrong, and where."""
 
 
 class Known(Enum):
-    """The globals that a stream may name, besides dtypes. Naming one imports nothing: these are only words here."""
+    """The globals that a stream may name, besides dtypes. They are markers: nothing is imported."""
 
     REBUILD_TENSOR = "torch.multiprocessing.reductions.rebuild_tensor"
     REBUILD_TYPED_STORAGE = "torch.multiprocessing.reductions.rebuild_typed_storage"

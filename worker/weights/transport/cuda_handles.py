@@ -1,7 +1,7 @@
-"""Tensors on a GPU that another process shares by CUDA IPC handles, which came as plain data.
+"""Opens GPU tensors of another process by CUDA IPC handles that came as plain data.
 
-They are those that torch makes of a storage (``torch.UntypedStorage._share_cuda_``), and are checked like those in a
-pickled payload. Each may be opened by one reader, which its sender counts.
+The handles are those of ``torch.UntypedStorage._share_cuda_``, and pass the same checks as those in a pickled payload.
+The sender counts one reader for each handle.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from .rebuild import cuda_tensor
 
 
 def open_handles(handles: Sequence[CudaTensor]) -> dict[str, torch.Tensor]:
-    """Views of the sender's memory, by name. Raises :class:`NotAPayload`."""
+    """Views of the sender's memory, by tensor name. Raises :class:`NotAPayload`."""
     found: dict[str, torch.Tensor] = {}
     for handle in handles:
         if handle.name in found:
@@ -27,7 +27,7 @@ def open_handles(handles: Sequence[CudaTensor]) -> dict[str, torch.Tensor]:
 
 
 def _call(handle: CudaTensor) -> Call:
-    """What a pickled payload would call for it."""
+    """The call that a pickled payload would make for the same tensor."""
     origin = f"the handle of {handle.name}"
     dtype = DTYPES.get(f"torch.{handle.dtype.removeprefix('torch.')}")
     if dtype is None:

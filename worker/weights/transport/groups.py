@@ -1,6 +1,6 @@
-"""Process groups with a trainer, over which it broadcasts tensors: gloo between CPUs, NCCL between CUDA devices.
+"""Process groups over which a trainer broadcasts tensors: gloo between CPUs, NCCL between CUDA devices.
 
-The trainer is rank 0 and keeps the store; each rank of each replica is one of the others. Its side is::
+The trainer is rank 0 and hosts the store; every rank of every replica is another member. The trainer runs::
 
     store, rank, world_size = next(rendezvous(f"tcp://{address}:{port}", 0, world_size, timeout=timeout))
     store = PrefixStore(group_name, store)
@@ -9,8 +9,8 @@ The trainer is rank 0 and keeps the store; each rank of each replica is one of t
     )
     _world.pg_group_ranks[group] = {i: i for i in range(world_size)}  # torch.distributed.distributed_c10d._world
 
-while it waits for the reply of ``/init_weights_update_group``; then, for every tensor that it has told
-``/update_weights_from_distributed`` of and in the order of its names, ``broadcast(tensor, src=0, group=group)``.
+while it waits for the reply of ``/init_weights_update_group``. Then it calls ``broadcast(tensor, src=0, group=group)``
+for every tensor named in ``/update_weights_from_distributed``, in the order of the names.
 """
 
 from __future__ import annotations
@@ -26,26 +26,26 @@ import torch
 from ....protocol.errors import Conflict, InvalidRequest, NotFound, Unavailable
 from ....protocol.operations import Join
 from ....protocol.tensor_sources import Broadcast
-from ..progress import Sign
+from ..progress import Progress
 from .joining import LATE_S, SENDER, Attempt, first_line
 
-MOST_GROUPS = 32
-"""Each has threads and connections of this rank."""
+MAX_GROUPS = 32
+"""Each group has threads and connections on this rank."""
 
-_MOST = 1 << 40
-"""Bytes of one tensor; more are not meant."""
+_MAX_TENSOR_BYTES = 1 << 40
+"""More is taken for a mistake."""
 
 _POLL_S = 0.0002
 
 _LOOK_S = 0.05
-"""How often the leader asks whether the other ranks have joined too."""
+"""Seconds between the leader's questions whether the other ranks have joined."""
 
 _CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True, slots=True)
 class _Group:
-    """``backend`` is Any as torch declares no common class with the collectives of its backends."""
+    """``backend`` is Any because torch declares no common class for the collectives of its backends."""
 
     number: int
     backend: Any
@@ -53,7 +53,7 @@ class _Group:
     timeout_s: float
 
     def receive(self, tensor: torch.Tensor, deadline: float) -> None:
-        """Raises ``RuntimeError`` where it does not come."""
+        """Receive ``tensor`` from the trainer. Raises ``RuntimeError`` where it does not arrive."""
         work = self.backend.broadcast(tensor, SENDER)
         began = time.monotonic()
         late = min(began + self.timeout_s, deadline)
@@ -65,50 +65,50 @@ class _Group:
 
 
 class Groups:
-    """This rank's groups, by name, and those that it is joining, by the number of the order to do so.
+    """This rank's groups, by name, and the joins in progress, by the number of their order.
 
-    ``place`` is its number among all ranks of all replicas. ``ended`` is called, in some thread, when a join has come
-    to its end; every rank then has to :meth:`settle` it in the same turn. ``receive_s`` bounds one update's broadcasts.
+    ``global_rank`` counts all ranks of all replicas. ``ended`` is called from another thread when a join has ended;
+    every rank must then :meth:`settle` it in the same step. ``receive_s`` bounds the broadcasts of one update.
     """
 
     def __init__(
         self,
-        place: int,
+        global_rank: int,
         device: torch.device,
         *,
         ended: Callable[[], None] = lambda: None,
         receive_s: float = math.inf,
     ) -> None:
-        self._place = place
+        self._global_rank = global_rank
         self._device = device
         self._ended = ended
         self._receive_s = receive_s
         self._groups: dict[str, _Group] = {}
         self._joining: dict[int, Attempt] = {}
-        self._given_up: list[Attempt] = []  # of which a thread may be left
+        self._given_up: list[Attempt] = []  # their threads may still run
 
     def join(self, number: int, asked: Join) -> None:
-        """Begin to join. Raises ``Conflict`` where there is such a group already, and ``InvalidRequest``."""
+        """Begin to join. Raises ``Conflict`` where the group exists or there are too many, and ``InvalidRequest``."""
         if asked.group in self or any(attempt.asked.group == asked.group for attempt in self._joining.values()):
             raise Conflict(f"There is a group {asked.group!r} already; destroy it first.")
-        if len(self._groups) + len(self._joining) >= MOST_GROUPS:
-            raise Conflict(f"There are {MOST_GROUPS} groups already; destroy one of them first.")
+        if len(self._groups) + len(self._joining) >= MAX_GROUPS:
+            raise Conflict(f"There are {MAX_GROUPS} groups already; destroy one of them first.")
         if asked.backend == "nccl" and self._device.type != "cuda":
             raise InvalidRequest("This server computes on the CPU, where the backend is gloo.", field="backend")
         self._given_up = [attempt for attempt in self._given_up if attempt.is_alive]
         store = asked.address, asked.port
         others = [other for other in self._given_up if (other.asked.address, other.asked.port) == store]
-        self._joining[number] = Attempt(asked, asked.rank_offset + self._place, self._ended, others)
+        self._joining[number] = Attempt(asked, asked.rank_offset + self._global_rank, self._ended, others)
 
     def due(self) -> list[tuple[int, bool]]:
-        """Joins of which the other ranks are to be asked, each with whether it is too late to wait any longer."""
+        """Joins that the ranks must now agree on, each with whether its deadline has passed."""
         now = time.monotonic()
         ended = ((number, now >= one.deadline, one.done) for number, one in self._joining.items())
         return [(number, late) for number, late, done in ended if late or done]
 
     @property
     def next_look_s(self) -> float:
-        """Seconds until :meth:`due` may have something to say of which nothing wakes the loop."""
+        """Seconds until :meth:`due` may return something although nothing has woken the loop."""
         now = time.monotonic()
         waits = (_LOOK_S if one.done else max(0.0, one.deadline - now) for one in self._joining.values())
         return min(waits, default=math.inf)
@@ -117,7 +117,7 @@ class Groups:
         return number in self._joining
 
     def has_joined(self, number: int, *, late: bool) -> bool:
-        """Whether this rank has. Raises ``Unavailable`` where it has failed, or where it is too late."""
+        """Whether this rank has joined. Raises ``Unavailable`` where its join has failed or is too late."""
         attempt = self._joining[number]
         if attempt.done and attempt.error is None:
             return True
@@ -130,7 +130,7 @@ class Groups:
         return False
 
     def settle(self, number: int) -> None:
-        """Every rank has joined: the group can be used."""
+        """Take the group into use, as every rank has joined."""
         attempt = self._joining.pop(number)
         asked = attempt.asked
         if asked.backend == "gloo":
@@ -139,14 +139,14 @@ class Groups:
             self._groups[asked.group] = _Group(number, attempt.take(), self._device, asked.timeout_s)
 
     def forget(self, number: int) -> None:
-        """Not all could join in the order ``number``; this rank leaves what it has joined, or is joining."""
+        """Leave the group that order ``number`` joined or is joining, as not every rank could join it."""
         if number in self._joining:
             self._give_up(number)
         for name in [name for name, group in self._groups.items() if group.number == number]:
             self.leave(name)
 
     def leave(self, name: str | None) -> bool:
-        """Close the group's connections, so that who waits in it is told, or give up joining it; all, for no name.
+        """Close the group, so that waiting members fail, or stop joining it; all groups where ``name`` is ``None``.
 
         Returns whether there was such a group.
         """
@@ -166,8 +166,8 @@ class Groups:
     def __contains__(self, name: str) -> bool:
         return name in self._groups
 
-    def receive(self, asked: Broadcast, sign: Sign) -> dict[str, torch.Tensor]:
-        """The tensors that the trainer broadcasts, in the order of the names. Raises ``Unavailable``."""
+    def receive(self, asked: Broadcast, on_progress: Progress) -> dict[str, torch.Tensor]:
+        """Receive the tensors that the trainer broadcasts, in the order of the names. Raises ``Unavailable``."""
         group, deadline = self._groups[asked.group], time.monotonic() + self._receive_s
         received = {
             name: torch.empty(shape, dtype=_dtype(dtype), device=group.device)
@@ -178,11 +178,11 @@ class Groups:
                 group.receive(tensor, deadline)
             except RuntimeError as error:
                 raise Unavailable(f"The trainer's {name} did not come: {first_line(error)}.") from error
-            sign()
+            on_progress()
         return received
 
     def announced(self, asked: Broadcast) -> dict[str, torch.Tensor]:
-        """The tensors that are to come, without memory. Raises ``InvalidRequest`` and ``NotFound``."""
+        """The announced tensors, without memory. Raises ``InvalidRequest`` and ``NotFound``."""
         if asked.group not in self:
             raise NotFound(f"There is no group {asked.group!r}; make it first.", field="group_name")
         if not len(asked.names) == len(asked.dtypes) == len(asked.shapes):
@@ -196,7 +196,7 @@ class Groups:
 
 
 def _announced(name: str, dtype: torch.dtype, shape: list[int]) -> torch.Tensor:
-    if any(size < 0 for size in shape) or math.prod(shape) * dtype.itemsize > _MOST:
+    if any(size < 0 for size in shape) or math.prod(shape) * dtype.itemsize > _MAX_TENSOR_BYTES:
         raise InvalidRequest(f"{name}: there is no tensor of the shape {shape}.", field="shapes")
     return torch.empty(shape, dtype=dtype, device="meta")
 

@@ -1,8 +1,7 @@
-"""How this rank joins a trainer's process group: in a thread of its own, beside everything that the rank serves.
+"""Joins a trainer's process group in a thread of its own, while the rank keeps serving.
 
-torch limits most of its waits, and not all: a store that accepts a connection and says nothing is waited for without
-end. So a join that is given up has its connection to the store cut, and those by which torch tries again, until the
-thread has ended.
+torch bounds most of its waits, but not all: it waits forever for a store that accepts a connection and then stays
+silent. So giving up a join cuts its connections to the store, including torch's retries, until the thread has ended.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ broadcast over gloo can only be ended by gloo's, so ours comes after it.
 """
 
 _TRY_S = 2.0
-"""Within it torch tries to connect again by itself."""
+"""Seconds within which torch retries a connection by itself."""
 
 _AGAIN_S = 0.2
 
@@ -37,9 +36,9 @@ Peer = tuple[str, int]
 
 
 class Attempt:
-    """One join as ``rank``, after ``others`` to the same store that were given up: they may still be cut off from it.
+    """One join as ``rank``, after ``others``: abandoned joins whose connections to the same store may still be cut.
 
-    ``ended`` is called in the thread when it has ended, well or not.
+    ``ended`` is called from the thread when the join has succeeded or failed.
     """
 
     def __init__(self, asked: Join, rank: int, ended: Callable[[], None], others: Sequence[Attempt] = ()) -> None:
@@ -60,7 +59,7 @@ class Attempt:
 
     @property
     def done(self) -> bool:
-        """Whether it has ended; :attr:`error` says whether it has failed."""
+        """Whether the join has ended; it has failed if :attr:`error` is set."""
         return self._backend is not None or self.error is not None
 
     @property
@@ -68,16 +67,16 @@ class Attempt:
         return self._thread.is_alive()
 
     def wait(self, deadline: float) -> None:
-        """Until its thread has ended, but not longer."""
+        """Wait until the thread has ended, at most until ``deadline``."""
         self._thread.join(max(0.0, deadline - time.monotonic()))
 
     def take(self) -> Any:
-        """The backend of the group that was joined."""
-        assert self._backend is not None, "it has ended well"
+        """The backend of the joined group."""
+        assert self._backend is not None, "the join has succeeded"
         return self._backend
 
     def give_up(self) -> None:
-        """Whatever it comes to is not wanted any more. Returns at once."""
+        """Abandon the join. Returns at once."""
         with self._hand_over:
             self._given_up = True
             backend, self._backend = self._backend, None

@@ -1,4 +1,4 @@
-"""What a trainer's payload means: full tensors, by module and by their names in a checkpoint."""
+"""Interprets a trainer's payload as full tensors, by module and checkpoint name."""
 
 from __future__ import annotations
 
@@ -9,17 +9,16 @@ from typing import Any, TypeVar
 import torch
 
 from ....formats.tensor_files import is_shape
+from ..checkpoint.names import Tensors
 from .allowlist import DTYPES, FIELDS, Known, NotAPayload
 from .rebuild import unpickle
 from .shm_segment import Segments
 
 Payload = TypeVar("Payload")
-Tensors = dict[str, dict[str, torch.Tensor]]
-"""By module and checkpoint name. A tensor may be a view of memory that somebody else owns, and is not to be changed."""
 
 
 class InvalidTensor(NotAPayload):
-    """One tensor of ``module``, called ``name``, is wrong; ``reason`` says how."""
+    """The tensor ``name`` of ``module`` is invalid; ``reason`` says why."""
 
     def __init__(self, module: str, name: str, reason: str) -> None:
         super().__init__(f"the tensor {name!r} of {module} {reason}")
@@ -27,17 +26,17 @@ class InvalidTensor(NotAPayload):
 
 
 def decode(stream: bytes, modules: Sequence[str], segments: Segments) -> Tensors:
-    """Module to name to tensor, of a stream for ``modules``: :func:`unpickle`, then :func:`interpret`."""
+    """The tensors of a stream for ``modules``: :func:`unpickle`, then :func:`interpret`."""
     return interpret(unpickle(stream, segments), modules)
 
 
 def interpret(value: object, modules: Sequence[str]) -> Tensors:
-    """The tensors of ``modules``, exactly which ``value`` must have; without that level it is those of the only one.
+    """The tensors of ``modules``. ``value`` must have exactly these modules, or be the tensors of the only one.
 
     A module's tensors are a list of pairs of name and tensor, or a bucket: ``flattened_tensor``, 1-d and contiguous,
     and ``metadata``, of which each entry has ``name``, ``shape``, ``dtype`` (or its name), ``start_idx``, ``end_idx``
-    and ``numel``. These three count bytes in a buffer of uint8, and elements in any other. Tensors are views of what
-    ``value`` holds; copied are parts of a bucket that are not aligned to their dtype, or of another floating dtype.
+    and ``numel``. These three count bytes in a buffer of uint8, and elements in any other. Tensors are views of
+    ``value``; only parts of a bucket with a misaligned or another floating dtype are copied.
 
     Raises :class:`NotAPayload`; :class:`InvalidTensor` where a tensor is to blame.
     """

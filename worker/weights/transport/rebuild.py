@@ -1,7 +1,7 @@
-"""Makes tensors of what :mod:`.pickled` read: views of memory that another process of this user shares.
+"""Rebuilds tensors from what :mod:`.pickled` read: views of memory that another process of this user shares.
 
-Nothing of the sender's is believed. Handles have exactly the form that torch gives them, what they name belongs to this
-user and is as large as the stream says (:mod:`.shm_segment`), and no view reaches beyond it.
+The sender is not trusted. Handles must have exactly torch's form, the memory that they name must belong to this user
+and have the size that the stream says (:mod:`.shm_segment`), and no view may reach beyond it.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ def unpickle(stream: bytes, segments: Segments) -> Any:
 
     Raises :class:`NotAPayload`.
     """
-    return _Receiver(segments).value(parse(stream))
+    return _Rebuilder(segments).value(parse(stream))
 
 
-class _Receiver:
-    """Replaces calls by what they give, each once, however often it is contained."""
+class _Rebuilder:
+    """Replaces each call by the value that it gives, once, however often the payload contains it."""
 
     def __init__(self, segments: Segments) -> None:
         self._segments = segments
@@ -111,7 +111,7 @@ class _Receiver:
 
 
 def cuda_tensor(call: Call) -> torch.Tensor:
-    """The tensor on a GPU that a call of ``rebuild_cuda_tensor`` stands for. Raises :class:`NotAPayload`."""
+    """The GPU tensor that a call of ``rebuild_cuda_tensor`` describes. Raises :class:`NotAPayload`."""
     match call.args:
         case (
             Known.TENSOR | Known.PARAMETER,
@@ -138,7 +138,7 @@ def cuda_tensor(call: Call) -> torch.Tensor:
 
 
 def _check_handles(call: Call, *handles: Any) -> None:
-    """The size of CUDA's memory and its handle, the segment with its counter, its event (CUDACachingAllocator.cpp)."""
+    """Check the CUDA memory's size and handle, its segment with the counter, its event (CUDACachingAllocator.cpp)."""
     match handles:
         case 0, None, None, 0, None, None:
             return
@@ -169,7 +169,7 @@ def _cuda_device(call: Call, device: object) -> int:
 
 
 def _check_view(call: Call, size: Any, stride: Any, offset: Any, there: int) -> None:
-    """That a view lies in a storage with ``there`` elements, and does not have more than are in it."""
+    """Check that a view lies within a storage of ``there`` elements, and has no more elements than it."""
     if not is_shape(size) or len(size) != len(stride):
         raise _wrong(call, "has a size or a stride that is none")
     _numbers(call, *stride, offset)
@@ -181,9 +181,9 @@ def _check_view(call: Call, size: Any, stride: Any, offset: Any, there: int) -> 
 
 
 def _regular(size: tuple[int, ...], stride: tuple[int, ...]) -> tuple[int, ...]:
-    """The same view, with the strides that a contiguous tensor has where any would do: in dimensions of one element.
+    """The strides of the same view, with a contiguous tensor's strides in dimensions of one element.
 
-    torch looks at them when bytes are viewed, and any are legal.
+    Any stride is legal there, but torch refuses to view the bytes of some.
     """
     regular: list[int] = []
     running = 1

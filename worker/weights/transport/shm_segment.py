@@ -1,10 +1,9 @@
-"""Segments of shared memory in which another process has put tensors: torch's ``file_system`` sharing strategy.
+"""Maps shared-memory segments in which another process has put tensors: torch's ``file_system`` sharing strategy.
 
-A segment is a file in /dev/shm: 64 bytes, of which the first four count its owners, and then the data
-(ATen/MapAllocator.cpp). The sender counts itself and, for each stream that names the segment, the reader of that; who
-takes the last owner away removes the file. Reading it is torch's part everywhere else. But a process in which torch has
-mapped a segment is aborted if the sender's manager of segments dies before it is let go, or has removed it by then, and
-while it runs that manager keeps the memory of a sender that is gone. Here nothing but the mapping is held.
+A segment is a file in /dev/shm: a header of 64 bytes, whose first four count the owners, and then the data
+(ATen/MapAllocator.cpp). The sender counts itself and one reader for each stream that names the segment; whoever removes
+the last owner deletes the file. torch is not used to map it, because torch aborts the process if the sender's segment
+manager dies or removes the segment too early, and because that manager keeps the memory of a sender that has exited.
 """
 
 from __future__ import annotations
@@ -28,11 +27,11 @@ _decrement = ctypes.CDLL(None).sem_trywait  # atomic, unlike what Python can do;
 
 
 class BadSegment(Exception):
-    """A segment is not as it was said to be; a phrase says how."""
+    """A segment is not what the stream says; the message is a phrase."""
 
 
 class Segments:
-    """Segments that streams named, mapped until their storages are let go."""
+    """The segments that one stream names, mapped until their storages are freed."""
 
     def __init__(self) -> None:
         self._owned: list[tuple[str, mmap.mmap]] = []
@@ -52,7 +51,7 @@ class Segments:
         return torch.frombuffer(mapping, dtype=torch.uint8, offset=_HEADER).untyped_storage()
 
     def release(self) -> None:
-        """Take the reader of each from its owners, so that the sender's memory is free when it lets go of it too."""
+        """Remove this reader from the owners of each segment; the last owner deletes the file."""
         for name, mapping in self._owned:
             owners = ctypes.c_int32.from_buffer(mapping)
             last = owners.value == 1
@@ -63,7 +62,7 @@ class Segments:
 
 
 def check_segment(name: bytes, nbytes: int) -> None:
-    """Raises :class:`BadSegment` where this user has no such segment with ``nbytes`` of data."""
+    """Raise :class:`BadSegment` unless this user has such a segment with ``nbytes`` of data."""
     with _opened(name, nbytes):
         pass
 

@@ -1,10 +1,10 @@
-"""Tensors in pages of their own, on a CPU, which can change places with others: an update is exchanged, not copied.
+"""Page swap: CPU tensors that own their memory pages trade them, so that an update is swapped in and not copied.
 
-New bytes are read into pages beside the model while nothing is written yet. Then the pages trade places, by an entry in
-a table for many of them at once (measured: 2 to 12 ms for 1.2 GB, which take 80 ms to copy): every address is as it
-was, the new bytes are there, and the old ones are what undoes it. See docs/decisions/0010.
+The new bytes are first read into pages beside the model. Then the kernel swaps the pages, with one page-table entry for
+many of them (2 to 12 ms for 1.2 GB, which takes 80 ms to copy). Addresses stay, and the old bytes are the undo copy.
+See docs/decisions/0010.
 
-The call is ``mremap`` with ``MREMAP_DONTUNMAP`` (Linux 5.7), so that no address is free for a moment.
+The call is ``mremap`` with ``MREMAP_DONTUNMAP`` (Linux 5.7), so that no address is ever unmapped.
 """
 
 from __future__ import annotations
@@ -20,25 +20,25 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-LEAST = 1 << 18
-"""Bytes of a tensor that gets pages of its own: smaller ones are copied as fast."""
+MIN_BYTES = 1 << 18
+"""Bytes from which a tensor gets pages of its own; smaller tensors are copied as fast."""
 
 ALIGNMENT = 64
-"""Where a tensor begins within so many bytes decides the last bits of some CPU kernels, so it is kept."""
+"""Some CPU kernels round by a tensor's address modulo this number of bytes, so that offset is kept."""
 
 _MAYMOVE, _FIXED, _DONTUNMAP = 1, 2, 4
 _FAILED = ctypes.c_void_p(-1).value
 _LARGE = 2 << 20
-"""Bytes of a large page: its addresses are multiples of that, and it moves as one entry."""
+"""Bytes of a huge page, which is aligned to its size and moves as one page-table entry."""
 
 
 class PagesLost(BaseException):
-    """The pages of a tensor are neither here nor there: the end of this process."""
+    """A swap failed halfway and could not be undone: this process must end."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Mapping:
-    """Private memory with one tensor in it, of ``used`` bytes."""
+    """Private memory that holds one tensor of ``used`` bytes."""
 
     address: int
     size: int
@@ -46,42 +46,39 @@ class _Mapping:
 
 
 _known: dict[int, _Mapping] = {}
-"""By the address of the tensor's first byte."""
+"""The process's mappings by the address of the tensor's first byte."""
 
 
-def settle(modules: Iterable[nn.Module]) -> None:
-    """Give every large parameter and buffer on a CPU pages of its own, where pages can be exchanged."""
-    if not can_exchange():
+def give_own_pages(modules: Iterable[nn.Module]) -> None:
+    """Move every large CPU parameter and buffer into pages of its own, where the kernel can swap pages."""
+    if not can_swap():
         return
     moved: dict[tuple[object, ...], torch.Tensor] = {}
     for module in modules:
         for tensor in (*module.parameters(), *module.buffers()):
             old = tensor.data
-            large = type(old) is torch.Tensor and old.device.type == "cpu" and old.nbytes >= LEAST
-            if large and is_dense(old) and not have_own(old):
+            large = type(old) is torch.Tensor and old.device.type == "cpu" and old.nbytes >= MIN_BYTES
+            if large and is_dense(old) and not owns_pages(old):
                 place = (old.data_ptr(), old.dtype, old.shape, old.stride())
                 if place not in moved:
-                    moved[place] = home(old, old.data_ptr() % ALIGNMENT).copy_(old)
+                    moved[place] = aligned_like(old, old.data_ptr() % ALIGNMENT).copy_(old)
                 tensor.data = moved[place]
 
 
-def home(like: torch.Tensor, offset: int) -> torch.Tensor:
-    """New memory on the CPU for a tensor like the other, which begins ``offset`` bytes behind an aligned address.
+def aligned_like(like: torch.Tensor, offset: int) -> torch.Tensor:
+    """New CPU memory for a tensor like ``like``, ``offset`` bytes behind an aligned address.
 
-    It has pages of its own where it is large.
+    It owns its pages where it is large.
     """
-    if like.nbytes >= LEAST and can_exchange():
-        return laid_out(pages(like.nbytes, offset), like)
+    if like.nbytes >= MIN_BYTES and can_swap():
+        return view_as(allocate_pages(like.nbytes, offset), like)
     raw = torch.empty(like.nbytes + 2 * ALIGNMENT, dtype=torch.uint8)
     start = (offset - raw.data_ptr()) % ALIGNMENT
-    return laid_out(raw[start : start + like.nbytes], like)
+    return view_as(raw[start : start + like.nbytes], like)
 
 
-def pages(size: int, offset: int) -> torch.Tensor:
-    """``size`` bytes that begin ``offset`` bytes behind a page's start, and share their pages with nothing.
-
-    Raises ``OSError`` where there is no memory.
-    """
+def allocate_pages(size: int, offset: int) -> torch.Tensor:
+    """``size`` bytes from ``offset`` bytes behind a page's start, in pages of their own. Raises ``OSError``."""
     mapping = _map(-(-(offset + size) // mmap.PAGESIZE) * mmap.PAGESIZE, size)
     memory = (ctypes.c_ubyte * mapping.size).from_address(mapping.address)
     first = mapping.address + offset
@@ -90,16 +87,16 @@ def pages(size: int, offset: int) -> torch.Tensor:
     return torch.frombuffer(memory, dtype=torch.uint8)[offset : offset + size]
 
 
-def have_own(tensor: torch.Tensor) -> bool:
-    """Whether the tensor, all of it and nothing else, is in pages of its own."""
+def owns_pages(tensor: torch.Tensor) -> bool:
+    """Whether the tensor is all that its pages hold."""
     mapping = _known.get(tensor.data_ptr()) if tensor.device.type == "cpu" and tensor.numel() else None
     return mapping is not None and mapping.used == tensor.nbytes and is_dense(tensor)
 
 
-def exchange(one: torch.Tensor, other: torch.Tensor) -> None:
-    """Have two tensors with pages of their own, as large and at the same offset, trade their bytes.
+def swap_pages(one: torch.Tensor, other: torch.Tensor) -> None:
+    """Swap the bytes of two tensors that own their pages and have the same size and offset.
 
-    Raises ``OSError`` where the kernel has no room in its tables; both are as they were then.
+    Raises ``OSError`` where the kernel has no room in its tables; both tensors are then unchanged.
     """
     first, second = (_known[tensor.data_ptr()] for tensor in (one, other))
     if first.size != second.size or one.data_ptr() - first.address != other.data_ptr() - second.address:
@@ -123,23 +120,23 @@ def exchange(one: torch.Tensor, other: torch.Tensor) -> None:
 
 
 @functools.cache
-def can_exchange() -> bool:
-    """Whether this machine's kernel exchanges pages."""
+def can_swap() -> bool:
+    """Whether this machine's kernel can swap pages."""
     try:
-        one, other = pages(3, 1).fill_(1), pages(3, 1).fill_(2)
-        exchange(one, other)
-    except (OSError, AttributeError):  # an older kernel, or none of Linux's
+        one, other = allocate_pages(3, 1).fill_(1), allocate_pages(3, 1).fill_(2)
+        swap_pages(one, other)
+    except (OSError, AttributeError):  # an older kernel, or not Linux
         return False
     return [*one.tolist(), *other.tolist()] == [2, 2, 2, 1, 1, 1]
 
 
 def is_dense(tensor: torch.Tensor) -> bool:
-    """Whether the tensor has its bytes without gaps, in whatever order."""
+    """Whether the tensor's bytes have no gaps, in any order of dimensions."""
     return tensor.stride() == _dense_strides(tensor)
 
 
-def laid_out(room: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """The bytes ``room`` as a tensor like the other, with its strides where it has no gaps."""
+def view_as(room: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """View the bytes ``room`` as a tensor like ``like``, with its strides where it is dense."""
     return room.view(like.dtype).as_strided(like.shape, _dense_strides(like))
 
 
@@ -148,7 +145,7 @@ def _dense_strides(like: torch.Tensor) -> tuple[int, ...]:
 
 
 def _map(size: int, used: int) -> _Mapping:
-    """New memory, at an address where it can be in large pages if it is large. Raises ``OSError``."""
+    """New memory, aligned for huge pages where it is large. Raises ``OSError``."""
     spare = _LARGE if size >= _LARGE else 0
     start = _libc().mmap(
         None, size + spare, mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, -1, 0
@@ -160,7 +157,7 @@ def _map(size: int, used: int) -> _Mapping:
         if end > begin:
             _libc().munmap(begin, end - begin)
     if spare:
-        _libc().madvise(address, size, mmap.MADV_HUGEPAGE)  # which a kernel without large pages refuses
+        _libc().madvise(address, size, mmap.MADV_HUGEPAGE)  # refused by a kernel without huge pages
     return _Mapping(address, size, used)
 
 
@@ -170,7 +167,7 @@ def _unmap(first: int) -> None:
 
 
 def _move(source: int, target: int, size: int) -> None:
-    """Move pages; there are empty ones where they were. Raises ``OSError``."""
+    """Move pages and leave empty ones behind. Raises ``OSError``."""
     if _libc().mremap(source, size, size, _MAYMOVE | _FIXED | _DONTUNMAP, target) == _FAILED:
         raise _error()
 

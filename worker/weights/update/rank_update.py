@@ -1,25 +1,22 @@
-"""One rank's part of an update: checked before anything is written, and undone as long as it is not committed."""
+"""One rank's part of an update: checked before anything is written, and undone unless it is committed."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from itertools import islice
-from typing import Any
+from collections.abc import Callable, Mapping
 
 import torch
 
-from ....protocol.errors import InvalidRequest, NotFound, Unavailable
-from ....protocol.reports import Invalid, Report
+from ....protocol.errors import Unavailable
+from ....protocol.reports import Report
+from ..checkpoint.aliases import by_checkpoint_names
 from ..checkpoint.layout import Layout
-from ..checkpoint.names import Named, by_checkpoint_names, memory_of
-from ..checkpoint.overwrite import Staging
-from ..progress import Sign
-from ..transport.payload import Tensors
-from ..transport.sources import Opened, Rejected
-from .page_swap import exchange, have_own
-from .undo_log import NoRoom, UndoMemory
-
-_SHOWN = 20
+from ..checkpoint.names import Tensors
+from ..checkpoint.overwrite import StagedCopy
+from ..progress import Progress
+from ..transport.sources import Rejected, TensorSource
+from .checks import MAX_LISTED, check_complete, check_tensors, check_ties, missing_names
+from .page_swap import owns_pages, swap_pages
+from .undo_log import UndoBudgetExceeded, UndoLog
 
 Key = tuple[str, str]
 """A module and the name of one of its tensors."""
@@ -29,17 +26,17 @@ def _nothing() -> None:
     pass
 
 
-class Update:
-    """The tensors that came, in one part or several, and the bytes that were there before."""
+class RankUpdate:
+    """Writes the tensors of an update, in one part or several, and keeps the bytes that they overwrite."""
 
-    def __init__(self, layouts: Mapping[str, Layout], memory: UndoMemory) -> None:
+    def __init__(self, layouts: Mapping[str, Layout], undo_log: UndoLog) -> None:
         self._layouts = layouts
-        self._memory = memory
-        self._prepared: Opened | None = None
-        self._room: dict[Key, torch.Tensor] = {}
+        self._undo_log = undo_log
+        self._prepared: TensorSource | None = None
+        self._reserved: dict[Key, torch.Tensor] = {}
         self._give_back: Callable[[], None] = _nothing
         self._undo: dict[Key, torch.Tensor] = {}
-        self._part: dict[str, int] = {}
+        self._last_part: dict[str, int] = {}
         self._to_leave_out: list[str] = []
         self._left_out: list[str] = []
 
@@ -53,208 +50,105 @@ class Update:
 
     @property
     def prepared(self) -> dict[str, list[str]]:
-        """The names that are to be written, by module."""
-        return (
-            {} if self._prepared is None else {module: list(names) for module, names in self._prepared.tensors.items()}
-        )
+        """The names that :meth:`write` will write, by module."""
+        tensors = {} if self._prepared is None else self._prepared.tensors
+        return {module: list(names) for module, names in tensors.items()}
 
-    def prepare(self, opened: Opened, sign: Sign = _nothing, *, complete: bool = False) -> Report:
-        """Check every name, shape and dtype, find room to undo it, and get ready what can be.
+    def prepare(self, source: TensorSource, on_progress: Progress = _nothing, *, complete: bool = False) -> Report:
+        """Check every name, shape and dtype, reserve the undo copy, and stage the bytes that can be staged.
 
-        ``complete`` asks for every tensor of each module. Afterwards ``opened`` has the checkpoint's names.
-        Raises ``Rejected``, and ``OSError`` of what is read; all is as it was then. ``sign`` is called now and then, to
-        say that it goes on.
+        ``complete`` requires every tensor of each module. Afterwards ``source`` has the checkpoint's names.
+        Raises ``Rejected``, and ``OSError`` from reading; the update is then as it was before.
         """
-        self._prepared = opened
+        self._prepared = source
         try:
-            named = by_checkpoint_names(opened.tensors, self._layouts)
-            opened.tensors = named.tensors
-            report = self.check(opened.tensors)
-            self._check_ties(named)
-            self._check_whole(named, complete)
+            named = by_checkpoint_names(source.tensors, self._layouts)
+            source.tensors = named.tensors
+            report = check_tensors(source.tensors, self._layouts)
+            check_ties(named, self._layouts)
+            check_complete(named, self._layouts, complete=complete)
             self._to_leave_out = named.left_out
-            self._find_room(opened.tensors)
-            self._stage(opened, sign)
+            self._reserve(source.tensors)
+            self._stage(source, on_progress)
         except BaseException:
             self.release()
             raise
         return report
 
-    def write(self, sign: Sign = _nothing) -> None:
-        """Write what was prepared, in place. ``sign`` is called after each tensor."""
+    def write(self, on_progress: Progress = _nothing) -> None:
+        """Write the prepared tensors in place."""
         assert self._prepared is not None, "prepared before"
         for module, tensors in self._prepared.tensors.items():
-            layout = self._layouts[module]
             for name, whole in tensors.items():
-                before = self._room.get((module, name))
-                if before is None:
-                    layout.write(name, whole)  # an earlier part has kept what was there
-                elif have_own(before):
-                    exchange(layout.local(name), before)
-                else:
-                    layout.exchange(name, whole, before, self._prepared.read)
-                if before is not None:
-                    self._undo[module, name] = before
-                sign()
-        self._part = {module: len(tensors) for module, tensors in self._prepared.tensors.items() if tensors}
+                self._write_tensor((module, name), whole)
+                on_progress()
+        self._last_part = {module: len(tensors) for module, tensors in self._prepared.tensors.items() if tensors}
         self._left_out += self._to_leave_out
         self._give_back = _nothing
         self.release()
 
+    def _write_tensor(self, key: Key, whole: torch.Tensor) -> None:
+        assert self._prepared is not None, "prepared before"
+        module, name = key
+        layout, before = self._layouts[module], self._reserved.get(key)
+        if before is None:
+            layout.write(name, whole)  # an earlier part has kept the old bytes
+            return
+        if owns_pages(before):
+            swap_pages(layout.local(name), before)
+        else:
+            layout.overwrite(name, whole, before, self._prepared.read)
+        self._undo[key] = before
+
     def release(self) -> None:
-        """Let go of what was prepared."""
+        """Let go of the prepared tensors."""
         if self._prepared is not None:
             self._prepared.close()
             self._prepared = None
         self._give_back()
-        self._room, self._give_back, self._to_leave_out = {}, _nothing, []
+        self._reserved, self._give_back, self._to_leave_out = {}, _nothing, []
 
     def rollback(self) -> None:
         """Put back every byte."""
         self.release()
         with torch.no_grad():
-            for (module, name), before in reversed(self._undo.items()):  # two names may be of the same memory
+            for (module, name), before in reversed(self._undo.items()):  # two names may share their memory
                 local = self._layouts[module].local(name)
-                if have_own(before) and have_own(local):  # which a module that sleeps has not
-                    exchange(local, before)
+                if owns_pages(before) and owns_pages(local):  # an offloaded module owns none
+                    swap_pages(local, before)
                 else:
                     local.copy_(before)
         self.commit()
 
     def commit(self) -> None:
-        """There is no way back from here."""
+        """Drop the undo copy."""
         self._undo.clear()
         self._left_out.clear()
-        self._memory.clear()
+        self._undo_log.clear()
 
     def report(self, *, part: bool = False) -> Report:
-        """What was written until now, or in the last part."""
+        """The tensors that were written so far, or in the last ``part``."""
         written = {module: len(names) for module, names in self.written.items()}
-        updated = self._part if part else written
+        updated = self._last_part if part else written
         return Report(
             updated=updated,
             expected={module: len(self._layouts[module]) for module in updated},
-            complete=[module for module, names in self.written.items() if not _absent(self._layouts[module], names)],
-            left_out=self._left_out[:_SHOWN],
+            complete=[name for name, names in self.written.items() if not missing_names(self._layouts[name], names)],
+            left_out=self._left_out[:MAX_LISTED],
         )
 
-    def _find_room(self, tensors: Tensors) -> None:
+    def _reserve(self, tensors: Tensors) -> None:
         keys = [(module, name) for module, given in tensors.items() for name in given]
         new = [key for key in keys if key not in self._undo]
         try:
-            room, self._give_back = self._memory.take(self._layouts[module].local(name) for module, name in new)
-        except NoRoom as error:
+            room, self._give_back = self._undo_log.reserve(self._layouts[module].local(name) for module, name in new)
+        except UndoBudgetExceeded as error:
             raise Rejected(Unavailable(f"Nothing was written. {error}"), Report()) from error
-        self._room = dict(zip(new, room, strict=True))
+        self._reserved = dict(zip(new, room, strict=True))
 
-    def _stage(self, opened: Opened, sign: Sign) -> None:
-        """Read what an exchange of pages will bring there: what can fail in that, fails before a byte is written."""
-        with torch.no_grad(), Staging(opened.read, sign) as copy:
-            for (module, name), room in self._room.items():
-                if have_own(room):
-                    copy(self._layouts[module].beside(name, opened.tensors[module][name], room))
-
-    def _check_ties(self, named: Named) -> None:
-        """Raises ``Rejected`` where names of the same memory come with different values: only one could be written."""
-        seen: dict[tuple[Any, ...], tuple[str, torch.Tensor]] = {}
-        for module, given in named.tensors.items():
-            for name, tensor in given.items():
-                local = self._layouts[module].local(name)
-                if not local.numel():
-                    continue
-                other, before = seen.setdefault(memory_of(local), (f"{module}.{name}", tensor))
-                _compare_tied(name, tensor, other, before, local.dtype)
-        for tied in named.tied:
-            before, dtype = named.tensors[tied.module][tied.known], self._layouts[tied.module].dtype(tied.known)
-            _compare_tied(tied.name, tied.tensor, f"{tied.module}.{tied.known}", before, dtype)
-
-    def _check_whole(self, named: Named, complete: bool) -> None:
-        """Raises ``Rejected`` where nothing is left to write, or, where all is asked for, something is missing."""
-        if named.left_out and not any(named.tensors.values()):
-            message = f"Nothing was written: a checkpoint has none of the names ({', '.join(named.left_out[:3])})."
-            raise Rejected(InvalidRequest(message), Report(unknown=named.left_out[:_SHOWN]))
-        missing = [
-            _in(named.tensors, module, name)
-            for module, given in named.tensors.items()
-            for name in (_absent(self._layouts[module], given) if complete else ())
-        ]
-        if missing:
-            message = (
-                f"Nothing was written: {len(missing)} tensors are missing ({', '.join(missing[:3])}). To write what "
-                "there is, give require_complete = false."
-            )
-            raise Rejected(InvalidRequest(message, field="require_complete"), Report(missing=missing[:_SHOWN]))
-
-    def check(self, tensors: Tensors) -> Report:
-        """Raises ``Rejected`` for tensors that cannot be written; only their names, shapes and dtypes matter."""
-        absent = [module for module in tensors if module not in self._layouts]
-        if absent:
-            raise Rejected(
-                NotFound(
-                    f"The model has no module {absent[0]!r}; it has {', '.join(self._layouts)}.", field="target_modules"
-                ),
-                Report(),
-            )
-        expected = {module: len(self._layouts[module]) for module in tensors}
-        unknown = [
-            _in(tensors, module, name)
-            for module, given in tensors.items()
-            for name in given
-            if name not in self._layouts[module]
-        ]
-        invalid = [
-            Invalid(_in(tensors, module, name), reason)
-            for module, given in tensors.items()
-            for name, tensor in given.items()
-            if name in self._layouts[module] and (reason := _fault(self._layouts[module], name, tensor))
-        ]
-        if unknown or invalid:
-            report = Report(expected=expected, unknown=unknown[:_SHOWN], invalid=invalid[:_SHOWN])
-            raise Rejected(InvalidRequest(_sentence(unknown, invalid)), report)
-        return Report(updated={module: len(given) for module, given in tensors.items()}, expected=expected)
-
-
-def _in(tensors: Tensors, module: str, name: str) -> str:
-    """The name as its sender knows it; with its module's where there are several."""
-    return name if len(tensors) == 1 else f"{module}.{name}"
-
-
-def _compare_tied(name: str, tensor: torch.Tensor, other: str, before: torch.Tensor, dtype: torch.dtype) -> None:
-    if before is not tensor and not _same(before.to(dtype), tensor.to(dtype)):
-        fault = Invalid(name, f"it is tied to {other}, and its values are not the same")
-        raise Rejected(InvalidRequest(_sentence([], [fault])), Report(invalid=[fault]))
-
-
-def _absent(layout: Layout, names: Iterable[str]) -> list[str]:
-    """The tensors of a module that are neither among ``names`` nor in the memory of one that is."""
-    there = {name: layout.local(name) for name in names}
-    places = {memory_of(tensor) for tensor in there.values() if tensor.numel()}
-    others = [entry.name for entry in layout if entry.name not in there]
-    return [name for name in others if memory_of(layout.local(name)) not in places]
-
-
-def _same(one: torch.Tensor, other: torch.Tensor) -> bool:
-    """Bit by bit."""
-    return one.shape == other.shape and torch.equal(
-        *(tensor.contiguous().reshape(-1).view(torch.uint8) for tensor in (one, other))
-    )
-
-
-def _fault(layout: Layout, name: str, tensor: torch.Tensor) -> str | None:
-    """Why ``tensor`` cannot be written, in a few words."""
-    wanted = layout.dtype(name)
-    if tuple(tensor.shape) != layout[name].shape:
-        return f"its shape is {list(tensor.shape)}, not {list(layout[name].shape)}"
-    if tensor.dtype != wanted and not (tensor.is_floating_point() and wanted.is_floating_point):
-        return f"its dtype is {tensor.dtype}, not {wanted}"
-    return None
-
-
-def _sentence(unknown: list[str], invalid: list[Invalid]) -> str:
-    parts = []
-    if unknown:
-        parts.append(f"{len(unknown)} names that the model does not have ({', '.join(islice(unknown, 3))})")
-    if invalid:
-        first = invalid[0]
-        parts.append(f"{len(invalid)} tensors that do not fit ({first.name}: {first.reason})")
-    return f"Nothing was written: there are {' and '.join(parts)}."
+    def _stage(self, source: TensorSource, on_progress: Progress) -> None:
+        """Read the bytes that a page swap will put in place, so that a failed read fails before any write."""
+        with torch.no_grad(), StagedCopy(source.read, on_progress) as copy:
+            for (module, name), room in self._reserved.items():
+                if owns_pages(room):
+                    copy(self._layouts[module].beside(name, source.tensors[module][name], room))

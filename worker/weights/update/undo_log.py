@@ -1,8 +1,8 @@
-"""Host memory for the bytes that an update overwrites, used again by the next one.
+"""The undo log: host memory for the bytes that an update overwrites. The next update uses the memory again.
 
-What has pages of its own gets such pages: there the new bytes are made ready, and the old ones are in the end.
-Everything else is copied into blocks. New memory costs more than the copy into it: the kernel clears each page before
-it is touched (measured here: 1 GB takes 0.1 s to copy, 0.5 s into new pages of 4 KB and 0.2 s into ones of 2 MB).
+A tensor that owns its pages gets other pages to swap with: the new bytes are staged there, and the old ones end there.
+Other tensors are copied into blocks. Fresh memory costs more than the copy, because the kernel clears every page first
+(1 GB: 0.1 s to copy, 0.5 s into fresh pages of 4 KB, 0.2 s into fresh pages of 2 MB).
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from pathlib import Path
 
 import torch
 
-from . import page_swap as pages
+from . import page_swap
 
-LEAST = 64 << 20
-"""Bytes of a block, unless more are needed at once, or fewer are allowed."""
+MIN_BLOCK = 64 << 20
+"""Bytes of a block, unless one tensor needs more or the limit allows fewer."""
 
 _ALIGNMENT = 64
 _PAGE = 2 << 20
 
 
-class NoRoom(Exception):
-    """There is no room for the undo copy; a sentence says what is missing, and what can be done."""
+class UndoBudgetExceeded(Exception):
+    """The undo copy needs more memory than allowed; the message says how much, and what to do."""
 
 
 @dataclass(slots=True, eq=False)
@@ -37,63 +37,63 @@ class _Block:
     used: int = 0
 
 
-class UndoMemory:
-    """Room for copies of tensors on ``device``: at most ``limit`` bytes of memory, and files in ``spill`` for more."""
+class UndoLog:
+    """Reserves copies of tensors on ``device``: at most ``limit`` bytes of memory, then files in ``spill`` if given."""
 
     def __init__(self, device: torch.device, limit: int, spill: Path | None) -> None:
         self._device = device
         self._limit = limit
         self._spill = spill
         self._blocks: list[_Block] = []
-        self._pages: list[torch.Tensor] = []  # that are in use
-        self._unused: dict[tuple[int, int], list[torch.Tensor]] = {}  # by their size and place in a page
+        self._pages: list[torch.Tensor] = []  # reserved
+        self._unused: dict[tuple[int, int], list[torch.Tensor]] = {}  # by size and offset in a page
 
-    def take(self, tensors: Iterable[torch.Tensor]) -> tuple[list[torch.Tensor], Callable[[], None]]:
-        """Room on the host for a copy of each, and a function that gives it all back.
+    def reserve(self, tensors: Iterable[torch.Tensor]) -> tuple[list[torch.Tensor], Callable[[], None]]:
+        """Host memory for a copy of each tensor, and a function that gives all of it back.
 
-        A tensor with pages of its own gets others that it can exchange them for, while there is memory. What was taken
-        later must have been given back before. Raises :class:`NoRoom`; nothing is taken then.
+        While there is memory, a tensor that owns its pages gets pages to swap with. Later reservations must be given
+        back first. Raises :class:`UndoBudgetExceeded`, and reserves nothing then.
         """
         wanted = list(tensors)
-        before = [block.used for block in self._blocks]
+        used_before = [block.used for block in self._blocks]
         number_of_pages = len(self._pages)
 
         def give_back() -> None:
             for number, block in enumerate(self._blocks):
-                block.used = before[number] if number < len(before) else 0
+                block.used = used_before[number] if number < len(used_before) else 0
             self._give_pages_back(number_of_pages)
 
-        own = {number: room for number, tensor in enumerate(wanted) if (room := self._exchangeable(tensor)) is not None}
+        own = {number: room for number, tensor in enumerate(wanted) if (room := self._swappable(tensor)) is not None}
         left = sum(_rounded(tensor.nbytes) for number, tensor in enumerate(wanted) if number not in own)
-        taken = []
+        reserved = []
         try:
             for number, tensor in enumerate(wanted):
                 if number in own:
-                    taken.append(own[number])
+                    reserved.append(own[number])
                     continue
-                taken.append(self._place(tensor, left))
+                reserved.append(self._room_in_block(tensor, left))
                 left -= _rounded(tensor.nbytes)
-        except NoRoom:
+        except UndoBudgetExceeded:
             give_back()
             raise
-        return taken, give_back
+        return reserved, give_back
 
     def clear(self) -> None:
-        """Every copy is let go of; the room stays, but for files."""
+        """Drop every copy. The memory stays for the next update; files are deleted."""
         self._blocks = [block for block in self._blocks if not block.in_file]
         for block in self._blocks:
             block.used = 0
         self._give_pages_back(0)
 
     def free(self) -> None:
-        """Give the memory back, unless there are copies in it."""
+        """Give unused memory back to the system."""
         self._unused.clear()
         if not any(block.used for block in self._blocks):
             self._blocks.clear()
 
-    def _exchangeable(self, like: torch.Tensor) -> torch.Tensor | None:
-        """Pages for those of one tensor; none where it has none, or where there is no memory for them."""
-        if not pages.have_own(like):
+    def _swappable(self, like: torch.Tensor) -> torch.Tensor | None:
+        """Pages to swap with those of ``like``; ``None`` where it owns none, or where memory is short."""
+        if not page_swap.owns_pages(like):
             return None
         offset = like.data_ptr() % mmap.PAGESIZE
         if unused := self._unused.get((like.nbytes, offset)):
@@ -104,30 +104,30 @@ class UndoMemory:
             if self._held() + like.nbytes > self._limit:
                 return None
             try:
-                room = pages.pages(like.nbytes, offset)
+                room = page_swap.allocate_pages(like.nbytes, offset)
             except OSError:
                 return None
         self._pages.append(room)
-        return pages.laid_out(room, like)
+        return page_swap.view_as(room, like)
 
     def _give_pages_back(self, remaining: int) -> None:
-        """All that are in use, but for the first."""
+        """Make reserved pages reusable, except the first ``remaining``."""
         for room in self._pages[remaining:]:
             self._unused.setdefault((room.nbytes, room.data_ptr() % mmap.PAGESIZE), []).append(room)
         del self._pages[remaining:]
 
     def _held(self) -> int:
-        """Bytes of memory."""
+        """Bytes of memory, reserved or reusable."""
         unused = (room for rooms in self._unused.values() for room in rooms)
         blocks = sum(block.memory.nbytes for block in self._blocks if not block.in_file)
         return blocks + sum(room.nbytes for room in (*self._pages, *unused))
 
-    def _place(self, like: torch.Tensor, left: int) -> torch.Tensor:
-        """Room for one, of ``left`` bytes that are wanted in all."""
+    def _room_in_block(self, like: torch.Tensor, left: int) -> torch.Tensor:
+        """Room in a block for one tensor, where ``left`` bytes are still needed in all."""
         size = _rounded(like.nbytes)
         block = next((block for block in self._blocks if block.memory.nbytes - block.used >= size), None)
         if block is None:
-            self.free()  # blocks that are too small, and would count
+            self.free()  # blocks that are too small count against the limit
             block = self._new_block(left)
             self._blocks.append(block)
         room = block.memory[block.used : block.used + like.nbytes]
@@ -136,12 +136,12 @@ class UndoMemory:
 
     def _new_block(self, needed: int) -> _Block:
         held = self._held()
-        size = -(-max(needed, LEAST) // _PAGE) * _PAGE
+        size = -(-max(needed, MIN_BLOCK) // _PAGE) * _PAGE
         if held + needed <= self._limit:
             return _Block(self._in_memory(min(size, self._limit - held)), in_file=False)
         if self._spill is not None:
             return _Block(_spilled(self._spill, size), in_file=True)
-        raise NoRoom(
+        raise UndoBudgetExceeded(
             f"The copy of what is overwritten needs {-(-(held + needed) // 1_000_000)} MB on each rank, and "
             f"{self._limit // 1_000_000} MB are allowed. Start the server with a larger --undo-mb, or --undo-spill."
         )
@@ -152,14 +152,14 @@ class UndoMemory:
                 return torch.empty(size, dtype=torch.uint8, pin_memory=True)
             mapped = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         except (OSError, RuntimeError) as error:
-            raise NoRoom(f"There is no memory for the copy of what is overwritten ({error}).") from error
+            raise UndoBudgetExceeded(f"There is no memory for the copy of what is overwritten ({error}).") from error
         with contextlib.suppress(OSError):  # a kernel without large pages
             mapped.madvise(mmap.MADV_HUGEPAGE)
         return torch.frombuffer(mapped, dtype=torch.uint8)
 
 
 def in_file(folder: Path, size: int) -> torch.Tensor:
-    """Bytes that the kernel keeps in a file of ``folder``, which has no name and ends with them. Raises ``OSError``."""
+    """Bytes backed by an unnamed file in ``folder``, which disappears with them. Raises ``OSError``."""
     with tempfile.TemporaryFile(dir=folder) as file:
         os.posix_fallocate(file.fileno(), 0, size)
         return torch.frombuffer(mmap.mmap(file.fileno(), size), dtype=torch.uint8)
@@ -169,7 +169,9 @@ def _spilled(folder: Path, size: int) -> torch.Tensor:
     try:
         return in_file(folder, size)
     except OSError as error:
-        raise NoRoom(f"The copy of what is overwritten has no room in {folder}: {error.strerror or error}.") from error
+        raise UndoBudgetExceeded(
+            f"The copy of what is overwritten has no room in {folder}: {error.strerror or error}."
+        ) from error
 
 
 def _rounded(size: int) -> int:

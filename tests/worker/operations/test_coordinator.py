@@ -1,0 +1,187 @@
+"""The steps of operations on a real model: what a participant wrote is committed or rolled back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import get_args
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from safelight.protocol.errors import Internal
+from safelight.protocol.operations import (
+    WEIGHTS,
+    Abort,
+    Begin,
+    Commit,
+    Digests,
+    Join,
+    Leave,
+    Operation,
+    Perform,
+    Settled,
+    Sleep,
+    Step,
+    Update,
+    Wake,
+)
+from safelight.protocol.reports import Performed, Report
+from safelight.protocol.tensor_sources import Files
+from safelight.worker.batcher import Batcher
+from safelight.worker.lora.adapters import RankAdapters
+from safelight.worker.model import Model
+from safelight.worker.operations.coordinator import Coordinator
+from safelight.worker.operations.journal_step import JournalStep
+from safelight.worker.operations.participant import OneStep, Prepared
+from safelight.worker.operations.resources import PROMPT_CACHE, Resources
+from safelight.worker.operations.table import new_coordinator, new_table
+from safelight.worker.parallel.ranks import ALONE
+from safelight.worker.weights.snapshot.journal import Journal
+from safelight.worker.weights.transport.groups import Groups
+from safelight.worker.weights.update.rank_update import RankUpdate
+from safelight.worker.weights.update.undo_log import UndoLog
+
+CPU = torch.device("cpu")
+NOT_PREPARED = {Begin, Commit, Abort, Settled, Join, Leave}
+"""The scheduler's own, and those of groups, which ``GroupOrders`` performs."""
+
+
+@pytest.fixture(scope="module")
+def model(tiny_model: Callable[[str], Model]) -> Model:
+    return tiny_model("sd15")
+
+
+@pytest.fixture
+def resources(model: Model, tmp_path: Path) -> Resources:
+    return Resources(
+        model=model,
+        batcher=Batcher(max_batch=1, max_tokens=1),
+        ranks=ALONE,
+        global_rank=0,
+        world_size=1,
+        shared=tmp_path,
+        journal=Journal(tmp_path),
+        undo_log=UndoLog(CPU, 1 << 30, None),
+        adapters=RankAdapters(model.pipeline, model.layouts, ALONE, CPU, most=4, most_bytes=1 << 30),
+        groups=Groups(0, CPU),
+        on_progress=lambda: None,
+    )
+
+
+def perform(
+    coordinator: Coordinator, step: Step, operation: Operation | None = None, version: str | None = None
+) -> Performed:
+    order = Perform(number=1, step=step, leads=True, operation=operation, weight_version=version)
+    return coordinator.perform(order)
+
+
+def unet_update(model: Model, folder: Path, *, flush_cache: bool = True) -> Update:
+    name = next(iter(model.layouts["unet"])).name
+    file = folder / f"{flush_cache}.safetensors"
+    save_file({name: torch.full_like(model.layouts["unet"].read(name), 7.0)}, file)
+    source = Files(modules={"unet": [str(file)]})
+    return Update(source=source, flush_cache=flush_cache)
+
+
+def digests(coordinator: Coordinator) -> dict[str, str]:
+    return perform(coordinator, "prepare", Digests()).report.digests
+
+
+def test_no_operation_that_the_scheduler_has_prepared_is_without_a_participant(resources: Resources) -> None:
+    table = new_table(resources, RankUpdate(resources.model.layouts, resources.undo_log))
+    assert set(table) == set(get_args(Operation)) - NOT_PREPARED
+
+
+def test_an_operation_without_a_participant_fails_and_does_not_end_the_process(resources: Resources) -> None:
+    performed = perform(new_coordinator(resources), "prepare", Settled())
+    assert performed.error == Internal("There is no such operation.").info()
+
+
+def test_a_written_update_holds_back_forwards_until_an_abort_has_put_back_every_byte(
+    resources: Resources, tmp_path: Path
+) -> None:
+    coordinator = new_coordinator(resources)
+    before = digests(coordinator)
+    operation = unet_update(resources.model, tmp_path)
+    assert perform(coordinator, "prepare", operation).error is None
+    assert not coordinator.holds
+    assert perform(coordinator, "write").report.updated == {"unet": 1}
+    assert coordinator.holds
+    assert digests(coordinator)["unet"] != before["unet"]
+    perform(coordinator, "rollback", Abort(None))
+    assert not coordinator.holds
+    assert digests(coordinator) == before
+
+
+def test_what_another_rank_could_not_prepare_is_released_and_the_parts_before_it_are_committed(
+    resources: Resources, tmp_path: Path
+) -> None:
+    coordinator = new_coordinator(resources)
+    perform(coordinator, "prepare", unet_update(resources.model, tmp_path))
+    perform(coordinator, "write")
+    written = digests(coordinator)
+    perform(coordinator, "prepare", unet_update(resources.model, tmp_path, flush_cache=False))
+    perform(coordinator, "release")
+    assert coordinator.holds
+    report = perform(coordinator, "commit", version="next").report
+    assert (report.updated, report.weight_version, report.invalidated) == ({"unet": 1}, "next", [PROMPT_CACHE])
+    assert resources.model.weight_version == "next"
+    assert digests(coordinator) == written
+
+
+def test_a_journal_entry_is_dropped_with_the_update_that_it_was_written_for(
+    resources: Resources, tmp_path: Path
+) -> None:
+    coordinator = new_coordinator(resources)
+    for end, entries in (("rollback", 0), ("commit", 1)):
+        perform(coordinator, "prepare", unet_update(resources.model, tmp_path))
+        perform(coordinator, "write")
+        assert perform(coordinator, "journal", version="next").error is None
+        perform(coordinator, end, version="next")
+        assert len(list(tmp_path.glob("version-*"))) == entries
+        assert (tmp_path / "current.json").exists() is bool(entries)
+
+
+def test_weights_are_the_same_after_they_were_offloaded(resources: Resources) -> None:
+    coordinator = new_coordinator(resources)
+    before = digests(coordinator)
+    assert perform(coordinator, "prepare", Sleep([WEIGHTS])).error is None
+    assert digests(coordinator) == before
+    assert perform(coordinator, "prepare", Wake([WEIGHTS])).error is None
+    assert digests(coordinator) == before
+
+
+class Played(OneStep):
+    """Notes what it is asked, and answers a commit with its name."""
+
+    def __init__(self, name: str, asked: list[str], *, holds: bool) -> None:
+        self.name, self.asked, self.holds = name, asked, holds
+
+    def prepare(self, operation: Operation, *, is_primary: bool) -> Prepared:
+        self.asked.append(f"prepare {self.name}")
+        return Prepared()
+
+    def commit(self) -> Report:
+        self.asked.append(f"commit {self.name}")
+        return Report(updated={"unet": 1, self.name: 1}, invalidated=[PROMPT_CACHE, self.name])
+
+    def rollback(self) -> None:
+        self.asked.append(f"roll back {self.name}")
+
+
+def test_participants_commit_in_order_if_they_hold_something_and_roll_back_in_reverse(resources: Resources) -> None:
+    asked: list[str] = []
+    table = {
+        Sleep: Played("one", asked, holds=True),
+        Wake: Played("idle", asked, holds=False),
+        Digests: Played("two", asked, holds=True),
+    }
+    journal = JournalStep(resources, RankUpdate(resources.model.layouts, resources.undo_log))
+    coordinator = Coordinator(resources.model, ALONE, table, journal)
+    report = perform(coordinator, "commit", version="next").report
+    assert report.updated == {"unet": 2, "one": 1, "two": 1}
+    assert report.invalidated == [PROMPT_CACHE, "one", "two"]
+    perform(coordinator, "rollback", Abort(None))
+    assert asked == ["commit one", "commit two", "roll back two", "roll back idle", "roll back one"]

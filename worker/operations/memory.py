@@ -1,0 +1,63 @@
+"""Memory that is given back while nothing is generated, and caches that are emptied."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from ...protocol.errors import Conflict
+from ...protocol.operations import CACHES, WEIGHTS, Flush, Sleep, Wake
+from ...protocol.reports import Report
+from ..model import modules
+from ..weights.update.offload import Offloader
+from .participant import OneStep, Prepared
+from .resources import Resources
+
+
+class OffloadedModules:
+    """The model's modules, and their offloader."""
+
+    def __init__(self, resources: Resources) -> None:
+        self._modules = modules(resources.model.pipeline)
+        self.offloader = Offloader([*self._modules.values()], resources.model.device, resources.adapters.tensors)
+
+    def tagged(self, tags: list[str]) -> list[nn.Module]:
+        """The modules that ``tags`` name."""
+        return [module for name, module in self._modules.items() if WEIGHTS in tags or name in tags]
+
+
+class CacheFlush(OneStep):
+    def __init__(self, resources: Resources) -> None:
+        self._resources = resources
+
+    def prepare(self, operation: Flush, *, is_primary: bool) -> Prepared:
+        self._resources.undo_log.free()
+        return Prepared(Report(invalidated=self._resources.flush_caches()))
+
+
+class Offload(OneStep):
+    def __init__(self, resources: Resources, offloaded: OffloadedModules) -> None:
+        self._resources = resources
+        self._offloaded = offloaded
+
+    def prepare(self, operation: Sleep, *, is_primary: bool) -> Prepared:
+        if tagged := self._offloaded.tagged(operation.tags):
+            self._resources.adapters.forget_stacks()
+            try:
+                self._offloaded.offloader.offload(self._resources.on_progress, tagged)
+            except OSError as error:
+                raise Conflict(f"The weights cannot be put away: {error.strerror or error}.") from error
+        if CACHES not in operation.tags:
+            return Prepared()
+        self._resources.undo_log.free()
+        return Prepared(Report(invalidated=self._resources.flush_caches()))
+
+
+class Restore(OneStep):
+    def __init__(self, resources: Resources, offloaded: OffloadedModules) -> None:
+        self._resources = resources
+        self._offloaded = offloaded
+
+    def prepare(self, operation: Wake, *, is_primary: bool) -> Prepared:
+        if tagged := self._offloaded.tagged(operation.tags):
+            self._offloaded.offloader.restore(self._resources.on_progress, tagged)
+        return Prepared()

@@ -1,0 +1,55 @@
+"""What the participants of one rank work with."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from ...protocol.tensor_sources import Source
+from ..batcher import Batcher
+from ..lora.adapters import RankAdapters
+from ..model import Model
+from ..parallel.ranks import Ranks
+from ..weights.progress import Progress
+from ..weights.snapshot.journal import Journal
+from ..weights.transport.groups import Groups
+from ..weights.transport.sources import RankContext, TensorSource, open_source
+from ..weights.update.undo_log import UndoLog
+
+PROMPT_CACHE = "prompt_embeddings"
+"""The name in replies of the cache of text encoder outputs."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Resources:
+    """``global_rank`` and ``world_size`` count all ranks of all replicas; ``shared`` is the shared-memory directory.
+
+    ``on_progress`` is called after each part of long work.
+    """
+
+    model: Model
+    batcher: Batcher
+    ranks: Ranks
+    global_rank: int
+    world_size: int
+    shared: Path
+    journal: Journal | None
+    undo_log: UndoLog
+    adapters: RankAdapters
+    groups: Groups
+    on_progress: Progress
+
+    @property
+    def replica(self) -> int:
+        return self.global_rank // self.ranks.size
+
+    def open(self, source: Source, *, is_primary: bool) -> TensorSource:
+        """The tensors that ``source`` has for this rank. Raises ``InvalidRequest``, ``Unavailable`` or ``Rejected``."""
+        device, ranks = self.model.device, self.ranks
+        context = RankContext(ranks.rank, ranks.size, self.global_rank, self.world_size, device, is_primary)
+        return open_source(source, self.groups, context, self.on_progress)
+
+    def flush_caches(self) -> list[str]:
+        """Forget what was computed from the weights; returns the names of the caches."""
+        self.batcher.forget_answers()
+        return [PROMPT_CACHE]
