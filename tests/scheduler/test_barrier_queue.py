@@ -1,4 +1,4 @@
-"""The line of requests and operations: what came before ends, is ended or goes on, and what came after waits."""
+"""The barrier queue: what came before an operation ends, is ended or goes on, and what came after it waits."""
 
 import pytest
 
