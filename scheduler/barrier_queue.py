@@ -37,7 +37,7 @@ class BarrierQueue:
         return self._items.popleft() if self._items else None
 
     def remove(self, request: Request) -> bool:
-        """Says whether ``request`` was queued."""
+        """Return whether ``request`` was queued."""
         if request not in self._items:
             return False
         self._items.remove(request)
@@ -51,7 +51,7 @@ class BarrierQueue:
         return [transaction.parts[0] for transaction in cancelled]
 
     def has_target(self, replica: Replica) -> bool:
-        """Whether a transaction for ``replica`` alone is queued."""
+        """Return whether a transaction for ``replica`` alone is queued."""
         return any(item.target is replica for item in self.transactions())
 
     def remove_target(self, replica: Replica) -> None:

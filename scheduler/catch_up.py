@@ -1,4 +1,4 @@
-"""Catch-up: bring a stale replica to the committed state, by transactions of which it is the target.
+"""Catch-up: bring a stale replica to the committed state, by transactions whose target it is.
 
 Missing weights come first: a donor writes a snapshot of them into shared memory, which only the target reads; without a
 donor they are read again from disk. Then come the adapters, then it serves, and sleeps if the others do.
@@ -20,7 +20,7 @@ from .writes import is_on_disk
 logger = logging.getLogger(__name__)
 
 NEXT = TakeSnapshot([], "")
-"""What a catch-up begins with; which operation it is, is decided when its turn comes."""
+"""The first part of every catch-up. Its turn decides which operation it becomes."""
 
 
 class CatchUp:
@@ -62,7 +62,7 @@ class CatchUp:
             self._queue.enqueue(internal(Sleep([]), replica))
 
     def next_order(self, replica: Replica, operation: Operation) -> tuple[Replica, Operation] | None:
-        """Which replica does what; ``None`` where there is nothing to do any more."""
+        """The replica and its operation; ``None`` if nothing is left to do."""
         match operation:
             case Sleep() if self._sync.asleep and self._sync.serves(replica):
                 return replica, Sleep(sorted(self._sync.asleep))
@@ -73,7 +73,7 @@ class CatchUp:
         return None
 
     def _lacks(self, replica: Replica) -> tuple[Replica, Operation] | None:
-        """By which operation of which replica it gets what it lacks; ``None`` if it lacks nothing, or nobody has it."""
+        """The operation that gives it what it lacks, and its replica; ``None`` if there is none, or no need."""
         missing = self._sync.missing_modules(replica)
         if not missing:
             change = self._sync.missing_adapters(replica)

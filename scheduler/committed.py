@@ -10,7 +10,7 @@ from ..protocol.tensor_sources import Files
 from .writes import Stamps, Writes
 
 Weights = Mapping[str, int]
-"""By module, the write that made its weights. A module without one is as a replica loads it."""
+"""The write that made each module's weights. A module without one is as a replica loads it."""
 
 AS_LOADED, UNKNOWN = 0, -1
 

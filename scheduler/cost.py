@@ -1,4 +1,4 @@
-"""The cost of a request: refuses one of which a single forward would delay all others for too long."""
+"""The cost of a request: refuses one whose longest forward would delay all others for too long."""
 
 from __future__ import annotations
 

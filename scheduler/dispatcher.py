@@ -1,7 +1,7 @@
-"""Who runs, and when: dispatch, cancellation, deadlines, and what the loss of a replica means for its requests.
+"""Decides who runs, and when: dispatch, cancellation, deadlines, and the requests of a lost replica.
 
-Every decision is made here, from messages and an explicit ``now`` (seconds of one monotonic clock), without a socket;
-what is to be sent is left in an outbox. Three things hold after each event:
+It decides from messages and an explicit ``now`` (seconds of one monotonic clock), without a socket, and leaves messages
+in an outbox. Three things hold after each event:
 
 - an accepted request gets ``Queued`` and then exactly one of ``Result`` and ``Failed``;
 - a request waits only while some replica is ready, so nobody waits for a restart;
@@ -245,7 +245,7 @@ class Dispatcher:
             self._fail(request, asleep())
 
     def _drained(self) -> bool:
-        """Whether all that was accepted has ended; of what may not start now, there is nothing to wait for."""
+        """Return whether all accepted requests have ended, except those that may not start now."""
         if self._pauses.stops_forwards:
             return True
         waiting = len(self._requests.queue) if self._statuses.halted is None else 0
@@ -263,7 +263,7 @@ class Dispatcher:
 
 
 def _speaks_for(number: int, message: FromWorker) -> bool:
-    """Whether a message that names a replica names the one whose socket it came from."""
+    """Return whether a message that names a replica names the one whose socket it came from."""
     match message:
         case ReplicaLoading() | ReplicaReady() | ReplicaFailed() | Heartbeat():
             return message.replica == number

@@ -57,7 +57,7 @@ class Driver:
 
     @property
     def barrier_passed(self) -> bool:
-        """Whether replicas may be at work on the current transaction, so that no request may start."""
+        """Replicas may be at work on the current transaction, so no request may start."""
         return self.current is not None and self.current.barrier_passed
 
     @property
@@ -74,7 +74,7 @@ class Driver:
         return transaction if update_id in (None, transaction.session.update_id) else None
 
     def abort(self, transaction: Transaction, part: Operate) -> bool:
-        """End a session once replicas have done the step in hand; parts that wait are refused. Says whether it has."""
+        """End a session after the current step, and refuse the parts that wait. Return whether it has ended already."""
         waiting = list(transaction.parts)
         transaction.parts.clear()
         for other in waiting:
@@ -98,7 +98,7 @@ class Driver:
             self.current = None
 
     def answered(self, replica: int, message: Performed) -> bool:
-        """Record an answer. Says whether it is one to the step in hand."""
+        """Record an answer. Return whether it belongs to the current step."""
         running = self.current.running if self.current is not None else None
         return running is not None and running.takes(replica, message)
 
@@ -118,7 +118,7 @@ class Driver:
             pass
 
     def _step(self, now: float) -> bool:
-        """Do one thing. Says whether there may be another."""
+        """Do one thing. Return whether there may be another."""
         transaction = self.current
         if transaction is None:
             return self._take_next(now)

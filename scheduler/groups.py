@@ -81,7 +81,7 @@ class Groups:
                 self.leave(Operate("", Leave(group)), Leave(group))
 
     def answered(self, replica: int, message: Performed) -> bool:
-        """Record an answer. Says whether it is one to these orders."""
+        """Record an answer. Return whether it is one to these orders."""
         asked = self._asked.get(message.number)
         if asked is None or replica not in asked.expected:
             return False

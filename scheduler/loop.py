@@ -25,7 +25,7 @@ MESSAGES_A_TURN = 256
 IDENTITY_PREFIX = b"replica-"
 
 HEARTBEAT_PREFIX = b"heartbeat-"
-"""Of the identity of a socket over which a worker sends only heartbeats."""
+"""The identity of a socket over which a worker sends only heartbeats begins like this."""
 
 
 class Loop:
@@ -122,5 +122,5 @@ def _replica_number(identity: bytes) -> int | None:
         digits = identity.removeprefix(prefix)
         if identity.startswith(prefix) and digits.isdigit() and len(digits) < 10:
             return int(digits)
-    logger.warning("dropped a message from %r, which is no replica", identity)
+    logger.warning("dropped a message from %r, which is not a replica", identity)
     return None

@@ -66,12 +66,12 @@ class Operations:
 
     @property
     def blocks(self) -> bool:
-        """Whether a request that comes now is queued behind an operation."""
+        """A request that comes now is queued behind an operation."""
         return self._driver.current is not None or bool(self._queue)
 
     @property
     def lets_run(self) -> bool:
-        """Whether requests that came before may still be started."""
+        """Requests that came before may still be started."""
         return not self._driver.barrier_passed
 
     @property

@@ -32,7 +32,7 @@ class Outbox:
         self._messages.to_server.append(message)
 
     def tell_server_first(self, message: FromScheduler) -> None:
-        """Before all that was told since :meth:`take`."""
+        """Put ``message`` before all others since :meth:`take`."""
         self._messages.to_server.insert(0, message)
 
     def order(self, replica: int, order: ToWorker) -> None:

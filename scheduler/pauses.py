@@ -20,7 +20,7 @@ class Pauses:
         end_all: Callable[[SafelightError], None],
     ) -> None:
         self.mode: Barrier | None = None
-        """What becomes of requests that run while generation is paused; ``None`` while it is not."""
+        """How requests that run when generation is paused end; ``None`` while it is not paused."""
         self._replicas = replicas
         self._replies = replies
         self._outbox = outbox
@@ -29,7 +29,7 @@ class Pauses:
 
     @property
     def stops_forwards(self) -> bool:
-        """Whether replicas make no forward, so that nothing that runs ends."""
+        """Replicas make no forward, so nothing that runs ends."""
         return self.mode == "in_place"
 
     def pause(self, message: Pause) -> None:

@@ -42,7 +42,7 @@ class ReplicaSync:
         self.asleep: set[str] = set()
         """The tags that replicas were put to sleep with."""
         self.journal = journal
-        """Whether replicas write each update to a journal before its commit, and read that when they start."""
+        """Replicas write each update to a journal before its commit, and read it when they start."""
         self._replicas = replicas
         self._holdings: dict[int, Holding] = {}  # of the replicas that joined
         self._left_after: dict[int, int] = {}  # the number of updates when a replica's last process was lost
@@ -60,7 +60,7 @@ class ReplicaSync:
 
     def wait(self, replica: Replica) -> None:
         """A replica that joined is stale until it is caught up."""
-        replica.wait_for(f"is to be brought to the weights of version {self.committed.version}")
+        replica.wait_for(f"waits for the weights of version {self.committed.version}")
 
     def _loaded_weights(self, number: int, version: str) -> Weights:
         """Without a journal those of the checkpoint; with one, its version tells.

@@ -26,10 +26,10 @@ _LEVELS = {
 
 
 class Replica:
-    """One replica through all its incarnations (processes, told apart by their pid).
+    """One replica through all its incarnations (processes with different pids).
 
-    A replica *has* a request from its dispatch until the worker answers with ``Result`` or ``Failed``, even if the
-    server was told of its end long before: it occupies the worker. The transitions that end an incarnation return the
+    A replica *has* a request from its dispatch until the worker answers with ``Result`` or ``Failed``, even if it
+    ended for the server long before: it occupies the worker. The transitions that end an incarnation return the
     ids of the requests that were lost with it.
     """
 
@@ -45,22 +45,22 @@ class Replica:
         self._last_sign = 0.0  # of the process
         self._last_progress = 0.0  # of its loop
         self._progress = 0  # as the last heartbeat counted it
-        self._forward_began: float | None = None  # of the forward in hand
+        self._forward_began: float | None = None  # of the current forward
         self._exited = False  # the exit of `pid` was reported
         self._exits_due = 0  # exits of earlier incarnations that were not reported yet
 
     @property
     def is_gone(self) -> bool:
-        """Whether the end of its last process was reported."""
+        """The end of its last process was reported."""
         return self._exited
 
     @property
     def has_loaded(self) -> bool:
-        """Whether its process is there and takes orders, though maybe no requests yet."""
+        """Its process is there and takes orders, though maybe no requests yet."""
         return self.model is not None and not self._exited
 
     def follows_another(self, pid: int) -> bool:
-        """Whether ``pid`` is a new process, in the place of one whose end was not reported yet."""
+        """Return whether ``pid`` is a new process, in the place of one whose end was not reported yet."""
         return self.pid not in (None, pid) and not self._exited
 
     def loading(self, pid: int, stage: str, now: float) -> list[str]:
@@ -162,7 +162,7 @@ class Replica:
         self.outstanding -= self._assigned.pop(request_id, 0)
 
     def has_room(self, outputs: int, max_running: int) -> bool:
-        """Whether ``outputs`` fit under the cap; more than the cap are allowed when they are alone."""
+        """Return whether ``outputs`` fit under the cap. More than the cap are allowed if they are alone."""
         return self.outstanding == 0 or self.outstanding + outputs <= max_running
 
     def status(self) -> ReplicaStatus:
@@ -177,7 +177,7 @@ class Replica:
         )
 
     def _is_dead(self, pid: int) -> bool:
-        """Whether this is a last message of a process whose exit was reported before it was read."""
+        """Return whether a message is the last of a process whose exit was reported before it was read."""
         return self._exited and pid == self.pid
 
     def _meet(self, pid: int, now: float) -> list[str]:
@@ -222,7 +222,7 @@ class Replicas:
 
     @property
     def are_idle(self) -> bool:
-        """Whether no replica has any request."""
+        """No replica has any request."""
         return all(replica.outstanding == 0 for replica in self._replicas)
 
     def least_loaded(self) -> Replica | None:
@@ -244,7 +244,7 @@ class Replicas:
         )
 
     def states(self) -> list[tuple[State, str, int | None, ModelInfo | None]]:
-        """What makes a status worth pushing when it changes."""
+        """The part of the status that is pushed when it changes."""
         return [(replica.state, replica.message, replica.pid, replica.model) for replica in self._replicas]
 
     def status(self) -> list[ReplicaStatus]:

@@ -1,4 +1,4 @@
-"""Answers to whoever asked for an operation."""
+"""Replies to clients that asked for an operation."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The status that the server is told: about every second, and at once when operations or replicas change it."""
+"""Statuses for the server: about every second, and at once when operations or replicas change them."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Statuses:
         return "paused" if self._pauses.mode else None
 
     def next(self, now: float, heard: int) -> Status | None:
-        """The status, if the server has to be told."""
+        """The next status, if it is due."""
         watched = self._watched()
         if now < self.due and watched == self._pushed:
             return None
@@ -48,7 +48,7 @@ class Statuses:
         return self.status(now, heard)
 
     def _watched(self) -> tuple[object, ...]:
-        """What is told at once when it changes."""
+        """The part of the status that is pushed when it changes."""
         adapters = self._sync.committed.adapters
         return self._replicas.states(), self.halted, adapters, self._operations.session_id
 

@@ -48,7 +48,7 @@ class Running:
         return [(number, replace(order, leads=number == first)) for number in sorted(self.expected)]
 
     def takes(self, replica: int, message: Performed) -> bool:
-        """Record an answer. Says whether it is one to this step, and not the last message of a lost process."""
+        """Record an answer. Return whether it is one to this step, and not the last message of a lost process."""
         if (message.number, message.step) != (self.number, self.step) or replica not in self.expected:
             return False
         self.expected.remove(replica)
@@ -110,7 +110,7 @@ class Transaction:
     unpaired: dict[str, list[str]] = field(default_factory=dict)
 
     def hold(self, now: float) -> Hold:
-        """What a status says of it while it holds back everything behind it."""
+        """Describe it for a status, while it holds back everything behind it."""
         session, working = self.session, self.running is not None or bool(self.parts)
         part = self.running.part if self.running is not None else next(iter(self.parts), None)
         return Hold(
@@ -132,7 +132,7 @@ class Transaction:
         self.unpaired[adapter.nickname] = [name for report in reports for name in report.waiting]
 
     def adapters_change(self) -> SetAdapters:
-        """The change by which the adapters that came in parts become active."""
+        """The change that makes the adapters active that came in parts."""
         return SetAdapters(
             nicknames=list(self.adapters),
             strengths=[1.0] * len(self.adapters),

@@ -12,7 +12,7 @@ Stamps = Mapping[str, list[int]]
 """Files in the order in which they were written, each with the stamp that it had then."""
 
 Origins = Mapping[str, Stamps | None]
-"""By module, the files on disk that its tensors came from; ``None`` where they came from anything else."""
+"""The files on disk that each module's tensors came from; ``None`` if they came from anything else."""
 
 
 def modules_of(source: Source) -> list[str]:
@@ -44,7 +44,7 @@ class Writes:
 
     @property
     def partly(self) -> set[str]:
-        """Modules of which tensors were written, but not all."""
+        """Modules with some tensors written, but not all."""
         return set(self.counts) - self.complete
 
     def add(self, source: Source, reports: Iterable[Report]) -> None:
@@ -62,7 +62,7 @@ class Writes:
 
 
 def is_on_disk(source: Source) -> bool:
-    """Whether its files stay on disk. Files in shared memory are removed by their sender or by us."""
+    """Return whether its files stay on disk. Files in shared memory are removed by their sender or by us."""
     return isinstance(source, Files) and bool(source.stamps)
 
 

@@ -169,7 +169,7 @@ def test_a_peer_without_a_replicas_identity_is_ignored(scheduler: Scheduler) -> 
     server.send(generate("a"))
     assert worker.expect(Generate).request_id == "a"
     server.expect(Status)
-    assert scheduler.log().count("which is no replica") == len(strangers)
+    assert scheduler.log().count("which is not a replica") == len(strangers)
 
 
 def test_work_that_a_busy_worker_does_not_fetch_yet_is_kept_for_it(start: Start) -> None:

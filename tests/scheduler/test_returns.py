@@ -434,7 +434,7 @@ def test_a_commit_that_all_were_lost_in_is_not_taken_up_after_one_has_served_wit
     stage.kill(2)
     stage.start(0, Process(0, 0, "in doubt", {"transformer": "new", "vae": "checkpoint"}))
     stage.do_all()
-    assert stage.serving() == [], "its weights would be those of an update that was told to have failed"
+    assert stage.serving() == [], "its weights would be those of an update that was reported as failed"
     assert "update transformer again" in stage.replica(0).message
     updated(stage, "sent again")
     assert all_alike(stage, "sent again")
