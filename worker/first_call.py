@@ -16,7 +16,7 @@ from PIL import Image as pillow
 
 from .crossing.call import Call
 from .crossing.fork import Fork
-from .image_pipelines import as_taken
+from .image_variants import as_taken
 
 log = logging.getLogger(__name__)
 

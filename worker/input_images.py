@@ -10,11 +10,11 @@ from PIL import Image as pillow
 
 from ..protocol.errors import InvalidRequest
 from ..protocol.generation import Generate, Image
-from .image_pipelines import as_taken
-from .task import Task
+from .image_variants import as_taken
+from .pipeline_task import PipelineTask
 
 
-def image_arguments(task: Task, request: Generate) -> dict[str, Any]:
+def image_arguments(task: PipelineTask, request: Generate) -> dict[str, Any]:
     """The images under the pipeline's own names for them, with ``width`` and ``height`` where it takes them.
 
     What it makes is as large as the request says, a single side with the other in proportion. Without that, pipelines
@@ -44,7 +44,7 @@ def _picture(image: Image) -> pillow.Image:
     return pillow.fromarray(np.asarray(image.rgb.data).reshape(image.height, image.width, 3))
 
 
-def _size(task: Task, request: Generate) -> tuple[int, int] | None:
+def _size(task: PipelineTask, request: Generate) -> tuple[int, int] | None:
     """Width and height of what is to be made; ``None`` leaves them to the pipeline."""
     given = (request.width, request.height)
     if given == (None, None) and "strength" not in task.arguments and (task.kind == "image" or not task.sizes.width):

@@ -23,11 +23,11 @@ from ..protocol.generation import Generate
 from ..protocol.replicas import BatchingMode, ImageTask, ModelInfo
 from .forward.costs import Costs
 from .frame_rate import frame_rate
+from .model_defaults import ModelDefaults, read_model_defaults
 from .parallel.ranks import ALONE, Ranks
-from .published import Published, read_published
+from .pipeline_task import PipelineTask, new_task
 from .rollout.sampling import why_no_rollouts
 from .sizes import DENOISERS
-from .task import Task, new_task
 from .weights.checkpoint.components import components
 from .weights.checkpoint.download import download_pipeline
 from .weights.checkpoint.files import WeightFiles
@@ -48,7 +48,7 @@ class Model:
     """A loaded pipeline with what it does: ``text`` from a prompt alone, ``image`` from a prompt and images.
 
     The self-test decides which of the two there are, and ``no_image`` says why the second is not there. ``layouts``
-    are of every component with weights; ``published`` is what the checkpoint says of itself.
+    are of every component with weights; ``model_defaults`` is what the checkpoint says of itself.
     """
 
     name: str
@@ -60,9 +60,9 @@ class Model:
     dtype: torch.dtype
     layouts: dict[str, Layout]
     divided: dict[str, str]
-    published: Published
-    text: Task | None
-    image: Task | None = None
+    model_defaults: ModelDefaults
+    text: PipelineTask | None
+    image: PipelineTask | None = None
     no_image: str = "it was not tried"
     weight_version: str = INITIAL_VERSION
     costs: Costs = field(init=False)
@@ -72,13 +72,13 @@ class Model:
         self.costs = Costs(self.device)
 
     @property
-    def main(self) -> Task:
+    def main(self) -> PipelineTask:
         """What is done for a request that brings no more than it must."""
         task = self.text or self.image
         assert task is not None, "a model does something"
         return task
 
-    def task(self, request: Generate) -> Task:
+    def task(self, request: Generate) -> PipelineTask:
         """What is done for ``request``. Raises ``InvalidRequest`` where the model does no such thing."""
         task = self.image if request.images else self.text
         if task is None:
@@ -90,9 +90,9 @@ class Model:
         task = self.image if request.images else self.text
         return "merged" if task is None else task.batching.mode
 
-    def frame_rate(self, task: Task) -> int:
+    def frame_rate(self, task: PipelineTask) -> int:
         """Frames a second of a clip, where a request says nothing of it."""
-        return self.published.fps or frame_rate(type(task.pipeline), task.arguments, task.defaults)
+        return self.model_defaults.fps or frame_rate(type(task.pipeline), task.arguments, task.defaults)
 
     def is_finite(self) -> bool:
         """Whether every parameter of this rank is."""
@@ -145,7 +145,7 @@ class Model:
         )
 
 
-def _image_task(task: Task | None) -> ImageTask | None:
+def _image_task(task: PipelineTask | None) -> ImageTask | None:
     if task is None:
         return None
     return ImageTask(
@@ -171,7 +171,7 @@ def load_model(config: Config, device: torch.device | None = None, ranks: Ranks 
     pipeline = loaded.pipeline
     give_own_pages(modules(pipeline).values())
     _forget_caches(pipeline)
-    published = read_published(directory, type(pipeline))
+    model_defaults = read_model_defaults(directory, type(pipeline))
     return Model(
         name=config.served_model_name or config.model.rstrip("/").rsplit("/", 1)[-1],
         path=path,
@@ -181,8 +181,8 @@ def load_model(config: Config, device: torch.device | None = None, ranks: Ranks 
         dtype=dtype,
         layouts=loaded.layouts,
         divided=_say_divided(loaded, ranks),
-        published=published,
-        text=new_task(pipeline, config, published.defaults),
+        model_defaults=model_defaults,
+        text=new_task(pipeline, config, model_defaults.defaults),
     )
 
 

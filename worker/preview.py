@@ -14,14 +14,16 @@ import torch
 from .crossing.chain import Chain
 from .crossing.fork import Fork, schedulers
 from .crossing.interceptors import without_denoiser
+from .pipeline_task import PipelineTask
 from .sample import first_output
 from .steps import answer_steps
-from .task import Task
 
 _SCHEDULE = ("num_inference_steps", "timesteps", "sigmas")
 
 
-def preview(task: Task, arguments: dict[str, Any], latents: torch.Tensor, *, watches_all: bool = False) -> torch.Tensor:
+def preview(
+    task: PipelineTask, arguments: dict[str, Any], latents: torch.Tensor, *, watches_all: bool = False
+) -> torch.Tensor:
     """The picture [C, H, W] or clip [F, C, H, W] that ``latents`` decode to, float in [0, 1].
 
     Runs in the caller's coroutine, so a sample waits for its own previews and nobody else does. ``arguments`` are those

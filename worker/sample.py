@@ -30,6 +30,7 @@ from .failure import NothingMade
 from .input_images import image_arguments
 from .lora.adapters import RequestedAdapters
 from .model import Model
+from .pipeline_task import PipelineTask
 from .rollout.environment import Environment, likely_scales
 from .rollout.initial_noise import usual_shapes
 from .rollout.record import as_output, peak_memory_mb, read_tensor, told, told_of_nothing
@@ -37,7 +38,6 @@ from .rollout.sampling import RolloutSampler, why_no_rollouts
 from .rollout.schedule import follow, shift
 from .sound import Sound, first_sound
 from .steps import Step, watch_steps
-from .task import Task
 
 
 class SampleRun:
@@ -88,7 +88,7 @@ class SampleRun:
         self.coroutine.pixels = model.output_pixels(request)
 
     @property
-    def task(self) -> Task:
+    def task(self) -> PipelineTask:
         """Raises ``InvalidRequest`` where the model does not do what is asked for."""
         return self._model.task(self.request)
 

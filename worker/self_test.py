@@ -14,10 +14,10 @@ from ..protocol.replicas import Batching, BatchingMode
 from ..protocol.self_test import SelfTestResult, TaskResult
 from .crossing.changes import untraced
 from .forward.recovery import Agree
-from .image_pipelines import DoesNotFit, for_images, needs_image, on_components
+from .image_variants import IncompatibleComponents, image_variants, needs_image, share_components
 from .model import Model, modules
-from .task import Task, new_task
-from .trial import DoesNotRun, Trial, Verdict
+from .pipeline_task import PipelineTask, new_task
+from .probe import DoesNotRun, Trial, Verdict
 
 log = logging.getLogger(__name__)
 
@@ -82,8 +82,8 @@ class SelfTest:
         """
         model = self._model
         if result.image is not None:
-            cls = next(cls for cls in for_images(type(model.pipeline)) if cls.__name__ == result.image.pipeline)
-            model.image = new_task(on_components(cls, model.pipeline), self._config, model.published.defaults)
+            cls = next(cls for cls in image_variants(type(model.pipeline)) if cls.__name__ == result.image.pipeline)
+            model.image = new_task(share_components(cls, model.pipeline), self._config, model.model_defaults.defaults)
             _recall(model.image, result.image)
         if result.text is not None:
             assert model.text is not None
@@ -118,10 +118,10 @@ class SelfTest:
 
     def _image(self) -> Verdict | None:
         self._model.no_image = "diffusers has no pipeline for images on its components"
-        for cls in for_images(type(self._model.pipeline)):
+        for cls in image_variants(type(self._model.pipeline)):
             try:
-                return self._try_images(on_components(cls, self._model.pipeline))
-            except DoesNotFit as error:
+                return self._try_images(share_components(cls, self._model.pipeline))
+            except IncompatibleComponents as error:
                 self._model.no_image = str(error)
             except DoesNotRun as error:
                 self._model.no_image = f"{cls.__name__} does not run on its components ({error})"
@@ -131,7 +131,7 @@ class SelfTest:
 
     def _try_images(self, pipeline: DiffusionPipeline) -> Verdict:
         """Raises ``DoesNotRun``."""
-        self._model.image = image = new_task(pipeline, self._config, self._model.published.defaults, images=True)
+        self._model.image = image = new_task(pipeline, self._config, self._model.model_defaults.defaults, images=True)
         trial = self._trial(images=True)
         verdict = trial.judge()
         image.several_images = len(image.image_arguments) == 1 and trial.takes_several_images()
@@ -139,7 +139,7 @@ class SelfTest:
         return verdict
 
 
-def _task_result(task: Task | None) -> TaskResult | None:
+def _task_result(task: PipelineTask | None) -> TaskResult | None:
     if task is None:
         return None
     return TaskResult(
@@ -153,7 +153,7 @@ def _task_result(task: Task | None) -> TaskResult | None:
     )
 
 
-def _recall(task: Task, result: TaskResult) -> None:
+def _recall(task: PipelineTask, result: TaskResult) -> None:
     task.require(result.required)
     task.output_type, task.several_images = result.output_type, result.several_images
     task.supports_preview, task.batching, task.tried_size = (

@@ -12,8 +12,8 @@ from PIL import Image as pillow
 
 from safelight.protocol.codec import Buffer
 from safelight.protocol.generation import Generate, Image, Sample
-from safelight.worker.image_pipelines import as_taken
-from safelight.worker.task import Task
+from safelight.worker.image_variants import as_taken
+from safelight.worker.pipeline_task import PipelineTask
 
 from .build import particulars
 from .catalogue import PICTURES, kind
@@ -24,7 +24,7 @@ FRAMES = 9
 OTHER_PICTURES = ("mask_image", "control_mask", "image_reference")
 
 
-def request(task: Task, pipeline: str, index: int) -> Generate:
+def request(task: PipelineTask, pipeline: str, index: int) -> Generate:
     """Request ``index``: prompts, images, seeds and numbers of steps differ."""
     side = -(-SIDES[task.kind] // task.sizes.multiple) * task.sizes.multiple
     call = _usual(set(task.arguments), side, index) | particulars(pipeline).call

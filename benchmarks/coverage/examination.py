@@ -15,9 +15,9 @@ from safelight.protocol.config import Config
 from safelight.protocol.errors import StartFailed
 from safelight.protocol.generation import Generate
 from safelight.worker.model import Model, load_model
+from safelight.worker.pipeline_task import PipelineTask
 from safelight.worker.sample import SampleRun
 from safelight.worker.self_test import Found, SelfTest
-from safelight.worker.task import Task
 
 from .asking import PROMPTS, directly, request
 from .build import build
@@ -86,7 +86,7 @@ class Examination:
                 raise plain_error from None
             raise
 
-    def _task(self, model: Model) -> Task:
+    def _task(self, model: Model) -> PipelineTask:
         task = model.image if self._row.kind.startswith("image") else model.text
         if task is None:
             raise StartFailed(model.no_image if self._row.kind.startswith("image") else "it needs an image")

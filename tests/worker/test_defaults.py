@@ -18,8 +18,8 @@ from safelight.protocol.replicas import ModelInfo
 from safelight.tests.tiny import FAMILIES
 from safelight.worker.batcher import Batcher
 from safelight.worker.model import Model, load_model
+from safelight.worker.pipeline_task import new_task
 from safelight.worker.sample import SampleRun, first_output
-from safelight.worker.task import new_task
 
 SMALL = 4
 """Latent pixels a side in which a pipeline draws whose default size stands in code, in place of 128."""

@@ -25,8 +25,8 @@ from safelight.worker.batcher import Batcher
 from safelight.worker.failure import NotFinite, explain
 from safelight.worker.jobs import Jobs
 from safelight.worker.model import Model
+from safelight.worker.pipeline_task import new_task
 from safelight.worker.replica import Replica
-from safelight.worker.task import new_task
 
 PICTURE = Image(64, 64, Buffer(bytes(range(256)) * 48))
 

@@ -12,7 +12,7 @@ from safelight.protocol.config import Config
 from safelight.protocol.errors import StartFailed
 from safelight.worker.arguments import call_arguments
 from safelight.worker.model import Model, load_model
-from safelight.worker.task import default_text_length
+from safelight.worker.pipeline_task import default_text_length
 
 
 def test_arguments_that_are_no_json_cannot_be_set() -> None:

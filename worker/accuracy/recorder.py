@@ -19,11 +19,11 @@ from ...protocol.generation import Generate, Image, Sample
 from ..batcher import Batcher
 from ..crossing.chain import Interceptor
 from ..crossing.interceptors import Recorder
-from ..image_pipelines import takes_image
+from ..image_variants import takes_image
 from ..model import Model
+from ..pipeline_task import PipelineTask
 from ..sample import SampleRun
 from ..sizes import small_sizes
-from ..task import Task
 from .recorded import Recorded, keep
 
 PROMPTS = (
@@ -92,7 +92,7 @@ class _RecordedRun(SampleRun):
             self._decoded[kept.component] = pictures[0].detach().cpu().clone()
 
 
-def _request(task: Task, index: int, size: dict[str, int], images: list[Image]) -> Generate:
+def _request(task: PipelineTask, index: int, size: dict[str, int], images: list[Image]) -> Generate:
     # binning would enlarge the small size to one of the model's own
     extra = {"use_resolution_binning": False} if "use_resolution_binning" in task.arguments else {}
     request = Generate(

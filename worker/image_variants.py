@@ -49,19 +49,19 @@ def needs_image(pipeline: type[DiffusionPipeline]) -> bool:
     return any(_is_required(_call(pipeline)[name]) for name in image_arguments(pipeline))
 
 
-class DoesNotFit(Exception):
+class IncompatibleComponents(Exception):
     """A pipeline cannot be made from the components that there are; the message says why."""
 
 
-def for_images(cls: type[DiffusionPipeline]) -> list[type[DiffusionPipeline]]:
+def image_variants(cls: type[DiffusionPipeline]) -> list[type[DiffusionPipeline]]:
     """``cls`` itself when it takes images, or else those that may do on its components, the likeliest first."""
     return [cls] if takes_image(cls) else _partners(cls)
 
 
-def on_components(cls: type[DiffusionPipeline], pipeline: DiffusionPipeline) -> DiffusionPipeline:
+def share_components(cls: type[DiffusionPipeline], pipeline: DiffusionPipeline) -> DiffusionPipeline:
     """A pipeline of ``cls`` that shares every component and setting of ``pipeline``, or is it.
 
-    Raises ``DoesNotFit``.
+    Raises ``IncompatibleComponents``.
     """
     if type(pipeline) is cls:
         return pipeline
@@ -71,11 +71,11 @@ def on_components(cls: type[DiffusionPipeline], pipeline: DiffusionPipeline) -> 
         if name in known:
             given[name] = known[name]
         elif _is_required(parameter):
-            raise DoesNotFit(f"{cls.__name__} needs {name}, which the model does not have")
+            raise IncompatibleComponents(f"{cls.__name__} needs {name}, which the model does not have")
     try:
         return cls(**given)
     except Exception as error:  # a constructor that was not written for these components
-        raise DoesNotFit(f"{cls.__name__} cannot be made from its components ({error!r})") from error
+        raise IncompatibleComponents(f"{cls.__name__} cannot be made from its components ({error!r})") from error
 
 
 def _partners(cls: type[DiffusionPipeline]) -> list[type[DiffusionPipeline]]:

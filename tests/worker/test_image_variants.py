@@ -6,7 +6,7 @@ import diffusers
 import pytest
 from diffusers.pipelines import auto_pipeline
 
-from safelight.worker.image_pipelines import as_taken, for_images, image_arguments, takes_image
+from safelight.worker.image_variants import as_taken, image_arguments, image_variants, takes_image
 
 TABLES = (
     (auto_pipeline.AUTO_TEXT2IMAGE_PIPELINES_MAPPING, auto_pipeline.AUTO_IMAGE2IMAGE_PIPELINES_MAPPING),
@@ -19,7 +19,7 @@ def test_diffusers_own_pairs_are_found() -> None:
     pairs = [(text, images[name]) for texts, images in TABLES for name, text in texts.items() if images.get(name)]
     assert len(pairs) > 20
     for text, image in pairs:
-        assert for_images(text) == [text if takes_image(text) else image]
+        assert image_variants(text) == [text if takes_image(text) else image]
 
 
 @pytest.mark.parametrize(
@@ -34,7 +34,7 @@ def test_diffusers_own_pairs_are_found() -> None:
     ],
 )
 def test_pairs_of_names(text: str, images: list[str]) -> None:
-    assert [cls.__name__ for cls in for_images(getattr(diffusers, text))] == images
+    assert [cls.__name__ for cls in image_variants(getattr(diffusers, text))] == images
 
 
 def test_an_argument_for_images_alone_in_a_list_is_found_and_gets_a_list() -> None:

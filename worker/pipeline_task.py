@@ -15,7 +15,7 @@ from ..protocol.replicas import Batching, Parameter
 from .arguments import offered_arguments
 from .bounds import bounded
 from .first_call import variables_at_first_call
-from .image_pipelines import image_arguments
+from .image_variants import image_arguments
 from .sizes import Sizes, find_sizes
 
 _NO_LIMIT = 100_000
@@ -25,7 +25,7 @@ UNTESTED = Batching("merged", "not tested")
 
 
 @dataclass(slots=True)
-class Task:
+class PipelineTask:
     """A pipeline on the model's components. ``defaults`` are arguments passed where a request gives none.
 
     A ``deterministic`` request gets ``plain_defaults`` in their place: what diffusers needs to run, and what the
@@ -61,7 +61,7 @@ class Task:
 
 def new_task(
     pipeline: DiffusionPipeline, config: Config, published: Mapping[str, Any], *, images: bool = False
-) -> Task:
+) -> PipelineTask:
     """``published`` are the checkpoint's own defaults, of which the pipeline takes what it has an argument for.
 
     What is made from ``images`` has a size that follows from them.
@@ -77,7 +77,7 @@ def new_task(
     of_images = {"width": None, "height": None} if images else {}
     own |= plain | of_images
     effective = own | defaults | of_images
-    return Task(
+    return PipelineTask(
         pipeline=pipeline,
         kind="video" if "num_frames" in arguments else "image",
         arguments={

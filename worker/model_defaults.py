@@ -20,23 +20,23 @@ from .arguments import call_arguments
 FILE = "safelight.json"
 
 
-class Published(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class ModelDefaults(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """``defaults`` are arguments of the pipeline's ``__call__``; ``fps`` is the frame rate of its clips."""
 
     defaults: dict[str, Any] = {}
     fps: Annotated[int, Meta(ge=1, le=240)] | None = None
 
 
-def read_published(directory: Path, pipeline: type[DiffusionPipeline]) -> Published:
+def read_model_defaults(directory: Path, pipeline: type[DiffusionPipeline]) -> ModelDefaults:
     """What ``directory`` has of it, nothing where there is no such file.
 
     Raises ``StartFailed`` for a file that is wrong: a default that is not passed on would be missed by nobody.
     """
     file = directory / FILE
     if not file.is_file():
-        return Published()
+        return ModelDefaults()
     try:
-        found = msgspec.json.decode(file.read_bytes(), type=Published)
+        found = msgspec.json.decode(file.read_bytes(), type=ModelDefaults)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise StartFailed(f"{file} cannot be read: {error}.") from None
     known = call_arguments(pipeline)
