@@ -74,21 +74,23 @@ def page(findings: Findings) -> str:
 
 HEAD = """# Models
 
-How each pipeline that diffusers exports is served, as far as a tiny form of it could be made. The page is made by
-`python -m safelight.benchmarks.coverage`, which builds a tiny form of each class with random weights, loads it as any
-checkpoint is loaded, lets the self-test choose how requests share forwards, serves requests, and compares their outputs
-with plain `DiffusionPipeline` calls.
+Which pipelines of diffusers Safelight serves, and how, for anybody who chooses a model. To see it for a checkpoint of
+yours, start it (`safelight serve MODEL`) and read `GET /server_info`.
+
+`python -m safelight.benchmarks.coverage` makes this page. For each pipeline class that diffusers exports, it builds a
+tiny form with random weights where one can be made, loads it as any checkpoint is loaded, lets the self-test choose how
+requests share forwards, serves requests, and compares their outputs with plain `DiffusionPipeline` calls.
 Versions: diffusers {diffusers}, transformers {transformers}, torch {torch}, ftfy {ftfy}.
 
-- **served**: requests give files, by the same code that a worker runs.
-- **bitwise**: a request with `deterministic`, among others, gives exactly the numbers of plain diffusers.
-- **merged**: calls of three different requests met in common forwards, and no value differs by more than 1e-4 from
-  plain diffusers; beside it, how many calls took how many forwards, and which calls run alone. *interleaved*
-  pipelines take turns at every call, *serial* ones run one request at a time.
-- **tensor-parallel**: two ranks give the same, within 1e-4.
+| column | means |
+|---|---|
+| served | requests give files, by the same code that a worker runs |
+| bitwise | a request with `deterministic`, among others, gives exactly the numbers of plain diffusers |
+| merged | calls of three different requests met in common forwards, and no value differs by more than 1e-4 from plain diffusers. The cell says how many calls took how many forwards, and the note which components run alone. *interleaved* pipelines take turns at every call, *serial* ones run one request at a time |
+| tensor-parallel | two ranks give the same, within 1e-4 |
 
-A pipeline that takes several pictures (a mask, or one to be guided by) gets them from the list `image` of a request, in
-the order that `/model_info` names as `image_task.image_arguments`.
+A pipeline that takes several pictures (a mask, or a guiding picture) gets them from a request's list `image`, in the
+order of `image_task.image_arguments` in `/model_info`.
 """
 
 
