@@ -86,8 +86,11 @@ Versions: diffusers {diffusers}, transformers {transformers}, torch {torch}, ftf
 |---|---|
 | served | requests give files, by the same code that a worker runs |
 | bitwise | a request with `deterministic`, among others, gives exactly the numbers of plain diffusers |
-| merged | calls of three different requests met in common forwards, and no value differs by more than 1e-4 from plain diffusers. The cell says how many calls took how many forwards, and the note which components run alone. *interleaved* pipelines take turns at every call, *serial* ones run one request at a time |
+| merged | three different requests shared forwards, and no value differs by more than 1e-4 from plain diffusers |
 | tensor-parallel | two ranks give the same, within 1e-4 |
+
+*merged* also says how many calls took how many forwards, and which components run alone. *interleaved* pipelines take
+turns at every call, *serial* ones run one request at a time.
 
 A pipeline that takes several pictures (a mask, or a guiding picture) gets them from a request's list `image`, in the
 order of `image_task.image_arguments` in `/model_info`.
