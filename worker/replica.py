@@ -27,11 +27,11 @@ from ..protocol.self_test import SelfTestResult
 from .batcher import Batcher
 from .forward.at_rest import AtRest
 from .forward.prompt_cache import PromptCache
-from .group_orders import GroupOrders
 from .heartbeat import HEARTBEAT_S, Activity, Heartbeats
 from .jobs import Jobs
 from .lora.adapters import RankAdapters
 from .model import Model, find_device, load_model, modules, use_device
+from .operations.group_orders import GroupOrders
 from .operations.resources import Resources
 from .operations.table import new_coordinator
 from .parallel.ranks import RankLost, join, leave

@@ -15,7 +15,7 @@ from safelight.protocol.config import Config
 from safelight.worker.model import load_model
 from safelight.worker.models import family_of
 from safelight.worker.parallel.ranks import Ranks
-from safelight.worker.weights.checkpoint.loader import Loaded, load_component
+from safelight.worker.weights.checkpoint.loader import LoadedComponent, load_component
 from safelight.worker.weights.snapshot.digests import raw_bytes, tensor_digests
 
 CPU = torch.device("cpu")
@@ -42,7 +42,7 @@ def _computes_as_whole(ranks: Ranks, encoders: Mapping[str, tuple[type[Any], Pat
         _takes_updates(loaded, folder, ranks)
 
 
-def _takes_updates(loaded: Loaded, folder: Path, ranks: Ranks) -> None:
+def _takes_updates(loaded: LoadedComponent, folder: Path, ranks: Ranks) -> None:
     tensors = load_file(folder / "model.safetensors")
     for name, tensor in tensors.items():
         loaded.layout.write(name, tensor + 1)

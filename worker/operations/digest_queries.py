@@ -1,4 +1,4 @@
-"""Digests of the weights, told or compared."""
+"""Queries about the digests of the weights."""
 
 from __future__ import annotations
 

@@ -60,7 +60,7 @@ class WeightUpdate:
         report, written = self._update.report(), self._update.written
         merged = [MERGED] if self._resources.adapters.are_in(written) else []
         self._update.commit()
-        flushes = self._flushes or set(written) - set(DENOISERS)
+        flushes = self._flushes or self._resources.adapters.written or set(written) - set(DENOISERS)
         invalidated = [*(self._resources.flush_caches() if flushes else []), *merged]
         return msgspec.structs.replace(report, invalidated=invalidated)
 

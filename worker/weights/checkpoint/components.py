@@ -1,4 +1,4 @@
-"""The components of a pipeline's directory that diffusers loads, and the files that it loads them from."""
+"""The components of a pipeline's directory that diffusers loads, and their files."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _CONFIG = "config.json"
 
 @dataclass(frozen=True, slots=True)
 class Component:
-    """One component of a pipeline's directory; ``variant`` is the one that its weights are loaded from."""
+    """One component of a pipeline's directory. Its weights are those of ``variant``."""
 
     name: str
     cls: type
@@ -41,24 +41,24 @@ class Component:
 
     @property
     def files(self) -> list[Path]:
-        """The files of weights that its library loads; empty where there are none. Raises ``BadTensorFile``."""
+        """The weight files that its library loads; empty where there are none. Raises ``BadTensorFile``."""
         if issubclass(self.cls, PreTrainedModel):
             return _named_by_config(self.folder) or weight_files(self.folder, self.variant, STEMS[1:])
         return weight_files(self.folder, self.variant, STEMS[:1])
 
 
 def pipeline_class(directory: Path) -> type[DiffusionPipeline]:
-    """diffusers' own class of the pipeline in ``directory``; ``DiffusionPipeline`` where the index names no such."""
+    """The diffusers class of the pipeline in ``directory``; ``DiffusionPipeline`` where the index names none."""
     name = read_index(directory).class_name
     found = getattr(diffusers, name, None) if name is not None else None
     return found if isinstance(found, type) and issubclass(found, DiffusionPipeline) else DiffusionPipeline
 
 
 def components(directory: Path, variant: str | None = None) -> dict[str, Component]:
-    """What diffusers loads of the pipeline in ``directory``, by name, each with the class that the index names.
+    """The components that diffusers loads from ``directory``, by name, each with the class that the index names.
 
-    An entry of the index that the pipeline's class does not take as a component is none, whatever it looks like.
-    Raises ``StartFailed`` where the class takes it and it does not name a class, and where nothing has the variant.
+    Entries that the pipeline's class does not take are ignored. Raises ``StartFailed`` where an entry that it takes
+    names no class, and where no component has the variant.
     """
     cls, values = pipeline_class(directory), read_index(directory).values
     expected, _ = cls._get_signature_keys(cls)
@@ -95,7 +95,7 @@ def _variants(directory: Path, variant: str | None, values: Mapping[str, object]
 
 
 def _class(directory: Path, name: str, library: str, class_name: str) -> type:
-    """As diffusers finds it. Raises ``StartFailed``."""
+    """The class as diffusers finds it. Raises ``StartFailed``."""
     try:
         cls, _ = get_class_obj_and_candidates(
             library,
@@ -116,7 +116,7 @@ def _class(directory: Path, name: str, library: str, class_name: str) -> type:
 
 
 def inspect(component: Component) -> None:
-    """Raise ``StartFailed``, saying what to do, where files are missing or broken that would be loaded."""
+    """Raise ``StartFailed``, with the cure, where files to load are missing or broken."""
     folder = component.folder
     if folder.name != component.name and not any(folder.glob("*config.json")):
         raise StartFailed(
@@ -144,25 +144,25 @@ def inspect(component: Component) -> None:
 
 def _without_weights(component: Component) -> str:
     folder = component.folder
-    said = f"The component {component.name} has"
+    start = f"The component {component.name} has"
     stem = STEMS[1] if issubclass(component.cls, PreTrainedModel) else STEMS[0]
     variants = sorted({file.name.split(".")[1].split("-")[0] for file in folder.glob(f"{stem}.*.safetensors")})
     if variants:
         flag = " or ".join(f"--variant {variant}" for variant in variants)
-        return f"{said} weights of the variant {' and '.join(variants)} only, in {folder}; start with {flag}."
+        return f"{start} weights of the variant {' and '.join(variants)} only, in {folder}; start with {flag}."
     pickled = sorted(file.name for file in folder.iterdir() if file.suffix in _PICKLED)
     if pickled:
         return (
-            f"{said} only pickled weights ({folder / pickled[0]}), which can run code and are never loaded; "
+            f"{start} only pickled weights ({folder / pickled[0]}), which can run code and are never loaded; "
             "convert them with `save_pretrained(..., safe_serialization=True)`."
         )
     return (
-        f"{said} no weights: there is no {stem}.safetensors in {folder}, nor an index of its parts; "
+        f"{start} no weights: there is no {stem}.safetensors in {folder}, nor an index of its parts; "
         "download or save the pipeline again."
     )
 
 
 def _named_by_config(folder: Path) -> list[Path]:
-    """The file that ``transformers_weights`` in a model's configuration names, if it does."""
+    """The file that ``transformers_weights`` in the configuration names, if any."""
     named = read_object(folder / _CONFIG).get("transformers_weights") if (folder / _CONFIG).is_file() else None
     return [folder / named] if isinstance(named, str) and named.endswith(".safetensors") else []

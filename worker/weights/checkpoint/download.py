@@ -1,4 +1,4 @@
-"""Pipelines from a hub, and what keeps them from coming, in one sentence."""
+"""Downloads pipelines from a hub, and explains failures in one sentence."""
 
 from __future__ import annotations
 
@@ -38,23 +38,23 @@ def download_pipeline(
 
 
 def download_configurations(name: str, *, revision: str | None = None) -> Path:
-    """A directory with what the hub's pipeline ``name`` has beside weights. Raises ``StartFailed``."""
+    """A directory with the hub's pipeline ``name`` except its weights. Raises ``StartFailed``."""
     with _in_words(name, None, revision):
         return Path(snapshot_download(name, revision=revision, allow_patterns=_CONFIGURATIONS))
 
 
 @contextlib.contextmanager
 def _in_words(name: str, variant: str | None, revision: str | None) -> Iterator[None]:
-    """Turn what the libraries raise into ``StartFailed``; diffusers' own lines about it are not logged."""
-    talker = logging.getLogger("diffusers.pipelines.pipeline_utils")
-    before = talker.level
-    talker.setLevel(logging.ERROR)
+    """Turn the libraries' errors into ``StartFailed``, without diffusers' own log lines."""
+    logger = logging.getLogger("diffusers.pipelines.pipeline_utils")
+    before = logger.level
+    logger.setLevel(logging.ERROR)
     try:
         yield
     except (OSError, ValueError, httpx.HTTPError, OfflineModeIsEnabled) as error:
         raise StartFailed(_sentence(name, variant, revision, error)) from error
     finally:
-        talker.setLevel(before)
+        logger.setLevel(before)
 
 
 def _sentence(name: str, variant: str | None, revision: str | None, error: Exception) -> str:

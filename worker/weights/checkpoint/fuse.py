@@ -1,7 +1,7 @@
-"""Fuses layers with the same input into one product, whatever attention processor calls them.
+"""Fuses linear layers with the same input into one product, under any attention processor.
 
-The layers are left where they were, as views of the fused one: the first of them that is called makes the product, and
-the others take their parts of it. So no processor has to know.
+The layers stay in place as views of the fused one. The first that is called computes the product, and the others take
+their parts of it, so that no processor has to know.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from .layout import Entry
 
 
 class FusedLinear(nn.Linear):
-    """Several linear layers in one: ``weight`` [sum of widths, in]. Its output is kept until every part was taken."""
+    """Several linear layers in one: ``weight`` [sum of widths, in]. Its output is kept until every part is taken."""
 
     widths: tuple[int, ...]
 
@@ -42,7 +42,7 @@ class FusedLinear(nn.Linear):
 
 
 class FusedPart(nn.Module):
-    """Stands where a fused layer stood. ``weight`` and ``bias`` are views of its rows."""
+    """Takes the place of a fused layer. ``weight`` and ``bias`` are views of its rows."""
 
     def __init__(self, whole: FusedLinear, index: int) -> None:
         super().__init__()
@@ -70,7 +70,7 @@ class FusedPart(nn.Module):
 
 
 def fuse(module: nn.Module, family: Family, entries: list[Entry]) -> list[Entry]:
-    """Fuse what ``family`` names in ``module``, which has no values yet; returns where its tensors are then."""
+    """Fuse the layers that ``family`` names in ``module``, which has no values yet; returns the new entries."""
     moved: dict[str, Entry] = {}
     by_tensor = {entry.tensor: entry for entry in entries}
     for pattern, groups in family.fused.items():

@@ -119,7 +119,7 @@ class Layout:
 
         Raises ``ValueError`` where the shapes do not fit; nothing is written then.
         """
-        for here, piece in self._places(name, whole):
+        for here, piece in self._targets(name, whole):
             here.copy_(piece)
 
     def overwrite(self, name: str, whole: Sliceable, before: torch.Tensor, read: Read | None = None) -> None:
@@ -127,20 +127,20 @@ class Layout:
 
         On an error nothing is written.
         """
-        places = self._places(name, whole)
-        kept = _split(before, [piece for _, piece in places], self._dim(name))
-        overwrite(((here, piece, old) for (here, piece), old in zip(places, kept, strict=True)), read)
+        targets = self._targets(name, whole)
+        kept = _split(before, [piece for _, piece in targets], self._dim(name))
+        overwrite(((here, piece, old) for (here, piece), old in zip(targets, kept, strict=True)), read)
 
     def beside(self, name: str, whole: Sliceable, room: torch.Tensor) -> list[Pair]:
         """Pairs of a place in ``room``, which is like :meth:`local`, and the piece of ``whole`` that belongs there."""
-        pieces = [piece for _, piece in self._places(name, whole)]
+        pieces = [piece for _, piece in self._targets(name, whole)]
         return list(zip(_split(room, pieces, self._dim(name)), pieces, strict=True))
 
     def _dim(self, name: str) -> int:
         """The dimension along which the tensor is divided."""
         return 0 if (shard := self._entries[name].shard) is None else shard.dim
 
-    def _places(self, name: str, whole: Sliceable) -> list[Pair]:
+    def _targets(self, name: str, whole: Sliceable) -> list[Pair]:
         """Pairs of a place in this rank's memory and the piece of ``whole`` that belongs there."""
         pieces, local = self._pieces(name, whole), self.local(name)
         dim = self._dim(name)

@@ -1,6 +1,6 @@
-"""Loads one component of a checkpoint through its layout: each rank reads what it keeps, and nothing else.
+"""Loads one component of a checkpoint through its layout: each rank reads only the parts that it keeps.
 
-The module is made without memory, divided and fused, and then each tensor's part goes from the file to its place.
+The module is made without memory, then divided and fused, and then filled from the files.
 """
 
 from __future__ import annotations
@@ -31,19 +31,19 @@ from .names import ignored_names
 
 
 class CannotLoad(Exception):
-    """A component's files do not fit its class, or its class cannot be divided as asked; a sentence says why."""
+    """A component's files do not fit its class, or the component cannot be divided as asked; the message says why."""
 
 
 class WrongDegree(CannotLoad):
-    """The tensor-parallel degree does not divide the component; ``why`` says it without those that do."""
+    """The tensor-parallel degree does not divide the component. ``why`` omits the degrees that do."""
 
     def __init__(self, why: str, possible: Iterable[int]) -> None:
         super().__init__(f"{why}; --tp can be {', '.join(map(str, possible))}")
         self.why = why
 
 
-class Tensors(Protocol):
-    """Whole tensors by their checkpoint's names: files that are open, or tensors in memory."""
+class StoredTensors(Protocol):
+    """Whole tensors by checkpoint name, in open files or in memory."""
 
     def __iter__(self) -> Iterator[str]: ...
 
@@ -51,8 +51,8 @@ class Tensors(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Loaded:
-    """A component and its layout. ``whole`` are the parts that every rank has whole, each with the reason."""
+class LoadedComponent:
+    """A component and its layout. ``whole`` maps the parts that every rank has whole to the reason."""
 
     module: nn.Module
     layout: Layout
@@ -68,12 +68,12 @@ def load_component(
     family: Family | None = None,
     ranks: Ranks = ALONE,
     fused: bool = False,
-    tensors: Tensors | None = None,
-) -> Loaded:
-    """The component that ``folder`` configures on ``device``, as this rank's part of it.
+    tensors: StoredTensors | None = None,
+) -> LoadedComponent:
+    """Load this rank's part of the component that ``folder`` configures onto ``device``.
 
-    Its tensors are those of the files in ``folder``, unless they are given. Raises ``CannotLoad`` where tensors are
-    missing, too many or of another shape, and where the model cannot be divided among ``ranks``.
+    ``tensors`` replaces the files in ``folder``. Raises ``CannotLoad`` where tensors are missing, unexpected or of
+    another shape, and where the component cannot be divided among ``ranks``.
     """
     module = make(cls, folder, dtype)
     with contextlib.ExitStack() as stack:
@@ -92,10 +92,10 @@ def load_component(
     if isinstance(module, PreTrainedModel):
         module.tie_weights()
     layout.names = names_of(module, layout, _own_name(module))
-    return Loaded(module.eval().requires_grad_(False), layout, whole)
+    return LoadedComponent(module.eval().requires_grad_(False), layout, whole)
 
 
-def layout_of(module: nn.Module, tensors: Tensors) -> Layout:
+def layout_of(module: nn.Module, tensors: StoredTensors) -> Layout:
     """The layout of a whole component that its own library has loaded from ``tensors``.
 
     Raises ``CannotLoad`` where the library computes its tensors from others, or ignores some that are there.
@@ -111,7 +111,7 @@ def possible_degrees(cls: type[nn.Module], folder: Path, family: Family) -> set[
 
 
 def make(cls: type[nn.Module], folder: Path, dtype: torch.dtype) -> nn.Module:
-    """The module with parameters that have no memory, and buffers that have their values."""
+    """The module with its buffers, and with parameters that have no memory."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
@@ -132,8 +132,8 @@ def _new(cls: Any, folder: Path, dtype: torch.dtype) -> nn.Module:  # Any: neith
     return made
 
 
-def _names(module: nn.Module, files: Tensors) -> list[tuple[str, str]]:
-    """The files' tensors with the names that the module's state dict has for them."""
+def _names(module: nn.Module, files: StoredTensors) -> list[tuple[str, str]]:
+    """Pairs of a file's tensor name and the name in the module's state dict."""
     known = module.state_dict()
     ignored = [re.compile(pattern) for pattern in ignored_names(module)]
     wanted = [name for name in files if name in known or not any(pattern.search(name) for pattern in ignored)]
@@ -159,7 +159,7 @@ def _is_tied(module: nn.Module, name: str) -> bool:
 
 
 def _own_name(module: nn.Module) -> Callable[[str], str]:
-    """What the module calls any name of a checkpoint; it keeps no tensors alive."""
+    """Maps checkpoint names to the module's names, without keeping tensors alive."""
     rename = _renaming(module, dict.fromkeys(module.state_dict(), True))
 
     def own(name: str) -> str:
@@ -172,7 +172,7 @@ def _own_name(module: nn.Module) -> Callable[[str], str]:
 
 
 def _renaming(module: nn.Module, known: Mapping[str, object]) -> Callable[[str], str]:
-    """What transformers calls a checkpoint's tensor today; diffusers' names are the state dict's own."""
+    """Maps checkpoint names to transformers' current names; diffusers' names are those of the state dict."""
     if not isinstance(module, PreTrainedModel):
         return lambda name: name
     conversions = get_model_conversion_mapping(module)
@@ -193,7 +193,7 @@ def _arrange(
 ) -> tuple[Layout, dict[str, str]]:
     """Divide and fuse the module, which has no memory yet.
 
-    Returns where its tensors are then, and the parts that every rank has whole.
+    Returns its layout, and the parts that every rank has whole.
     """
     divided: dict[str, Shard] = {}
     whole: dict[str, str] = {}
@@ -206,13 +206,13 @@ def _arrange(
             raise WrongDegree(why, degrees(module, family))
         family, whole = fit(module, family, ranks.size)
         divided = shards(module, family)
-    places = entries(module, names, divided)
+    placed = entries(module, names, divided)
     if family is not None:
         if ranks.size > 1:
             divide(module, family, ranks, divided)
         if fused:
-            places = fuse(module, family, places)
-    return Layout(module, places, ranks), whole
+            placed = fuse(module, family, placed)
+    return Layout(module, placed, ranks), whole
 
 
 def _materialise(module: nn.Module, dtype: torch.dtype, device: torch.device) -> None:

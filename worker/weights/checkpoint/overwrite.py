@@ -67,13 +67,13 @@ def overwrite(pieces: Iterable[Triple], read: Read | None = None) -> None:
     kept: list[Pair] = []
     try:
         for local, new, before in pieces:
-            for here, given, old in _chunks(local, new, before):
+            for here, values, old in _chunks(local, new, before):
                 old.copy_(here)
                 kept.append((here, old))
-                if read is not None and _plain(here, given):
-                    read(_flat(here).numpy().data, given.data_ptr())
+                if read is not None and _plain(here, values):
+                    read(_flat(here).numpy().data, values.data_ptr())
                 else:
-                    here.copy_(given)
+                    here.copy_(values)
     except BaseException:
         for there, before in kept:
             there.copy_(before)

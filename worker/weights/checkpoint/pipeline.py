@@ -1,4 +1,4 @@
-"""The components of a checkpoint on their way into memory, through the layout where they are divided or fused."""
+"""Loads the components of a checkpoint, through the layout where they are divided or fused."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from ...sizes import DENOISERS
 from .components import Component, components, inspect, pipeline_class
 from .files import WeightFiles
 from .layout import Layout
-from .loader import CannotLoad, Loaded, WrongDegree, layout_of, load_component, make, possible_degrees
+from .loader import CannotLoad, LoadedComponent, WrongDegree, layout_of, load_component, make, possible_degrees
 from .single_file import SingleFile, saved_tensors
 
 log = logging.getLogger(__name__)
@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class LoadedPipeline:
-    """A pipeline, the layouts of its components, and of each why it, or which of its parts, every rank has whole."""
+    """A pipeline and the layouts of its components. ``whole`` says which parts every rank has whole, and why."""
 
     pipeline: DiffusionPipeline
     layouts: dict[str, Layout]
@@ -49,9 +49,9 @@ def load_pipeline(
 ) -> LoadedPipeline:
     """The pipeline in ``directory`` on ``device``, or this rank's part of it.
 
-    What ``single_file``, whose base is ``directory``, holds comes from there. With ``only``, the pipeline has that one
-    of its components with weights, and the others are ``None``. Raises ``CannotLoad``, ``StartFailed``, and whatever
-    ``from_pretrained`` does.
+    The components in ``single_file``, whose base is ``directory``, come from it. With ``only``, the pipeline has that
+    one component with weights, and the others are ``None``. Raises ``CannotLoad``, ``StartFailed``, and what
+    ``from_pretrained`` raises.
     """
     diffusers_logging.disable_progress_bar()
     transformers_logging.disable_progress_bar()
@@ -59,21 +59,12 @@ def load_pipeline(
     for component in sources.on_disk():
         inspect(component)
     models = {name: c for name, c in sources.components.items() if issubclass(c.cls, nn.Module)}
-    # without memory: constructors ask for their configurations
+    # made without memory, because pipelines' constructors read their configurations
     others = {name: make(c.cls, c.folder, dtype) for name, c in models.items() if only not in (None, name)}
     chosen = {name: component for name, component in models.items() if name not in others}
     own = _load_components(sources, chosen, dtype, device, ranks, fused=fused)
-    modules = {name: loaded.module for name, loaded in own.items()} | others
-    pipeline = pipeline_class(directory).from_pretrained(
-        directory,
-        dtype=dtype,
-        use_safetensors=True,
-        variant=variant if variant is not None and any(c.variant for c in sources.on_disk()) else None,
-        **modules,
-        **dict.fromkeys(sources.left_out),
-    )
-    if itself := [name for name, module in modules.items() if pipeline.components.get(name) is not module]:
-        raise CannotLoad(f"{type(pipeline).__name__} loads its {', '.join(itself)} itself; serve it with --tp 1")
+    given = {name: loaded.module for name, loaded in own.items()} | others
+    pipeline = _from_pretrained(directory, dtype, variant, sources, given)
     pipeline.register_modules(**dict.fromkeys(others))
     pipeline.to(device)
     parts = {name: part for name, part in pipeline.components.items() if isinstance(part, nn.Module)}
@@ -83,9 +74,26 @@ def load_pipeline(
     return LoadedPipeline(pipeline, layouts, {name: _whole(name, part, own) for name, part in parts.items()})
 
 
+def _from_pretrained(
+    directory: Path, dtype: torch.dtype, variant: str | None, sources: Sources, given: Mapping[str, nn.Module]
+) -> DiffusionPipeline:
+    """diffusers' own loader, with the modules ``given``. Raises ``CannotLoad`` where the pipeline ignores one."""
+    pipeline = pipeline_class(directory).from_pretrained(
+        directory,
+        dtype=dtype,
+        use_safetensors=True,
+        variant=variant if variant is not None and any(c.variant for c in sources.on_disk()) else None,
+        **given,
+        **dict.fromkeys(sources.left_out),
+    )
+    if ignored := [name for name, module in given.items() if pipeline.components.get(name) is not module]:
+        raise CannotLoad(f"{type(pipeline).__name__} loads its {', '.join(ignored)} itself; serve it with --tp 1")
+    return pipeline
+
+
 @dataclass(frozen=True, slots=True)
 class Sources:
-    """Where each component of a pipeline comes from: its folder, or a single file. ``left_out`` are loaded nowhere."""
+    """Where each component comes from: its folder or a single file. Components in ``left_out`` are not loaded."""
 
     components: Mapping[str, Component]
     single_file: SingleFile | None
@@ -101,23 +109,23 @@ class Sources:
         return self.single_file is not None and self.single_file.has(component)
 
     def on_disk(self) -> list[Component]:
-        """Those that are loaded from their folders."""
+        """The components that are loaded from their folders."""
         return [component for component in self.components.values() if not self.in_file(component)]
 
     def load(self, component: Component, dtype: torch.dtype) -> nn.Module | None:
-        """The component of the single file, whole; ``None`` where it is not in there."""
+        """The whole component of the single file; ``None`` where it is not in there."""
         return self.single_file.load(component, dtype) if self.single_file and self.in_file(component) else None
 
 
-def _whole(name: str, part: nn.Module, own: Mapping[str, Loaded]) -> Mapping[str, str]:
-    """Which parts of a component every rank has whole, and why; by ``""`` that it is all of it."""
+def _whole(name: str, part: nn.Module, own: Mapping[str, LoadedComponent]) -> Mapping[str, str]:
+    """Which parts of a component every rank has whole, and why; ``""`` stands for all of it."""
     if name in own and family_of(type(part)) is not None:
         return own[name].whole
     return {"": f"there is no tensor-parallel plan for {type(part).__name__}"}
 
 
 def _layout(module: nn.Module, component: Component | None) -> Layout:
-    """By the names of the files; where the library makes tensors from others, by the module's own names for them."""
+    """The layout by the files' names, or by the module's own where its library computes tensors from others."""
     try:
         with WeightFiles(component.files if component is not None else []) as files:
             return layout_of(module, files)
@@ -135,17 +143,17 @@ def _load_components(
     ranks: Ranks,
     *,
     fused: bool,
-) -> dict[str, Loaded]:
-    """What diffusers does not load itself, by name: what is divided or fused, and what is in a single file.
+) -> dict[str, LoadedComponent]:
+    """The components that diffusers does not load itself: divided or fused ones, and those of a single file.
 
-    A whole model is loaded as diffusers does: where its weights lie in memory decides the last bits of its products.
+    diffusers loads whole components, because the alignment of weights in memory decides the last bits of products.
     Raises ``CannotLoad`` where there are several ranks, and the pipeline's denoiser has no family or cannot be divided
     among so many.
     """
     planned = planned_components(sources.components) if fused or ranks.size > 1 else {}
     if ranks.size > 1:
         _check_denoisers(sources.components, planned)
-    loaded: dict[str, Loaded] = {}
+    loaded: dict[str, LoadedComponent] = {}
     try:
         for name, component in chosen.items():
             module = sources.load(component, dtype)
@@ -154,7 +162,7 @@ def _load_components(
             elif module is not None:
                 tensors = saved_tensors(module)
                 settled = module.to(device).requires_grad_(False)
-                loaded[name] = Loaded(settled, layout_of(settled, tensors))
+                loaded[name] = LoadedComponent(settled, layout_of(settled, tensors))
     except WrongDegree as refused:
         possible = [possible_degrees(c.cls, c.folder, planned[name]) for name, c in chosen.items() if name in planned]
         fit = ", ".join(map(str, sorted(set.intersection(*possible))))
@@ -171,7 +179,7 @@ def _load_planned(
     ranks: Ranks,
     *,
     fused: bool,
-) -> Loaded:
+) -> LoadedComponent:
     with ExitStack() as stack:
         return load_component(
             component.cls,

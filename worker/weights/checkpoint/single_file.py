@@ -1,8 +1,8 @@
 """Single-file checkpoints: diffusers converts their tensors to its own names and shapes, component by component.
 
-The pipeline that the file belongs to, its *base*, gives the configurations, the tokenizers, and the components that are
-not in the file. A GGUF file's tensors are dequantized once, at load, to what diffusers dequantizes them to in each
-forward: from then on they are like those of any other file, and take as much memory.
+The pipeline that the file belongs to, its *base*, provides the configurations, the tokenizers and the components that
+are not in the file. GGUF tensors are dequantized once, at load, to the values that diffusers computes in each forward;
+afterwards they need as much memory as those of any other file.
 """
 
 from __future__ import annotations
@@ -40,14 +40,14 @@ from .download import download_configurations, download_pipeline
 log = logging.getLogger(__name__)
 
 _AUTOENCODERS = ("first_stage_model.", "vae.")
-"""What the names of an autoencoder's tensors begin with in a file that holds more than the denoiser."""
+"""Prefixes of an autoencoder's tensor names in a file that holds more than the denoiser."""
 
 
 @dataclass(frozen=True, slots=True)
 class SingleFile:
     """A file's tensors by the file's names, and the directory of its base.
 
-    ``denoiser`` is the component that any such file holds; of two denoisers, it is the first.
+    ``denoiser`` is the component that every such file holds; of two denoisers, the first.
     """
 
     file: Path
@@ -66,18 +66,18 @@ class SingleFile:
         return component.name == self.denoiser or (component.name not in DENOISERS and _is_whole(self.tensors))
 
     def leaves_out(self, component: Component) -> bool:
-        """Whether diffusers does without the component where a whole pipeline is in one file."""
+        """Whether diffusers omits the component when a whole pipeline is in one file."""
         return component.name in SINGLE_FILE_OPTIONAL_COMPONENTS and _is_whole(self.tensors)
 
     def load(self, component: Component, dtype: torch.dtype) -> nn.Module:
-        """The component on the CPU, as diffusers makes it of the file. Raises ``StartFailed`` where it does not fit."""
+        """The component on the CPU, as diffusers loads it. Raises ``StartFailed`` where the file does not fit."""
         quantized = {"quantization_config": GGUFQuantizationConfig(dtype)} if self.file.suffix == GGUF else {}
         try:
             made: nn.Module = load_single_file_sub_model(
                 library_name=component.cls.__module__,
                 class_name=component.cls.__name__,
                 name=component.name,
-                checkpoint=dict(self.tensors),  # conversions take tensors out of it
+                checkpoint=dict(self.tensors),  # conversions pop tensors from it
                 pipelines=diffusers.pipelines,
                 is_pipeline_module=False,
                 cached_model_config_path=str(self.base),
@@ -85,7 +85,7 @@ class SingleFile:
                 local_files_only=True,
                 **quantized,
             )
-        except NotImplementedError as error:  # torch's, for parameters that got no tensor
+        except NotImplementedError as error:  # from torch, for parameters without a tensor
             raise self._does_not_fit(component, "tensors are missing") from error
         except (LookupError, ValueError, RuntimeError, AttributeError, SingleFileComponentError) as error:
             said = (str(error).strip().splitlines() or [""])[0]
@@ -102,7 +102,7 @@ class SingleFile:
 
 
 def _dequantized(made: Any) -> nn.Module:
-    """The module with its tensors as they are computed with, in place of the quantized ones."""
+    """The module with dequantized tensors in place of the quantized ones."""
     restored: nn.Module = _dequantize_gguf_and_restore_linear(made, made.hf_quantizer.modules_to_not_convert)
     del made.hf_quantizer
     return restored
@@ -120,7 +120,7 @@ def saved_tensors(module: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def open_single_file(file: Path, base: str | None, revision: str | None) -> SingleFile:
-    """The file with its base, of which the hub gives what is not on this machine. Raises ``StartFailed``."""
+    """The file and its base, downloaded where it is not on this machine. Raises ``StartFailed``."""
     try:
         tensors: dict[str, torch.Tensor] = load_single_file_checkpoint(str(file))
     except (ValueError, OSError) as error:
@@ -151,7 +151,7 @@ def _find_base(file: Path, base: str | None, tensors: Mapping[str, Any], revisio
 
 
 def _guess(tensors: Mapping[str, Any]) -> str:
-    """The repository that diffusers takes the configuration from, by the names and shapes of the tensors."""
+    """The repository of the base, guessed by diffusers from names and shapes of the tensors."""
     name: str = fetch_diffusers_config(tensors)["pretrained_model_name_or_path"]
     return name
 

@@ -176,7 +176,7 @@ def _connections(peer: Peer) -> Iterator[tuple[socket.socket, str]]:
 
 
 def _cut(peer: Peer, others: set[str]) -> None:
-    """End this process's connections to ``peer``, but for ``others``: whoever waits for one is told."""
+    """End this process's connections to ``peer``, but for ``others``: whoever waits for one fails."""
     for connection, inode in _connections(peer):
         if inode not in others:
             with contextlib.suppress(OSError):

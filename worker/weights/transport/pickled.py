@@ -1,10 +1,10 @@
 """Reads the ``ForkingPickler`` streams that trainers send, without running anything that they name.
 
-First the stream is interpreted symbolically: opcodes become plain values, and what the stream would call becomes a
-:class:`Call` that only says so. When all of it has been read, :mod:`.rebuild` makes tensors of the calls, each with
-exactly checked arguments. Opcodes, globals and ways to use them are those of real streams of protocols 2 to 5 (torch
-2.x, ``torch.multiprocessing.reductions``); everything else is refused. Every opcode makes at most one small value, so
-memory and time are bounded by the number of opcodes.
+The stream is interpreted symbolically: opcodes become plain values, and each call becomes an inert :class:`Call`. When
+the whole stream has been read, :mod:`.rebuild` checks the arguments of the calls exactly, and makes tensors of them.
+Only the opcodes, globals and calls of real streams of protocols 2 to 5 are accepted (torch 2.x,
+``torch.multiprocessing.reductions``). Every opcode makes at most one small value, so that the number of opcodes bounds
+memory and time. docs/decisions/0018 says why this is not ``pickle.Unpickler``.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ MAX_DEPTH = 32
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Call:
-    """``function`` would be called with ``args``, by what errors call ``origin``."""
+    """A call that the stream makes. Errors name it ``origin``."""
 
     function: Known
     args: tuple[Any, ...]
@@ -34,7 +34,7 @@ class Call:
 
 @dataclass(slots=True, eq=False)
 class Instance:
-    """An object of ``cls`` with attributes ``state``, which a later opcode gives; made at byte ``at``."""
+    """An object of ``cls`` made at byte ``at``; a later opcode sets its attributes ``state``."""
 
     cls: Known
     at: int
@@ -43,7 +43,7 @@ class Instance:
 
 def parse(stream: bytes) -> Any:
     """``None``, bool, int, str, bytes, dtypes, :class:`Known`, :class:`Call`, :class:`Instance`, and lists, tuples and
-    dicts (of str) of them, which may contain one another often, even in a circle.
+    dicts (with str keys) of them, which may share values and contain themselves.
 
     Raises :class:`NotAPayload`.
     """
@@ -140,7 +140,7 @@ class _Machine:
         self._stack.append(self._number(size))
 
     def signed(self, size: int) -> None:
-        """Of ``size`` bytes, or of as many as the next one says (8 at most) where that is 0."""
+        """A number of ``size`` bytes; where that is 0, the next byte says how many, at most 8."""
         size = size or self._number(1)
         if size > 8:
             self._refuse("is an integer of more than 8 bytes")
@@ -187,7 +187,7 @@ class _Machine:
             items[key] = value
 
     def put(self, size: int) -> None:
-        """In real streams what is put is numbered consecutively, so the memo is a list."""
+        """Real streams number memo entries consecutively, so the memo is a list."""
         if size and self._number(size) != len(self._memo):
             self._refuse("puts out of order")
         self._memo.extend(self._pop(1))

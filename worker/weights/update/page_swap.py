@@ -59,10 +59,10 @@ def give_own_pages(modules: Iterable[nn.Module]) -> None:
             old = tensor.data
             large = type(old) is torch.Tensor and old.device.type == "cpu" and old.nbytes >= MIN_BYTES
             if large and is_dense(old) and not owns_pages(old):
-                place = (old.data_ptr(), old.dtype, old.shape, old.stride())
-                if place not in moved:
-                    moved[place] = aligned_like(old, old.data_ptr() % ALIGNMENT).copy_(old)
-                tensor.data = moved[place]
+                key = (old.data_ptr(), old.dtype, old.shape, old.stride())
+                if key not in moved:
+                    moved[key] = aligned_like(old, old.data_ptr() % ALIGNMENT).copy_(old)
+                tensor.data = moved[key]
 
 
 def aligned_like(like: torch.Tensor, offset: int) -> torch.Tensor:

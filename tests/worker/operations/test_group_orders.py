@@ -15,7 +15,7 @@ from msgspec.structs import replace
 
 from safelight.protocol.operations import Join, Leave, Perform
 from safelight.protocol.reports import Performed
-from safelight.worker.group_orders import GroupOrders
+from safelight.worker.operations.group_orders import GroupOrders
 from safelight.worker.parallel.ranks import ALONE
 from safelight.worker.weights.transport import groups
 from safelight.worker.weights.transport.groups import Groups

@@ -1,30 +1,30 @@
-"""Orders about trainers' process groups, which the ranks of a replica follow beside everything else.
+"""Joins and leaves trainers' process groups, while the replica keeps serving.
 
-A join begins on every rank in the turn that the order comes in, goes on in a thread of each, and counts when all of
-them have joined: the leader, when its own has ended, has the others asked in one of the next turns.
+Every rank begins a join in the step in which the order arrives, and continues it in a thread. The group is usable when
+all ranks have joined: once the leader's own join has ended, it has all ranks asked in one of the next steps.
 """
 
 from __future__ import annotations
 
 import msgspec
 
-from ..protocol.errors import ErrorInfo, SafelightError
-from ..protocol.operations import Join, Leave, Perform
-from ..protocol.reports import Performed, Report
-from .parallel.ranks import Ranks
-from .parallel.team import SettleJoin
-from .weights.transport.groups import Groups
+from ...protocol.errors import ErrorInfo, SafelightError
+from ...protocol.operations import Join, Leave, Perform
+from ...protocol.reports import Performed, Report
+from ..parallel.ranks import Ranks
+from ..parallel.team import SettleJoin
+from ..weights.transport.groups import Groups
 
 
 class _Outcome(msgspec.Struct, frozen=True):
-    """How far a rank is with a join."""
+    """The state of one rank's join."""
 
     ended: bool = True
     error: ErrorInfo | None = None
 
 
 class GroupOrders:
-    """This rank's part in them; every rank takes the same ones in the same order."""
+    """This rank's part. Every rank takes the same orders, in the same order."""
 
     def __init__(self, groups: Groups, ranks: Ranks) -> None:
         self._groups = groups
@@ -32,11 +32,11 @@ class GroupOrders:
 
     @staticmethod
     def include(order: Perform) -> bool:
-        """Whether ``order`` is one of these."""
+        """Whether ``order`` is about groups."""
         return isinstance(order.operation, Join | Leave)
 
     def perform(self, order: Perform) -> Performed | None:
-        """Do it, or begin to. The answer to a join comes from :meth:`settle`, to the release of one comes none."""
+        """Do it, or begin to. :meth:`settle` answers a join; nobody answers the release of one."""
         match order.operation:
             case Join() if order.step == "release":
                 self._groups.forget(order.number)
@@ -50,10 +50,10 @@ class GroupOrders:
             case Leave(group=name):
                 left = self._groups.leave(name)
                 return Performed(order.number, order.step, Report(left=left, ranks=self._ranks.size))
-        raise AssertionError("include() has said that it is none of these")
+        raise AssertionError("include() admits joins and leaves only")
 
     def due(self) -> list[SettleJoin]:
-        """Joins that are to be settled in this turn."""
+        """Joins to settle in this step."""
         return [SettleJoin(number, late) for number, late in self._groups.due()]
 
     @property
@@ -61,8 +61,8 @@ class GroupOrders:
         return self._groups.next_look_s
 
     def settle(self, asked: SettleJoin) -> Performed | None:
-        """Ask every rank how far it is; the answer to the join when all have joined, or one of them never will."""
-        if not self._groups.is_joining(asked.number):  # it was given up in this very turn, on every rank
+        """Ask every rank for the state of its join; returns the answer once all have joined, or one has failed."""
+        if not self._groups.is_joining(asked.number):  # every rank gave it up in this step
             return None
         outcomes = [msgspec.msgpack.decode(one, type=_Outcome) for one in self._ranks.exchange(self._outcome(asked))]
         error = next((one.error for one in outcomes if one.error is not None), None)
