@@ -26,7 +26,7 @@ _MAX_LISTED = 20
 
 
 def is_for_each_rank(source: Source) -> bool:
-    """Whether each rank has a payload of its own."""
+    """True if each rank has a payload of its own."""
     match source:
         case Pickled(payloads=payloads):
             return len(payloads) > 1
@@ -36,7 +36,7 @@ def is_for_each_rank(source: Source) -> bool:
 
 
 def differs_by_rank(source: Source) -> bool:
-    """Whether ranks read different memory. Equal pickle streams name the same memory."""
+    """True if ranks read different memory. Equal pickle streams name the same memory."""
     if isinstance(source, Pickled):
         return len({bytes(payload) for payload in source.payloads}) > 1
     return is_for_each_rank(source)

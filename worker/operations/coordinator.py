@@ -47,7 +47,7 @@ class Coordinator:
 
     @property
     def holds(self) -> bool:
-        """Whether something is written and not committed, so that no forward may run."""
+        """True if something is written and not committed, so that no forward may run."""
         return any(one.holds for one in self._participants)
 
     def perform(self, order: Perform) -> Performed:
@@ -97,7 +97,7 @@ class Coordinator:
 
     @property
     def _participant(self) -> Participant[Any] | None:
-        """Whose operation is in hand."""
+        """The participant of the current operation."""
         return None if self._operation is None else self._table.get(type(self._operation))
 
     def _finish(self, order: Perform) -> Report:

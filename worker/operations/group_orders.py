@@ -32,7 +32,7 @@ class GroupOrders:
 
     @staticmethod
     def include(order: Perform) -> bool:
-        """Whether ``order`` is about groups."""
+        """True if ``order`` is about groups."""
         return isinstance(order.operation, Join | Leave)
 
     def perform(self, order: Perform) -> Performed | None:

@@ -1,4 +1,4 @@
-"""What every participant does with an operation, step by step."""
+"""The steps that every participant takes an operation through."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Participant(Protocol[OperationT]):
 
     @property
     def holds(self) -> bool:
-        """Whether something is written and not committed, so that no forward may run."""
+        """True if something is written and not committed, so that no forward may run."""
         ...
 
     def prepare(self, operation: OperationT, *, is_primary: bool) -> Prepared:

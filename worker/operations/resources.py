@@ -1,4 +1,4 @@
-"""What the participants of one rank work with."""
+"""The objects that the participants of one rank share."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The callback by which long work reports that it goes on."""
+"""The callback that reports progress of long work."""
 
 from __future__ import annotations
 

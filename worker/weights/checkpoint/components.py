@@ -36,7 +36,7 @@ class Component:
 
     @property
     def is_model(self) -> bool:
-        """Whether its library loads weights for it."""
+        """True if its library loads weights for it."""
         return issubclass(self.cls, ModelMixin | PreTrainedModel)
 
     @property

@@ -73,7 +73,7 @@ class Layout:
         return len(self._entries)
 
     def checkpoint_name(self, tensor: str) -> str | None:
-        """What the checkpoint calls the state dict's ``tensor``; ``None`` where it has none."""
+        """The checkpoint's name of the state dict's ``tensor``; ``None`` where it has none."""
         return self._names.get(tensor)
 
     def local(self, name: str) -> torch.Tensor:

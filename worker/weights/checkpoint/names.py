@@ -17,7 +17,7 @@ Tensors = dict[str, dict[str, torch.Tensor]]
 
 @dataclass(frozen=True, slots=True)
 class Names:
-    """What a ``state_dict`` may have beyond a checkpoint.
+    """Names that a ``state_dict`` may have beyond a checkpoint.
 
     ``aliases`` are the checkpoint's names by others of the same memory, ``buffers`` are tensors that the module makes
     for itself, and ``ignored`` are patterns of names that its library reads over. ``own`` makes a checkpoint's name the
@@ -30,7 +30,7 @@ class Names:
     own: Callable[[str], str] = str
 
     def leaves_out(self, name: str) -> bool:
-        """Whether the module's own library ignores the name."""
+        """True if the module's own library ignores the name."""
         return self.own(name) in self.buffers or any(re.search(pattern, name) for pattern in self.ignored)
 
 

@@ -81,7 +81,7 @@ def overwrite(pieces: Iterable[Triple], read: Read | None = None) -> None:
 
 
 def _plain(*tensors: torch.Tensor) -> bool:
-    """Whether the tensors are contiguous in host memory with one dtype, so that their bytes can be copied."""
+    """True if the tensors are contiguous in host memory with one dtype, so that their bytes can be copied."""
     return len({tensor.dtype for tensor in tensors}) == 1 and all(
         type(tensor) in (torch.Tensor, torch.nn.Parameter) and tensor.device.type == "cpu" and tensor.is_contiguous()
         for tensor in tensors

@@ -56,7 +56,7 @@ class SingleFile:
     tensors: Mapping[str, torch.Tensor]
 
     def has(self, component: Component) -> bool:
-        """Whether the component's weights are in the file."""
+        """True if the component's weights are in the file."""
         if issubclass(component.cls, PreTrainedModel):
             return bool(is_clip_model_in_single_file(component.cls, self.tensors)) or (
                 component.cls.__name__ == "T5EncoderModel" and bool(is_t5_in_single_file(self.tensors))
@@ -66,7 +66,7 @@ class SingleFile:
         return component.name == self.denoiser or (component.name not in DENOISERS and _is_whole(self.tensors))
 
     def leaves_out(self, component: Component) -> bool:
-        """Whether diffusers omits the component when a whole pipeline is in one file."""
+        """True if diffusers omits the component when a whole pipeline is in one file."""
         return component.name in SINGLE_FILE_OPTIONAL_COMPONENTS and _is_whole(self.tensors)
 
     def load(self, component: Component, dtype: torch.dtype) -> nn.Module:
@@ -157,5 +157,5 @@ def _guess(tensors: Mapping[str, Any]) -> str:
 
 
 def _is_whole(tensors: Mapping[str, Any]) -> bool:
-    """Whether the file holds more than the denoiser."""
+    """True if the file holds more than the denoiser."""
     return any(name.startswith(_AUTOENCODERS) for name in tensors)

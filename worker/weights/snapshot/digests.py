@@ -26,7 +26,7 @@ def raw_bytes(tensor: torch.Tensor) -> memoryview:
 
 
 Details = dict[str, dict[str, TensorDigest]]
-"""By module and name."""
+"""Digests of tensors by module and name."""
 
 
 def module_digests(

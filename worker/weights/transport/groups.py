@@ -117,7 +117,7 @@ class Groups:
         return number in self._joining
 
     def has_joined(self, number: int, *, late: bool) -> bool:
-        """Whether this rank has joined. Raises ``Unavailable`` where its join has failed or is too late."""
+        """True if this rank has joined. Raises ``Unavailable`` where its join has failed or is too late."""
         attempt = self._joining[number]
         if attempt.done and attempt.error is None:
             return True

@@ -59,7 +59,7 @@ class Attempt:
 
     @property
     def done(self) -> bool:
-        """Whether the join has ended; it has failed if :attr:`error` is set."""
+        """True if the join has ended; it has failed if :attr:`error` is set."""
         return self._backend is not None or self.error is not None
 
     @property
@@ -176,7 +176,7 @@ def _connections(peer: Peer) -> Iterator[tuple[socket.socket, str]]:
 
 
 def _cut(peer: Peer, others: set[str]) -> None:
-    """End this process's connections to ``peer``, but for ``others``: whoever waits for one fails."""
+    """End this process's connections to ``peer``, but for ``others``: their waits fail."""
     for connection, inode in _connections(peer):
         if inode not in others:
             with contextlib.suppress(OSError):

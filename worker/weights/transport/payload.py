@@ -34,7 +34,7 @@ def interpret(value: object, modules: Sequence[str]) -> Tensors:
     """The tensors of ``modules``. ``value`` must have exactly these modules, or be the tensors of the only one.
 
     A module's tensors are a list of pairs of name and tensor, or a bucket: ``flattened_tensor``, 1-d and contiguous,
-    and ``metadata``, of which each entry has ``name``, ``shape``, ``dtype`` (or its name), ``start_idx``, ``end_idx``
+    and ``metadata``, where each entry has ``name``, ``shape``, ``dtype`` (or its name), ``start_idx``, ``end_idx``
     and ``numel``. These three count bytes in a buffer of uint8, and elements in any other. Tensors are views of
     ``value``; only parts of a bucket with a misaligned or another floating dtype are copied.
 

@@ -27,7 +27,7 @@ _UNFINISHED = object()
 
 
 def unpickle(stream: bytes, segments: Segments) -> Any:
-    """What a ``ForkingPickler`` stream holds: ``None``, bool, int, str, ``torch.dtype``, tensors, and lists, tuples and
+    """Read a ``ForkingPickler`` stream: ``None``, bool, int, str, ``torch.dtype``, tensors, and lists, tuples and
     dicts of them. Sizes are tuples; pieces of metadata and buckets are dicts of their attributes.
 
     Tensors are views of the sender's memory, without gradient; Parameters become tensors. The memory is mapped by

@@ -1,9 +1,10 @@
 """Maps shared-memory segments in which another process has put tensors: torch's ``file_system`` sharing strategy.
 
 A segment is a file in /dev/shm: a header of 64 bytes, whose first four count the owners, and then the data
-(ATen/MapAllocator.cpp). The sender counts itself and one reader for each stream that names the segment; whoever removes
-the last owner deletes the file. torch is not used to map it, because torch aborts the process if the sender's segment
-manager dies or removes the segment too early, and because that manager keeps the memory of a sender that has exited.
+(ATen/MapAllocator.cpp). The sender counts itself and one reader for each stream that names the segment; the process
+that removes the last owner deletes the file. torch does not map it here, because torch aborts the process if the
+sender's segment manager dies or removes the segment too early, and because that manager keeps the memory of a sender
+that has exited.
 """
 
 from __future__ import annotations

@@ -122,7 +122,7 @@ def _open_pickled(source: Pickled, context: RankContext) -> TensorSource:
 
 
 def _is_first(payloads: Sequence[Buffer], own: Buffer, rank: int) -> bool:
-    """Whether no lower rank reads the same stream; a sender may list one stream once for each rank."""
+    """True if no lower rank reads the same stream; a sender may list one stream once for each rank."""
     if len(payloads) == 1:
         return rank == 0
     return next(one for one in payloads if bytes(one) == bytes(own)) is own

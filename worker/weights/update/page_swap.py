@@ -88,7 +88,7 @@ def allocate_pages(size: int, offset: int) -> torch.Tensor:
 
 
 def owns_pages(tensor: torch.Tensor) -> bool:
-    """Whether the tensor is all that its pages hold."""
+    """True if the tensor is all that its pages hold."""
     mapping = _known.get(tensor.data_ptr()) if tensor.device.type == "cpu" and tensor.numel() else None
     return mapping is not None and mapping.used == tensor.nbytes and is_dense(tensor)
 
@@ -121,7 +121,7 @@ def swap_pages(one: torch.Tensor, other: torch.Tensor) -> None:
 
 @functools.cache
 def can_swap() -> bool:
-    """Whether this machine's kernel can swap pages."""
+    """True if this machine's kernel can swap pages."""
     try:
         one, other = allocate_pages(3, 1).fill_(1), allocate_pages(3, 1).fill_(2)
         swap_pages(one, other)
@@ -131,7 +131,7 @@ def can_swap() -> bool:
 
 
 def is_dense(tensor: torch.Tensor) -> bool:
-    """Whether the tensor's bytes have no gaps, in any order of dimensions."""
+    """True if the tensor's bytes have no gaps, in any order of dimensions."""
     return tensor.stride() == _dense_strides(tensor)
 
 
