@@ -17,6 +17,7 @@ from ..protocol.errors import (
 from .adapter_warning import OffPolicy
 from .async_client import AsyncClient
 from .async_weights import AsyncBegunUpdate, AsyncWeights
+from .begun_update import BegunUpdate
 from .errors import ConnectionLost, InvalidTensor, TensorsDiffer, TensorsRejected, Unreachable
 from .results import (
     ActiveLora,
@@ -35,7 +36,7 @@ from .results import (
 )
 from .retry import Retries
 from .sync_client import Client
-from .weights import BegunUpdate, Weights
+from .weights import Weights
 
 __all__ = [
     "ActiveLora",

@@ -13,8 +13,9 @@ from contextlib import asynccontextmanager
 from typing import Concatenate, Generic, ParamSpec, TypeVar
 
 from ..protocol.operations import Barrier
+from .begun_update import BegunUpdate
 from .results import WeightUpdate
-from .weights import BegunUpdate, Weights
+from .weights import Weights
 
 P = ParamSpec("P")
 R = TypeVar("R")

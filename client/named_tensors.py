@@ -1,4 +1,4 @@
-"""What a trainer hands over, as whole tensors in this machine's memory, one at a time."""
+"""Read a trainer's tensors: gathered from its ranks into this machine's memory, one at a time."""
 
 from __future__ import annotations
 
@@ -22,15 +22,16 @@ if TYPE_CHECKING:
 NamedTensors: TypeAlias = "nn.Module | Mapping[str, torch.Tensor] | Iterable[tuple[str, torch.Tensor]] | str | Path"
 """A module, tensors by their checkpoint names, or the path of one module's safetensors files.
 
-Tensors may be on any device, and divided among ranks: DTensors, and what FSDP makes of a module.
+Tensors may be on any device, and sharded over ranks (DTensors, FSDP).
 """
 
 
 @dataclass(frozen=True, slots=True)
-class Given:
-    """``tensors``, of ``nbytes`` in all where that is known before the last of them.
+class TensorStream:
+    """``tensors`` of ``nbytes`` in total, where that is known in advance.
 
-    To take a tensor is to gather it, which all ranks do together: ``take_part`` does so for what was not taken.
+    Advancing the iterator gathers a tensor, a collective of all ranks: ``take_part`` joins the collectives of all
+    tensors that were not taken.
     """
 
     tensors: Iterator[HostTensor]
@@ -38,11 +39,11 @@ class Given:
     take_part: Callable[[], None]
 
 
-def read(named: NamedTensors) -> Given:
-    """Raises ``InvalidRequest`` for what has no tensors; while they are taken, for a name that comes twice."""
+def read(named: NamedTensors) -> TensorStream:
+    """Raises ``InvalidRequest`` for values that are not tensors and, while the stream is read, for a repeated name."""
     if isinstance(named, str | Path):
         stored = list(from_files(_files_of_one_module(Path(named))))
-        return Given(_each_once(stored), sum(tensor.nbytes for tensor in stored), lambda: None)
+        return TensorStream(_each_once(stored), sum(tensor.nbytes for tensor in stored), lambda: None)
     from torch import nn
 
     if isinstance(named, nn.Module):
@@ -59,22 +60,22 @@ def read(named: NamedTensors) -> Given:
         for _, tensor in pairs:
             whole(tensor)
 
-    return Given(_each_once(_on_host(pairs)), nbytes, take_part)
+    return TensorStream(_each_once(_on_host(pairs)), nbytes, take_part)
 
 
-def leads() -> bool:
-    """Whether this process is the one that sends: rank 0 of its torch.distributed group, or in none."""
+def is_primary() -> bool:
+    """Return true on the rank that sends: rank 0, or a process without a torch.distributed group."""
     return rank_and_size()[0] == 0
 
 
 @contextmanager
-def to_the_end(given: Given) -> Iterator[Iterator[HostTensor]]:
-    """Its tensors. After an error the rest is gathered all the same, for the other ranks wait until it is."""
+def drained(stream: TensorStream) -> Iterator[Iterator[HostTensor]]:
+    """Yield the tensors. After an error, gather the rest too: the other ranks wait in those collectives."""
     try:
-        yield given.tensors
+        yield stream.tensors
     except Exception:
         if rank_and_size()[1] > 1:
-            given.take_part()
+            stream.take_part()
         raise
 
 
@@ -89,7 +90,7 @@ def _each_once(tensors: Iterable[HostTensor]) -> Iterator[HostTensor]:
     seen: set[str] = set()
     for tensor in tensors:
         if tensor.name in seen:
-            raise InvalidRequest(f"The tensor {tensor.name} is given twice.")
+            raise InvalidRequest(f"The tensor {tensor.name} is given twice: names must be unique.")
         seen.add(tensor.name)
         yield tensor
 
@@ -99,7 +100,7 @@ def _on_host(pairs: Iterator[tuple[str, torch.Tensor]]) -> Iterator[HostTensor]:
     for name, tensor in pairs:
         _check(name, tensor)
         gathered = whole(tensor)
-        assert gathered is not None, "rank 0 gets what is gathered"
+        assert gathered is not None, "rank 0 gets the gathered tensor"
         yield from_torch(name, gathered)
 
 
@@ -107,15 +108,15 @@ def _check(name: str, tensor: object) -> None:
     import torch
 
     if not isinstance(tensor, torch.Tensor):
-        raise InvalidRequest(f"{name} is no tensor but {type(tensor).__name__}.")
+        raise InvalidRequest(f"{name} is a {type(tensor).__name__}, not a tensor.")
 
 
 def _state(module: nn.Module) -> dict[str, torch.Tensor]:
-    """The tensors of ``module`` by the names that its checkpoint has; of names for the same memory, the first."""
+    """The tensors of ``module`` under checkpoint names; of several names for the same memory, only the first."""
     import torch
 
     if torch.distributed.is_available():
-        from torch.distributed.checkpoint.state_dict import get_model_state_dict  # sees through what wraps a module
+        from torch.distributed.checkpoint.state_dict import get_model_state_dict  # removes the prefixes of wrappers
 
         state = cast("dict[str, torch.Tensor]", get_model_state_dict(module))
     else:
@@ -126,7 +127,7 @@ def _state(module: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def _as_saved(module: nn.Module, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """``state`` under the names that transformers saves it by; diffusers' names are the state dict's own."""
+    """Rename ``state`` as transformers saves it; diffusers saves the state dict's own names."""
     if (transformers := sys.modules.get("transformers")) is None:
         return state
     model = next((part for part in module.modules() if isinstance(part, transformers.PreTrainedModel)), None)

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save, save_file
 
 from safelight.client import Client, InvalidRequest
-from safelight.client.weight_routes import RouteName
+from safelight.client.transports import TransportName
 from safelight.tests.updates.test_groups import free_port
 from safelight.tests.updates.trainer import SAFETENSORS, Trainer
 from safelight.tests.updates.training import init_custom_process_group
@@ -87,7 +87,7 @@ def test_the_dialect_and_shared_memory(form: str, sender: sending.Trainer, serve
 
 
 @pytest.mark.parametrize("route", ["shared", "http"])
-def test_the_client_sends_them(route: RouteName, server: Trainer, adapters: Adapters) -> None:
+def test_the_client_sends_them(route: TransportName, server: Trainer, adapters: Adapters) -> None:
     base, tensors = server.checksum(), load_file(file_of(adapters, "first"))
     with Client(server.server.url) as client:
         done = client.weights.update_lora(tensors, alpha=2.0, rank=4, version=f"by {route}", route=route)

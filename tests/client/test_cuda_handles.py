@@ -9,9 +9,9 @@ import msgspec
 import pytest
 import torch
 
-from safelight.client import cuda_handles, weight_routes
+from safelight.client import cuda_handles, transports
 from safelight.client.host_tensors import HostTensor, from_torch
-from safelight.client.weight_routes import CudaIpc, Server, SharedMemory
+from safelight.client.transports import CudaIpc, Server, SharedMemory
 from safelight.protocol.errors import InvalidRequest
 from safelight.server.weight_bodies import FromTensor
 
@@ -23,7 +23,7 @@ SHARED = (0, b"\2c" + bytes(range(64)), 96, 512, b"/torch_7_8_9", 3, bytes(64), 
 def _gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.UntypedStorage, "_share_cuda_", lambda storage: SHARED)
     monkeypatch.setattr(cuda_handles, "gpu_of", lambda tensor: UUID)
-    monkeypatch.setattr(weight_routes, "gpu_of", lambda tensor: UUID)
+    monkeypatch.setattr(transports, "gpu_of", lambda tensor: UUID)
 
 
 def on_gpu() -> HostTensor:
@@ -36,8 +36,8 @@ def server(*gpus: str) -> Server:
 
 def test_the_server_reads_what_is_sent_with_a_handle_for_each_rank() -> None:
     told: list[int] = []
-    parcel = CudaIpc(server(UUID), None).pack([on_gpu()], {"target_module": "transformer"}, told.append)
-    body = msgspec.json.decode(msgspec.json.encode(parcel.call.body), type=FromTensor)
+    encoded = CudaIpc(server(UUID), None).encode([on_gpu()], {"target_module": "transformer"}, told.append)
+    body = msgspec.json.decode(msgspec.json.encode(encoded.call.body), type=FromTensor)
     assert body.shared is not None
     assert body.shared.cuda_ipc is not None
     assert [len(handles) for handles in body.shared.cuda_ipc] == [1, 1, 1, 1]
@@ -53,11 +53,11 @@ def test_what_the_server_does_not_see_goes_otherwise_or_is_refused(tmp_path: Pat
     tensors: list[tuple[Any, ...]] = [("another",), (UUID,)]
     for gpus, tensor in zip(tensors, (on_gpu(), from_torch("w", torch.zeros(3))), strict=True):
         with pytest.raises(InvalidRequest, match="have no handle"):
-            CudaIpc(server(*gpus), None).pack([tensor], {}, lambda sent: None)
-        parcel = CudaIpc(server(*gpus), SharedMemory(tmp_path)).pack([tensor], {}, lambda sent: None)
-        assert parcel.call.body is not None
-        assert Path(parcel.call.body["shared"]["path"]).stat().st_size > tensor.nbytes
-        parcel.release()
+            CudaIpc(server(*gpus), None).encode([tensor], {}, lambda sent: None)
+        encoded = CudaIpc(server(*gpus), SharedMemory(tmp_path)).encode([tensor], {}, lambda sent: None)
+        assert encoded.call.body is not None
+        assert Path(encoded.call.body["shared"]["path"]).stat().st_size > tensor.nbytes
+        encoded.release()
 
 
 def test_bytes_are_copied_from_a_gpu_when_they_are_asked_for_and_not_before(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -65,6 +65,6 @@ def test_bytes_are_copied_from_a_gpu_when_they_are_asked_for_and_not_before(monk
     usual: Any = torch.Tensor.cpu
     monkeypatch.setattr(torch.Tensor, "cpu", lambda tensor: copied.append(1) or usual(tensor))
     tensor = on_gpu()
-    CudaIpc(server(UUID), None).pack([tensor], {}, lambda sent: None)
+    CudaIpc(server(UUID), None).encode([tensor], {}, lambda sent: None)
     assert copied == []
     assert (tensor.nbytes, len(tensor.data), copied) == (48, 48, [1])

@@ -24,7 +24,7 @@ from safelight.client import (
 )
 from safelight.client.checksum import checksum
 from safelight.client.named_tensors import read
-from safelight.client.weight_routes import Http, RouteName, Server, open_route
+from safelight.client.transports import Http, Server, TransportName, open_transport
 from safelight.tests.live import LiveServer
 from safelight.tests.tiny import save
 
@@ -39,7 +39,7 @@ def picture(client: Client) -> bytes:
 @pytest.mark.parametrize("bucket_bytes", [SEVERAL, 1 << 30])
 @pytest.mark.parametrize("route", ["shared", "http"])
 def test_no_route_and_no_bucket_size_loses_a_byte(
-    route: RouteName, bucket_bytes: int, trained: Client, own: Tensors
+    route: TransportName, bucket_bytes: int, trained: Client, own: Tensors
 ) -> None:
     new = plus(own, 0.1)
     done = trained.weights.update(new, route=route, bucket_bytes=bucket_bytes, version="all")
@@ -293,7 +293,7 @@ def test_a_part_for_a_module_that_was_not_named_is_refused(trained: Client, flux
 
 
 @pytest.mark.parametrize("route", ["shared", "http"])
-def test_progress_only_grows_and_reaches_the_total(route: RouteName, trained: Client, own: Tensors) -> None:
+def test_progress_only_grows_and_reaches_the_total(route: TransportName, trained: Client, own: Tensors) -> None:
     heard: list[UpdateProgress] = []
     trained.weights.update(own, on_progress=heard.append, bucket_bytes=SEVERAL, route=route)
     total = sum(tensor.nbytes for tensor in own.values())
@@ -345,7 +345,7 @@ def test_shared_memory_that_is_full_leaves_every_byte(bucket_bytes: int, trained
 
 def test_a_server_elsewhere_is_sent_to_over_http(tmp_path: Path) -> None:
     elsewhere = Server(tmp_path / "not-here", frozenset(), 1)
-    with open_route(elsewhere, None) as route:
+    with open_transport(elsewhere, None) as route:
         assert isinstance(route, Http)
-    with pytest.raises(InvalidRequest, match="send over http"), open_route(elsewhere, "shared"):
+    with pytest.raises(InvalidRequest, match="send over http"), open_transport(elsewhere, "shared"):
         pass

@@ -1,4 +1,4 @@
-"""What an update of weights asks of a server, call by call."""
+"""The calls of a weight update, as methods with typed results."""
 
 from __future__ import annotations
 
@@ -17,38 +17,39 @@ from .checksum import ModuleChecksum
 from .endpoint import Endpoint
 from .errors import TensorsDiffer, decode
 from .results import WeightUpdate
-from .weight_routes import Server, open_route
-from .weight_sending import Load, Sending
+from .transports import Server, open_transport
+from .weight_upload import Upload, UploadJob
 
 Dtypes = dict[str, str]
-"""What a server holds each tensor of a module as, named as in safetensors."""
+"""The dtype of each tensor of a module on the server, named as in safetensors."""
 
 _NAMED = 5
+"""Names of differing tensors that an error lists."""
 
 
 class _Checksums(msgspec.Struct):
     modules: dict[str, ModuleChecksum]
 
 
-class WeightLink:
-    """``fetch`` makes a call and returns the answer's body."""
+class WeightApi:
+    """``fetch`` sends a call and returns the reply's body."""
 
     def __init__(self, endpoint: Endpoint, fetch: Callable[[Call], bytes]) -> None:
         self._endpoint = endpoint
         self._fetch = fetch
         self._dtypes: dict[tuple[Path, str], Dtypes] = {}
 
-    def send(self, load: Load, fields: Mapping[str, Any], dtypes: Dtypes | None) -> tuple[bytes, dict[str, str]]:
-        """The last answer, and the digests of what was sent; those are empty without ``dtypes``."""
-        wanted = load.route
+    def send(self, job: UploadJob, fields: Mapping[str, Any], dtypes: Dtypes | None) -> tuple[bytes, dict[str, str]]:
+        """Return the last reply, and the digests of the tensors sent (empty without ``dtypes``)."""
+        wanted = job.route
         if wanted is None and not self._endpoint.on_this_machine:
             wanted = "http"
-        with open_route(self._server(), wanted) as route:
-            sending = Sending(self._fetch, route, load, fields, dtypes)
-            return sending.send(), sending.digests
+        with open_transport(self._server(), wanted) as transport:
+            upload = Upload(self._fetch, transport, job, fields, dtypes)
+            return upload.send(), upload.digests
 
     def begin(self, version: str | None, modules: Sequence[str], mode: Barrier, timeout_s: float) -> str:
-        """Returns the update's id."""
+        """Return the update's id."""
         update_id: str = self.document(weight_calls.begin(version, modules, mode, timeout_s))["update_id"]
         return update_id
 
@@ -56,13 +57,13 @@ class WeightLink:
         return self.updated(self._fetch(weight_calls.commit(update_id, require_complete)))
 
     def abort(self, update_id: str, error: BaseException) -> None:
-        """End an update that ``error`` broke; where that fails too, ``error`` says what becomes of it."""
+        """Abort an update after ``error``; if the abort fails too, add a note to ``error``."""
         try:
             self._fetch(weight_calls.abort(update_id))
         except NotFound:
-            pass  # it has ended
+            pass  # the update has ended already
         except SafelightError as other:
-            error.add_note(f"The update could not be aborted either, and ends when its time is over: {other.message}")
+            error.add_note(f"The abort of the update failed too; the server aborts it at its timeout: {other.message}")
 
     def document(self, call: Call) -> dict[str, Any]:
         return self._endpoint.document(self._fetch(call))
@@ -75,22 +76,22 @@ class WeightLink:
         return done
 
     def checksums(self, modules: Sequence[str] | None) -> dict[str, ModuleChecksum]:
-        """Of those of ``modules`` that the server has, with every tensor."""
+        """Checksums, with every tensor, of those ``modules`` that the server has."""
         reply = self._fetch(weight_calls.checksum(modules, detail=True))
-        told: _Checksums = decode(reply, _Checksums, self._endpoint.base_url)
-        return told.modules
+        checksums: _Checksums = decode(reply, _Checksums, self._endpoint.base_url)
+        return checksums.modules
 
     def dtypes(self, modules: Sequence[str]) -> dict[str, Dtypes]:
-        """By module. A server is asked once for each, because it computes digests with them."""
-        server = self._server().shared  # which no other server has, nor this one when it is started again
+        """Dtypes by module. The server is asked once per module, because it computes digests for this reply."""
+        server = self._server().shared  # unique to this run of the server
         unknown = [module for module in modules if (server, module) not in self._dtypes]
-        for module, told in self.checksums(unknown).items() if unknown else ():
-            known = {name: STORED_DTYPES[tensor.dtype] for name, tensor in told.tensors.items()}
-            self._dtypes[server, module] = known | {other: known[name] for other, name in told.aliases.items()}
+        for module, checksum in self.checksums(unknown).items() if unknown else ():
+            known = {name: STORED_DTYPES[tensor.dtype] for name, tensor in checksum.tensors.items()}
+            self._dtypes[server, module] = known | {alias: known[name] for alias, name in checksum.aliases.items()}
         return {module: self._dtypes.get((server, module), {}) for module in modules}
 
     def check(self, digests: Mapping[str, Mapping[str, str]]) -> None:
-        """Compare tensors, by module. Raises ``TensorsDiffer`` with the names of those that are not so."""
+        """Compare digests by module and tensor name. Raises ``TensorsDiffer`` with the names of tensors that differ."""
         for module, expected in digests.items():
             try:
                 self._fetch(weight_calls.check(module, expected))
@@ -101,6 +102,6 @@ class WeightLink:
                 raise TensorsDiffer(message, differ.missing, differ.mismatched) from None
 
     def _server(self) -> Server:
-        told = self.document(calls.SERVER_INFO)
-        gpus = frozenset(gpu for model in told["models"] for gpu in model["gpus"])
-        return Server(Path(told["shared_memory"]), gpus, told["config"]["tp"] * told["config"]["replicas"])
+        info = self.document(calls.SERVER_INFO)
+        gpus = frozenset(gpu for model in info["models"] for gpu in model["gpus"])
+        return Server(Path(info["shared_memory"]), gpus, info["config"]["tp"] * info["config"]["replicas"])
