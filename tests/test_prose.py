@@ -21,9 +21,21 @@ PLAIN = (
     "worker/weights/checkpoint",
     "worker/weights/snapshot",
     "worker/weights/update",
+    "docs/decisions",
+    "docs/accuracy.md",
     "docs/architecture.md",
+    "docs/checkpoints.md",
     "docs/glossary.md",
+    "docs/lora.md",
+    "docs/models.md",
     "docs/quickstart.md",
+    "docs/requests.md",
+    "docs/rollouts.md",
+    "docs/security.md",
+    "docs/tests.md",
+    "docs/weights.md",
+    "docs/weights-client.md",
+    "examples/flow_grpo/README.md",
 )
 """The rooms and pages that are kept plain; every one is to be."""
 
