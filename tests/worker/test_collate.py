@@ -9,11 +9,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from diffusers.utils import BaseOutput
 from torch.utils import _pytree as pytree
 
 from safelight.worker.crossing.call import Call
-from safelight.worker.forward.collate import NotDivisible, RowLists, collate
+from safelight.worker.forward.collate import NotDivisible, RowParts, collate
 from safelight.worker.forward.signature import Batchable, Signatures
 
 
@@ -29,7 +30,7 @@ def dissected(anatomist: Signatures, *calls: Call) -> list[Batchable]:
 def split(component: Callable[[torch.Tensor], Any], *rows: torch.Tensor) -> list[Any]:
     """What each of the calls gets from one forward of ``component``, which is also asked for the first call alone."""
     parts = dissected(Signatures(), *(call(each) for each in rows))
-    return RowLists().uncollate(component(torch.cat(rows)), parts, lambda: component(rows[0]))
+    return RowParts().uncollate(component(torch.cat(rows)), parts, lambda: component(rows[0]))
 
 
 def test_rows_of_different_counts_come_back_to_their_calls() -> None:
@@ -60,7 +61,7 @@ def test_lists_of_prompts_of_different_lengths_are_extended() -> None:
     assert parts[0].signature == parts[1].signature
     args, _ = collate(parts)
     assert [len(text) for text in args[2]] == [5, 9]
-    outputs = RowLists().uncollate((args[0],), parts, lambda: (a.args[0],))
+    outputs = RowParts().uncollate((args[0],), parts, lambda: (a.args[0],))
     assert torch.equal(outputs[1][0][0], b.args[0][0])
 
 
@@ -139,6 +140,7 @@ class Checked(BaseOutput):
         pytest.param(lambda x: [x[i] if x[i, 0] > 0 else None for i in range(len(x))], id="a tensor or none per row"),
         pytest.param(lambda x: [list(row) for row in x], id="a list of tensors per row"),
         pytest.param(lambda x: x.numpy(), id="an array"),
+        pytest.param(lambda x: (x[:, 0], x[:, :2, None]), id="tensors of other shapes"),
         pytest.param(lambda x: [row.numpy() for row in x], id="an array per row"),
         pytest.param(
             lambda x: Named([bool(row[0] > 0) for row in x], tuple(float(row[1]) for row in x)), id="a named tuple"
@@ -172,6 +174,13 @@ def test_every_call_gets_its_own_rows_of_an_output_that_is_no_tensor(
         pytest.param(lambda x: (x, [element for row in x for element in row.tolist()]), id="all rows in one list"),
         pytest.param(lambda x: (x, [float(row[0]) for row in x if row[0] > 0]), id="a list of some rows"),
         pytest.param(lambda x: (x, list(range(max(2, len(x))))), id="a list that is never shorter"),
+        pytest.param(lambda x: (x, torch.tensor([0.5, 0.25])), id="a tensor for as many levels as there are rows"),
+        pytest.param(lambda x: (x, np.array([0.5, 0.25])), id="an array for as many levels"),
+        pytest.param(lambda x: (x, torch.stack([x, x * 2])), id="rows within as many levels, in one tensor"),
+        pytest.param(lambda x: (x, torch.arange(2) if len(x) > 1 else x.sum()), id="a tensor, alone a number"),
+        pytest.param(
+            lambda x: DiagonalGaussianDistribution(torch.zeros(2, 2, 1, 1)), id="a distribution that is never shorter"
+        ),
     ],
 )
 def test_a_value_that_cannot_be_attributed_to_a_row_is_given_to_no_call(
@@ -182,7 +191,7 @@ def test_a_value_that_cannot_be_attributed_to_a_row_is_given_to_no_call(
 
 
 def test_a_call_is_made_alone_once_to_see_what_its_lists_are() -> None:
-    lists, seen = RowLists(), []
+    lists, seen = RowParts(), []
     for count in (2, 2, 3):
         rows = [torch.full((1, 3), float(number)) for number in range(count)]
         parts = dissected(Signatures(), *(call(each) for each in rows))
@@ -195,6 +204,14 @@ def test_a_call_is_made_alone_once_to_see_what_its_lists_are() -> None:
             lists.uncollate([float(number) for number in range(count)], parts, alone) == [[0.0], [1.0], [2.0]][:count]
         )
     assert len(seen) == 1
+
+
+def test_a_tensor_in_the_shape_of_what_came_in_needs_no_look_at_a_call_alone() -> None:
+    """So no denoiser makes a forward more than before."""
+    rows = [torch.full((1, 3), float(number)) for number in range(2)]
+    parts = dissected(Signatures(), *(call(each) for each in rows))
+    outputs = RowParts().uncollate((torch.cat(rows),), parts, lambda: pytest.fail("a call was made alone"))
+    assert all(map(torch.equal, [output[0] for output in outputs], rows))
 
 
 def alike(one: Any, other: Any) -> bool:

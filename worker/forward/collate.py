@@ -12,8 +12,8 @@ from torch.utils import _pytree as pytree
 
 from .signature import Batchable, Role
 
-MOST_LISTS = 1000
-"""Lists whose elements are known to be rows, or not; then they are forgotten, and looked at again."""
+MOST_PARTS = 1000
+"""Parts of outputs whose elements are known to be rows, or not; then they are forgotten, and looked at again."""
 
 Path = tuple[int, ...]
 """Where a part of an output stands: which child of which child of the whole."""
@@ -31,12 +31,12 @@ def collate(parts: Sequence[Batchable]) -> tuple[tuple[Any, ...], dict[str, Any]
     return args, kwargs
 
 
-class RowLists:
-    """Knows which lists in outputs have an element for each row.
+class RowParts:
+    """Knows which parts of outputs (lists, tensors and arrays) have an element for each row.
 
-    Such a list of a merged output is as long as there are rows, and so may be a list of anything else (a safety
-    checker's flags, a residual for each of as many levels). A call with fewer rows tells them apart: the one list
-    is shorter there, the other is not.
+    Such a part of a merged output is as long as there are rows, and so may be a part of anything else (a safety
+    checker's flags, a residual or a weight for each of as many levels). A call with fewer rows tells them apart: the
+    one part is shorter there, the other is not. A tensor of the same shape as the primary argument needs no such look.
     """
 
     def __init__(self) -> None:
@@ -54,7 +54,7 @@ class RowLists:
         return self._known.get((form, path))
 
     def learn(self, form: Hashable, path: Path, has_rows: bool) -> None:
-        if len(self._known) == MOST_LISTS:
+        if len(self._known) == MOST_PARTS:
             self._known.clear()
         self._known[form, path] = has_rows
 
@@ -62,12 +62,12 @@ class RowLists:
 class _Cut:
     """One merged output being cut."""
 
-    def __init__(self, parts: Sequence[Batchable], lists: RowLists, first_alone: Callable[[], Any]) -> None:
+    def __init__(self, parts: Sequence[Batchable], known: RowParts, first_alone: Callable[[], Any]) -> None:
         ends = np.cumsum([part.rows for part in parts]).tolist()
         self._rows = [slice(end - part.rows, end) for part, end in zip(parts, ends, strict=True)]
         self._total: int = ends[-1]
         self._first = parts[0]
-        self._lists = lists
+        self._known = known
         self._first_alone = first_alone
         self._seen_alone: list[Any] = []
 
@@ -76,9 +76,9 @@ class _Cut:
         if node is None:
             return [None for _ in self._rows]
         if isinstance(node, torch.Tensor | np.ndarray):
-            return self._cut_array(node)
+            return self._cut_array(node, path)
         if type(node) is DiagonalGaussianDistribution:
-            parameters = self._cut_array(node.parameters)
+            parameters = self._cut_array(node.parameters, path)
             return [DiagonalGaussianDistribution(rows, deterministic=node.deterministic) for rows in parameters]
         if type(node) in (list, tuple) and len(node) == self._total and self._has_rows(node, path):
             return [node[rows] for rows in self._rows]
@@ -90,22 +90,30 @@ class _Cut:
             pytree.tree_unflatten([column[number] for column in columns], spec) for number in range(len(self._rows))
         ]
 
-    def _cut_array(self, array: torch.Tensor | np.ndarray[Any, Any]) -> list[Any]:
-        if array.ndim == 0 or array.shape[0] != self._total:
+    def _cut_array(self, array: torch.Tensor | np.ndarray[Any, Any], path: Path) -> list[Any]:
+        is_cut = array.ndim > 0 and len(array) == self._total
+        if not is_cut or not (self._is_like_primary(array) or self._has_rows(array, path)):
             kind = "a tensor" if isinstance(array, torch.Tensor) else "an array"
             raise NotDivisible(f"{kind} of shape {tuple(array.shape)} among {self._total} rows")
         return [array[rows] for rows in self._rows]
 
-    def _has_rows(self, merged: list[Any] | tuple[Any, ...], path: Path) -> bool:
+    def _is_like_primary(self, array: torch.Tensor | np.ndarray[Any, Any]) -> bool:
+        """Whether each element is as large as a row of the primary argument, as what denoisers return is."""
+        return tuple(array.shape[1:]) == self._first.row_shape
+
+    def _has_rows(self, merged: Any, path: Path) -> bool:
         """Whether the elements of ``merged``, which are as many as the rows, are theirs."""
-        known = self._lists.knows(self._first.form, path)
+        known = self._known.knows(self._first.form, path)
         if known is not None:
             return known
         alone = self._alone_at(path)
-        if type(alone) is not type(merged) or len(alone) not in (self._first.rows, self._total):
+        if type(alone) is DiagonalGaussianDistribution:
+            alone = alone.parameters
+        length = _length(alone) if type(alone) is type(merged) else None
+        if length not in (self._first.rows, self._total):
             raise NotDivisible(f"a {type(merged).__name__} that a call alone returns in another form")
-        has_rows = len(alone) == self._first.rows
-        self._lists.learn(self._first.form, path, has_rows)
+        has_rows = length == self._first.rows
+        self._known.learn(self._first.form, path, has_rows)
         return has_rows
 
     def _alone_at(self, path: Path) -> Any:
@@ -123,6 +131,11 @@ class _Cut:
 
 def _children(node: Any) -> tuple[list[Any], pytree.TreeSpec]:
     return pytree.tree_flatten(node, is_leaf=lambda inner: inner is not node)
+
+
+def _length(part: Any) -> int | None:
+    """How many elements it has; ``None`` for a number that is an array."""
+    return None if isinstance(part, torch.Tensor | np.ndarray) and part.ndim == 0 else len(part)
 
 
 def _is_plain(node: Any) -> bool:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from .batch import Forward
-from .collate import RowLists, collate
+from .collate import RowParts, collate
 
 
 class Stage(Protocol):
@@ -37,7 +37,7 @@ class Runner:
     def __init__(self, stages: Sequence[Stage]) -> None:
         self.stages = stages
         self.counters = Counters()
-        self._row_lists = RowLists()
+        self._row_parts = RowParts()
 
     def answers(self, forward: Forward) -> list[Any]:
         """What each of the forward's calls returns. Raises what the component, a stage or the collation raises."""
@@ -58,4 +58,4 @@ class Runner:
         output = first.function(*args, **kwargs)
         if forward.probe:
             return [output]
-        return self._row_lists.uncollate(output, parts, lambda: self.answers(forward.probe_of_first())[0])
+        return self._row_parts.uncollate(output, parts, lambda: self.answers(forward.probe_of_first())[0])

@@ -45,8 +45,9 @@ class Role(enum.Enum):
 class Batchable:
     """A call's arguments, taken apart. Two calls with the same ``signature`` can meet in one forward.
 
-    ``positions`` is the work in the primary argument: rows times tokens, or rows times latent pixels. Calls with the
-    same ``form`` differ in their tensors alone, so their outputs are built alike.
+    ``positions`` is the work in the primary argument: rows times tokens, or rows times latent pixels. Its rows have the
+    shape ``row_shape``, where it is a tensor with more dimensions than that of the rows. Calls with the same ``form``
+    differ in their tensors alone, so their outputs are built alike.
     """
 
     leaves: list[Any]
@@ -55,6 +56,7 @@ class Batchable:
     rows: int
     positions: int
     listed: bool
+    row_shape: tuple[int, ...] | None
     signature: Hashable
     form: Hashable
 
@@ -79,7 +81,8 @@ class Signatures:
         marks = tuple(self._mark(leaf, role, id(leaf) in places) for leaf, role in zip(leaves, roles, strict=True))
         plain = tuple(mark for leaf, mark in zip(leaves, marks, strict=True) if not isinstance(leaf, torch.Tensor))
         signature, form = (call.name, spec, marks), (call.name, spec, plain)
-        return Batchable(leaves, spec, roles, rows, _positions(primary), listed, signature, form)
+        row_shape = tuple(primary.shape[1:]) if isinstance(primary, torch.Tensor) and primary.ndim > 1 else None
+        return Batchable(leaves, spec, roles, rows, _positions(primary), listed, row_shape, signature, form)
 
     def _mark(self, leaf: Any, role: Role, places: bool) -> Hashable:
         """What of this leaf must be equal in two calls."""
