@@ -39,6 +39,9 @@ ATTENTIVE_FIRST: Changes = {
 }
 IN_BLOCK: Changes = {"pag_applied_layers": "mid"}
 XL_CONTROL: Changes = {"unet": SDXL_UNET, "controlnet": SDXL_UNET}
+CONTROLLED_WITHIN: Changes = {"layers_per_block": 2, "use_linear_projection": True}
+"""A UNet that ControlNet-XS joins its own layers to, one by one."""
+
 WAN_SEEING: Changes = {"transformer": {"in_channels": 12, "image_dim": 32}}
 FOR_MEGAPIXELS: Changes = {
     "block_out_channels": (4,) * 6,
@@ -157,6 +160,7 @@ TINY: dict[str, Tiny] = {
     "StableDiffusionControlNetPAGInpaintPipeline": Tiny(SD | IN_BLOCK),
     "StableDiffusionControlNetPAGPipeline": Tiny(SD | IN_BLOCK),
     "StableDiffusionControlNetPipeline": Tiny(SD),
+    "StableDiffusionControlNetXSPipeline": Tiny(SD | {"unet": CONTROLLED_WITHIN}),
     "StableDiffusionImageVariationPipeline": Tiny(SD | SEEN),
     "StableDiffusionImg2ImgPipeline": Tiny(SD),
     "StableDiffusionInpaintPipeline": Tiny(SD | {"unet": MASKED_UNET, "vae": Other("AutoencoderKL")}),
@@ -182,6 +186,12 @@ TINY: dict[str, Tiny] = {
     "StableDiffusionXLControlNetInpaintPipeline": Tiny(XL_CONTROL),
     "StableDiffusionXLControlNetPAGImg2ImgPipeline": Tiny(XL_CONTROL | IN_BLOCK),
     "StableDiffusionXLControlNetPAGPipeline": Tiny(XL_CONTROL | IN_BLOCK),
+    "StableDiffusionXLControlNetXSPipeline": Tiny(
+        {
+            "unet": SDXL_UNET | CONTROLLED_WITHIN,
+            "controlnet": {"transformer_layers_per_block": (1, 2), "cross_attention_dim": 64},
+        }
+    ),
     "StableDiffusionXLControlNetPipeline": Tiny(XL_CONTROL),
     "StableDiffusionXLControlNetUnionImg2ImgPipeline": Tiny(XL_CONTROL, {"control_mode": 0}),
     "StableDiffusionXLControlNetUnionInpaintPipeline": Tiny(XL_CONTROL, {"control_mode": 0}),

@@ -42,6 +42,15 @@ _CONTROLNET: Arguments = {
 
 FORMS: dict[str, Arguments] = {
     "ControlNetModel": _CONTROLNET,
+    "ControlNetXSAdapter": {
+        "block_out_channels": (4, 8),
+        "base_block_out_channels": (16, 32),
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+        "num_attention_heads": 2,
+        "cross_attention_dim": 32,
+        "conditioning_embedding_out_channels": (16, 32, 32, 32),
+        "max_norm_num_groups": 4,
+    },
     "ControlNetUnionModel": {
         **_CONTROLNET,
         "num_trans_channel": 16,
