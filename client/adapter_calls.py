@@ -1,4 +1,4 @@
-"""The requests about LoRA adapters, as :mod:`.calls` has those about pictures."""
+"""Requests about LoRA adapters, like those of :mod:`.calls`."""
 
 from __future__ import annotations
 

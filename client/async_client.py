@@ -1,4 +1,4 @@
-"""The client for asyncio. Cancelling a call closes its connection, and that stops the work on the server."""
+"""The client for asyncio. Cancelling a call closes its connection, which stops the work on the server."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class AsyncClient:
 
     @calls.with_arguments_of(calls.generate)
     def stream(self, call: Call) -> AsyncIterator[Event]:
-        """:meth:`Client.stream` for ``async for``; in ``contextlib.aclosing``, leaving it stops the work."""
+        """:meth:`Client.stream` for ``async for``; use ``contextlib.aclosing`` to stop the work on an early exit."""
         return self._events(call.streaming())
 
     @calls.with_arguments_of(rollout_calls.rollout)
@@ -73,7 +73,7 @@ class AsyncClient:
     async def wait_until_ready(self, timeout: float = 600.0, on_change: Callable[[Health], None] | None = None) -> None:
         """:meth:`Client.wait_until_ready`, awaited."""
         wait = ReadyWait(timeout, on_change)
-        while not (health := await self._look()).ready:
+        while not (health := await self._health_or_reason()).ready:
             await asyncio.sleep(wait.pause(health))
 
     @calls.with_arguments_of(weight_calls.sleep)
@@ -133,7 +133,7 @@ class AsyncClient:
     async def __aexit__(self, *_: object) -> None:
         await self.aclose()
 
-    async def _look(self) -> Health:
+    async def _health_or_reason(self) -> Health:
         try:
             return await self.health()
         except (Unavailable, DeadlinePassed) as error:
@@ -154,7 +154,7 @@ class AsyncClient:
         reader.close()
 
     async def _open(self, call: Call) -> httpx.Response:
-        """A reply that is a success, its body not read yet; after as many attempts as the retries allow."""
+        """Return a successful reply, its body unread; retry as the policy allows."""
         attempts = self._endpoint.attempts(call)
         while True:
             try:

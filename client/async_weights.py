@@ -1,7 +1,7 @@
 """The weights of a server for asyncio.
 
-The work is blocking, of the disk, of digests and of a trainer's ranks, so it is done in threads; a call that is
-cancelled goes on there to its end.
+Disk reads, digests and collectives of a trainer's ranks block, so they run in threads; a cancelled call runs to its end
+there.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class _InThreads(Generic[W]):
 
 
 def _in_a_thread(method: Callable[Concatenate[W, P], R]) -> Callable[Concatenate[_InThreads[W], P], Awaitable[R]]:
-    """``method`` with its arguments and documentation, awaited."""
+    """Make ``method`` awaitable, with the same arguments and documentation."""
 
     @functools.wraps(method)
     async def call(self: _InThreads[W], /, *args: P.args, **kwargs: P.kwargs) -> R:
@@ -66,7 +66,7 @@ class AsyncWeights(_InThreads[Weights]):
         try:
             yield AsyncBegunUpdate(await asyncio.shield(entering))
         except BaseException as error:
-            await asyncio.wait([entering])  # a cancelled one has begun an update all the same
+            await asyncio.wait([entering])  # a cancelled call begins an update all the same
             if entering.exception() is None:
                 await asyncio.to_thread(context.__exit__, type(error), error, error.__traceback__)
             raise

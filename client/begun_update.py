@@ -29,7 +29,7 @@ class BegunUpdate:
         self.result: WeightUpdate | None = None
         """Set once the update is committed; ``None`` on ranks that do not send."""
         self.digests: dict[str, dict[str, str]] = {}
-        """By module, the digest of every tensor sent."""
+        """Digests of the tensors sent, by module."""
         self.adapters: set[str] = set()
         """The nicknames of the adapters sent."""
         self._api = api

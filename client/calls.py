@@ -1,4 +1,4 @@
-"""The requests that a client can make, before any connection exists; the sync and async clients only send them."""
+"""The requests of a client, built without a connection; the sync and async clients send them."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ S = TypeVar("S")
 R = TypeVar("R")
 
 GRACE_S = 30.0
-"""Seconds beyond a request's own time limit in which its 504 may arrive."""
+"""Seconds after a request's own timeout in which its 504 may arrive."""
 
 LOOK_S = 10.0
-"""Seconds that a GET may take: it asks for what the server knows already."""
+"""Seconds that a GET may take: the server has its answer at hand."""
 
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """One HTTP request. ``timeout_s`` is the request's own limit, when it has one.
+    """One HTTP request. ``timeout_s`` is the request's own timeout, if it has one.
 
-    ``again`` says whether it may be sent again to a server that has said that it did nothing.
+    ``again`` allows a retry after the server has refused the request without doing any work.
     """
 
     method: str
@@ -39,7 +39,7 @@ class Call:
     again: bool = True
 
     def streaming(self) -> Call:
-        """The same request, to be answered with server-sent events."""
+        """The same request, answered with server-sent events."""
         return replace(self, body={**(self.body or {}), "stream": True})
 
     @property
@@ -48,7 +48,7 @@ class Call:
 
     @property
     def content(self) -> bytes | Iterable[bytes] | None:
-        """The body as JSON. Raises ``InvalidRequest`` for values that JSON does not have."""
+        """The body as JSON. Raises ``InvalidRequest`` for values that JSON cannot express."""
         if self.body is None:
             return None
         try:
@@ -57,7 +57,7 @@ class Call:
             raise InvalidRequest(f"The request cannot be written as JSON: {error}.") from None
 
     def read_timeout(self, default: float | None) -> float | None:
-        """Seconds to wait for the server's next bytes: ``default``, or longer when the request may take longer."""
+        """Seconds to wait for the server's next bytes: ``default``, or longer if the request's own timeout is."""
         if default is None:
             return None
         if self.method == "GET":
@@ -82,8 +82,8 @@ def generate(
     extra: Mapping[str, Any] | None = None,
     **arguments: Any,
 ) -> Call:
-    """The request for pictures or clips. What is ``None`` is left to the server; ``steps`` is short for
-    ``num_inference_steps``; every argument that is not a field goes to the pipeline's own ``__call__``."""
+    """The request for pictures or clips. The server chooses values for ``None``; ``steps`` is short for
+    ``num_inference_steps``; arguments that are not request fields go to the pipeline's ``__call__``."""
     settings, further = by_table(arguments)
     fields: dict[str, Any] = {
         "prompt": prompt if isinstance(prompt, str) else list(prompt),
@@ -101,7 +101,7 @@ def generate(
 def with_arguments_of(
     build: Callable[P, Call],
 ) -> Callable[[Callable[[S, Call], R]], Callable[Concatenate[S, P], R]]:
-    """Give a method that takes a :class:`Call` the arguments of ``build``, so that they are written down once."""
+    """Give a method that takes a :class:`Call` the arguments of ``build``, which declares them once."""
 
     def decorate(method: Callable[[S, Call], R]) -> Callable[Concatenate[S, P], R]:
         @functools.wraps(method)

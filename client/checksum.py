@@ -1,6 +1,6 @@
-"""Digests of weights on disk, equal to what a server that loaded them answers. No model is loaded.
+"""Digests of weights on disk, equal to those of a server that loaded the files. No model is loaded.
 
-Torch is needed only where a server stores tensors in another dtype than the files have.
+Torch is needed only where the server's dtype of a tensor differs from the file's.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ class TensorChecksum:
 
 @dataclass(frozen=True, slots=True)
 class ModuleChecksum:
-    """``tensors`` is empty unless details were asked for.
+    """``tensors`` is empty without details.
 
-    A server says in ``aliases`` by which other names it takes some of them, and in ``ignored`` the patterns of names
-    that it reads over. Of files that were digested as a server
-    stores them, ``cast`` says from which dtype to which, as torch writes them, and how many.
+    A server reports ``aliases``, other names that it accepts for some tensors, and ``ignored``, patterns of names that
+    it skips. ``cast`` counts the tensors of files that were digested in a server's dtype, by torch's names of the
+    file's dtype and the server's.
     """
 
     sha256: str
@@ -43,22 +43,22 @@ class ModuleChecksum:
 
 
 Found = dict[str, tuple[StoredTensor, TensorFile]]
-"""Every tensor of some files, by name, with the file that it is in."""
+"""Every tensor of some files by name, with its file."""
 
 Stored = Mapping[str, ModuleChecksum]
-"""How a server stores its modules, by name; with details."""
+"""A server's modules by name, with details."""
 
 
 def checksum(
     path: Path, modules: Sequence[str] = (), *, detail: bool = False, like: Stored | None = None
 ) -> dict[str, ModuleChecksum]:
-    """By the name of each of ``modules`` in ``path``, as :func:`module_paths` finds them.
+    """Digest ``modules`` in ``path`` by name, as :func:`module_paths` finds them.
 
-    Where a server that stores tensors ``like`` this is given, names and dtypes are those that it would store them by.
-    Raises ``InvalidRequest`` where they are not there, or their files cannot be read.
+    With ``like``, a server's checksums, tensors get the server's names and dtypes. Raises ``InvalidRequest`` for
+    missing modules and unreadable files.
     """
     found = module_paths(path, modules)
-    with ThreadPoolExecutor() as pool:  # hashing leaves the interpreter to the others
+    with ThreadPoolExecutor() as pool:  # hashing releases the GIL
         digests = pool.map(lambda name: _module(files_of(found[name]), detail, (like or {}).get(name)), found)
         return dict(zip(found, digests, strict=True))
 
@@ -67,17 +67,17 @@ def _module(files: list[Path], detail: bool, like: ModuleChecksum | None) -> Mod
     each: dict[str, TensorChecksum] = {}
     cast: dict[tuple[str, str], int] = {}
     with _opened(files) as found:
-        whole = module_digest(_noted(found, like, each if detail else None, cast))
+        whole = module_digest(_server_bytes(found, like, each if detail else None, cast))
     return ModuleChecksum(whole, each, cast=cast)
 
 
-def _noted(
+def _server_bytes(
     found: Found, like: ModuleChecksum | None, each: dict[str, TensorChecksum] | None, cast: dict[tuple[str, str], int]
 ) -> Iterator[tuple[str, memoryview]]:
-    """Every tensor's name and bytes, sorted, as it is held; what is to be told of them is put into the last two."""
+    """Yield every tensor's name and bytes, sorted by name, in the server's dtype; fill ``each`` and ``cast``."""
     stored_as = {} if like is None else like.tensors
     names = {
-        name if like is None else _own_name(name, found, like): name
+        name if like is None else _server_name(name, found, like): name
         for name in found
         if like is None or not _is_ignored(name, like)
     }
@@ -85,23 +85,23 @@ def _noted(
         stored, file = found[names[name]]
         dtype = STORED_DTYPES[stored_as[name].dtype] if name in stored_as else stored.dtype
         tensor = HostTensor(name, stored.dtype, stored.shape, file.data(stored.name)).cast(dtype)
-        told = TORCH_DTYPES[tensor.dtype]
+        torch_dtype = TORCH_DTYPES[tensor.dtype]
         if each is not None:
-            each[name] = TensorChecksum(tensor.digest(), told, tensor.shape)
+            each[name] = TensorChecksum(tensor.digest(), torch_dtype, tensor.shape)
         if tensor.dtype != stored.dtype:
-            kinds = TORCH_DTYPES[stored.dtype], told
+            kinds = TORCH_DTYPES[stored.dtype], torch_dtype
             cast[kinds] = cast.get(kinds, 0) + 1
         yield name, tensor.data
 
 
-def _own_name(name: str, given: Container[str], like: ModuleChecksum) -> str:
-    """The server's name for what files call ``name``, unless they have that too."""
+def _server_name(name: str, in_files: Container[str], like: ModuleChecksum) -> str:
+    """The server's name for a file's tensor ``name``, unless the files have a tensor of that name too."""
     own = like.aliases.get(name, name)
-    return name if name in like.tensors or own in given else own
+    return name if name in like.tensors or own in in_files else own
 
 
 def _is_ignored(name: str, like: ModuleChecksum) -> bool:
-    """Whether the server that stores ``like`` this would read over what files call ``name``."""
+    """Return true if the server skips the tensor ``name`` when it loads files."""
     return name not in like.tensors and any(re.search(pattern, name) for pattern in like.ignored)
 
 

@@ -1,4 +1,4 @@
-"""``safelight``: the command line, which starts without torch: what computes is the server."""
+"""The command line ``safelight``. It starts without importing torch: the server does the computing."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ PREVIEW_EVERY = 2
 """Steps between two previews of ``--preview``."""
 
 READY_S = 1800.0
-"""Seconds that a server may take to become ready; a large model is read from a slow disk."""
+"""Seconds that a server may take to become ready: a large model may be read from a slow disk."""
 
 VERIFY_PROGRAM = (sys.executable, "-P", "-m", "safelight.worker.accuracy")
-"""How components are compared: as :data:`.private_server.SERVER_PROGRAM`, in a program of its own."""
+"""The program of ``safelight verify``, like :data:`.private_server.SERVER_PROGRAM` a process of its own."""
 
 _PASSED_ON = {
     "allow_extra_args": True,
@@ -40,11 +40,11 @@ _PASSED_ON = {
     "ignore_unknown_options": True,
     "help_option_names": [],
 }
-"""Of commands that become another program, which reads the arguments and shows its own help."""
+"""Typer's settings of commands that exec another program, which parses the arguments and prints its own help."""
 
 app = typer.Typer(
     name="safelight",
-    help="Serve diffusion models, and draw with them.",
+    help="Serve diffusion models, and generate with them.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -54,7 +54,7 @@ app.add_typer(weight_commands.app)
 
 
 def main() -> None:
-    """The program ``safelight``: what goes wrong is one sentence on standard error, and status 1."""
+    """Run the command; print an error as one sentence on standard error and exit with status 1."""
     try:
         app()
     except (SafelightError, OSError) as error:
@@ -82,7 +82,7 @@ def _options(
     options_metavar="[MODEL] [OPTIONS]",
 )
 def serve(context: typer.Context) -> None:
-    """This process becomes the server, so its signals and its exit status are the server's."""
+    """Replace this process by the server, so that signals and the exit status are the server's."""
     os.execv(SERVER_PROGRAM[0], [*SERVER_PROGRAM, *context.args])
 
 
@@ -92,35 +92,36 @@ def serve(context: typer.Context) -> None:
     options_metavar="MODEL [OPTIONS]",
 )
 def verify(context: typer.Context) -> None:
-    """This process becomes the comparison, so its signals and its exit status are that one's."""
+    """Replace this process by the comparison, so that signals and the exit status are the comparison's."""
     os.execv(VERIFY_PROGRAM[0], [*VERIFY_PROGRAM, *context.args])
 
 
-@app.command(help="Draw what PROMPT says, with a running server or, where there is none, with one of its own.")
+@app.command(help="Generate from PROMPT with a running server or, if none runs, with a private one.")
 @takes_fields
 def generate(
-    prompt: Annotated[str, typer.Argument(help="What to show.", show_default=False)],
+    prompt: Annotated[str, typer.Argument(help="The prompt.", show_default=False)],
     output: Annotated[
         Path,
-        typer.Option("--output", "-o", help="The file to write; its suffix says the format. With -n: out-0.png, …"),
+        typer.Option("--output", "-o", help="The file to write; its suffix sets the format. With -n: out-0.png, …"),
     ] = Path("out"),
     url: Url = None,
     api_key: ApiKey = None,
     model: Annotated[
-        str | None, typer.Option("--model", "-m", help="What a server of its own serves; a running one must serve it.")
+        str | None,
+        typer.Option("--model", "-m", help="The model to serve; a running server must have this one."),
     ] = None,
-    seed: Annotated[int | None, typer.Option(help="Chosen, and printed, when not given.")] = None,
-    n: Annotated[int, typer.Option("-n", min=1, help="How many, of as many seeds.")] = 1,
+    seed: Annotated[int | None, typer.Option(help="By default a random seed, which is printed.")] = None,
+    n: Annotated[int, typer.Option("-n", min=1, help="Number of outputs, with consecutive seeds.")] = 1,
     image: Annotated[
         list[Path] | None,
-        typer.Option(exists=True, dir_okay=False, help="A picture to begin with; several where the model takes them."),
+        typer.Option(exists=True, dir_okay=False, help="An input picture; repeat for models that take several."),
     ] = None,
     extra: Annotated[
         list[str] | None,
         typer.Option(metavar="NAME=JSON", help="A further argument of the pipeline; may be given several times."),
     ] = None,
     preview: Annotated[bool, typer.Option("--preview", help="Show the picture in the terminal as it forms.")] = False,
-    timeout: Annotated[float, typer.Option(help="Seconds that the server may be silent.")] = DEFAULT_TIMEOUT_S,
+    timeout: Annotated[float, typer.Option(help="Seconds to wait for the server's next bytes.")] = DEFAULT_TIMEOUT_S,
     **settings: Any,
 ) -> None:
     notes = standard_error()
@@ -142,7 +143,7 @@ def generate(
 def info(
     url: Url = None,
     api_key: ApiKey = None,
-    as_json: Annotated[bool, typer.Option("--json", help="As JSON, for programs.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")] = False,
 ) -> None:
     with Client(url or DEFAULT_URL, api_key=api_key) as client:
         found = client.info()
@@ -153,17 +154,17 @@ def info(
 
 
 def _format_of(output: Path) -> str | None:
-    """The format that the suffix names; with no suffix, the server's choice."""
+    """The format of the suffix; ``None`` (the server's choice) without one."""
     if output.suffix and output.suffix.lower() not in SUFFIXES:
         raise InvalidRequest(f"{output} cannot be written: use a name that ends in one of {', '.join(SUFFIXES)}.")
     return SUFFIXES.get(output.suffix.lower())
 
 
 def _extra_argument(text: str) -> tuple[str, Any]:
-    """``name=value`` as name and value; a value that is no JSON is a string."""
+    """Split ``name=value``; a value that is not valid JSON is a string."""
     name, equals, value = text.partition("=")
     if not name or not equals:
-        raise InvalidRequest(f"--extra takes NAME=JSON, and {text!r} is not that.")
+        raise InvalidRequest(f"--extra takes NAME=JSON, not {text!r}.")
     try:
         return name, json.loads(value)
     except json.JSONDecodeError:
@@ -174,7 +175,7 @@ def _extra_argument(text: str) -> tuple[str, Any]:
 def _ready_client(
     notes: Console, url: str | None, api_key: str | None, timeout: float, model: str | None
 ) -> Iterator[Client]:
-    """A client of the server that runs or, when none was named and none answers, of a private one for ``model``."""
+    """A client of the running server or, if ``url`` is ``None`` and none answers, of a private one for ``model``."""
     with Client(url or DEFAULT_URL, api_key=api_key, timeout=timeout) as client:
         try:
             client.health()
@@ -218,11 +219,11 @@ def _draw(client: Client, notes: Console, prompt: str, request: dict[str, Any]) 
             if isinstance(event, Result):
                 return event.generation
             view.show(event)
-    raise AssertionError("a stream ends with its result or an error")
+    raise AssertionError("a stream ends with a result or an error")
 
 
 def _save(generation: Generation, output: Path) -> None:
-    """Write every output and tell of each its path, size, seed and time."""
+    """Write every output, and print its path, size, seed and time."""
     out = Console(soft_wrap=True, highlight=False)
     for index, made in enumerate(generation.outputs):
         path = _numbered(output, made, index if len(generation.outputs) > 1 else None)

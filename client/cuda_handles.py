@@ -1,4 +1,4 @@
-"""Handles of tensors on a GPU, by which another process of this machine reads them without a copy."""
+"""CUDA IPC handles: another process of this machine reads a GPU's tensors without a copy."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ def gpu_of(tensor: torch.Tensor) -> str:
 
 
 def handle(name: str, tensor: torch.Tensor) -> dict[str, Any]:
-    """What ``shared.cuda_ipc`` has for ``tensor``, for one reader; torch counts it until it has let go.
+    """The entry of ``tensor`` in ``shared.cuda_ipc``, for one reader; torch counts references until it is released.
 
-    The fields are what ``torch.UntypedStorage._share_cuda_`` returns (torch/csrc/StorageSharing.cpp), which
-    ``torch.multiprocessing`` sends too.
+    The fields are those of ``torch.UntypedStorage._share_cuda_`` (torch/csrc/StorageSharing.cpp), as
+    ``torch.multiprocessing`` sends them.
     """
     storage = tensor.untyped_storage()
     _, memory, nbytes, start, counters, counter, event, event_sync = storage._share_cuda_()  # type: ignore[no-untyped-call]

@@ -1,7 +1,4 @@
-"""One server as a client knows it: how requests are addressed to it and what its answers mean.
-
-Everything that the sync and the async client have in common; they add only the sending.
-"""
+"""The shared core of the sync and async clients: it builds requests and decodes replies; the clients send them."""
 
 from __future__ import annotations
 
@@ -23,7 +20,7 @@ from .retry import Attempts, Retries
 DEFAULT_URL = "http://127.0.0.1:30000"
 
 DEFAULT_TIMEOUT_S = 660.0
-"""Longer than a server's own default limit, so that it is the server who says that a request took too long."""
+"""Longer than the server's default request timeout, so that the server reports a timeout first."""
 
 CONNECT_S = 10.0
 
@@ -32,7 +29,7 @@ LOOK_EVERY_S = 0.25
 
 @dataclass(frozen=True, slots=True)
 class Endpoint:
-    """``url`` without a scheme is taken as http. ``timeout`` is how many seconds a reply's next bytes may take."""
+    """``url`` without a scheme means http. ``timeout`` is the longest wait for a reply's next bytes, in seconds."""
 
     url: str = DEFAULT_URL
     api_key: str | None = field(default=None, repr=False)
@@ -44,8 +41,8 @@ class Endpoint:
         return {
             "base_url": self.base_url,
             "headers": {"authorization": f"Bearer {self.api_key}"} if self.api_key else {},
-            "limits": httpx.Limits(max_connections=None, max_keepalive_connections=32),  # it is the server that queues
-            "trust_env": not self.on_this_machine,  # a proxy that the environment names does not reach our loopback
+            "limits": httpx.Limits(max_connections=None, max_keepalive_connections=32),  # the server queues
+            "trust_env": not self.on_this_machine,  # a proxy of the environment cannot reach this machine's loopback
         }
 
     @property
@@ -66,11 +63,11 @@ class Endpoint:
         return (self.retries if call.again else Retries(0)).begin()
 
     def error(self, response: httpx.Response) -> SafelightError:
-        """The exception for ``response``, which is no success and was read."""
+        """The exception for ``response``, an error whose body was read."""
         return error_from_reply(response.status_code, response.headers, response.content)
 
     def health(self, response: httpx.Response) -> Health:
-        """What ``response`` to :data:`calls.HEALTH` says; it is an answer with a 503 too."""
+        """Decode a reply to :data:`calls.HEALTH`; a 503 is a valid reply too."""
         if response.status_code == httpx.codes.OK:
             self.document(response.content)
             return Health(True, "ready")
@@ -83,8 +80,8 @@ class Endpoint:
         return generation
 
     def loras(self, reply: bytes) -> Loras:
-        told: Loras = decode(reply, Loras, self.base_url)
-        return told
+        loras: Loras = decode(reply, Loras, self.base_url)
+        return loras
 
     def document(self, content: bytes) -> dict[str, Any]:
         document: dict[str, Any] = decode(content, dict[str, Any], self.base_url)
@@ -98,7 +95,7 @@ _EVENTS: dict[str, type[Queued | Progress | Preview]] = {"queued": Queued, "prog
 
 
 class EventReader:
-    """Turns the chunks of one streamed reply into typed events."""
+    """Turns the chunks of a streamed reply into typed events."""
 
     def __init__(self, endpoint: Endpoint) -> None:
         self._endpoint = endpoint
@@ -106,17 +103,17 @@ class EventReader:
         self._finished = False
 
     def feed(self, chunk: bytes) -> Iterator[Event]:
-        """The events that ``chunk`` completes. Raises what an ``error`` event says."""
+        """Yield the events that ``chunk`` completes. Raises the exception of an ``error`` event."""
         for event in self._decoder.feed(chunk):
             yield from self._read(event)
 
     def close(self) -> None:
-        """Raises ``ConnectionLost`` when the stream ended before its result."""
+        """Raises ``ConnectionLost`` if the stream ended before its result."""
         if not self._finished:
             raise ConnectionLost(f"The stream from {self._endpoint.base_url} ended before its result.")
 
     def _read(self, event: ServerSentEvent) -> Iterator[Event]:
-        """Events with a name that is not known are passed over: a newer server may send them."""
+        """Unknown events are ignored: a newer server may send them."""
         if event.name == "error":
             raise error_from_event(event.data)
         if event.name == "result":
@@ -127,7 +124,7 @@ class EventReader:
 
 
 class ReadyWait:
-    """Waiting for a server: tells what it waits for, whenever that changes, and gives up in time."""
+    """The wait for a server: reports each change of its health, and gives up after ``timeout`` seconds."""
 
     def __init__(self, timeout: float, on_change: Callable[[Health], None] | None) -> None:
         self._timeout = timeout
@@ -136,7 +133,7 @@ class ReadyWait:
         self._last: Health | None = None
 
     def pause(self, health: Health) -> float:
-        """Seconds until the next look at a server that is not ready. Raises ``Unavailable`` when time is up."""
+        """Seconds until the next health check. Raises ``Unavailable`` once the timeout has passed."""
         if monotonic() + LOOK_EVERY_S > self._deadline:
             raise Unavailable(f"The server was not ready after {self._timeout:g} s: {health.reason}")
         if health != self._last and self._on_change:

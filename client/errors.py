@@ -1,4 +1,4 @@
-"""What can go wrong between this program and a server, as the typed exceptions that the server itself uses."""
+"""Errors of the client: HTTP errors as the server's own typed exceptions, and those of the transport."""
 
 from __future__ import annotations
 
@@ -42,20 +42,20 @@ class Unreachable(Unavailable):
 
 
 class ConnectionLost(Unavailable):
-    """The connection ended before the answer was complete; whether the work was done is not known."""
+    """The connection ended before the reply was complete; the server may have done the work or not."""
 
 
 class InvalidTensor(msgspec.Struct, frozen=True):
-    """A tensor that the server's model cannot take, and why."""
+    """A tensor that the server's model cannot take, and the reason."""
 
     name: str
     reason: str
 
 
 class TensorsRejected(InvalidRequest):
-    """Nothing was written: the model has no tensors ``unknown``, or cannot take what was sent for ``invalid``.
+    """Nothing was written: the model has no tensors called ``unknown``, or cannot take those in ``invalid``.
 
-    Both lists end after some names; the message has how many there are.
+    The server shortens both lists; the message has the full counts.
     """
 
     def __init__(self, message: str, unknown: list[str], invalid: list[InvalidTensor]) -> None:
@@ -65,7 +65,7 @@ class TensorsRejected(InvalidRequest):
 
 
 class TensorsDiffer(SafelightError):
-    """The server holds other bytes than it should in ``mismatched``, and has no tensors ``missing``."""
+    """The server's bytes of the ``mismatched`` tensors differ, or the server has no tensors called ``missing``."""
 
     code, status = "invalid_request", 400
 
@@ -76,7 +76,7 @@ class TensorsDiffer(SafelightError):
 
 
 class _Body(msgspec.Struct):
-    """The ``error`` object of a reply or of an ``error`` event; what a proxy may leave out has a default."""
+    """The ``error`` object of a reply or of an ``error`` event; fields that a proxy may omit have defaults."""
 
     message: str
     code: str = ""
@@ -86,7 +86,7 @@ class _Body(msgspec.Struct):
 
 
 class _Envelope(msgspec.Struct):
-    """The body of an error, with what the routes for weights put beside it."""
+    """The body of an error, with the fields that the routes for weights add."""
 
     error: _Body
     unknown: list[str] = []
@@ -96,7 +96,7 @@ class _Envelope(msgspec.Struct):
 
 
 def error_from_reply(status: int, headers: Mapping[str, str], content: bytes) -> SafelightError:
-    """The exception for a reply of ``status`` 400 or more, whoever sent it."""
+    """The exception for a reply of ``status`` 400 or more, from a Safelight server or a proxy."""
     retry_after_s = retry_after(headers.get("retry-after"))
     reply = _read(content)
     if reply is None:
@@ -111,7 +111,6 @@ def error_from_reply(status: int, headers: Mapping[str, str], content: bytes) ->
 
 
 def error_from_event(data: str) -> SafelightError:
-    """The exception for an ``error`` event of a stream."""
     reply = _read(data.encode())
     if reply is None:
         return Internal(f"The server sent an error that cannot be read: {data[:200]}")
@@ -119,7 +118,7 @@ def error_from_event(data: str) -> SafelightError:
 
 
 def error_from_body(body: _Body, status: int = 500) -> SafelightError:
-    """The exception that ``body`` names by its code; of a code that is not ours, the one of ``status``."""
+    """The exception of the code in ``body``; for an unknown code, that of ``status``."""
     message = f"{body.message} (request {body.request_id})" if body.request_id else body.message
     error = from_info(ErrorInfo(body.code, message, status, body.field, body.retry_after_s))
     if error.code == body.code:
@@ -128,26 +127,26 @@ def error_from_body(body: _Body, status: int = 500) -> SafelightError:
 
 
 def message_of(content: bytes) -> str | None:
-    """What an error reply says, without the request's id."""
+    """The message of an error reply, without the request's id."""
     reply = _read(content)
     return None if reply is None else reply.error.message
 
 
 def retry_after(value: str | None) -> float | None:
-    """Seconds in a ``Retry-After`` header, which holds seconds or a date (RFC 9110, 10.2.3); None for anything else."""
+    """The seconds of a ``Retry-After`` header, which has seconds or a date (RFC 9110, 10.2.3); else ``None``."""
     if value is None:
         return None
     if value.isascii() and value.isdigit():
         return float(value)
     try:
         return max((parsedate_to_datetime(value) - datetime.now(UTC)).total_seconds(), 0.0)
-    except (ValueError, TypeError):  # no date, or a date without a zone
+    except (ValueError, TypeError):  # not a date, or a date without a zone
         return None
 
 
 @contextmanager
 def transport_errors(url: str) -> Iterator[None]:
-    """Translate httpx's exceptions within into ours; ``url`` is the server's."""
+    """Translate httpx's exceptions into ours; ``url`` is the server's."""
     try:
         yield
     except (httpx.ConnectError, httpx.ConnectTimeout) as error:
@@ -159,11 +158,11 @@ def transport_errors(url: str) -> Iterator[None]:
 
 
 def decode(content: bytes | str, kind: Any, url: str) -> Any:  # Any: msgspec takes every type
-    """``content`` as ``kind``. Raises ``Internal`` when it is none, as when something else listens at ``url``."""
+    """Decode ``content``. Raises ``Internal`` if it is not a ``kind``: another program may listen at ``url``."""
     try:
         return msgspec.json.decode(content, type=kind)
     except msgspec.DecodeError as error:
-        raise Internal(f"What answers at {url} does not speak as a Safelight server does: {error}.") from None
+        raise Internal(f"The reply from {url} is not that of a Safelight server: {error}.") from None
 
 
 def _of_status(status: int) -> type[SafelightError]:

@@ -1,4 +1,4 @@
-"""Server-sent events (WHATWG HTML, section 9.2), decoded from bytes that may be cut anywhere."""
+"""Decoder of server-sent events (WHATWG HTML, section 9.2); chunks may end anywhere."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from typing import NamedTuple
 
 
 class ServerSentEvent(NamedTuple):
-    """One dispatched event; ``name`` is ``"message"`` when the server gave none."""
+    """One dispatched event; ``name`` is ``"message"`` if the server sent none."""
 
     name: str
     data: str
 
 
 class EventDecoder:
-    """Turns the chunks of one response body into events. An event without its closing blank line never was."""
+    """Turns the chunks of a response body into events. An event without its closing blank line is dropped."""
 
     def __init__(self) -> None:
         self._line = bytearray()
@@ -23,7 +23,7 @@ class EventDecoder:
         self._data: list[str] = []
 
     def feed(self, chunk: bytes) -> Iterator[ServerSentEvent]:
-        """The events that ``chunk`` completes. Lines end with LF, CR or CR LF; a CR LF may lie across two chunks."""
+        """Yield the events that ``chunk`` completes. Lines end with LF, CR or CR LF, which two chunks may divide."""
         if self._after_cr and chunk:
             self._after_cr = False
             chunk = chunk.removeprefix(b"\n")
@@ -44,7 +44,7 @@ class EventDecoder:
         self._name, self._data = "", []
 
     def _read_field(self, line: str) -> None:
-        """A line that starts with a colon is a comment: its field's name is empty, and ignored like any other."""
+        """Unknown fields are ignored, and so are comments: a line that starts with a colon has an empty field name."""
         field, _, value = line.partition(":")
         value = value.removeprefix(" ")
         if field == "event":

@@ -1,6 +1,7 @@
-"""Tensors that are divided among a trainer's ranks, made whole one at a time.
+"""Gather tensors that are sharded over a trainer's ranks, one at a time.
 
-Torch's distributed modules take seconds to import and are not: who has such a tensor has imported them.
+Torch's distributed modules take seconds to import, so they are looked up in ``sys.modules``: a program with sharded
+tensors has imported them.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def rank_and_size() -> tuple[int, int]:
-    """This process's place in its torch.distributed group; ``(0, 1)`` where it is in none."""
+    """The rank and world size of this process in torch.distributed; ``(0, 1)`` without a group."""
     distributed = sys.modules.get("torch.distributed")
     if distributed is None or not distributed.is_available() or not distributed.is_initialized():
         return 0, 1
@@ -21,7 +22,7 @@ def rank_and_size() -> tuple[int, int]:
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor | None:
-    """The whole tensor. Every rank that has a part must call this, and some ranks get ``None`` for it."""
+    """Gather ``tensor``. Collective: every rank with a shard must call it; ranks that get no result return ``None``."""
     if _is(tensor, "torch.distributed.tensor", "DTensor"):
         gathered: torch.Tensor = tensor.detach().full_tensor()  # type: ignore[attr-defined]
         return gathered
@@ -31,12 +32,12 @@ def whole(tensor: torch.Tensor) -> torch.Tensor | None:
 
 
 def identity(tensor: torch.Tensor) -> tuple[Any, ...]:
-    """Equal for tensors that are the same elements of the same memory; alike on a rank that has none of them."""
+    """A key that is equal for tensors of the same elements in the same memory, also on ranks without a shard."""
     if _is(tensor, "torch.distributed._shard.sharded_tensor", "ShardedTensor"):
         return (id(tensor),)
-    divided = _is(tensor, "torch.distributed.tensor", "DTensor")
-    local: torch.Tensor = tensor.to_local() if divided else tensor  # type: ignore[attr-defined]
-    storage = local.untyped_storage()._cdata  # where there are no elements there is no address
+    sharded = _is(tensor, "torch.distributed.tensor", "DTensor")
+    local: torch.Tensor = tensor.to_local() if sharded else tensor  # type: ignore[attr-defined]
+    storage = local.untyped_storage()._cdata  # an empty shard has no address
     return storage, local.storage_offset(), tensor.dtype, tuple(tensor.shape), tensor.stride()
 
 
@@ -46,13 +47,13 @@ def _is(tensor: object, module: str, kind: str) -> bool:
 
 
 def _gather(tensor: Any) -> torch.Tensor | None:
-    """What the first form of FSDP makes of a parameter, on rank 0."""
+    """Gather a ``ShardedTensor`` of FSDP1 on rank 0."""
     import torch
 
     if rank_and_size()[0] != 0:
         tensor.gather(0, None, dtype=tensor.dtype)
         return None
-    place = next((shard.tensor.device for shard in tensor.local_shards()), None)
-    gathered = torch.empty(tuple(tensor.size()), dtype=tensor.dtype, device=place)
+    device = next((shard.tensor.device for shard in tensor.local_shards()), None)
+    gathered = torch.empty(tuple(tensor.size()), dtype=tensor.dtype, device=device)
     tensor.gather(0, gathered, dtype=tensor.dtype)
     return gathered

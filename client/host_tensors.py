@@ -1,4 +1,4 @@
-"""Tensors as they are sent: bytes in this machine's memory, or on a GPU. Torch is needed for casting alone."""
+"""Tensors to send, in host memory or on a GPU. Torch is needed only for casts."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _FLOATING = frozenset({"F8_E5M2", "F8_E4M3", "F16", "BF16", "F32", "F64"})
 
 @dataclass(frozen=True)
 class HostTensor:
-    """``held`` are the bytes row by row, little-endian, or a tensor on a GPU; ``dtype`` is named as in safetensors."""
+    """``held`` has the bytes, row-major and little-endian, or a GPU tensor; ``dtype`` is named as in safetensors."""
 
     name: str
     dtype: str
@@ -31,7 +31,7 @@ class HostTensor:
 
     @cached_property
     def data(self) -> memoryview:
-        """The bytes; copied from a GPU when they are first asked for."""
+        """The bytes; those of a GPU tensor are copied on first use."""
         return self.held if isinstance(self.held, memoryview) else _bytes(self.held)
 
     @property
@@ -42,25 +42,25 @@ class HostTensor:
         return tensor_digest(TORCH_DTYPES[self.dtype], self.shape, self.data)
 
     def cast(self, dtype: str) -> HostTensor:
-        """This tensor as a parameter of ``dtype`` holds it: only floating dtypes are cast to each other."""
+        """Cast to a parameter's ``dtype``; unless both dtypes are floating, return the tensor unchanged."""
         if dtype == self.dtype or not {dtype, self.dtype} <= _FLOATING:
             return self
         import torch
 
         if not self.data:
             return HostTensor(self.name, dtype, self.shape, self.data)
-        data = bytearray(self.data) if self.data.readonly else self.data  # torch takes no memory that is read-only
-        given = torch.frombuffer(data, dtype=_torch_dtype(self.dtype)).view(self.shape)
-        return from_torch(self.name, given.to(_torch_dtype(dtype)))
+        data = bytearray(self.data) if self.data.readonly else self.data  # frombuffer warns about read-only memory
+        tensor = torch.frombuffer(data, dtype=_torch_dtype(self.dtype)).view(self.shape)
+        return from_torch(self.name, tensor.to(_torch_dtype(dtype)))
 
 
 def from_torch(name: str, tensor: torch.Tensor) -> HostTensor:
-    """``tensor``; no copy where it lies in order on the CPU or on a GPU. Raises ``InvalidRequest``."""
+    """Wrap ``tensor``, without a copy if it is contiguous. Raises ``InvalidRequest``."""
     import torch
 
     dtype = STORED_DTYPES.get(str(tensor.dtype))
     if dtype is None or tensor.layout is not torch.strided:
-        raise InvalidRequest(f"{name} is a {tensor.layout} tensor of {tensor.dtype}, which safetensors does not have.")
+        raise InvalidRequest(f"{name} is a {tensor.layout} tensor of {tensor.dtype}, which safetensors cannot store.")
     held = tensor.detach().contiguous()
     return HostTensor(name, dtype, tuple(tensor.shape), held if held.is_cuda else _bytes(held))
 
@@ -73,12 +73,14 @@ def _bytes(tensor: torch.Tensor) -> memoryview:
 
 
 def from_files(files: Iterable[Path]) -> Iterator[HostTensor]:
-    """Every tensor of the files; nothing is read until its bytes are. Raises ``InvalidRequest``."""
+    """Yield every tensor of the files, memory-mapped. Raises ``InvalidRequest``."""
     for path in files:
         try:
             with path.open("rb") as stream:
                 stored = read_head(stream, path.stat().st_size)
-                mapped = memoryview(mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ))  # gone with its last view
+                mapped = memoryview(
+                    mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
+                )  # lives as long as its views
         except (BadTensorFile, OSError) as error:
             raise InvalidRequest(f"{path} cannot be read: {error}.") from None
         for tensor in stored:

@@ -1,4 +1,4 @@
-"""Where the weights of modules lie on disk: in a pipeline's directory, in one module's own, or in a single file."""
+"""Find the weights of modules on disk: in a pipeline's directory, in a module's directory, or in a file."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from ..protocol.errors import InvalidRequest
 
 
 def module_paths(path: Path, wanted: Sequence[str] = ()) -> dict[str, Path]:
-    """The directory or file of each module in ``path``, or of those ``wanted``.
+    """The directory or file of each module in ``path``, by default all modules.
 
-    What is one module by itself is the one that is wanted, if one is; else it is named as its directory is, or as its
-    file. Raises ``InvalidRequest`` where there are no weights, or not those of all that are wanted.
+    If ``path`` is a single module, it takes the name in ``wanted`` or, without one, that of its directory or file.
+    Raises ``InvalidRequest`` if ``path`` has no weights, or lacks a module in ``wanted``.
     """
     if (own := own_name(path)) is not None and len(wanted) <= 1:
         return {wanted[0] if wanted else own: path}
@@ -28,14 +28,14 @@ def module_paths(path: Path, wanted: Sequence[str] = ()) -> dict[str, Path]:
 
 
 def own_name(path: Path) -> str | None:
-    """The name of the module that ``path`` is by itself; ``None`` where it is a pipeline's directory, or nothing."""
+    """The module's name if ``path`` is a single module; ``None`` for a pipeline's directory and for a missing path."""
     if path.is_file():
         return path.stem
     return path.resolve().name if files_of(path) else None
 
 
 def files_of(path: Path) -> list[Path]:
-    """The weight files of the module that ``path`` is, or nothing. Raises ``InvalidRequest`` for a broken index."""
+    """The weight files of the single module at ``path``, else none. Raises ``InvalidRequest`` for a broken index."""
     if path.is_file():
         return [path]
     try:

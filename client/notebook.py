@@ -1,4 +1,4 @@
-"""How outputs show themselves in a notebook: a picture as ``<img>``, a clip as ``<video>``, a tensor as words."""
+"""HTML of outputs in a notebook: a picture as ``<img>``, a clip as ``<video>``, a tensor as text."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ if TYPE_CHECKING:
     from .results import Generation, Output
 
 SMALL = 256
-"""Pictures narrower than this many pixels are enlarged to it, with their pixels kept square and sharp."""
+"""Narrower pictures are enlarged to this width in pixels, without smoothing."""
 
 
 def element(output: Output) -> str:
-    """The HTML element that shows ``output``, with its bytes inside."""
+    """The HTML element of ``output``, with the bytes inline."""
     kind = FORMATS[output.format]
     if kind.holds is None:
         return f"<code>{escape(repr(output))}</code>"
@@ -31,7 +31,7 @@ def element(output: Output) -> str:
 
 
 def gallery(generation: Generation) -> str:
-    """All outputs side by side, each over its seed, and one line about the request."""
+    """All outputs side by side, captioned with their seeds, and a line about the request."""
     figures = "".join(
         f'<figure style="margin: 0">{element(output)}<figcaption>seed {output.seed}</figcaption></figure>'
         for output in generation.outputs
@@ -44,7 +44,7 @@ def gallery(generation: Generation) -> str:
 
 
 def bundle(text: str, html: str, outputs: Sequence[Output]) -> dict[str, str]:
-    """A MIME bundle; a single PNG is added as itself, for front ends that show no HTML."""
+    """A MIME bundle; a single PNG is also added as an image, for front ends without HTML."""
     found = {"text/plain": text, "text/html": html}
     if len(outputs) == 1 and outputs[0].format == "png":
         found["image/png"] = base64.b64encode(outputs[0].data).decode()

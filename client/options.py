@@ -1,4 +1,4 @@
-"""Options that commands have in common, and those that come from the table of request fields."""
+"""Options shared by commands, and options generated from the table of request fields."""
 
 from __future__ import annotations
 
@@ -14,15 +14,13 @@ from .endpoint import DEFAULT_URL
 F = TypeVar("F", bound=Callable[..., Any])
 
 Url = Annotated[
-    str | None, typer.Option(envvar="SAFELIGHT_URL", help=f"Where the server is; {DEFAULT_URL} when not given.")
+    str | None, typer.Option(envvar="SAFELIGHT_URL", help=f"The server's address, by default {DEFAULT_URL}.")
 ]
-ApiKey = Annotated[
-    str | None, typer.Option(envvar="SAFELIGHT_API_KEY", show_envvar=True, help="The key that the server asks for.")
-]
+ApiKey = Annotated[str | None, typer.Option(envvar="SAFELIGHT_API_KEY", show_envvar=True, help="The server's API key.")]
 
 
 def takes_fields(command: F) -> F:
-    """Give ``command`` an option for each field of a request that is a flag; it takes them as ``**settings``."""
+    """Give ``command``, which takes ``**settings``, an option for each request field that is marked as a flag."""
     signature = inspect.signature(command, eval_str=True)
     *own, _ = signature.parameters.values()
     fields = [_option(row) for row in TABLE.values() if row.field.flag]

@@ -1,4 +1,4 @@
-"""Pictures between this program and JSON. Pillow is imported when one is opened: the command line starts without it."""
+"""Encode and decode pictures. Pillow is imported lazily, so that the command line starts without it."""
 
 from __future__ import annotations
 
@@ -12,11 +12,10 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 Picture: TypeAlias = "str | bytes | Path | Image"
-"""A picture to start from: base64 or a data URI, the bytes of a file, its path, or a Pillow image."""
+"""An input picture: base64 or a data URI, a file's bytes, its path, or a Pillow image."""
 
 
 def open_picture(data: bytes) -> Image:
-    """The picture in the file contents ``data``."""
     from PIL import Image as pillow
 
     image = pillow.open(io.BytesIO(data))
@@ -25,7 +24,7 @@ def open_picture(data: bytes) -> Image:
 
 
 def encode_pictures(pictures: Picture | Sequence[Picture]) -> str | list[str]:
-    """``pictures`` as the ``image`` field takes them: one base64 string, or a list of them."""
+    """Encode ``pictures`` for the ``image`` field: one base64 string, or a list of them."""
     if isinstance(pictures, Sequence) and not isinstance(pictures, str | bytes):
         return [_encode(picture) for picture in pictures]
     return _encode(pictures)

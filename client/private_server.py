@@ -1,4 +1,4 @@
-"""A server for one command: a child process, gone when the command is."""
+"""A server for one command: a child process that ends with the command."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .results import Health
 from .sync_client import Client
 
 SERVER_PROGRAM = (sys.executable, "-P", "-m", "safelight.server")
-"""How a server is started. ``-P``: what lies in the current folder does not take the place of installed modules."""
+"""The server's command line. ``-P`` keeps files of the current folder from shadowing installed modules."""
 
 _LISTENING = re.compile(r"listening on (http://\S+)")
 _LOG_LINE = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d")
@@ -28,11 +28,11 @@ _LINES_KEPT = 200
 
 
 class PrivateServer:
-    """A context in which a server for ``model`` runs; ``None`` serves what the environment or the default says.
+    """A context in which a server for ``model`` runs; ``None`` serves the model of the environment or the default.
 
-    With port 0 it takes a free one. ``options`` are further ones of ``safelight serve``. Within the context SIGTERM and
-    SIGHUP leave it, where they would have ended this process at once; only the main thread can arrange that, and the
-    server ends with this process in any case.
+    Port 0 takes a free port. ``options`` are further options of ``safelight serve``. Within the context, SIGTERM and
+    SIGHUP exit through the context instead of ending this process at once (from the main thread only); the server ends
+    with this process in any case.
     """
 
     def __init__(
@@ -51,14 +51,14 @@ class PrivateServer:
     def __enter__(self) -> Self:
         self._process = subprocess.Popen(
             self._command,
-            stdin=subprocess.PIPE,  # closed by the system however this process ends, and then the server ends too
+            stdin=subprocess.PIPE,  # the system closes it however this process ends, and then the server ends too
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
             errors="replace",
-            process_group=0,  # Ctrl-C is for this process, which closes its requests first and then stops the server
+            process_group=0,  # Ctrl-C reaches only this process, which closes its requests and then stops the server
         )
-        assert self._process.stdout is not None, "asked for above"
+        assert self._process.stdout is not None, "stdout=PIPE"
         Thread(target=self._read, args=(self._process.stdout,), daemon=True, name="server-output").start()
         self._taken = _take_signals()
         return self
@@ -74,16 +74,16 @@ class PrivateServer:
         try:
             self._process.wait(_STOP_S)
         except (subprocess.TimeoutExpired, KeyboardInterrupt):
-            self._process.terminate()  # the second signal ends a server at once
+            self._process.terminate()  # a second signal ends a server at once
             self._wait_or_kill()
 
     @property
     def url(self) -> str:
-        """Where it listens, once it does. Raises ``StartFailed`` with what the server said when it ended instead."""
+        """Wait for the server's address. Raises ``StartFailed``, with its last message, if the server ended."""
         return self._listening.result()
 
     def wait_until_ready(self, client: Client, timeout: float, on_change: Callable[[Health], None]) -> None:
-        """``client.wait_until_ready``, which also ends, with ``StartFailed``, when the server does."""
+        """``client.wait_until_ready``; raises ``StartFailed`` if the server ends."""
 
         def check(health: Health) -> None:
             if not health.answers:
@@ -103,10 +103,10 @@ class PrivateServer:
             self._listening.set_exception(self._failure())
 
     def _failure(self) -> StartFailed:
-        """What the server said last: a sentence of its own if there is one, for its log is for other readers."""
+        """The error with the server's last message; lines of its log count only if there are no others."""
         lines = [line for line in self._tail if line]
-        said = [line for line in lines if not _LOG_LINE.match(line)]
-        return StartFailed((said or lines or [f"The server ended with status {self._process.returncode}."])[-1])
+        messages = [line for line in lines if not _LOG_LINE.match(line)]
+        return StartFailed((messages or lines or [f"The server ended with status {self._process.returncode}."])[-1])
 
     def _wait_or_kill(self) -> None:
         try:
@@ -117,7 +117,7 @@ class PrivateServer:
 
 
 def _take_signals() -> list[signal.Signals]:
-    """Have those that would end this process at once leave the context instead; who has a handler keeps it."""
+    """Exit through the context on signals that would end this process at once; signals with a handler keep it."""
     if threading.current_thread() is not threading.main_thread():
         return []
     taken = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) == signal.SIG_DFL]
@@ -129,7 +129,7 @@ def _take_signals() -> list[signal.Signals]:
 def _give_back(taken: Sequence[signal.Signals]) -> None:
     if threading.current_thread() is threading.main_thread():
         for number in taken:
-            if signal.getsignal(number) == _exit_on:  # else somebody has put another one in its place
+            if signal.getsignal(number) == _exit_on:  # otherwise another handler was installed meanwhile
                 signal.signal(number, signal.SIG_DFL)
 
 

@@ -13,9 +13,9 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def by_table(arguments: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Those of ``arguments`` that are fields of a request, by the names that they have there, and the others.
+    """Split ``arguments`` into request fields, under the fields' own names, and the rest.
 
-    A field that is ``None`` is left out. Raises ``InvalidRequest`` where one is given under both of its names.
+    Fields that are ``None`` are dropped. Raises ``InvalidRequest`` for a field given under both of its names.
     """
     fields: dict[str, Any] = {}
     further = dict(arguments)
@@ -23,14 +23,16 @@ def by_table(arguments: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, An
         values = [further.pop(name, None) for name in {row.name, row.alias}]
         given = [value for value in values if value is not None]
         if len(given) > 1:
-            raise InvalidRequest(f"`{row.alias}` and `{row.name}` are the same: give one of them.", field=row.alias)
+            raise InvalidRequest(
+                f"`{row.alias}` and `{row.name}` are the same field: give one of them.", field=row.alias
+            )
         if given:
             fields[row.name] = given[0]
     return fields, further
 
 
 def shows_fields(function: F) -> F:
-    """Have ``function``, which takes them as ``**arguments``, show the table's fields in its signature."""
+    """Show the table's fields in the signature of ``function``, which takes them as ``**arguments``."""
     signature = inspect.signature(function)
     *own, further = signature.parameters.values()
     fields = [

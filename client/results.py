@@ -1,6 +1,6 @@
-"""What a server answers, typed: a generation and its outputs, the events of a stream, and an update of weights.
+"""Typed replies: generations and their outputs, events of a stream, weight updates, adapters.
 
-Pictures arrive as base64 in JSON; decoding these classes gives their bytes. In a notebook they show themselves.
+Pictures arrive as base64 in JSON and are decoded to bytes. A notebook displays them.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 SUFFIXES: dict[str, OutputFormat] = {suffix: name for name, one in FORMATS.items() for suffix in one.suffixes}
-"""File suffix to ``output_format``."""
+"""``output_format`` by file suffix."""
 
 
 class Output(msgspec.Struct, frozen=True):
-    """One picture, clip or tensor, encoded as ``format``. Sizes are in pixels, ``fps`` in frames a second."""
+    """One picture, clip or tensor, encoded as ``format``; sizes are in pixels, ``fps`` in frames per second."""
 
     data: bytes = msgspec.field(name="b64")
     format: OutputFormat
@@ -38,11 +38,11 @@ class Output(msgspec.Struct, frozen=True):
     def image(self) -> Image:
         """The picture. Raises ``ValueError`` for a clip or a tensor."""
         if FORMATS[self.format].holds != "image":
-            raise ValueError(f"an output of format {self.format} is no picture; write it to a file with save()")
+            raise ValueError(f"an output of format {self.format} is not a picture; write it to a file with save()")
         return open_picture(self.data)
 
     def save(self, path: str | Path) -> Path:
-        """Write this output to ``path``; a picture is converted when the suffix names another picture format."""
+        """Write the output to ``path``; a picture is converted if the suffix names another picture format."""
         path = Path(path)
         wanted = SUFFIXES.get(path.suffix.lower(), self.format)
         if wanted == self.format or not FORMATS[wanted].holds == FORMATS[self.format].holds == "image":
@@ -66,10 +66,10 @@ class Output(msgspec.Struct, frozen=True):
 
 
 class Generation(msgspec.Struct, frozen=True):
-    """The answer to one request: its outputs in the order of prompts and seeds, and the weights that made them.
+    """The reply to one request: its outputs, in the order of prompts and seeds, and the weights that made them.
 
-    ``weight_version`` is the last of ``weight_versions``: all by which outputs were made, as an update with mode
-    ``in_place`` changes the weights under them. ``adapters`` had a part in them.
+    ``weight_versions`` are all versions that took part (an update of mode ``in_place`` changes weights between steps),
+    ``weight_version`` is the last. ``adapters`` were active.
     """
 
     id: str
@@ -108,7 +108,7 @@ class Progress(msgspec.Struct, frozen=True):
 
 
 class Preview(msgspec.Struct, frozen=True):
-    """What output ``output`` looks like after ``step`` steps, as a JPEG."""
+    """A JPEG of output ``output`` after ``step`` of ``steps`` steps."""
 
     output: int
     step: int
@@ -127,7 +127,7 @@ class Preview(msgspec.Struct, frozen=True):
 
 
 class Result(msgspec.Struct, frozen=True):
-    """The last event of a stream that ended well."""
+    """The last event of a successful stream."""
 
     generation: Generation
 
@@ -136,16 +136,16 @@ Event = Queued | Progress | Preview | Result
 
 
 class Health(msgspec.Struct, frozen=True):
-    """``ready`` once a replica has finished a real forward; ``reason`` says in a line what is missing until then."""
+    """``ready`` once a replica has finished a real forward; until then ``reason`` says in a line what is missing."""
 
     ready: bool
     reason: str
     answers: bool = True
-    """Whether anything answered at all."""
+    """False where nothing answered."""
 
 
 class ActiveLora(msgspec.Struct, frozen=True):
-    """An adapter of one component, for all requests; one of mode ``merge`` that is not ``merged`` has no effect."""
+    """An adapter of one component, active for all requests; in mode ``merge`` it has no effect until ``merged``."""
 
     nickname: str
     path: str | None
@@ -155,13 +155,13 @@ class ActiveLora(msgspec.Struct, frozen=True):
 
 
 class WeightUpdate(msgspec.Struct, frozen=True):
-    """An update that serves now, on every rank of every replica.
+    """A committed update, on every rank of every replica.
 
-    ``updated`` counts the tensors of each module, ``applied`` is their sum, and the modules have ``expected`` tensors
-    in all. ``elapsed_s`` is in seconds, from the beginning to the server's answer; ``invalidated`` names the caches
-    that were emptied. ``left_out`` are names that a checkpoint does not have, as the model makes those tensors for
-    itself. Where the server is not ``serving`` by them, ``message`` says why. ``adapters`` are active by component:
-    what is drawn is by these weights and by them.
+    ``updated`` counts the tensors written per module, ``applied`` is their sum, and the modules have ``expected``
+    tensors in total. ``elapsed_s`` counts from the start to the server's reply; ``invalidated`` names the caches that
+    were flushed. ``left_out`` names tensors that checkpoints lack because the model creates them itself. If the server
+    does not serve the new weights (``serving``), ``message`` says why. ``adapters`` are active by component and change
+    outputs too.
     """
 
     updated: dict[str, int]
@@ -178,16 +178,16 @@ class WeightUpdate(msgspec.Struct, frozen=True):
 
 
 class UpdateProgress(msgspec.Struct, frozen=True):
-    """``sent`` of ``total`` bytes are on their way; ``total`` is ``None`` where it is not known yet."""
+    """``sent`` of ``total`` bytes were sent; ``total`` is ``None`` while it is unknown."""
 
     sent: int
     total: int | None
 
 
 class LoadedLora(msgspec.Struct, frozen=True):
-    """An adapter that the server has loaded; ``path`` is ``None`` for one that came as tensors.
+    """An adapter that the server has loaded; ``path`` is ``None`` for an adapter sent as tensors.
 
-    ``left`` names the layers of its file that the model does not have, where ``strict=False`` leaves them out.
+    ``left`` names layers of its file that the model lacks and that ``strict=False`` skipped.
     """
 
     nickname: str
@@ -200,7 +200,7 @@ class LoadedLora(msgspec.Struct, frozen=True):
 
 
 class Loras(msgspec.Struct, frozen=True):
-    """The server's adapters, and those that are active by component. ``message`` says what a change has done."""
+    """The server's adapters, and the active ones by component; ``message`` describes the last change."""
 
     loaded: tuple[LoadedLora, ...] = msgspec.field(name="loaded_adapters")
     active: dict[str, tuple[ActiveLora, ...]]

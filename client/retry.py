@@ -1,7 +1,7 @@
-"""When to ask again, and how long to wait before it.
+"""When to retry a call, and how long to wait first.
 
-A server that answers 429 or 503 with Retry-After has not done the work and says when it could. Nothing else is
-retried: after any other answer, or none, the work may have been done.
+A server that answers 429 or 503 with Retry-After has not done the work. Nothing else is retried: after any other
+reply, or none, the server may have done the work.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from .errors import Unreachable
 
 @dataclass(frozen=True, slots=True)
 class Retries:
-    """How often and for how many seconds in all one call may be tried again; ``Retries(0)`` never does.
+    """How often, and for how many seconds in total, one call is retried; ``Retries(0)`` never retries.
 
-    ``refused`` asks again also when nothing listens at the address, after ``refused_pause_s``.
+    With ``refused``, a call is also retried, after ``refused_pause_s``, if nothing listens at the address.
     """
 
     count: int = 5
@@ -26,14 +26,14 @@ class Retries:
     refused: bool = False
     refused_pause_s: float = 0.5
     jitter: float = 0.25
-    """Up to this part of a pause is added to it, so that clients that were turned away together come back apart."""
+    """Up to this fraction is added to a pause, so that clients refused together do not retry together."""
 
     def begin(self) -> Attempts:
         return Attempts(self)
 
 
 class Attempts:
-    """The retries of one call. Made when it starts."""
+    """The retries of one call; created when the call starts."""
 
     def __init__(self, policy: Retries) -> None:
         self._policy = policy
@@ -41,7 +41,7 @@ class Attempts:
         self._deadline = time.monotonic() + policy.total_s
 
     def pause_after(self, error: SafelightError) -> float:
-        """Seconds to wait before the next attempt. Raises ``error`` when there is to be none."""
+        """Seconds to wait before the next attempt. Raises ``error`` if no attempt is left."""
         wanted = self._wanted(error)
         if wanted is None or self._left <= 0:
             raise error

@@ -1,4 +1,4 @@
-"""The request for rollouts, as :mod:`.calls` has those for pictures."""
+"""The request for rollouts, like those of :mod:`.calls`."""
 
 from __future__ import annotations
 
@@ -40,9 +40,9 @@ def rollout(
 ) -> Call:
     """``arguments`` are those of :func:`.calls.generate`.
 
-    ``return_steps`` are places of latents, 0 before the first step and T behind the last: a step's log-probability
-    needs its own and the next. ``denoise_seeds`` has one for each sample. What is not ``recorded`` is a plain
-    generation, of which the output alone is told.
+    ``return_steps`` are indices of latents, from 0 (before the first step) to T (after the last): the log-probability
+    of step k needs k and k + 1. ``denoise_seeds`` has a seed for each sample. Without ``recorded``, the reply has only
+    the outputs of a plain generation.
     """
     call = calls.generate(prompt, **arguments)
     fields = {
@@ -61,13 +61,13 @@ def rollout(
         "denoise_seeds": None if denoise_seeds is None else list(denoise_seeds),
         "flow_shift": flow_shift,
         "sigmas": None if sigmas is None else list(sigmas),
-        "initial_noise": None if initial_noise is None else _sent(initial_noise),
+        "initial_noise": None if initial_noise is None else _encoded(initial_noise),
     }
     body = {**(call.body or {}), **{name: value for name, value in fields.items() if value is not None}}
     return replace(call, path="/rollout/generate", body=body)
 
 
-def _sent(tensor: torch.Tensor) -> dict[str, Any]:
+def _encoded(tensor: torch.Tensor) -> dict[str, Any]:
     held = from_torch("initial_noise", tensor.float())
     data = write_header([("t", held.dtype, held.shape)]) + bytes(held.data)
     return {TENSOR: True, "data": base64.b64encode(data).decode("ascii")}

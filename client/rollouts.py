@@ -1,4 +1,4 @@
-"""What the server recorded of a generation, as torch tensors."""
+"""Decode rollout replies into torch tensors."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ if TYPE_CHECKING:
 
 
 _SHARED = re.compile(r"/[^.]*/safelight-[\w-]+/rollout-[0-9a-f]{16}\.safetensors")
-"""How the server names them."""
+"""Names of the server's rollout files in shared memory."""
 
 
 @dataclass(frozen=True, eq=False)
 class Trajectory:
-    """``latents`` [places, ...] in fp32: x before step ``latent_indices[i]``, and behind the last step the final x.
+    """``latents`` [N, ...] in fp32: ``latents[i]`` is x before step ``latent_indices[i]``; index T is the final x.
 
-    ``timesteps`` and ``sigmas`` [places] are those of the latents, as they were used.
+    ``timesteps`` [N] and ``sigmas`` [N] are the values used for these latents.
     """
 
     latents: torch.Tensor
@@ -35,7 +35,7 @@ class Trajectory:
     sigmas: torch.Tensor
 
     def before(self, step: int) -> torch.Tensor:
-        """x [1, ...] before ``step``. Raises ``ValueError`` where it was not asked for."""
+        """x [1, ...] before ``step``. Raises ``ValueError`` if it was not requested."""
         if step not in self.latent_indices:
             raise ValueError(
                 f"this trajectory has the latents at {self.latent_indices}, not at {step}; ask for them with "
@@ -50,14 +50,12 @@ class Trajectory:
 
 @dataclass(frozen=True, eq=False)
 class Rollout:
-    """A sample with what a trainer learns from.
+    """A sample, with the records that a trainer needs.
 
-    ``output`` is [C, H, W] or [C, F, H, W], in [0, 1], or in [0, 255] if it is uint8. ``log_probs`` is [T], means over
-    elements; it is empty, and ``sampler`` ``None``, if the sample was not recorded. ``environment`` is what the
-    denoiser was given (see :mod:`safelight.rollout.replay`), and ``adapters`` once more; ``debug`` are tensors [T, ...]
-    by name.
-    ``step_weight_versions`` [T] has ``None`` where the weights changed between the denoiser's calls of one step;
-    ``adapters`` had a part in the sample.
+    ``output`` is [C, H, W] or [C, F, H, W], in [0, 1], or in [0, 255] for uint8. ``log_probs`` [T] are means over
+    elements; without recording they are empty and ``sampler`` is ``None``. ``environment`` has the denoiser's
+    arguments (see :mod:`safelight.rollout.replay`) and a copy of ``adapters``, which were active; ``debug`` has
+    tensors [T, ...] by name. ``step_weight_versions`` [T] is ``None`` for a step during which the weights changed.
     """
 
     request_id: str
@@ -78,18 +76,18 @@ class Rollout:
 
 
 def decode_rollouts(reply: bytes, call: Call, server: str) -> list[Rollout]:
-    """Raises ``Internal`` for what is no reply to ``call``. Files are read and removed, if it asked for them."""
+    """Decode the reply to ``call``, and remove the files in shared memory that it requested. Raises ``Internal``."""
     shared = bool(call.body and call.body.get("rollout_shared_memory"))
     try:
-        return [_rollout(told, shared=shared) for told in msgspec.msgpack.decode(reply, type=list[dict[str, Any]])]
+        return [_rollout(sample, shared=shared) for sample in msgspec.msgpack.decode(reply, type=list[dict[str, Any]])]
     except (msgspec.DecodeError, KeyError, TypeError, ValueError, OSError) as error:
-        raise Internal(f"What answers at {server} sent no rollouts ({type(error).__name__}: {error}).") from None
+        raise Internal(f"The reply from {server} has no rollouts ({type(error).__name__}: {error}).") from None
 
 
-def _rollout(told: dict[str, Any], *, shared: bool) -> Rollout:
+def _rollout(sample: dict[str, Any], *, shared: bool) -> Rollout:
     files = _Files(shared)
     try:
-        whole = _with_tensors(told, files)
+        whole = _with_tensors(sample, files)
     finally:
         files.remove()
     trajectory, environment = whole["dit_trajectory"], whole["denoising_env"]
@@ -98,7 +96,7 @@ def _rollout(told: dict[str, Any], *, shared: bool) -> Rollout:
         prompt=whole["prompt"],
         seed=whole["seed"],
         output=whole["generated_output"],
-        log_probs=_none() if whole["rollout_log_probs"] is None else whole["rollout_log_probs"],
+        log_probs=_empty() if whole["rollout_log_probs"] is None else whole["rollout_log_probs"],
         trajectory=None if trajectory is None else Trajectory(**trajectory),
         environment=None if environment is None else environment | {"adapters": whole["adapters"]},
         debug=whole["rollout_debug_tensors"],
@@ -112,7 +110,7 @@ def _rollout(told: dict[str, Any], *, shared: bool) -> Rollout:
     )
 
 
-def _none() -> torch.Tensor:
+def _empty() -> torch.Tensor:
     import torch
 
     return torch.empty(0)
@@ -126,14 +124,14 @@ def _with_tensors(value: Any, files: _Files) -> Any:
     return [_with_tensors(part, files) for part in value] if isinstance(value, list) else value
 
 
-def _tensor(told: dict[str, Any], files: _Files) -> torch.Tensor:
+def _tensor(encoded: dict[str, Any], files: _Files) -> torch.Tensor:
     from safetensors.torch import load
 
-    return load(told["data"])["t"] if "file" not in told else files.tensor(told["file"], told["name"])
+    return load(encoded["data"])["t"] if "file" not in encoded else files.tensor(encoded["file"], encoded["name"])
 
 
 class _Files:
-    """Files of a server's directory in shared memory; others are neither read nor removed, whatever a reply names."""
+    """Reads files of a server's directory in shared memory; other paths in a reply are neither read nor removed."""
 
     def __init__(self, allowed: bool) -> None:
         self._allowed = allowed
@@ -144,7 +142,7 @@ class _Files:
 
         path = Path(file)
         if not self._allowed or not _SHARED.fullmatch(file) or path.is_symlink():
-            raise ValueError(f"{file[:200]} is no file that was asked for")
+            raise ValueError(f"{file[:200]} is not a file that the call requested")
         if path not in self._read:
             self._read[path] = {}
             self._read[path] = load_file(path)

@@ -21,10 +21,10 @@ from .weights import Weights
 
 
 class Client:
-    """A connection to the server at ``base_url``; safe to share between threads.
+    """A client of the server at ``base_url``; threads may share it.
 
-    ``timeout`` is how many seconds a reply's next bytes may take. Every method raises the errors of
-    :mod:`safelight.protocol.errors`, and :class:`Unreachable` when nothing answers.
+    ``timeout`` is the longest wait for a reply's next bytes, in seconds. Every method raises the errors of
+    :mod:`safelight.protocol.errors`, and :class:`Unreachable` if nothing answers.
     """
 
     def __init__(
@@ -38,7 +38,7 @@ class Client:
         self._endpoint = Endpoint(base_url, api_key, timeout, retries)
         self._http = httpx.Client(**self._endpoint.settings())
         self.weights = Weights(self._endpoint, self._fetch)
-        """Updates, digests and the version of the weights that serve."""
+        """Updates, digests and the version of the server's weights."""
 
     @property
     def base_url(self) -> str:
@@ -46,18 +46,18 @@ class Client:
 
     @calls.with_arguments_of(calls.generate)
     def generate(self, call: Call) -> Generation:
-        """Make pictures or clips from ``prompt`` and wait for them.
+        """Generate pictures or clips from ``prompt`` and wait for them.
 
-        ``steps`` is short for ``num_inference_steps``; what is left out is the server's to choose, and arguments that
-        are not named here go to the pipeline's own ``__call__``.
+        ``steps`` is short for ``num_inference_steps``. The server chooses values for omitted arguments; arguments that
+        are not named here go to the pipeline's ``__call__``.
         """
         return self._endpoint.generation(self._fetch(call))
 
     @calls.with_arguments_of(calls.generate)
     def stream(self, call: Call) -> Iterator[Event]:
-        """The arguments of :meth:`generate`; its events as they come, the last one a :class:`Result`.
+        """Yield events as they come, the last one a :class:`Result`; the arguments are those of :meth:`generate`.
 
-        Dropping the iterator closes the connection, and that stops the work.
+        Dropping the iterator closes the connection, which stops the work on the server.
         """
         return self._events(call.streaming())
 
@@ -65,8 +65,8 @@ class Client:
     def rollout(self, call: Call) -> list[Rollout]:
         """Generate with log-probabilities: a :class:`Rollout` for each sample, prompt by prompt.
 
-        ``sampler`` is ``sde``, ``dance``, ``cps`` or ``ode``; ``trajectory``, ``environment`` and ``debug`` say what is
-        told. The arguments of :meth:`generate` are taken too.
+        ``sampler`` is ``sde``, ``dance``, ``cps`` or ``ode``; ``trajectory``, ``environment`` and ``debug`` select the
+        records in the reply. The arguments of :meth:`generate` are accepted too.
         """
         return decode_rollouts(self._fetch(call), call, self.base_url)
 
@@ -75,38 +75,38 @@ class Client:
         return self._endpoint.document(self._fetch(calls.SERVER_INFO))
 
     def model_info(self) -> dict[str, Any]:
-        """``/model_info``: the model, its sizes, and the arguments that its pipeline takes."""
+        """``/model_info``: the model, its sizes, and the arguments of its pipeline."""
         return self._endpoint.document(self._fetch(calls.MODEL_INFO))
 
     def health(self) -> Health:
-        """Whether the server can serve now. Raises when nothing answers."""
+        """Ask whether the server is ready. Raises ``Unreachable`` if nothing answers."""
         with transport_errors(self.base_url):
             return self._endpoint.health(self._http.send(self._endpoint.request(self._http, calls.HEALTH)))
 
     def wait_until_ready(self, timeout: float = 600.0, on_change: Callable[[Health], None] | None = None) -> None:
-        """Return once the server can serve. ``on_change`` hears what is waited for.
+        """Return once the server is ready; ``on_change`` gets each change of its health until then.
 
         Raises ``Unavailable`` after ``timeout`` seconds.
         """
         wait = ReadyWait(timeout, on_change)
-        while not (health := self._look()).ready:
+        while not (health := self._health_or_reason()).ready:
             time.sleep(wait.pause(health))
 
     @calls.with_arguments_of(weight_calls.sleep)
     def sleep(self, call: Call) -> None:
-        """Have the server give back the memory of ``tags``, all of them when not given; it generates nothing then."""
+        """Release the server's memory of ``tags``, by default all; the server does not generate while it sleeps."""
         self._fetch(call)
 
     @calls.with_arguments_of(weight_calls.wake)
     def wake(self, call: Call) -> None:
-        """Undo :meth:`sleep`; every byte is there again."""
+        """Undo :meth:`sleep` and restore every byte."""
         self._fetch(call)
 
     @calls.with_arguments_of(weight_calls.pause)
     def pause(self, call: Call) -> None:
-        """Stop generation until :meth:`resume`; new requests wait.
+        """Pause generation until :meth:`resume`; new requests wait.
 
-        What runs ends first (``wait``), is ended (``abort``), or stops where it is (``in_place``).
+        Running requests finish first (``wait``), are aborted (``abort``), or stop where they are (``in_place``).
         """
         self._fetch(call)
 
@@ -115,35 +115,36 @@ class Client:
         self._fetch(weight_calls.RESUME)
 
     def flush_cache(self) -> None:
-        """Have the server forget what it could make again, such as prompt embeddings."""
+        """Drop cached results that the server can recompute, such as prompt embeddings."""
         self._fetch(weight_calls.FLUSH_CACHE)
 
     @calls.with_arguments_of(adapter_calls.set_lora)
     def set_lora(self, call: Call) -> Loras:
-        """Load adapters, of files or directories where the server may read, and have them active for all requests.
+        """Load adapters from files or directories that the server may read, and activate them for all requests.
 
-        ``mode`` is how: ``merge`` into the weights, ``dynamic`` beside them, ``auto`` whichever loses nothing, or
-        ``request``, for requests alone that name them (``generate(lora=[{"name": nickname, "scale": 0.8}])``).
+        ``mode``: ``merge`` adds them to the weights, ``dynamic`` applies them in the forward, ``auto`` merges unless
+        rounding would lose part of the change, and ``request`` applies them only to requests that name them
+        (``generate(lora=[{"name": nickname, "scale": 0.8}])``).
         """
         return self._endpoint.loras(self._fetch(call))
 
     @calls.with_arguments_of(adapter_calls.merge_lora)
     def merge_lora(self, call: Call) -> Loras:
-        """Merge what is active into the weights, with other strengths if they are given."""
+        """Merge the active adapters into the weights, with new strengths if given."""
         return self._endpoint.loras(self._fetch(call))
 
     @calls.with_arguments_of(adapter_calls.unmerge_lora)
     def unmerge_lora(self, call: Call) -> Loras:
-        """Take what is merged out of the weights; every byte is as before."""
+        """Unmerge the adapters; every byte of the weights is restored."""
         return self._endpoint.loras(self._fetch(call))
 
     @calls.with_arguments_of(adapter_calls.unload_lora)
     def unload_lora(self, call: Call) -> Loras:
-        """Have the server let go of an adapter."""
+        """Unload an adapter."""
         return self._endpoint.loras(self._fetch(call))
 
     def loras(self) -> Loras:
-        """What is loaded, and what is active."""
+        """List the loaded and the active adapters."""
         return self._endpoint.loras(self._fetch(adapter_calls.LIST))
 
     def close(self) -> None:
@@ -155,7 +156,7 @@ class Client:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _look(self) -> Health:
+    def _health_or_reason(self) -> Health:
         try:
             return self.health()
         except (Unavailable, DeadlinePassed) as error:
@@ -173,7 +174,7 @@ class Client:
         reader.close()
 
     def _open(self, call: Call) -> httpx.Response:
-        """A reply that is a success, its body not read yet; after as many attempts as the retries allow."""
+        """Return a successful reply, its body unread; retry as the policy allows."""
         attempts = self._endpoint.attempts(call)
         while True:
             try:

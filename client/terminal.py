@@ -1,4 +1,4 @@
-"""The terminal: bars over a request's steps and over weights on their way, pictures as they form, tables, errors."""
+"""Terminal output: progress bars of requests and uploads, previews, the table of ``safelight info``, errors."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ PICTURE_COLUMNS = 48
 
 
 def standard_error() -> Console:
-    """Where everything is said that is not a result."""
+    """The console for everything but results, which go to standard output."""
     return Console(stderr=True)
 
 
@@ -41,7 +41,7 @@ def complain(error: Exception) -> None:
 
 
 class GenerationView:
-    """A context that shows the events of one request of ``outputs`` outputs, and leaves nothing behind."""
+    """A context that shows the events of a request for ``outputs`` outputs, and clears its lines on exit."""
 
     def __init__(self, console: Console, outputs: int) -> None:
         self._outputs = outputs
@@ -78,7 +78,7 @@ class GenerationView:
 
 
 class PushView:
-    """A context that shows a bar for each of ``modules`` while its bytes are sent, and leaves nothing behind."""
+    """A context that shows the upload of each of ``modules`` as a bar, and clears its lines on exit."""
 
     def __init__(self, console: Console, modules: Iterable[str]) -> None:
         self._bars = Progress(
@@ -99,7 +99,7 @@ class PushView:
 
 
 def blocks(picture: Image, columns: int = PICTURE_COLUMNS) -> Segments:
-    """``picture`` in half blocks: each character is two pixels, one above the other."""
+    """``picture`` as half blocks: each character shows two pixels, one above the other."""
     rows = max(1, round(columns * picture.height / picture.width / 2))
     small = picture.convert("RGB").resize((columns, 2 * rows))
     segments = []
@@ -116,7 +116,7 @@ def _colour(pixel: Any) -> Color:  # Any: Pillow's pixel may be of any mode; thi
 
 
 def server_table(url: str, info: dict[str, Any]) -> Table:
-    """``/server_info`` as a person wants to read it."""
+    """``/server_info`` as a table for people."""
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
@@ -125,7 +125,7 @@ def server_table(url: str, info: dict[str, Any]) -> Table:
         size = sum(model["parameters"].values()) / 1e6
         table.add_row("model", f"{model['model']} ({model['pipeline']}, {size:,.1f} M parameters)")
         table.add_row("runs on", f"{model['device']}, {model['dtype']}")
-        table.add_row("draws", f"{_drawn(model)} when not told otherwise")
+        table.add_row("draws", f"{_defaults(model)} by default")
         table.add_row("weights", model["weight_version"])
     for component, adapters in info.get("adapters", {}).items():
         table.add_row("adapters", f"{component}: {', '.join(map(_adapter, adapters))}")
@@ -137,8 +137,8 @@ def server_table(url: str, info: dict[str, Any]) -> Table:
     return table
 
 
-def _drawn(model: dict[str, Any]) -> str:
-    """What a request gets that leaves everything out; servers before this one did not say all of it."""
+def _defaults(model: dict[str, Any]) -> str:
+    """The defaults of a request; older servers do not report all of them."""
     parts = [f"{model['default_width']}x{model['default_height']}"]
     if frames := model.get("default_num_frames"):
         parts.append(f"{frames} frames at {model['default_fps']} a second")
@@ -146,10 +146,10 @@ def _drawn(model: dict[str, Any]) -> str:
     for name, words in (("num_inference_steps", "steps"), ("max_sequence_length", "tokens of text")):
         if (value := arguments.get(name, {}).get("default")) is not None:
             parts.append(f"{value} {words}")
-    drawn = ", ".join(parts)
+    defaults = ", ".join(parts)
     if plain := model.get("deterministic_defaults"):
-        drawn += f" ({', '.join(f'{name} {value}' for name, value in plain.items())} if deterministic)"
-    return drawn
+        defaults += f" ({', '.join(f'{name} {value}' for name, value in plain.items())} if deterministic)"
+    return defaults
 
 
 def _adapter(adapter: dict[str, Any]) -> str:

@@ -24,7 +24,7 @@ app = typer.Typer()
 
 Modules = Annotated[
     list[str] | None,
-    typer.Option("--module", metavar="NAME", help="Only this module; may be given several times."),
+    typer.Option("--module", metavar="NAME", help="Only this module; repeat the option for several."),
 ]
 
 
@@ -33,23 +33,23 @@ def push(
     path: Annotated[Path, typer.Argument(metavar="DIR|FILE", show_default=False)],
     url: Annotated[str, typer.Argument(metavar="URL", envvar="SAFELIGHT_URL", show_default=False)],
     module: Modules = None,
-    version: Annotated[str | None, typer.Option(help="What the new weights are called; counted up by default.")] = None,
+    version: Annotated[str | None, typer.Option(help="The version of the new weights; by default counted up.")] = None,
     mode: Annotated[
         Literal["wait", "abort", "in_place"],
-        typer.Option(help="What becomes of requests that run: they end first, are ended, or go on."),
+        typer.Option(help="Running requests finish first, are aborted, or continue with the new weights."),
     ] = "wait",
-    verify: Annotated[bool, typer.Option(help="Compare what the server then holds with the files.")] = True,
+    verify: Annotated[bool, typer.Option(help="Compare the server's tensors with the files afterwards.")] = True,
     incomplete: Annotated[
         bool, typer.Option("--partial", help="DIR need not have every tensor of its modules.")
     ] = False,
     api_key: ApiKey = None,
 ) -> None:
-    """Write safetensors weights into the model that the server at URL serves; all of them or none.
+    """Write safetensors weights into the model of the server at URL; all of them or none.
 
-    DIR is a pipeline's directory, or one module's own; then, and for a FILE, --module says which module it is for.
+    DIR is the directory of a pipeline or of one module. For one module's DIR, or a FILE, --module names the module.
     """
     paths = module_paths(path, module or ())
-    warnings.simplefilter("ignore", OffPolicy)  # it is logged too
+    warnings.simplefilter("ignore", OffPolicy)  # the server's adapters are logged too
     with (
         Client(url, api_key=api_key) as client,
         PushView(standard_error(), paths) as view,
@@ -59,7 +59,7 @@ def push(
     ):
         for name, place in paths.items():
             begun.update(place, target_module=name, on_progress=partial(view.show, name))
-    assert begun.result is not None, "a command is no rank of a group"
+    assert begun.result is not None, "a command runs outside a process group, so it sends"
     written = ", ".join(f"{name} {count}" for name, count in begun.result.updated.items())
     _print(f"{begun.result.weight_version}  {written} tensors  {begun.result.elapsed_s:.2f} s")
 
@@ -68,20 +68,20 @@ def push(
 def checksum(
     path: Annotated[Path, typer.Argument(metavar="DIR|FILE", show_default=False)],
     module: Modules = None,
-    detail: Annotated[bool, typer.Option("--detail", help="Of every tensor too, with its dtype and shape.")] = False,
+    detail: Annotated[bool, typer.Option("--detail", help="Print every tensor's digest, dtype and shape too.")] = False,
     like: Annotated[
-        str | None, typer.Option(metavar="URL", help="As the server at URL stores them, which may cast to its dtype.")
+        str | None, typer.Option(metavar="URL", help="Cast tensors to the dtypes of the server at URL first.")
     ] = None,
     api_key: ApiKey = None,
 ) -> None:
-    """Print the SHA-256 of each module's weights, the same that a server answers which has loaded them.
+    """Print the SHA-256 of each module's weights, equal to that of a server that loaded them.
 
-    A server casts to its --dtype; --like says of which server the digests are to be.
+    A server casts weights to its --dtype; --like casts as the server at URL does.
     """
     with standard_error().status("reading"):
         stored = None if like is None else _of_server(like, list(module_paths(path, module or ())), api_key)
         found = files.checksum(path, module or (), detail=detail, like=stored)
-    _tell_casts(found)
+    _report_casts(found)
     for name, digests in found.items():
         _print(f"{digests.sha256}  {name}")
         for tensor, digest in digests.tensors.items():
@@ -97,9 +97,9 @@ def diff(
 ) -> None:
     """Name the tensors that differ between A and B: servers (http://…), directories or files.
 
-    A directory of one module, or a file, is compared with that module of the other side. Files are compared with a
-    server as it would store them: cast to its dtypes. The exit status is 0 when all are equal, 1 when some differ, and
-    2 when they cannot be compared.
+    A file, or one module's directory, is compared with that module of the other side. Files compared with a server are
+    first cast to its dtypes. The exit status is 0 if all tensors are equal, 1 if some differ, and 2 if A and B cannot
+    be compared.
     """
     try:
         with standard_error().status("reading"):
@@ -108,8 +108,8 @@ def diff(
     except (SafelightError, OSError) as error:
         complain(error)
         raise typer.Exit(2) from None
-    _tell_casts(left)
-    _tell_casts(right)
+    _report_casts(left)
+    _report_casts(right)
     differences = list(_differences(left, right))
     for line in differences:
         _print(line)
@@ -128,10 +128,12 @@ def _own_name(source: str) -> list[str]:
 def _both(
     a: str, b: str, modules: Sequence[str], api_key: str | None
 ) -> tuple[dict[str, ModuleChecksum], dict[str, ModuleChecksum]]:
-    """Of ``a`` and ``b``; files beside a server as it stores them."""
+    """Checksums of ``a`` and ``b``; if one is a server, the other's files are cast to its dtypes."""
     for source in (a, b):
         if not _is_address(source) and not Path(source).exists():
-            raise InvalidRequest(f"{source} is no directory, no file, and no address, which has http:// before it.")
+            raise InvalidRequest(
+                f"{source} does not exist: give a directory, a file, or a server's address with http://."
+            )
     servers = {source: _of_server(source, modules, api_key) for source in (a, b) if _is_address(source)}
     like = next(iter(servers.values()), None)
     left, right = (
@@ -146,8 +148,8 @@ def _of_server(url: str, modules: Sequence[str], api_key: str | None) -> dict[st
         return client.weights.checksum(modules or None, detail=True)
 
 
-def _tell_casts(found: dict[str, ModuleChecksum]) -> None:
-    """Say on standard error what was cast; the results are on standard output."""
+def _report_casts(found: dict[str, ModuleChecksum]) -> None:
+    """Print the casts on standard error; the results are on standard output."""
     for name, module in found.items():
         for (given, held), count in module.cast.items():
             line = f"{name}: {count} tensors of {_short(given)} as {_short(held)}, as the server stores them"
@@ -155,7 +157,7 @@ def _tell_casts(found: dict[str, ModuleChecksum]) -> None:
 
 
 def _differences(a: dict[str, ModuleChecksum], b: dict[str, ModuleChecksum]) -> Iterator[str]:
-    """A line for every tensor that is not the same in ``a`` and ``b``, and for every module that one lacks."""
+    """Yield a line for every tensor that differs, and for every module that one side lacks."""
     for module in sorted({*a, *b}):
         if module not in a or module not in b:
             yield f"{module}  only in {'A' if module in a else 'B'}"

@@ -106,7 +106,7 @@ class Upload:
         dtypes: Mapping[str, str] | None,
     ) -> None:
         self.digests: dict[str, str] = {}
-        """By tensor name, the digest that the server should hold."""
+        """Digests that the server should have, by tensor name."""
         self._fetch = fetch
         self._transport = transport
         self._job = job

@@ -16,6 +16,7 @@ PLAIN = (
     "README.md",
     "docker",
     "assets",
+    "client",
     "scheduler",
     "worker/operations",
     "worker/weights/checkpoint",

@@ -41,7 +41,7 @@ def test_a_field_of_a_newer_server_is_passed_over() -> None:
 
 @pytest.mark.parametrize("content", [b"<html>", b"{}", json.dumps({**generation(), "steps": "x"}).encode()])
 def test_an_answer_that_is_no_result_is_said_to_be_none(content: bytes) -> None:
-    with pytest.raises(Internal, match="does not speak as a Safelight server"):
+    with pytest.raises(Internal, match="is not that of a Safelight server"):
         Endpoint().generation(content)
 
 
