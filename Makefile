@@ -20,7 +20,7 @@ FAST := tests/protocol tests/formats tests/process tests/scheduler tests/server 
 export PROMPT
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-cuda test-fast test-nightly lint format serve clean
+.PHONY: help demo test test-cuda test-fast test-nightly test-newest lint format serve clean
 
 help: ## list these commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' Makefile
@@ -41,6 +41,11 @@ test-fast: $(ENVIRONMENT) ## run the tests that need few live servers and models
 
 test-nightly: $(ENVIRONMENT) ## run the tests with far more random examples, and those that take hours
 	TEST_EFFORT=nightly $(PYTEST) $(ARGS)
+
+NEWEST := build/newest
+test-newest: $(ENVIRONMENT) ## look for the internals that are used in the newest diffusers and transformers
+	$(BIN)/python -m pip install -q --upgrade --no-deps --target $(NEWEST) diffusers transformers
+	PYTHONPATH=$(NEWEST) $(BIN)/python -m pytest -q tests/worker/test_internals.py -k "there"
 
 lint: $(ENVIRONMENT) ## check style, format and types
 	$(BIN)/ruff check .

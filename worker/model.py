@@ -23,6 +23,7 @@ from ..protocol.generation import Generate
 from ..protocol.replicas import BatchingMode, ImageTask, ModelInfo
 from .forward.costs import Costs
 from .frame_rate import frame_rate
+from .internals.torch import is_in_bad_fork
 from .model_defaults import ModelDefaults, read_model_defaults
 from .parallel.ranks import ALONE, Ranks
 from .pipeline_task import PipelineTask, new_task
@@ -263,7 +264,7 @@ def find_device(config: Config, replica: int = 0, rank: int = 0) -> torch.device
         raise StartFailed("--device cuda was asked for, but torch finds no CUDA device; use --device cpu or auto.")
     if not available or config.device == "cpu":
         return torch.device("cpu")
-    if torch.cuda._is_in_bad_fork():
+    if is_in_bad_fork():
         raise StartFailed("CUDA was opened before this worker was forked, and cannot be used in it; add --no-nursery.")
     if config.tp > torch.cuda.device_count():
         raise StartFailed(f"--tp {config.tp} needs a GPU for each rank, and there are {torch.cuda.device_count()}.")

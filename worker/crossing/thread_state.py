@@ -11,18 +11,9 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from diffusers.models.attention_dispatch import _AttentionBackendRegistry
-from torch.overrides import _get_current_function_mode_stack, _pop_mode, _push_mode
-from torch.utils import _device
-from torch.utils._python_dispatch import (
-    _get_current_dispatch_mode_stack,
-)
-from torch.utils._python_dispatch import (
-    _pop_mode as _pop_dispatch_mode,
-)
-from torch.utils._python_dispatch import (
-    _push_mode as _push_dispatch_mode,
-)
+
+from ..internals import diffusers as diffusers_internals
+from ..internals import torch as internals
 
 ThreadState = tuple[Any, ...]
 """A value for each of the settings; two that are equal are the same for any computation."""
@@ -31,7 +22,7 @@ _AUTOCAST_DEVICES = ("cpu", "cuda")
 
 
 def _autocast() -> tuple[tuple[str, bool, torch.dtype], ...]:
-    if not torch._C._is_any_autocast_enabled():
+    if not internals.is_any_autocast_enabled():
         return ()
     return tuple(
         (device, torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)) for device in _AUTOCAST_DEVICES
@@ -46,69 +37,34 @@ def _set_autocast(found: tuple[tuple[str, bool, torch.dtype], ...]) -> None:
             torch.set_autocast_dtype(device, dtype)
 
 
-def _modes() -> tuple[Any, ...]:
-    """The function modes, and the default device, which is one of them."""
-    if not torch._C._len_torch_function_stack():
-        return ()
-    context = vars(torch._GLOBAL_DEVICE_CONTEXT).get("device_context")
-    return (_device.CURRENT_DEVICE, context, *_get_current_function_mode_stack())  # type: ignore[no-untyped-call]
-
-
-def _set_modes(found: tuple[Any, ...]) -> None:
-    for _ in range(torch._C._len_torch_function_stack()):
-        _pop_mode()  # type: ignore[no-untyped-call]
-    _device.CURRENT_DEVICE, torch._GLOBAL_DEVICE_CONTEXT.device_context, *modes = found or (None, None)
-    for mode in modes:
-        _push_mode(mode)  # type: ignore[no-untyped-call]
-
-
-def _dispatch_modes() -> tuple[Any, ...]:
-    return tuple(_get_current_dispatch_mode_stack()) if torch._C._len_torch_dispatch_stack() else ()
-
-
-def _set_dispatch_modes(found: tuple[Any, ...]) -> None:
-    for _ in range(torch._C._len_torch_dispatch_stack()):
-        _pop_dispatch_mode()
-    for mode in found:
-        _push_dispatch_mode(mode)
-
-
 def _attention_backend() -> Any:
-    return _AttentionBackendRegistry._active_backend
+    return diffusers_internals.AttentionBackendRegistry._active_backend
 
 
-def _attention_order() -> tuple[int, ...]:
-    return tuple(torch._C._get_sdp_priority_order())
-
-
-def _deterministic() -> tuple[bool, bool]:
-    return torch._C._get_deterministic_algorithms(), torch._C._get_deterministic_algorithms_warn_only()
-
-
-def _set_deterministic(found: tuple[bool, bool]) -> None:
-    torch._C._set_deterministic_algorithms(found[0], warn_only=found[1])
+def _set_attention_backend(found: Any) -> None:
+    diffusers_internals.AttentionBackendRegistry.set_active_backend(found)
 
 
 _SETTINGS: tuple[tuple[Callable[[], Any], Callable[[Any], Any]], ...] = (
-    (torch.is_grad_enabled, torch._C._set_grad_enabled),
+    (torch.is_grad_enabled, internals.set_grad_enabled),
     (_autocast, _set_autocast),
     (torch.is_autocast_cache_enabled, torch.set_autocast_cache_enabled),
-    (_modes, _set_modes),
+    (internals.get_function_modes, internals.set_function_modes),
     (torch.get_default_dtype, torch.set_default_dtype),
     (torch.get_float32_matmul_precision, torch.set_float32_matmul_precision),
-    (_deterministic, _set_deterministic),
+    (internals.get_deterministic, internals.set_deterministic),
     (torch.get_num_threads, torch.set_num_threads),
-    (_attention_backend, _AttentionBackendRegistry.set_active_backend),
-    (_dispatch_modes, _set_dispatch_modes),
-    (torch._C._get_cudnn_enabled, torch._C._set_cudnn_enabled),
-    (torch._C._get_cudnn_benchmark, torch._C._set_cudnn_benchmark),
-    (torch._C._get_cudnn_deterministic, torch._C._set_cudnn_deterministic),
-    (torch._C._get_mkldnn_enabled, torch._C._set_mkldnn_enabled),
-    (_attention_order, lambda found: torch._C._set_sdp_priority_order(list(found))),
-    (torch._C._get_flash_sdp_enabled, torch._C._set_sdp_use_flash),
-    (torch._C._get_mem_efficient_sdp_enabled, torch._C._set_sdp_use_mem_efficient),
-    (torch._C._get_math_sdp_enabled, torch._C._set_sdp_use_math),
-    (torch._C._get_cudnn_sdp_enabled, torch._C._set_sdp_use_cudnn),
+    (_attention_backend, _set_attention_backend),
+    (internals.get_dispatch_modes, internals.set_dispatch_modes),
+    (internals.get_cudnn_enabled, internals.set_cudnn_enabled),
+    (internals.get_cudnn_benchmark, internals.set_cudnn_benchmark),
+    (internals.get_cudnn_deterministic, internals.set_cudnn_deterministic),
+    (internals.get_mkldnn_enabled, internals.set_mkldnn_enabled),
+    (internals.get_sdp_priority, internals.set_sdp_priority),
+    (internals.get_flash_sdp, internals.set_flash_sdp),
+    (internals.get_efficient_sdp, internals.set_efficient_sdp),
+    (internals.get_math_sdp, internals.set_math_sdp),
+    (internals.get_cudnn_sdp, internals.set_cudnn_sdp),
 )
 
 
@@ -125,7 +81,7 @@ class Swap:
         self._inference = None
         if old[0] != new[0]:
             # the only way to set this one is to enter a context, and to leave it is to come back
-            self._inference = torch._C._InferenceMode(new[0])
+            self._inference = internals.InferenceMode(new[0])
             self._inference.__enter__()  # type: ignore[no-untyped-call]
             old = thread_state()  # which it changes
         _set(old, new)

@@ -17,12 +17,10 @@ from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
-from diffusers.loaders.lora_base import LoraBaseMixin
-from diffusers.utils import convert_state_dict_to_peft, convert_unet_state_dict_to_peft
 from diffusers.utils import logging as diffusers_logging
-from diffusers.utils.state_dict_utils import StateDictType
 from torch.utils._pytree import tree_leaves
 
+from ..internals import diffusers as internals
 from .pairs import Pair, parse_factor
 
 FAILURES = (
@@ -103,7 +101,7 @@ def convert(pairs: Mapping[str, Pair], pipeline: DiffusionPipeline) -> dict[str,
 
 def _converted(pairs: Mapping[str, Pair], pipeline: DiffusionPipeline) -> dict[str, torch.Tensor]:
     """What diffusers reads from the pairs. Some converters need alphas, and some do not know them for every layer."""
-    if not isinstance(pipeline, LoraBaseMixin):
+    if not isinstance(pipeline, internals.LoraBaseMixin):
         raise NotConverted([])
     alphas = {pair.alpha_name: torch.tensor(float(pair.rank)) for pair in pairs.values() if pair.alpha_name is not None}
     factors = {
@@ -133,8 +131,8 @@ def _asked(given: dict[str, torch.Tensor], pipeline: DiffusionPipeline) -> dict[
             found: dict[str, torch.Tensor] = result[0] if isinstance(result, tuple) else result
             texts = {name: tensor for name, tensor in found.items() if name.startswith("text_encoder")}
             rest = {name: tensor for name, tensor in found.items() if name not in texts}
-            texts = convert_state_dict_to_peft(texts, original_type=StateDictType.DIFFUSERS_OLD)
-            found = convert_unet_state_dict_to_peft({**rest, **texts})
+            texts = internals.convert_state_dict_to_peft(texts, original_type=internals.StateDictType.DIFFUSERS_OLD)
+            found = internals.convert_unet_state_dict_to_peft({**rest, **texts})
     except FAILURES:
         raise NotConverted([]) from None
     return {name: tensor for name, tensor in found.items() if not name.endswith(".alpha")}

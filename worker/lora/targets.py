@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 import torch
 from diffusers import DiffusionPipeline
-from diffusers.loaders.single_file_model import SINGLE_FILE_LOADABLE_CLASSES
 
+from ..internals import diffusers as internals
 from ..sizes import DENOISERS
 from .convert import FAILURES, NotConverted, Traced, convert, traced
 from .names import FOREIGN, Place, Shapes, locate, locate_underscored
@@ -74,7 +74,7 @@ def by_sd3(outs: Outs, every: Mapping[str, object], shapes: Shapes) -> Targets:
 def _by_checkpoint(outs: Outs, pipeline: DiffusionPipeline, shapes: Shapes) -> Targets:
     """By diffusers' converter of single-file checkpoints, where it takes some layers alone (Wan's does)."""
     denoiser = next((name for name in DENOISERS if name in shapes), None)
-    known = SINGLE_FILE_LOADABLE_CLASSES.get(type(pipeline.components.get(denoiser)).__name__, {})
+    known = internals.SINGLE_FILE_LOADABLE_CLASSES.get(type(pipeline.components.get(denoiser)).__name__, {})
     own = {layer: out for layer, out in outs.items() if layer.startswith(FOREIGN)}
     if not own or "checkpoint_mapping_fn" not in known:
         return {}

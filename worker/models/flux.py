@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from diffusers import FluxTransformer2DModel
-
+from ..internals import diffusers as internals
 from ..parallel.plan import Family
 from .blocks import ADDED_QKV, QKV, modulation
 
 FAMILIES = {
     "FluxTransformer2DModel": Family(
-        plan=FluxTransformer2DModel._tp_plan
+        plan=internals.flux_plan
         | modulation(
             (
                 "transformer_blocks.*.norm1.linear",

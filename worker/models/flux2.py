@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from diffusers import Flux2Transformer2DModel
-
+from ..internals import diffusers as internals
 from ..parallel.plan import Family
 from .blocks import ADDED_QKV, QKV, modulation
 
 FAMILIES = {
     "Flux2Transformer2DModel": Family(
-        plan=Flux2Transformer2DModel._tp_plan
+        plan=internals.flux2_plan
         | modulation(
             (
                 "double_stream_modulation_img.linear",

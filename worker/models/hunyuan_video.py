@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from diffusers.hooks.tensor_parallel import PackedRowwiseParallel
-
+from ..internals import diffusers as internals
 from ..parallel.plan import Family
 from .blocks import ADDED_QKV, QKV, attention, feed_forward, modulation
 
@@ -23,7 +22,7 @@ FAMILIES = {
         plan=_REFINED
         | _DOUBLE
         | {f"{_SINGLE}.attn.{name}": "colwise" for name in QKV}
-        | {f"{_SINGLE}.proj_mlp": "colwise", f"{_SINGLE}.proj_out": PackedRowwiseParallel([1, 4])}
+        | {f"{_SINGLE}.proj_mlp": "colwise", f"{_SINGLE}.proj_out": internals.PackedRowwiseParallel([1, 4])}
         | modulation((f"{_SINGLE}.norm.linear",)),
         heads=("num_attention_heads",),
         divided={f"{block}.attn": ("heads",) for block in (_BLOCK, _SINGLE, _REFINER)},

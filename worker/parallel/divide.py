@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from diffusers.hooks.tensor_parallel import PackedColwiseParallel
 from torch import nn
 from torch.utils import _pytree as pytree
 
+from ..internals import diffusers as internals
 from .layers import AcrossHeadsRMSNorm, GatheredColumnLinear, RowParallelLinear, VocabularyParallelEmbedding
 from .plan import ACROSS_HEADS, COLWISE, GATHERED, SPLIT_OUTPUT, CannotDivide, Family, Shard, Style, matching, resolve
 from .ranks import Ranks
@@ -54,7 +54,7 @@ def _become_parallel(part: nn.Module, style: Style, ranks: Ranks) -> None:
         part.out_features, part.in_features = part.weight.shape
         if style == GATHERED:
             _change_class(part, GatheredColumnLinear, nn.Linear, ranks)
-        elif style != COLWISE and not isinstance(style, PackedColwiseParallel):
+        elif style != COLWISE and not isinstance(style, internals.PackedColwiseParallel):
             _change_class(part, RowParallelLinear, nn.Linear, ranks)
     else:
         raise CannotDivide(f"a {type(part).__name__} cannot be divided as {style!r}")

@@ -19,10 +19,12 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
 
-from diffusers.hooks.tensor_parallel import PackedColwiseParallel, PackedRowwiseParallel
 from torch import nn
 
-Style: TypeAlias = str | PackedColwiseParallel | PackedRowwiseParallel
+from ..internals import diffusers as internals
+
+Style: TypeAlias = Any
+"""One of diffusers' names, or an instance of ``PackedColwiseParallel`` or ``PackedRowwiseParallel``."""
 
 COLWISE, GATHERED = "colwise", "colwise_gather_output"
 ACROSS_HEADS, SPLIT_OUTPUT = "across_heads", "split_output"
@@ -95,7 +97,7 @@ def _shards_of(part: nn.Module, style: Style) -> dict[str, Shard]:
         return {"weight": Shard(dim, (shape[dim],))}
     if style == ACROSS_HEADS:
         return {"weight": Shard(0, shape)}
-    if style in (COLWISE, GATHERED) or isinstance(style, PackedColwiseParallel):
+    if style in (COLWISE, GATHERED) or isinstance(style, internals.PackedColwiseParallel):
         shard = Shard(0, _blocks(part, style, "_tp_packed_col_blocks", shape[0]))
         return {"weight": shard} | ({"bias": shard} if getattr(part, "bias", None) is not None else {})
     return {"weight": Shard(1, _blocks(part, style, "_tp_packed_row_blocks", shape[1]))}

@@ -14,6 +14,8 @@ import torch.distributed as dist
 from torch.distributed import FileStore  # type: ignore[attr-defined]  # it is documented, and not in __all__
 from torch.nn import functional
 
+from ..internals.torch import set_collective_timeout
+
 
 class RankLost(BaseException):
     """A collective failed, as another rank is gone or hangs: no request's fault, and the end of this process.
@@ -116,7 +118,7 @@ class Ranks:
     def limit(self, timeout_s: float) -> None:
         """From now on a collective that takes longer than ``timeout_s`` raises; NCCL ends the process."""
         if self.group is not None:
-            dist.distributed_c10d._set_pg_timeout(timedelta(seconds=timeout_s), self.group)
+            set_collective_timeout(self.group, timeout_s)
 
     def _count(self, tensor: torch.Tensor) -> None:
         self.traffic.calls += 1
@@ -153,7 +155,7 @@ def join(rank: int, size: int, meeting_place: str, device: torch.device, timeout
         timeout=timedelta(seconds=timeout_s),
     )
     failures = dist.new_group(backend="gloo")
-    dist.distributed_c10d._set_pg_timeout(timedelta(seconds=AGREEMENT_S), failures)  # not for meeting in it
+    set_collective_timeout(failures, AGREEMENT_S)  # not for meeting in it
     return Ranks(rank, size, dist.group.WORLD, device, failures)
 
 

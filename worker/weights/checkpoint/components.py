@@ -8,11 +8,6 @@ from pathlib import Path
 
 import diffusers
 from diffusers import DiffusionPipeline, ModelMixin
-from diffusers.pipelines.pipeline_loading_utils import (
-    ALL_IMPORTABLE_CLASSES,
-    _identify_model_variants,
-    get_class_obj_and_candidates,
-)
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -20,6 +15,7 @@ from ....formats.checkpoint import check_tensor_file
 from ....formats.pipeline_index import read_index, read_object
 from ....formats.tensor_files import STEMS, BadTensorFile, weight_files
 from ....protocol.errors import StartFailed
+from ...internals import diffusers as internals
 
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 _CONFIG = "config.json"
@@ -88,7 +84,8 @@ def _variants(directory: Path, variant: str | None, values: Mapping[str, object]
     """The components that have files of ``variant``; diffusers takes the plain files of the others."""
     if variant is None:
         return {}
-    found: dict[str, str] = _identify_model_variants(folder=str(directory), variant=variant, config=dict(values))
+    find = internals.identify_model_variants
+    found: dict[str, str] = find(folder=str(directory), variant=variant, config=dict(values))
     if not found:
         raise StartFailed(f"No component of {directory} has weights of the variant {variant!r}; leave --variant out.")
     return found
@@ -97,10 +94,10 @@ def _variants(directory: Path, variant: str | None, values: Mapping[str, object]
 def _class(directory: Path, name: str, library: str, class_name: str) -> type:
     """The class as diffusers finds it. Raises ``StartFailed``."""
     try:
-        cls, _ = get_class_obj_and_candidates(
+        cls, _ = internals.get_class_obj_and_candidates(
             library,
             class_name,
-            ALL_IMPORTABLE_CLASSES,
+            internals.ALL_IMPORTABLE_CLASSES,
             diffusers.pipelines,
             hasattr(diffusers.pipelines, library),
             component_name=name,

@@ -17,9 +17,8 @@ from accelerate import init_empty_weights
 from diffusers import ModelMixin
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
+from ...internals import transformers as internals
 from ...parallel.divide import divide
 from ...parallel.plan import CannotDivide, Family, Shard, degrees, fit, shards, undividable
 from ...parallel.ranks import ALONE, Ranks
@@ -175,12 +174,13 @@ def _renaming(module: nn.Module, known: Mapping[str, object]) -> Callable[[str],
     """Maps checkpoint names to transformers' current names; diffusers' names are those of the state dict."""
     if not isinstance(module, PreTrainedModel):
         return lambda name: name
-    conversions = get_model_conversion_mapping(module)
-    renamings = [conversion for conversion in conversions if isinstance(conversion, WeightRenaming)]
-    converters = [conversion for conversion in conversions if isinstance(conversion, WeightConverter)]
+    conversions = internals.get_model_conversion_mapping(module)
+    renamings = [conversion for conversion in conversions if isinstance(conversion, internals.WeightRenaming)]
+    converters = [conversion for conversion in conversions if isinstance(conversion, internals.WeightConverter)]
 
     def rename(name: str) -> str:
-        renamed, converted = rename_source_key(name, renamings, converters, module.base_model_prefix, dict(known))
+        prefix = module.base_model_prefix
+        renamed, converted = internals.rename_source_key(name, renamings, converters, prefix, dict(known))
         if converted is not None:
             raise CannotLoad(f"transformers computes {renamed} of {type(module).__name__} from {name} and others")
         return str(renamed)

@@ -16,23 +16,15 @@ from typing import Any
 import diffusers
 import torch
 from diffusers import FromOriginalModelMixin, GGUFQuantizationConfig
-from diffusers.loaders.single_file import SINGLE_FILE_OPTIONAL_COMPONENTS, load_single_file_sub_model
-from diffusers.loaders.single_file_utils import (
-    SingleFileComponentError,
-    fetch_diffusers_config,
-    is_clip_model_in_single_file,
-    is_t5_in_single_file,
-    load_single_file_checkpoint,
-)
-from diffusers.quantizers.gguf.utils import _dequantize_gguf_and_restore_linear
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.core_model_loading import revert_weight_conversion
 
 from ....formats.checkpoint import GGUF
 from ....formats.model_names import resolve_model
 from ....formats.pipeline_index import read_index
 from ....protocol.errors import StartFailed
+from ...internals import diffusers as internals
+from ...internals import transformers as transformers_internals
 from ...sizes import DENOISERS
 from .components import Component
 from .download import download_configurations, download_pipeline
@@ -58,8 +50,8 @@ class SingleFile:
     def has(self, component: Component) -> bool:
         """True if the component's weights are in the file."""
         if issubclass(component.cls, PreTrainedModel):
-            return bool(is_clip_model_in_single_file(component.cls, self.tensors)) or (
-                component.cls.__name__ == "T5EncoderModel" and bool(is_t5_in_single_file(self.tensors))
+            return bool(internals.is_clip_model_in_single_file(component.cls, self.tensors)) or (
+                component.cls.__name__ == "T5EncoderModel" and bool(internals.is_t5_in_single_file(self.tensors))
             )
         if not issubclass(component.cls, FromOriginalModelMixin):
             return False
@@ -67,13 +59,13 @@ class SingleFile:
 
     def leaves_out(self, component: Component) -> bool:
         """True if diffusers omits the component when a whole pipeline is in one file."""
-        return component.name in SINGLE_FILE_OPTIONAL_COMPONENTS and _is_whole(self.tensors)
+        return component.name in internals.SINGLE_FILE_OPTIONAL_COMPONENTS and _is_whole(self.tensors)
 
     def load(self, component: Component, dtype: torch.dtype) -> nn.Module:
         """The component on the CPU, as diffusers loads it. Raises ``StartFailed`` where the file does not fit."""
         quantized = {"quantization_config": GGUFQuantizationConfig(dtype)} if self.file.suffix == GGUF else {}
         try:
-            made: nn.Module = load_single_file_sub_model(
+            made: nn.Module = internals.load_single_file_sub_model(
                 library_name=component.cls.__module__,
                 class_name=component.cls.__name__,
                 name=component.name,
@@ -87,7 +79,7 @@ class SingleFile:
             )
         except NotImplementedError as error:  # from torch, for parameters without a tensor
             raise self._does_not_fit(component, "tensors are missing") from error
-        except (LookupError, ValueError, RuntimeError, AttributeError, SingleFileComponentError) as error:
+        except (LookupError, ValueError, RuntimeError, AttributeError, internals.SingleFileComponentError) as error:
             said = (str(error).strip().splitlines() or [""])[0]
             raise self._does_not_fit(component, f"{type(error).__name__}: {said}") from error
         if any(parameter.is_meta for parameter in made.parameters()):
@@ -103,7 +95,7 @@ class SingleFile:
 
 def _dequantized(made: Any) -> nn.Module:
     """The module with dequantized tensors in place of the quantized ones."""
-    restored: nn.Module = _dequantize_gguf_and_restore_linear(made, made.hf_quantizer.modules_to_not_convert)
+    restored: nn.Module = internals.dequantize_gguf_and_restore_linear(made, made.hf_quantizer.modules_to_not_convert)
     del made.hf_quantizer
     return restored
 
@@ -115,14 +107,14 @@ def saved_tensors(module: nn.Module) -> dict[str, torch.Tensor]:
         return tensors
     tied = set(module.all_tied_weights_keys or {})
     kept = {name: tensor for name, tensor in tensors.items() if name not in tied}
-    reverted: dict[str, torch.Tensor] = revert_weight_conversion(module, kept)
+    reverted: dict[str, torch.Tensor] = transformers_internals.revert_weight_conversion(module, kept)
     return reverted
 
 
 def open_single_file(file: Path, base: str | None, revision: str | None) -> SingleFile:
     """The file and its base, downloaded where it is not on this machine. Raises ``StartFailed``."""
     try:
-        tensors: dict[str, torch.Tensor] = load_single_file_checkpoint(str(file))
+        tensors: dict[str, torch.Tensor] = internals.load_single_file_checkpoint(str(file))
     except (ValueError, OSError) as error:
         raise StartFailed(f"{file} cannot be read: {str(error).strip().splitlines()[0].rstrip('.')}.") from error
     directory = _find_base(file, base, tensors, revision)
@@ -152,7 +144,7 @@ def _find_base(file: Path, base: str | None, tensors: Mapping[str, Any], revisio
 
 def _guess(tensors: Mapping[str, Any]) -> str:
     """The repository of the base, guessed by diffusers from names and shapes of the tensors."""
-    name: str = fetch_diffusers_config(tensors)["pretrained_model_name_or_path"]
+    name: str = internals.fetch_diffusers_config(tensors)["pretrained_model_name_or_path"]
     return name
 
 

@@ -1,0 +1,80 @@
+"""What workers use of torch beyond its documented interface. Each forward needs these, so nothing is looked up late."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from typing import Any
+
+import torch
+from torch import distributed as dist
+from torch.overrides import _get_current_function_mode_stack, _pop_mode, _push_mode
+from torch.utils import _device
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
+from torch.utils._python_dispatch import _pop_mode as _pop_dispatch_mode
+from torch.utils._python_dispatch import _push_mode as _push_dispatch_mode
+
+CHECKED = "2.13.0"
+
+InferenceMode = torch._C._InferenceMode
+is_any_autocast_enabled = torch._C._is_any_autocast_enabled
+is_in_bad_fork = torch.cuda._is_in_bad_fork
+
+set_grad_enabled = torch._C._set_grad_enabled
+get_cudnn_enabled, set_cudnn_enabled = torch._C._get_cudnn_enabled, torch._C._set_cudnn_enabled
+get_cudnn_benchmark, set_cudnn_benchmark = torch._C._get_cudnn_benchmark, torch._C._set_cudnn_benchmark
+get_cudnn_deterministic, set_cudnn_deterministic = torch._C._get_cudnn_deterministic, torch._C._set_cudnn_deterministic
+get_mkldnn_enabled, set_mkldnn_enabled = torch._C._get_mkldnn_enabled, torch._C._set_mkldnn_enabled
+get_flash_sdp, set_flash_sdp = torch._C._get_flash_sdp_enabled, torch._C._set_sdp_use_flash
+get_efficient_sdp, set_efficient_sdp = torch._C._get_mem_efficient_sdp_enabled, torch._C._set_sdp_use_mem_efficient
+get_math_sdp, set_math_sdp = torch._C._get_math_sdp_enabled, torch._C._set_sdp_use_math
+get_cudnn_sdp, set_cudnn_sdp = torch._C._get_cudnn_sdp_enabled, torch._C._set_sdp_use_cudnn
+
+
+def get_sdp_priority() -> tuple[int, ...]:
+    """The order in which kernels of scaled dot-product attention are tried."""
+    return tuple(torch._C._get_sdp_priority_order())
+
+
+def set_sdp_priority(order: tuple[int, ...]) -> None:
+    torch._C._set_sdp_priority_order(list(order))
+
+
+def get_deterministic() -> tuple[bool, bool]:
+    """Whether deterministic algorithms are asked for, and whether the lack of one is a warning only."""
+    return torch._C._get_deterministic_algorithms(), torch._C._get_deterministic_algorithms_warn_only()
+
+
+def set_deterministic(found: tuple[bool, bool]) -> None:
+    torch._C._set_deterministic_algorithms(found[0], warn_only=found[1])
+
+
+def get_function_modes() -> tuple[Any, ...]:
+    """The default device, which is a mode of its own sort, and the stack of function modes; empty without any."""
+    if not torch._C._len_torch_function_stack():
+        return ()
+    context = vars(torch._GLOBAL_DEVICE_CONTEXT).get("device_context")
+    return (_device.CURRENT_DEVICE, context, *_get_current_function_mode_stack())  # type: ignore[no-untyped-call]
+
+
+def set_function_modes(found: tuple[Any, ...]) -> None:
+    for _ in range(torch._C._len_torch_function_stack()):
+        _pop_mode()  # type: ignore[no-untyped-call]
+    _device.CURRENT_DEVICE, torch._GLOBAL_DEVICE_CONTEXT.device_context, *modes = found or (None, None)
+    for mode in modes:
+        _push_mode(mode)  # type: ignore[no-untyped-call]
+
+
+def get_dispatch_modes() -> tuple[Any, ...]:
+    return tuple(_get_current_dispatch_mode_stack()) if torch._C._len_torch_dispatch_stack() else ()
+
+
+def set_dispatch_modes(found: tuple[Any, ...]) -> None:
+    for _ in range(torch._C._len_torch_dispatch_stack()):
+        _pop_dispatch_mode()
+    for mode in found:
+        _push_dispatch_mode(mode)
+
+
+def set_collective_timeout(group: dist.ProcessGroup, timeout_s: float) -> None:
+    """From now on a collective of ``group`` that takes longer raises; NCCL ends the process."""
+    dist.distributed_c10d._set_pg_timeout(timedelta(seconds=timeout_s), group)
