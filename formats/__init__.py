@@ -1,1 +1,1 @@
-"""What is on disk: checkpoints, safetensors files, their digests, and where the embedded ones are."""
+"""File formats: checkpoints, safetensors files and their digests, and the names of embedded models."""

@@ -1,7 +1,7 @@
-"""Looks at a model's path before any process starts, so that a wrong one is refused at once and in one sentence.
+"""Check a model's path before any process starts, so that a wrong path is refused at once, in one sentence.
 
-Which files of a directory are loaded, only diffusers knows: the worker asks it, and inspects those alone. Here, where
-torch is not imported, are read the directory's ``model_index.json`` and, of a single file, the header.
+This module does not import torch; it reads only a directory's ``model_index.json`` or a single file's header. Only
+diffusers knows which files of a directory it loads: the worker asks it and inspects those.
 """
 
 from __future__ import annotations
@@ -17,30 +17,30 @@ from .pipeline_index import read_index
 
 SAFETENSORS, GGUF = ".safetensors", ".gguf"
 
-_MAX_HEADER = 100_000_000  # the bound of the safetensors format itself
+_MAX_HEADER = 100_000_000  # the limit of the safetensors format
 _GGUF_MAGIC = b"GGUF"
 _POINTER = b"version https://git-lfs"
 
 
 def check_model(name: str, *, revision: str | None = None, base: str | None = None) -> None:
-    """Raise ``StartFailed`` unless ``name`` is a hub id, the directory of a pipeline, or a file of weights.
+    """Raise ``StartFailed`` unless ``name`` is a hub id, the directory of a pipeline, or a single-file checkpoint.
 
-    ``base`` is the pipeline that a single file belongs to, ``revision`` what is taken of a hub's repository.
+    ``base`` is the pipeline of a single-file checkpoint, ``revision`` the revision of a hub repository.
     """
     model = resolve_model(name)
     if isinstance(model, Path):
         check_path(model)
     single = isinstance(model, Path) and model.is_file()
     if base is not None and not single:
-        raise StartFailed(f"--base-pipeline is for single-file checkpoints, and the model {name} is not a file.")
+        raise StartFailed(f"--base-pipeline is for single-file checkpoints, but the model {name} is not a file.")
     if base is not None and isinstance(found := resolve_model(base), Path):
         check_directory(found)
     if revision is not None and isinstance(model, Path) and not (single and isinstance(resolve_model(base or ""), str)):
-        raise StartFailed(f"--revision is for repositories of a hub, and the model {name} is on this machine.")
+        raise StartFailed(f"--revision is for hub repositories, but the model {name} is on this machine.")
 
 
 def check_path(path: Path) -> None:
-    """Raise ``StartFailed``, saying what to do, unless ``path`` looks like a pipeline or a single-file checkpoint."""
+    """Raise ``StartFailed``, with the remedy, unless ``path`` looks like a pipeline or a single-file checkpoint."""
     if not path.exists():
         raise StartFailed(
             f"The model path {path} does not exist{_meant(path)}; give the directory of a diffusers pipeline, a "
@@ -54,10 +54,10 @@ def check_path(path: Path) -> None:
 
 
 def _meant(path: Path) -> str:
-    """The embedded model or the neighbour whose name is nearly that of ``path``, in parentheses."""
+    """Suggest, in parentheses, an embedded model or a sibling path with a similar name."""
     try:
         neighbours = [entry.name for entry in path.parent.iterdir()]
-    except OSError:  # it does not exist, or is nobody's to look into
+    except OSError:  # missing, or not readable
         neighbours = []
     embedded = EMBEDDED if len(path.parts) == 1 else ()
     close = difflib.get_close_matches(path.name, [*embedded, *neighbours], n=1, cutoff=0.7)
@@ -69,12 +69,12 @@ def _meant(path: Path) -> str:
 def check_directory(directory: Path) -> None:
     """Raise ``StartFailed`` unless ``directory`` has the index of a diffusers pipeline."""
     if not directory.is_dir():
-        raise StartFailed(f"{directory} is not a directory; give the one of a diffusers pipeline.")
+        raise StartFailed(f"{directory} is not a directory; give the directory of a diffusers pipeline.")
     read_index(directory)
 
 
 def check_single_file(file: Path) -> None:
-    """Raise ``StartFailed`` unless ``file`` has a format that is read: safetensors, or GGUF with its package."""
+    """Raise ``StartFailed`` unless ``file`` has a supported format: safetensors, or GGUF with its package."""
     if file.suffix == SAFETENSORS:
         check_tensor_file(file)
     elif file.suffix == GGUF:

@@ -1,4 +1,4 @@
-"""SHA-256 digests of weights, the same from a running server and from files."""
+"""SHA-256 digests of weights, equal for a running server and for files."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ TORCH_DTYPES = {
     "BF16": "torch.bfloat16", "F32": "torch.float32", "F64": "torch.float64", "C64": "torch.complex64",
     "F8_E5M2": "torch.float8_e5m2", "F8_E4M3": "torch.float8_e4m3fn",
 }  # fmt: skip
-"""What torch calls a dtype that safetensors has."""
+"""torch's names of dtypes, by those of safetensors."""
 
-STORED_DTYPES = {told: stored for stored, told in TORCH_DTYPES.items()}
-"""What safetensors calls a dtype that torch has."""
+STORED_DTYPES = {torch_name: stored for stored, torch_name in TORCH_DTYPES.items()}
+"""The names of dtypes in safetensors, by torch's."""
 
 
 def tensor_digest(dtype: str, shape: Sequence[int], data: Bytes) -> str:
-    """Hex of dtype (as torch writes it), shape (as Python writes a tuple) and the bytes of the full tensor."""
+    """Hex digest of the dtype (torch's name), the shape (as a Python tuple) and the bytes of the full tensor."""
     digest = hashlib.sha256(dtype.encode() + repr(tuple(shape)).encode())
     digest.update(data)
     return digest.hexdigest()
 
 
 def module_digest(tensors: Iterable[tuple[str, Bytes]]) -> str:
-    """Hex of every name with its bytes, one after the other. ``tensors`` come sorted by name."""
+    """Hex digest of every name and its bytes; ``tensors`` must be sorted by name."""
     digest, last = hashlib.sha256(), None
     for name, data in tensors:
         assert last is None or last < name, "sorted by name"

@@ -1,4 +1,4 @@
-"""What the option ``model`` names: an embedded model, a directory, or a repository of the hub; embedded adapters."""
+"""Names of models: an embedded model, a directory or a hub repository; names of embedded adapters."""
 
 from __future__ import annotations
 
@@ -6,19 +6,19 @@ import re
 from pathlib import Path
 
 EMBEDDED = ("shapes", "shapes-video")
-"""The names of the models that the package brings along: one draws pictures, one makes clips."""
+"""The models in the package: one for pictures, one for clips."""
 
 EMBEDDED_ADAPTERS = ("outlined", "striped")
-"""The names of the adapters that the package brings along for `shapes`: each makes it draw in a style."""
+"""The adapters in the package, each a drawing style of `shapes`."""
 
 _ASSETS = Path(__file__).resolve().parent.parent / "assets"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
 def resolve_model(name: str) -> Path | str:
-    """The directory that ``name`` means, whether it exists or not, or the hub id itself.
+    """The path of ``name``, whether it exists or not, or the hub id.
 
-    A name that could be both is the directory when there is one.
+    A name that could be both is the path if that exists.
     """
     if name in EMBEDDED:
         return _ASSETS / name
@@ -29,7 +29,7 @@ def resolve_model(name: str) -> Path | str:
 
 
 def embedded_adapter(name: str) -> Path:
-    """The file of one of `EMBEDDED_ADAPTERS`. Raises ValueError for any other name."""
+    """The file of an embedded adapter. Raises ``ValueError`` for other names."""
     if name not in EMBEDDED_ADAPTERS:
         raise ValueError(f"there is no embedded adapter {name!r}; expected one of {', '.join(EMBEDDED_ADAPTERS)}")
     return _ASSETS / "adapters" / f"{name}.safetensors"

@@ -1,4 +1,4 @@
-"""``model_index.json``: what a pipeline's directory says of its class and of its components."""
+"""``model_index.json``: the class and the components of a pipeline's directory."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ INDEX = "model_index.json"
 
 @dataclass(frozen=True, slots=True)
 class PipelineIndex:
-    """``class_name`` is ``None`` where the file names no class of diffusers. ``values`` are all of the file's.
+    """``class_name`` is ``None`` if the file does not name a class of diffusers; ``values`` has all entries.
 
-    Only the class knows which of the values are components: its other arguments may be lists of two strings, too.
+    Only the class knows which entries are components: its other arguments may be lists of two strings too.
     """
 
     class_name: str | None
@@ -25,7 +25,7 @@ class PipelineIndex:
 
 
 def read_index(directory: Path) -> PipelineIndex:
-    """The index of the pipeline in ``directory``. Raises ``StartFailed`` where there is none that can be read."""
+    """Read the index of the pipeline in ``directory``. Raises ``StartFailed`` if it is missing or unreadable."""
     if not (directory / INDEX).is_file():
         raise StartFailed(
             f"{directory} is not a diffusers pipeline, because it has no {INDEX}; "
@@ -37,7 +37,7 @@ def read_index(directory: Path) -> PipelineIndex:
 
 
 def read_object(file: Path) -> dict[str, Any]:
-    """The JSON object in ``file``. Raises ``StartFailed`` where there is none."""
+    """Read the JSON object in ``file``. Raises ``StartFailed``."""
     try:
         value = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):

@@ -1,1 +1,1 @@
-"""What every process of a server needs: its start from a launcher, its log, the addresses it talks to."""
+"""Process plumbing: the start of child processes, logs, configuration and IP addresses."""

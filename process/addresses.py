@@ -1,4 +1,4 @@
-"""IP addresses as clients and servers meet them: on a socket for both families, IPv4 comes as IPv6 (``::ffff:…``)."""
+"""IP addresses of sockets; a dual-stack socket reports IPv4 addresses mapped into IPv6 (``::ffff:…``)."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import ipaddress
 
 
 def address_of(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
-    """The address that ``text`` is, IPv4 also where it is mapped into IPv6; ``None`` for anything else."""
+    """Parse an IP address, and unmap IPv4 from IPv6; ``None`` for other text."""
     try:
         address = ipaddress.ip_address(text)
     except ValueError:
@@ -16,6 +16,5 @@ def address_of(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | Non
 
 
 def is_loopback(text: str) -> bool:
-    """Whether ``text`` is an address of this machine that no other one can reach."""
     address = address_of(text)
     return address is not None and address.is_loopback

@@ -1,4 +1,4 @@
-"""The standard input of a child process: its configuration, then a pipe whose end means that the launcher is gone."""
+"""The standard input of a child process: one line of configuration, then a pipe that ends with the launcher."""
 
 from __future__ import annotations
 
@@ -24,22 +24,22 @@ class _WithDirectory(Protocol):
 _Child = TypeVar("_Child", bound=_WithDirectory)
 
 ORPHANED = 3
-"""Exit status of a child that ended because its launcher was gone."""
+"""The exit status of a child whose launcher has ended."""
 
 
 def read_child_config() -> ChildConfig:
-    """The configuration of a server's child; see :func:`read_child`."""
+    """Read the configuration of a server's child process; see :func:`read_child`."""
     return read_child(ChildConfig)
 
 
 def read_child(kind: type[_Child]) -> _Child:
-    """Read the first line of standard input and from then on end this process when the launcher disappears.
+    """Read the first line of standard input; from then on, end this process when the launcher ends.
 
-    The launcher's directories are removed then, too.
+    The launcher's directories are then removed too.
     """
-    os.umask(0o077)  # what it writes is nobody else's to read
+    os.umask(0o077)  # files of this process are private to its user
     line = _read_line()
-    if not line.endswith(b"\n"):  # the launcher was killed before it had written all of it
+    if not line.endswith(b"\n"):  # the launcher was killed while it wrote the line
         os._exit(ORPHANED)
     child = msgspec.json.decode(line, type=kind)
     threading.Thread(target=_exit_with_launcher, args=(child.directories,), daemon=True, name="launcher-watch").start()
@@ -47,13 +47,13 @@ def read_child(kind: type[_Child]) -> _Child:
 
 
 def name_process(name: str) -> None:
-    """Show this process as ``sl-`` and ``name`` in ``ps`` and ``top``, which see its first 15 letters; Linux only."""
+    """Name this process ``sl-<name>`` in ``ps`` and ``top``, which show 15 characters (Linux only)."""
     with contextlib.suppress(OSError):
         Path("/proc/self/comm").write_text(f"sl-{name}")
 
 
 def _read_line() -> bytes:
-    """One line, unbuffered: a buffered reader's lock, held by the watching thread, would break the shutdown."""
+    """Read a line without buffering: the watching thread would hold a buffered reader's lock during shutdown."""
     line = bytearray()
     while not line.endswith(b"\n"):
         received = os.read(_STDIN, 65536)

@@ -1,4 +1,4 @@
-"""The configuration of a server, read from flags, the environment and a file.
+"""Read the configuration of a server from flags, the environment and a file.
 
 Precedence, highest first: flag, environment (``SAFELIGHT_<OPTION>``), file, default.
 """
@@ -21,11 +21,11 @@ ENVIRONMENT_PREFIX = "SAFELIGHT_"
 
 _OF_CLIENTS = frozenset({"url"})
 _MISSPELT = 0.8
-"""How alike an unknown variable is to an option that it was meant for; others may be anybody's."""
+"""From this similarity on, an unknown variable is a misspelt option; others may belong to other programs."""
 
 
 class Option(msgspec.Struct, frozen=True):
-    """One field of :class:`Config`, as flags, documentation and environment need it."""
+    """One field of :class:`Config`, for flags, documentation and the environment."""
 
     name: str
     annotation: Any
@@ -42,7 +42,7 @@ class Option(msgspec.Struct, frozen=True):
 
 
 def options() -> list[Option]:
-    """Every option, in the order of the class."""
+    """Every option, in the order of the fields."""
     found = []
     for field in msgspec.structs.fields(Config):
         base, meta = field.type.__origin__, field.type.__metadata__[0]
@@ -53,9 +53,9 @@ def options() -> list[Option]:
 def load_config(
     flags: Mapping[str, Any], environment: Mapping[str, str] | None = None, file: Path | None = None
 ) -> Config:
-    """The configuration from ``flags`` over ``environment`` over ``file`` (TOML).
+    """Merge ``flags`` over ``environment`` over ``file`` (TOML).
 
-    Raises ``StartFailed`` that names the option and what it may be.
+    Raises ``StartFailed``, which names the option and its valid values.
     """
     known = {option.name for option in options()}
     values: dict[str, Any] = _read_file(file) if file else {}
@@ -74,7 +74,7 @@ def load_config(
     except msgspec.ValidationError as error:
         raise StartFailed(f"A configuration value cannot be used: {error}.") from None
     for name, value in msgspec.structs.asdict(config).items():
-        if isinstance(value, float) and math.isinf(value):  # no timer, and no JSON, takes one
+        if isinstance(value, float) and math.isinf(value):  # neither timers nor JSON accept infinity
             raise StartFailed(f"{name} is {value}; it must be a finite number, such as 1e9.")
     return config
 

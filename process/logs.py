@@ -1,4 +1,4 @@
-"""Log lines of every process, alike: time, level, process, request id, message; as text or as JSON."""
+"""Log lines of all processes, with time, level, process, request id and message, as text or as JSON."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any
 from ..protocol.config import Config
 
 request_id_var: contextvars.ContextVar[str] = contextvars.ContextVar("request_id", default="-")
-"""The request that the current task or coroutine works for."""
+"""The request that the current task or coroutine serves."""
 
 
 class _Context(logging.Filter):
@@ -30,16 +30,16 @@ class _Context(logging.Filter):
 
 
 _UNSEEN = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
-"""Characters that end a line, move the cursor, turn the text's direction or cannot be written at all."""
+"""Characters that end a line, move the cursor, change the text's direction, or cannot be encoded."""
 
 
 def escaped(text: str) -> str:
-    """``text`` on one line, with nothing in it that a terminal obeys: clients have written parts of it."""
+    """Escape line ends and terminal control characters, because clients write parts of ``text``."""
     return _UNSEEN.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
 class _Text(logging.Formatter):
-    """A line for each record; what has more, a traceback, is indented, so that it cannot pass for a record."""
+    """One line per record; further lines, such as a traceback's, are indented, so that none can pass for a record."""
 
     def formatMessage(self, record: logging.LogRecord) -> str:
         return escaped(super().formatMessage(record))
@@ -72,7 +72,7 @@ class _Json(logging.Formatter):
 
 
 def as_json_line(text: str) -> str:
-    """``text`` itself where it is a JSON line, else one with it as the message: the last state of a progress bar."""
+    """Return ``text`` if it is a JSON line, else a JSON line with its message (a progress bar's last state)."""
     if text.startswith("{"):
         try:
             json.loads(text)
@@ -86,11 +86,11 @@ def as_json_line(text: str) -> str:
 
 
 def configure_logging(config: Config, process: str) -> None:
-    """Send this process's log to standard error. ``process`` is e.g. ``"server"`` or ``"worker-0"``.
+    """Send this process's log to standard error. ``process`` is for example ``"server"`` or ``"worker-0"``.
 
-    Code logs with ``logging.getLogger(__name__)``; a request's id comes from ``request_id_var`` or, where a process
-    works for many at once, from ``extra={"request_id": ...}``. ``extra={"fields": {...}}`` are fields of a JSON line
-    beside its message. Warnings are records too.
+    Code logs with ``logging.getLogger(__name__)``. The request id comes from ``request_id_var`` or, in a process that
+    works on many requests at once, from ``extra={"request_id": ...}``. ``extra={"fields": {...}}`` adds fields to a
+    JSON line. Warnings are logged too.
     """
     handler = logging.StreamHandler(sys.stderr)
     text = "%(asctime)s %(levelname)-7s %(process_name)s [%(request_id)s] %(message)s"
@@ -104,9 +104,9 @@ def configure_logging(config: Config, process: str) -> None:
 
 
 def adopt_library_loggers() -> None:
-    """Send what libraries log to this process's log, from warnings on; torch and transformers write lines of their own.
+    """Route warnings and errors of libraries to this process's log; torch and transformers install own handlers.
 
-    Called again where more libraries were imported since :func:`configure_logging`.
+    Call it again after further imports of libraries.
     """
     for logger in list(logging.root.manager.loggerDict.values()):
         if isinstance(logger, logging.Logger) and (logger.handlers or not logger.propagate):

@@ -1,1 +1,1 @@
-"""The mathematics of rollouts: one code for the server, which draws them, and for trainers, which learn from them."""
+"""The mathematics of rollouts, shared by the server that samples them and the trainers that learn from them."""

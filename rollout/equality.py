@@ -1,4 +1,4 @@
-"""Whether two trees of tensors and plain values are the same."""
+"""Equality of nested tensors and plain values."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 
 
 def equal(one: Any, other: Any) -> bool:
-    """Of tensors, numbers and texts, and of what is made of them."""
+    """Compare tensors (shape and elements), plain values, and mappings, lists and tuples of them."""
     if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
         return one.shape == other.shape and torch.equal(one, other)
     if isinstance(one, Mapping) and isinstance(other, Mapping):

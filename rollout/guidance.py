@@ -1,4 +1,4 @@
-"""How pipelines make one velocity of what a denoiser says with the prompt and without it."""
+"""Classifier-free guidance: rules that combine a denoiser's two predictions into one velocity."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from typing import Literal
 import torch
 
 Rule = Literal["none", "from_negative", "from_positive", "normed"]
-"""``none``: there is one answer. ``from_negative``: negative + scale · (positive − negative), as in most pipelines.
-``from_positive``: positive + scale · (positive − negative), as in Z-Image's. ``normed``: ``from_negative`` with the
-norm of the positive answer over the last dimension, as in Qwen-Image's."""
+"""``none``: a single prediction. ``from_negative``: negative + scale · (positive − negative), as in most pipelines.
+``from_positive``: positive + scale · (positive − negative), as in Z-Image's. ``normed``: ``from_negative``, rescaled to
+the norm of the positive prediction over the last dimension, as in Qwen-Image's."""
 
 GUIDED: tuple[Rule, ...] = ("from_negative", "from_positive", "normed")
 
@@ -17,7 +17,7 @@ GUIDED: tuple[Rule, ...] = ("from_negative", "from_positive", "normed")
 def guided(
     rule: Rule, positive: torch.Tensor, negative: torch.Tensor | None, scale: float, *, widened: bool = False
 ) -> torch.Tensor:
-    """The answers put together, by the operations of diffusers' pipelines in their order; in fp32 if ``widened``."""
+    """Combine the predictions, with the operations of diffusers' pipelines in their order; in fp32 if ``widened``."""
     if negative is None:
         return positive
     if widened:

@@ -1,4 +1,4 @@
-"""Why the forwards or the log-probabilities of rollouts cannot be computed again, in words for the trainer."""
+"""Checks before a replay; each error tells the trainer why a rollout cannot be replayed, and the remedy."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ import torch
 from .transitions import Sampler, Transition
 
 SENT = "lora_merge:"
-"""Adapters called so were sent by the trainer itself (``client.weights.update_lora``)."""
+"""The prefix of adapters that the trainer itself sent (``client.weights.update_lora``)."""
 
 
 def check_environments(denoisers: Mapping[str, Any], environments: Sequence[Mapping[str, Any] | None]) -> None:
-    """Raises ``ValueError`` where the denoiser's calls cannot be made again."""
+    """Raises ``ValueError`` if the denoiser's calls cannot be replayed."""
     for sample, environment in enumerate(environments):
         if environment is None:
             raise ValueError(
@@ -25,12 +25,12 @@ def check_environments(denoisers: Mapping[str, Any], environments: Sequence[Mapp
     for component in sorted({name for one in environments if one is not None for name in one["replay"]["components"]}):
         if component not in denoisers:
             given = ", ".join(denoisers) or "nothing"
-            raise ValueError(f"the server drew with {component}; the denoisers given are {given}")
+            raise ValueError(f"the server used the denoiser {component}; the denoisers given are {given}")
 
 
 def check_dtype(component: str, denoiser: Any, replay: Mapping[str, Any]) -> None:
-    """Raises ``ValueError`` for a denoiser that cannot read what the server's was given. Autocast casts by itself."""
-    served = replay.get("dtype")  # older servers do not say
+    """Raises ``ValueError`` for a denoiser of another dtype than the server's, except under autocast, which casts."""
+    served = replay.get("dtype")  # absent in replies of older servers
     own = str(denoiser.dtype).removeprefix("torch.")
     if served not in (None, own) and not torch.is_autocast_enabled(torch.device(denoiser.device).type):
         raise ValueError(
@@ -40,7 +40,7 @@ def check_dtype(component: str, denoiser: Any, replay: Mapping[str, Any]) -> Non
 
 
 def check_adapters(environments: Sequence[Mapping[str, Any]], own: Collection[str]) -> None:
-    """Raises ``ValueError`` where an adapter changed the denoiser that is not the trainer's ``own``."""
+    """Raises ``ValueError`` if an adapter outside the trainer's ``own`` changed the denoiser."""
     for sample, environment in enumerate(environments):
         components = set(environment["replay"]["components"])
         for one in environment.get("adapters", ()):
@@ -48,13 +48,13 @@ def check_adapters(environments: Sequence[Mapping[str, Any]], own: Collection[st
             if one["component"] in components and one["strength"] and not name.startswith(SENT) and name not in own:
                 raise ValueError(
                     f"rollout {sample} was drawn with the adapter {name!r} ({mode}, strength {one['strength']:g}) in "
-                    f"{one['component']}, so that its log-probabilities are not those of the weights alone; unload "
-                    f"it from the server, or load it into the denoiser and say adapters=[{name!r}]"
+                    f"{one['component']}, so its log-probabilities are not those of the weights alone; unload the "
+                    f"adapter from the server, or load it into the denoiser and pass adapters=[{name!r}]"
                 )
 
 
 def check_steps(steps: Sequence[int], total: int, sampler: Sampler, noise_level: float) -> None:
-    """Raises ``ValueError`` for steps that a schedule does not have, and where no step has noise."""
+    """Raises ``ValueError`` for steps outside the schedule, and for samplers without noise."""
     if sampler == "ode" or not noise_level:
         how = "sampler is 'ode'" if sampler == "ode" else "noise_level is 0"
         raise ValueError(
@@ -68,13 +68,13 @@ def check_steps(steps: Sequence[int], total: int, sampler: Sampler, noise_level:
 def check_noise(step: int, taken: Transition) -> None:
     """Raises ``ValueError`` for a step without noise."""
     if not taken.std:
-        raise ValueError(f"step {step} has no noise, and so no log-probability; leave it out of steps")
+        raise ValueError(f"step {step} has no noise, so no log-probability; remove it from steps")
 
 
 def _why_no_replay(environment: Mapping[str, Any]) -> str:
     if environment["guidance"]["rule"] is None:
-        return "the server could not tell how this pipeline makes a velocity of the denoiser's answers"
+        return "the server could not determine how this pipeline combines the denoiser's predictions into a velocity"
     return (
-        "the server could not tell how to make its calls again, as the denoiser's arguments change between steps or it "
-        "is given more than the state; rollout_model_outputs (debug=True) has the velocities"
+        "the denoiser's arguments change between steps, or contain more than the state, so its calls cannot be made "
+        "again; rollout_model_outputs (debug=True) has the velocities"
     )

@@ -1,12 +1,12 @@
-"""Stochastic steps of flow matching, and how probable what they arrived at was.
+"""Stochastic steps of flow matching, and the log-probabilities of the states that they reach.
 
-A step goes from the state x at σ to x′ at σ′ < σ, by the velocity v = dx/dσ. Its distribution is normal, with a
-standard deviation that all elements have in common; where that is 0 the step is deterministic.
+A step goes from the state x at σ to x′ at σ′ < σ with the velocity v = dx/dσ. Its distribution is normal, with one
+standard deviation for all elements; a step of standard deviation 0 is deterministic.
 
 ``sde``: the reverse SDE with the ODE's marginals (Flow-GRPO, https://arxiv.org/abs/2505.05470, equation 9).
 ``dance``: the same SDE with η itself as its diffusion coefficient at every σ (DanceGRPO,
 https://arxiv.org/abs/2505.07818; ``flux_step`` of ``fastvideo/train_grpo_flux.py`` in XueZeyue/DanceGRPO).
-``cps``: as much noise is added as the mean takes away (coefficients-preserving sampling,
+``cps``: the step adds as much noise as its mean removes (coefficients-preserving sampling,
 https://arxiv.org/abs/2509.05952). ``ode``: the step without noise.
 """
 
@@ -22,28 +22,28 @@ import torch
 Sampler = Literal["sde", "dance", "cps", "ode"]
 
 ALL_NOISE = 1 - 1e-5
-"""A schedule that begins here or above takes the coefficient of its first ``sde`` step from its second σ, as Flow-GRPO
-does at 1, where the equation has no value."""
+"""If a schedule begins at this σ or above, its first ``sde`` step takes its coefficient from the second σ, as in
+Flow-GRPO for σ = 1, where the equation is singular."""
 
 LEAST_NOISE = 1e-6
-"""Of a standard deviation. Less is none: in fp32 it would be lost in the state."""
+"""Smaller standard deviations count as 0: in fp32, such noise would vanish in the state."""
 
 
 @dataclass(frozen=True, slots=True)
 class Transition:
-    """A normal distribution over the next state: ``mean`` [batch, ...] in fp32, and ``std`` of every element."""
+    """A normal distribution of the next state: ``mean`` [batch, ...] in fp32, and ``std`` of each element."""
 
     mean: torch.Tensor
     std: float
 
     def reach(self, noise: torch.Tensor) -> torch.Tensor:
-        """The next state that standard normal ``noise`` [batch, ...] leads to."""
+        """The next state for standard normal ``noise`` [batch, ...]."""
         return self.mean + self.std * noise if self.std else self.mean
 
     def log_prob(self, reached: torch.Tensor, *, no_const: bool = False) -> torch.Tensor:
         """The log-probability density [batch] of the state ``reached`` [batch, ...], averaged over its elements.
 
-        ``no_const`` gives −(x′ − mean)² alone. Of a step without noise it is 0.
+        ``no_const`` returns only −(x′ − mean)². The result is 0 for a step without noise.
         """
         if not self.std:
             return self.mean.new_zeros(len(self.mean))
@@ -62,10 +62,10 @@ def transition(
     step: int,
     noise_level: float,
 ) -> Transition:
-    """Step number ``step`` from ``x`` [batch, ...] by the velocity ``v``, in fp32.
+    """Step number ``step`` from ``x`` [batch, ...] with the velocity ``v``, in fp32.
 
-    ``sigmas`` are the schedule's [T + 1], or those before and after this step by their places in it. ``noise_level`` is
-    η: of ``sde`` and ``dance`` any number from 0, of ``cps`` from 0 to 1.
+    ``sigmas`` is the schedule [T + 1], or a mapping that has at least the σ of indices ``step`` and ``step + 1``.
+    ``noise_level`` is η: 0 or more for ``sde`` and ``dance``, 0 to 1 for ``cps``.
     """
     x, v = x.float(), v.float()
     sigma, after = float(sigmas[step]), float(sigmas[step + 1])

@@ -90,7 +90,7 @@ def test_a_cut_trajectory_has_the_log_probabilities_of_the_steps_that_it_holds()
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
-    "lengths": (environment(1.0, length=3), "own is of different lengths"),
+    "lengths": (environment(1.0, length=3), "own has different lengths"),
     "guidance": (
         environment(1.0, guidance={"rule": "none", "scale": [2.0, 1.0], "sign": 1, "widened": False}),
         "guidance",
@@ -116,7 +116,7 @@ def test_what_does_not_belong_together_is_refused() -> None:
         log_probs(MODULES, [told], [trajectory(), trajectory()], [0], "sde", 0.7)
     with pytest.raises(ValueError, match="several schedules"):
         log_probs(MODULES, [told, told], [trajectory(), trajectory((1.0, 0.4, 0.0))], [0], "sde", 0.7)
-    with pytest.raises(ValueError, match="could not tell"):
+    with pytest.raises(ValueError, match="cannot be made again"):
         velocity(MODULES, [told | {"replay": None}], torch.randn(1, 3), 0)
 
 

@@ -391,8 +391,8 @@ def _with_config(text: str) -> Callable[[Path], None]:
 FOLDERS: dict[str, tuple[Callable[[Path], None], str]] = {
     "nothing": (lambda folder: None, "adapter_model.safetensors"),
     "truncated": (_truncated, "The file adapter_model.safetensors cannot be used: its header describes"),
-    "metadata that is a list": (lambda folder: _with_metadata(folder, "[]"), "its metadata is no text"),
-    "metadata of numbers": (lambda folder: _with_metadata(folder, '{"a": 1}'), "its metadata is no text"),
+    "metadata that is a list": (lambda folder: _with_metadata(folder, "[]"), "its metadata is not a map of strings"),
+    "metadata of numbers": (lambda folder: _with_metadata(folder, '{"a": 1}'), "its metadata is not a map of strings"),
     "no JSON": (_with_config("{'r': 4}"), "adapter_config.json is no JSON"),
     "no JSON object": (_with_config("4"), "adapter_config.json is no JSON object"),
     "deep JSON": (_with_config("[" * 100_000), "adapter_config.json is no JSON"),
