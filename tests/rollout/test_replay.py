@@ -129,7 +129,7 @@ UNSAID: dict[str, tuple[dict[str, Any], str]] = {
     "no trajectory": ({"trajectories": [None]}, "trajectory=True"),
     "nothing": ({"environments": [], "trajectories": []}, "no rollouts"),
     "one of them": ({"trajectories": [trajectory(), trajectory()]}, "2 states have 1 environment"),
-    "another component": ({"denoisers": {"transformer_2": Denoiser()}}, "drew with transformer;.*are transformer_2"),
+    "another component": ({"denoisers": {"transformer_2": Denoiser()}}, "denoiser transformer;.*are transformer_2"),
     "no noise": ({"sampler": "ode"}, "'ode'"),
     "a level of zero": ({"noise_level": 0.0}, "noise_level is 0"),
     "a step without noise": ({"sampler": "cps", "steps": [1]}, "step 1 has no noise"),
@@ -181,5 +181,5 @@ def test_the_reason_that_calls_cannot_be_made_again_is_told() -> None:
     told = environment(1.0) | {"replay": None}
     with pytest.raises(ValueError, match="arguments change between steps"):
         velocity(MODULES, [told], torch.randn(1, 3), 0)
-    with pytest.raises(ValueError, match="makes a velocity of the denoiser's answers"):
+    with pytest.raises(ValueError, match="combines the denoiser's predictions"):
         velocity(MODULES, [told | {"guidance": {"rule": None}}], torch.randn(1, 3), 0)
