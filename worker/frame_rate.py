@@ -25,7 +25,7 @@ _EXAMPLE = re.compile(r"^\s*(?:>>>|\.\.\.).*\bfps\s*=\s*(\d+)", re.MULTILINE)
 _EXPORT = re.compile(r"\bexport_to_(?:video|gif)\(")
 
 
-def rate_told(arguments: Mapping[str, Any]) -> int | None:
+def rate_argument(arguments: Mapping[str, Any]) -> int | None:
     """Frames a second that a pipeline is told by ``arguments``, where they say it."""
     told = next((value for name in ARGUMENTS if (value := arguments.get(name))), None)
     return None if told is None else min(max(1, round(told)), _FASTEST)
@@ -39,7 +39,7 @@ def frame_rate(
     ``defaults`` go before the pipeline's own. CogVideoX' example exports its clip with ``fps=8``, Wan's with 16.
     """
     usual = {name: parameter.default for name, parameter in arguments.items()}
-    if (rate := rate_told(defaults)) or (rate := rate_told(usual)):
+    if (rate := rate_argument(defaults)) or (rate := rate_argument(usual)):
         return rate
     documentation = pipeline.__call__.__doc__ or ""
     if example := _EXAMPLE.search(documentation):

@@ -1,18 +1,14 @@
-"""The model that a replica serves: its pipeline, loaded, and what can be asked of it."""
+"""The model that a replica serves: its loaded pipeline and the tasks that it performs."""
 
 from __future__ import annotations
 
 import logging
-import math
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from diffusers import DiffusionPipeline
-from torch import nn
-from transformers import PreTrainedModel
 
 from ..formats.checkpoint import SAFETENSORS, check_directory
 from ..formats.model_names import resolve_model
@@ -21,17 +17,16 @@ from ..protocol.costs import output_pixels
 from ..protocol.errors import InvalidRequest, StartFailed
 from ..protocol.generation import Generate
 from ..protocol.replicas import BatchingMode, ImageTask, ModelInfo
+from .device import find_device
+from .dtype import choose_dtype, most_common_dtype, stored_dtype
 from .forward.costs import Costs
 from .frame_rate import frame_rate
-from .internals.torch import is_in_bad_fork
 from .model_defaults import ModelDefaults, read_model_defaults
+from .modules import are_finite, count_parameters, disable_kv_caches, modules
 from .parallel.ranks import ALONE, Ranks
 from .pipeline_task import PipelineTask, new_task
 from .rollout.sampling import why_no_rollouts
-from .sizes import DENOISERS
-from .weights.checkpoint.components import components
 from .weights.checkpoint.download import download_pipeline
-from .weights.checkpoint.files import WeightFiles
 from .weights.checkpoint.layout import Layout
 from .weights.checkpoint.loader import CannotLoad
 from .weights.checkpoint.pipeline import LoadedPipeline, load_pipeline
@@ -41,21 +36,21 @@ from .weights.update.page_swap import give_own_pages
 log = logging.getLogger(__name__)
 
 INITIAL_VERSION = "0"
-"""The weight version of a checkpoint as it was loaded."""
+"""The weight version of a checkpoint as loaded."""
 
 
 @dataclass(slots=True)
 class Model:
-    """A loaded pipeline with what it does: ``text`` from a prompt alone, ``image`` from a prompt and images.
+    """A loaded pipeline and its tasks: ``text`` takes a prompt alone, ``image`` a prompt and images.
 
-    The self-test decides which of the two there are, and ``no_image`` says why the second is not there. ``layouts``
-    are of every component with weights; ``model_defaults`` is what the checkpoint says of itself.
+    The self-test decides which of the two exist; ``no_image`` is the reason why there is no second one. ``layouts`` has
+    every component with weights, ``divided`` says how the ranks share each.
     """
 
     name: str
     path: str
     directory: Path
-    """Where its files lie; of a single file, those of its base."""
+    """The directory of the checkpoint's files; for a single file, that of its base pipeline."""
     pipeline: DiffusionPipeline
     device: torch.device
     dtype: torch.dtype
@@ -67,37 +62,36 @@ class Model:
     no_image: str = "it was not tried"
     weight_version: str = INITIAL_VERSION
     costs: Costs = field(init=False)
-    """How long calls to its components take."""
+    """Measured durations of the components' calls."""
 
     def __post_init__(self) -> None:
         self.costs = Costs(self.device)
 
     @property
     def main(self) -> PipelineTask:
-        """What is done for a request that brings no more than it must."""
+        """The task of a request that gives only what is required."""
         task = self.text or self.image
-        assert task is not None, "a model does something"
+        assert task is not None, "a model has at least one task"
         return task
 
     def task(self, request: Generate) -> PipelineTask:
-        """What is done for ``request``. Raises ``InvalidRequest`` where the model does no such thing."""
+        """The task that performs ``request``. Raises ``InvalidRequest`` when the model does not have it."""
         task = self.image if request.images else self.text
         if task is None:
             raise InvalidRequest(f"this model takes {'no image' if request.images else 'an image'}", field="image")
         return task
 
     def batching_mode(self, request: Generate) -> BatchingMode:
-        """How ``request`` shares the components with others, as far as its task is concerned."""
+        """How the task of ``request`` may share forwards."""
         task = self.image if request.images else self.text
         return "merged" if task is None else task.batching.mode
 
     def frame_rate(self, task: PipelineTask) -> int:
-        """Frames a second of a clip, where a request says nothing of it."""
+        """Frames per second of a clip whose request gives no rate."""
         return self.model_defaults.fps or frame_rate(type(task.pipeline), task.arguments, task.defaults)
 
     def is_finite(self) -> bool:
-        """Whether every parameter of this rank is."""
-        return all(bool(parameter.isfinite().all()) for parameter in _parameters(self.pipeline))
+        return are_finite(self.pipeline)
 
     @property
     def default_num_frames(self) -> int | None:
@@ -106,7 +100,7 @@ class Model:
         return found
 
     def output_pixels(self, request: Generate) -> int:
-        """Of one output, all frames together; 0 where it follows from an image, or is not known."""
+        """Pixels of one output, all frames together; 0 when the size follows from an image or is unknown."""
         unsized = request.images and (request.width is None or request.height is None)
         if unsized or (self.text is None and self.image is None):
             return 0
@@ -162,7 +156,7 @@ def _image_task(task: PipelineTask | None) -> ImageTask | None:
 
 
 def load_model(config: Config, device: torch.device | None = None, ranks: Ranks = ALONE) -> Model:
-    """Load the configured pipeline, or this rank's part of it, onto ``device`` (:func:`find_device`'s by default).
+    """Load the configured pipeline, or this rank's shard, onto ``device`` (by default :func:`find_device`'s).
 
     Raises ``StartFailed`` with one sentence for the operator when the checkpoint cannot be loaded.
     """
@@ -171,7 +165,7 @@ def load_model(config: Config, device: torch.device | None = None, ranks: Ranks 
     directory, dtype, loaded = _load_pipeline(path, config, device, ranks)
     pipeline = loaded.pipeline
     give_own_pages(modules(pipeline).values())
-    _forget_caches(pipeline)
+    disable_kv_caches(pipeline)
     model_defaults = read_model_defaults(directory, type(pipeline))
     return Model(
         name=config.served_model_name or config.model.rstrip("/").rsplit("/", 1)[-1],
@@ -181,23 +175,23 @@ def load_model(config: Config, device: torch.device | None = None, ranks: Ranks 
         device=device,
         dtype=dtype,
         layouts=loaded.layouts,
-        divided=_say_divided(loaded, ranks),
+        divided=_describe_division(loaded, ranks),
         model_defaults=model_defaults,
         text=new_task(pipeline, config, model_defaults.defaults),
     )
 
 
-def _say_divided(loaded: LoadedPipeline, ranks: Ranks) -> dict[str, str]:
-    """How the ranks share each component, in words; nothing of a rank that is alone."""
+def _describe_division(loaded: LoadedPipeline, ranks: Ranks) -> dict[str, str]:
+    """How the ranks share each component, in words; empty for a single rank."""
     if ranks.size == 1:
         return {}
-    found = {name: _say_shared(whole, ranks.size) for name, whole in loaded.whole.items()}
-    for name, words in found.items() if ranks.rank == 0 else ():
-        log.info("%s is %s", name, words)
-    return found
+    words = {name: _describe_component(whole, ranks.size) for name, whole in loaded.whole.items()}
+    for name, division in words.items() if ranks.rank == 0 else ():
+        log.info("%s is %s", name, division)
+    return words
 
 
-def _say_shared(whole: Mapping[str, str], size: int) -> str:
+def _describe_component(whole: Mapping[str, str], size: int) -> str:
     if "" in whole:
         return f"whole on every rank: {whole['']}"
     if not whole:
@@ -225,23 +219,23 @@ def _load_pipeline(
         raise
     except CannotLoad as error:
         raise StartFailed(f"The model {path} could not be loaded: {error}.") from error
-    except Exception as error:  # the libraries raise errors of every kind; each ends this start, with its own words
+    except Exception as error:  # the libraries raise any class; each ends this start with the library's message
         raise _cannot_load(path, error) from error
 
 
 def _find(path: str, config: Config, device: torch.device) -> tuple[Path, torch.dtype, SingleFile | None]:
-    """The pipeline's directory, the weights' dtype, and the single file whose base the directory is, if it is one."""
+    """The pipeline's directory, the weights' dtype, and the single file, for which the directory is its base."""
     if not Path(path).is_file():
         directory = find_directory(path, variant=config.variant, revision=config.revision)
-        return directory, _dtype(config, device, lambda: stored_dtype(directory, config.variant)), None
+        return directory, choose_dtype(config, device, lambda: stored_dtype(directory, config.variant)), None
     file = Path(path)
-    dtype = _dtype(config, device, lambda: _most_common_dtype([file]) if file.suffix == SAFETENSORS else None)
+    dtype = choose_dtype(config, device, lambda: most_common_dtype([file]) if file.suffix == SAFETENSORS else None)
     single_file = open_single_file(file, config.base_pipeline, config.revision)
     return single_file.base, dtype, single_file
 
 
 def find_directory(path: str, *, variant: str | None = None, revision: str | None = None) -> Path:
-    """The directory of the pipeline, downloaded first where ``path`` is a hub id. Raises ``StartFailed``."""
+    """The pipeline's directory, downloaded first if ``path`` is a hub id. Raises ``StartFailed``."""
     if Path(path).exists():
         check_directory(Path(path))
         return Path(path)
@@ -250,97 +244,8 @@ def find_directory(path: str, *, variant: str | None = None, revision: str | Non
 
 def _cannot_load(path: str, error: Exception) -> StartFailed:
     log.error("loading %s failed", path, exc_info=error)
-    what = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     return StartFailed(
-        f"The model {path} could not be loaded as a diffusers pipeline ({type(error).__name__}: {what}); "
+        f"The model {path} could not be loaded as a diffusers pipeline ({type(error).__name__}: {reason}); "
         "check that `DiffusionPipeline.from_pretrained` loads it from safetensors files."
     )
-
-
-def find_device(config: Config, replica: int = 0, rank: int = 0) -> torch.device:
-    """The device of a rank: GPUs in turn, each rank of a replica its own. Raises ``StartFailed`` without one."""
-    available = torch.cuda.is_available()
-    if config.device == "cuda" and not available:
-        raise StartFailed("--device cuda was asked for, but torch finds no CUDA device; use --device cpu or auto.")
-    if not available or config.device == "cpu":
-        return torch.device("cpu")
-    if is_in_bad_fork():
-        raise StartFailed("CUDA was opened before this worker was forked, and cannot be used in it; add --no-nursery.")
-    if config.tp > torch.cuda.device_count():
-        raise StartFailed(f"--tp {config.tp} needs a GPU for each rank, and there are {torch.cuda.device_count()}.")
-    return torch.device("cuda", (replica * config.tp + rank) % torch.cuda.device_count())
-
-
-def use_device(device: torch.device) -> None:
-    """Make ``device`` the calling thread's own: kernels that are not torch's operators run on no other."""
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-
-
-def _dtype(config: Config, device: torch.device, stored: Callable[[], str | None]) -> torch.dtype:
-    if config.dtype != "auto":
-        found: torch.dtype = getattr(torch, config.dtype)
-        return found
-    if device.type == "cuda" or (_multiplies_bfloat16() and stored() == "BF16"):
-        return torch.bfloat16
-    return torch.float32
-
-
-def _multiplies_bfloat16() -> bool:
-    """Whether this CPU has instructions for products of bfloat16 numbers (AVX-512 BF16, AMX, or Arm's)."""
-    capabilities = torch.cpu.get_capabilities()
-    return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
-
-
-def stored_dtype(directory: Path, variant: str | None = None) -> str | None:
-    """The dtype, as safetensors names it, of most parameters in the denoiser's first file; ``None`` without a file.
-
-    Of a checkpoint with variants ("…model.fp16.safetensors") that is the file that is loaded.
-    """
-    for name, component in components(directory, variant).items():
-        if name in DENOISERS and component.is_model and (files := component.files):
-            return _most_common_dtype(files[:1])
-    return None
-
-
-def _most_common_dtype(files: Sequence[Path]) -> str:
-    sizes = Counter[str]()
-    with WeightFiles(files) as opened:
-        for name in opened:
-            sizes[opened[name].get_dtype()] += math.prod(opened[name].get_shape())
-    return sizes.most_common(1)[0][0]
-
-
-def _forget_caches(pipeline: DiffusionPipeline) -> None:
-    """Language models as text encoders return a key-value cache that no pipeline reads; leave it out.
-
-    It is large, cannot be cut into rows, and does not change the other outputs.
-    """
-    for component in pipeline.components.values():
-        if isinstance(component, PreTrainedModel):
-            forget_cache(component)
-
-
-def forget_cache(model: PreTrainedModel) -> None:
-    """Have ``model`` return no key-value cache."""
-    for config in (model.config, model.config.get_text_config()):
-        if getattr(config, "use_cache", False) and not getattr(config, "is_encoder_decoder", False):
-            config.use_cache = False
-
-
-def _parameters(pipeline: DiffusionPipeline) -> Iterator[nn.Parameter]:
-    for module in modules(pipeline).values():
-        yield from module.parameters()
-
-
-def modules(pipeline: DiffusionPipeline) -> dict[str, nn.Module]:
-    """The pipeline's components that are modules, by name."""
-    return {name: part for name, part in pipeline.components.items() if isinstance(part, nn.Module)}
-
-
-def count_parameters(module: nn.Module, layout: Layout | None) -> int:
-    """Of all ranks together: of what is divided among them, a rank has only its part."""
-    whole = Counter[str]()
-    for entry in layout or ():
-        whole[entry.tensor] += math.prod(entry.shape)
-    return sum(whole.get(name) or one.numel() for name, one in module.named_parameters())

@@ -1,39 +1,31 @@
-"""What a model does and how, found out at load by doing it: from a prompt alone, and from an image."""
+"""The self-test at load: runs small requests to find out a model's tasks, and how requests may share forwards."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
 
 from diffusers import DiffusionPipeline
 
 from ..protocol.config import Config
 from ..protocol.errors import StartFailed
-from ..protocol.replicas import Batching, BatchingMode
+from ..protocol.replicas import Batching
 from ..protocol.self_test import SelfTestResult, TaskResult
 from .crossing.changes import untraced
 from .forward.recovery import Agree
 from .image_variants import IncompatibleComponents, image_variants, needs_image, share_components
-from .model import Model, modules
+from .model import Model
+from .modules import modules
 from .pipeline_task import PipelineTask, new_task
-from .probe import DoesNotRun, Trial, Verdict
+from .probe import BatchingDecision, BatchingProbe, DoesNotRun
 
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
-class Found:
-    """The batcher's mode, which leaves each task its own; ``unmergeable`` are calls that must run alone, and why."""
-
-    mode: BatchingMode
-    unmergeable: dict[str, str]
-
-
 class SelfTest:
-    """Runs small requests on ``model``, and sets what it does.
+    """Runs small requests on ``model``, and sets the model's tasks accordingly.
 
-    ``report`` hears of each stage; ``agree`` is that of the batcher, for forwards that fail on several ranks.
+    ``report`` receives the name of each stage; ``agree`` is the batcher's, for forwards that fail on several ranks.
     """
 
     def __init__(
@@ -49,74 +41,72 @@ class SelfTest:
         self._agree = agree
         self._no_text = ""
 
-    def run(self) -> Found:
-        """Raises ``StartFailed`` when the pipeline does not run at all."""
-        components = modules(self._model.pipeline).values()
-        with untraced(components):
-            text = self._text()
-        with untraced(components):
-            image = self._image()
-        verdicts = [verdict for verdict in (text, image) if verdict is not None]
-        if not verdicts:
-            raise StartFailed(
-                f"The pipeline {type(self._model.pipeline).__name__} was loaded but makes nothing from a prompt "
-                f"({self._no_text}), and nothing from an image ({self._model.no_image})."
-            )
-        return _together(verdicts)
-
-    def result(self, found: Found) -> SelfTestResult:
-        """What :meth:`run` has found out, for :meth:`recall`."""
+    def run(self) -> SelfTestResult:
+        """Test both tasks. Raises ``StartFailed`` when the pipeline runs neither."""
         model = self._model
+        components = modules(model.pipeline).values()
+        with untraced(components):
+            text = self._test_text()
+        with untraced(components):
+            image = self._test_image()
+        decisions = [decision for decision in (text, image) if decision is not None]
+        if not decisions:
+            raise StartFailed(
+                f"The pipeline {type(model.pipeline).__name__} was loaded but makes nothing from a prompt "
+                f"({self._no_text}), and nothing from an image ({model.no_image})."
+            )
+        modes = {decision.mode for decision in decisions}
         return SelfTestResult(
-            mode=found.mode,
-            unmergeable=found.unmergeable,
+            # the batcher merges if one task's calls may be merged; requests of the other task keep themselves apart
+            mode=next(mode for mode in ("merged", "interleaved", "serial") if mode in modes),
+            unmergeable={name: why for decision in decisions for name, why in decision.unmergeable.items()},
             text=_task_result(model.text),
             image=_task_result(model.image),
             no_image=model.no_image,
         )
 
-    def recall(self, result: SelfTestResult) -> Found:
-        """Set what another replica of the same server has found out, after one request that shows that the model runs.
+    def apply(self, result: SelfTestResult) -> None:
+        """Set the tasks to an earlier ``result`` for the same model, after one request that proves that it runs.
 
-        Raises ``StartFailed`` when it does not.
+        Raises ``StartFailed`` when it does not run.
         """
         model = self._model
         if result.image is not None:
-            cls = next(cls for cls in image_variants(type(model.pipeline)) if cls.__name__ == result.image.pipeline)
+            classes = image_variants(type(model.pipeline))
+            cls = next(cls for cls in classes if cls.__name__ == result.image.pipeline)
             model.image = new_task(share_components(cls, model.pipeline), self._config, model.model_defaults.defaults)
-            _recall(model.image, result.image)
+            _apply(result.image, model.image)
         if result.text is not None:
             assert model.text is not None
-            _recall(model.text, result.text)
+            _apply(result.text, model.text)
         else:
             model.text = None
         model.no_image = result.no_image
         try:
             with untraced(modules(model.pipeline).values()):
-                self._trial(images=model.text is None).run_once()
+                self._new_probe(images=model.text is None).run_once()
         except DoesNotRun as error:
             raise StartFailed(
                 f"The pipeline {type(model.pipeline).__name__} ran before and does not now ({error})."
             ) from None
-        return Found(result.mode, result.unmergeable)
 
-    def _trial(self, *, images: bool) -> Trial:
-        return Trial(self._model, self._config, self._report, self._agree, images=images)
+    def _new_probe(self, *, images: bool) -> BatchingProbe:
+        return BatchingProbe(self._model, self._config, self._report, self._agree, images=images)
 
-    def _text(self) -> Verdict | None:
+    def _test_text(self) -> BatchingDecision | None:
         assert self._model.text is not None
         try:
             if needs_image(type(self._model.pipeline)):
                 raise DoesNotRun("it needs an image")
-            verdict = self._trial(images=False).judge()
+            decision = self._new_probe(images=False).probe()
         except DoesNotRun as error:
             self._no_text = str(error)
             self._model.text = None
             return None
-        self._model.text.batching = Batching(verdict.mode, verdict.reason)
-        return verdict
+        self._model.text.batching = Batching(decision.mode, decision.reason)
+        return decision
 
-    def _image(self) -> Verdict | None:
+    def _test_image(self) -> BatchingDecision | None:
         self._model.no_image = "diffusers has no pipeline for images on its components"
         for cls in image_variants(type(self._model.pipeline)):
             try:
@@ -129,14 +119,14 @@ class SelfTest:
             log.info("%s", self._model.no_image)
         return None
 
-    def _try_images(self, pipeline: DiffusionPipeline) -> Verdict:
-        """Raises ``DoesNotRun``."""
+    def _try_images(self, pipeline: DiffusionPipeline) -> BatchingDecision:
+        """Probe ``pipeline`` as the image task. Raises ``DoesNotRun``."""
         self._model.image = image = new_task(pipeline, self._config, self._model.model_defaults.defaults, images=True)
-        trial = self._trial(images=True)
-        verdict = trial.judge()
-        image.several_images = len(image.image_arguments) == 1 and trial.takes_several_images()
-        image.batching = Batching(verdict.mode, verdict.reason)
-        return verdict
+        probe = self._new_probe(images=True)
+        decision = probe.probe()
+        image.several_images = len(image.image_arguments) == 1 and probe.takes_several_images()
+        image.batching = Batching(decision.mode, decision.reason)
+        return decision
 
 
 def _task_result(task: PipelineTask | None) -> TaskResult | None:
@@ -153,19 +143,10 @@ def _task_result(task: PipelineTask | None) -> TaskResult | None:
     )
 
 
-def _recall(task: PipelineTask, result: TaskResult) -> None:
+def _apply(result: TaskResult, task: PipelineTask) -> None:
     task.require(result.required)
-    task.output_type, task.several_images = result.output_type, result.several_images
-    task.supports_preview, task.batching, task.tried_size = (
-        result.supports_preview,
-        result.batching,
-        dict(result.tried_size),
-    )
-
-
-def _together(verdicts: list[Verdict]) -> Found:
-    """The batcher merges if any task's calls can be; requests of the others keep out of it by themselves."""
-    modes = {verdict.mode for verdict in verdicts}
-    mode = next(mode for mode in ("merged", "interleaved", "serial") if mode in modes)
-    unmergeable = {name: why for verdict in verdicts for name, why in verdict.unmergeable.items()}
-    return Found(mode, unmergeable)
+    task.output_type = result.output_type
+    task.several_images = result.several_images
+    task.supports_preview = result.supports_preview
+    task.batching = result.batching
+    task.tried_size = dict(result.tried_size)

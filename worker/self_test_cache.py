@@ -1,4 +1,4 @@
-"""Results of self-tests, kept on disk for later starts of the same model with the same software and hardware."""
+"""Self-test results on disk, for later starts of the same model with the same software and hardware."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ log = logging.getLogger(__name__)
 
 _LIBRARIES = ("torch", "diffusers", "transformers")
 _OPTIONS = ("batching", "max_batch", "max_batch_tokens", "tp", "fuse_projections", "variant")
-"""The options that the self-test's result depends on, beside the model's files, its dtype and its device."""
+"""Options that the result depends on, besides the model's files, dtype and device."""
 
 
 class SelfTestCache:
-    """The result that belongs to ``model`` as this software loads it; every rank reads what rank 0 does.
+    """The cached result for ``model`` as this software loads it; rank 0 reads it and broadcasts it to the other ranks.
 
-    Only a result that lets requests share forwards is kept: any other may have had a reason that passes, such as a
-    device without memory, so that the next start finds out anew.
+    Only results that allow merged forwards are cached. Another result may have a transient cause, such as a lack of
+    device memory, so the next start tests again.
     """
 
     def __init__(self, model: Model, config: Config, ranks: Ranks) -> None:
@@ -39,15 +39,15 @@ class SelfTestCache:
         self._ranks = ranks
 
     def read(self) -> SelfTestResult | None:
-        """``None`` where nothing is kept, or what is kept cannot be read."""
-        kept = self._ranks.exchange(self._kept() if self._ranks.rank == 0 else b"")[0]
-        if not kept:
+        """The cached result; ``None`` if there is none or it cannot be read."""
+        content = self._ranks.exchange(self._read_file() if self._ranks.rank == 0 else b"")[0]
+        if not content:
             return None
         log.info("the self-test's result comes from %s", self._file)
-        return msgspec.json.decode(kept, type=SelfTestResult)
+        return msgspec.json.decode(content, type=SelfTestResult)
 
-    def keep(self, result: SelfTestResult) -> None:
-        """Of one rank. The file appears whole or not at all; a directory that cannot be written to is said once."""
+    def write(self, result: SelfTestResult) -> None:
+        """Write the file atomically, on one rank. An unwritable directory is logged and otherwise ignored."""
         if result.mode != "merged":
             return
         new = self._file.with_suffix(f".{secrets.token_hex(8)}")
@@ -56,20 +56,20 @@ class SelfTestCache:
             new.write_bytes(msgspec.json.encode(result))
             new.replace(self._file)
         except OSError as error:
-            log.info("the self-test's result cannot be kept for later starts: %s", error)
+            log.info("the self-test's result cannot be saved for later starts: %s", error)
 
-    def forget(self) -> None:
-        """Remove what has turned out not to hold any more."""
+    def remove(self) -> None:
+        """Delete a result that proved to be wrong."""
         with contextlib.suppress(OSError):
             self._file.unlink()
 
-    def _kept(self) -> bytes:
+    def _read_file(self) -> bytes:
         try:
-            kept = self._file.read_bytes()
-            msgspec.json.decode(kept, type=SelfTestResult)
-        except (OSError, msgspec.DecodeError):  # none, or of another version of this very file
+            content = self._file.read_bytes()
+            msgspec.json.decode(content, type=SelfTestResult)
+        except (OSError, msgspec.DecodeError):  # no file, or one with another version's fields
             return b""
-        return kept
+        return content
 
 
 def _directory() -> Path:
@@ -78,7 +78,7 @@ def _directory() -> Path:
 
 
 def _key(model: Model, config: Config) -> str:
-    """Digest of whatever the result depends on."""
+    """Digest of everything that the result depends on."""
     digest = hashlib.sha256()
     for part in (*_software(), *_hardware(model.device), *_files(model), str(model.dtype)):
         digest.update(f"{part}\n".encode())
@@ -88,7 +88,7 @@ def _key(model: Model, config: Config) -> str:
 
 
 def _software() -> Iterator[str]:
-    """The libraries' versions, and Safelight's own sources of workers, which developers change."""
+    """Versions of the libraries, and digests of the worker's own sources, which developers change."""
     for library in _LIBRARIES:
         yield f"{library}={importlib.metadata.version(library)}"
     yield f"python={platform.python_version()}"
@@ -103,14 +103,14 @@ def _hardware(device: torch.device) -> Iterator[str]:
 
 
 def _files(model: Model) -> Iterator[str]:
-    """Size and time of every file of the checkpoint, wherever it lies: what an edit changes, and a copy keeps."""
+    """Size and modification time of every checkpoint file; an edit changes them, a copy to another path keeps them."""
     loaded = Path(model.path)
-    if loaded.is_file():  # a single file; the directory is its base's
+    if loaded.is_file():  # a single file; the directory is its base pipeline's
         yield _stat(loaded, loaded.name)
     for file in sorted(path for path in model.directory.rglob("*") if path.is_file()):
         yield _stat(file, str(file.relative_to(model.directory)))
 
 
 def _stat(file: Path, name: str) -> str:
-    found = file.stat()
-    return f"{name} {found.st_size} {found.st_mtime_ns}"
+    status = file.stat()
+    return f"{name} {status.st_size} {status.st_mtime_ns}"

@@ -14,10 +14,11 @@ from diffusers import DiffusionPipeline
 from safelight.protocol.config import Config
 from safelight.protocol.errors import StartFailed
 from safelight.protocol.generation import Generate
+from safelight.protocol.self_test import SelfTestResult
 from safelight.worker.model import Model, load_model
 from safelight.worker.pipeline_task import PipelineTask
 from safelight.worker.sample import SampleRun
-from safelight.worker.self_test import Found, SelfTest
+from safelight.worker.self_test import SelfTest
 
 from .asking import PROMPTS, directly, request
 from .build import build
@@ -46,7 +47,7 @@ class Examination:
         plain = DiffusionPipeline.from_pretrained(self._config.model)
         plain.set_progress_bar_config(disable=True)
         plain_error = self._run_plainly(plain)
-        found = self._tested(model, plain_error)
+        self_test = self._tested(model, plain_error)
         task = self._task(model)
         requests = [request(task, self._row.pipeline, index) for index in range(len(PROMPTS))]
         self._enter("diffusers")
@@ -56,7 +57,7 @@ class Examination:
         self._enter("serve")
         self._row.mode = task.batching.mode
         self._row.reason = task.batching.reason
-        self._serve(Service(model, found, self._config), requests, expected)
+        self._serve(Service(model, self_test, self._config), requests, expected)
         self._enter("done")
         self._row.parallel = parallel(plain, self._config.model, _arguments(model, requests[0]), expected[0])
 
@@ -75,7 +76,7 @@ class Examination:
             self._plain_s = time.perf_counter() - started
         return None
 
-    def _tested(self, model: Model, plain_error: Exception | None) -> Found:
+    def _tested(self, model: Model, plain_error: Exception | None) -> SelfTestResult:
         """The self-test's findings. Where it finds nothing, plain diffusers has shown whose fault that is."""
         self._enter("serve")
         try:

@@ -10,11 +10,11 @@ from safetensors.torch import load
 from safelight.protocol.config import Config
 from safelight.protocol.generation import Failed, Generate, Result
 from safelight.protocol.messages import FromWorker
+from safelight.protocol.self_test import SelfTestResult
 from safelight.worker.batcher import Batcher
 from safelight.worker.forward.runner import Counters
 from safelight.worker.jobs import Jobs
 from safelight.worker.model import Model
-from safelight.worker.self_test import Found
 
 
 class RequestFailed(Exception):
@@ -22,11 +22,11 @@ class RequestFailed(Exception):
 
 
 class Service:
-    """Answers requests for ``model`` in the way that the self-test ``found``."""
+    """Answers requests for ``model`` in the mode of ``self_test``."""
 
-    def __init__(self, model: Model, found: Found, config: Config) -> None:
-        self.batcher = Batcher(max_batch=config.max_batch, max_tokens=config.max_batch_tokens, mode=found.mode)
-        self.batcher.policy.unmergeable.update(found.unmergeable)
+    def __init__(self, model: Model, self_test: SelfTestResult, config: Config) -> None:
+        self.batcher = Batcher(max_batch=config.max_batch, max_tokens=config.max_batch_tokens, mode=self_test.mode)
+        self.batcher.policy.unmergeable.update(self_test.unmergeable)
         self._sent: list[FromWorker] = []
         self._jobs = Jobs(model, self.batcher, self._sent.append)
 

@@ -15,7 +15,7 @@ from safelight.protocol.generation import Cancel, Failed, Generate, Result
 from safelight.protocol.messages import FromWorker
 from safelight.tests.worker.failing import COMPONENT, Bounded
 from safelight.tests.worker.test_jobs import generate
-from safelight.worker import jobs
+from safelight.worker import encoding_threads
 from safelight.worker.batcher import Batcher
 from safelight.worker.crossing.call import Call, cross
 from safelight.worker.crossing.coroutine import Coroutine
@@ -39,7 +39,7 @@ def fails_on_the_leader_alone(ranks: Ranks, checkpoint: str, meeting_place: str)
     sent, context = list[FromWorker](), zmq.Context()
     team = team_of(ranks, context, meeting_place)
     batcher = Batcher(max_batch=1, max_tokens=10**6, agree=ranks.agree, meet=team.meet)  # so that one ends first
-    served = Jobs(model, batcher, sent.append, leads=ranks.rank == 0)
+    served = Jobs(model, batcher, sent.append, is_primary=ranks.rank == 0)
 
     def take(turn: Turn) -> None:
         for request_id in turn.dropped:
@@ -60,7 +60,7 @@ def fails_on_the_leader_alone(ranks: Ranks, checkpoint: str, meeting_place: str)
 
 
 def _lead(team: Leader, served: Jobs, batcher: Batcher, take: Callable[[Turn], None]) -> None:
-    widened, left = jobs._widened, 1
+    widened, left = encoding_threads._widened, 1
 
     def short_once(pixels: torch.Tensor) -> torch.Tensor:
         nonlocal left
@@ -69,7 +69,7 @@ def _lead(team: Leader, served: Jobs, batcher: Batcher, take: Callable[[Turn], N
             raise torch.OutOfMemoryError
         return widened(pixels)
 
-    jobs._widened = short_once
+    encoding_threads._widened = short_once
     messages: list[Generate | Cancel] = [generate("short", outputs=3), generate("other", num_inference_steps=9)]
     while messages or batcher.busy or served.stats().running:
         turn = Turn([*messages], served.collect())

@@ -51,12 +51,12 @@ def moved(model: Model, directory: Path) -> Model:
 
 
 def test_what_was_found_holds_for_another_copy_of_the_files(model: Model, tmp_path: Path) -> None:
-    cache(model).keep(MERGED)
+    cache(model).write(MERGED)
     assert cache(moved(model, tmp_path)).read() == MERGED
 
 
 def test_other_files_dtypes_or_options_are_tested_anew(model: Model, tmp_path: Path) -> None:
-    cache(model).keep(MERGED)
+    cache(model).write(MERGED)
     assert cache(model, port=1, max_queue=3).read() == MERGED, "these change nothing that the self-test sees"
     assert cache(model, max_batch=2).read() is None
     assert cache(model, fuse_projections=True).read() is None
@@ -68,26 +68,26 @@ def test_other_files_dtypes_or_options_are_tested_anew(model: Model, tmp_path: P
 
 
 def test_a_result_that_a_passing_fault_may_have_made_is_not_kept(model: Model, directory: Path) -> None:
-    cache(model).keep(msgspec.structs.replace(MERGED, mode="serial"))
+    cache(model).write(msgspec.structs.replace(MERGED, mode="serial"))
     assert cache(model).read() is None
     assert not directory.exists()
 
 
 def test_what_cannot_be_read_or_does_not_hold_is_found_out_anew(model: Model, directory: Path) -> None:
     kept = cache(model)
-    kept.keep(MERGED)
+    kept.write(MERGED)
     (file,) = directory.iterdir()
     for content in (b"{", b'{"mode": "merged"}', b'"merged"'):
         file.write_bytes(content)
         assert kept.read() is None
-    kept.keep(MERGED)
-    kept.forget()
+    kept.write(MERGED)
+    kept.remove()
     assert kept.read() is None
 
 
 def test_a_cache_that_cannot_be_written_to_stops_no_start(model: Model, directory: Path) -> None:
     directory.parent.mkdir(parents=True)
     directory.write_text("not a directory")
-    cache(model).keep(MERGED)
-    cache(model).forget()
+    cache(model).write(MERGED)
+    cache(model).remove()
     assert cache(model).read() is None

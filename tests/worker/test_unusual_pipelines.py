@@ -23,7 +23,8 @@ from safelight.worker.batcher import Batcher
 from safelight.worker.crossing.call import Call, cross
 from safelight.worker.crossing.fork import Fork, schedulers
 from safelight.worker.first_call import variables_at_first_call
-from safelight.worker.model import Model, load_model, modules
+from safelight.worker.model import Model, load_model
+from safelight.worker.modules import modules
 from safelight.worker.sample import SampleRun, first_output
 from safelight.worker.self_test import SelfTest
 
@@ -85,10 +86,10 @@ def test_a_pipeline_that_does_not_run_without_an_optional_argument_requires_it(t
     with pytest.raises(TypeError, match="'NoneType' object is not iterable"):
         DiffusionPipeline.from_pretrained(config.model)("a star", width=32, height=32, num_frames=5)
     self_test = SelfTest(model, config)
-    result = self_test.result(self_test.run())
+    result = self_test.run()
     assert result.text is not None
     assert result.text.required == ["negative_prompt"]
-    SelfTest(again, config).recall(result)  # another replica, which runs one request with it
+    SelfTest(again, config).apply(result)  # as another replica does
     for one in (model, again):
         assert one.text is not None
         assert [name for name, argument in one.text.arguments.items() if argument.is_required] == ["negative_prompt"]

@@ -30,7 +30,7 @@ def _run(task: Task) -> int:
     import torch  # after the pipe to the launcher is watched
 
     from ...protocol.config import Config
-    from ..model import find_device
+    from ..device import find_device
     from ..parallel.ranks import RankLost, join, leave
     from .verification import verify
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..model import forget_cache
+from ..modules import disable_kv_cache
 from ..parallel.ranks import Ranks
 from ..weights.checkpoint.pipeline import load_pipeline
 
@@ -50,5 +50,5 @@ def exact(component: Component, dtype: torch.dtype, device: torch.device) -> nn.
 
 def _without_cache(module: nn.Module) -> nn.Module:
     if isinstance(module, PreTrainedModel):
-        forget_cache(module)
+        disable_kv_cache(module)
     return module
