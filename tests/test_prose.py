@@ -21,6 +21,7 @@ PLAIN = (
     "process",
     "rollout",
     "scheduler",
+    "worker/forward",
     "worker/operations",
     "worker/weights/checkpoint",
     "worker/weights/snapshot",

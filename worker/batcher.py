@@ -1,8 +1,8 @@
-"""The dynamic batcher: which calls of which coroutines meet in the next forward, and in which order.
+"""The dynamic batcher: chooses the calls of the next forward among those of all coroutines.
 
-Calls wait in the order in which they became ready. The first in line chooses the forward's kind, and every later one
-with the same signature joins it, up to the caps. A coroutine's next call goes to the end of the line, so that kinds
-take turns and none starves.
+Calls wait in the order in which they became ready. The first one decides the signature of the forward, and every later
+one with the same signature joins it, up to the caps. A coroutine's next call goes to the back of the queue, so that no
+signature starves.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ from .lora.bank import ActiveAdapters
 log = logging.getLogger(__name__)
 
 STARTS_PER_STEP = 2
-"""A start runs a coroutine up to its first call while everybody else waits, so few are done between two forwards.
+"""Coroutines started between two forwards: few, because a start runs up to the first call while all others wait.
 
-Where nobody waits, as many start as one forward takes: a group's samples then make all their steps together.
+If no call waits, as many start as one forward takes, so that a group's samples run all their steps together.
 """
 
 
 class Batcher:
-    """Runs coroutines. Everything happens in the caller's greenlet, in :meth:`step`."""
+    """Runs coroutines, in the caller's greenlet, in :meth:`step`."""
 
     def __init__(
         self,
@@ -57,15 +57,15 @@ class Batcher:
         agree: Agree = lambda _: None,
         meet: Callable[[int], None] = lambda _: None,
     ) -> None:
-        """``meet`` hears the :attr:`schedule_digest` of each forward before it is made, and may refuse it."""
+        """``meet`` receives the :attr:`schedule_digest` before each forward, and may raise to prevent it."""
         self.mode: BatchingMode = mode
         self.policy = MergePolicy(max_batch, max_tokens)
         self.runner = Runner(stages(cache, adapters, costs, at_rest, activity))
         self.recovery = Recovery(self.runner, self.policy, self._free_memory, agree)
         self.schedule_digest = 0
-        """Of which calls of which coroutines have met, in which order; equal on all ranks of a replica."""
+        """A running CRC of the forwards and their coroutines, equal on all ranks of a replica."""
         self.paused = False
-        """While it is, no coroutine goes on."""
+        """While true, no coroutine runs."""
         self._agree = agree
         self._meet = meet
         self._cache = cache
@@ -82,15 +82,15 @@ class Batcher:
         return not self.paused and bool(self._starting or self._waiting)
 
     def start(self, coroutine: Coroutine) -> None:
-        """Run ``coroutine`` from one of the next steps on."""
+        """Queue ``coroutine``; one of the next steps starts it."""
         self._started += 1
         coroutine.number = self._started
         self._starting.append(coroutine)
 
     def cancel(self, coroutine: Coroutine) -> None:
-        """End ``coroutine`` where it waits; it hears of it as :class:`Cancelled`. A finished one is left alone.
+        """Raise :class:`Cancelled` in ``coroutine`` where it waits; ignore a finished one.
 
-        One that is being served by the forward in hand ends when its turn to go on comes.
+        If the running forward serves the coroutine, it ends when the forward's answer is delivered.
         """
         if coroutine.finished or coroutine in self._cancelled:
             return
@@ -100,29 +100,29 @@ class Batcher:
             self._continue(coroutine, coroutine.throw(Cancelled()))
         waits = [pending.wait for pending in self._waiting if pending.coroutine is coroutine]
         if waits:
-            waits[0].abandoned = True  # also where the forward in hand makes another of its calls
+            waits[0].abandoned = True  # the running forward may serve another call of the same wait
             self._waiting = deque(pending for pending in self._waiting if pending.coroutine is not coroutine)
             self._continue(coroutine, coroutine.throw(Cancelled()))
 
     @contextmanager
     def aside(self) -> Iterator[None]:
-        """Around an operation: it finds the components without what requests in progress have changed in them."""
+        """Within this context, the components are without the changes of requests in progress (for operations)."""
         with ExitStack() as stack:
             for changes in {pending.call.changes for pending in self._waiting if pending.call.changes is not None}:
                 stack.enter_context(changes.aside())
             yield
 
     def forget_answers(self) -> None:
-        """Every answer that is kept was made by weights that may have changed."""
+        """Clear the prompt cache; required when weights may have changed."""
         if self._cache is not None:
             self._cache.clear()
 
     def step(self) -> None:
-        """Start a few coroutines, then make one forward and let those that it served run to their next call."""
+        """Start a few coroutines, then run one forward and resume the coroutines that it served."""
         if self.paused:
             return
         for _ in range(STARTS_PER_STEP if self._waiting else self.policy.max_batch):
-            # looked at anew each time: one that fails at once leaves its place to the next
+            # checked each time, because a coroutine that fails at once frees its place
             if not self._starting or not self._may_start(self._starting[0]):
                 break
             coroutine = self._starting.popleft()
@@ -137,13 +137,13 @@ class Batcher:
             self.recovery.run(forward, self._deliver)
 
     def _may_start(self, coroutine: Coroutine) -> bool:
-        """Those behind one that has to wait wait too, so that its time comes."""
+        """False while ``coroutine`` must wait, and so must all behind it: an exclusive one would starve otherwise."""
         if self.mode == "serial" or coroutine.exclusive:
             return not self._active
         return not any(active.exclusive for active in self._active)
 
     def _deliver(self, pending: Pending, outcome: Outcome) -> None:
-        """Let the call's coroutine go on, unless it waits for another one's answer too."""
+        """Resume the call's coroutine, unless it waits for further answers."""
         wait, coroutine = pending.wait, pending.coroutine
         wait.answers[pending.index] = outcome.value
         wait.error = wait.error or outcome.error
@@ -153,12 +153,12 @@ class Batcher:
         if coroutine in self._cancelled:
             calls = coroutine.throw(Cancelled())
         else:
-            answers, wait.answers = wait.answers, []  # the forward in hand must not hold what the pipeline lets go of
+            answers, wait.answers = wait.answers, []  # so that the pipeline's last reference frees an answer
             calls = coroutine.throw(wait.error) if wait.error else coroutine.resume(answers)
         self._continue(coroutine, calls)
 
     def _continue(self, coroutine: Coroutine, calls: Sequence[Call] | None) -> None:
-        """Put the coroutine's next calls into the line, if it made any."""
+        """Queue the coroutine's next ``calls``; ``None`` means that it has ended."""
         if calls is None:
             self._active.discard(coroutine)
             self._cancelled.discard(coroutine)
@@ -167,42 +167,43 @@ class Batcher:
         self._waiting.extend(self._examined(wait, index, call) for index, call in enumerate(calls))
 
     def _examined(self, wait: Wait, index: int, call: Call) -> Pending:
-        """The call with what decides its company. One that cannot be examined runs alone, and says so once."""
+        """Read the call's signature and prompt key. A call whose arguments cannot be read runs alone from now on."""
         pending = Pending(wait, index, call, wait.coroutine.state)
-        if call.around is not None:  # by what its own fork has changed, so that it is nobody else's call
+        if call.around is not None:  # it runs with its own fork's changes, so no other call can join it
             return pending
         try:
             if self.mode == "merged" and not wait.coroutine.alone and call.name not in self.policy.unmergeable:
                 pending.batchable = self._signatures.read(call)
             pending.prompt = prompt_key(call) if self._cache else None
-        except Exception as error:  # arguments of any kind come by here, and the loop serves everybody
+        except Exception as error:  # arguments are of any type, and the loop must go on for all other requests
             self._agree(f"reading the arguments of {call.name} has raised {type(error).__name__}")
             log.warning("the arguments of %s cannot be compared", call.name, exc_info=True)
             self.policy.never_merge(call.name, "its arguments cannot be compared")
         return pending
 
     def _next_forward(self) -> Forward:
-        """The first in line and all that may join it, taken out of the line."""
+        """Take the first waiting call, and all that may join it, out of the queue."""
         first = self._waiting.popleft()
-        kind, uses = self.policy.batchable(first), self._uses(first)
-        if kind is None or self._is_cached(first, uses):
-            return Forward([first], [uses])
-        turns, positions = self.policy.takes_turns(first.call.name), kind.positions
-        calls, adapters, prompts, left = [first], [uses], {prompt_of(first, uses)}, deque[Pending]()
-        most = self.policy.max_positions(first.call.name)
+        first_part, first_uses = self.policy.batchable(first), self._uses(first)
+        if first_part is None or self._is_cached(first, first_uses):
+            return Forward([first], [first_uses])
+        takes_turns, positions = self.policy.takes_turns(first.call.name), first_part.positions
+        calls, adapters, prompts, left = [first], [first_uses], {prompt_of(first, first_uses)}, deque[Pending]()
+        max_positions = self.policy.max_positions(first.call.name)
         for other in self._waiting:
             part = self.policy.batchable(other)
-            if part is None or part.signature != kind.signature or other.state != first.state:
+            if part is None or part.signature != first_part.signature or other.state != first.state:
                 left.append(other)
                 continue
-            its = self._uses(other)
-            prompt = prompt_of(other, its)
-            full = len(calls) == self.policy.max_batch or positions + part.positions > most
-            if full or (turns and its != uses) or (prompt is not None and prompt in prompts):
+            uses = self._uses(other)
+            prompt = prompt_of(other, uses)
+            full = len(calls) == self.policy.max_batch or positions + part.positions > max_positions
+            # one of two equal prompts waits for the other's cached answer
+            if full or (takes_turns and uses != first_uses) or (prompt is not None and prompt in prompts):
                 left.append(other)
                 continue
             calls.append(other)
-            adapters.append(its)
+            adapters.append(uses)
             positions += part.positions
             prompts.add(prompt)
         self._waiting = left
@@ -218,7 +219,7 @@ class Batcher:
         return self._adapters.uses(pending.call.component, pending.coroutine.wanted)
 
     def _free_memory(self) -> None:
-        """Give back what can be made again, after a forward did not fit."""
+        """Release caches after a forward ran out of memory."""
         if self._adapters is not None:
             self._adapters.forget_stacks()
         if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]

@@ -33,7 +33,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(slots=True, eq=False)
 class Encoded:
-    """What an encoding thread made for a job: an output, a preview (``None`` if it failed), or an error."""
+    """An encoding thread's result for a job: an output, a preview (``None`` if it failed), or an error."""
 
     job: Job
     index: int

@@ -29,7 +29,7 @@ from .steps import Step
 log = logging.getLogger(__name__)
 
 PROMPTS = ("a red circle", "two small blue squares and a star on a white table", "a red circle")
-"""Of two lengths, two of them equal: in some pipelines only texts of equal length meet."""
+"""Two are equal, one is longer: in some pipelines only texts of equal length meet."""
 
 _STEPS = (2, 3, 3)
 """Unequal, so that some requests still run after another one has ended and cleaned up after itself."""

@@ -35,7 +35,7 @@ log = logging.getLogger(__name__)
 
 
 class Replica:
-    """One rank's process; ``child`` says which rank of which replica it is."""
+    """One rank's process; ``child`` has its rank and replica numbers."""
 
     def __init__(self, child: ChildConfig) -> None:
         assert child.replica is not None

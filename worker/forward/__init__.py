@@ -1,1 +1,1 @@
-"""Where components are called: what may meet in one forward, how calls become one, and what stands around it."""
+"""Forwards: which calls may merge, how they are collated, and the stages around the component's call."""

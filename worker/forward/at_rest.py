@@ -1,8 +1,8 @@
-"""The components' attributes between forwards, put back when a forward fails halfway.
+"""The components' attributes between forwards, restored when a forward fails halfway.
 
-Some components keep things in themselves while they compute: causal convolutions of video autoencoders keep the last
-frames for the next ones, and forget them at the end. One that runs out of memory before its end would begin the next
-clip, or the same one in a smaller forward, with the frames of another.
+Some components keep state while they compute: the causal convolutions of video autoencoders keep the last frames for
+the next ones, and drop them at the end. One that runs out of memory halfway would begin the next clip, or a retry in a
+smaller forward, with stale frames.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from torch import nn
 from ..lora.layers import LORA
 
 _LEFT_ALONE = frozenset(vars(nn.Module())) | {LORA}
-"""Parameters, buffers, sub-modules, hooks and adapters, which a forward does not write to, and operations may."""
+"""Parameters, buffers, sub-modules, hooks and adapters: operations may write to them, forwards do not."""
 
 
 class AtRest:
-    """What every module of ``components`` holds now, while no forward is in progress. Tensors are referred to."""
+    """The attributes of every module of ``components``, taken while no forward runs. Holds references, no copies."""
 
     def __init__(self, components: Mapping[str, nn.Module]) -> None:
         self._kept = {
@@ -28,7 +28,7 @@ class AtRest:
         }
 
     def restore(self, component: str) -> None:
-        """Put the attributes of this component back as they were; one by an unknown name has none."""
+        """Restore the attributes of ``component``; an unknown name has none."""
         for attributes, before in self._kept.get(component, ()):
             for name in _own(attributes).keys() - before.keys():
                 del attributes[name]

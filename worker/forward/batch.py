@@ -1,4 +1,4 @@
-"""A forward: the calls that are answered by one call of a component."""
+"""A forward: one call of a component that answers the calls of several coroutines."""
 
 from __future__ import annotations
 
@@ -15,23 +15,22 @@ from .signature import Batchable
 
 @dataclass(slots=True, eq=False)
 class Wait:
-    """A coroutine that waits for ``answers``, of which ``missing`` are not there; one call may have failed."""
+    """A coroutine that waits for ``answers``; ``missing`` counts those to come, ``error`` is the first failure."""
 
     coroutine: Coroutine
     answers: list[Any]
     missing: int
     error: Exception | None = None
     abandoned: bool = False
-    """Nobody waits any more."""
+    """True when the coroutine was cancelled and the answers are no longer needed."""
 
 
 @dataclass(slots=True, eq=False)
 class Pending:
     """A call that a coroutine waits for, as answer ``index`` of ``wait``.
 
-    Without ``batchable`` it can only be made alone. A call with a ``prompt`` is a text encoder's; two with the same one
-    have the same answer. ``state`` are the settings of torch with which the call is made, where they are not the
-    batcher's.
+    A call without ``batchable`` runs alone. ``prompt`` is the cache key of a text encoder's call: equal keys have equal
+    answers. ``state`` holds torch's settings for the call if they differ from the batcher's.
     """
 
     wait: Wait
@@ -48,7 +47,7 @@ class Pending:
 
 @dataclass(slots=True)
 class Outcome:
-    """What a call returned or raised."""
+    """A call's return value or exception."""
 
     value: Any = None
     error: Exception | None = None
@@ -56,9 +55,9 @@ class Outcome:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Forward:
-    """Calls that are made as one; ``adapters`` are those of each.
+    """Calls that run as one; ``adapters`` has the active adapters of each.
 
-    A ``probe`` is made only to see the form of its output, and its numbers are nobody's answer.
+    A ``probe`` runs only to find out the structure of its output; its values are discarded.
     """
 
     calls: Sequence[Pending]
@@ -79,12 +78,12 @@ class Forward:
 
     @property
     def state(self) -> ThreadState | None:
-        """The settings of torch that all of its calls share."""
+        """Torch's settings, which all calls share."""
         return self.calls[0].state
 
     @property
     def parts(self) -> list[Batchable]:
-        """The arguments of each call. Only of a forward whose calls can all be batched."""
+        """The arguments of each call. Requires that every call is batchable."""
         found = [pending.batchable for pending in self.calls]
         assert None not in found, "calls that meet can be batched"
         return [part for part in found if part is not None]
@@ -101,14 +100,14 @@ class Forward:
         return [self.slice(0, half), self.slice(half, len(self.calls))]
 
     def single(self) -> list[Forward]:
-        """A forward for each call."""
+        """One forward per call."""
         return [self.slice(index, index + 1) for index in range(len(self.calls))]
 
     def probe_of_first(self) -> Forward:
         return Forward(self.calls[:1], self.adapters[:1], probe=True)
 
     def by_adapters(self) -> list[Forward]:
-        """A forward for each choice of adapters."""
+        """One forward per combination of adapters."""
         indices: dict[ActiveAdapters, list[int]] = {}
         for index, uses in enumerate(self.adapters):
             indices.setdefault(uses, []).append(index)

@@ -1,4 +1,4 @@
-"""Many calls into one forward, and its output back into one result for each."""
+"""Collates the arguments of several calls into one, and uncollates the output into one result per call."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from torch.utils import _pytree as pytree
 
 from .signature import Batchable, Role
 
-MOST_PARTS = 1000
-"""Parts of outputs whose elements are known to be rows, or not; then they are forgotten, and looked at again."""
+MAX_PARTS = 1000
+"""Parts for which ``RowParts`` remembers whether their elements are rows; it then clears them and learns them again."""
 
 Path = tuple[int, ...]
-"""Where a part of an output stands: which child of which child of the whole."""
+"""The position of a part in an output: the child's index at each level."""
 
 
 class NotDivisible(Exception):
-    """An output has a part that belongs to no row."""
+    """A part of an output belongs to no row."""
 
 
 def collate(parts: Sequence[Batchable]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The arguments of one call with the rows of all ``parts``, which have equal signatures."""
+    """The arguments of one call that has the rows of all ``parts``. Their signatures are equal."""
     columns = zip(*(part.leaves for part in parts), strict=True)
     leaves = [_join(list(column), role, parts) for column, role in zip(columns, parts[0].roles, strict=True)]
     args, kwargs = pytree.tree_unflatten(leaves, parts[0].spec)
@@ -32,21 +32,21 @@ def collate(parts: Sequence[Batchable]) -> tuple[tuple[Any, ...], dict[str, Any]
 
 
 class RowParts:
-    """Knows which parts of outputs (lists, tensors and arrays) have an element for each row.
+    """Remembers which parts of outputs (lists, tensors and arrays) have one element per row.
 
-    Such a part of a merged output is as long as there are rows, and so may be a part of anything else (a safety
-    checker's flags, a residual or a weight for each of as many levels). A call with fewer rows tells them apart: the
-    one part is shorter there, the other is not. A tensor of the same shape as the primary argument needs no such look.
+    In a merged output such a part (a safety checker's flags) is as long as there are rows, but another part (residuals
+    or weights of as many levels) may be as long by chance. A call with fewer rows tells the two apart: only the first
+    is shorter. A tensor with rows of the primary argument's shape needs no such call.
     """
 
     def __init__(self) -> None:
         self._known: dict[tuple[Hashable, Path], bool] = {}
 
     def uncollate(self, output: Any, parts: Sequence[Batchable], first_alone: Callable[[], Any]) -> list[Any]:
-        """``output`` of a merged call, cut into what each part's own call would have returned.
+        """Cut the ``output`` of a merged call into what each part's own call would have returned.
 
-        ``first_alone`` makes the first part's call by itself, where that has to be looked at. Raises
-        ``NotDivisible`` when a part of ``output`` has no row for each of the merged call's.
+        ``first_alone`` runs the first part's call alone; it is called when a list is ambiguous. Raises
+        ``NotDivisible`` when a part of ``output`` does not have one row per row of the call.
         """
         return _Cut(parts, self, first_alone).cut(output, ())
 
@@ -54,7 +54,7 @@ class RowParts:
         return self._known.get((form, path))
 
     def learn(self, form: Hashable, path: Path, has_rows: bool) -> None:
-        if len(self._known) == MOST_PARTS:
+        if len(self._known) == MAX_PARTS:
             self._known.clear()
         self._known[form, path] = has_rows
 
@@ -72,7 +72,7 @@ class _Cut:
         self._seen_alone: list[Any] = []
 
     def cut(self, node: Any, path: Path) -> list[Any]:
-        """``node``, which stands at ``path`` in the output, for each part."""
+        """The share of each part in ``node``, which is at ``path`` in the output."""
         if node is None:
             return [None for _ in self._rows]
         if isinstance(node, torch.Tensor | np.ndarray):
@@ -84,7 +84,7 @@ class _Cut:
             return [node[rows] for rows in self._rows]
         children, spec = _children(node)
         if spec.is_leaf():
-            raise NotDivisible(f"{node!r:.40} is no row's" if _is_plain(node) else f"a {type(node).__name__}")
+            raise NotDivisible(f"{node!r:.40} belongs to no row" if _is_plain(node) else f"a {type(node).__name__}")
         columns = [self.cut(child, (*path, index)) for index, child in enumerate(children)]
         return [
             pytree.tree_unflatten([column[number] for column in columns], spec) for number in range(len(self._rows))
@@ -98,11 +98,11 @@ class _Cut:
         return [array[rows] for rows in self._rows]
 
     def _is_like_primary(self, array: torch.Tensor | np.ndarray[Any, Any]) -> bool:
-        """Whether each element is as large as a row of the primary argument, as what denoisers return is."""
+        """True if each element has the shape of a row of the primary argument, as denoisers' outputs have."""
         return tuple(array.shape[1:]) == self._first.row_shape
 
     def _has_rows(self, merged: Any, path: Path) -> bool:
-        """Whether the elements of ``merged``, which are as many as the rows, are theirs."""
+        """True if the elements of ``merged``, which has as many as there are rows, are the rows' own."""
         known = self._known.knows(self._first.form, path)
         if known is not None:
             return known
@@ -117,7 +117,7 @@ class _Cut:
         return has_rows
 
     def _alone_at(self, path: Path) -> Any:
-        """What the first part's call alone returns at ``path``."""
+        """The part at ``path`` in the output of the first part's call, run alone."""
         if not self._seen_alone:
             self._seen_alone.append(self._first_alone())
         node = self._seen_alone[0]

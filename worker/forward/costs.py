@@ -1,4 +1,4 @@
-"""How long forwards take, by component and size of output, as the worker serves."""
+"""Measured durations of forwards, by component and output size."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ import torch
 from ...protocol.costs import Measured
 
 _WEIGHT = 0.3
-"""Of the newest measurement in the mean."""
+"""Weight of the newest measurement in the moving average."""
 
 _SIZES = 32
-"""Sizes of outputs that are remembered of each component; then the smallest goes."""
+"""Output sizes remembered per component; beyond them, the smallest is dropped."""
 
 _PENDING = 64
 
@@ -27,7 +27,7 @@ class _Mean:
     alone: bool
 
     def add(self, seconds: float, *, alone: bool) -> None:
-        """A forward of several calls bounds what one of them takes, and counts where none was measured alone."""
+        """Add a measurement. One of several merged calls is an upper bound, used until a call was measured alone."""
         if alone and not self.alone:
             self.seconds, self.alone = seconds, True
         elif alone == self.alone:
@@ -36,7 +36,7 @@ class _Mean:
 
 @dataclass(slots=True)
 class _Pending:
-    """A forward on a GPU, which may not have ended when its call returned."""
+    """A forward on a GPU, which may still run after its call returned."""
 
     name: str
     pixels: int
@@ -46,7 +46,7 @@ class _Pending:
 
 
 class Costs:
-    """Means of what was measured."""
+    """Moving averages of forwards' durations, in seconds."""
 
     def __init__(self, device: torch.device) -> None:
         self._on_gpu = device.type == "cuda"
@@ -54,7 +54,7 @@ class Costs:
         self._pending: deque[_Pending] = deque(maxlen=_PENDING)
 
     def measured(self) -> dict[str, list[Measured]]:
-        """By component, the smallest outputs first."""
+        """The averages per component, in ascending order of output size."""
         self._collect()
         return {
             name: [Measured(pixels, mean.seconds) for pixels, mean in sorted(means.items())]
@@ -63,9 +63,9 @@ class Costs:
 
     @contextlib.contextmanager
     def timed(self, name: str, pixels: int, *, alone: bool) -> Iterator[None]:
-        """Around a forward of calls for outputs of ``pixels``; one that raises is not measured.
+        """Measure a forward for outputs of ``pixels``, unless it raises.
 
-        Text encoders do not depend on the size of the output, nor does anything for which it is not known.
+        Text encoders, whose cost does not depend on the output's size, and outputs of unknown size are not measured.
         """
         if not pixels or name.startswith("text_encoder"):
             yield
@@ -82,7 +82,7 @@ class Costs:
             self._add(name, pixels, time.perf_counter() - began, alone=alone)
 
     def _collect(self) -> None:
-        """Take in those forwards that have ended, without waiting for any."""
+        """Add the measurements of finished forwards, without waiting for the others."""
         while self._pending and self._pending[0].ended.query():  # type: ignore[no-untyped-call]
             one = self._pending.popleft()
             self._add(one.name, one.pixels, one.began.elapsed_time(one.ended) / 1000, alone=one.alone)

@@ -1,4 +1,4 @@
-"""Which calls may meet: limits, and what experience has shown."""
+"""The merge policy: limits on merged forwards, and what failures have taught."""
 
 from __future__ import annotations
 
@@ -11,28 +11,28 @@ from .signature import Batchable
 log = logging.getLogger(__name__)
 
 MAX_SIGNATURES_APART = 1000
-"""Signatures that are remembered as failing when merged; then they are forgotten, and tried again."""
+"""Signatures remembered as failing when merged; when full, all are cleared and tried again."""
 
 FORWARDS_TO_RECOVER = 16
-"""Forwards at a lowered cap that have to fit into memory before twice as much is tried."""
+"""Forwards that must fit into memory at a lowered cap before the cap doubles."""
 
 
 class MergePolicy:
-    """``max_batch`` calls and ``max_tokens`` positions may meet in a forward, less where it did not work."""
+    """At most ``max_batch`` calls and ``max_tokens`` positions merge into a forward, fewer where that failed."""
 
     def __init__(self, max_batch: int, max_tokens: int) -> None:
         self.max_batch = max_batch
         self.max_tokens = max_tokens
         self.unmergeable: dict[str, str] = {}
-        """Calls that run alone, by name, and why."""
+        """The reason why calls run alone, by name."""
         self.caps: dict[str, int] = {}
-        """Positions that may meet in calls that have run out of memory, by name."""
+        """Lowered limits on positions, by name of the calls that ran out of memory."""
         self._fitted: dict[str, int] = {}
         self._apart: set[Hashable] = set()
         self._turns: set[str] = set()
 
     def batchable(self, pending: Pending) -> Batchable | None:
-        """What ``pending`` can be batched by; ``None`` if it has to run alone."""
+        """The arguments to batch ``pending`` by; ``None`` if it must run alone."""
         found = pending.batchable
         if found is None or pending.call.name in self.unmergeable or found.signature in self._apart:
             return None
@@ -46,29 +46,29 @@ class MergePolicy:
         self.unmergeable[name] = reason
 
     def keep_apart(self, signature: Hashable) -> None:
-        """Calls with just this signature failed when merged, and not alone."""
+        """Never merge calls of this signature again: they failed merged and succeeded alone."""
         if len(self._apart) == MAX_SIGNATURES_APART:
             self._apart.clear()
         self._apart.add(signature)
 
     def takes_turns(self, name: str) -> bool:
-        """Whether calls with different adapters cannot meet."""
+        """True if calls with different adapters cannot merge."""
         return name in self._turns
 
     def take_turns(self, name: str) -> None:
         self._turns.add(name)
 
     def adapters_changed(self) -> None:
-        """Calls with different ones may meet again where those that there were could not."""
+        """Let calls with different adapters merge again, as the new ones may be mixable."""
         self._turns.clear()
 
     def lower_cap(self, name: str, positions: int) -> None:
-        """A forward of ``positions`` did not fit into memory."""
+        """Halve the cap after a forward of ``positions`` ran out of memory."""
         self.caps[name] = max(1, positions // 2)
         self._fitted[name] = 0
 
     def fitted(self, name: str) -> None:
-        """A forward fitted: after some, the cap of its component rises again, as memory may be back."""
+        """Count a forward that fitted; after :data:`FORWARDS_TO_RECOVER` the cap doubles again."""
         if name not in self.caps:
             return
         self._fitted[name] += 1

@@ -1,4 +1,4 @@
-"""Text encoders' outputs, kept by their exact inputs, so that a repeated prompt is encoded once."""
+"""The prompt cache: text encoder outputs by exact input, so that a repeated prompt is encoded once."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ class _Entry:
 
 
 class PromptCache:
-    """Least-recently-used outputs of components named ``text_encoder…``, at most ``capacity`` bytes.
+    """An LRU cache of the outputs of components named ``text_encoder…``, at most ``capacity`` bytes.
 
-    An entry is *exact* when it comes from a forward of its own, bitwise what the component returns for this input. Who
-    asks for exact entries gets no others. Values are cloned on the way in and out, so that a pipeline may write to
-    what it was given.
+    An entry is *exact* if its forward was not merged: it is bitwise what the component returns for this input. A
+    lookup with ``exact`` ignores other entries. Values are cloned on the way in and out, because pipelines may write to
+    them.
     """
 
     def __init__(self, capacity: int) -> None:
@@ -37,19 +37,19 @@ class PromptCache:
         self._size = 0
 
     def holds(self, key: Hashable, *, exact: bool) -> bool:
-        """Whether :meth:`get` would find a value."""
+        """True if :meth:`get` would return a value."""
         entry = self._entries.get(key)
         return entry is not None and (entry.exact or not exact)
 
     def get(self, key: Hashable, *, exact: bool) -> Any | None:
-        """The output kept under ``key`` (of :func:`prompt_key`), or ``None``."""
+        """The output cached under ``key`` (made by :func:`prompt_key`), or ``None``."""
         if not self.holds(key, exact=exact):
             return None
         self._entries.move_to_end(key)
         return _cloned(self._entries[key].value)
 
     def put(self, key: Hashable, value: Any, *, exact: bool) -> None:
-        """Keep ``value``, unless it holds anything but tensors, an exact one is there, or it is larger than all."""
+        """Cache ``value``, unless it has leaves other than tensors, exceeds the capacity, or an exact entry exists."""
         leaves = pytree.tree_leaves(value)
         if key is None or not all(isinstance(leaf, torch.Tensor | None) for leaf in leaves):
             return
@@ -64,7 +64,7 @@ class PromptCache:
             self._drop(next(iter(self._entries)))
 
     def clear(self) -> None:
-        """Forget everything; needed whenever a text encoder's weights change."""
+        """Drop all entries; required whenever a text encoder's weights change."""
         self._entries.clear()
         self._size = 0
 
@@ -79,7 +79,7 @@ def _cloned(value: Any) -> Any:
 
 
 def prompt_key(call: Call) -> Hashable | None:
-    """A text encoder's name and the content of its arguments; ``None`` for calls that are not to be kept."""
+    """The cache key of a call: the text encoder's name and its arguments' contents; ``None`` if it is not cacheable."""
     if not call.component.startswith("text_encoder") or call.method not in ("__call__", "forward"):
         return None
     leaves, spec = pytree.tree_flatten((call.args, call.kwargs))
@@ -95,7 +95,7 @@ def prompt_key(call: Call) -> Hashable | None:
 
 
 def prompt_of(pending: Pending, uses: ActiveAdapters) -> Hashable | None:
-    """By what a text encoder's answer is known: its call, its adapters, and torch's settings."""
+    """The cache key of a pending call: its :func:`prompt_key`, adapters and torch settings."""
     if pending.prompt is None:
         return None
     return pending.prompt, tuple((adapter.number, strength) for adapter, strength in uses), pending.state

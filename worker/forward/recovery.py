@@ -1,6 +1,6 @@
-"""What happens when a forward fails: fewer calls at a time, down to one, whose failure is its request's.
+"""Recovery from failed forwards: retry with fewer calls, down to one, whose failure belongs to its request.
 
-A forward of several ranks fails on all of them or, as far as anybody goes on after it, on none.
+With several ranks, a rank retries only if the forward failed on all of them.
 """
 
 from __future__ import annotations
@@ -22,48 +22,47 @@ from .stages import DrawsRandomNumbers
 log = logging.getLogger(__name__)
 
 Deliver = Callable[[Pending, Outcome], None]
-"""Lets the coroutine of a call go on with its outcome."""
-
+"""Resumes the coroutine of a call with its outcome."""
 
 Agree = Callable[[str], None]
-"""Says to the other ranks of the replica how this one has failed, and returns when all have failed alike.
+"""Reports this rank's failure to the replica's other ranks, and returns when all have failed in the same way.
 
-Otherwise it ends the replica (with :class:`..parallel.ranks.RankLost`): smaller forwards on this rank would meet the
-failed one's collectives on the others.
+Otherwise it raises :class:`..parallel.ranks.RankLost`, which ends the replica: smaller forwards on this rank would run
+into the collectives in which the other ranks still wait.
 """
 
 
 class Recovery:
-    """Makes forwards by ``runner``, and teaches ``policy`` by those that fail. ``free`` gives caches back.
+    """Runs forwards by ``runner``, and updates ``policy`` after failures.
 
-    What it does after a failure, ``agree`` has to allow; of forwards that succeed, it hears nothing.
+    ``free`` releases cached memory. ``agree`` is called after each failure, and never after a success.
     """
 
     def __init__(self, runner: Runner, policy: MergePolicy, free: Callable[[], None], agree: Agree) -> None:
         self.merged_names: set[str] = set()
-        """Calls that have met in a forward, by name."""
+        """Names of calls that were merged."""
         self._runner = runner
         self._policy = policy
         self._free = free
         self._agree = agree
 
     def run(self, forward: Forward, deliver: Deliver) -> bool:
-        """Deliver what each call returned or raised, as soon as that is known. Returns whether all did well.
+        """Run ``forward`` and deliver each call's outcome as soon as it is known. Returns true if all succeeded.
 
-        A smaller forward begins when the answers of the one before are delivered, so that no more is held at once.
+        The answers of a smaller forward are delivered before the next one begins, so that fewer are in memory.
         """
         if not forward.merged:
             return self._alone(forward, deliver)
-        if forward.positions > self._policy.max_positions(forward.name):  # known since it was put together
+        if forward.positions > self._policy.max_positions(forward.name):  # the cap fell after the calls were chosen
             return self._each(forward.halves(), deliver)
         smaller, suspect = list[Forward](), False
         try:
             answers = self._answers(forward)
         except (torch.OutOfMemoryError, CannotMix, NotDivisible, DrawsRandomNumbers) as reason:
             smaller = self._learn(forward, reason)
-        except torch.AcceleratorError:  # the device is broken for this process, and no request's fault
+        except torch.AcceleratorError:  # the device no longer works in this process, whatever the request
             raise
-        except Exception:  # one of the calls: alone, each shows which
+        except Exception:  # run alone, each call shows whether it is the cause
             number = len(forward.calls)
             log.warning("a forward of %d calls to %s failed; they run one by one", number, forward.name, exc_info=True)
             smaller, suspect = forward.single(), True
@@ -86,7 +85,7 @@ class Recovery:
             outcome = Outcome(error=error)
         except torch.AcceleratorError:
             raise
-        except Exception as error:  # noqa: BLE001  # goes to the coroutine that made the call
+        except Exception as error:  # noqa: BLE001  # raised in the coroutine that made the call
             outcome = Outcome(error=error)
         else:
             self._policy.fitted(forward.name)
@@ -95,10 +94,10 @@ class Recovery:
         return outcome.error is None
 
     def _answers(self, forward: Forward) -> list[Any]:
-        """Raises what the forward has raised on every rank, and holds none of its tensors."""
+        """Run ``forward``. Raises its exception if every rank has failed, with the frames' tensors released."""
         try:
             return self._runner.answers(forward)
-        except torch.AcceleratorError:  # the end of this process, which the others see by themselves
+        except torch.AcceleratorError:  # this process exits, which the other ranks notice
             raise
         except Exception as error:
             traceback.clear_frames(error.__traceback__)
@@ -107,13 +106,13 @@ class Recovery:
             raise
 
     def _learn(self, forward: Forward, reason: Exception) -> list[Forward]:
-        """The smaller forwards to make instead, and what is remembered for later ones."""
+        """Update the policy, and return the smaller forwards to run instead."""
         name, policy = forward.name, self._policy
         match reason:
             case torch.OutOfMemoryError():
                 self._free()
                 policy.lower_cap(name, forward.positions)
-                log.warning("%d calls to %s are too many for the memory; halves are tried", len(forward.calls), name)
+                log.warning("%d calls to %s ran out of memory; retrying in halves", len(forward.calls), name)
                 return forward.halves()
             case CannotMix():
                 log.info("requests with different adapters take turns in %s: %s", name, reason)
@@ -122,7 +121,7 @@ class Recovery:
             case NotDivisible():
                 policy.never_merge(name, f"its output cannot be divided: {reason}")
             case _:
-                policy.never_merge(name, "it draws random numbers, which are each request's own")
+                policy.never_merge(name, "it draws random numbers, which belong to a request")
         return forward.single()
 
     def _each(self, smaller: list[Forward], deliver: Deliver) -> bool:

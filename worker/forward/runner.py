@@ -1,4 +1,4 @@
-"""The one place where a component is called."""
+"""The runner: the one place where a component is called."""
 
 from __future__ import annotations
 
@@ -11,28 +11,28 @@ from .collate import RowParts, collate
 
 
 class Stage(Protocol):
-    """Something that stands around a component's call.
+    """A wrapper around a component's call.
 
-    It returns the answers of the forward's calls, in their order: those of ``proceed()``, which makes the forward, or
-    its own. Stages may stand within each other, as a merged forward may need a probe.
+    It returns the answers of the forward's calls, in their order: those of ``proceed()``, which runs the forward, or
+    its own. Stages must be reentrant: a merged forward may run a probe.
     """
 
     name: str
-    """As ``/server_info`` shows it."""
+    """Shown by ``/server_info``."""
 
     def __call__(self, forward: Forward, proceed: Callable[[], list[Any]]) -> list[Any]: ...
 
 
 @dataclass(slots=True)
 class Counters:
-    """Since the start: component calls answered, and forwards that it took."""
+    """Component calls answered since the start, and the forwards run for them."""
 
     calls: int = 0
     forwards: int = 0
 
 
 class Runner:
-    """Makes forwards, through ``stages`` from the first to the last."""
+    """Runs forwards through ``stages``, the first one outermost."""
 
     def __init__(self, stages: Sequence[Stage]) -> None:
         self.stages = stages
@@ -40,7 +40,7 @@ class Runner:
         self._row_parts = RowParts()
 
     def answers(self, forward: Forward) -> list[Any]:
-        """What each of the forward's calls returns. Raises what the component, a stage or the collation raises."""
+        """Run ``forward`` and return one answer per call. Raises any exception of the component, a stage or collate."""
         return self._enter(0, forward)
 
     def _enter(self, depth: int, forward: Forward) -> list[Any]:

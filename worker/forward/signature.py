@@ -1,12 +1,12 @@
-"""The batch signature of a call: what must be equal for two calls to meet in one forward.
+"""The batch signature of a call: two calls may merge into one forward if theirs are equal.
 
 Every leaf of a call's arguments either has a row per sample or is shared by all rows.
 
-The *primary* argument is the first that is a tensor with dimensions or a list of tensors; its first dimension (or its
-length) is the number of rows. Every other leaf then plays one of four roles:
+The *primary* argument is the first one that is a tensor with dimensions or a list of tensors; its first dimension (or
+its length) is the number of rows. Every other leaf then has one of four roles:
 
 ========  ====================================================  ==============================
-role      what it is                                            in a merged call
+role      leaf                                                  in a merged call
 ========  ====================================================  ==============================
 batched   a tensor whose first dimension is the rows            concatenated along it
 scalar    a tensor without dimensions (a timestep)              expanded to the rows, then concatenated
@@ -31,7 +31,7 @@ from ..crossing.call import Call
 from ..sizes import DENOISERS
 
 MERGEABLE_METHODS = frozenset({"__call__", "forward", "encode", "decode", "get_text_features", "get_image_features"})
-"""Methods whose rows are independent by the conventions of diffusers and transformers. Others run alone."""
+"""Methods whose rows are independent by the conventions of diffusers and transformers; all others run alone."""
 
 
 class Role(enum.Enum):
@@ -43,11 +43,11 @@ class Role(enum.Enum):
 
 @dataclass(slots=True, eq=False)
 class Batchable:
-    """A call's arguments, taken apart. Two calls with the same ``signature`` can meet in one forward.
+    """A call's flattened arguments. Calls with equal ``signature`` can merge.
 
-    ``positions`` is the work in the primary argument: rows times tokens, or rows times latent pixels. Its rows have the
-    shape ``row_shape``, where it is a tensor with more dimensions than that of the rows. Calls with the same ``form``
-    differ in their tensors alone, so their outputs are built alike.
+    ``positions`` measures the work: rows times tokens, or rows times latent pixels, of the primary argument.
+    ``row_shape`` is the shape of its rows, if it is a tensor that has more than the row dimension. Calls with equal
+    ``form`` differ only in their tensors, so their outputs have the same structure.
     """
 
     leaves: list[Any]
@@ -62,13 +62,13 @@ class Batchable:
 
 
 class Signatures:
-    """Reads calls' signatures; remembers the content digests of the shared tensors that it has seen."""
+    """Reads calls' signatures; caches the digests of shared tensors."""
 
     def __init__(self) -> None:
         self._digests: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
     def read(self, call: Call) -> Batchable | None:
-        """``call`` taken apart, or ``None`` when it has no rows to batch by, or somebody takes gradients through it."""
+        """Flatten ``call``; ``None`` if it has no rows to batch by or is part of an autograd graph."""
         primary = _primary(call)
         if primary is None or call.method not in MERGEABLE_METHODS or _takes_gradients(call):
             return None
@@ -77,18 +77,18 @@ class Signatures:
         tree = (call.args, call.kwargs)
         leaves, spec = pytree.tree_flatten(tree, is_leaf=lambda node: _is_row_list(node, rows, listed))
         roles = [_role(leaf, rows) for leaf in leaves]
-        places = _position_ids(call)
-        marks = tuple(self._mark(leaf, role, id(leaf) in places) for leaf, role in zip(leaves, roles, strict=True))
+        ids = _position_ids(call)
+        marks = tuple(self._mark(leaf, role, id(leaf) in ids) for leaf, role in zip(leaves, roles, strict=True))
         plain = tuple(mark for leaf, mark in zip(leaves, marks, strict=True) if not isinstance(leaf, torch.Tensor))
         signature, form = (call.name, spec, marks), (call.name, spec, plain)
         row_shape = tuple(primary.shape[1:]) if isinstance(primary, torch.Tensor) and primary.ndim > 1 else None
         return Batchable(leaves, spec, roles, rows, _positions(primary), listed, row_shape, signature, form)
 
-    def _mark(self, leaf: Any, role: Role, places: bool) -> Hashable:
-        """What of this leaf must be equal in two calls."""
+    def _mark(self, leaf: Any, role: Role, is_position_ids: bool) -> Hashable:
+        """This leaf's part of the signature."""
         if role is Role.BATCHED:
-            # denoisers read the position ids of the first row for all rows (FLUX.2 does)
-            content = self._digest(leaf) if places else None
+            # denoisers may read the first row's position ids for all rows (FLUX.2 does)
+            content = self._digest(leaf) if is_position_ids else None
             return (role, leaf.dtype, leaf.device, tuple(leaf.shape[1:]), content)
         if role is Role.SCALAR:
             return (role, leaf.dtype, leaf.device)
@@ -103,8 +103,8 @@ class Signatures:
         if known is None or known[0] != tensor._version:
             known = (tensor._version, digest(tensor))
             self._digests[tensor] = known
-        found: bytes = known[1]
-        return found
+        result: bytes = known[1]
+        return result
 
 
 def digest(tensor: torch.Tensor) -> bytes:
@@ -114,17 +114,17 @@ def digest(tensor: torch.Tensor) -> bytes:
 
 
 def _position_ids(call: Call) -> set[int]:
-    """The ``id()`` of the tensors that tell a denoiser where its tokens lie (``img_ids``, ``txt_ids``)."""
+    """The ``id()`` of each tensor of token positions (``img_ids``, ``txt_ids``) that a denoiser receives."""
     if call.component.split(".")[0] not in DENOISERS:
         return set()
     return {id(value) for name, value in call.kwargs.items() if name.endswith("ids")}
 
 
 def _is_row_list(node: Any, rows: int, listed: bool) -> bool:
-    """Whether ``node`` is a list with an element per row, and no container of other things.
+    """True if ``node`` is a list with one element per row.
 
-    Where the primary argument is itself a list, so is every list of tensors of that length; where it is a tensor, a
-    list of tensors has its rows inside (ControlNet residuals), and only a list of equal plain values counts.
+    If the primary argument is a list, every list of tensors of its length is one. If it is a tensor, a list of tensors
+    has the rows inside its elements (ControlNet residuals), and only a list of equal plain values counts.
     """
     if not isinstance(node, list) or len(node) != rows or rows == 0:
         return False
@@ -144,7 +144,7 @@ def _primary(call: Call) -> torch.Tensor | list[torch.Tensor] | None:
 
 
 def _takes_gradients(call: Call) -> bool:
-    """Whether it is part of an autograd graph: calls that meet would share one, and the first backward frees it."""
+    """True if ``call`` is part of an autograd graph: merged calls would share one, which the first backward frees."""
     leaves = pytree.tree_leaves((call.args, call.kwargs))
     return any(isinstance(leaf, torch.Tensor) and leaf.requires_grad for leaf in leaves)
 

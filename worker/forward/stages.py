@@ -1,4 +1,4 @@
-"""The stages around a component's call, in their order. A new one is a class here and its line in :func:`stages`."""
+"""The stages around a component's call. To add one, write a class here and list it in :func:`stages`."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Proceed = Callable[[], list[Any]]
 
 
 class DrawsRandomNumbers(Exception):
-    """A merged forward drew random numbers, which are each request's own."""
+    """A merged forward drew random numbers, which belong to a single request."""
 
 
 def stages(
@@ -29,7 +29,7 @@ def stages(
     at_rest: AtRest | None,
     activity: Activity | None,
 ) -> list[Stage]:
-    """Those that there is something for, from the outermost to the one next to the component."""
+    """The stages whose state is given, the outermost first."""
     return [
         *([] if activity is None else [Reporting(activity)]),
         RandomNumbers(),
@@ -42,7 +42,7 @@ def stages(
 
 
 class Reporting:
-    """Lets heartbeats say that a forward is in hand."""
+    """Lets heartbeats report that a forward is running."""
 
     name = "heartbeat"
 
@@ -55,7 +55,7 @@ class Reporting:
 
 
 class RandomNumbers:
-    """Whatever draws without a generator draws the request's own numbers, and a probe draws nobody's."""
+    """Runs a call with its request's own random state; a merged forward and a probe must leave the state unchanged."""
 
     name = "random numbers"
 
@@ -71,7 +71,7 @@ class RandomNumbers:
 
 
 class PromptCaching:
-    """Answers a text encoder's call that was answered before."""
+    """Answers text encoder calls from the prompt cache."""
 
     name = "prompt cache"
 
@@ -97,7 +97,7 @@ class PromptCaching:
 
 
 class Restoring:
-    """Leaves nothing in a component of a forward that failed halfway."""
+    """Restores a component's attributes after a forward that failed halfway."""
 
     name = "restore after a failure"
 
@@ -113,7 +113,7 @@ class Restoring:
 
 
 class Settings:
-    """torch's settings, as the request has made them."""
+    """Runs a forward with torch's settings of its request."""
 
     name = "torch settings"
 
@@ -125,7 +125,7 @@ class Settings:
 
 
 class Adapting:
-    """Each call's rows with the adapters that it has."""
+    """Applies each call's adapters to its rows."""
 
     name = "adapters"
 
@@ -143,7 +143,7 @@ class Adapting:
 
 
 class Timing:
-    """Measures forwards, for estimates of what requests cost."""
+    """Measures forwards, for estimates of a request's cost."""
 
     name = "timing"
 
