@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
+import pathlib
 from collections.abc import Awaitable, Callable
-from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
-import msgspec
 from fastapi import APIRouter, Request, Response
-from msgspec import Meta
+from pydantic import BaseModel, Field
 
 from ..protocol.adapters import (
     ALL,
@@ -26,81 +25,120 @@ from ..protocol.errors import InvalidRequest
 from ..protocol.operations import Adapt, Barrier, ListAdapters
 from ..protocol.reports import Operated
 from .adapter_files import copy_adapter
+from .answers import OPERATING, answers
+from .body_types import Alpha, Name, Path
+from .control_bodies import Nothing
 from .operating import Operating, active_adapters, first_report
 from .replies import json_reply
+from .routes import Route
 from .scheduler_link import OperationFailed
 from .service import Service
-from .weight_bodies import Alpha, Name, Nothing, read
-from .weight_bodies import Path as FilePath
+from .validation import Body
 
-Handler = Callable[[Request], Awaitable[dict[str, Any]]]
-_Route = tuple[str, Handler, str, str]
-Names = Annotated[list[Name], Meta(min_length=1, max_length=64)]
+Names = Annotated[list[Name], Field(min_length=1, max_length=64)]
 
 
-class SetLora(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class SetLora(
+    Body, json_schema_extra={"example": {"lora_nickname": "style", "lora_path": "/adapters/style", "strength": 0.8}}
+):
+    """Each of the other fields may be a list, with one for each nickname."""
+
     lora_nickname: Name | Names
-    lora_path: FilePath | list[FilePath | None] | None = None
-    target: Name | list[Name] = ALL
+    lora_path: Path | list[Path | None] | None = Field(None, description="Where it is; omitted for one that is loaded")
+    target: Name | list[Name] = Field(ALL, description="The component that it is for")
     strength: float | list[float] = 1.0
     merge_mode: WantedMode | None = None
-    lora_alpha: Alpha | list[Alpha | None] | None = None
+    lora_alpha: Alpha | list[Alpha | None] | None = Field(None, description="In place of what its files say")
     mode: Barrier | None = None
-    strict: bool = True
+    strict: bool = Field(True, description="Refuse an adapter that has layers which the model does not have")
 
 
-class Merge(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class Merge(Body, json_schema_extra={"example": {"target": "transformer", "strength": 0.8}}):
     target: Name = ALL
     strength: float | list[float] | None = None
     mode: Barrier = "wait"
 
 
-class Unmerge(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class Unmerge(Body, json_schema_extra={"example": {"target": "transformer"}}):
     target: Name = ALL
     mode: Barrier = "wait"
 
 
-class Unload(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class Unload(Body, json_schema_extra={"example": {"lora_nickname": "style"}}):
     lora_nickname: Name
     mode: Barrier = "wait"
+
+
+class Listed(BaseModel):
+    loaded_adapters: list[dict[str, Any]]
+    active: dict[str, list[dict[str, Any]]]
+
+
+class Changed(Listed):
+    status: Literal["ok"]
+    message: str
+    weight_version: str | None
+
+
+_CHANGED = "What there is after the change, and sentences about it"
 
 
 def routes(service: Service) -> APIRouter:
     """The routes that change which adapters there are."""
     handlers = _Routes(service)
-    table: list[_Route] = [
-        ("set_lora", handlers.set, "POST", "Load adapters and have them active"),
-        ("merge_lora_weights", handlers.merge, "POST", "Merge active adapters into the weights"),
-        ("unmerge_lora_weights", handlers.unmerge, "POST", "Take merged adapters out, with every byte as before"),
-        ("unload_lora", handlers.unload, "POST", "Let go of an adapter"),
-    ]
-    return _router(table)
+    return _router(
+        Route(
+            path="/set_lora", handler=handlers.set, body=SetLora, answer=_CHANGED,
+            summary="Load adapters and have them active",
+        ),
+        Route(
+            path="/merge_lora_weights", handler=handlers.merge, body=Merge, answer=_CHANGED,
+            summary="Merge active adapters into the weights",
+        ),
+        Route(
+            path="/unmerge_lora_weights", handler=handlers.unmerge, body=Unmerge, answer=_CHANGED,
+            summary="Take merged adapters out, with every byte as before",
+        ),
+        Route(
+            path="/unload_lora", handler=handlers.unload, body=Unload, answer=_CHANGED, summary="Let go of an adapter"
+        ),
+        method="POST", reply=Changed,
+    )  # fmt: skip
 
 
 def reading_routes(service: Service) -> APIRouter:
-    return _router(
-        [("list_loras", _Routes(service).list, "GET", "The adapters that are loaded, and those that are active")]
-    )
+    listing = Route(
+        path="/list_loras", handler=_Routes(service).list, body=Nothing, answer="Adapters by nickname and by component",
+        summary="The adapters that are loaded, and those that are active",
+    )  # fmt: skip
+    return _router(listing, method="GET", reply=Listed)
 
 
-def _router(table: list[_Route]) -> APIRouter:
-    """``table`` has names, what answers them, methods, and lines for the reference."""
+def _router(*table: Route[Any], method: str, reply: type[BaseModel]) -> APIRouter:
+    """Each route with and without ``/v1``."""
     router = APIRouter(tags=["adapters"])
-    for name, handler, method, summary in table:
-        for path in (f"/v1/{name}", f"/{name}"):
-            shown = path.startswith("/v1/")
-            router.add_api_route(path, _replying(handler), methods=[method], summary=summary, include_in_schema=shown)
+    for route in table:
+        for path in (f"/v1{route.path}", route.path):
+            router.add_api_route(
+                path,
+                _replying(route),
+                name=route.path.strip("/"),
+                methods=[method],
+                summary=route.summary,
+                include_in_schema=path.startswith("/v1/"),
+                openapi_extra=route.described(method),
+                responses=answers(route.answer, (404, *OPERATING), reply=reply),
+            )
     return router
 
 
-def _replying(handler: Handler) -> Callable[[Request], Awaitable[Response]]:
+def _replying(route: Route[Any]) -> Callable[..., Awaitable[Response]]:
     async def reply(request: Request) -> Response:
         try:
-            return json_reply(await handler(request))
+            return json_reply(await route(request))
         except OperationFailed as failed:
             raise failed.error from failed
 
-    reply.__annotations__ = {"request": Request, "return": Response}
     return reply
 
 
@@ -109,8 +147,7 @@ class _Routes:
         self._service = service
         self._operating = Operating(service)
 
-    async def set(self, request: Request) -> dict[str, Any]:
-        body = await read(request, SetLora)
+    async def set(self, request: Request, body: SetLora) -> dict[str, Any]:
         nicknames = [body.lora_nickname] if isinstance(body.lora_nickname, str) else body.lora_nickname
         if len(set(nicknames)) < len(nicknames):
             raise InvalidRequest("A nickname is given twice.", field="lora_nickname")
@@ -136,30 +173,26 @@ class _Routes:
             operated = await self._operating.operate(request, Adapt(change), barrier)
         return _done(f"{', '.join(nicknames)} set.", operated)
 
-    async def merge(self, request: Request) -> dict[str, Any]:
-        body = await read(request, Merge)
+    async def merge(self, request: Request, body: Merge) -> dict[str, Any]:
         given = body.strength
         strengths = None if given is None else [_finite(one) for one in (given if isinstance(given, list) else [given])]
         change = MergeAdapters(body.target, strengths)
         return _done("Merged.", await self._operating.operate(request, Adapt(change), body.mode))
 
-    async def unmerge(self, request: Request) -> dict[str, Any]:
-        body = await read(request, Unmerge)
+    async def unmerge(self, request: Request, body: Unmerge) -> dict[str, Any]:
         operated = await self._operating.operate(request, Adapt(UnmergeAdapters(body.target)), body.mode)
         return _done("What was merged is out of the weights, with every byte as before.", operated)
 
-    async def unload(self, request: Request) -> dict[str, Any]:
-        body = await read(request, Unload)
+    async def unload(self, request: Request, body: Unload) -> dict[str, Any]:
         async with self._service.folders.for_a_change():
             operated = await self._operating.operate(request, Adapt(UnloadAdapter(body.lora_nickname)), body.mode)
         return _done(f"{body.lora_nickname} unloaded.", operated)
 
-    async def list(self, request: Request) -> dict[str, Any]:
-        await read(request, Nothing)
+    async def list(self, request: Request, body: Nothing) -> dict[str, Any]:
         return _listed((await self._operating.send(request, ListAdapters)).adapters)
 
     async def _copy(
-        self, path: str, nickname: str, folder: Path, alpha: float | None, target: str, *, strict: bool
+        self, path: str, nickname: str, folder: pathlib.Path, alpha: float | None, target: str, *, strict: bool
     ) -> AdapterSource:
         return await self._service.decode(
             copy_adapter, path, nickname, folder, self._service.config, alpha=alpha, target=target, strict=strict

@@ -18,6 +18,8 @@ from . import (
     reference,
     rollout,
     trainer_calls,
+    weight_digests,
+    weight_groups,
     weight_transfer,
     weights,
 )
@@ -70,6 +72,8 @@ def create_app(service: Service) -> FastAPI:
     if service.config.admin:
         app.include_router(adapters.routes(service))
         app.include_router(weights.routes(service))
+        app.include_router(weight_groups.routes(service))
+        app.include_router(weight_digests.routes(service))
         app.include_router(generation_control.routes(service))
         app.include_router(trainer_calls.routes(service))
         app.include_router(weight_transfer.routes(service))

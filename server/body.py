@@ -13,7 +13,8 @@ from starlette.formparsers import MultiPartException, MultiPartParser
 from ..protocol.errors import BodyTooLarge, Malformed
 from .bounded import MAX_TEXT, MAX_VALUES, check_json, parse, read_body
 from .images import MOST_IMAGES
-from .schemas import GenerateBody, parse_generate, validate
+from .schemas import GenerateBody, parse_generate
+from .validation import validate
 
 FORM = "multipart/form-data"
 

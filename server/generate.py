@@ -13,31 +13,31 @@ from ..protocol.errors import InvalidRequest
 from ..protocol.generation import Generate, Result
 from ..protocol.output_formats import FORMATS
 from . import accept
+from .answers import GENERATING, answers, request_body
 from .body import FORM, read_generate
 from .disconnect import while_connected
 from .event_stream import EventStream
 from .exchange import own_id_var
 from .limits import check_ranges, to_message
 from .model_limits import check_model
-from .reference import body_schema
 from .representation import Reply
 from .schemas import GenerateBody
 from .service import Service
 from .unread import UnreadReply
 
 _BODIES = ("application/json", FORM)
-_OPENAPI = {
-    "requestBody": {
-        "required": True,
-        "content": {kind: {"schema": body_schema(GenerateBody)} for kind in _BODIES},
-    }
-}
+_ANSWER = "The outputs in base64; with an Accept header that names its type, the output itself; or events, if streamed"
 
 
 def routes(service: Service) -> APIRouter:
     router = APIRouter(tags=["generation"])
 
-    @router.post("/generate", summary="Make pictures or videos from a prompt", openapi_extra=_OPENAPI)
+    @router.post(
+        "/generate",
+        summary="Make pictures or videos from a prompt",
+        openapi_extra=request_body(GenerateBody, *_BODIES),
+        responses=answers(_ANSWER, GENERATING),
+    )
     async def generate(request: Request) -> Response:
         started_at = time.perf_counter()
         asked = await _read(request, service)

@@ -9,8 +9,9 @@ from fastapi import APIRouter, Request
 
 from ..protocol.errors import InvalidRequest
 from ..protocol.operations import CACHES, WEIGHTS, AbortRequests, Continue, Flush, Pause, Sleep, Wake
-from . import weight_bodies as bodies
-from .operating import Handler, Operating, first_report, routes_of, success
+from . import control_bodies as bodies
+from .operating import Operating, first_report, success
+from .routes import Route, routes_of
 from .service import Service
 
 _OWN_ID = re.compile(r"(.+\.)?[0-9a-f]{32}")
@@ -22,7 +23,7 @@ _CACHES = ("kv_cache", "cuda_graph")
 def routes(service: Service) -> APIRouter:
     handlers = _Routes(service)
     router = routes_of(handlers.table())
-    router.include_router(routes_of([("/flush_cache", handlers.flush, "The same, for who asks so")], "GET"))
+    router.include_router(routes_of([handlers.flushing("The same, for who asks so")], "GET"))
     return router
 
 
@@ -31,23 +32,38 @@ class _Routes:
         self._service = service
         self._operating = Operating(service)
 
-    def table(self) -> list[tuple[str, Handler, str]]:
+    def table(self) -> list[Route[Any]]:
         return [
-            ("/release_memory_occupation", self.release, "Sleep: give memory back"),
-            ("/resume_memory_occupation", self.resume, "Wake: every byte is there again"),
-            ("/pause_generation", self.pause, "Stop generation; requests wait"),
-            ("/continue_generation", self.go_on, "Go on"),
-            ("/abort_request", self.abort_request, "End one request, or all"),
-            ("/flush_cache", self.flush, "Forget what could be made again"),
-        ]
+            Route(
+                path="/release_memory_occupation", handler=self.release, body=bodies.Occupation, answer="`sleeping`",
+                summary="Sleep: give memory back",
+            ),
+            Route(
+                path="/resume_memory_occupation", handler=self.resume, body=bodies.Occupation, answer="`sleeping`",
+                summary="Wake: every byte is there again",
+            ),
+            Route(
+                path="/pause_generation", handler=self.pause, body=bodies.PauseGeneration,
+                summary="Stop generation; requests wait",
+            ),
+            Route(path="/continue_generation", handler=self.go_on, body=bodies.Nothing, summary="Go on"),
+            Route(
+                path="/abort_request", handler=self.abort_request, body=bodies.AbortRequest,
+                summary="End one request, or all",
+            ),
+            self.flushing("Forget what could be made again"),
+        ]  # fmt: skip
 
-    async def release(self, request: Request) -> dict[str, Any]:
-        body = await bodies.read(request, bodies.Occupation)
+    def flushing(self, summary: str) -> Route[Any]:
+        return Route(
+            path="/flush_cache", handler=self.flush, body=bodies.Nothing, answer="`invalidated` caches", summary=summary
+        )
+
+    async def release(self, request: Request, body: bodies.Occupation) -> dict[str, Any]:
         await self._operating.operate(request, Sleep(self._tags(body)), "wait")
         return {**success("The server is asleep."), "sleeping": True}
 
-    async def resume(self, request: Request) -> dict[str, Any]:
-        body = await bodies.read(request, bodies.Occupation)
+    async def resume(self, request: Request, body: bodies.Occupation) -> dict[str, Any]:
         operated = await self._operating.operate(request, Wake(self._tags(body)))
         return {**success("What was asked for is awake."), "sleeping": bool(operated.asleep)}
 
@@ -65,18 +81,15 @@ class _Routes:
             found |= dict.fromkeys(meant)
         return list(found)
 
-    async def pause(self, request: Request) -> dict[str, Any]:
-        body = await bodies.read(request, bodies.PauseGeneration)
+    async def pause(self, request: Request, body: bodies.PauseGeneration) -> dict[str, Any]:
         await self._operating.send(request, lambda request_id: Pause(request_id, body.barrier))
         return success("Generation is paused; requests wait.")
 
-    async def go_on(self, request: Request) -> dict[str, Any]:
-        await bodies.read(request, bodies.Nothing)
+    async def go_on(self, request: Request, body: bodies.Nothing) -> dict[str, Any]:
         await self._operating.send(request, Continue)
         return success("Generation goes on.")
 
-    async def abort_request(self, request: Request) -> dict[str, Any]:
-        body = await bodies.read(request, bodies.AbortRequest)
+    async def abort_request(self, request: Request, body: bodies.AbortRequest) -> dict[str, Any]:
         if body.every == (body.name is not None):
             raise InvalidRequest("Give either request_id or all = true.", field="request_id")
         exact = self._service.config.api_key is None
@@ -89,8 +102,7 @@ class _Routes:
         await self._operating.send(request, lambda request_id: AbortRequests(request_id, body.name, exact))
         return success("What was running under that name is ended.")
 
-    async def flush(self, request: Request) -> dict[str, Any]:
-        await bodies.read(request, bodies.Nothing)
+    async def flush(self, request: Request, body: bodies.Nothing) -> dict[str, Any]:
         operated = await self._operating.operate(request, Flush())
         return {
             **success("The caches are empty."),

@@ -9,19 +9,22 @@ from fastapi import APIRouter, Response
 
 from ..protocol.errors import Unavailable
 from ..protocol.replicas import ReplicaStatus, Status
+from .answers import READING, answers
 from .replies import error_reply, json_reply
 from .service import Service
+
+_HEALTH = answers("`status`, and `replicas` with the reason for each", (503, *READING))
 
 
 def routes(service: Service) -> APIRouter:
     router = APIRouter(tags=["health"])
 
-    @router.get("/liveness", summary="200 while this process is up")
+    @router.get("/liveness", summary="200 while this process is up", responses=answers("It is", READING))
     async def liveness() -> Response:
         return json_reply({"status": "alive"})
 
-    @router.get("/health", summary="200 when a replica has finished a real forward and answers")
-    @router.get("/health_generate", summary="The same as /health")
+    @router.get("/health", summary="200 when a replica has finished a real forward and answers", responses=_HEALTH)
+    @router.get("/health_generate", summary="The same as /health", responses=_HEALTH)
     async def health() -> Response:
         return _health(service)
 

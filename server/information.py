@@ -9,26 +9,31 @@ from fastapi import APIRouter, Response
 
 from .. import __version__
 from ..protocol.replicas import ReplicaStatus
+from .answers import READING, answers
 from .health import what_waits
 from .operating import active_adapters
 from .replies import json_reply
 from .service import Service
+
+_READ = answers("What the summary says", (503, *READING))
 
 
 def routes(service: Service) -> APIRouter:
     router = APIRouter(tags=["information"])
 
     @router.get("/get_server_info", include_in_schema=False)
-    @router.get("/server_info", summary="Version, configuration, replicas, and how requests share forwards")
+    @router.get(
+        "/server_info", summary="Version, configuration, replicas, how requests share forwards", responses=_READ
+    )
     async def server_info() -> Response:
         return json_reply(_server_info(service))
 
     @router.get("/get_model_info", include_in_schema=False)
-    @router.get("/model_info", summary="The model, its sizes, and the arguments that `extra` may hold")
+    @router.get("/model_info", summary="The model, its sizes, and the arguments that `extra` may hold", responses=_READ)
     async def model_info() -> Response:
         return json_reply(msgspec.to_builtins(service.model()))
 
-    @router.get("/get_weight_version", summary="The version of the weights that serve now")
+    @router.get("/get_weight_version", summary="The version of the weights that serve now", responses=_READ)
     async def get_weight_version() -> Response:
         return json_reply({"weight_version": service.model().weight_version})
 

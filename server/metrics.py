@@ -10,6 +10,7 @@ from prometheus_client import CollectorRegistry, Counter, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from .answers import READING, answers
 from .scheduler_link import SchedulerLink
 
 _SECONDS = (0.005, 0.02, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0)
@@ -94,7 +95,7 @@ class _SchedulerCollector(Collector):
 def routes(metrics: Metrics) -> APIRouter:
     router = APIRouter(tags=["information"])
 
-    @router.get("/metrics", summary="Metrics in Prometheus's text format")
+    @router.get("/metrics", summary="Metrics in Prometheus's text format", responses=answers("The metrics", READING))
     async def read_metrics() -> Response:
         return Response(metrics.exposition(), media_type=prometheus_client.CONTENT_TYPE_LATEST)
 

@@ -12,7 +12,8 @@ from ..protocol.fields import ARGUMENTS, TABLE, Settings
 from ..protocol.output_formats import formats_of
 from ..protocol.replicas import ImageTask, ModelInfo, Parameter
 from .limits import Range
-from .schemas import GenerateBody, near
+from .schemas import GenerateBody
+from .validation import near
 
 _BEYOND = 2**63
 _SIDES = ("width", "height")

@@ -1,74 +1,19 @@
-"""How the post-training routes reach the scheduler, and the form of their replies."""
+"""How the post-training routes reach the scheduler, and what they tell of it."""
 
 from __future__ import annotations
 
-import functools
 import secrets
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from typing import Any
 
-import msgspec
-from fastapi import APIRouter, Request, Response
+from fastapi import Request
 
 from ..process.logs import request_id_var
 from ..protocol.adapters import AdapterState
-from ..protocol.errors import ErrorInfo, SafelightError
 from ..protocol.operations import AbortRequests, Barrier, Continue, ListAdapters, Operate, Operation, Pause
 from ..protocol.reports import Operated, Report
 from .disconnect import while_connected
-from .replies import error_reply, json_reply
-from .scheduler_link import OperationFailed
 from .service import Service
-
-Handler = Callable[[Request], Awaitable[dict[str, Any]]]
-
-_ALL_THE_SAME = {403: 400, 404: 400}
-"""The contract has one status for what a client asks wrongly here; the error's code says which it was."""
-
-
-def routes_of(table: list[tuple[str, Handler, str]], method: str = "POST") -> APIRouter:
-    """``table`` has paths, what answers them, and a line for the reference."""
-    router = APIRouter(tags=["post-training"])
-    for path, handler, summary in table:
-        router.add_api_route(path, _replying(handler), methods=[method], summary=summary)
-    return router
-
-
-def _replying(handler: Handler) -> Callable[[Request], Awaitable[Response]]:
-    """Every reply says ``success`` and ``message``; of a failure, beside the contract's error object."""
-
-    @functools.wraps(handler)
-    async def reply(request: Request) -> Response:
-        try:
-            told = await handler(request)
-        except OperationFailed as failed:
-            return _failed(failed.error.info(), **_details(failed.report))
-        except SafelightError as error:
-            return _failed(error.info())
-        return json_reply(told)
-
-    reply.__annotations__ = {"request": Request, "return": Response}
-    return reply
-
-
-def _failed(info: ErrorInfo, **details: Any) -> Response:
-    status = _ALL_THE_SAME.get(info.status, info.status)
-    info = msgspec.structs.replace(info, status=status)
-    return error_reply(info, success=False, message=info.message, **details)
-
-
-def _details(report: Report | None) -> dict[str, Any]:
-    if report is None:
-        return {}
-    if report.mismatched:
-        return {"missing": report.missing, "mismatched": report.mismatched}
-    return {
-        **({"missing": report.missing, "mismatched": []} if report.missing else {}),
-        "applied": 0,
-        "expected": sum(report.expected.values()),
-        "unknown": report.unknown,
-        "invalid": msgspec.to_builtins(report.invalid),
-    }
 
 
 def success(message: str) -> dict[str, Any]:

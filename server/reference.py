@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from html import escape
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
-from pydantic import BaseModel
 
 _STYLE = (
     "body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#222}"
@@ -16,21 +16,6 @@ _STYLE = (
     "td,th{text-align:left;vertical-align:top;padding:.2rem .6rem .2rem 0;border-bottom:1px solid #ddd}"
 )
 _HEADERS = {"Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'"}
-
-
-def body_schema(form: type[BaseModel]) -> dict[str, Any]:
-    """The JSON schema of ``form`` for OpenAPI, where ``#/$defs`` would point to nothing: definitions are inline."""
-    schema = form.model_json_schema()
-    definitions = schema.pop("$defs", {})
-
-    def inline(part: Any) -> Any:
-        if isinstance(part, dict):
-            name = str(part.get("$ref", "")).removeprefix("#/$defs/")
-            return inline(definitions[name]) if name else {key: inline(value) for key, value in part.items()}
-        return [inline(item) for item in part] if isinstance(part, list) else part
-
-    inlined: dict[str, Any] = inline(schema)
-    return inlined
 
 
 def routes() -> APIRouter:
@@ -77,6 +62,8 @@ def _fields(described: dict[str, Any]) -> Iterator[str]:
         text = escape(field.get("description", ""))
         yield f"<tr><td><code>{escape(name)}</code><td>{escape(_type(field))}<td>{text}<td>{default}"
     yield "</table>"
+    if (example := next(iter(contents.values())).get("example")) is not None:
+        yield f"<p>For example:</p><pre>{escape(json.dumps(example, indent=2))}</pre>"
 
 
 def _type(field: dict[str, Any]) -> str:

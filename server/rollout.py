@@ -12,12 +12,12 @@ from ..process.logs import request_id_var
 from ..protocol.config import MOST_PIXELS
 from ..protocol.errors import InvalidRequest
 from ..protocol.generation import Generate, Result
+from .answers import GENERATING, Answers, answers, request_body
 from .disconnect import while_connected
 from .exchange import own_id_var
 from .image_paths import read_paths
 from .limits import check_ranges, to_message
 from .model_limits import check_model
-from .reference import body_schema
 from .rollout_body import RolloutBody, check_rollout, read_rollout, to_rollout
 from .rollout_reply import MEDIA_TYPE, pieces
 from .service import Service
@@ -29,20 +29,17 @@ ended."""
 
 _SHARED = "rollout_shared_memory"
 
-_OPENAPI = {
-    "requestBody": {
-        "required": True,
-        "content": {kind: {"schema": body_schema(RolloutBody)} for kind in ("application/json", MEDIA_TYPE)},
-    },
-    "responses": {"200": {"content": {MEDIA_TYPE: {}}, "description": "A list with a map for each sample"}},
-}
-
 
 def routes(service: Service) -> APIRouter:
     router = APIRouter(tags=["training"])
     unread = service.unread
 
-    @router.post("/rollout/generate", summary="Generate with log-probabilities", openapi_extra=_OPENAPI)
+    @router.post(
+        "/rollout/generate",
+        summary="Generate with log-probabilities",
+        openapi_extra=request_body(RolloutBody, "application/json", MEDIA_TYPE),
+        responses=_answers(),
+    )
     async def generate(request: Request) -> Response:
         message = await _read(request, service)
         unread.make_room()
@@ -56,6 +53,12 @@ def routes(service: Service) -> APIRouter:
         return _reply(result, unread)
 
     return router
+
+
+def _answers() -> Answers:
+    found = answers("A list with a map for each sample", GENERATING)
+    found[200]["content"] = {MEDIA_TYPE: {}}
+    return found
 
 
 async def _read(request: Request, service: Service) -> Generate:

@@ -21,7 +21,8 @@ from ..protocol.replicas import ModelInfo
 from ..protocol.rollouts import TENSOR, FloatName, Rollout, SamplerName, StepNoise, Tensor
 from .bounded import MAX_TEXT, parse, read_body, read_msgpack
 from .limits import Range
-from .schemas import GenerateBody, read_object, validate
+from .schemas import GenerateBody
+from .validation import read_object, validate, without_nulls
 
 _MOST_NOISE = 100.0
 _LEAST = 1e-6  # of a sigma, and between two
@@ -30,7 +31,10 @@ _FARTHEST = 1e4  # of a number in initial noise
 _LIST = Field(max_length=4096, fail_fast=True)
 
 
-class RolloutBody(GenerateBody):
+class RolloutBody(
+    GenerateBody,
+    json_schema_extra={"example": {"prompt": "a red circle", "num_inference_steps": 10, "rollout_sde_type": "cps"}},
+):
     """What to make, how it is sampled, and what of it is told."""
 
     rollout: bool = Field(True, description="False for a plain generation in the same form of reply, without noise")
@@ -94,11 +98,11 @@ def _from_msgpack(body: bytearray) -> RolloutBody:
 
 def _validated(value: dict[str, Any]) -> RolloutBody:
     """``value``, with what is in ``extra_sampling_params`` where it belongs. A field that is null is left out."""
-    value = _without_nulls(value)
+    value = without_nulls(value)
     params, extra = value.get("extra_sampling_params"), value.get("extra", {})
     if not _is_object(params) or not _is_object(extra):
         return validate(value, RolloutBody)
-    params = _without_nulls(params)
+    params = without_nulls(params)
     fields = {name: item for name, item in params.items() if name in RolloutBody.model_fields}
     further = {name: item for name, item in params.items() if name not in RolloutBody.model_fields}
     if twice := sorted((value.keys() | extra.keys()) & params.keys()):
@@ -112,10 +116,6 @@ def _validated(value: dict[str, Any]) -> RolloutBody:
 def _is_object(value: Any) -> TypeGuard[dict[str, Any]]:
     """Whether ``value`` has names: a map of msgpack may have anything in their place."""
     return isinstance(value, dict) and all(isinstance(name, str) for name in value)
-
-
-def _without_nulls(value: dict[str, Any]) -> dict[str, Any]:
-    return {name: item for name, item in value.items() if item is not None}
 
 
 def check_rollout(body: RolloutBody, model: ModelInfo, config: Config) -> None:

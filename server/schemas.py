@@ -1,28 +1,21 @@
-"""The body of ``POST /generate``: its fields and their types, and what is told about a body that is none.
-
-Types are checked here and exactly (``true`` is no integer, ``"4"`` is no number); ranges, and what the model can do,
-are checked in :mod:`.limits`.
-"""
+"""The body of ``POST /generate``: its fields and their types. Ranges are checked in :mod:`.limits`."""
 
 from __future__ import annotations
 
-import difflib
-import math
-from collections.abc import Collection
+from collections.abc import Mapping
 from typing import Annotated, Any, TypeVar
 
-import orjson
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, WithJsonSchema, create_model
+from pydantic import BaseModel, BeforeValidator, Field, WithJsonSchema, create_model
 from pydantic_core import ErrorDetails
 
 from ..protocol.errors import InvalidRequest, Malformed, SafelightError
 from ..protocol.fields import TABLE, Settings
 from ..protocol.output_formats import OutputFormat
+from .validation import EXPECTED, MOST_ITEMS, Body, choices, json_type, read_object, validate
 
 M = TypeVar("M", bound=BaseModel)
 
 _MOST_ADAPTERS = 16
-_MOST_ITEMS = 4096  # no configuration allows more outputs, so no list may be longer
 
 
 def _as_list(value: Any) -> Any:
@@ -33,15 +26,13 @@ def _one_or_list(item: str) -> WithJsonSchema:
     return WithJsonSchema({"anyOf": [{"type": item}, {"type": "array", "items": {"type": item}}]})
 
 
-_ITEMS = Field(min_length=1, max_length=_MOST_ITEMS, fail_fast=True)
+_ITEMS = Field(min_length=1, max_length=MOST_ITEMS, fail_fast=True)
 Texts = Annotated[list[str], _ITEMS, BeforeValidator(_as_list)]
 Seeds = Annotated[list[int], _ITEMS, BeforeValidator(_as_list)]
 
 
-class LoraUse(BaseModel):
+class LoraUse(Body):
     """A loaded adapter, by its nickname."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
     name: str = Field(min_length=1, max_length=1000)
     scale: float = Field(1.0, ge=-100, le=100, description="How strongly it is added")
@@ -59,10 +50,8 @@ def with_settings(form: type[M]) -> type[M]:
 
 
 @with_settings
-class GenerateBody(BaseModel):
+class GenerateBody(Body, json_schema_extra={"example": {"prompt": "a red circle", "seed": 7}}):
     """What to make. Everything but the prompt has a default, most of them the pipeline's own."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
     prompt: Annotated[Texts, _one_or_list("string")] = Field(
         description="What to show; a list makes one result per prompt"
@@ -92,8 +81,17 @@ class GenerateBody(BaseModel):
         """The fields that reach a worker as they are."""
         return Settings(**{name: getattr(self, name) for name in TABLE})
 
-
-B = TypeVar("B", bound=GenerateBody)
+    @classmethod
+    def explain(cls, error: ErrorDetails, value: Mapping[str, Any]) -> SafelightError:
+        """As of any body, but a value that is out of range is a 400 here."""
+        field = str(error["loc"][0])
+        if field == "lora":
+            return _explain_adapters(error)
+        if error["type"] == "literal_error" and isinstance(error["input"], str):
+            return InvalidRequest(f"{field} must be one of {choices(error)}.", field=field)
+        if error["type"] in ("too_short", "too_long"):
+            return InvalidRequest(f"{field} must have between 1 and {MOST_ITEMS} elements.", field=field)
+        return super().explain(error, value)
 
 
 def parse_generate(body: bytes | bytearray) -> GenerateBody:
@@ -101,70 +99,7 @@ def parse_generate(body: bytes | bytearray) -> GenerateBody:
     return validate(read_object(body), GenerateBody)
 
 
-def read_object(body: bytes | bytearray) -> dict[str, Any]:
-    """A JSON object. Raises ``Malformed``."""
-    try:
-        value = orjson.loads(body)
-    except orjson.JSONDecodeError as error:
-        raise Malformed(f"The body cannot be read as JSON: {error}.") from None
-    if not isinstance(value, dict):
-        raise Malformed(f"The body must be a JSON object, not {_json_type(value)}.")
-    return value
-
-
-def validate(value: dict[str, Any], form: type[B]) -> B:
-    """The fields in ``value``, as ``form`` has them.
-
-    Raises ``Malformed`` for what has not these fields and types, ``InvalidRequest`` for a wrong choice.
-    """
-    for name in value:
-        if name not in form.model_fields:  # pydantic would collect an error for each of many
-            shown = name[:100]
-            raise Malformed(f"There is no field {shown!r}; {near(name, form.model_fields)}", field=shown)
-    try:
-        return form.model_validate({name: _as_written(item) for name, item in value.items()})
-    except ValidationError as error:
-        raise _explain(error.errors(include_url=False)[0], value) from None
-
-
-def near(name: str, known: Collection[str]) -> str:
-    """What ``name`` may have been meant to be, as the end of a sentence."""
-    close = difflib.get_close_matches(name[:100], known, n=3, cutoff=0.6)
-    return f"did you mean {' or '.join(close)}?" if close else f"known are {', '.join(sorted(known)) or 'none'}."
-
-
-def _as_written(value: Any) -> Any:
-    """Undo that orjson reads an integer beyond 64 bits as a float: it is out of range, not of a wrong type."""
-    if isinstance(value, list) and len(value) <= _MOST_ITEMS:
-        return [int(item) if _is_beyond(item) else item for item in value]
-    return int(value) if _is_beyond(value) else value
-
-
-def _is_beyond(value: Any) -> bool:
-    return isinstance(value, float) and math.isfinite(value) and abs(value) >= 2**63
-
-
-def _explain(error: ErrorDetails, body: dict[str, Any]) -> SafelightError:
-    field = str(error["loc"][0])
-    if field == "lora":
-        return _explain_adapters(error, body)
-    index = error["loc"][1:] if isinstance(body.get(field), list) else ()
-    place = field + "".join(f"[{part}]" for part in index)
-    match error["type"]:
-        case "missing":
-            return Malformed(f"The field {field} is required.", field=field)
-        case "literal_error" if isinstance(error["input"], str):
-            return InvalidRequest(f"{place} must be one of {_choices(error)}.", field=field)
-        case "too_short" | "too_long":
-            return InvalidRequest(f"{field} must have between 1 and {_MOST_ITEMS} elements.", field=field)
-        case kind:
-            expected = _EXPECTED.get(kind, "something else")
-            if len(error["loc"]) > 1 and not index:
-                expected += " or a list of them"
-            return Malformed(f"{place} must be {expected}, not {_json_type(error['input'])}.", field=field)
-
-
-def _explain_adapters(error: ErrorDetails, body: dict[str, Any]) -> SafelightError:
+def _explain_adapters(error: ErrorDetails) -> SafelightError:
     _, *where = error["loc"]
     place = "lora" + "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in where)
     match error["type"]:
@@ -179,38 +114,5 @@ def _explain_adapters(error: ErrorDetails, body: dict[str, Any]) -> SafelightErr
                 f"{place} is out of range: a scale is within ±100, a name has characters.", field="lora"
             )
         case kind:
-            expected = _EXPECTED.get(kind, "an object" if where else "a list of objects with a name and a scale")
-            return Malformed(f"{place} must be {expected}, not {_json_type(error['input'])}.", field="lora")
-
-
-_EXPECTED = {
-    "int_type": "an integer",
-    "float_type": "a number",
-    "finite_number": "a finite number",
-    "bool_type": "true or false",
-    "string_type": "a string",
-    "dict_type": "an object",
-    "literal_error": "a string",
-}
-"""What pydantic's kinds of error expected, in JSON's words."""
-
-
-def _choices(error: ErrorDetails) -> str:
-    expected: str = error["ctx"]["expected"]
-    return expected.replace("'", "").replace(" or ", ", ")
-
-
-def _json_type(value: Any) -> str:
-    match value:
-        case None:
-            return "null"
-        case bool():
-            return "a boolean"
-        case int() | float():
-            return "a number"
-        case str():
-            return "a string"
-        case list():
-            return "a list"
-        case _:
-            return "an object"
+            expected = EXPECTED.get(kind, "an object") if where else "a list of objects with a name and a scale"
+            return Malformed(f"{place} must be {expected}, not {json_type(error['input'])}.", field="lora")

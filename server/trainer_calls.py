@@ -10,8 +10,9 @@ from ..protocol.adapters import KeepAdapters
 from ..protocol.errors import Conflict
 from ..protocol.operations import Adapt, CheckTensors, Digests
 from ..protocol.reports import Operated
-from . import weight_bodies as bodies
-from .operating import Handler, Operating, first_report, routes_of, success
+from . import control_bodies as bodies
+from .operating import Operating, first_report, success
+from .routes import Route, routes_of
 from .service import Service
 
 
@@ -24,22 +25,29 @@ class _Routes:
         self._operating = Operating(service)
         self._snapshot: dict[str, dict[str, str]] | None = None  # digests by module and tensor
 
-    def table(self) -> list[tuple[str, Handler, str]]:
+    def table(self) -> list[Route[Any]]:
         return [
-            ("/update_weight_version", self.set_version, "Call the weights that serve by another version"),
-            ("/weights_checker", self.check, "Keep digests of the weights, and compare with them"),
-            ("/post_process_weights", self.post_process, "Accepted: weights serve as they are written"),
-        ]
+            Route(
+                path="/update_weight_version", handler=self.set_version, body=bodies.WeightVersion,
+                summary="Call the weights that serve by another version", answer="`weight_version`, `new_version`",
+            ),
+            Route(
+                path="/weights_checker", handler=self.check, body=bodies.WeightsChecker, answer="`weight_version`",
+                summary="Keep digests of the weights, and compare with them",
+            ),
+            Route(
+                path="/post_process_weights", handler=self.post_process, body=bodies.PostProcess,
+                summary="Accepted: weights serve as they are written",
+            ),
+        ]  # fmt: skip
 
-    async def set_version(self, request: Request) -> dict[str, Any]:
-        body = await bodies.read(request, bodies.WeightVersion)
+    async def set_version(self, request: Request, body: bodies.WeightVersion) -> dict[str, Any]:
         change = Adapt(KeepAdapters(), publishes=True, weight_version=body.new_version)
         operated = await self._operating.operate(request, change, "abort" if body.abort_all_requests else "in_place")
         told = {"weight_version": operated.weight_version, "new_version": body.new_version}
         return {**success(f"The weights are called {body.new_version}."), **told}
 
-    async def check(self, request: Request) -> dict[str, Any]:
-        body = await bodies.read(request, bodies.WeightsChecker)
+    async def check(self, request: Request, body: bodies.WeightsChecker) -> dict[str, Any]:
         if body.action == "snapshot":
             return await self._keep(request)
         if body.action == "compare":
@@ -68,6 +76,5 @@ class _Routes:
         assert operated is not None, "a model has modules"
         return {**success("All tensors are as they were."), **self._operating.version(operated)}
 
-    async def post_process(self, request: Request) -> dict[str, Any]:
-        await bodies.read(request, bodies.PostProcess)
+    async def post_process(self, request: Request, body: bodies.PostProcess) -> dict[str, Any]:
         return success("Nothing is to be done; weights serve as they are written.")

@@ -2,23 +2,28 @@
 
 A trainer joins a process group once; then, for each version, it begins an update, broadcasts tensors over the group,
 and ends the update. There is one group and one update of this kind at a time, and the server remembers which. A body
-is written anew with the names of the route that it stands for, which does the rest.
+is read as that of the route that it stands for, which does the rest.
 """
 
 from __future__ import annotations
 
-from typing import Any, Literal
+import asyncio
+from typing import Annotated, Any, Literal
 
-import msgspec
 from fastapi import APIRouter, Request
-from starlette.types import Message
+from pydantic import Field, WithJsonSchema
 
 from ..protocol.errors import Conflict, InvalidRequest, SafelightError
 from ..protocol.operations import Abort, Barrier, Continue, Leave, Operation, Pause
 from . import weight_bodies as bodies
-from .operating import Operating, routes_of, success
+from .body_types import Version
+from .control_bodies import Nothing
+from .operating import Operating, success
+from .routes import Route, routes_of
 from .scheduler_link import OperationFailed
 from .service import Service
+from .validation import Body, from_query, validate, without_nulls
+from .weight_groups import GroupRoutes
 from .weights import WeightRoutes
 
 GROUP = "weight_transfer"
@@ -27,10 +32,14 @@ GROUP = "weight_transfer"
 _OF_PACKING = ("packed", "packed_buffer_size_bytes", "packed_num_buffers", "is_checkpoint_format")
 _CHECKPOINT_NAMES = "Tensors come under their checkpoint's names; give is_checkpoint_format = true."
 
+_OBJECT = WithJsonSchema({"type": "object"})
+_GROUP = {"master_address": "10.0.0.1", "master_port": 29500, "rank_offset": 1, "world_size": 2}
+_TENSORS = {"names": ["proj_out.weight"], "dtype_names": ["bfloat16"], "shapes": [[64, 256]]}
+
 _MODES: dict[str, Barrier] = {"keep": "in_place", "wait": "wait", "abort": "abort"}
 
 
-class PauseQuery(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class PauseQuery(Body):
     """Caches are kept right by themselves, so nothing is done to ``clear_cache``."""
 
     mode: Literal["keep", "wait", "abort"] = "abort"
@@ -38,30 +47,58 @@ class PauseQuery(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     clear_cache: bool = True
 
 
-class WorldQuery(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    include_dp: bool = True
+class WorldQuery(Body):
+    include_dp: bool = Field(True, description="The ranks of all replicas, and not of one")
 
 
-class StartUpdate(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    is_checkpoint_format: bool = True
+class Join(Body, extra="allow", json_schema_extra={"example": {"init_info": _GROUP}}):
+    """Fields as of /init_weights_update_group, here or in ``init_info``; the group has a name of its own."""
+
+    init_info: Annotated[Any, _OBJECT] = Field({}, examples=[_GROUP])
 
 
-class FinishUpdate(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    weight_version: bodies.Version | None = None
+class StartUpdate(Body, json_schema_extra={"example": {"is_checkpoint_format": True}}):
+    is_checkpoint_format: bool = Field(True, description="Only true is possible: names are those of the checkpoint")
+
+
+class Part(Body, extra="allow", json_schema_extra={"example": {"update_info": _TENSORS}}):
+    """Fields as of /update_weights_from_distributed, but ``dtype_names``, here or in ``update_info``."""
+
+    update_info: Annotated[Any, _OBJECT] = Field({}, examples=[_TENSORS])
+
+
+class FinishUpdate(Body, json_schema_extra={"example": {"weight_version": "100"}}):
+    weight_version: Version | None = None
 
 
 def routes(service: Service) -> APIRouter:
     handlers = _Routes(service)
     return routes_of(
         [
-            ("/pause", handlers.pause, "Stop generation; requests wait (mode keep or wait) or are ended (abort)"),
-            ("/resume", handlers.resume, "Go on"),
-            ("/init_weight_transfer_engine", handlers.join, "Join the trainer's process group"),
-            ("/start_weight_update", handlers.start, "Begin an update"),
-            ("/update_weights", handlers.update, "Write what the trainer broadcasts"),
-            ("/finish_weight_update", handlers.finish, "End the update, so that its weights serve"),
+            Route(
+                path="/pause", handler=handlers.pause, body=Nothing, query=PauseQuery, answer="`status`",
+                summary="Stop generation; requests wait (mode keep or wait) or are ended (abort)",
+            ),
+            Route(path="/resume", handler=handlers.resume, body=Nothing, summary="Go on", answer="`status`"),
+            Route(
+                path="/init_weight_transfer_engine", handler=handlers.join, body=Join, answer="`ranks`",
+                summary="Join the trainer's process group", max_values=bodies.TENSORS,
+            ),
+            Route(
+                path="/start_weight_update", handler=handlers.start, body=StartUpdate, summary="Begin an update",
+                answer="`update_id`",
+            ),
+            Route(
+                path="/update_weights", handler=handlers.update, body=Part, summary="Write what the trainer broadcasts",
+                answer="As of /update_weights_from_distributed", max_values=bodies.TENSORS,
+                refused=lambda raw: handlers.end_group(),
+            ),
+            Route(
+                path="/finish_weight_update", handler=handlers.finish, body=FinishUpdate,
+                summary="End the update, so that its weights serve", answer="As of /commit_weights_update",
+            ),
         ]
-    )
+    )  # fmt: skip
 
 
 def reading_routes(service: Service) -> APIRouter:
@@ -69,77 +106,80 @@ def reading_routes(service: Service) -> APIRouter:
     handlers = _Routes(service)
     return routes_of(
         [
-            ("/is_paused", handlers.is_paused, "Whether generation is paused, or the server asleep"),
-            ("/get_world_size", handlers.world_size, "How many ranks join a trainer's process group"),
+            Route(
+                path="/is_paused", handler=handlers.is_paused, body=Nothing, answer="`is_paused`",
+                summary="Whether generation is paused, or the server asleep",
+            ),
+            Route(
+                path="/get_world_size", handler=handlers.world_size, body=Nothing, query=WorldQuery,
+                answer="`world_size`", summary="How many ranks join a trainer's process group",
+            ),
         ],
         "GET",
-    )
+    )  # fmt: skip
 
 
 class _Routes:
     def __init__(self, service: Service) -> None:
         self._service = service
         self._weights = WeightRoutes(service)
+        self._groups = GroupRoutes(service)
         self._operating = Operating(service)
         self._update_id: str | None = None
 
-    async def pause(self, request: Request) -> dict[str, Any]:
-        query = bodies.from_query(request, PauseQuery)
-        await bodies.read(request, bodies.Nothing)
+    async def pause(self, request: Request, body: Nothing) -> dict[str, Any]:
+        query = from_query(request, PauseQuery)
         mode = "wait" if query.wait_for_inflight_requests else query.mode
         await self._operating.send(request, lambda request_id: Pause(request_id, _MODES[mode]))
         return {**success("Generation is paused; requests wait."), "status": "paused"}
 
-    async def resume(self, request: Request) -> dict[str, Any]:
-        await bodies.read(request, bodies.Nothing)
+    async def resume(self, request: Request, body: Nothing) -> dict[str, Any]:
         await self._operating.send(request, Continue)
         return {**success("Generation goes on."), "status": "resumed"}
 
-    async def is_paused(self, request: Request) -> dict[str, Any]:
+    async def is_paused(self, request: Request, body: Nothing) -> dict[str, Any]:
         return {"is_paused": self._service.link.status.halted in ("paused", "asleep")}
 
-    async def world_size(self, request: Request) -> dict[str, Any]:
+    async def world_size(self, request: Request, body: Nothing) -> dict[str, Any]:
         config = self._service.config
-        every = bodies.from_query(request, WorldQuery).include_dp
+        every = from_query(request, WorldQuery).include_dp
         return {"world_size": config.tp * (config.replicas if every else 1)}
 
-    async def join(self, request: Request) -> dict[str, Any]:
+    async def join(self, request: Request, body: Join) -> dict[str, Any]:
         """A trainer that comes again has left the group of before."""
-        fields = await _flat(request, "init_info")
+        fields = _flat(body, "init_info")
         await self._done_or_not_there(request, Leave(GROUP))
         backend = "nccl" if self._service.model().device.startswith("cuda") else "gloo"
-        return await self._weights.init_group(
-            _written_anew(request, {"backend": backend, **fields, "group_name": GROUP})
-        )
+        group = validate({"backend": backend, **fields, "group_name": GROUP}, bodies.InitGroup)
+        return await self._groups.init_group(request, group)
 
-    async def start(self, request: Request) -> dict[str, Any]:
+    async def start(self, request: Request, body: StartUpdate) -> dict[str, Any]:
         """What a trainer had begun before and not ended is aborted."""
-        body = await bodies.read(request, StartUpdate)
         if not body.is_checkpoint_format:
             raise InvalidRequest(_CHECKPOINT_NAMES, field="is_checkpoint_format")
         if self._update_id is not None:
             await self._done_or_not_there(request, Abort(self._update_id))
-        begun = await self._weights.begin(_written_anew(request, {"mode": "in_place"}))
+        begun = await self._weights.begin(request, validate({"mode": "in_place"}, bodies.Begin))
         self._update_id = begun["update_id"]
         return begun
 
-    async def update(self, request: Request) -> dict[str, Any]:
+    async def update(self, request: Request, body: Part) -> dict[str, Any]:
         """Part of the update that was started, or one of its own. One that is refused ends the group."""
         try:
-            fields = _unpacked(await _flat(request, "update_info"))
+            part = await asyncio.to_thread(_broadcast, body, self._update_id)
         except SafelightError:
-            self._operating.without_reply(Leave(GROUP))
+            self.end_group()
             raise
-        named = {("dtypes" if name == "dtype_names" else name): value for name, value in fields.items()}
-        part = {} if self._update_id is None else {"update_id": self._update_id}
-        return await self._weights.from_distributed(_written_anew(request, {**named, **part, "group_name": GROUP}))
+        return await self._groups.from_distributed(request, part)
 
-    async def finish(self, request: Request) -> dict[str, Any]:
-        body = await bodies.read(request, FinishUpdate)
+    def end_group(self) -> None:
+        self._operating.without_reply(Leave(GROUP))
+
+    async def finish(self, request: Request, body: FinishUpdate) -> dict[str, Any]:
         if self._update_id is None:
             raise Conflict("No update is begun; send /start_weight_update first.")
-        fields = {"update_id": self._update_id, "weight_version": body.weight_version}
-        committed = await self._weights.commit(_written_anew(request, fields))
+        fields = without_nulls({"update_id": self._update_id, "weight_version": body.weight_version})
+        committed = await self._weights.commit(request, validate(fields, bodies.Commit))
         self._update_id = None  # one that is refused stays begun, and the next start aborts it
         return committed
 
@@ -151,13 +191,19 @@ class _Routes:
                 raise
 
 
-async def _flat(request: Request, nested: str) -> dict[str, Any]:
+def _broadcast(body: Part, update_id: str | None) -> bodies.FromDistributed:
+    fields = _unpacked(_flat(body, "update_info"))
+    named = {("dtypes" if name == "dtype_names" else name): value for name, value in fields.items()}
+    part = {} if update_id is None else {"update_id": update_id}
+    return validate({**named, **part, "group_name": GROUP}, bodies.FromDistributed)
+
+
+def _flat(body: Body, nested: str) -> dict[str, Any]:
     """The body's fields, and those of the object ``nested`` in it. Raises ``InvalidRequest`` for any other."""
-    fields = await bodies.read_any(request, bodies.TENSORS)
-    inner = fields.pop(nested, {})
+    inner = getattr(body, nested)
     if not isinstance(inner, dict):
         raise InvalidRequest(f"{nested} must be an object.", field=nested)
-    return {**fields, **inner}
+    return without_nulls({**(body.model_extra or {}), **inner})
 
 
 def _unpacked(fields: dict[str, Any]) -> dict[str, Any]:
@@ -169,13 +215,3 @@ def _unpacked(fields: dict[str, Any]) -> dict[str, Any]:
     if fields.get("is_checkpoint_format") is False:
         raise InvalidRequest(f"{_CHECKPOINT_NAMES} The group is ended.", field="is_checkpoint_format")
     return {name: value for name, value in fields.items() if name not in _OF_PACKING}
-
-
-def _written_anew(request: Request, fields: dict[str, Any]) -> Request:
-    """``request``, whose body was read, with another one."""
-    unread: list[Message] = [{"type": "http.request", "body": msgspec.json.encode(fields), "more_body": False}]
-
-    async def receive() -> Message:
-        return unread.pop() if unread else await request.receive()
-
-    return Request(request.scope, receive)

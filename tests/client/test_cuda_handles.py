@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import pytest
 import torch
 
@@ -13,6 +13,7 @@ from safelight.client import cuda_handles, transports
 from safelight.client.host_tensors import HostTensor, from_torch
 from safelight.client.transports import CudaIpc, Server, SharedMemory
 from safelight.protocol.errors import InvalidRequest
+from safelight.server.validation import validate
 from safelight.server.weight_bodies import FromTensor
 
 UUID = "3b0a6f4c-5a0e-4d3a-9f0a-0d7a54f0c9e1"
@@ -37,11 +38,11 @@ def server(*gpus: str) -> Server:
 def test_the_server_reads_what_is_sent_with_a_handle_for_each_rank() -> None:
     told: list[int] = []
     encoded = CudaIpc(server(UUID), None).encode([on_gpu()], {"target_module": "transformer"}, told.append)
-    body = msgspec.json.decode(msgspec.json.encode(encoded.call.body), type=FromTensor)
+    body = validate(json.loads(json.dumps(encoded.call.body)), FromTensor)
     assert body.shared is not None
     assert body.shared.cuda_ipc is not None
     assert [len(handles) for handles in body.shared.cuda_ipc] == [1, 1, 1, 1]
-    assert msgspec.to_builtins(body.shared.cuda_ipc[3][0], builtin_types=(bytes,)) == {
+    assert body.shared.cuda_ipc[3][0].model_dump() == {
         "name": "w", "dtype": "bfloat16", "shape": [4, 6], "stride": [6, 1], "offset": 0, "device": UUID,
         "memory": SHARED[1], "storage_bytes": 96, "storage_offset": 512, "counters": SHARED[4], "counter": 3,
         "event": SHARED[6], "event_sync": True,

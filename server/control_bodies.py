@@ -1,0 +1,65 @@
+"""The bodies and queries of the post-training routes that are not about tensors."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from ..protocol.operations import Barrier
+from .body_types import Name, Version
+from .validation import Body
+
+
+class Nothing(Body, json_schema_extra={"example": {}}):
+    """No fields."""
+
+
+class Occupation(Body, json_schema_extra={"example": {"tags": ["weights"]}}):
+    """Everything that is put away is kept, whether ``cpu_backup_tags`` name it or not."""
+
+    tags: list[Name] | None = Field(None, description="`weights`, `caches`, or names of modules; all when omitted")
+    cpu_backup_tags: list[Name] | None = Field(None, description="Accepted, and without effect")
+
+
+class PauseGeneration(Body, json_schema_extra={"example": {"mode": "wait"}}):
+    """To ``retract`` is what other servers call it when requests stop where they are and go on later."""
+
+    mode: Barrier | Literal["retract"] = "wait"
+
+    @property
+    def barrier(self) -> Barrier:
+        return "in_place" if self.mode == "retract" else self.mode
+
+
+class AbortRequest(Body, json_schema_extra={"example": {"all": True}}):
+    """Either a request's id or ``all``."""
+
+    request_id: Name | None = None
+    all: bool | None = None
+    rid: str | None = Field(None, description="The same as `request_id`")
+    abort_all: bool | None = Field(None, description="The same as `all`")
+
+    @property
+    def every(self) -> bool:
+        return bool(self.all or self.abort_all)
+
+    @property
+    def name(self) -> str | None:
+        return self.request_id or self.rid or None
+
+
+class WeightVersion(Body, json_schema_extra={"example": {"new_version": "100"}}):
+    new_version: Version
+    abort_all_requests: bool = False
+
+
+class WeightsChecker(Body, json_schema_extra={"example": {"action": "snapshot"}}):
+    action: Literal["snapshot", "compare", "reset_tensors"]
+    allow_quant_error: bool | None = Field(None, description="Accepted, and without effect")
+
+
+class PostProcess(Body, json_schema_extra={"example": {"post_load_weights": True}}):
+    restore_weights_before_load: bool | None = None
+    post_process_quantization: bool | None = None
+    post_load_weights: bool | None = None

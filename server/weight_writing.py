@@ -1,0 +1,75 @@
+"""Updates of weights and adapters that come as tensors, whatever their source, and what is told of them."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from fastapi import Request
+
+from ..protocol.operations import Update
+from ..protocol.reports import Operated
+from ..protocol.tensor_sources import Source
+from . import weight_bodies as bodies
+from .adapter_parts import AdapterParts
+from .operating import Operating, active_adapters, first_report, success
+from .service import Service
+
+UPDATED = (
+    "`updated` by module, `applied` and `expected` tensors, `left_out`, `weight_version`, `ranks`, `elapsed_s`, "
+    "`invalidated` caches, active `adapters`, and whether they are `serving`"
+)
+"""What an update's reply says."""
+
+
+class WeightWriting:
+    """Has replicas write tensors, or merge them where they are an adapter's."""
+
+    def __init__(self, service: Service, operating: Operating) -> None:
+        self._operating = operating
+        self._parts = AdapterParts(service, operating)
+
+    async def merge(self, request: Request, source: Source, target: str, body: bodies.LoraBody) -> dict[str, Any]:
+        began = time.perf_counter()
+        merged = await self._parts.merge(request, source, target, body)
+        return {**updated(merged.operated, merged.message, began), "waiting": merged.waiting}
+
+    async def update(
+        self, request: Request, source: Source, body: bodies.UpdateBody, *, require_complete: bool = False
+    ) -> dict[str, Any]:
+        began = time.perf_counter()
+        operation = Update(
+            source=source,
+            weight_version=body.weight_version,
+            flush_cache=body.flush_cache,
+            update_id=body.update_id,
+            require_complete=require_complete,
+        )
+        operated = await self._operating.operate(request, operation, body.mode)
+        return updated(operated, "The weights are updated." if body.update_id is None else "Written.", began)
+
+
+def updated(operated: Operated, message: str, began: float) -> dict[str, Any]:
+    report = first_report(operated)
+    return {
+        **success(f"{message}{_unable(operated)}"),
+        "serving": operated.unable is None and not operated.asleep,
+        "updated": report.updated,
+        "applied": sum(report.updated.values()),
+        "expected": sum(report.expected.values()),
+        "unknown": [],
+        "left_out": report.left_out,
+        "invalid": [],
+        "weight_version": report.weight_version or operated.weight_version,
+        "ranks": sum(report.ranks for report in operated.reports.values()),
+        "elapsed_s": round(time.perf_counter() - began, 6),
+        "invalidated": report.invalidated,
+        "adapters": active_adapters(operated.adapters),
+    }
+
+
+def _unable(operated: Operated) -> str:
+    """What keeps the new weights from serving."""
+    if operated.unable is not None:
+        return f" The server cannot serve yet: {operated.unable}."
+    return " The server is asleep." if operated.asleep else ""
