@@ -21,6 +21,7 @@ PLAIN = (
     "process",
     "rollout",
     "scheduler",
+    "worker/crossing",
     "worker/forward",
     "worker/operations",
     "worker/weights/checkpoint",

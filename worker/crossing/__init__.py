@@ -1,1 +1,1 @@
-"""What happens between a pipeline and its components, in the coroutine of a request."""
+"""The boundary between a pipeline and its components, crossed in the coroutine of a request."""

@@ -1,8 +1,8 @@
-"""The boundary: what stands in a pipeline's fork where the component stood.
+"""The boundary: a proxy that takes a component's place in a pipeline's fork.
 
 It looks like the component in every way that a pipeline can ask for (class, attributes, configuration), and turns
-each call that carries tensors into a :class:`Call` for the batcher. Whatever can write to the component goes through
-it, so that the fork's changes stay the fork's own (:class:`Changes`).
+each call with tensors into a :class:`Call` for the batcher. Everything that can write to the component passes through
+it, so that the fork's changes stay in the fork (:class:`Changes`).
 """
 
 from __future__ import annotations
@@ -29,20 +29,20 @@ _READS = frozenset(
         *("parameters", "named_parameters", "buffers", "named_buffers", "state_dict", "get_parameter", "get_buffer"),
         *("modules", "named_modules", "children", "named_children", "get_submodule", "keys", "values", "items"),
         *("get_input_embeddings", "get_output_embeddings", "num_parameters"),
-        *("cache_context", "_reset_stateful_cache"),  # of a step cache's hooks, which are their setter's
+        *("cache_context", "_reset_stateful_cache"),  # of a step cache's hooks, set up by other code
     }
 )
-"""Methods without tensors that write nothing. Any other may, and is watched."""
+"""Methods that write nothing when called without tensors. Any other may write, and is watched."""
 
 _PLAIN = frozenset({torch.dtype, torch.device, str, int, float, bool, tuple, type(None)})
 
 
 class Boundary:
-    """Stands for ``module`` under the dotted name ``path``; ``crossing`` is what happens to its calls.
+    """A proxy of ``module``, whose calls go to ``crossing`` under the dotted name ``path``.
 
-    Reading an attribute reads the module's, with modules behind boundaries of their own. ``component`` is the
-    pipeline's component that the module belongs to. A ``path`` that takes a search is a function, which is called when
-    the module is: pipelines walk through all modules of a component, and call few of them.
+    Reading an attribute reads the module's; modules among the attributes get boundaries too. ``component`` is the
+    pipeline's component that the module belongs to. ``path`` is a function where it takes a search, called only when
+    the module is: pipelines iterate over all modules of a component and call few.
     """
 
     __slots__ = ("_changes", "_component", "_crossing", "_module", "_path")
@@ -137,7 +137,7 @@ class Boundary:
         return self._changes.cross(call, self._crossing, self._component, writes)
 
     def _may_write(self, name: str) -> None:
-        """A property's setter may write anywhere, any other attribute is the module's own."""
+        """Watch the module, or all modules below it for a property, whose setter may write anywhere."""
         below = hasattr(type(self._module), name)
         self._changes.watch(self._module, self._component, below=below)
 
@@ -150,7 +150,7 @@ class Boundary:
         return Boundary(module, path, self._crossing, self._changes, self._component)
 
     def _wrapped(self, value: Any) -> Any:
-        """What a method returned, with modules behind boundaries, and watched where it is a weight."""
+        """A method's return value, with boundaries in place of modules; weights in it are watched."""
         if isinstance(value, torch.Tensor):
             self._changes.watch_value(value, self._component)
             return value
@@ -174,7 +174,7 @@ def _elements(value: dict[Any, Any] | list[Any]) -> Iterable[Any]:
 
 
 def _without_boundaries(value: Any) -> Any:
-    """``value`` with the modules themselves where a boundary stands for one."""
+    """``value`` with modules in place of their boundaries."""
     if type(value) is Boundary:
         return value._module
     if type(value) in (tuple, list):

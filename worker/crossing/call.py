@@ -11,19 +11,18 @@ from greenlet import getcurrent
 
 
 class OwnState(Protocol):
-    """What the fork that makes a call has changed in the components."""
+    """The changes that a fork has made to the components."""
 
     def aside(self) -> AbstractContextManager[None]:
-        """Around what must find the components as they are for everybody."""
+        """Hide the changes within the context."""
 
 
 @dataclass(slots=True, eq=False)
 class Call:
-    """``component.method(*args, **kwargs)``, not yet made.
+    """``component.method(*args, **kwargs)``, not yet run.
 
     ``component`` is the dotted name below the pipeline ("transformer", "text_encoder.model"), ``function`` the real
-    bound method. ``changes`` are those that its fork has made; a call that needs them is made in a context of
-    ``around``, and for nobody else.
+    bound method. ``changes`` are its fork's. A call that needs them runs alone, within the context ``around()``.
     """
 
     component: str
@@ -39,21 +38,21 @@ class Call:
         return self.component if self.method == "__call__" else f"{self.component}.{self.method}"
 
     def run(self) -> Any:
-        """Make the call with exactly the arguments that the pipeline gave."""
+        """Run the call with exactly the arguments that the pipeline gave."""
         with nullcontext() if self.around is None else self.around():
             return self.function(*self.args, **self.kwargs)
 
 
 def cross(call: Call) -> Any:
-    """Suspend the current coroutine until the batcher has made ``call``; returns what the component returned."""
+    """Suspend the current coroutine until the batcher has run ``call``, and return the component's answer."""
     return cross_all(call)[0]
 
 
 def cross_all(*calls: Call) -> Sequence[Any]:
-    """Suspend the current coroutine until all ``calls`` are made, and return their answers in the same order.
+    """Suspend the current coroutine until all ``calls`` have run, and return their answers in the same order.
 
-    Those that can meet are made as one forward. If any failed, one of the failures is raised. Outside a coroutine there
-    is nobody to switch to, and the calls are made at once.
+    Calls with equal signatures run as one forward. If any fails, one of the failures is raised. Outside a coroutine the
+    calls run at once.
     """
     batcher = getcurrent().parent
     if batcher is None:

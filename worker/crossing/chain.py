@@ -1,4 +1,4 @@
-"""The chain that a request's calls pass on their way to the batcher, and their answers on the way back."""
+"""The chain of interceptors between a request's boundaries and the batcher."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ Proceed = Callable[..., Sequence[Any]]
 
 
 class Interceptor(Protocol):
-    """Something that a request's calls meet. It belongs to one request, and lives as long as its fork.
+    """A wrapper around a request's calls. It belongs to one request, and lives as long as the request's fork.
 
-    It returns the call's answer: that of ``proceed(call)``, whatever it makes of it, or one of its own. The last of a
-    chain may proceed with several calls, which then are made together.
+    It returns the call's answer: that of ``proceed(call)``, possibly changed, or one of its own. The last interceptor
+    may proceed with several calls, which can then run as one forward.
     """
 
     def __call__(self, call: Call, proceed: Proceed) -> Any: ...
 
 
 class Chain:
-    """Passes calls through ``interceptors``, the first one first, to the batcher."""
+    """Passes calls through ``interceptors``, in order, to the batcher."""
 
     def __init__(self, interceptors: Sequence[Interceptor] = ()) -> None:
         self._interceptors = list(interceptors)
 
     def add(self, interceptor: Interceptor) -> None:
-        """As the last one, which is next to the batcher."""
+        """Append ``interceptor``, next to the batcher."""
         self._interceptors.append(interceptor)
 
     def __call__(self, call: Call) -> Any:
@@ -38,5 +38,5 @@ class Chain:
     def _pass(self, depth: int, calls: Sequence[Call]) -> Sequence[Any]:
         if depth == len(self._interceptors):
             return cross_all(*calls)
-        (call,) = calls  # several could not be made together by way of another interceptor
+        (call,) = calls  # another interceptor would pass several calls on one by one
         return [self._interceptors[depth](call, lambda *calls: self._pass(depth + 1, calls))]

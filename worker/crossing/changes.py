@@ -1,12 +1,11 @@
-"""What one fork of a pipeline has written to the components that all share.
+"""The changes that one fork of a pipeline has made to the shared components.
 
-The fork sees its own changes, and its calls are made with them; nobody else sees them. They are shown while the fork's
-code runs and while a call of it is made, and away at all other times: whoever comes between, another request or an
-update of the weights, finds the components as they are. What is left of them when the fork ends, however it ends, is
-forgotten.
+A fork sees its own changes and its calls run with them; other forks never see them. The changes are in the components
+while the fork's code or one of its calls runs, and out of them at all other times, so that another request or a weight
+update finds the components unchanged. They are dropped when the fork ends, however it ends.
 
-Nothing is looked at unless the boundary says that something may be written: a fork that only reads pays for the
-configurations that it holds, some microseconds a call.
+State is compared only where the boundary reports that something may be written. A fork that only reads pays a few
+microseconds per call, for the configurations that it holds.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ from .module_state import Piece, pieces, pieces_of_value
 
 @contextmanager
 def untraced(components: Iterable[nn.Module]) -> Iterator[None]:
-    """Around what may leave traces in ``components``, which are removed."""
+    """Undo, on leaving the context, everything that was written to ``components`` within it."""
     traces = Changes(components)
     traces.show()
     try:
@@ -34,10 +33,10 @@ def untraced(components: Iterable[nn.Module]) -> Iterator[None]:
 
 
 class Changes:
-    """Those of one fork. ``whole`` are components that are watched all the time, whatever the boundary says.
+    """The changes of one fork. ``whole`` are components that are watched all the time.
 
-    With ``whole``, the changes stay shown while a call waits: for pipelines that keep state where nobody sees it, of
-    which only one runs at a time.
+    With ``whole``, the changes stay in the components while a call waits. This is for pipelines that keep state where
+    no boundary sees it; such requests run one at a time.
     """
 
     def __init__(self, whole: Iterable[nn.Module] = ()) -> None:
@@ -46,7 +45,7 @@ class Changes:
         self._roots: dict[int, int] = {}  # the component of each piece
         self._changed: set[int] = set()  # pieces that have kept something
         self._suspects: set[int] = set()  # components that may have been written to
-        self._lasting: set[int] = set()  # pieces that the fork's code may hold in its hands
+        self._lasting: set[int] = set()  # pieces that the fork's code may hold references to
         self._shown = False
         self._in_forward = False
 
@@ -55,14 +54,14 @@ class Changes:
         return self._shown
 
     def show(self) -> None:
-        """The fork's code runs from here on, or a call of it is made."""
+        """Put the changes into the components, before the fork's code or one of its calls runs."""
         assert not self._shown, "shown once"
         opened: list[Piece] = []
         try:
             for piece in self._pieces.values():
                 opened.append(piece)
                 piece.open()
-        except BaseException:  # no memory for a cast: nothing of it may stay
+        except BaseException:  # no memory for a cast, for example; no change may stay
             for piece in reversed(opened):
                 piece.close()
             raise
@@ -71,17 +70,17 @@ class Changes:
             self._watch_below(component, component)
 
     def hide(self) -> None:
-        """Put the components back as they are for everybody, and keep what was written."""
+        """Restore the components, and keep what was written for the next :meth:`show`."""
         assert self._shown, "hidden once"
         self._shown = False
-        # the last first: a table may be part of what was written to another
+        # in reverse order: a table may be part of what was written to another
         self._changed = {key for key in reversed(self._pieces) if self._pieces[key].close()}
         kept = self._changed | self._lasting
         self._pieces = {key: piece for key, piece in self._pieces.items() if key in kept}
 
     @contextmanager
     def aside(self) -> Iterator[None]:
-        """Around what is not the fork's, and must find the components as they are."""
+        """Hide the changes within the context, for code that is not the fork's."""
         shown = self._shown
         if shown:
             self.hide()
@@ -92,7 +91,7 @@ class Changes:
                 self.show()
 
     def watch(self, module: nn.Module, component: nn.Module, *, below: bool) -> None:
-        """The module, or all below it as well, may be written to until the next call of the fork."""
+        """Watch ``module``, and with ``below`` all modules below it, for writes until the fork's next call."""
         if self._in_forward or not self._shown:
             return
         self._suspects.add(id(component))
@@ -102,7 +101,7 @@ class Changes:
             self._open(pieces(module), component)
 
     def watch_value(self, value: Any, component: nn.Module) -> None:
-        """The fork's code has this in its hands from now on, and may write to it at any time."""
+        """Watch ``value`` from now on, because the fork's code holds a reference to it."""
         if self._in_forward or not self._shown or id(value) in self._lasting:
             return
         self._lasting |= self._open(pieces_of_value(value), component)
@@ -123,11 +122,11 @@ class Changes:
         return keys
 
     def cross(self, call: Call, crossing: Callable[[Call], Any], component: nn.Module, writes: nn.Module | None) -> Any:
-        """Make ``call`` by ``crossing``, with the fork's changes hidden meanwhile.
+        """Pass ``call`` to ``crossing``, with the fork's changes hidden meanwhile.
 
-        ``writes`` is the module that the call itself may write to, where it is no mere forward.
+        ``writes`` is the module that the call may write to; ``None`` for a plain forward.
         """
-        if self._in_forward or not self._shown:  # by a hook of the fork's, within one of its calls
+        if self._in_forward or not self._shown:  # made by a hook of the fork, within one of its calls
             return call.run()
         call.changes = self
         if self._whole:

@@ -1,7 +1,7 @@
 """A pipeline call as a coroutine: it runs until it calls a component, and waits there for the batcher.
 
-torch's settings (autocast, for one) and random numbers are a coroutine's own: they are put away while it waits, and
-never reach others.
+Each coroutine has its own torch settings (autocast, for example) and random state, which are swapped out while it
+waits.
 """
 
 from __future__ import annotations
@@ -19,16 +19,15 @@ from .thread_state import Swap, ThreadState, thread_state
 
 
 class Cancelled(BaseException):
-    """Raised into a coroutine whose result nobody wants any more. No pipeline's ``except Exception`` stops it."""
+    """Raised in a cancelled coroutine. Not an ``Exception``, so that no pipeline's ``except Exception`` catches it."""
 
 
 class Coroutine:
     """Runs ``body`` in a greenlet.
 
-    ``alone`` keeps its calls out of merged forwards, and an ``exclusive`` one has the batcher to itself from its start
-    to its end; ``wanted`` are the adapters of its request. Its random numbers begin at ``random``, or where the
-    batcher's are. When it ends, ``done`` is called with it, in the batcher's greenlet; then exactly one of ``result``
-    and ``error`` says how.
+    ``alone`` keeps its calls out of merged forwards; an ``exclusive`` coroutine has the batcher to itself from start to
+    end. ``wanted`` are its request's adapters. ``random`` is its initial random state, by default the batcher's.
+    When it ends, ``done`` is called with it in the batcher's greenlet, and one of ``result`` and ``error`` is set.
     """
 
     def __init__(
@@ -47,11 +46,11 @@ class Coroutine:
         self.exclusive = exclusive
         self.wanted = wanted
         self.pixels = 0
-        """Of the output that it makes, all frames together; 0 where that is not known."""
+        """Pixels of the output, all frames together; 0 if unknown."""
         self.number = 0
-        """Which start of its batcher it was."""
+        """A serial number, in the batcher's order of starts."""
         self.state: ThreadState | None = None
-        """The settings of torch with which its calls are made, where they are others than the batcher's."""
+        """torch's settings for its calls, if they differ from the batcher's."""
         self._away: Swap | None = None
         self._random = random
         self.result: Any = None
@@ -62,7 +61,7 @@ class Coroutine:
         return bool(self._greenlet.dead)
 
     def start(self) -> Sequence[Call] | None:
-        """Run to the first call, or set of calls; ``None`` when the body ended without one."""
+        """Run to the first call or calls; ``None`` if the body ended without one."""
         return self._advance(self._greenlet.switch)
 
     def resume(self, answers: Sequence[Any]) -> Sequence[Call] | None:
@@ -70,7 +69,7 @@ class Coroutine:
         return self._advance(lambda: self._greenlet.switch(answers))
 
     def throw(self, error: BaseException) -> Sequence[Call] | None:
-        """Raise ``error``, with its traceback, where the coroutine waits. It ends, unless the pipeline handles it."""
+        """Raise ``error`` with its traceback where the coroutine waits; it ends unless the pipeline handles it."""
         return self._advance(lambda: self._greenlet.throw(type(error), error, error.__traceback__))
 
     def _advance(self, switch: Callable[[], Any]) -> Sequence[Call] | None:
@@ -78,14 +77,14 @@ class Coroutine:
         self._greenlet.parent = getcurrent()
         try:
             value = self._with_own_settings(switch)
-        except BaseException as error:  # whatever the pipeline raised is this request's outcome
+        except BaseException as error:  # any exception of the pipeline is this request's outcome
             if isinstance(error, KeyboardInterrupt | SystemExit):
                 raise
             self.error = error
             self._end()
             return None
         if not self.finished:
-            assert isinstance(value, tuple), "a coroutine hands over nothing but calls"
+            assert isinstance(value, tuple), "a coroutine switches only with calls"
             return value
         self.result = value
         self._end()
@@ -93,7 +92,7 @@ class Coroutine:
 
     @contextmanager
     def own_random_numbers(self) -> Iterator[None]:
-        """Around what draws this coroutine's: its own code, and a call that is made for it alone."""
+        """Use this coroutine's random state within the context: for its own code and calls that run alone."""
         with kept_random_state():
             if self._random is not None:
                 set_random_state(self._random)
@@ -115,9 +114,9 @@ class Coroutine:
             self._away = Swap(inside, outside) if inside != outside else None
 
     def _end(self) -> None:
-        done, self._done = self._done, _nobody  # lets go of the request, whose outputs are large
+        done, self._done = self._done, _ignore  # drops the reference to the request, whose outputs are large
         done(self)
 
 
-def _nobody(_: Coroutine) -> None:
-    """Who hears of a coroutine's end after its end."""
+def _ignore(_: Coroutine) -> None:
+    return

@@ -1,8 +1,8 @@
-"""``type(module)``, as the code of a pipeline asks it.
+"""``type(module)`` in a pipeline's code sees through boundaries.
 
-A boundary answers ``isinstance`` and ``__class__`` as its module would, but no object can choose what ``type`` says of
-it: a pipeline that switches layers on where ``type(layer) is Layer`` would find none. So the Python modules that define
-a pipeline get a global ``type`` that looks through boundaries, in place of the builtin. Other code does not see it.
+A boundary answers ``isinstance`` and ``__class__`` as its module would, but no object can override ``type``: a pipeline
+that tests ``type(layer) is Layer`` would find no such layer. So the Python modules that define a pipeline get a global
+``type`` that looks through boundaries and shadows the builtin. Other code is not affected.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from .boundary import Boundary
 
 
 class _LikeType(type):
-    """What makes :class:`TypeThroughBoundaries` the builtin in every other use of its name."""
+    """Makes :class:`TypeThroughBoundaries` behave as the builtin in every other use."""
 
     def __call__(cls, *args: Any, **kwargs: Any) -> Any:
         if len(args) == 1 and type(args[0]) is Boundary:
@@ -31,7 +31,7 @@ class _LikeType(type):
 
 
 class TypeThroughBoundaries(type, metaclass=_LikeType):
-    """``type``, which of a boundary says the class of the module behind it."""
+    """``type``, except that it returns the module's class for a boundary."""
 
     def __class_getitem__(cls, item: Any) -> Any:
         return type[item]

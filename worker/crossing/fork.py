@@ -1,9 +1,9 @@
-"""A request's own copy of the pipeline.
+"""The fork: a request's own shallow copy of the pipeline.
 
-The copy is shallow. Schedulers and guiders are copied, as they keep the state of a denoising loop; so are the
-attributes of tokenizers and processors and the tables of the pipeline, which some pipelines write to. Components stand
-behind boundaries. Pipelines that the pipeline consists of are copied with it, and have the same components as the copy.
-Whatever a pipeline writes to itself or to a component stays with the fork.
+Schedulers and guiders are deep-copied, because they hold the state of a denoising loop. The attributes of tokenizers
+and processors and the pipeline's tables are copied, because some pipelines write to them. Boundaries replace the other
+components. Inner pipelines are copied too and share the copy's components. Whatever a pipeline writes to itself or to a
+component stays in the fork.
 """
 
 from __future__ import annotations
@@ -24,24 +24,24 @@ from .exact_type import look_through_boundaries
 from .module_state import is_stateful
 
 _PROCESSORS = (VaeImageProcessor, PushToHubMixin)
-"""diffusers' processors, which are no components, and transformers' tokenizers and processors, which hold others."""
+"""diffusers' processors, which pipelines do not list as components, and transformers', which hold further ones."""
 
 
 class Fork:
-    """A copy of ``pipeline``, for one call in a ``with`` block, whose calls to its components go through ``crossing``.
+    """A copy of ``pipeline`` for one call in a ``with`` block; its components' calls go through ``crossing``.
 
-    ``watches_all`` is for pipelines that keep state where the boundary does not see it.
+    ``watches_all`` is for pipelines that keep state where no boundary sees it.
     """
 
     def __init__(self, pipeline: DiffusionPipeline, crossing: Crossing = cross, *, watches_all: bool = False) -> None:
         modules = [part for part in pipeline.components.values() if isinstance(part, nn.Module)]
         self.changes = Changes(modules if watches_all else ())
-        copies: dict[int, Any] = {}  # of processors by the originals' ids, as one may have several names
+        copies: dict[int, Any] = {}  # of processors, by the originals' ids, because one may have several names
         self._pipeline = _copied(pipeline, copies)
         own = vars(self._pipeline)
         for name, component in pipeline.components.items():
             if isinstance(component, nn.Module):
-                # not setattr: the pipeline's own would write the change into the configuration that all forks share
+                # not setattr: the pipeline's would write the change into the configuration, which all forks share
                 own[name] = Boundary(component, name, crossing, self.changes)
             elif isinstance(component, ConfigMixin):  # schedulers and guiders
                 own[name] = copy.deepcopy(component)
@@ -65,7 +65,7 @@ def schedulers(pipeline: DiffusionPipeline) -> list[SchedulerMixin]:
 
 
 def _copied(pipeline: DiffusionPipeline, copies: dict[int, Any]) -> DiffusionPipeline:
-    """A copy with tables and processors of its own."""
+    """A shallow copy with its own tables and processors."""
     look_through_boundaries(type(pipeline))
     copied = copy.copy(pipeline)
     own = vars(copied)
@@ -75,7 +75,7 @@ def _copied(pipeline: DiffusionPipeline, copies: dict[int, Any]) -> DiffusionPip
 
 
 def _copy_inner(pipeline: DiffusionPipeline, replaced: dict[int, Any], copies: dict[int, Any]) -> None:
-    """Copy what ``pipeline`` holds of pipelines; ``replaced`` are its components' stand-ins, by the originals' ids."""
+    """Copy the pipelines inside ``pipeline``; ``replaced`` maps the ids of its components to their replacements."""
     for name, inner in vars(pipeline).items():
         if isinstance(inner, DiffusionPipeline):
             copied = _copied(inner, copies)
@@ -88,7 +88,7 @@ def _is_processor(value: Any) -> bool:
 
 
 def _with_own_attributes(component: Any, copies: dict[int, Any]) -> Any:
-    """A tokenizer or processor with the same contents; not its class's own copy, which may read its files again."""
+    """A copy of a tokenizer or processor. The class's own copying is not used, as it may read files again."""
     if id(component) in copies:
         return copies[id(component)]
     copies[id(component)] = copied = object.__new__(type(component))

@@ -1,4 +1,4 @@
-"""What a sample's calls meet on their way. A new one is a class here and its line in ``SampleRun``."""
+"""Interceptors of a sample's calls. To add one, write a class here and list it in ``SampleRun.interceptors``."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ K = TypeVar("K")
 
 @dataclass(slots=True)
 class Clock:
-    """Moments of a sample's life, in seconds of ``time.perf_counter``."""
+    """Timestamps of a sample, in seconds of ``time.perf_counter``."""
 
     submitted: float = field(default_factory=time.perf_counter)
     started: float | None = None
@@ -36,7 +36,10 @@ class Clock:
 
 
 class NoiseCheck:
-    """Refuses initial noise with which the denoiser's first call has other ``shapes``: most pipelines do not look."""
+    """Refuses initial noise of a wrong shape, which most pipelines accept.
+
+    ``shapes`` are those of the denoiser's first call with the pipeline's own noise.
+    """
 
     def __init__(self, shapes: Sequence[torch.Size]) -> None:
         self._shapes: Sequence[torch.Size] | None = shapes
@@ -51,7 +54,7 @@ class NoiseCheck:
 
 
 class Recorder(Generic[K]):
-    """Tells ``saw`` of each call and its answer; ``keep`` makes of the call what is told, before it is made."""
+    """Calls ``saw`` with ``keep(call)``, taken before the call runs, and the answer."""
 
     def __init__(self, keep: Callable[[Call], K], saw: Callable[[K, Any], None]) -> None:
         self._keep = keep
@@ -65,7 +68,7 @@ class Recorder(Generic[K]):
 
 
 def without_denoiser(call: Call, proceed: Proceed) -> Any:
-    """Answers the denoiser's calls with zeros."""
+    """Answer the denoiser's calls with zeros."""
     if call.component not in DENOISERS or call.method != "__call__":
         (answer,) = proceed(call)
         return answer
@@ -76,10 +79,10 @@ def without_denoiser(call: Call, proceed: Proceed) -> Any:
 
 
 def is_of_denoiser(call: Call) -> bool:
-    """Whether the call is made to a denoiser, or to a part of one."""
+    """True for calls to a denoiser or to a part of one."""
     return call.component.split(".")[0] in DENOISERS
 
 
 def shapes(call: Call) -> list[torch.Size]:
-    """Those of the tensors that the call is made with."""
+    """The shapes of the tensors among the call's arguments."""
     return [leaf.shape for leaf in pytree.tree_leaves((call.args, call.kwargs)) if isinstance(leaf, torch.Tensor)]

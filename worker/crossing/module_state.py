@@ -1,8 +1,8 @@
-"""What a component's modules hold besides code, piece by piece: attributes, sub-modules, hooks, configuration, weights.
+"""The mutable state of a component's modules, in pieces: attributes, sub-modules, hooks, configuration, weights.
 
-A pipeline may write to any of it during a call. Each piece is opened before and closed after what may write to it.
-Closing puts back what was there and keeps what was written, and the next opening shows that again. Weights are referred
-to, never copied: of a cast only the dtype is kept, and it is made anew from the weights of then.
+A pipeline may write to any of it during a call. Each piece is opened before code that may write to it and closed after.
+Closing restores the old state and keeps what was written; the next opening writes it again. Weights are referenced,
+never copied: of a cast only the dtype and device are kept, and the cast is repeated from the current weights.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from torch import nn
 _ABSENT, _UNCHANGED = object(), object()
 
 _VALUES = (bool, int, float, str)
-"""Types whose equal values are the same for any purpose."""
+"""Types whose equal values are interchangeable."""
 
 _STATELESS = frozenset({type(None), bool, int, float, str, tuple, torch.dtype, torch.device, torch.Size})
-"""Types of most attributes, of which nothing is a piece."""
+"""Types of most attributes; their values have no mutable state."""
 
 _OPAQUE = (
     nn.Module,
@@ -36,31 +36,31 @@ _OPAQUE = (
     types.ModuleType,
     partial,
 )
-"""Objects that are no state of their holder: code, and what is a piece of its own."""
+"""Objects that are not part of their holder's state: code, and objects that have pieces of their own."""
 
 _SMALL = 1 << 20
-"""Bytes of a buffer that is copied before something may write to it."""
+"""Buffers of up to this many bytes are copied before code that may write to them."""
 
 _FOREIGN = frozenset({"torch", "safelight", "builtins", "functools", "logging", "weakref", "enum", "_thread"})
 """Packages whose objects no pipeline writes to."""
 
 
 class Piece(Protocol):
-    """Something with state, shared by requests."""
+    """A piece of state that requests share."""
 
     @property
     def target(self) -> object: ...
 
     def open(self) -> None:
-        """Show what was kept; what is there now will be put back."""
+        """Write what was kept; remember the present state for :meth:`close`."""
 
     def close(self) -> bool:
-        """Put back what was there, keep what was written, and say whether there is any."""
+        """Restore the state from before :meth:`open`, and keep what was written. Returns true if something was."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Cast:
-    """A tensor's own values in another dtype or place."""
+    """The tensor's own values in another dtype or on another device."""
 
     dtype: torch.dtype
     device: torch.device
@@ -71,7 +71,7 @@ class _Cast:
 
 @dataclass(frozen=True, slots=True)
 class _Values:
-    """Other values than the tensor's."""
+    """Values that replace the tensor's."""
 
     tensor: torch.Tensor
 
@@ -148,7 +148,7 @@ class Listing:
 
 
 class Weight:
-    """What a parameter or buffer refers to, and the values of a small buffer."""
+    """The data of a parameter or buffer, by reference; the values of a small buffer, by copy."""
 
     def __init__(self, target: torch.Tensor) -> None:
         self.target = target
@@ -187,7 +187,7 @@ class Weight:
 
 
 def pieces(module: nn.Module) -> Iterator[Piece]:
-    """Every piece of state of the module itself, without its sub-modules."""
+    """Every piece of state of ``module`` itself, without those of its sub-modules."""
     attributes = vars(module)
     yield Mapping(attributes)
     for value in attributes.values():
@@ -196,7 +196,7 @@ def pieces(module: nn.Module) -> Iterator[Piece]:
 
 
 def pieces_of_value(value: Any) -> Iterator[Piece]:
-    """The state of what a module refers to: a tensor, an object such as a configuration, a table or list of them."""
+    """The state of a module's attribute: a tensor, an object such as a configuration, or a table or list of these."""
     yield from _containers(value)
     parts = dict.values(value) if isinstance(value, dict) else value if type(value) in (list, set) else ()
     for one in (value, *parts):
@@ -210,7 +210,7 @@ def pieces_of_value(value: Any) -> Iterator[Piece]:
 
 
 def is_stateful(value: object) -> bool:
-    """Whether it is an object that a pipeline could write attributes to."""
+    """True for an object to which a pipeline could write attributes."""
     if isinstance(value, _OPAQUE) or not hasattr(value, "__dict__"):
         return False
     return type(value).__module__.split(".")[0] not in _FOREIGN
@@ -230,7 +230,7 @@ def _containers(value: Any) -> Iterator[Piece]:
 
 
 def _put(target: dict[Any, Any], name: Any, value: Any) -> None:
-    """Set or remove an entry, also of a frozen configuration."""
+    """Set or remove an entry, even of a frozen configuration."""
     kind: type[dict[Any, Any]] = OrderedDict if isinstance(target, OrderedDict) else dict
     if value is not _ABSENT:
         kind.__setitem__(target, name, value)
@@ -239,7 +239,7 @@ def _put(target: dict[Any, Any], name: Any, value: Any) -> None:
 
 
 def _same(one: object, other: object) -> bool:
-    """Whether a pipeline that wrote ``other`` over ``one`` has changed anything."""
+    """True if writing ``other`` over ``one`` changes nothing."""
     if one is other:
         return True
     if type(one) is not type(other) or not isinstance(one, (*_VALUES, OrderedDict)):
@@ -265,7 +265,7 @@ def _is_same_memory(one: torch.Tensor, other: torch.Tensor) -> bool:
 
 
 def _learnt(there: Any, written: Any) -> Any:
-    """What to keep of a value that was written in the place of another: of a tensor, how it follows from the other."""
+    """The value to keep when ``written`` replaced ``there``; for a cast of a tensor, the way to repeat it."""
     if not (type(there) is type(written) is torch.Tensor):
         return written
     if written.shape != there.shape or written.stride() != there.stride():

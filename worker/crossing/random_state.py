@@ -1,8 +1,8 @@
-"""The random numbers of whoever gives torch no generator: those of the process, which all coroutines share.
+"""torch's global random state, which code without a generator draws from.
 
-Pipelines seed them and a component's ``generate`` draws (GLM-Image), and components draw by themselves (LTX-Video's
-decoder). So each coroutine's are put away while it waits, as its settings are, and its calls are made with them. A
-sample's begin with its seed, as after ``torch.manual_seed(seed)``: the same request draws the same, on every rank.
+Pipelines seed it for a component's ``generate`` (GLM-Image), and components draw from it (LTX-Video's decoder). So each
+coroutine has its own: it is swapped out while the coroutine waits, and the coroutine's calls run with it. A sample's
+starts as after ``torch.manual_seed(seed)``, so that the same request draws the same numbers on every rank.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from contextlib import contextmanager
 import torch
 
 RandomState = tuple[torch.Tensor, ...]
-"""A state for the CPU's generator, and one for each GPU's when there is a CUDA context."""
+"""The state of the CPU's generator, and with a CUDA context that of each GPU's."""
 
 
 def random_state() -> RandomState:
@@ -21,23 +21,23 @@ def random_state() -> RandomState:
 
 
 def set_random_state(state: RandomState) -> None:
-    for generator, own in zip(_generators(), state, strict=False):  # a GPU's may be new
+    for generator, own in zip(_generators(), state, strict=False):  # a GPU's generator may have been created since
         generator.set_state(own)
 
 
 def seeded(seed: int) -> RandomState:
-    """As ``torch.manual_seed(seed)`` leaves it."""
+    """The state that ``torch.manual_seed(seed)`` would leave."""
     return tuple(torch.Generator(one.device).manual_seed(seed).get_state() for one in _generators())
 
 
 def has_drawn(before: RandomState) -> bool:
-    """Whether somebody has drawn random numbers, or has seeded them, since the state was ``before``."""
+    """True if the state differs from ``before``: random numbers were drawn, or a seed was set."""
     return not all(map(torch.equal, before, random_state()))
 
 
 @contextmanager
 def kept_random_state() -> Iterator[RandomState]:
-    """Around what may draw: afterwards the state is as it was."""
+    """Restore the random state on leaving the context; yields the state."""
     before = random_state()
     try:
         yield before

@@ -1,7 +1,7 @@
 """torch's settings that a pipeline can change around a call: autocast, inference and gradient mode, defaults, modes.
 
-They belong to the thread or the process, and all coroutines run in one thread. So each coroutine's settings are put
-away while it waits, and its calls are made with them. diffusers' choice of an attention kernel is one of them.
+They belong to the thread or the process, and all coroutines run in one thread. So each coroutine's settings are swapped
+out while it waits, and its calls run with them. diffusers' attention backend is one of these settings.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from ..internals import diffusers as diffusers_internals
 from ..internals import torch as internals
 
 ThreadState = tuple[Any, ...]
-"""A value for each of the settings; two that are equal are the same for any computation."""
+"""One value per setting; equal states are interchangeable for any computation."""
 
 _AUTOCAST_DEVICES = ("cpu", "cuda")
 
@@ -69,21 +69,21 @@ _SETTINGS: tuple[tuple[Callable[[], Any], Callable[[Any], Any]], ...] = (
 
 
 def thread_state() -> ThreadState:
-    """The settings as they are now."""
+    """The current settings."""
     return (torch.is_inference_mode_enabled(), *[read() for read, _ in _SETTINGS])
 
 
 class Swap:
-    """Puts the settings ``new`` in the place of the present ones, ``old``, until :meth:`back`."""
+    """Replaces the current settings ``old`` by ``new`` until :meth:`back`."""
 
     def __init__(self, old: ThreadState, new: ThreadState) -> None:
         self._old = old
         self._inference = None
         if old[0] != new[0]:
-            # the only way to set this one is to enter a context, and to leave it is to come back
+            # inference mode can only be set by entering a context
             self._inference = internals.InferenceMode(new[0])
             self._inference.__enter__()  # type: ignore[no-untyped-call]
-            old = thread_state()  # which it changes
+            old = thread_state()  # entering changes other settings
         _set(old, new)
 
     def back(self) -> None:
@@ -100,7 +100,7 @@ def _set(old: ThreadState, new: ThreadState) -> None:
 
 @contextmanager
 def within(state: ThreadState) -> Iterator[None]:
-    """Around what is computed with the settings ``state``."""
+    """Use the settings ``state`` within the context."""
     swap = Swap(thread_state(), state)
     try:
         yield
