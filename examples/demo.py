@@ -1,4 +1,4 @@
-"""Start a server on the embedded model, draw one picture, and let the judge say what it shows.
+"""Start a server on the embedded model, generate one picture, and let the judge read it.
 
 python examples/demo.py "a large red heart in the center on a white background"
 """
@@ -65,7 +65,7 @@ def tell(generation: Generation, prompt: str, path: Path, seconds: float) -> Non
 
 
 def in_words(verdict: Verdict) -> str:
-    """What the judge sees, as a caption where it is sure of everything."""
+    """The judge's verdict: a caption if it read every attribute, else the attributes that it read."""
     seen = (verdict.colour, verdict.shape, verdict.size, verdict.position, verdict.background)
     if not verdict.clear:
         return f"is sure of {', '.join(word for word in seen if word) or 'nothing'} only"

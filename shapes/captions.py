@@ -1,4 +1,4 @@
-"""Puts scenes into words: the full caption, and shorter ones that leave something for the model to choose."""
+"""Captions of scenes: full ones, and shorter ones that leave some attributes to the model."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ import torch
 from .scene import COLOURS, POSITIONS, SHAPES, SIZES, Scene
 
 PARTIAL_SHARE = 0.23
-"""Part of the training captions that leave something out."""
+"""The fraction of training captions that omit attributes."""
 
 EMPTY_SHARE = 0.07
-"""Part of the training captions that are empty, so that an empty negative prompt means something."""
+"""The fraction of empty training captions, which give an empty negative prompt a meaning."""
 
 
 @dataclass(frozen=True, slots=True)
 class Caption:
-    """A caption and whether it fixes where the shape stands and how large it is."""
+    """A caption, and whether it fixes the shape's place and size."""
 
     text: str
     places: bool
@@ -29,7 +29,7 @@ def caption(scene: Scene) -> str:
 
 
 def describe(scene: Scene, *, size: bool = False, position: bool = False, background: bool = False) -> str:
-    """The shape and its colour, and of the rest what is asked for: "a red circle on a white background"."""
+    """The shape and its colour, with the attributes that are requested: "a red circle on a white background"."""
     words = ["a", scene.size] if size else ["an" if scene.colour[0] in "aeiou" else "a"]
     words += [scene.colour, scene.shape]
     if position:

@@ -44,7 +44,7 @@ SMALLEST_AREA = 60.0
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What a picture shows; None for what cannot be told. `score` is the IoU with the best drawn shape, [0, 1]."""
+    """The attributes of a picture, None where unreadable. `score` is the IoU with the best template, in [0, 1]."""
 
     colour: str | None
     shape: str | None
@@ -55,21 +55,21 @@ class Verdict:
 
     @property
     def clear(self) -> bool:
-        """Whether all five attributes could be read."""
+        """True if all five attributes were read."""
         return None not in (self.colour, self.shape, self.size, self.position, self.background)
 
     def right(self, scene: Scene) -> Mapping[str, bool]:
-        """Attribute name to whether the picture shows what `scene` says."""
+        """Compare each attribute with `scene`, by name."""
         return {field.name: getattr(self, field.name) == getattr(scene, field.name) for field in fields(scene)}
 
     def matches(self, scene: Scene) -> bool:
-        """Whether all five attributes are those of `scene`."""
+        """True if all five attributes equal those of `scene`."""
         return all(self.right(scene).values())
 
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """What a picture shows before size and place have names; None, or not a number, for what cannot be told.
+    """The measurements of a picture before size and place get names; None or NaN where unreadable.
 
     Radius and centre are in pixels of a picture of 128 x 128; `score` is as in `Verdict`.
     """
@@ -85,9 +85,9 @@ class Reading:
 
 @dataclass(frozen=True, slots=True)
 class Layers:
-    """A picture taken apart: the ground's name, both colours [3], and how much of the shape's each pixel has.
+    """The layers of a picture: the background's name, both colours [3], and the share of the shape's colour per pixel.
 
-    `mask` is [128, 128] in [0, 1]; `stray` counts pixels that are no mixture of the two.
+    `mask` is [128, 128] in [0, 1]; `stray` counts pixels that are not a mixture of the two.
     """
 
     background: str
@@ -114,7 +114,7 @@ def judge(picture: Picture) -> Verdict:
 
 
 def named(seen: Reading) -> Verdict:
-    """What was read, with names for size and place."""
+    """The verdict of a reading: size and place get names."""
     if seen.shape is None:
         return Verdict(seen.colour, None, None, None, seen.background, seen.score)
     size, position = _size(seen.radius), _position(seen.x, seen.y)
@@ -122,13 +122,13 @@ def named(seen: Reading) -> Verdict:
 
 
 def read(picture: Picture) -> Reading:
-    """As `judge`, but where the shape stands and how large it is in pixels."""
+    """As `judge`, but with the shape's place and size in pixels."""
     found = take_apart(_smooth(as_pixels(picture)))
     return recognise(found) if isinstance(found, Layers) else Reading(None, None, found, 0.0)
 
 
 def take_apart(pixels: Tensor) -> Layers | str | None:
-    """The layers of a picture [3, 128, 128]; only the ground's name where nothing stands on it, or not even that."""
+    """The layers of a picture [3, 128, 128]; without a shape the background's name, or None if that has none either."""
     background = _background(pixels)
     if background is None:
         return None
@@ -138,7 +138,7 @@ def take_apart(pixels: Tensor) -> Layers | str | None:
 
 
 def recognise(layers: Layers) -> Reading:
-    """The drawn shape that is most like the mask."""
+    """The reading of the template that matches the mask best."""
     cutout = _cut_out(layers)
     if cutout is None:
         return Reading(None, None, layers.background, 0.0)

@@ -20,7 +20,7 @@ JITTER_CENTRE = 1.0
 """Largest shift of a centre along each axis, in pixels of a `PICTURE`-wide picture."""
 
 JITTER_RADIUS = 0.05
-"""Largest change of a radius, as a part of it."""
+"""Largest relative change of a radius."""
 
 
 def _circle(x: Tensor, y: Tensor) -> Tensor:
@@ -99,12 +99,12 @@ def place(scenes: Sequence[Scene], generator: torch.Generator | None = None) -> 
 
 
 def coverage(shapes: Sequence[str], placement: Placement, size: int = PICTURE) -> Tensor:
-    """How much of each pixel each shape covers: [B, size, size] float32 in [0, 1], on the placement's device."""
+    """The coverage of each pixel by each shape: [B, size, size] float32 in [0, 1], on the placement's device."""
     return covered(distances(shapes, placement, size))
 
 
 def covered(distance: Tensor) -> Tensor:
-    """How much of a pixel lies where the signed distance, in pixels, is negative.
+    """The coverage of a pixel by the region where the signed distance, in pixels, is negative.
 
     The edge is a ramp one pixel wide across the zero of the distance: anti-aliasing by a box filter.
     """
@@ -139,7 +139,7 @@ def render(scenes: Sequence[Scene], generator: torch.Generator | None = None, si
 
 
 def paint(scenes: Sequence[Scene], mask: Tensor) -> Tensor:
-    """Each scene's colour over its background, where `mask` [B, H, W] has it: [B, 3, H, W] in [0, 1]."""
+    """Each scene's colour over its background, blended by `mask` [B, H, W]: [B, 3, H, W] in [0, 1]."""
     colour = torch.tensor([COLOURS[scene.colour] for scene in scenes])
     background = torch.tensor([COLOURS[scene.background] for scene in scenes])
     return compose(mask, colour, background)

@@ -1,4 +1,4 @@
-"""What the shapes world can show: one coloured shape, in one of three sizes, at one of five places, on a plain ground.
+"""Scenes of the shapes world: a coloured shape in one of three sizes, at one of five places, on a plain background.
 
 Lengths are in pixels of a picture of `PICTURE` x `PICTURE`; the renderer scales them to other resolutions.
 """

@@ -22,7 +22,7 @@ CLOSED = 3.5
 """Radius, in pixels of 128, of the disc that gaps are closed with."""
 
 AMPLITUDE = 0.25
-"""Of the fundamental of drawn stripes, in a large shape; a fifth of a period of gap has 0.19, a half has 0.32."""
+"""The amplitude of stripes in a large shape: a gap of a fifth of a period has 0.19, half a period 0.32."""
 
 STRONG = 0.67
 """Share of the shape's colour from which a pixel belongs to the silhouette as much as any other."""
@@ -42,7 +42,7 @@ MIDDLE = 6
 
 @dataclass(frozen=True, slots=True)
 class StyleVerdict:
-    """How far a picture is `outlined` and `striped`, each in [0, 1], and what it shows; zeros where that is nothing.
+    """The scores `outlined` and `striped`, each in [0, 1], and the attributes; both scores are 0 without a shape.
 
     As drawn by `render_styled` a style scores about 1; with both, the outline about a third, as stripes fill it.
     """
@@ -85,7 +85,7 @@ def _widen(mask: Tensor, radius: float) -> Tensor:
 
 
 def _fill(mask: Tensor) -> Tensor:
-    """Each pixel at least what all rays from it meet, but for one of eight, which may escape through a gap."""
+    """Raise each pixel to the value that seven of eight rays from it meet; one ray may escape through a gap."""
     met = torch.stack([_farthest(mask, y, x) for y in (-1, 0, 1) for x in (-1, 0, 1) if (y, x) != (0, 0)])
     return torch.maximum(mask, met.sort(dim=0).values[1])
 
@@ -102,14 +102,14 @@ def _farthest(mask: Tensor, down: int, right: int) -> Tensor:
 
 
 def _lowest_neighbour(values: Tensor) -> Tensor:
-    """Of the four pixels beside each, the least."""
+    """The smallest of each pixel's four neighbours."""
     above_below = functional.pad(values[None, None], (0, 0, 1, 1), mode="replicate")[0, 0]
     beside = functional.pad(values[None, None], (1, 1, 0, 0), mode="replicate")[0, 0]
     return torch.stack((above_below[:-2], above_below[2:], beside[:, :-2], beside[:, 2:])).amin(dim=0)
 
 
 def depths(inside: Tensor) -> Tensor:
-    """How many pixels each is from the outside of `inside` [H, W] bool, 0 there; an octagon's distance."""
+    """Each pixel's octagonal distance, in pixels, from the outside of `inside` [H, W] bool; 0 outside."""
     left = inside.float()
     depth = left.clone()
     for step in range(PICTURE // 2):

@@ -1,6 +1,6 @@
 """Draws scenes in a style: the shape as an outline, or filled with stripes, or both.
 
-A style is no word of the world: captions stay as they are, and an adapter makes a model draw in it. Strokes and gaps
+Captions do not mention styles: an adapter makes a model draw in one. Strokes and gaps
 are as fine as the embedded model's autoencoder can keep: it loses a stroke of 3 pixels, and stripes 6 pixels apart.
 """
 

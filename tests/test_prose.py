@@ -20,6 +20,8 @@ PLAIN = (
     "formats",
     "process",
     "rollout",
+    "shapes",
+    "examples",
     "scheduler",
     "worker/crossing",
     "worker/forward",

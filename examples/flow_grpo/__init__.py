@@ -1,7 +1,7 @@
-"""Reinforcement learning of a diffusion model that a server draws with: Flow-GRPO, small enough for two cores.
+"""Reinforcement learning of the model that a server serves: Flow-GRPO, small enough for two cores.
 
-Trainer and server share the machine's cores, so threads of both give them up while they wait. OpenMP reads its settings
-once, as torch is imported: they are made here, before that.
+Trainer and server share the machine's cores, so the threads of both yield while they wait. OpenMP reads its settings
+once, when torch is imported, so this module sets them before that.
 """
 
 import os

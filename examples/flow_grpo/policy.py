@@ -1,4 +1,4 @@
-"""The denoiser that learns, beside the server's that draws."""
+"""The trainer's copy of the denoiser, which learns from the server's samples."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from safelight.rollout.transitions import Sampler
 
 EMBEDDED = Path(assets.__file__).parent / "shapes"
 START = Path(__file__).parent / "start.safetensors"
-"""Transformer and text encoders of the embedded model as they were early in their training, in bfloat16."""
+"""The embedded model's transformer and text encoders from early in their training, in bfloat16."""
 
 LORA_LAYERS = ["to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2", "proj_mlp", "proj_out", "norm.linear"]
 
 
 class Policy:
-    """A FLUX transformer in fp32, of which all weights learn, or a LoRA adapter of ``lora_rank``."""
+    """A FLUX transformer in fp32; all of its weights learn, or a LoRA adapter of ``lora_rank``."""
 
     def __init__(self, lora_rank: int | None) -> None:
         self._start = _modules(load_file(START))
@@ -38,19 +38,19 @@ class Policy:
 
     @property
     def parameters(self) -> list[torch.nn.Parameter]:
-        """Those that learn."""
+        """The trainable parameters."""
         return [parameter for parameter in self.transformer.parameters() if parameter.requires_grad]
 
     def log_probs(
         self, rollouts: Sequence[Rollout], steps: Sequence[int], sampler: Sampler, noise: float
     ) -> torch.Tensor:
-        """[B, len(steps)], with gradients: what the server's ``log_probs`` would be with these weights."""
+        """The server's ``log_probs`` [B, len(steps)] under these weights, with gradients."""
         environments = [rollout.environment for rollout in rollouts]
         trajectories = [rollout.trajectory for rollout in rollouts]
         return log_probs({"transformer": self.transformer}, environments, trajectories, steps, sampler, noise)
 
     def push_start(self, client: Client) -> None:
-        """Have the server draw as badly as the training begins; all three modules, or none, and without adapters."""
+        """Reset the server to the weights at the start of training: all three modules or none, without adapters."""
         for lora in client.loras().loaded:
             client.unload_lora(lora.nickname)
         with client.weights.begin("start", list(self._start)) as update:
@@ -58,7 +58,7 @@ class Policy:
                 update.update(tensors, target_module=module)
 
     def push(self, client: Client, version: str) -> None:
-        """Have the server draw with what was learned; verified by digest, but for an adapter that is merged."""
+        """Push the learned weights to the server, verified by digest; a merged adapter is not verified."""
         if self._lora_rank is None:
             client.weights.update(self.transformer, version=version)
         else:

@@ -1,4 +1,4 @@
-"""What is asked for in training and in the examination, and how good a picture of it is."""
+"""Prompts of training and evaluation, and the rewards of pictures."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from safelight.shapes import Scene, judge
 from safelight.shapes.scene import sample_scenes
 
 HELD_OUT = 200
-"""Scenes that no training ever asks for."""
+"""Held-out scenes, never used in training."""
 
 
 def held_out() -> list[Scene]:
@@ -26,9 +26,9 @@ def training_scenes(count: int, generator: torch.Generator) -> list[Scene]:
 
 @dataclass(frozen=True, slots=True)
 class Marks:
-    """What the judge says of a picture: the share of its five attributes that are right, and whether all are.
+    """The judge's score of a picture: the fraction of its five attributes that are right, and whether all are.
 
-    ``reward`` in [0, 1] adds how clearly the shape can be told (IoU), which tells pictures of the same verdict apart.
+    ``reward`` in [0, 1] adds how clear the shape is (IoU), which ranks pictures of the same verdict.
     """
 
     score: float
@@ -37,7 +37,7 @@ class Marks:
 
 
 def mark(picture: torch.Tensor, scene: Scene) -> Marks:
-    """Of a picture [3, H, W] in [0, 1] that was to show ``scene``."""
+    """The score of a picture [3, H, W] in [0, 1] for the prompt of ``scene``."""
     verdict = judge(picture)
     right = verdict.right(scene).values()
     score = sum(right) / len(right)

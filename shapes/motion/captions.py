@@ -1,4 +1,4 @@
-"""Puts clips into words: the full caption, one that leaves the background open, and none."""
+"""Captions of clips: full, without the background, and empty."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from ..scene import COLOURS, SHAPES
 from .clip import DIRECTIONS, Clip
 
 EMPTY_SHARE = 0.10
-"""Part of the training captions that are empty: guidance compares each forward with one of an empty prompt."""
+"""The fraction of empty training captions: guidance compares each forward with one of an empty prompt."""
 
 PARTIAL_SHARE = 0.18
-"""Part of the training captions that leave the background out."""
+"""The fraction of training captions without the background."""
 
 
 def caption(clip: Clip, *, background: bool = True) -> str:

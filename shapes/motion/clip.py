@@ -1,4 +1,4 @@
-"""What a clip can show: one coloured shape that crosses a plain ground in one of four directions.
+"""Clips of the shapes world: a coloured shape that crosses a plain background in one of four directions.
 
 Lengths are in pixels of a frame of `PICTURE` x `PICTURE`, as in `shapes.scene`; frames themselves are `SIDE` wide.
 """
@@ -18,7 +18,7 @@ SIDE = 64
 
 FRAMES = 17
 FPS = 8
-"""Frames in a clip, and how many of them a second shows."""
+"""Frames in a clip, and frames per second."""
 
 RADIUS = 26.0
 PATH = (36.0, 92.0)

@@ -20,7 +20,7 @@ AGREEMENT = 0.8
 """Part of the frames that have to show a word."""
 
 STRIDE = (PATH[1] - PATH[0]) / (FRAMES - 1)
-"""What a drawn shape travels between two frames, in pixels of 128."""
+"""The distance that a drawn shape travels between two frames, in pixels of 128."""
 
 STRIDE_RANGE = (0.6, 1.5)
 """Slowest and fastest motion that has a direction, in units of `STRIDE`."""
@@ -34,7 +34,7 @@ UNSTEADINESS = 6.0
 
 @dataclass(frozen=True, slots=True)
 class ClipVerdict:
-    """What a clip shows; None for what cannot be told. `score` is the frames' mean IoU with the best drawn shapes."""
+    """The attributes of a clip, None where unreadable. `score` is the frames' mean IoU with the best templates."""
 
     colour: str | None
     shape: str | None
@@ -44,15 +44,15 @@ class ClipVerdict:
 
     @property
     def clear(self) -> bool:
-        """Whether all four attributes could be read."""
+        """True if all four attributes were read."""
         return None not in (self.colour, self.shape, self.direction, self.background)
 
     def right(self, clip: Clip) -> Mapping[str, bool]:
-        """Attribute name to whether the frames show what `clip` says."""
+        """Compare each attribute with `clip`, by name."""
         return {field.name: getattr(self, field.name) == getattr(clip, field.name) for field in fields(clip)}
 
     def matches(self, clip: Clip) -> bool:
-        """Whether all four attributes are those of `clip`."""
+        """True if all four attributes equal those of `clip`."""
         return all(self.right(clip).values())
 
 
@@ -79,7 +79,7 @@ def _agreed(words: Sequence[str | None]) -> str | None:
 
 
 def _direction(seen: Sequence[Reading]) -> str | None:
-    """The direction of the straight way fitted through the centres, if they keep to it at a steady pace."""
+    """The direction of a straight line fitted through the centres, if they follow it at a steady pace."""
     times = np.array([time for time, frame in enumerate(seen) if frame.shape is not None])
     if len(times) < max(2, AGREEMENT * len(seen)):
         return None

@@ -1,4 +1,4 @@
-"""Draws clips: every frame by the renderer of pictures, the centre going on by the same distance each frame."""
+"""Draws clips with the renderer of pictures; the centre moves by the same distance in every frame."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def paths(clips: Sequence[Clip], generator: torch.Generator | None = None, frame
 
 
 def masks(shapes: Sequence[str], centres: Tensor, radius: Tensor, side: int = SIDE) -> Tensor:
-    """What shapes cover as they go: centres [B, F, 2] and radius [B] in pixels of 128 to [B, F, side, side]."""
+    """The coverage of moving shapes: centres [B, F, 2] and radius [B], in pixels of 128, to [B, F, side, side]."""
     count, frames, _ = centres.shape
     x, y = centres.flatten(0, 1).unbind(dim=1)
     names = [name for name in shapes for _ in range(frames)]
@@ -38,7 +38,7 @@ def masks(shapes: Sequence[str], centres: Tensor, radius: Tensor, side: int = SI
 
 
 def clip_masks(clips: Sequence[Clip], generator: torch.Generator | None = None) -> Tensor:
-    """What the shape of each clip covers, [B, FRAMES, SIDE, SIDE] in [0, 1]."""
+    """The coverage of each clip's shape, [B, FRAMES, SIDE, SIDE] in [0, 1]."""
     return masks([clip.shape for clip in clips], paths(clips, generator), torch.full((len(clips),), RADIUS))
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from .run import Report, Run, load, one_cycle, save
 
 Loss = Callable[[int], tuple[Tensor, Tensor]]
-"""Of a step's batch: what is to become small, and the plain error to report."""
+"""The loss of a step's batch, and the plain error to report."""
 
 
 def descend(

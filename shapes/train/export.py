@@ -16,7 +16,7 @@ from .model import TextToVelocity
 from .text import TEXT_TOKENS, clip_tokenizer, t5_tokenizer
 
 DEFAULTS: dict[str, Any] = {"defaults": {"width": PICTURE, "height": PICTURE, "max_sequence_length": TEXT_TOKENS}}
-"""What a request leaves out, for a runtime to read from `safelight.json`: `FluxPipeline`'s own defaults are larger."""
+"""Defaults of requests, which runtimes read from `safelight.json`: `FluxPipeline`'s own defaults are larger."""
 
 
 def pipeline(vae: AutoencoderKL, model: TextToVelocity, latents: Latents) -> FluxPipeline:
@@ -38,7 +38,7 @@ def pipeline(vae: AutoencoderKL, model: TextToVelocity, latents: Latents) -> Flu
 def export(vae: AutoencoderKL, model: TextToVelocity, latents: Latents, folder: Path, dtype: torch.dtype) -> None:
     """Writes the checkpoint, transformer and autoencoder in `dtype`; the parts given stay as they are.
 
-    The text encoders stay in float32: transformers loads what it finds, diffusers loads float32 unless told otherwise,
+    The text encoders stay in float32: transformers keeps the file's dtype, diffusers loads float32 by default,
     and a pipeline loaded without a dtype would mix the two.
     """
     built = pipeline(copy.deepcopy(vae).to(dtype), copy.deepcopy(model), latents)

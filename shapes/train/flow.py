@@ -62,7 +62,7 @@ def draw_sigmas(count: int, generator: torch.Generator) -> Tensor:
 
 
 def weights(batch: Batch) -> Tensor:
-    """What each token's error counts, [B, 64], mean about 1 to 2 a picture.
+    """The weight of each token's error, [B, 64], with a mean of about 1 to 2 per picture.
 
     The tokens that show the shape count as much together as all tokens together, however small the shape. Where
     the caption leaves place or size open all tokens count the same: there the weights would favour one outcome.

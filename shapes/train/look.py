@@ -1,4 +1,4 @@
-"""A look at a model in training: a sheet of samples, and what the judge makes of them."""
+"""A look at a model in training: a sheet of samples and the judge's counts."""
 
 from __future__ import annotations
 

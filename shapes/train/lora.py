@@ -43,7 +43,7 @@ TURNS: Mapping[tuple[str, ...], int] = {("outlined",): 3}
 """How many steps of each round it takes, where that is not one: a thin stroke is harder to learn than stripes."""
 
 StyledLatents = Mapping[tuple[str, ...], Latents]
-"""Encoded scenes by the styles that they are in, all of which are on when these are learned from."""
+"""Encoded scenes by their styles; the adapters of all these styles are active in a step on them."""
 
 
 def arguments() -> argparse.ArgumentParser:
@@ -72,7 +72,7 @@ def main() -> None:
 
 
 def together(styles: tuple[str, ...]) -> list[tuple[str, ...]]:
-    """What is on in turn: each style alone, and all at once."""
+    """The active styles in turn: each alone, then all."""
     alone: list[tuple[str, ...]] = [(style,) for style in styles]
     return [*alone, styles] if len(styles) > 1 else alone
 

@@ -1,4 +1,4 @@
-"""What the flow stage trains: a small FLUX transformer together with both text encoders."""
+"""The model of the flow stage: a small FLUX transformer with both text encoders."""
 
 from __future__ import annotations
 

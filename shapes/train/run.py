@@ -1,4 +1,4 @@
-"""What every stage shares: its settings, its learning rate, its checkpoint, its line of progress."""
+"""Settings, learning rate, checkpoints and progress, shared by all stages of training."""
 
 from __future__ import annotations
 

@@ -27,10 +27,10 @@ WIDTH = 128
 """Hidden size of both text encoders."""
 
 WORD_END = "</w>"
-"""What CLIP's byte pairs mark the end of a word with."""
+"""The marker of a word's end in CLIP's byte pairs."""
 
 LETTERS = (*string.ascii_lowercase, *string.digits, *",.!?;:'-")
-"""What words outside the vocabulary are spelled with."""
+"""The letters that spell words outside the vocabulary."""
 
 
 def clip_tokenizer() -> CLIPTokenizer:
@@ -157,7 +157,7 @@ def new_t5(tokenizer: T5Tokenizer, width: int = WIDTH) -> T5EncoderModel:
 
 
 def encoder_settings(tokenizer: T5Tokenizer, width: int) -> dict[str, Any]:
-    """What the encoders of the T5 family have in common here: two layers, four heads."""
+    """The configuration shared by the T5-family encoders: two layers, four heads."""
     return {
         "vocab_size": len(tokenizer),
         "d_model": width,

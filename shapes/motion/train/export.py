@@ -19,7 +19,7 @@ DEFAULTS: dict[str, Any] = {
     "defaults": {"width": SIDE, "height": SIDE, "num_frames": FRAMES, "max_sequence_length": TEXT_TOKENS},
     "fps": FPS,
 }
-"""What a request leaves out, for a runtime to read from `safelight.json`: `WanPipeline`'s own defaults are larger."""
+"""Defaults of requests, which runtimes read from `safelight.json`: `WanPipeline`'s own defaults are larger."""
 
 
 def pipeline(vae: AutoencoderKLWan, model: TextToVelocity, latents: Latents) -> WanPipeline:
@@ -39,7 +39,7 @@ def pipeline(vae: AutoencoderKLWan, model: TextToVelocity, latents: Latents) -> 
 def export(vae: AutoencoderKLWan, model: TextToVelocity, latents: Latents, folder: Path, dtype: torch.dtype) -> None:
     """Writes the checkpoint, transformer and autoencoder in `dtype`; the parts given stay as they are.
 
-    The text encoder stays in float32: transformers loads what it finds, diffusers loads float32 unless told otherwise,
+    The text encoder stays in float32: transformers keeps the file's dtype, diffusers loads float32 by default,
     and a pipeline loaded without a dtype would mix the two.
     """
     built = pipeline(copy.deepcopy(vae), copy.deepcopy(model), latents)

@@ -59,7 +59,7 @@ def draw_batch(latents: Latents, generator: torch.Generator, tokens: int = TOKEN
 
 
 def weights(batch: Batch) -> Tensor:
-    """What each latent's error counts, [B, 5, 8, 8], mean 1 or 2 a clip.
+    """The weight of each latent's error, [B, 5, 8, 8], with a mean of 1 or 2 per clip.
 
     The latents that show the shape count as much together as all of them. Where there is no caption all count the
     same: there the weights would favour one outcome.

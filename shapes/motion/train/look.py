@@ -1,4 +1,4 @@
-"""A look at a model in training: a sheet of clips, what the judge makes of them, and clips as one moving picture."""
+"""A look at a model in training: a sheet of clips, the judge's counts, and clips as a GIF."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the flow stage trains: a small Wan transformer together with its text encoder."""
+"""The model of the flow stage: a small Wan transformer with its text encoder."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .text import ROLES, WIDTH, embed, new_umt5, tokenizer
 from .vae import CHANNELS
 
 TIMESTEPS = 1000
-"""What the transformer counts noise levels in, from 0 for none."""
+"""The scale of the transformer's timesteps; 0 means no noise."""
 
 
 class TextToVelocity(nn.Module):

@@ -48,7 +48,7 @@ def sharpen(run: Run, vae: AutoencoderKLWan, steps: int) -> AutoencoderKLWan:
 
 
 def contrast_weights(clips: list[Clip]) -> Tensor:
-    """What each clip's error counts, [B]."""
+    """The weight of each clip's error, [B]."""
     colour = torch.tensor([COLOURS[clip.colour] for clip in clips])
     background = torch.tensor([COLOURS[clip.background] for clip in clips])
     return (CONTRAST / (colour - background).abs().mean(dim=1)).clamp(1.0, MOST)

@@ -17,7 +17,7 @@ from ..clip import DIRECTIONS
 __all__ = ["ROLES", "TEXT_TOKENS", "WIDTH", "embed", "new_umt5", "role_loss", "roles", "tokenize", "tokenizer"]
 
 ROLES = ("other", "colour", "shape", "direction", "background")
-"""What a word of a caption can say."""
+"""The roles of a caption's words."""
 
 
 def tokenizer() -> T5Tokenizer:
@@ -37,9 +37,9 @@ def tokenize(words: T5Tokenizer, texts: list[str], length: int) -> tuple[Tensor,
 
 
 def roles(words: T5Tokenizer, ids: Tensor, mask: Tensor) -> Tensor:
-    """What each token says of the clip, [B, length] of indices into `ROLES`; -100 where there is no token.
+    """The role of each token, [B, length] of indices into `ROLES`; -100 for padding.
 
-    A colour's role is told by its place alone: the first is the shape's, the second the ground's.
+    Only its place determines a colour's role: the first is the shape's, the second the background's.
     """
     found = torch.zeros_like(ids)
     for role, known in (("shape", SHAPES), ("direction", DIRECTIONS)):
@@ -61,6 +61,6 @@ def _ids(words: T5Tokenizer, known: Iterable[str]) -> Tensor:
 
 
 def embed(encoder: UMT5EncoderModel, ids: Tensor, mask: Tensor) -> Tensor:
-    """What the transformer reads, [B, L, width]: the text's hidden states, then zeros, as `WanPipeline` has it."""
+    """The transformer's text input, [B, L, width]: the hidden states, then zeros, as in `WanPipeline`."""
     hidden: Tensor = encoder(ids, mask).last_hidden_state
     return torch.where(mask[:, :, None] > 0, hidden, 0.0)

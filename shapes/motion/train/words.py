@@ -1,4 +1,4 @@
-"""Before the flow stage: teaches the text encoder what each word of a caption says of the clip.
+"""Before the flow stage: teaches the text encoder the role of each word of a caption.
 
 A colour's role lies in its place alone. From clips, which hold both colours either way, the encoder learned no order
 in 3,000 steps, and half of them came out with shape and ground exchanged; from the words it takes a hundred.
