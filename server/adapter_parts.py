@@ -12,7 +12,7 @@ from ..protocol.operations import Adapt, Leave, Save
 from ..protocol.reports import Operated
 from ..protocol.tensor_sources import Broadcast, Source
 from . import weight_bodies as bodies
-from .operating import Operating, first_report
+from .operation_client import OperationClient, first_report
 from .scheduler_link import OperationFailed
 from .service import Service
 
@@ -29,9 +29,9 @@ class Merged:
 class AdapterParts:
     """Has replicas keep parts of adapters, and merge what has come."""
 
-    def __init__(self, service: Service, operating: Operating) -> None:
-        self._folders = service.folders
-        self._operating = operating
+    def __init__(self, service: Service, operations: OperationClient) -> None:
+        self._folders = service.adapter_store
+        self._operations = operations
 
     async def merge(self, request: Request, source: Source, target: str, body: bodies.LoraBody) -> Merged:
         """Add a part, and merge it, unless it belongs to a begun update, which does that at its end."""
@@ -39,7 +39,7 @@ class AdapterParts:
             return await self._merge(request, source, target, body)
         except (SafelightError, OperationFailed):
             if isinstance(source, Broadcast):  # or the trainer would wait in it
-                self._operating.without_reply(Leave(source.group))
+                self._operations.without_reply(Leave(source.group))
             raise
 
     async def _merge(self, request: Request, source: Source, target: str, body: bodies.LoraBody) -> Merged:
@@ -57,7 +57,7 @@ class AdapterParts:
                 update_id=body.update_id,
                 onto=self._folders.part(body.update_id, target),
             )
-            saved = await self._operating.operate(request, save)
+            saved = await self._operations.operate(request, save)
             report = first_report(saved)
             if body.update_id is not None:
                 self._folders.keep_part(body.update_id, target, folder)
@@ -66,5 +66,5 @@ class AdapterParts:
                 nicknames=[nickname], strengths=[1.0], target=target, mode="merge", sources=[adapter], keeps=True
             )
             adapt = Adapt(change, publishes=True, weight_version=body.weight_version)
-            operated = await self._operating.operate(request, adapt, body.mode)
+            operated = await self._operations.operate(request, adapt, body.mode)
         return Merged(operated, " ".join(["The adapter is merged.", *report.told]), report.waiting)

@@ -28,7 +28,7 @@ from .adapter_files import copy_adapter
 from .answers import OPERATING, answers
 from .body_types import Alpha, Name, Path
 from .control_bodies import Nothing
-from .operating import Operating, active_adapters, first_report
+from .operation_client import OperationClient, active_adapters, first_report
 from .replies import json_reply
 from .routes import Route
 from .scheduler_link import OperationFailed
@@ -145,7 +145,7 @@ def _replying(route: Route[Any]) -> Callable[..., Awaitable[Response]]:
 class _Routes:
     def __init__(self, service: Service) -> None:
         self._service = service
-        self._operating = Operating(service)
+        self._operations = OperationClient(service)
 
     async def set(self, request: Request, body: SetLora) -> dict[str, Any]:
         nicknames = [body.lora_nickname] if isinstance(body.lora_nickname, str) else body.lora_nickname
@@ -161,7 +161,7 @@ class _Routes:
         strengths = [_finite(number) for number in _each(body.strength, nicknames, "strength")]
         wanted = body.merge_mode or "auto"
         barrier = body.mode or ("in_place" if wanted == "request" else "wait")
-        async with self._service.folders.for_a_change() as new_folder:
+        async with self._service.adapter_store.for_a_change() as new_folder:
             sources = [
                 await self._copy(path, nickname, new_folder(), alpha, target, strict=body.strict)
                 for nickname, path, alpha, target in zip(nicknames, paths, alphas, targets, strict=True)
@@ -170,26 +170,26 @@ class _Routes:
             change = SetAdapters(
                 nicknames=nicknames, strengths=strengths, targets=targets, mode=wanted, sources=sources
             )
-            operated = await self._operating.operate(request, Adapt(change), barrier)
+            operated = await self._operations.operate(request, Adapt(change), barrier)
         return _done(f"{', '.join(nicknames)} set.", operated)
 
     async def merge(self, request: Request, body: Merge) -> dict[str, Any]:
         given = body.strength
         strengths = None if given is None else [_finite(one) for one in (given if isinstance(given, list) else [given])]
         change = MergeAdapters(body.target, strengths)
-        return _done("Merged.", await self._operating.operate(request, Adapt(change), body.mode))
+        return _done("Merged.", await self._operations.operate(request, Adapt(change), body.mode))
 
     async def unmerge(self, request: Request, body: Unmerge) -> dict[str, Any]:
-        operated = await self._operating.operate(request, Adapt(UnmergeAdapters(body.target)), body.mode)
+        operated = await self._operations.operate(request, Adapt(UnmergeAdapters(body.target)), body.mode)
         return _done("What was merged is out of the weights, with every byte as before.", operated)
 
     async def unload(self, request: Request, body: Unload) -> dict[str, Any]:
-        async with self._service.folders.for_a_change():
-            operated = await self._operating.operate(request, Adapt(UnloadAdapter(body.lora_nickname)), body.mode)
+        async with self._service.adapter_store.for_a_change():
+            operated = await self._operations.operate(request, Adapt(UnloadAdapter(body.lora_nickname)), body.mode)
         return _done(f"{body.lora_nickname} unloaded.", operated)
 
     async def list(self, request: Request, body: Nothing) -> dict[str, Any]:
-        return _listed((await self._operating.send(request, ListAdapters)).adapters)
+        return _listed((await self._operations.send(request, ListAdapters)).adapters)
 
     async def _copy(
         self, path: str, nickname: str, folder: pathlib.Path, alpha: float | None, target: str, *, strict: bool

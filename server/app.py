@@ -10,8 +10,8 @@ from ..protocol.config import Config
 from ..protocol.errors import ErrorInfo
 from . import (
     adapters,
+    engine_control,
     generate,
-    generation_control,
     health,
     information,
     metrics,
@@ -23,11 +23,12 @@ from . import (
     weight_transfer,
     weights,
 )
+from .auth import ApiKeyMiddleware
 from .body import FORM
+from .body_limit import BodyLimitMiddleware, BodyLimits, BodyMemory
 from .callers import Callers, CallersMiddleware, CorsMiddleware
-from .exchange import ExchangeMiddleware
-from .gate import ApiKeyMiddleware, BodyLimitMiddleware, BodyLimits, BodyMemory
 from .replies import error_reply
+from .request_context import RequestContextMiddleware
 from .rollout_reply import MEDIA_TYPE
 from .service import Service
 
@@ -61,7 +62,7 @@ def create_app(service: Service) -> FastAPI:
     )
     app.add_middleware(ApiKeyMiddleware, api_key=service.config.api_key)
     app.add_middleware(CallersMiddleware, callers=callers)
-    app.add_middleware(ExchangeMiddleware, metrics=service.metrics)
+    app.add_middleware(RequestContextMiddleware, metrics=service.metrics)
     app.add_middleware(CorsMiddleware, origins=callers.origins)
     app.include_router(generate.routes(service))
     app.include_router(rollout.routes(service))
@@ -74,7 +75,7 @@ def create_app(service: Service) -> FastAPI:
         app.include_router(weights.routes(service))
         app.include_router(weight_groups.routes(service))
         app.include_router(weight_digests.routes(service))
-        app.include_router(generation_control.routes(service))
+        app.include_router(engine_control.routes(service))
         app.include_router(trainer_calls.routes(service))
         app.include_router(weight_transfer.routes(service))
     app.include_router(metrics.routes(service.metrics))

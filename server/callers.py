@@ -18,7 +18,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from ..process.addresses import address_of
 from ..protocol.config import Config
 from ..protocol.errors import Forbidden, InvalidRequest, Malformed, StartFailed
-from .gate import media_type
+from .body_limit import media_type
 from .replies import error_reply
 
 ANY = "*"

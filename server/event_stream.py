@@ -13,8 +13,8 @@ from starlette.types import Receive, Scope, Send
 from ..protocol.errors import ClientGone, SafelightError
 from ..protocol.generation import Generate, Preview, Progress, Queued, Result, Started
 from .disconnect import while_connected
+from .generation_response import base64_of
 from .replies import error_object
-from .representation import base64_of
 from .rollout_reply import in_parts
 from .scheduler_link import SchedulerLink, Subscription
 from .unread import Unread

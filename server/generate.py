@@ -12,15 +12,15 @@ from ..protocol.config import MOST_PIXELS
 from ..protocol.errors import InvalidRequest
 from ..protocol.generation import Generate, Result
 from ..protocol.output_formats import FORMATS
-from . import accept
+from . import content_negotiation
 from .answers import GENERATING, answers, request_body
 from .body import FORM, read_generate
 from .disconnect import while_connected
 from .event_stream import EventStream
-from .exchange import own_id_var
-from .limits import check_ranges, to_message
+from .generation_response import Reply
 from .model_limits import check_model
-from .representation import Reply
+from .request_context import own_id_var
+from .request_validation import check_ranges, to_message
 from .schemas import GenerateBody
 from .service import Service
 from .unread import UnreadReply
@@ -76,7 +76,7 @@ async def _read(request: Request, service: Service) -> _Asked:
     check_ranges(body, service.config)
     model = service.link.ready_model()
     check_model(body, len(sources), model, service.config)
-    as_file, output_format = accept.choose(request.headers.get("accept"), body.output_format, model.kind)
+    as_file, output_format = content_negotiation.choose(request.headers.get("accept"), body.output_format, model.kind)
     images = await service.pictures.read(sources, service.config.max_pixels or MOST_PIXELS) if sources else []
     message = to_message(body, images, own_id_var.get(), output_format, service.config)
     if as_file and not body.stream and len(message.samples) != 1:

@@ -11,7 +11,7 @@ from .. import __version__
 from ..protocol.replicas import ReplicaStatus
 from .answers import READING, answers
 from .health import what_waits
-from .operating import active_adapters
+from .operation_client import active_adapters
 from .replies import json_reply
 from .service import Service
 

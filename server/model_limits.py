@@ -11,7 +11,7 @@ from ..protocol.errors import InvalidRequest
 from ..protocol.fields import ARGUMENTS, TABLE, Settings
 from ..protocol.output_formats import formats_of
 from ..protocol.replicas import ImageTask, ModelInfo, Parameter
-from .limits import Range
+from .request_validation import Range
 from .schemas import GenerateBody
 from .validation import near
 

@@ -14,10 +14,10 @@ from ..protocol.errors import InvalidRequest
 from ..protocol.generation import Generate, Result
 from .answers import GENERATING, Answers, answers, request_body
 from .disconnect import while_connected
-from .exchange import own_id_var
 from .image_paths import read_paths
-from .limits import check_ranges, to_message
 from .model_limits import check_model
+from .request_context import own_id_var
+from .request_validation import check_ranges, to_message
 from .rollout_body import RolloutBody, check_rollout, read_rollout, to_rollout
 from .rollout_reply import MEDIA_TYPE, pieces
 from .service import Service

@@ -20,7 +20,7 @@ from ..protocol.errors import BodyTooLarge, InvalidRequest, Malformed
 from ..protocol.replicas import ModelInfo
 from ..protocol.rollouts import TENSOR, FloatName, Rollout, SamplerName, StepNoise, Tensor
 from .bounded import MAX_TEXT, parse, read_body, read_msgpack
-from .limits import Range
+from .request_validation import Range
 from .schemas import GenerateBody
 from .validation import read_object, validate, without_nulls
 

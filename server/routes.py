@@ -12,8 +12,8 @@ from fastapi import APIRouter, Request, Response
 from ..protocol.errors import ErrorInfo, SafelightError
 from ..protocol.reports import Report
 from .answers import OPERATING, Done, TrainingRefusal, answers, query, request_body
+from .body_limit import media_type
 from .bounded import MAX_VALUES, read_body
-from .gate import media_type
 from .replies import error_reply, json_reply
 from .scheduler_link import OperationFailed
 from .validation import Body, decode

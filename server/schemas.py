@@ -1,4 +1,4 @@
-"""The body of ``POST /generate``: its fields and their types. Ranges are checked in :mod:`.limits`."""
+"""The body of ``POST /generate``: its fields and their types. Ranges are checked in :mod:`.request_validation`."""
 
 from __future__ import annotations
 

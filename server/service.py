@@ -14,7 +14,7 @@ from ..protocol.adapters import SetAdapters
 from ..protocol.config import Config
 from ..protocol.errors import Unavailable
 from ..protocol.replicas import ModelInfo
-from .adapter_folders import AdapterFolders
+from .adapter_store import AdapterStore
 from .metrics import Metrics
 from .picture_decoding import PictureDecoding
 from .scheduler_link import SchedulerLink
@@ -37,7 +37,7 @@ class Service:
         self.shared = shared
         """The server's own directory in shared memory."""
         first = {source.folder for source in first_adapters.sources} if first_adapters is not None else set()
-        self.folders = AdapterFolders(shared, link, first)
+        self.adapter_store = AdapterStore(shared, link, first)
         self.metrics = Metrics(link)
         self.pictures = PictureDecoding()
         self.unread = Unread(shared, config.max_unread_mb * 2**20)

@@ -11,7 +11,7 @@ from ..protocol.errors import Conflict
 from ..protocol.operations import Adapt, CheckTensors, Digests
 from ..protocol.reports import Operated
 from . import control_bodies as bodies
-from .operating import Operating, first_report, success
+from .operation_client import OperationClient, first_report, success
 from .routes import Route, routes_of
 from .service import Service
 
@@ -22,7 +22,7 @@ def routes(service: Service) -> APIRouter:
 
 class _Routes:
     def __init__(self, service: Service) -> None:
-        self._operating = Operating(service)
+        self._operations = OperationClient(service)
         self._snapshot: dict[str, dict[str, str]] | None = None  # digests by module and tensor
 
     def table(self) -> list[Route[Any]]:
@@ -43,7 +43,7 @@ class _Routes:
 
     async def set_version(self, request: Request, body: bodies.WeightVersion) -> dict[str, Any]:
         change = Adapt(KeepAdapters(), publishes=True, weight_version=body.new_version)
-        operated = await self._operating.operate(request, change, "abort" if body.abort_all_requests else "in_place")
+        operated = await self._operations.operate(request, change, "abort" if body.abort_all_requests else "in_place")
         told = {"weight_version": operated.weight_version, "new_version": body.new_version}
         return {**success(f"The weights are called {body.new_version}."), **told}
 
@@ -58,13 +58,13 @@ class _Routes:
         )
 
     async def _keep(self, request: Request) -> dict[str, Any]:
-        operated = await self._operating.operate(request, Digests(None, detail=True))
+        operated = await self._operations.operate(request, Digests(None, detail=True))
         report = first_report(operated)
         self._snapshot = {
             module: {name: one.sha256 for name, one in tensors.items()} for module, tensors in report.tensors.items()
         }
         count = sum(map(len, self._snapshot.values()))
-        return {**success(f"The digests of {count} tensors are kept."), **self._operating.version(operated)}
+        return {**success(f"The digests of {count} tensors are kept."), **self._operations.version(operated)}
 
     async def _compare(self, request: Request) -> dict[str, Any]:
         """Raises ``OperationFailed`` with the names of tensors that differ on any replica."""
@@ -72,9 +72,9 @@ class _Routes:
             raise Conflict("There is no snapshot to compare with; send action = snapshot first.", field="action")
         operated: Operated | None = None
         for module, expected in self._snapshot.items():
-            operated = await self._operating.operate(request, CheckTensors(module, expected))
+            operated = await self._operations.operate(request, CheckTensors(module, expected))
         assert operated is not None, "a model has modules"
-        return {**success("All tensors are as they were."), **self._operating.version(operated)}
+        return {**success("All tensors are as they were."), **self._operations.version(operated)}
 
     async def post_process(self, request: Request, body: bodies.PostProcess) -> dict[str, Any]:
         return success("Nothing is to be done; weights serve as they are written.")

@@ -11,7 +11,7 @@ from ..protocol.errors import Internal, InvalidRequest
 from ..protocol.operations import CheckTensors, Digests
 from ..protocol.reports import Operated, Report
 from . import weight_bodies as bodies
-from .operating import Operating, first_report, success
+from .operation_client import OperationClient, first_report, success
 from .routes import Route, routes_of
 from .service import Service
 
@@ -22,7 +22,7 @@ def routes(service: Service) -> APIRouter:
 
 class _Routes:
     def __init__(self, service: Service) -> None:
-        self._operating = Operating(service)
+        self._operations = OperationClient(service)
 
     def table(self) -> list[Route[Any]]:
         return [
@@ -44,18 +44,18 @@ class _Routes:
             raise InvalidRequest(
                 "Give expected_named_tensors_sha256, with at least one tensor.", field="expected_named_tensors_sha256"
             )
-        operated = await self._operating.operate(request, CheckTensors(body.target_module, expected))
+        operated = await self._operations.operate(request, CheckTensors(body.target_module, expected))
         left_out = first_report(operated).left_out
         return {
             **success(f"All of {len(expected) - len(left_out)} tensors match."),
             "missing": [],
             "mismatched": [],
             "left_out": left_out,
-            **self._operating.version(operated),
+            **self._operations.version(operated),
         }
 
     async def checksum(self, request: Request, body: bodies.Checksum) -> dict[str, Any]:
-        operated = await self._operating.operate(request, Digests(body.module_names, body.detail))
+        operated = await self._operations.operate(request, Digests(body.module_names, body.detail))
         report = _the_same(operated)
         if not body.detail:
             absent = [name for name in body.module_names or () if name not in report.digests]

@@ -10,7 +10,7 @@ from ..protocol.errors import ClientGone, InvalidRequest, SafelightError
 from ..protocol.operations import Join, Leave
 from ..protocol.tensor_sources import Broadcast
 from . import weight_bodies as bodies
-from .operating import Operating, success
+from .operation_client import OperationClient, success
 from .routes import Route, routes_of
 from .scheduler_link import OperationFailed
 from .service import Service
@@ -28,8 +28,8 @@ class GroupRoutes:
 
     def __init__(self, service: Service) -> None:
         self._service = service
-        self._operating = Operating(service)
-        self._writing = WeightWriting(service, self._operating)
+        self._operations = OperationClient(service)
+        self._writing = WeightWriting(service, self._operations)
 
     def table(self) -> list[Route[Any]]:
         return [
@@ -71,7 +71,7 @@ class GroupRoutes:
             backend=body.backend,
             timeout_s=body.timeout_s or min(_TIMEOUT_S, longest_s),
         )
-        operated = await self._operating.operate(request, operation)
+        operated = await self._operations.operate(request, operation)
         ranks = sum(report.ranks for report in operated.reports.values())
         told = f"{ranks} ranks have joined the group."
         if body.backend == "nccl":
@@ -99,10 +99,10 @@ class GroupRoutes:
 
     def _end_group(self, name: str | None) -> None:
         """All groups where a body does not tell which it is about."""
-        self._operating.without_reply(Leave(name))
+        self._operations.without_reply(Leave(name))
 
     async def destroy_group(self, request: Request, body: bodies.DestroyGroup) -> dict[str, Any]:
-        operated = await self._operating.operate(request, Leave(body.group_name))
+        operated = await self._operations.operate(request, Leave(body.group_name))
         if not any(report.left for report in operated.reports.values()):
             return success(f"There is no group {body.group_name!r}; nothing was done.")
         return success("The ranks have left the group.")

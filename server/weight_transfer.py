@@ -18,7 +18,7 @@ from ..protocol.operations import Abort, Barrier, Continue, Leave, Operation, Pa
 from . import weight_bodies as bodies
 from .body_types import Version
 from .control_bodies import Nothing
-from .operating import Operating, success
+from .operation_client import OperationClient, success
 from .routes import Route, routes_of
 from .scheduler_link import OperationFailed
 from .service import Service
@@ -124,17 +124,17 @@ class _Routes:
         self._service = service
         self._weights = WeightRoutes(service)
         self._groups = GroupRoutes(service)
-        self._operating = Operating(service)
+        self._operations = OperationClient(service)
         self._update_id: str | None = None
 
     async def pause(self, request: Request, body: Nothing) -> dict[str, Any]:
         query = from_query(request, PauseQuery)
         mode = "wait" if query.wait_for_inflight_requests else query.mode
-        await self._operating.send(request, lambda request_id: Pause(request_id, _MODES[mode]))
+        await self._operations.send(request, lambda request_id: Pause(request_id, _MODES[mode]))
         return {**success("Generation is paused; requests wait."), "status": "paused"}
 
     async def resume(self, request: Request, body: Nothing) -> dict[str, Any]:
-        await self._operating.send(request, Continue)
+        await self._operations.send(request, Continue)
         return {**success("Generation goes on."), "status": "resumed"}
 
     async def is_paused(self, request: Request, body: Nothing) -> dict[str, Any]:
@@ -173,7 +173,7 @@ class _Routes:
         return await self._groups.from_distributed(request, part)
 
     def end_group(self) -> None:
-        self._operating.without_reply(Leave(GROUP))
+        self._operations.without_reply(Leave(GROUP))
 
     async def finish(self, request: Request, body: FinishUpdate) -> dict[str, Any]:
         if self._update_id is None:
@@ -185,7 +185,7 @@ class _Routes:
 
     async def _done_or_not_there(self, request: Request, operation: Operation) -> None:
         try:
-            await self._operating.operate(request, operation)
+            await self._operations.operate(request, operation)
         except OperationFailed as failed:
             if failed.error.info().status != 404:
                 raise

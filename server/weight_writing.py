@@ -12,7 +12,7 @@ from ..protocol.reports import Operated
 from ..protocol.tensor_sources import Source
 from . import weight_bodies as bodies
 from .adapter_parts import AdapterParts
-from .operating import Operating, active_adapters, first_report, success
+from .operation_client import OperationClient, active_adapters, first_report, success
 from .service import Service
 
 UPDATED = (
@@ -25,9 +25,9 @@ UPDATED = (
 class WeightWriting:
     """Has replicas write tensors, or merge them where they are an adapter's."""
 
-    def __init__(self, service: Service, operating: Operating) -> None:
-        self._operating = operating
-        self._parts = AdapterParts(service, operating)
+    def __init__(self, service: Service, operations: OperationClient) -> None:
+        self._operations = operations
+        self._parts = AdapterParts(service, operations)
 
     async def merge(self, request: Request, source: Source, target: str, body: bodies.LoraBody) -> dict[str, Any]:
         began = time.perf_counter()
@@ -45,7 +45,7 @@ class WeightWriting:
             update_id=body.update_id,
             require_complete=require_complete,
         )
-        operated = await self._operating.operate(request, operation, body.mode)
+        operated = await self._operations.operate(request, operation, body.mode)
         return updated(operated, "The weights are updated." if body.update_id is None else "Written.", began)
 
 

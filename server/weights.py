@@ -17,7 +17,7 @@ from ..protocol.operations import Abort, Begin, Commit
 from ..protocol.tensor_sources import CudaShared, Files, Pickled, Source
 from . import weight_bodies as bodies
 from .checkpoint_files import SUFFIX, find_files
-from .operating import Operating, success
+from .operation_client import OperationClient, success
 from .routes import Route, Streamed, routes_of
 from .service import Service
 from .uploads import Uploads, shared_file
@@ -38,8 +38,8 @@ class WeightRoutes:
     def __init__(self, service: Service) -> None:
         self._service = service
         self._uploads = Uploads(service.shared)
-        self._operating = Operating(service)
-        self._writing = WeightWriting(service, self._operating)
+        self._operations = OperationClient(service)
+        self._writing = WeightWriting(service, self._operations)
 
     def table(self) -> list[Route[Any]]:
         return [
@@ -133,30 +133,30 @@ class WeightRoutes:
             timeout_s=body.timeout_s or min(_BEGUN_TIMEOUT_S, longest_s),
         )
         try:
-            await self._operating.operate(request, operation, body.mode)
+            await self._operations.operate(request, operation, body.mode)
         except ClientGone:  # who does not know its id
-            self._operating.without_reply(Abort(update_id))
+            self._operations.without_reply(Abort(update_id))
             raise
-        self._service.folders.begin_parts(update_id)
+        self._service.adapter_store.begin_parts(update_id)
         return {**success("The update has begun."), "update_id": update_id}
 
     async def commit(self, request: Request, body: bodies.Commit) -> dict[str, Any]:
         began = time.perf_counter()
-        async with self._service.folders.for_a_change():
-            operated = await self._operating.operate(
+        async with self._service.adapter_store.for_a_change():
+            operated = await self._operations.operate(
                 request, Commit(body.update_id, body.require_complete, body.weight_version)
             )
-            self._service.folders.end_parts(body.update_id)
+            self._service.adapter_store.end_parts(body.update_id)
         return updated(operated, "The update is committed.", began)
 
     async def abort(self, request: Request, body: bodies.Abort) -> dict[str, Any]:
         if body.any == (body.update_id is not None):
             raise InvalidRequest("Give either update_id or any = true.", field="update_id")
-        async with self._service.folders.for_a_change():
-            operated = await self._operating.operate(request, Abort(body.update_id))
+        async with self._service.adapter_store.for_a_change():
+            operated = await self._operations.operate(request, Abort(body.update_id))
             if body.update_id is not None:
-                self._service.folders.end_parts(body.update_id)
-        return {**success("The update is aborted; every byte is as before."), **self._operating.version(operated)}
+                self._service.adapter_store.end_parts(body.update_id)
+        return {**success("The update is aborted; every byte is as before."), **self._operations.version(operated)}
 
 
 def _targets(body: bodies.FromTensor) -> list[str]:

@@ -16,7 +16,7 @@ from safelight.protocol.errors import InvalidRequest
 from safelight.protocol.fields import TABLE
 from safelight.protocol.generation import Generate
 from safelight.protocol.output_formats import FORMATS, OutputFormat
-from safelight.server.limits import check_ranges
+from safelight.server.request_validation import check_ranges
 from safelight.server.schemas import GenerateBody
 
 

@@ -14,8 +14,8 @@ from safelight.protocol.config import Config
 from safelight.protocol.errors import InvalidRequest, Malformed
 from safelight.protocol.generation import Generate
 from safelight.protocol.replicas import Parameter
-from safelight.server.limits import check_ranges, to_message
 from safelight.server.model_limits import check_model
+from safelight.server.request_validation import check_ranges, to_message
 from safelight.server.schemas import GenerateBody, parse_generate
 
 from .played_scheduler import IMAGE_MODEL

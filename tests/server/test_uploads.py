@@ -11,7 +11,7 @@ from safelight.formats.tensor_files import write_header
 from safelight.protocol.adapters import AdapterState
 from safelight.protocol.operations import Operate
 from safelight.protocol.reports import Operated
-from safelight.server import adapter_folders, uploads
+from safelight.server import adapter_store, uploads
 
 from .stage import Stage, stage
 
@@ -60,7 +60,7 @@ async def test_one_body_alone_may_take_all_of_it(monkeypatch: pytest.MonkeyPatch
 async def test_parts_of_adapters_that_wait_are_bounded_and_those_of_a_begun_update_find_room(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(adapter_folders, "MOST_PARTS", 2)
+    monkeypatch.setattr(adapter_store, "MOST_PARTS", 2)
     body = {"serialized_named_tensors": ["AAAA"], "weight_update_mode": "lora_merge"}
     async with stage() as played:
         waiting = [asyncio.create_task(played.client.post(PATH, json=body)) for _ in range(3)]

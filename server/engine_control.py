@@ -10,7 +10,7 @@ from fastapi import APIRouter, Request
 from ..protocol.errors import InvalidRequest
 from ..protocol.operations import CACHES, WEIGHTS, AbortRequests, Continue, Flush, Pause, Sleep, Wake
 from . import control_bodies as bodies
-from .operating import Operating, first_report, success
+from .operation_client import OperationClient, first_report, success
 from .routes import Route, routes_of
 from .service import Service
 
@@ -30,7 +30,7 @@ def routes(service: Service) -> APIRouter:
 class _Routes:
     def __init__(self, service: Service) -> None:
         self._service = service
-        self._operating = Operating(service)
+        self._operations = OperationClient(service)
 
     def table(self) -> list[Route[Any]]:
         return [
@@ -60,11 +60,11 @@ class _Routes:
         )
 
     async def release(self, request: Request, body: bodies.Occupation) -> dict[str, Any]:
-        await self._operating.operate(request, Sleep(self._tags(body)), "wait")
+        await self._operations.operate(request, Sleep(self._tags(body)), "wait")
         return {**success("The server is asleep."), "sleeping": True}
 
     async def resume(self, request: Request, body: bodies.Occupation) -> dict[str, Any]:
-        operated = await self._operating.operate(request, Wake(self._tags(body)))
+        operated = await self._operations.operate(request, Wake(self._tags(body)))
         return {**success("What was asked for is awake."), "sleeping": bool(operated.asleep)}
 
     def _tags(self, body: bodies.Occupation) -> list[str]:
@@ -82,11 +82,11 @@ class _Routes:
         return list(found)
 
     async def pause(self, request: Request, body: bodies.PauseGeneration) -> dict[str, Any]:
-        await self._operating.send(request, lambda request_id: Pause(request_id, body.barrier))
+        await self._operations.send(request, lambda request_id: Pause(request_id, body.barrier))
         return success("Generation is paused; requests wait.")
 
     async def go_on(self, request: Request, body: bodies.Nothing) -> dict[str, Any]:
-        await self._operating.send(request, Continue)
+        await self._operations.send(request, Continue)
         return success("Generation goes on.")
 
     async def abort_request(self, request: Request, body: bodies.AbortRequest) -> dict[str, Any]:
@@ -99,11 +99,11 @@ class _Routes:
                 "with the reply's headers, or all = true.",
                 field="request_id",
             )
-        await self._operating.send(request, lambda request_id: AbortRequests(request_id, body.name, exact))
+        await self._operations.send(request, lambda request_id: AbortRequests(request_id, body.name, exact))
         return success("What was running under that name is ended.")
 
     async def flush(self, request: Request, body: bodies.Nothing) -> dict[str, Any]:
-        operated = await self._operating.operate(request, Flush())
+        operated = await self._operations.operate(request, Flush())
         return {
             **success("The caches are empty."),
             "invalidated": first_report(operated).invalidated,

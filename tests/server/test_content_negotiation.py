@@ -8,7 +8,7 @@ import pytest
 
 from safelight.protocol.errors import InvalidRequest
 from safelight.protocol.output_formats import OutputFormat
-from safelight.server.accept import choose
+from safelight.server.content_negotiation import choose
 
 Kind = Literal["image", "video"]
 

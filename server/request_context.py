@@ -33,8 +33,8 @@ _LONGEST_METHOD = 20  # of those that there are, UPDATEREDIRECTREF has the most
 log = logging.getLogger(__name__)
 
 
-class ExchangeMiddleware:
-    """Wraps each HTTP request in an :class:`Exchange`."""
+class RequestContextMiddleware:
+    """Wraps each HTTP request in an :class:`RequestContext`."""
 
     def __init__(self, app: ASGIApp, *, metrics: Metrics) -> None:
         self._app = app
@@ -42,12 +42,12 @@ class ExchangeMiddleware:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
-            await Exchange(self._metrics, scope, receive, send).run(self._app)
+            await RequestContext(self._metrics, scope, receive, send).run(self._app)
         else:
             await self._app(scope, receive, send)
 
 
-class Exchange:
+class RequestContext:
     """One request and its answer."""
 
     def __init__(self, metrics: Metrics, scope: Scope, receive: Receive, send: Send) -> None:

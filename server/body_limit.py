@@ -1,46 +1,21 @@
-"""What a request has to pass before any endpoint sees it: the API key, and the limits on its body."""
+"""Limits on the bodies of requests: bytes of each, bytes of all together, and the time in which a body arrives."""
 
 from __future__ import annotations
 
 import asyncio
-import hmac
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from ..protocol.errors import BodyTooLarge, DeadlinePassed, Forbidden, QueueFull, Unauthorized
-
-OPEN_ROUTES = frozenset({"/liveness", "/health", "/health_generate", "/docs", "/openapi.json"})
-"""Routes that need no key: whoever restarts a server has none, and a browser that opens the reference sends none."""
+from ..protocol.errors import BodyTooLarge, DeadlinePassed, QueueFull
 
 _FREE = 64 * 1024
 _SLOWEST = 1_000_000
 """Bytes a second: a large body has so much more time."""
 
 _RETRY_AFTER_S = 5.0
-
-
-class ApiKeyMiddleware:
-    """Asks for ``Authorization: Bearer KEY`` when the server has a key."""
-
-    def __init__(self, app: ASGIApp, *, api_key: str | None) -> None:
-        self._app = app
-        self._api_key = api_key
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and self._api_key is not None and scope["path"] not in OPEN_ROUTES:
-            _check_key(Headers(scope=scope).get("authorization"), self._api_key)
-        await self._app(scope, receive, send)
-
-
-def _check_key(header: str | None, api_key: str) -> None:
-    scheme, _, token = (header or "").partition(" ")
-    if scheme.lower() != "bearer" or not token.strip():
-        raise Unauthorized("This server asks for an API key; send it as `Authorization: Bearer KEY`.")
-    if not hmac.compare_digest(token.strip().encode("latin-1"), api_key.encode()):
-        raise Forbidden("The API key is not the one that this server was started with.")
 
 
 @dataclass(frozen=True)

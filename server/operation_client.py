@@ -42,7 +42,7 @@ def active_adapters(state: AdapterState) -> dict[str, Any]:
     }
 
 
-class Operating:
+class OperationClient:
     """Has the scheduler do operations, each with an id of its own."""
 
     def __init__(self, service: Service) -> None:

@@ -43,7 +43,7 @@ class _Line:
             self._inside -= 1
 
 
-class AdapterFolders:
+class AdapterStore:
     """``first`` are folders of adapters that the server starts with.
 
     What replicas need is what the scheduler has said last: they may start again at any time, and read it then.

@@ -201,12 +201,12 @@ def _aborts(played: Stage) -> list[AbortRequests]:
 async def test_an_access_line_says_which_path_was_not_found_and_what_was_refused_and_why(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    caplog.set_level(logging.INFO, "safelight.server.exchange")
+    caplog.set_level(logging.INFO, "safelight.server.request_context")
     async with stage() as played:
         await played.client.get("/v1/imagez%20200%0aforged?key=secret")
         await played.client.post("/generate", json={"prompt": "a", "width": 3})
         await played.client.post("/generate", json={"prompt": "a"})
-    missing, refused, served = [record for record in caplog.records if record.name.endswith("exchange")]
+    missing, refused, served = [record for record in caplog.records if record.name.endswith("request_context")]
     assert missing.getMessage().startswith("GET /v1/imagez%20200%0aforged 404 ")
     assert " ms invalid_request width: width must be a multiple of 16" in refused.getMessage()
     fields = vars(refused)["fields"]
@@ -218,9 +218,9 @@ async def test_an_access_line_says_which_path_was_not_found_and_what_was_refused
 
 
 async def test_a_method_of_a_client_s_own_fills_no_log_line(caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level(logging.INFO, "safelight.server.exchange")
+    caplog.set_level(logging.INFO, "safelight.server.request_context")
     async with stage() as played:
         reply = await played.client.request("A" * 10_000, "/generate", headers={"Connection": "close"})
     assert (reply.status_code, len(reply.content) < 1000) == (405, True)
-    (line,) = [record.getMessage() for record in caplog.records if record.name.endswith("exchange")]
+    (line,) = [record.getMessage() for record in caplog.records if record.name.endswith("request_context")]
     assert len(line) < 1000
