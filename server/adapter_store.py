@@ -1,4 +1,4 @@
-"""Who keeps the server's copies of adapters, and removes those that nothing needs any more."""
+"""The server's copies of adapters in shared memory, removed once nothing needs them."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from .adapter_files import new_folder
 from .scheduler_link import SchedulerLink
 
 MOST_PARTS = 64
-"""Parts of adapters that are added or wait for that; their bytes count among the bodies that are being received."""
+"""The limit of adapter parts that are added or wait; their bytes count as bodies that are being received."""
 
 _RETRY_S = 5.0
 
 
 class _Line:
-    """One at a time, and a bounded number behind it."""
+    """A mutex with a bounded number of waiters."""
 
     def __init__(self) -> None:
         self._lock = asyncio.Lock()
@@ -32,7 +32,7 @@ class _Line:
         """Raises ``QueueFull``."""
         if self._inside >= MOST_PARTS:
             raise QueueFull(
-                f"{self._inside} parts of adapters wait already. Ask again in {_RETRY_S:.0f} s.",
+                f"{self._inside} parts of adapters wait already. Try again in {_RETRY_S:.0f} s.",
                 retry_after_s=_RETRY_S,
             )
         self._inside += 1
@@ -44,9 +44,9 @@ class _Line:
 
 
 class AdapterStore:
-    """``first`` are folders of adapters that the server starts with.
+    """Keeps the folders that replicas need, by the scheduler's last adapter list: a restarted replica reads them again.
 
-    What replicas need is what the scheduler has said last: they may start again at any time, and read it then.
+    ``first`` are the folders of adapters that the server starts with.
     """
 
     def __init__(self, shared: Path, link: SchedulerLink, first: set[str]) -> None:
@@ -61,34 +61,35 @@ class AdapterStore:
 
     @asynccontextmanager
     async def parts_of(self, update_id: str | None) -> AsyncIterator[None]:
-        """A context in which one part of an adapter is added, to those of a begun update or to what is merged.
+        """A context that adds one part of an adapter, to a begun update or to the merged adapter.
 
-        The latter waits until a begun update has ended, whose own parts find room. Raises ``QueueFull``.
+        Parts for the merged adapter wait until a begun update has ended, so they do not share its slots. Raises
+        ``QueueFull``.
         """
         async with (self._merging if update_id is None else self._adding).turn():
             yield
 
     def part(self, update_id: str | None, target: str) -> str | None:
-        """Where the parts are that a begun update has for ``target``."""
+        """The folder of the parts of a begun update for ``target``."""
         folder = self._parts.get(update_id or "", {}).get(target)
         return None if folder is None else str(folder)
 
     def keep_part(self, update_id: str, target: str, folder: Path) -> None:
-        """Keep ``folder``, with all parts that came, until the update ends."""
+        """Keep ``folder``, which has all parts so far, until the update ends."""
         self._parts.setdefault(update_id, {})[target] = folder
 
     def begin_parts(self, update_id: str) -> None:
-        """An update has begun, so that every one before it has ended."""
+        """Note that an update has begun, so every earlier one has ended."""
         for other in self._parts.keys() - {update_id}:
             self.end_parts(other)
 
     def end_parts(self, update_id: str) -> None:
-        """A begun update has ended."""
+        """Note that a begun update has ended."""
         self._parts.pop(update_id, None)
 
     @asynccontextmanager
     async def for_a_change(self) -> AsyncIterator[Callable[[], Path]]:
-        """A context in which a change of adapters is made; it gives names of new folders for it."""
+        """A context for a change of adapters; it yields a function that names new folders."""
         own: set[Path] = set()
 
         def new() -> Path:
@@ -99,7 +100,7 @@ class AdapterStore:
 
         try:
             yield new
-        except (ClientGone, asyncio.CancelledError):  # what it becomes is not known yet
+        except (ClientGone, asyncio.CancelledError):  # the outcome is not known yet
             task = asyncio.create_task(self._wait_and_remove(own))
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
@@ -107,7 +108,7 @@ class AdapterStore:
         except BaseException:
             await self._remove(own)
             raise
-        self._first = set()  # whatever is needed of them is among what the scheduler tells of, after any change
+        self._first = set()  # from now on the scheduler's adapter list is authoritative
         await self._remove(own)
 
     async def _wait_and_remove(self, own: set[Path]) -> None:
@@ -116,7 +117,7 @@ class AdapterStore:
         await self._remove(own)
 
     async def _remove(self, settled: set[Path]) -> None:
-        """Every folder that no replica needs, now that it is known of ``settled`` too."""
+        """Remove every folder that no replica needs; the outcome for ``settled`` is now known."""
         self._pending -= settled
         needed = {one.source.folder for one in self._link.adapters.loaded.values()}
         parts = {folder for folders in self._parts.values() for folder in folders.values()}

@@ -10,11 +10,11 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from ..protocol.errors import Forbidden, Unauthorized
 
 OPEN_ROUTES = frozenset({"/liveness", "/health", "/health_generate", "/docs", "/openapi.json"})
-"""Routes that need no key: whoever restarts a server has none, and a browser that opens the reference sends none."""
+"""Routes without a key: supervisors poll health without one, and a browser opens the API reference without one."""
 
 
 class ApiKeyMiddleware:
-    """Asks for ``Authorization: Bearer KEY`` when the server has a key."""
+    """Requires ``Authorization: Bearer KEY`` if the server has a key."""
 
     def __init__(self, app: ASGIApp, *, api_key: str | None) -> None:
         self._app = app
@@ -29,6 +29,6 @@ class ApiKeyMiddleware:
 def _check_key(header: str | None, api_key: str) -> None:
     scheme, _, token = (header or "").partition(" ")
     if scheme.lower() != "bearer" or not token.strip():
-        raise Unauthorized("This server asks for an API key; send it as `Authorization: Bearer KEY`.")
+        raise Unauthorized("This server requires an API key: send it as `Authorization: Bearer KEY`.")
     if not hmac.compare_digest(token.strip().encode("latin-1"), api_key.encode()):
-        raise Forbidden("The API key is not the one that this server was started with.")
+        raise Forbidden("The API key is not the server's.")

@@ -12,24 +12,25 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from ..protocol.errors import BodyTooLarge, DeadlinePassed, QueueFull
 
 _FREE = 64 * 1024
+"""The first bytes of each body, which do not count, so that large bodies do not keep small ones out."""
 _SLOWEST = 1_000_000
-"""Bytes a second: a large body has so much more time."""
+"""Bytes per second: a body's time limit grows with its announced length at this rate."""
 
 _RETRY_AFTER_S = 5.0
 
 
 @dataclass(frozen=True)
 class BodyLimits:
-    """Bytes that a body may have: by path and media type, else by path, else ``others``."""
+    """The limit of a body in bytes: by path and media type, else by path, else ``others``."""
 
     others: int
     by_path: Mapping[str, int]
     streamed: Mapping[tuple[str, str], int]
-    """Bodies that go to shared memory while they arrive, in :mod:`.uploads`, which limits their time too."""
+    """Limits of bodies that :mod:`.uploads` writes to shared memory while they arrive; it limits their time too."""
 
 
 class BodyMemory:
-    """The bytes of all bodies that the server holds at once."""
+    """Counts the bytes of all bodies that the server holds."""
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
@@ -39,7 +40,7 @@ class BodyMemory:
         """Raises ``QueueFull``."""
         if self.held + size > self._limit:
             raise QueueFull(
-                f"The bodies of other requests take all of the {self._limit / 1e6:g} MB for bodies (--max-bodies-mb).",
+                f"The bodies of other requests fill the {self._limit / 1e6:g} MB for bodies (--max-bodies-mb).",
                 retry_after_s=_RETRY_AFTER_S,
             )
         self.held += size
@@ -49,11 +50,10 @@ class BodyMemory:
 
 
 class BodyLimitMiddleware:
-    """Bounds the bytes of each body and of all together, and the time in which a body arrives.
+    """Bounds the bytes of each body and of all bodies, and the time in which a body arrives.
 
-    A body over its limit is refused by its announced length before any of it is read, otherwise as soon as that much
-    has come. The endpoint that reads it is told, so that it can do what a refusal on its route means. The first bytes
-    of each are not counted, so that large bodies do not keep small ones out.
+    A body over its limit is refused by its announced length before it is read, or once more bytes than the limit have
+    arrived. The error is raised in the endpoint that reads the body, so that the endpoint can do its own cleanup.
     """
 
     def __init__(self, app: ASGIApp, *, limits: BodyLimits, memory: BodyMemory, timeout_s: float) -> None:
@@ -84,7 +84,7 @@ class BodyLimitMiddleware:
 
 
 class _Body:
-    """A body while it arrives."""
+    """A body that is arriving."""
 
     def __init__(self, receive: Receive, limit: int, announced: int, memory: BodyMemory, timeout_s: float) -> None:
         self._receive = receive
@@ -98,7 +98,7 @@ class _Body:
         self._ended = False
 
     async def receive(self) -> Message:
-        if self._ended:  # the endpoint has read the body, keeps none of it, and asks whether the client is still there
+        if self._ended:  # the endpoint has consumed the body and now waits for a disconnect
             self.release()
             return await self._receive()
         if self._announced > self._limit:
@@ -126,13 +126,13 @@ class _Body:
 
 
 def _announced(headers: Headers, limit: int) -> int:
-    """The bytes that a body is said to have; 0 where nothing is said."""
+    """The announced length; 0 without one, and ``limit + 1`` for one that is not a valid number."""
     text = headers.get("content-length", "0")
     return int(text) if text.isdigit() and len(text) <= 18 else limit + 1
 
 
 def media_type(headers: Headers) -> str:
-    """What the body is, without parameters."""
+    """The media type of the body, in lower case and without parameters."""
     return headers.get("content-type", "").partition(";")[0].strip().lower()
 
 

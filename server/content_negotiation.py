@@ -1,4 +1,4 @@
-"""What the client wants the answer to be: JSON, or the file itself (RFC 9110, section 12.5.1)."""
+"""Choose between JSON and the file itself by the ``Accept`` header (RFC 9110, section 12.5.1)."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ _JSON = ("application/json", "application/*", "*/*")
 
 
 def choose(accept: str | None, wanted: OutputFormat | None, kind: Kind) -> tuple[bool, OutputFormat]:
-    """Whether to answer with the file itself, and the format to make.
+    """Return true to reply with the file itself, and the output format.
 
-    ``wanted`` is the request's ``output_format``. A file goes only to those who name one: everybody's ``*/*`` means
-    JSON. Raises ``InvalidRequest`` when the header names only files that this request cannot make.
+    ``wanted`` is the request's ``output_format``. Only a header that names a file type gets a file: the common ``*/*``
+    means JSON. Raises ``InvalidRequest`` if the header names only file types that the request cannot produce.
     """
     ranges = _parse(accept or "*/*")
     possible = [wanted] if wanted is not None else [format for format in FORMATS if FORMATS[format].holds == kind]
@@ -27,22 +27,22 @@ def choose(accept: str | None, wanted: OutputFormat | None, kind: Kind) -> tuple
 
 
 def _covering(format: OutputFormat) -> tuple[str, ...]:
-    """The media ranges that ask for a file of ``format``, the most specific first."""
+    """The media ranges that match a file of ``format``, the most specific first."""
     media_type = FORMATS[format].media_type
     return (media_type,) if FORMATS[format].holds is None else (media_type, media_type.partition("/")[0] + "/*")
 
 
 def _quality(patterns: tuple[str, ...], ranges: list[tuple[str, float]]) -> float:
-    """The quality by the first of ``patterns`` that the header has, 0 when it has none."""
+    """The quality of the first of ``patterns`` in the header, else 0."""
     for pattern in patterns:
-        qualities = [quality for given, quality in ranges if given == pattern]
+        qualities = [quality for media_range, quality in ranges if media_range == pattern]
         if qualities:
             return max(qualities)
     return 0.0
 
 
 def _parse(header: str) -> list[tuple[str, float]]:
-    """The media ranges in ``header`` with their qualities; parameters other than q are not looked at."""
+    """The media ranges in ``header`` with their qualities; parameters other than q are ignored."""
     ranges = []
     for part in header.lower().split(","):
         pattern, *parameters = (piece.strip() for piece in part.split(";"))

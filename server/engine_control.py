@@ -1,4 +1,4 @@
-"""The post-training routes for what generation does while a trainer needs the device: sleep, pause, abort, flush."""
+"""Post-training routes that control generation: sleep, wake, pause, continue, abort and flush."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from .service import Service
 _OWN_ID = re.compile(r"(.+\.)?[0-9a-f]{32}")
 
 _CACHES = ("kv_cache", "cuda_graph")
-"""What other servers call caches."""
+"""Other servers' names of caches."""
 
 
 def routes(service: Service) -> APIRouter:
     handlers = _Routes(service)
     router = routes_of(handlers.table())
-    router.include_router(routes_of([handlers.flushing("The same, for who asks so")], "GET"))
+    router.include_router(routes_of([handlers.flushing("The same as POST")], "GET"))
     return router
 
 
@@ -36,22 +36,22 @@ class _Routes:
         return [
             Route(
                 path="/release_memory_occupation", handler=self.release, body=bodies.Occupation, answer="`sleeping`",
-                summary="Sleep: give memory back",
+                summary="Sleep: release the device's memory",
             ),
             Route(
                 path="/resume_memory_occupation", handler=self.resume, body=bodies.Occupation, answer="`sleeping`",
-                summary="Wake: every byte is there again",
+                summary="Wake up: restore every byte",
             ),
             Route(
                 path="/pause_generation", handler=self.pause, body=bodies.PauseGeneration,
-                summary="Stop generation; requests wait",
+                summary="Pause generation; requests wait",
             ),
-            Route(path="/continue_generation", handler=self.go_on, body=bodies.Nothing, summary="Go on"),
+            Route(path="/continue_generation", handler=self.go_on, body=bodies.Nothing, summary="Continue generation"),
             Route(
                 path="/abort_request", handler=self.abort_request, body=bodies.AbortRequest,
-                summary="End one request, or all",
+                summary="Abort one request, or all",
             ),
-            self.flushing("Forget what could be made again"),
+            self.flushing("Drop cached results that can be recomputed"),
         ]  # fmt: skip
 
     def flushing(self, summary: str) -> Route[Any]:
@@ -65,10 +65,10 @@ class _Routes:
 
     async def resume(self, request: Request, body: bodies.Occupation) -> dict[str, Any]:
         operated = await self._operations.operate(request, Wake(self._tags(body)))
-        return {**success("What was asked for is awake."), "sleeping": bool(operated.asleep)}
+        return {**success("The requested memory is resident again."), "sleeping": bool(operated.asleep)}
 
     def _tags(self, body: bodies.Occupation) -> list[str]:
-        """Names of modules, and ``caches``; all of them where the body names none. Raises ``InvalidRequest``."""
+        """Names of modules, and ``caches``; by default all. Raises ``InvalidRequest``."""
         modules = list(self._service.model().parameters)
         found: dict[str, None] = {}
         for tag in body.tags or (WEIGHTS, CACHES):
@@ -87,7 +87,7 @@ class _Routes:
 
     async def go_on(self, request: Request, body: bodies.Nothing) -> dict[str, Any]:
         await self._operations.send(request, Continue)
-        return success("Generation goes on.")
+        return success("Generation continues.")
 
     async def abort_request(self, request: Request, body: bodies.AbortRequest) -> dict[str, Any]:
         if body.every == (body.name is not None):
@@ -95,12 +95,12 @@ class _Routes:
         exact = self._service.config.api_key is None
         if exact and body.name is not None and not _OWN_ID.fullmatch(body.name):
             raise InvalidRequest(
-                "Without an API key, anybody could have chosen that X-Request-Id; give the X-Safelight-Id that came "
-                "with the reply's headers, or all = true.",
+                "Without an API key, any client could have chosen that X-Request-Id: give the X-Safelight-Id of the "
+                "reply's headers, or all = true.",
                 field="request_id",
             )
         await self._operations.send(request, lambda request_id: AbortRequests(request_id, body.name, exact))
-        return success("What was running under that name is ended.")
+        return success("Matching requests were aborted.")
 
     async def flush(self, request: Request, body: bodies.Nothing) -> dict[str, Any]:
         operated = await self._operations.operate(request, Flush())

@@ -1,4 +1,4 @@
-"""A finished request as its client wants it: as JSON, or as the file itself with the rest in headers."""
+"""The reply to a finished request: JSON, or the file itself with the other fields in headers."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from ..protocol.output_formats import FORMATS
 from .unread import Unread, UnreadReply
 
 _OFF_THE_LOOP = 256 * 1024
-"""From this size on, base64 and JSON are made in a thread, so that other requests do not wait for them."""
+"""From this size on, base64 and JSON are encoded in a thread, so that other requests do not wait."""
 
 _ROUNDED = ("width", "height", "num_frames")
 
 
 class Reply:
-    """``result`` of ``asked`` under the request's own id, with ``total_s`` as the client saw it."""
+    """``result`` of the request ``asked``, with its id, and with ``total_s`` measured in the server."""
 
     def __init__(self, request_id: str, model: str, asked: Generate, result: Result, total_s: float) -> None:
         self._id = request_id
@@ -39,7 +39,7 @@ class Reply:
         return self._as_json()
 
     def as_file(self, unread: Unread) -> Response:
-        """The only output itself."""
+        """The file of the only output."""
         (output,) = self._result.outputs
         data, kind = memoryview(output.data.data).cast("B"), FORMATS[output.format].media_type
         return UnreadReply([data], unread, kind, headers=self._headers(output))
@@ -76,7 +76,7 @@ class Reply:
         }
         values |= {name.replace("_", "-"): f"{s:.6f}" for name, s in msgspec.structs.asdict(self._timings).items()}
         return {
-            f"X-Safelight-{name}": quote(str(value), safe="/:.,+@ ")  # a header takes no other language and no line end
+            f"X-Safelight-{name}": quote(str(value), safe="/:.,+@ ")  # headers are ASCII without line ends
             for name, value in values.items()
             if value is not None
         }
@@ -87,7 +87,7 @@ def _adapter(drawn: Drawn) -> str:
 
 
 def _warnings(asked: Generate, result: Result) -> list[str]:
-    """A sentence for each size that is not the one asked for: pipelines round them to what their model can make."""
+    """A sentence for each size that differs from the request: pipelines round sizes to what the model supports."""
     made = result.outputs[0]
     return [
         f"{name} is {getattr(made, name)}, not {getattr(asked, name)} as asked: the pipeline rounds it."

@@ -1,4 +1,4 @@
-"""How the post-training routes reach the scheduler, and what they tell of it."""
+"""Send operations to the scheduler, and describe their outcome."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ def success(message: str) -> dict[str, Any]:
 
 
 def first_report(operated: Operated) -> Report:
-    """What the first of the replicas says, which leads in what is done once."""
+    """The first replica's report; it is the primary for work that is done once."""
     return next(iter(operated.reports.values()), Report())
 
 
 def active_adapters(state: AdapterState) -> dict[str, Any]:
-    """By component, those that are in every request's weights or beside them."""
+    """The adapters that are active for all requests, by component."""
     return {
         component: [
             {
@@ -43,7 +43,7 @@ def active_adapters(state: AdapterState) -> dict[str, Any]:
 
 
 class OperationClient:
-    """Has the scheduler do operations, each with an id of its own."""
+    """Sends operations to the scheduler, each with its own id."""
 
     def __init__(self, service: Service) -> None:
         self._service = service
@@ -54,7 +54,7 @@ class OperationClient:
     async def send(
         self, request: Request, message: Callable[[str], Operate | Pause | Continue | AbortRequests | ListAdapters]
     ) -> Operated:
-        """Raises ``ClientGone`` when nobody waits any more: what has not begun then is not done."""
+        """Raises ``ClientGone`` if the client disconnects; an operation that has not begun then is dropped."""
         with self._service.link.submit(message(self.new_id())) as events:
             return await while_connected(request.receive, events.operated())
 

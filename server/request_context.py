@@ -1,4 +1,4 @@
-"""The outermost layer of every request: its id, its log line, its metrics, and the answer to what was raised."""
+"""The outermost middleware: each request's id, log line and metrics, and the reply to an uncaught exception."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from .metrics import Metrics
 from .replies import error_reply, refusal_of
 
 own_id_var: contextvars.ContextVar[str] = contextvars.ContextVar("own_id")
-"""The id that the current request has in the server: unguessable, whatever its client calls it."""
+"""The current request's id within the server: unguessable, whatever ``X-Request-Id`` the client sent."""
 
 _SANE_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]{0,127}")
 
-_POLLED = frozenset({"/liveness", "/health", "/health_generate", "/metrics"})  # every few seconds, by machines
+_POLLED = frozenset({"/liveness", "/health", "/health_generate", "/metrics"})  # monitoring polls them often
 
 _LONGEST = 500
-"""Characters of what a client wrote in one log line."""
+"""The limit of characters from a client in a log line."""
 
-_LONGEST_METHOD = 20  # of those that there are, UPDATEREDIRECTREF has the most
+_LONGEST_METHOD = 20  # the longest registered method is UPDATEREDIRECTREF
 
 log = logging.getLogger(__name__)
 
@@ -48,7 +48,7 @@ class RequestContextMiddleware:
 
 
 class RequestContext:
-    """One request and its answer."""
+    """One request and its reply."""
 
     def __init__(self, metrics: Metrics, scope: Scope, receive: Receive, send: Send) -> None:
         self._metrics = metrics
@@ -65,7 +65,7 @@ class RequestContext:
 
     async def run(self, app: ASGIApp) -> None:
         own_id_var.set(self._own_id)
-        request_id_var.set(self._id)  # each request is a task of its own, so this reaches nothing else
+        request_id_var.set(self._id)  # each request is a task of its own, so other requests do not see it
         try:
             await self._answer(app)
         finally:
@@ -79,10 +79,10 @@ class RequestContext:
         except SafelightError as raised:
             error = raised
         except ClientDisconnect:
-            error = ClientGone("The client went away while it sent its request.")
-        except asyncio.CancelledError:  # uvicorn stops and waits no longer; there is nothing outside to tell
+            error = ClientGone("The client disconnected while it sent its request.")
+        except asyncio.CancelledError:  # uvicorn stops without waiting; nothing outside needs the cancellation
             error = Unavailable("The server was stopped.")
-        except Exception:  # the edge of every request
+        except Exception:  # the outermost handler of a request
             log.exception("the request failed by a fault of the server")
             error = Internal("The server made a mistake; its log has the details under this request id.")
         if self._status is None:
@@ -123,12 +123,12 @@ class RequestContext:
 
 
 def _route_of(scope: Scope) -> str:
-    """The route's own path, or "unmatched": a metric's label with nothing in it that a client wrote."""
+    """The route's path, or "unmatched": a label of metrics, without text from clients."""
     route = scope.get("route")
     return "unmatched" if route is None else str(route.path)
 
 
 def _path_of(scope: Scope) -> str:
-    """The route's own path, or where there is none, the one that was asked for, still encoded, so without spaces."""
+    """The route's path; for an unknown route, the requested path, still percent-encoded and so without spaces."""
     route = scope.get("route")
     return scope["raw_path"].decode("latin-1")[:_LONGEST] if route is None else str(route.path)

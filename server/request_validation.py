@@ -1,4 +1,4 @@
-"""What any request may ask for, whatever the model, and the message that one becomes."""
+"""Check a generation request against limits that hold for every model, and make its message."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Range:
 
 
 def ranges(config: Config) -> dict[str, Range]:
-    """What each numeric field may be, whatever the model."""
+    """The range of each numeric field, for every model."""
     outputs = Range(1, config.max_outputs)
     bounded = [row for row in TABLE.values() if row.field.low is not None and row.field.high is not None]
     return {row.name: _range(row.field, config) for row in bounded} | {"n": outputs, "num_outputs_per_prompt": outputs}
@@ -51,7 +51,7 @@ def _range(field: Field, config: Config) -> Range:
 
 
 def check_ranges(body: GenerateBody, config: Config) -> None:
-    """Raise ``InvalidRequest`` for what no model may be asked for."""
+    """Raise ``InvalidRequest`` for values outside these limits."""
     names = [use.name for use in body.lora or ()]
     if len(set(names)) < len(names):
         raise InvalidRequest("An adapter is named twice; give each once, with its scale.", field="lora")
@@ -59,7 +59,7 @@ def check_ranges(body: GenerateBody, config: Config) -> None:
         if (value := getattr(body, name)) is not None:
             allowed.check(name, value)
     if body.num_outputs_per_prompt is not None and "n" in body.model_fields_set and body.n != outputs_per_prompt(body):
-        raise InvalidRequest("n and num_outputs_per_prompt are the same, and were given different values.", field="n")
+        raise InvalidRequest("n and num_outputs_per_prompt are the same field, but have different values.", field="n")
     total = len(body.prompt) * outputs_per_prompt(body)
     if total > config.max_outputs:
         raise InvalidRequest(
@@ -76,7 +76,7 @@ def check_ranges(body: GenerateBody, config: Config) -> None:
 def to_message(
     body: GenerateBody, images: list[Image], request_id: str, output_format: OutputFormat, config: Config
 ) -> Generate:
-    """The checked ``body`` as the scheduler takes it, with a seed for every output."""
+    """The scheduler's message for a checked ``body``, with a seed for every output."""
     per_prompt = outputs_per_prompt(body)
     settings = msgspec.structs.asdict(body.settings)
     if settings["timeout_s"] is None:
