@@ -1,7 +1,7 @@
-"""What adapters cost: to activate one, beside the weights for each step, and to serve many at once.
+"""The cost of adapters: to activate one, to apply one dynamically in each step, and to serve many at once.
 
 ``python -m safelight.benchmarks.lora [--quick]`` serves a random model of about a second a picture, for the cost of a
-step with an adapter beside the weights against the same adapter merged into them, and for the time in which a loaded
+step with a dynamic adapter against the same adapter merged into the weights, and for the time in which a loaded
 adapter becomes active; and the embedded model under 16 clients, each with one of 8 adapters by request, against the
 same load without any, and against changing the active one between requests. Both sides of a ratio are measured in
 turns, in one run. Written to ``benchmarks/results/lora.json`` and ``lora.md``.

@@ -99,7 +99,7 @@ def inputs(module: Any, dtype: torch.dtype, device: torch.device) -> dict[str, A
 
 
 def least_bytes(module: Any, itemsize: int) -> int:
-    """What two sums a block come to: one after attention and one after the feed-forward layer, of every token there.
+    """The bytes of two all-reduces a block: one after attention and one after the feed-forward layer, of every token.
 
     FLUX's single blocks make both in one product, so they need one sum. Wan's cross-attention is a third.
     """
@@ -148,7 +148,7 @@ class OwnMemory:
 
     @property
     def grown(self) -> int:
-        """Bytes by which it grew at its highest."""
+        """The peak growth in bytes."""
         return self._peak - self._start
 
     def __enter__(self) -> Self:
@@ -183,7 +183,7 @@ def measure(name: str, folder: Path, tp: int, options: argparse.Namespace) -> li
 
 
 def seconds_a_step(rounds: list[list[dict[str, Any]]]) -> float:
-    """Of the slowest rank, in the round between the others."""
+    """The median round of the slowest rank."""
     return statistics.median(max(rank["seconds_a_step"] for rank in ranks) for ranks in rounds)
 
 
@@ -226,7 +226,7 @@ def main() -> None:
     parser.add_argument("--full", action="store_true", help="the real sizes, on CUDA, a GPU for each rank")
     parser.add_argument("--degrees", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--steps", type=int, default=8)
-    parser.add_argument("--rounds", type=int, default=5, help="of which the median counts")
+    parser.add_argument("--rounds", type=int, default=5, help="rounds of measurements; the median counts")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads, divided among the ranks")
     for name in ("case", "folder", "store"):
         parser.add_argument(f"--{name}", help=argparse.SUPPRESS)

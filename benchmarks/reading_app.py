@@ -1,4 +1,4 @@
-"""A bare uvicorn app that reads a body and lets go of it: the least that receiving one costs."""
+"""A bare uvicorn app that reads a body and drops it: the minimum cost of receiving one."""
 
 from __future__ import annotations
 

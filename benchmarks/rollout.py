@@ -1,4 +1,4 @@
-"""What rollouts cost: groups of 16 from a server, beside the pipeline called in the trainer's own process.
+"""The cost of rollouts: groups of 16 from a server, compared with the pipeline in the trainer's own process.
 
 ``python -m safelight.benchmarks.rollout [--quick]`` draws groups of the embedded model, with trajectories and
 environments: by the server over HTTP and with replies in shared memory; by diffusers' pipeline in this process, one
@@ -98,8 +98,8 @@ def _draw(pipeline: Any, prompt: str, generator: Any, **more: Any) -> None:
 def table(found: dict[str, Any]) -> str:
     rates, shares = found["samples_per_s"], found["encoding_and_transport"]
     rows = "".join(
-        f"| {told} | {rates[name]:.2f} | {rates['http'] / rates[name]:.2f} | {share} |\n"
-        for name, told, share in (
+        f"| {title} | {rates[name]:.2f} | {rates['http'] / rates[name]:.2f} | {share} |\n"
+        for name, title, share in (
             ("http", "rollouts over HTTP", f"{100 * shares['http']:.1f} %"),
             ("shared memory", "rollouts, replies in shared memory", f"{100 * shares['shared memory']:.1f} %"),
             ("one by one", "diffusers in the trainer's process, one by one", ""),

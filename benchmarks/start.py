@@ -82,7 +82,7 @@ class _Log:
 
 
 def _answers(url: str, method: str) -> bool:
-    """Whether the server is healthy (GET), or draws a picture (POST)."""
+    """True if the server is healthy (GET), or generates a picture (POST)."""
     body = {"prompt": "a red circle", "num_inference_steps": 1}
     try:
         if method == "GET":
@@ -96,7 +96,7 @@ def _until(true: Callable[[], bool]) -> None:
     deadline = time.monotonic() + LIMIT_S
     while not true():
         if time.monotonic() > deadline:
-            raise TimeoutError("the server does not come to it")
+            raise TimeoutError("the server did not succeed in time")
         time.sleep(0.01)
 
 

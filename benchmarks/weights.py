@@ -76,7 +76,7 @@ def served(model: Path, tp: int) -> Iterator[str]:
 
 
 class Routes:
-    """Every route by which the module's bytes get into the server, and what each is to be measured by, as functions."""
+    """Functions for every route of a module's bytes into the server, and for the limit of each route."""
 
     def __init__(self, client: Client, model: Path) -> None:
         self._client = client
@@ -209,8 +209,8 @@ def measure_routes(routes: Routes, rounds: int) -> dict[str, Any]:
                 took = _timed(getattr(routes, name))
                 if number:
                     seconds.setdefault(name, []).append(took)
-            told = ", ".join(f"{name} {times[-1]:.2f} s" for name, times in seconds.items())
-            print(f"round {number}: {told}", flush=True)
+            line = ", ".join(f"{name} {times[-1]:.2f} s" for name, times in seconds.items())
+            print(f"round {number}: {line}", flush=True)
     finally:
         routes.close()
     rates = {name: routes.nbytes / statistics.median(times) / 1e9 for name, times in seconds.items()}

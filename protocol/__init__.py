@@ -1,1 +1,1 @@
-"""What crosses a process boundary: messages, their codec, errors and the configuration."""
+"""Everything that crosses a process boundary: messages, their codec, errors and the configuration."""

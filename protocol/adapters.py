@@ -1,4 +1,4 @@
-"""LoRA adapters, as server, scheduler and workers speak of them."""
+"""LoRA adapters: state and operations, shared by server, scheduler and workers."""
 
 from __future__ import annotations
 
@@ -8,22 +8,22 @@ from typing import Literal
 import msgspec
 
 Mode = Literal["merge", "dynamic"]
-"""In the weights, or computed beside them."""
+"""Merged into the weights, or applied in the forward."""
 
 SENT = "lora_merge"
-"""With its component behind a colon the nickname of an adapter that came as tensors."""
+"""An adapter sent as tensors gets the nickname ``lora_merge:COMPONENT``."""
 
 ADAPTER_FILE = "adapter_model.safetensors"
-"""As peft names it, and the server its own copy of an adapter."""
+"""peft's name of the file, also for the server's own copy."""
 
 ADAPTER_CONFIG = "adapter_config.json"
-"""What lies beside it, where there is more to say of the adapter."""
+"""peft's name of the configuration beside it, which is optional."""
 
 WantedMode = Literal["auto", "merge", "dynamic", "request"]
 """``request`` loads adapters for requests that name them, and changes nothing for others."""
 
 ALL = "all"
-"""The target that means every component which an adapter has layers for."""
+"""The target for every component for which an adapter has layers."""
 
 
 class Use(msgspec.Struct, frozen=True):
@@ -34,11 +34,11 @@ class Use(msgspec.Struct, frozen=True):
 
 
 class AdapterSource(msgspec.Struct, frozen=True):
-    """An adapter to load. ``path`` is what its sender calls it, and ``folder`` holds the server's own copy of it.
+    """An adapter to load. ``path`` is the client's path, and ``folder`` has the server's own copy.
 
-    What it has for one denoiser is for the denoiser ``target``, if that is one. Two with the same ``digest`` are the
-    same, also in ``alpha``, which stands for what the files say. Unless ``strict``, layers that the model does
-    not have are left out.
+    If ``target`` is a denoiser, layers for a single denoiser are applied to it. Adapters with equal ``digest`` are
+    equal, also in ``alpha``, which overrides the files' alpha. Unless ``strict``, layers that the model lacks are
+    skipped.
     """
 
     nickname: str
@@ -51,10 +51,10 @@ class AdapterSource(msgspec.Struct, frozen=True):
 
 
 class Loaded(msgspec.Struct, frozen=True):
-    """An adapter that can be used. ``components`` are those that a request which names it has it in.
+    """A loaded adapter. ``components`` are those to which it applies for a request that names it.
 
-    ``nbytes`` is what its factors take in memory, all ranks of a replica together. ``left`` names what of its file has
-    no place in the model and is left out.
+    ``nbytes`` is the memory of its factors on all ranks of a replica together. ``left`` names layers of its file that
+    the model lacks and that were skipped.
     """
 
     source: AdapterSource
@@ -66,7 +66,7 @@ class Loaded(msgspec.Struct, frozen=True):
 
 
 class Active(msgspec.Struct, frozen=True):
-    """An adapter of one component, for all requests. One of mode ``merge`` that is not ``merged`` has no effect."""
+    """An adapter of one component, active for all requests; in mode ``merge`` it has no effect until ``merged``."""
 
     nickname: str
     strength: float
@@ -75,14 +75,14 @@ class Active(msgspec.Struct, frozen=True):
 
 
 class AdapterState(msgspec.Struct, frozen=True):
-    """What replicas have: adapters by nickname, and those that are active by component."""
+    """The adapters of the replicas by nickname, and the active ones by component."""
 
     loaded: dict[str, Loaded] = {}
     active: dict[str, list[Active]] = {}
 
 
 class Drawn(msgspec.Struct, frozen=True):
-    """An adapter of ``component`` that had a part in what was drawn: merged, dynamic for all, or by request."""
+    """An adapter of ``component`` that took part in an output: merged, dynamic for all requests, or by request."""
 
     nickname: str
     component: str
@@ -91,7 +91,7 @@ class Drawn(msgspec.Struct, frozen=True):
 
 
 def drawn(state: AdapterState, uses: Sequence[Use] | None) -> list[Drawn]:
-    """The adapters that draw a request which names ``uses``; ``None`` where it names none and takes what is active."""
+    """The adapters that take part in a request for ``uses``; ``None`` uses the active adapters."""
     active = [(component, one) for component, ones in state.active.items() for one in ones]
     found = [
         Drawn(one.nickname, component, one.strength, one.mode)
@@ -106,12 +106,11 @@ def drawn(state: AdapterState, uses: Sequence[Use] | None) -> list[Drawn]:
 
 
 class SetAdapters(msgspec.Struct, tag=True, frozen=True, kw_only=True):
-    """Have ``nicknames`` be the active adapters of ``target``, with these ``strengths``.
+    """Make ``nicknames`` the active adapters of ``target``, with these ``strengths``.
 
-    ``targets``, where given, has one for each nickname instead of ``target``. ``sources`` are loaded first, in place of
-    what was loaded under their names. With ``keeps`` others stay active.
-    ``recent`` are all nicknames, the one that was not used for longest first: while there are too many, those go, but
-    for such as are ``busy``.
+    ``targets``, if given, has a target for each nickname and replaces ``target``. ``sources`` are loaded first and
+    replace adapters of the same nicknames. With ``keeps`` other adapters stay active. ``recent`` lists nicknames in LRU
+    order: over the limit, adapters are evicted from the front, except those in ``busy``.
     """
 
     nicknames: list[str]
@@ -129,32 +128,32 @@ class SetAdapters(msgspec.Struct, tag=True, frozen=True, kw_only=True):
 
 
 class MergeAdapters(msgspec.Struct, tag=True, frozen=True):
-    """Merge what is active, with other ``strengths``: one for each, or one for all."""
+    """Merge the active adapters, with new ``strengths``: one for each, or one for all."""
 
     target: str = ALL
     strengths: list[float] | None = None
 
 
 class UnmergeAdapters(msgspec.Struct, tag=True, frozen=True):
-    """Take what is merged out of the weights; it stays listed."""
+    """Unmerge the merged adapters; they stay listed."""
 
     target: str = ALL
 
 
 class UnloadAdapter(msgspec.Struct, tag=True, frozen=True):
-    """Let go of an adapter, wherever it is active."""
+    """Unload an adapter, also from where it is active."""
 
     nickname: str
 
 
 class RestoreAdapters(msgspec.Struct, tag=True, frozen=True):
-    """Be as the others are: for a replica that comes later."""
+    """Take over the adapters of the other replicas, on a replica that joins later."""
 
     state: AdapterState
 
 
 class KeepAdapters(msgspec.Struct, tag=True, frozen=True):
-    """Change no adapter: what is drawn gets another version's name."""
+    """Change only the weight version, no adapter."""
 
 
 AdapterChange = SetAdapters | MergeAdapters | UnmergeAdapters | UnloadAdapter | RestoreAdapters | KeepAdapters

@@ -1,4 +1,4 @@
-"""The configuration of a child process: the server's, and which child it is."""
+"""The configuration of a child process: the server's configuration and the child's identity."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ SHARED_MEMORY = "/dev/shm"  # where Linux keeps files in memory
 
 
 class ChildConfig(msgspec.Struct, frozen=True, kw_only=True):
-    """What the launcher writes to a scheduler's or worker's standard input as its first line.
+    """The first line that the launcher writes to the standard input of a scheduler or worker.
 
-    The pipe then stays open: its end tells the child that the launcher is gone. ``replica`` is ``None`` for the
+    The pipe then stays open: its end tells the child that the launcher has ended. ``replica`` is ``None`` for the
     scheduler. The sockets lie in ``directory`` (mode 0700). ``start`` counts the starts of the replica.
     """
 
@@ -27,27 +27,27 @@ class ChildConfig(msgspec.Struct, frozen=True, kw_only=True):
     rank: int = 0
     start: int = 0
     adapters: SetAdapters | None = None
-    """What the scheduler is to have every replica begin with."""
+    """The adapters that every replica loads at its start."""
     self_test: SelfTestResult | None = None
-    """What a replica of this server has found out about the model."""
+    """The results of a self-test of this server's replicas."""
 
     def without_key(self) -> ChildConfig:
-        """For a child process, which asks nobody for the key."""
+        """The configuration without the API key, for child processes."""
         return msgspec.structs.replace(self, config=msgspec.structs.replace(self.config, api_key=None))
 
     @property
     def directories(self) -> list[str]:
-        """What is to be removed when all has ended."""
+        """The directories to remove when all processes have ended."""
         return [self.directory, self.shared]
 
     @property
     def meeting_place(self) -> str:
-        """The path, of this start alone, below which the ranks of a replica find each other."""
+        """The path prefix, unique to this start, at which the ranks of a replica meet."""
         return f"{self.directory}/replica-{self.replica}-start-{self.start}"
 
     @property
     def shared(self) -> str:
-        """The directory in shared memory through which large tensors come; nobody else's, like ``directory``."""
+        """The directory in shared memory for large tensors; private (mode 0700), like ``directory``."""
         name = Path(self.directory).name
         usable = os.access(SHARED_MEMORY, os.W_OK | os.X_OK)  # a container's may be read-only
         return f"{SHARED_MEMORY}/{name}" if usable else f"{self.directory}/shared"

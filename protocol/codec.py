@@ -40,7 +40,7 @@ class Buffer:
 class Codec(Generic[M]):
     """Encodes and decodes one union of message types."""
 
-    def __init__(self, messages: Any) -> None:  # Any: a typing union is no class
+    def __init__(self, messages: Any) -> None:  # Any: a typing union is not a class
         self._messages = messages
 
     def encode(self, message: M) -> list[bytes | memoryview]:
@@ -57,7 +57,7 @@ class Codec(Generic[M]):
         return [head, *buffers]
 
     def decode(self, frames: Sequence[bytes | memoryview]) -> M:
-        """The message in ``frames``. Raises ``msgspec.DecodeError`` for anything that is none of the union's."""
+        """Decode ``frames``. Raises ``msgspec.DecodeError`` for anything but a message of the union."""
         if not frames:
             raise msgspec.DecodeError("no frames")
 

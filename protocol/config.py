@@ -1,4 +1,4 @@
-"""Every option of a server, once: typed and documented.
+"""Every option of a server, typed and documented.
 
 The launcher reads them (``process.configuration``) and sends the result to its child processes as one line of JSON on
 their standard input.
@@ -58,8 +58,8 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     allowed_hosts: Annotated[
         str,
         Meta(
-            description="Names, separated by commas, by which clients may address this server besides loopback names "
-            "and the address it listens on; `*` allows every name"
+            description="Host names, separated by commas, that clients may use besides loopback names and the "
+            "address it listens on; `*` allows every name"
         ),
     ] = ""
     cors_origins: Annotated[
@@ -225,7 +225,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     ] = "auto"
     max_loras: Annotated[
         int,
-        Meta(ge=0, description="Adapters that may be loaded; one more lets go of the one that was idle for longest"),
+        Meta(ge=0, description="Adapters that may be loaded; one more evicts the least recently used"),
     ] = 64
     max_lora_mb: Annotated[int, Meta(ge=1, description="Megabytes that all loaded adapters may have")] = 8192
     request_timeout_s: Annotated[
@@ -266,13 +266,13 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
 
 MOST_PIXELS = 16_777_216
-"""That an output may have where nothing is known of the model, and that images of a request may have together."""
+"""The limit of pixels for an output of a model of unknown size, and for a request's images together."""
 
 _TIMES_THE_DEFAULT = 16
 
 
 def most_pixels(config: Config, width: int | None, height: int | None) -> int:
-    """Pixels that one output of a model may have that makes ``width`` x ``height`` by itself."""
+    """The limit of pixels for one output of a model whose default size is ``width`` x ``height``."""
     if config.max_pixels:
         return config.max_pixels
     return _TIMES_THE_DEFAULT * width * height if width and height else MOST_PIXELS

@@ -1,4 +1,4 @@
-"""What one forward costs: measured in the worker, estimated for sizes that were not measured."""
+"""The cost of a forward: measured in the worker, estimated for other sizes."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import msgspec
 
 
 class Measured(msgspec.Struct, frozen=True):
-    """Seconds that one call to a component takes for an output of about ``pixels``, all frames of a clip together."""
+    """The seconds of one call to a component for an output of about ``pixels``, all frames of a clip together."""
 
     pixels: int
     seconds: float

@@ -1,4 +1,4 @@
-"""The fields of a request for generation that reach a worker as they are, once.
+"""The table of the fields of a generation request that reach a worker unchanged.
 
 Server, worker, Python client and command line take names, types, ranges, defaults and help from :class:`Settings`. A
 field that the server turns into something else (``prompt`` and ``seed`` into samples) is in its ``GenerateBody``.
@@ -15,7 +15,7 @@ _WEEK_S = 7 * 24 * 3600.0
 
 
 class Field(msgspec.Struct, frozen=True):
-    """What there is to say of a field besides its type and its default.
+    """The properties of a field besides its type and its default.
 
     ``high`` may name the option of the server that holds the bound. A field that is an ``argument`` is taken by
     pipelines whose ``__call__`` has one of its name, a ``video`` field by those that make clips, any other by all.

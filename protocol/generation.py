@@ -1,4 +1,4 @@
-"""Messages of one generation: what a client asks for, and what comes back."""
+"""Messages of one generation: the request, its events and its result."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Sample(msgspec.Struct, frozen=True):
 
 
 class Image(msgspec.Struct, frozen=True):
-    """A picture that a request brings along: rows of RGB, 8 bits each, from the top left."""
+    """An input picture: rows of RGB with 8 bits each, from the top left."""
 
     width: int
     height: int
@@ -29,7 +29,7 @@ class Image(msgspec.Struct, frozen=True):
 
 
 class Generate(Settings, tag=True, frozen=True, kw_only=True):
-    """Make ``samples``, all of them from the same ``images``, with the settings of the request."""
+    """Generate ``samples``, all from the same ``images``, with the request's settings."""
 
     request_id: str
     samples: list[Sample]
@@ -37,9 +37,9 @@ class Generate(Settings, tag=True, frozen=True, kw_only=True):
     output_format: OutputFormat = "png"
     progress: bool = False
     lora: list[Use] | None = None
-    """The adapters of this request; ``None`` for those that are active for all."""
+    """The adapters of this request; ``None`` uses the active ones."""
     rollout: Rollout | None = None
-    """That it is sampled as a rollout, and what is to be recorded."""
+    """The sampler and the records of a rollout; ``None`` for a plain generation."""
 
 
 class Cancel(msgspec.Struct, tag=True, frozen=True):
@@ -73,7 +73,7 @@ class Progress(msgspec.Struct, tag=True, frozen=True):
 
 
 class Preview(msgspec.Struct, tag=True, frozen=True):
-    """What output ``output`` looks like after ``step`` steps, as a JPEG."""
+    """A JPEG of output ``output`` after ``step`` steps."""
 
     request_id: str
     output: int
@@ -94,11 +94,11 @@ class Output(msgspec.Struct, frozen=True):
     fps: int | None = None
     audio_sample_rate: int | None = None
     rolled_out: RolledOut | None = None
-    """In place of ``data``, of a rollout."""
+    """A rollout's records, in place of ``data``."""
 
 
 class Timings(msgspec.Struct, frozen=True):
-    """Seconds; of several outputs, from the first one's begin to the last one's end of each phase.
+    """Seconds; with several outputs, each phase lasts from the first output's start to the last output's end.
 
     ``total_s`` is measured where the request entered that process.
     """
@@ -113,8 +113,8 @@ class Timings(msgspec.Struct, frozen=True):
 class Result(msgspec.Struct, tag=True, frozen=True):
     """All outputs of a request, in the order of its samples.
 
-    ``weight_version`` is the last one that made any of them, and ``weight_versions`` are all, in their order;
-    ``adapters`` are all that had a part in any.
+    ``weight_version`` is the last version that took part, ``weight_versions`` are all in order, and ``adapters`` are
+    all adapters that took part.
     """
 
     request_id: str
@@ -127,7 +127,7 @@ class Result(msgspec.Struct, tag=True, frozen=True):
 
 
 class Failed(msgspec.Struct, tag=True, frozen=True):
-    """The request ended without a result. Of an operation, ``report`` has the details, if there are any."""
+    """The request ended without a result; ``report`` may have the details of an operation."""
 
     request_id: str
     error: ErrorInfo

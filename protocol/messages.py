@@ -1,4 +1,4 @@
-"""Which messages go between server, scheduler and worker.
+"""The unions of messages between server, scheduler and worker.
 
 The life of one request in messages::
 

@@ -1,4 +1,4 @@
-"""Operations: what is done between requests, on every rank of every replica, or on none.
+"""Operations: work between requests, done on every rank of every replica or on none.
 
 One operation in messages::
 
@@ -20,18 +20,18 @@ from .adapters import AdapterChange, AdapterSource
 from .tensor_sources import Source
 
 Barrier = Literal["wait", "abort", "in_place"]
-"""What becomes of requests that came before an operation: they end first, they are ended, or they go on after it."""
+"""Requests that came before an operation finish first, are aborted, or continue after it."""
 
 Step = Literal["prepare", "write", "journal", "commit", "rollback", "release"]
-"""*journal* has one replica write down what is to be committed; *rollback* undoes what was written; *release* lets go
-of what was prepared and not written, and of a group that not all have joined."""
+"""*journal* has one replica record the commit; *rollback* undoes writes; *release* drops prepared work that was not
+written, and a process group that not all ranks joined."""
 
 
 WEIGHTS, CACHES = "weights", "caches"
 
 
 class Update(msgspec.Struct, tag=True, frozen=True, kw_only=True):
-    """Write the tensors of ``source``. With ``update_id`` it is part of a begun update, else one of its own.
+    """Write the tensors of ``source``, as part of the begun update ``update_id`` or as an update of its own.
 
     ``require_complete`` asks for every tensor of each module that ``source`` has.
     """
@@ -44,7 +44,7 @@ class Update(msgspec.Struct, tag=True, frozen=True, kw_only=True):
 
 
 class Begin(msgspec.Struct, tag=True, frozen=True, kw_only=True):
-    """Begin an update of several parts, which ends by ``timeout_s`` seconds without one."""
+    """Begin an update of several parts; it is aborted after ``timeout_s`` seconds without a part."""
 
     update_id: str
     weight_version: str | None = None
@@ -53,9 +53,9 @@ class Begin(msgspec.Struct, tag=True, frozen=True, kw_only=True):
 
 
 class Commit(msgspec.Struct, tag=True, frozen=True):
-    """End a begun update; with ``require_complete`` only if every tensor of the modules that it touched came.
+    """Commit a begun update; ``require_complete`` demands every tensor of the modules that it touched.
 
-    With ``weight_version`` it has that name, whatever its begin said.
+    ``weight_version`` overrides the version of its begin.
     """
 
     update_id: str
@@ -64,13 +64,13 @@ class Commit(msgspec.Struct, tag=True, frozen=True):
 
 
 class Abort(msgspec.Struct, tag=True, frozen=True):
-    """End a begun update, whichever is begun where ``update_id`` is ``None``; every byte is as it was before."""
+    """Abort a begun update (any, if ``update_id`` is ``None``) and restore every byte."""
 
     update_id: str | None
 
 
 class Digests(msgspec.Struct, tag=True, frozen=True):
-    """Tell the SHA-256 of ``modules``, of all of them when ``None``; with ``detail`` of every tensor too."""
+    """Report the SHA-256 of ``modules`` (``None``: all), with ``detail`` also of every tensor."""
 
     modules: list[str] | None = None
     detail: bool = False
@@ -84,11 +84,11 @@ class CheckTensors(msgspec.Struct, tag=True, frozen=True):
 
 
 class Flush(msgspec.Struct, tag=True, frozen=True):
-    """Forget everything that is derived from weights or requests and could be made again."""
+    """Drop caches derived from weights or requests."""
 
 
 class Sleep(msgspec.Struct, tag=True, frozen=True):
-    """Give memory back to the machine; generation is refused until :class:`Wake`.
+    """Release memory to the machine; generation is refused until :class:`Wake`.
 
     A tag is a module's name, ``WEIGHTS`` for all modules, or ``CACHES``.
     """
@@ -97,7 +97,7 @@ class Sleep(msgspec.Struct, tag=True, frozen=True):
 
 
 class Wake(msgspec.Struct, tag=True, frozen=True):
-    """Bring back what :class:`Sleep` let go."""
+    """Restore the memory that :class:`Sleep` released."""
 
     tags: list[str]
 
@@ -105,7 +105,7 @@ class Wake(msgspec.Struct, tag=True, frozen=True):
 class Join(msgspec.Struct, tag=True, frozen=True, kw_only=True):
     """Every rank of every replica joins the trainer's process group, from ``rank_offset`` on.
 
-    Nothing in the group is waited for longer than ``timeout_s``: the others, and then each tensor.
+    ``timeout_s`` limits the wait for the other members, and then for each tensor.
     """
 
     address: str
@@ -118,7 +118,7 @@ class Join(msgspec.Struct, tag=True, frozen=True, kw_only=True):
 
 
 class Leave(msgspec.Struct, tag=True, frozen=True):
-    """Every rank leaves the trainer's process group; all of its groups where ``group`` is None."""
+    """Every rank leaves the trainer's process group, or all groups if ``group`` is ``None``."""
 
     group: str | None
 
@@ -134,11 +134,11 @@ class TakeSnapshot(msgspec.Struct, tag=True, frozen=True):
 
 
 class Save(msgspec.Struct, tag=True, frozen=True, kw_only=True):
-    """Write ``adapter`` into its folder, which is made: the parts that came before, and this one, of ``source``.
+    """Write ``adapter`` into its new folder: the earlier parts, and the part in ``source``.
 
-    Of a begun update those are in the folder ``onto``, if there are any. Otherwise they are what is loaded under the
-    adapter's nickname. ``version`` names the weights that this is a part of, and ``complete`` says that it is the last.
-    ``alpha`` is of the layers in it, and ``rank`` the largest of these.
+    The earlier parts of a begun update are in the folder ``onto``, if there are any; otherwise they are the adapter
+    loaded under this nickname. ``version`` is the weight version that the part belongs to, and ``complete`` marks the
+    last part. ``alpha`` applies to the layers of the part, and ``rank`` is their largest rank.
     """
 
     source: Source
@@ -152,13 +152,13 @@ class Save(msgspec.Struct, tag=True, frozen=True, kw_only=True):
 
 
 class Settled(msgspec.Struct, tag=True, frozen=True):
-    """Do nothing. When it is done, so is all that came before."""
+    """Do nothing; its reply means that everything before it is done."""
 
 
 class Adapt(msgspec.Struct, tag=True, frozen=True):
-    """Change the adapters. Like an update it is prepared, written and committed.
+    """Change the adapters; prepared, written and committed like an update.
 
-    One that ``publishes`` makes a new version of the weights, ``weight_version`` if it is given.
+    A change that ``publishes`` makes a new weight version, named ``weight_version`` if given.
     """
 
     change: AdapterChange
@@ -180,21 +180,21 @@ class Operate(msgspec.Struct, tag=True, frozen=True):
 
 
 class Pause(msgspec.Struct, tag=True, frozen=True):
-    """Stop generation; what runs ends first, is ended, or stops where it is. New requests wait."""
+    """Pause generation: running requests finish first, are aborted, or stop where they are. New requests wait."""
 
     request_id: str
     mode: Barrier = "wait"
 
 
 class Continue(msgspec.Struct, tag=True, frozen=True):
-    """Go on after :class:`Pause`."""
+    """Continue after :class:`Pause`."""
 
     request_id: str
 
 
 class AbortRequests(msgspec.Struct, tag=True, frozen=True):
-    """End requests: all where ``name`` is ``None``, else the one with that id and, unless ``exact``, those that their
-    clients called so."""
+    """Abort all requests (``name`` is ``None``), or the request with that id and, unless ``exact``, requests with that
+    ``X-Request-Id``."""
 
     request_id: str
     name: str | None
@@ -202,7 +202,7 @@ class AbortRequests(msgspec.Struct, tag=True, frozen=True):
 
 
 class ListAdapters(msgspec.Struct, tag=True, frozen=True):
-    """Tell which adapters there are, at once."""
+    """Report the adapters, at once."""
 
     request_id: str
 
@@ -211,7 +211,7 @@ class Perform(msgspec.Struct, tag=True, frozen=True, kw_only=True):
     """The scheduler's order to one replica: ``step`` of the operation ``number``.
 
     ``operation`` comes with its first step, and ``weight_version`` with *journal* and *commit*. One of the replicas
-    ``leads``: it does what is to be done once.
+    ``leads``: it does the work that is done once.
     """
 
     number: int
@@ -222,6 +222,6 @@ class Perform(msgspec.Struct, tag=True, frozen=True, kw_only=True):
 
 
 class SetPaused(msgspec.Struct, tag=True, frozen=True):
-    """Make no forward, or go on."""
+    """Halt forwards, or continue."""
 
     paused: bool

@@ -1,4 +1,4 @@
-"""The formats that an output can have, once: what they hold, their media types and their suffixes.
+"""The table of output formats: content, media type and suffixes.
 
 How one is written is in ``worker/encoding.py``, and nothing else names a format.
 """
@@ -29,7 +29,7 @@ FORMATS: dict[OutputFormat, Format] = {
     "webm": Format("video", "video/webm", (".webm",)),
     "pt": Format(None, "application/octet-stream", (".pt",)),
 }
-"""Of each kind the default comes first."""
+"""The first format of each kind is its default."""
 
 
 def formats_of(kind: Kind) -> list[OutputFormat]:

@@ -46,7 +46,7 @@ class Batching(msgspec.Struct, frozen=True):
 
 
 class ImageTask(msgspec.Struct, frozen=True, kw_only=True):
-    """What a model does with a request that brings images: one for each of ``image_arguments``, in this order.
+    """The task for requests with images: one for each of ``image_arguments``, in this order.
 
     Where there is one argument alone, it takes ``several_images`` for one output, or only one.
     """
@@ -62,7 +62,7 @@ class ImageTask(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
-    """What a replica serves. Sizes are in pixels; ``parameters`` maps a component to its number of parameters.
+    """The model of a replica. Sizes are in pixels; ``parameters`` maps a component to its number of parameters.
 
     ``pipeline`` and its ``arguments`` are for requests that bring no more than they must: no image, unless the model
     takes no text alone. ``no_image`` says why there is no ``image_task``.
@@ -142,9 +142,9 @@ class ReplicaFailed(msgspec.Struct, tag=True, frozen=True):
 class Heartbeat(msgspec.Struct, tag=True, frozen=True):
     """Sent about every second by a thread of a worker's process, whatever its loop is doing.
 
-    ``progress`` counts what the loop has done: where it stands still, the loop does. ``forward_s`` is for how long the
-    forward in hand has run; ``None`` between forwards. It comes over a socket of its own, and so maybe before or after
-    what the loop sends: ``pid`` says of which process it is.
+    ``progress`` counts the loop's work: it stands still if the loop does. ``forward_s`` is the age of the current
+    forward, ``None`` between forwards. Heartbeats have a socket of their own, so they may overtake or follow messages
+    of the loop: ``pid`` identifies the process.
     """
 
     replica: int

@@ -1,4 +1,4 @@
-"""What replicas say of an operation that they have done."""
+"""Replicas' reports of operations."""
 
 from __future__ import annotations
 
@@ -17,15 +17,14 @@ class Invalid(msgspec.Struct, frozen=True):
 
 
 class Report(msgspec.Struct, frozen=True, kw_only=True):
-    """What a replica has to say of an operation. What an operation does not have is empty.
+    """A replica's report of an operation; fields that do not apply are empty.
 
-    ``updated`` counts the tensors of each module, of which ``expected`` is how many it has; ``complete`` are the
-    modules of which every tensor was given, in all parts together, and ``left_out`` are names that no checkpoint has.
+    ``updated`` counts the tensors written per module, ``expected`` those that the module has; ``complete`` names the
+    modules whose tensors all came, over all parts, and ``left_out`` names tensors that checkpoints lack.
     ``weight_version`` is the new one, after a commit. ``digests``, ``tensors``, ``aliases`` (further names of tensors)
-    and ``ignored`` (patterns of names that are read over) are by module. ``given`` is equal for replicas that were
-    given the same tensors. ``left`` says that there was a group to leave. ``adapters`` is what will be after a change
-    of them, and ``told`` are sentences about it.
-    ``waiting`` are factors whose counterparts did not come yet.
+    and ``ignored`` (patterns of skipped names) are by module. ``given`` is equal for replicas that received the same
+    tensors. ``left`` is true if there was a group to leave. ``adapters`` is the state after a change, and ``notes``
+    describe it in sentences. ``waiting`` names factors whose counterparts have not come yet.
     """
 
     updated: dict[str, int] = {}
@@ -47,12 +46,12 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     left: bool = False
     given: str = ""
     adapters: AdapterState | None = None
-    told: list[str] = []
+    notes: list[str] = []
     waiting: list[str] = []
 
 
 class TensorDigest(msgspec.Struct, frozen=True):
-    """Of one whole tensor, with its dtype as torch writes it."""
+    """The digest of one full tensor; ``dtype`` is torch's name."""
 
     sha256: str
     dtype: str
@@ -60,7 +59,7 @@ class TensorDigest(msgspec.Struct, frozen=True):
 
 
 class Performed(msgspec.Struct, tag=True, frozen=True):
-    """A replica has done a step. ``error`` says why it could not: then it has done nothing."""
+    """A replica has finished a step. With ``error``, it has done nothing."""
 
     number: int
     step: Step
@@ -69,8 +68,8 @@ class Performed(msgspec.Struct, tag=True, frozen=True):
 
 
 class Operated(msgspec.Struct, tag=True, frozen=True):
-    """Every replica has done an operation. ``reports`` are theirs, by number; ``asleep`` is what was put away,
-    and ``adapters`` are those that are there now. ``unable`` says why no replica can serve after it."""
+    """Every replica has finished an operation. ``reports`` are by replica number; ``asleep`` names released tags,
+    ``adapters`` is the current state, and ``unable`` says why no replica can serve now."""
 
     request_id: str
     reports: dict[int, Report]

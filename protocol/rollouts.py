@@ -38,12 +38,12 @@ class StepNoise(msgspec.Struct, frozen=True):
 
 
 class Rollout(msgspec.Struct, frozen=True, kw_only=True):
-    """How a request is sampled, and what is to be told of it.
+    """How a request is sampled, and which records its reply has.
 
-    Without a ``recorded`` path it is a plain generation, of which nothing is told but the output. ``sde_steps`` are the
-    steps that have noise, all where it is ``None``; ``places`` are those of the states that are told, from 0 before the
-    first step on. ``flow_shift`` stands in place of the scheduler's. ``initial_noise`` is for the sample of the same
-    place, or one for all. ``step_noise`` says where the steps' noise comes from, if not from the sample's generator.
+    Without ``recorded`` it is a plain generation, whose reply has only the output. ``sde_steps`` are the steps with
+    noise (``None``: all); ``places`` are the indices of the states in the reply, from 0 before the first step.
+    ``flow_shift`` replaces the scheduler's. ``initial_noise`` has a tensor for each sample, or one for all.
+    ``step_noise`` replaces the sample's generator as the source of the steps' noise.
     """
 
     recorded: bool = True
@@ -66,13 +66,13 @@ class Rollout(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class RolledOut(msgspec.Struct, frozen=True, kw_only=True):
-    """What was recorded of a sample.
+    """The records of a sample.
 
-    ``told`` is its part of the reply, where a map ``{TENSOR: i}`` stands for ``tensors[i]``; or, with a ``file``, for
-    the tensor of that number's name in that safetensors file.
+    ``reply`` is its part of the reply, where a map ``{TENSOR: i}`` stands for ``tensors[i]`` or, with a ``file``, for
+    the tensor named ``i`` in that safetensors file.
     """
 
-    told: dict[str, Any]
+    reply: dict[str, Any]
     tensors: list[Tensor]
     file: str | None = None
 

@@ -1,4 +1,4 @@
-"""What a replica's self-test found out, for later starts of the same server, which need not find it out again."""
+"""The result of a replica's self-test, which later starts of the same server reuse."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _FILE = "self-test.json"
 
 
 class TaskResult(msgspec.Struct, frozen=True, kw_only=True):
-    """What was found out about a task.
+    """The result for one task.
 
     ``tried_size`` are the arguments of the size at which it ran, ``required`` those that it did not run without.
     """

@@ -1,4 +1,4 @@
-"""Where the tensors of an update come from: files, streams, GPU handles, or a broadcast."""
+"""Sources of an update's tensors: files, streams, GPU handles, or a broadcast."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import msgspec
 from .codec import Buffer
 
 Int64 = Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)]
-"""What a message can hold: JSON knows no bound of its own."""
+"""Integers that a message can hold: JSON has no limit of its own."""
 
 
 class Files(msgspec.Struct, tag=True, frozen=True):
@@ -37,7 +37,7 @@ class CudaTensor(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     """A tensor on the GPU whose UUID is ``device``, as torch shares it: a view of a storage, in elements, and handles.
 
     ``memory`` is the handle of the allocation in which the storage lies, ``storage_offset`` bytes from its begin;
-    ``counters`` and ``counter`` say where its readers are counted, and ``event`` what is to be waited for.
+    ``counters`` and ``counter`` locate the count of its readers, and ``event`` must be waited for.
     """
 
     name: str

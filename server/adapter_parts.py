@@ -67,4 +67,4 @@ class AdapterParts:
             )
             adapt = Adapt(change, publishes=True, weight_version=body.weight_version)
             operated = await self._operations.operate(request, adapt, body.mode)
-        return Merged(operated, " ".join(["The adapter is merged.", *report.told]), report.waiting)
+        return Merged(operated, " ".join(["The adapter is merged.", *report.notes]), report.waiting)

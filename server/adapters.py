@@ -215,7 +215,7 @@ def _finite(strength: float) -> float:
 
 def _done(message: str, operated: Operated) -> dict[str, Any]:
     report = first_report(operated)
-    told = " ".join([message, *report.told])
+    told = " ".join([message, *report.notes])
     return {"status": "ok", "message": told, **_listed(operated.adapters), "weight_version": operated.weight_version}
 
 

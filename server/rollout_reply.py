@@ -25,7 +25,7 @@ def pieces(outputs: list[Output], more: dict[str, Any]) -> list[Piece]:
     found: list[Piece] = [_head(outputs, 0x90, 0xDC)]
     for output in outputs:
         assert output.rolled_out is not None, "it is a rollout's"
-        found += _packed(more | output.rolled_out.told, output.rolled_out)
+        found += _packed(more | output.rolled_out.reply, output.rolled_out)
     return found
 
 

@@ -20,6 +20,8 @@ PLAIN = (
     "formats",
     "process",
     "rollout",
+    "benchmarks",
+    "protocol",
     "shapes",
     "examples",
     "scheduler",

@@ -219,4 +219,4 @@ FORMS: dict[str, Arguments] = {
         "vq_embed_dim": 4,
     },
 }
-"""By class name."""
+"""Keyed by class name."""

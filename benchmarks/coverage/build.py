@@ -12,7 +12,7 @@ from .changes import Tiny
 from .parts import Parts
 
 TINY: dict[str, Tiny] = text_pipelines.TINY | image_pipelines.TINY
-"""What is particular about a pipeline's tiny form, by class name."""
+"""The particulars of pipelines' tiny forms, keyed by class name."""
 
 
 def build(name: str) -> DiffusionPipeline:
@@ -23,5 +23,5 @@ def build(name: str) -> DiffusionPipeline:
 
 
 def particulars(name: str) -> Tiny:
-    """What is particular about the tiny form of ``name``; nothing for most."""
+    """The particulars of the tiny form of ``name``; empty for most."""
     return TINY.get(name, Tiny())

@@ -78,7 +78,7 @@ LEFT_OUT: dict[str, str] = {
     "WuerstchenDecoderPipeline": _PART,
     "WuerstchenPriorPipeline": _PART,
 }
-"""By class name; pipelines of neither text nor picture are found by their arguments."""
+"""Keyed by class name; pipelines for neither text nor pictures are recognised by their arguments."""
 
 
 def exported() -> list[str]:
@@ -108,7 +108,7 @@ def left_out(name: str) -> str | None:
 
 
 def kind(name: str) -> Kind:
-    """What the pipeline makes of what; one that can do without a picture counts as made for texts."""
+    """The pipeline's input and output kinds; a pipeline with an optional picture counts as text input."""
     takes = set(arguments(name))
     source = "image" if takes & set(PICTURES) and name not in PICTURE_OPTIONAL else "text"
     is_clip = takes & {"num_frames", "video_length", "num_videos_per_prompt", "frame_window_size"}

@@ -1,4 +1,4 @@
-"""What a tiny form is besides its components' own forms, and the changes to those that several pipelines share."""
+"""Changes of a tiny form beyond its components' own forms, and the changes to those that several pipelines share."""
 
 from __future__ import annotations
 

@@ -66,7 +66,7 @@ class Examination:
         self._note(self._plain_s)
 
     def _run_plainly(self, plain: DiffusionPipeline) -> Exception | None:
-        """What plain diffusers raises, if it does, for arguments that fit most pipelines."""
+        """The exception of plain diffusers, if any, for arguments that fit most pipelines."""
         started = time.perf_counter()
         try:
             plain(**directly(plain, self._row.pipeline))
@@ -109,7 +109,7 @@ class Examination:
 
 
 def _arguments(model: Model, asked: Generate) -> dict[str, Any]:
-    """What a worker calls the pipeline with."""
+    """The arguments with which a worker calls the pipeline."""
     return SampleRun(model, asked, 0, lambda *_: None, lambda _: None).arguments()
 
 

@@ -217,4 +217,4 @@ TINY: dict[str, Tiny] = {
     "ZImageImg2ImgPipeline": Tiny({}, SHORT),
     "ZImageInpaintPipeline": Tiny({}, SHORT),
 }
-"""By class name."""
+"""Keyed by class name."""

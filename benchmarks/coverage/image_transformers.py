@@ -323,4 +323,4 @@ FORMS: dict[str, Arguments] = {
     },
     "ZImageTransformer2DModel": _Z_IMAGE,
 }
-"""By class name."""
+"""Keyed by class name."""

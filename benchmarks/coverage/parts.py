@@ -143,7 +143,7 @@ def _tokenizer_of(encoder: str) -> str:
 
 
 def _asked_classes(pipeline: type[DiffusionPipeline]) -> dict[str, list[str]]:
-    """By constructor parameter, the names in its annotation."""
+    """The names in each constructor parameter's annotation, by parameter."""
     parameters = inspect.signature(pipeline.__init__).parameters
     return {name: _names(parameters[name].annotation) for name in parameters if name != "self"}
 

@@ -19,7 +19,7 @@ STAGES = {
     "serve": "",
     "done": "",
 }
-"""What is said before a reason, by the stage that a pipeline came to."""
+"""The words before a reason, by the last stage that a pipeline reached."""
 
 LONGEST_REASON = 200
 

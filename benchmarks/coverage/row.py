@@ -1,4 +1,4 @@
-"""What was found out about one pipeline."""
+"""The findings about one pipeline."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Row(msgspec.Struct):
 
     @property
     def merged(self) -> bool:
-        """Whether calls of different requests met, within the tolerance."""
+        """True if calls of different requests were merged within the tolerance."""
         return self.mode == "merged" and self.served and self.worst <= TOLERANCE
 
 

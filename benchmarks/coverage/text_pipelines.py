@@ -172,4 +172,4 @@ TINY: dict[str, Tiny] = {
     "WanVACEPipeline": Tiny(ONE_TRANSFORMER, SHORT),
     "ZImagePipeline": Tiny({}, SHORT),
 }
-"""By class name."""
+"""Keyed by class name."""

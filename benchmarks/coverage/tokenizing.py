@@ -55,7 +55,7 @@ TOKENIZERS: dict[str, Tokenizer] = {
     "TokenizersBackend": tokenizers.llama_tokenizer,
     "XLMRobertaTokenizer": _xlm_roberta,
 }
-"""By class name."""
+"""Keyed by class name."""
 
 OF_ENCODER: dict[str, str] = {
     "Gemma": "GemmaTokenizer",

@@ -39,7 +39,7 @@ def parallel(pipeline: DiffusionPipeline, checkpoint: str, arguments: dict[str, 
 
 
 def made_plainly(pipeline: DiffusionPipeline, arguments: dict[str, Any]) -> torch.Tensor:
-    """What the pipeline itself makes; what it draws without a generator follows from the same seed."""
+    """The plain pipeline's output; draws without a generator use the same seed."""
     torch.manual_seed(arguments["generator"].initial_seed())
     return first_output(pipeline(**arguments)).float()
 

@@ -133,4 +133,4 @@ FORMS: dict[str, Arguments] = {
         "sample_size": 8,
     },
 }
-"""By class name."""
+"""Keyed by class name."""

@@ -298,4 +298,4 @@ FORMS: dict[str, Arguments] = {
     "WanTransformer3DModel": _WAN,
     "WanVACETransformer3DModel": {**_WAN, "num_layers": 3, "vace_layers": [0, 2], "vace_in_channels": 72},
 }
-"""By class name."""
+"""Keyed by class name."""

@@ -65,7 +65,7 @@ class AdapterReader:
         except (OSError, SafetensorError) as error:
             raise Unavailable(f"The adapter could not be kept in shared memory ({error}).") from error
         layers = {layer_of(name) for name in parts.tensors}
-        return Report(updated={save.adapter.target: len(layers)}, waiting=sorted(parts.waiting), told=told)
+        return Report(updated={save.adapter.target: len(layers)}, waiting=sorted(parts.waiting), notes=told)
 
     def _file(self, source: AdapterSource) -> AdapterFile:
         folder = Path(source.folder)

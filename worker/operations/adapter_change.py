@@ -40,7 +40,7 @@ class AdaptersChange:
         change = self._change
         updated = self._adapters.layers_of(change.nicknames) if isinstance(change, SetAdapters) else {}
         state, told = self._adapters.state, self._adapters.told
-        return Report(updated=updated, expected=updated, adapters=state, told=told, invalidated=invalidated)
+        return Report(updated=updated, expected=updated, adapters=state, notes=told, invalidated=invalidated)
 
     def rollback(self) -> None:
         self._adapters.rollback()

@@ -149,6 +149,6 @@ def _both(one: Report, other: Report) -> Report:
         complete=[*one.complete, *other.complete],
         left_out=[*one.left_out, *other.left_out],
         adapters=other.adapters or one.adapters,
-        told=[*one.told, *other.told],
+        notes=[*one.notes, *other.notes],
         invalidated=list(dict.fromkeys([*one.invalidated, *other.invalidated])),
     )

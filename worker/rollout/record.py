@@ -88,7 +88,7 @@ def encoded(tree: dict[str, Any], shared: File | None) -> RolledOut:
 
     described = plain(tree)
     if shared is None:
-        return RolledOut(told=described, tensors=[_sent(tensor) for tensor in tensors])
+        return RolledOut(reply=described, tensors=[_sent(tensor) for tensor in tensors])
     file = shared / f"rollout-{secrets.token_hex(8)}.safetensors"
     header = [(str(i), STORED_DTYPES[str(one.dtype)], tuple(one.shape)) for i, one in enumerate(tensors)]
     try:
@@ -98,7 +98,7 @@ def encoded(tree: dict[str, Any], shared: File | None) -> RolledOut:
         file.unlink(missing_ok=True)
         raise Unavailable(f"There is no shared memory for the reply ({error.strerror}).") from error
     left = [Tensor(str(tensor.dtype), list(tensor.shape), Buffer(b"")) for tensor in tensors]
-    return RolledOut(told=described, tensors=left, file=str(file))
+    return RolledOut(reply=described, tensors=left, file=str(file))
 
 
 def forget(output: Output | None) -> None:

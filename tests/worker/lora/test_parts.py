@@ -176,7 +176,7 @@ def test_what_waits_is_told_of_when_another_version_comes_instead(flux: Model, t
     down = next(name for name in tensors if "lora_A" in name)
     trainer.send({down: tensors[down] * 5}, version="step-2", alpha=ALPHA)
     report = trainer.send(tensors, version="step-3", alpha=ALPHA)
-    assert down in report.told[0]
+    assert down in report.notes[0]
     assert is_merged(flux, base, added)
 
 
