@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import importlib.metadata
 import logging
 import os
 import platform
 import secrets
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -22,7 +22,9 @@ from .parallel.ranks import Ranks
 
 log = logging.getLogger(__name__)
 
-_LIBRARIES = ("torch", "diffusers", "transformers")
+_OWN_PACKAGES = ("worker", "protocol", "formats")
+"""The packages of this project that a self-test runs."""
+
 _OPTIONS = ("batching", "max_batch", "max_batch_tokens", "tp", "fuse_projections", "variant")
 """Options that the result depends on, besides the model's files, dtype and device."""
 
@@ -30,8 +32,8 @@ _OPTIONS = ("batching", "max_batch", "max_batch_tokens", "tp", "fuse_projections
 class SelfTestCache:
     """The cached result for ``model`` as this software loads it; rank 0 reads it and broadcasts it to the other ranks.
 
-    Only results that allow merged forwards are cached. Another result may have a transient cause, such as a lack of
-    device memory, so the next start tests again.
+    Only results that allow merged forwards in every task are cached. Another result may have a transient cause, such as
+    a lack of device memory, so the next start tests again.
     """
 
     def __init__(self, model: Model, config: Config, ranks: Ranks) -> None:
@@ -48,7 +50,8 @@ class SelfTestCache:
 
     def write(self, result: SelfTestResult) -> None:
         """Write the file atomically, on one rank. An unwritable directory is logged and otherwise ignored."""
-        if result.mode != "merged":
+        tasks = [task for task in (result.text, result.image) if task is not None]
+        if any(task.batching.mode != "merged" for task in tasks):
             return
         new = self._file.with_suffix(f".{secrets.token_hex(8)}")
         try:
@@ -57,6 +60,8 @@ class SelfTestCache:
             new.replace(self._file)
         except OSError as error:
             log.info("the self-test's result cannot be saved for later starts: %s", error)
+            with contextlib.suppress(OSError):
+                new.unlink()  # written in part, on a full disk
 
     def remove(self) -> None:
         """Delete a result that proved to be wrong."""
@@ -88,12 +93,14 @@ def _key(model: Model, config: Config) -> str:
 
 
 def _software() -> Iterator[str]:
-    """Versions of the libraries, and digests of the worker's own sources, which developers change."""
-    for library in _LIBRARIES:
-        yield f"{library}={importlib.metadata.version(library)}"
+    """The installed packages, of which pipelines import some late, and digests of our sources, which developers change.
+
+    Packages are known by the names of their directories, as the metadata in one may be damaged.
+    """
     yield f"python={platform.python_version()}"
-    sources = Path(__file__).parent
-    for source in sorted(sources.rglob("*.py")):
+    yield from sorted({package.name for place in sys.path for package in Path(place).glob("*.dist-info")})
+    root = Path(__file__).parent.parent
+    for source in sorted(source for package in _OWN_PACKAGES for source in (root / package).rglob("*.py")):
         yield hashlib.sha256(source.read_bytes()).hexdigest()
 
 

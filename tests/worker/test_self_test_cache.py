@@ -68,9 +68,25 @@ def test_other_files_dtypes_or_options_are_tested_anew(model: Model, tmp_path: P
 
 
 def test_a_result_that_a_passing_fault_may_have_made_is_not_kept(model: Model, directory: Path) -> None:
-    cache(model).write(msgspec.structs.replace(MERGED, mode="serial"))
+    serial = msgspec.structs.replace(TEXT, batching=Batching("serial", "why"))
+    cache(model).write(msgspec.structs.replace(MERGED, mode="serial", text=serial))
     assert cache(model).read() is None
     assert not directory.exists()
+
+
+def test_a_result_is_not_kept_where_one_task_of_two_is_not_merged(model: Model, directory: Path) -> None:
+    serial = msgspec.structs.replace(TEXT, batching=Batching("serial", "the device had no memory left"))
+    cache(model).write(msgspec.structs.replace(MERGED, image=serial))
+    assert cache(model).read() is None
+
+
+def test_a_package_that_was_installed_since_is_tested_with(
+    model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache(model).write(MERGED)
+    (tmp_path / "site" / "sentencepiece-0.2.0.dist-info").mkdir(parents=True)
+    monkeypatch.syspath_prepend(str(tmp_path / "site"))
+    assert cache(model).read() is None
 
 
 def test_what_cannot_be_read_or_does_not_hold_is_found_out_anew(model: Model, directory: Path) -> None:

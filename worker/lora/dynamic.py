@@ -83,6 +83,7 @@ class DynamicLora:
         touching = ((adapter, strength) for adapter, strength in active if strength and adapter.factors.get(self._name))
         return tuple(sorted(touching, key=lambda one: one[0].number))
 
+    @torch.inference_mode(mode=False)  # a request may use that mode, and the tensors must stay writable outside it
     def _activate(self, rows: AdapterRows, listed: bool) -> None:
         used = dict.fromkeys(adapter for _, active in rows for adapter, _ in active)
         ranks = {adapter: self._rank(adapter) for adapter in used}

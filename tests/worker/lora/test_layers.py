@@ -100,6 +100,19 @@ def test_a_change_of_adapters_replaces_no_module_and_no_memory(flux: Model, tmp_
     unload(adapters, "third")
 
 
+def test_adapters_that_a_request_in_inference_mode_used_first_can_be_used_without_it(
+    flux: Model, tmp_path: Path
+) -> None:
+    adapters = new_adapters(flux)
+    load(adapters, flux, tmp_path, "first")
+    with torch.inference_mode(), adapters.applied("transformer", [(2, named(adapters, "first"))]):
+        memory = storages(flux)
+    load(adapters, flux, tmp_path, "second")
+    with adapters.applied("transformer", [(1, named(adapters, "first")), (1, named(adapters, "second"))]):
+        assert storages(flux) == memory
+    unload(adapters, "first", "second")
+
+
 def test_a_change_of_adapters_compiles_nothing_anew(flux: Model, tmp_path: Path) -> None:
     compiled = 0
 
