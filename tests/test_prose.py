@@ -28,6 +28,7 @@ PLAIN = (
     "worker/crossing",
     "worker/forward",
     "worker/operations",
+    "worker/rollout",
     "worker/weights/checkpoint",
     "worker/weights/snapshot",
     "worker/weights/update",

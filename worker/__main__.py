@@ -15,8 +15,8 @@ from ..process.logs import adopt_library_loggers, configure_logging
 def import_replica() -> None:
     """Import everything that a rank runs.
 
-    Diffusers and transformers import peft wherever it is installed, for a sixth of the imports' time, and we have no
-    use for it; collecting garbage among the objects of thousands of modules finds nothing, and takes a tenth.
+    peft is hidden, because diffusers and transformers import it if it is installed, which takes a sixth of the time,
+    and Safelight does not use it. Garbage collection is off meanwhile: it would find nothing and take a tenth.
     """
     sys.modules["peft"] = None  # type: ignore[assignment]  # as if it were not installed
     gc.disable()
@@ -41,7 +41,7 @@ def run_replica() -> int:
 
 
 def leave(status: int) -> NoReturn:
-    """End this process. Taking thousands of modules apart would take a second, and the system frees what they hold."""
+    """Exit without tearing down thousands of modules, which would take a second."""
     logging.shutdown()
     sys.stderr.flush()
     os._exit(status)

@@ -1,4 +1,4 @@
-"""The arguments of a pipeline's ``__call__``: which a request may set, their JSON types and their defaults."""
+"""The arguments of a pipeline's ``__call__`` that a request may set, with their JSON types and defaults."""
 
 from __future__ import annotations
 
@@ -22,29 +22,29 @@ _JSON_TYPES: dict[Any, str] = {
     tuple: "list",
     type(None): "null",
 }
-"""No dictionaries: pipelines hand those on unchecked, to attention processors (which want tensors), to a language
-model's ``generate`` (which can be told to run code from a repository) and to ``str.format``.
+"""Dictionaries are excluded, because pipelines pass them on unchecked: to attention processors (which need tensors), to
+a language model's ``generate`` (which can be made to run code from a repository) and to ``str.format``.
 """
 _SET_BY_US = frozenset({"self", "prompt", "generator", "output_type", "return_dict", "latents", "seed", "image"})
 _PATHS = frozenset({"fonts"})  # files of the server that a pipeline would read
-_ONE_OUTPUT = frozenset({"batch_size"})  # a request's further outputs are samples with seeds of their own
+_ONE_OUTPUT = frozenset({"batch_size"})  # each further output of a request is a sample with its own seed
 _NOT_OFFERED = _SET_BY_US | _PATHS | _ONE_OUTPUT
 _PROMPTS = re.compile(r"(negative_)?prompt(_\d)?")
 _OUR_ENDINGS = ("_embeds", "_mask", "_embeddings", "_per_prompt")
-"""Arguments that Safelight itself sets, or that are no JSON."""
+"""Endings of arguments that Safelight sets itself or that are not JSON."""
 
 _SCHEDULES = frozenset({"timesteps", "sigmas"})
 
 
 def offered_arguments(pipeline: DiffusionPipeline) -> dict[str, Parameter]:
-    """The arguments that a request may set, by name: those of its class that work with its own components."""
+    """The arguments that a request may set, by name: its class's, except those that its components do not support."""
     arguments = call_arguments(type(pipeline))
     impossible = _schedules_not_followed(pipeline) | ({"clip_skip"} if _reaches_into_text_model(pipeline) else set())
     return {name: one for name, one in arguments.items() if name not in impossible}
 
 
 def _schedules_not_followed(pipeline: DiffusionPipeline) -> set[str]:
-    """By what diffusers' ``retrieve_timesteps`` asks of the scheduler."""
+    """The schedule arguments that diffusers' ``retrieve_timesteps`` would refuse for this scheduler."""
     scheduler = getattr(pipeline, "scheduler", None)
     if scheduler is None or not hasattr(scheduler, "set_timesteps"):
         return set()
@@ -52,14 +52,14 @@ def _schedules_not_followed(pipeline: DiffusionPipeline) -> set[str]:
 
 
 def _reaches_into_text_model(pipeline: DiffusionPipeline) -> bool:
-    """Whether prompts are encoded by the ``text_model`` of a text encoder that has none, as in transformers 5."""
+    """True if the pipeline reads its text encoder's ``text_model``, which does not exist in transformers 5."""
     encode, encoder = getattr(type(pipeline), "encode_prompt", None), getattr(pipeline, "text_encoder", None)
     names = inspect.unwrap(encode).__code__.co_names if encode is not None else ()
     return "text_model" in names and encoder is not None and not hasattr(encoder, "text_model")
 
 
 def call_arguments(pipeline: type[DiffusionPipeline]) -> dict[str, Parameter]:
-    """The arguments that a request may set with pipelines of this class, by name."""
+    """The arguments of this class that a request may set, by name."""
     signature = inspect.signature(pipeline.__call__)
     annotations = _annotations(pipeline)
     found = {}
@@ -69,7 +69,7 @@ def call_arguments(pipeline: type[DiffusionPipeline]) -> dict[str, Parameter]:
         annotation, default = annotations.get(name), parameter.default
         json_types = _json_types(annotation, default)
         if _PROMPTS.fullmatch(name):
-            json_types -= {"list"}  # which would have one for each prompt, and a call is for one
+            json_types -= {"list"}  # one element per prompt, and each call has one prompt
         if json_types - {"null"} and parameter.kind is not inspect.Parameter.VAR_KEYWORD:
             found[name] = Parameter(
                 sorted(json_types),
@@ -82,7 +82,7 @@ def call_arguments(pipeline: type[DiffusionPipeline]) -> dict[str, Parameter]:
 
 
 def as_declared(arguments: Mapping[str, Parameter], given: Mapping[str, Any]) -> dict[str, Any]:
-    """``given`` with a tuple for each list whose argument is one: pipelines add tuples up, which fails for a list."""
+    """``given`` with lists turned into tuples where the argument is a tuple, because pipelines concatenate those."""
     tuples = {name for name, value in given.items() if name in arguments and arguments[name].is_tuple}
     return {name: tuple(v) if name in tuples and isinstance(v, list) else v for name, v in given.items()}
 
@@ -90,7 +90,7 @@ def as_declared(arguments: Mapping[str, Parameter], given: Mapping[str, Any]) ->
 def _annotations(pipeline: type[DiffusionPipeline]) -> dict[str, Any]:
     try:
         return typing.get_type_hints(pipeline.__call__)
-    except (NameError, TypeError):  # a name that is only imported for type checkers
+    except (NameError, TypeError):  # a name is imported for type checkers only
         return {}
 
 
@@ -106,7 +106,7 @@ def _json_types(annotation: Any, default: Any) -> set[str]:
 
 
 def _holds_json(annotation: Any, default: Any) -> bool:
-    """Whether a list type's elements can come out of JSON (a list of tensors or pictures cannot)."""
+    """True if a list type's elements can be JSON (those of a list of tensors or pictures cannot)."""
     elements = [part for part in typing.get_args(annotation) if part is not Ellipsis]
     if not elements:
         return isinstance(default, list | tuple) and _is_json(default)
@@ -127,9 +127,9 @@ def _sequences(annotation: Any, *kinds: type) -> list[Any]:
 
 
 def _items(annotation: Any) -> list[str]:
-    """The JSON types of a list's elements, where they are declared.
+    """The declared JSON types of a list's elements, or an empty list.
 
-    "float" for any number: some pipelines declare ``list[int]`` for timesteps, which are fractions in a flow.
+    Numbers are "float": some pipelines declare ``list[int]`` for timesteps, which are fractions in a flow.
     """
     declared = [typing.get_args(sequence) for sequence in _sequences(annotation, list, tuple)]
     if not all(declared):
@@ -142,7 +142,7 @@ def _items(annotation: Any) -> list[str]:
 
 
 def _length(annotation: Any, default: Any) -> int | None:
-    """The only length that a list may have. ``tuple[int]`` is written for tuples of any length."""
+    """The required length of a list, if any; diffusers declares ``tuple[int]`` for tuples of any length."""
     sequences = _sequences(annotation, list, tuple)
     args = typing.get_args(sequences[0]) if len(sequences) == 1 and _is_tuple(annotation, default) else ()
     return len(args) if len(args) > 1 and Ellipsis not in args else None

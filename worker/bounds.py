@@ -1,6 +1,6 @@
-"""The largest values of the arguments that say how much a pipeline computes, by what their names say that they count.
+"""Upper bounds for arguments that determine how much a pipeline computes, chosen by the argument's name.
 
-Diffusers has no other mark for them, and a pipeline computes whatever it is told to: one request could take all memory.
+Diffusers does not mark such arguments otherwise, and without a bound one request could take all memory.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ from ..protocol.config import Config
 from ..protocol.replicas import Parameter
 
 _LONGEST_TEXT = 4096
-"""Tokens, for pipelines that name no default and tokenizers that name no limit."""
+"""The limit in tokens if neither the pipeline has a default nor a tokenizer a limit."""
 
 _CHECKED_AS_FIELDS = frozenset({"width", "height"})
 
 
 def bounded(arguments: Mapping[str, Parameter], config: Config, longest_text: int | None) -> dict[str, Parameter]:
-    """``arguments`` with a maximum where a larger value would only cost time and memory.
+    """``arguments`` with maxima where a larger value costs time and memory.
 
-    ``longest_text`` is what the model's tokenizers are made for, in tokens.
+    ``longest_text`` is the largest length that a tokenizer of the model supports, in tokens.
     """
     limits = [(re.compile(pattern), limit) for pattern, limit in _limits(config).items()]
     bounded = dict(arguments)
@@ -31,7 +31,7 @@ def bounded(arguments: Mapping[str, Parameter], config: Config, longest_text: in
         if name == "max_sequence_length":
             limit: int | None = max(parameter.default or 0, longest_text or 0) or _LONGEST_TEXT
         elif name in _CHECKED_AS_FIELDS or not ("int" in parameter.types or name.endswith("_list")):
-            continue  # a list of numbers is mostly something that the model is told (SDXL's ``original_size``)
+            continue  # most lists of numbers condition the model (SDXL's ``original_size``) and cost nothing
         else:
             limit = next((limit for pattern, limit in limits if pattern.search(name)), None)
         bounded[name] = msgspec.structs.replace(parameter, maximum=limit)
@@ -39,7 +39,7 @@ def bounded(arguments: Mapping[str, Parameter], config: Config, longest_text: in
 
 
 def _limits(config: Config) -> dict[str, int]:
-    """By patterns of names, of which the first that matches counts."""
+    """Limits by name pattern; the first matching pattern applies."""
     return {
         r"(^|_)steps(_list)?$": config.max_steps,
         r"(^|_)frames|video_length$|frame_length$": config.max_frames,

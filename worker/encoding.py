@@ -1,7 +1,7 @@
-"""Pictures, clips and tensors as the bytes of a file.
+"""Encodes pictures, clips and tensors as files.
 
-Nothing here is torch's: this runs in threads beside the model's, and a parallel region of torch in a second thread
-gives OpenMP more threads than there are cores, after which those of the model sleep between any two operators.
+This module must not use torch. It runs in other threads than the model, and a parallel region of torch in a second
+thread makes OpenMP start more threads than there are cores, after which the model's sleep between operators.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ Floats = npt.NDArray[np.float32]
 Pixels = npt.NDArray[np.uint8]
 
 _IMAGE_OPTIONS: dict[str, dict[str, int]] = {
-    "png": {"compress_level": 3},  # a third of level 6's time, files a few per cent larger
+    "png": {"compress_level": 3},  # a third of level 6's time; files are a few per cent larger
     "jpeg": {"quality": 95},
     "webp": {"quality": 95},
 }
@@ -34,30 +34,31 @@ _VIDEO: dict[str, tuple[Literal["libx264", "libvpx-vp9"], dict[str, str]]] = {
     "mp4": ("libx264", {"crf": "18"}),
     "webm": ("libvpx-vp9", {"crf": "24", "b": "0", "row-mt": "1", "cpu-used": "4"}),
 }
-"""Containers with their codec and its options: constant quality, near to what the eye can tell."""
+"""Each container's codec and options: constant quality, almost visually lossless."""
 
 _SOUND: dict[str, tuple[Literal["aac", "libopus"], tuple[int, ...]]] = {
     "mp4": ("aac", (8000, 11025, 12000, 16000, 22050, 24000, 32000, 44100, 48000, 64000, 88200, 96000)),
     "webm": ("libopus", (8000, 12000, 16000, 24000, 48000)),
 }
-"""Containers with the codec of their sound and the sample rates that it has."""
+"""Each container's audio codec and the sample rates that it supports."""
 
 _LONGEST_SIDES = {"webp": 16_383, "jpeg": 65_500, "mp4": 16_384, "webm": 65_535}
-"""Pixels that a side may have, by the format or by its encoder."""
+"""The largest side in pixels that the format or its encoder supports."""
 
 
 @dataclass(frozen=True, slots=True)
 class Waveform:
-    """``samples`` are [channels, samples] in [-1, 1], ``rate`` of them a second."""
+    """``samples`` are [channels, samples] in [-1, 1], ``rate`` per second."""
 
     samples: Floats
     rate: int
 
 
 def encode(pixels: Floats, output_format: OutputFormat, fps: int | None = None, sound: Waveform | None = None) -> bytes:
-    """The file for ``pixels``: in [0, 1], [C, H, W] for a picture or [F, C, H, W] for a clip, which may have a sound.
+    """Encode a picture [C, H, W] or clip [F, C, H, W] in [0, 1]; a clip may have ``sound``.
 
-    ``"pt"`` gives a safetensors file with the tensor ``t`` in fp32, unrounded, and the sound's samples as ``audio``.
+    ``"pt"`` makes a safetensors file with the unrounded fp32 tensor ``t``, and the sound's samples as ``audio``. Raises
+    ``InvalidRequest`` if the format cannot hold the output.
     """
     if output_format == "pt":
         tensors = {"t": np.ascontiguousarray(pixels)}
@@ -87,13 +88,13 @@ def _check_sides(pixels: Floats, output_format: OutputFormat) -> None:
 
 
 def to_uint8(pixels: Floats) -> Pixels:
-    """[…, C, H, W] in [0, 1] to [..., H, W, C], rounding as diffusers' image processor does."""
+    """Convert […, C, H, W] in [0, 1] to uint8 […, H, W, C], rounded as by diffusers' image processor."""
     rounded: Pixels = (np.moveaxis(pixels, -3, -1) * 255).round().clip(0, 255).astype(np.uint8)
     return rounded
 
 
 def encode_image(image: Pixels, output_format: str) -> bytes:
-    """[H, W, C] as a PNG, JPEG or WebP."""
+    """Encode [H, W, C] as PNG, JPEG or WebP."""
     picture = Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image)
     if output_format == "jpeg":
         picture = picture.convert("RGB")
@@ -103,7 +104,7 @@ def encode_image(image: Pixels, output_format: str) -> bytes:
 
 
 def encode_video(frames: Pixels, fps: int, container: str = "mp4", sound: Waveform | None = None) -> bytes:
-    """[F, H, W, 3] as a video; odd sizes lose their last row or column, as 4:2:0 chroma needs even ones."""
+    """Encode [F, H, W, 3] as a video; an odd size loses its last row or column, as 4:2:0 chroma needs even sides."""
     codec, options = _VIDEO[container]
     height, width = frames.shape[1] // 2 * 2, frames.shape[2] // 2 * 2
     file = io.BytesIO()
@@ -127,7 +128,7 @@ def _new_sound_stream(opened: OutputContainer, sound: Waveform, container: str) 
 
 
 def _write_sound(opened: OutputContainer, stream: AudioStream, sound: Waveform) -> None:
-    """The samples in the rate and the number format of the stream's codec, the channels beyond two left out."""
+    """Resample to the rate and sample format of the stream's codec, dropping channels beyond two."""
     samples = np.ascontiguousarray(sound.samples[:2].clip(-1, 1), dtype=np.float32)
     heard = av.AudioFrame.from_ndarray(samples, format="fltp", layout=stream.layout.name)
     heard.sample_rate = sound.rate

@@ -1,7 +1,7 @@
-"""What a request is told when its generation fails: whose fault it is, and why, in words that are harmless.
+"""Turns the exception of a failed generation into an error for the client: whose fault it is, and why.
 
-At load the model has proved that it works with its defaults. So what its libraries raise is the doing of the values
-that a request gives, where it gives any; what our own code raises, or the device, is not.
+The self-test has proved that the model works with its defaults. So an exception that a library raises is attributed to
+the values that the request gave, if any; one of our own code or of the device is not. No private detail is disclosed.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ _MEMORY_RETRY_S = 5.0
 _OURS = __name__.partition(".")[0]
 _LIBRARIES = ("diffusers", "transformers")
 _BETWEEN = ("crossing", "batcher", "forward.recovery", "forward.runner", "forward.stages")
-"""By these of our modules and packages a pipeline reaches its components: what is raised there is theirs."""
+"""Our modules between a pipeline and its components; an exception that passes through them is not attributed to us."""
 
-_ALLOCATION = re.compile(r"not enough memory|can't allocate memory", re.IGNORECASE)  # torch's on a CPU
+_ALLOCATION = re.compile(r"not enough memory|can't allocate memory", re.IGNORECASE)  # torch's messages on a CPU
 _DEVICE = re.compile(r"CUDA|CUBLAS|cuDNN|CUDNN|NCCL")
 _PRIVATE = re.compile(r"(/[\w.-]+){2,}|[A-Za-z]:\\|0x[0-9a-fA-F]{6,}")
-"""Paths and addresses, which are nobody's business."""
+"""Paths and memory addresses, which clients must not see."""
 
 _LONGEST_REASON = 300
 _LONGEST_VALUE = 60
@@ -38,18 +38,18 @@ _SIZES = ("width", "height", "num_frames", "fps")
 
 
 class NotFinite(Exception):
-    """A generation came to NaN or to infinity."""
+    """A generation produced NaN or infinity."""
 
 
 class NothingMade(Exception):
-    """A pipeline returned without an output."""
+    """A pipeline returned no output."""
 
     def __init__(self) -> None:
         super().__init__("it returned no output")
 
 
 def explain(error: BaseException, request: Generate, *, weights_are_sound: bool) -> SafelightError:
-    """The error as the sender of ``request`` may see it."""
+    """The error for the client that sent ``request``."""
     if isinstance(error, SafelightError):
         return error
     if isinstance(error, torch.OutOfMemoryError | MemoryError) or _says(error, _ALLOCATION):
@@ -85,7 +85,7 @@ def _refused(error: Exception, given: dict[str, Any]) -> InvalidRequest:
 
 
 def _given(request: Generate) -> Iterator[tuple[str, Any]]:
-    """What ``request`` gave beside its prompts and seeds, by field; what is unusual comes first."""
+    """The fields that ``request`` gave, except prompts and seeds, the most unusual first."""
     yield from ((f"extra.{name}", value) for name, value in sorted(request.extra.items()))
     rollout = request.rollout
     if rollout is not None:
@@ -100,7 +100,7 @@ def _given(request: Generate) -> Iterator[tuple[str, Any]]:
 
 
 def _magnitude(value: Any) -> float | None:
-    """Of the largest number in it; ``None`` where there is none."""
+    """The absolute value of the largest number in ``value``; ``None`` if there is none."""
     if isinstance(value, list):
         found = [one for one in map(_magnitude, value) if one is not None]
         return max(found, default=None)
@@ -118,7 +118,7 @@ def _shortened(value: Any) -> str:
 
 
 def _is_of_the_libraries(error: Exception) -> bool:
-    """Whether the innermost code that is a library's or ours is a library's."""
+    """True if the innermost frame of the traceback, among the libraries' and ours, is a library's."""
     if isinstance(error, NothingMade):
         return True
     modules = [frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__)]

@@ -1,6 +1,6 @@
-"""What a pipeline makes of a request that leaves everything out, seen where it comes to its first component.
+"""A pipeline's local variables at its first call of a component, for a request that gives only what is required.
 
-By then it has put its own values in the place of missing arguments, and has refused what it cannot take.
+By then the pipeline has filled in its own defaults and refused what it cannot take.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 
 
 class _Begun(BaseException):
-    """A pipeline has come to its first call of a component, with these local variables."""
+    """Raised at the pipeline's first call of a component, with its local variables."""
 
     def __init__(self, variables: dict[str, Any]) -> None:
         super().__init__()
@@ -32,9 +32,9 @@ class _Begun(BaseException):
 def variables_at_first_call(
     pipeline: DiffusionPipeline, pictures_as: tuple[str, ...], **arguments: Any
 ) -> dict[str, Any] | None:
-    """The variables of the pipeline's ``__call__`` when it comes to its first component; no component is called.
+    """The local variables of the pipeline's ``__call__`` at its first call of a component, which is not made.
 
-    ``None`` where it refuses ``arguments``, which come beside a prompt, and a picture as each of ``pictures_as``.
+    The pipeline gets a prompt, a picture as each of ``pictures_as``, and ``arguments``. ``None`` if it refuses them.
     """
     function = type(pipeline).__call__
     takes = inspect.signature(function).parameters
@@ -51,7 +51,7 @@ def variables_at_first_call(
         return {}
     except _Begun as begun:
         return begun.variables
-    except Exception as error:  # noqa: BLE001  # pipelines refuse arguments by errors of any kind
+    except Exception as error:  # noqa: BLE001  # pipelines refuse arguments with any exception
         log.debug("%s does not begin with %s: %r", type(pipeline).__name__, arguments, error)
         return None
 

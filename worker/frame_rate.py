@@ -1,4 +1,4 @@
-"""How many frames a second a pipeline's clips are made for: diffusers says so itself, in one place or another."""
+"""The frame rate for which a pipeline's clips are made, as far as diffusers documents it."""
 
 from __future__ import annotations
 
@@ -13,30 +13,29 @@ from diffusers.utils import export_to_video
 from ..protocol.replicas import Parameter
 
 ARGUMENTS = ("frame_rate", "fps", "target_fps")
-"""What pipelines that are told the rate call it."""
+"""Names of the frame rate among pipelines' arguments."""
 
-_OTHERWISE = 16
-"""For pipelines that say nothing of it."""
+_DEFAULT = 16
+"""The frame rate of pipelines that document none."""
 
-_FASTEST = 240
-"""At which a request may have its clip play."""
+_MAX = 240
 
 _EXAMPLE = re.compile(r"^\s*(?:>>>|\.\.\.).*\bfps\s*=\s*(\d+)", re.MULTILINE)
 _EXPORT = re.compile(r"\bexport_to_(?:video|gif)\(")
 
 
 def rate_argument(arguments: Mapping[str, Any]) -> int | None:
-    """Frames a second that a pipeline is told by ``arguments``, where they say it."""
-    told = next((value for name in ARGUMENTS if (value := arguments.get(name))), None)
-    return None if told is None else min(max(1, round(told)), _FASTEST)
+    """The frames per second that ``arguments`` pass to the pipeline, if any."""
+    rate = next((value for name in ARGUMENTS if (value := arguments.get(name))), None)
+    return None if rate is None else min(max(1, round(rate)), _MAX)
 
 
 def frame_rate(
     pipeline: type[DiffusionPipeline], arguments: Mapping[str, Parameter], defaults: Mapping[str, Any]
 ) -> int:
-    """Frames a second: of the argument that the pipeline is told it by, or of the example in its documentation.
+    """Frames per second: the default of the pipeline's argument, or the rate in its docstring's example.
 
-    ``defaults`` go before the pipeline's own. CogVideoX' example exports its clip with ``fps=8``, Wan's with 16.
+    ``defaults`` take precedence over the pipeline's own. CogVideoX's example exports its clip with ``fps=8``.
     """
     usual = {name: parameter.default for name, parameter in arguments.items()}
     if (rate := rate_argument(defaults)) or (rate := rate_argument(usual)):
@@ -47,4 +46,4 @@ def frame_rate(
     if _EXPORT.search(documentation):
         default: int = inspect.signature(export_to_video).parameters["fps"].default
         return default
-    return _OTHERWISE
+    return _DEFAULT

@@ -1,4 +1,4 @@
-"""Heartbeats, from a thread of their own: they go on while the loop is in a forward that takes minutes."""
+"""Heartbeats, from a separate thread, so that they go on during a forward that takes minutes."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ HEARTBEAT_S = 1.0
 
 
 class Activity:
-    """What the loop is doing. The loop alone writes it, and the heartbeats' thread reads it."""
+    """The loop's progress, written by the loop alone and read by the heartbeat thread."""
 
     def __init__(self) -> None:
         self.progress = 0
-        """Grows whenever the loop goes on: with each turn, forward, and part of an operation."""
+        """A counter that grows with each step, each forward, and each part of an operation."""
         self.stats = ReplicaStats()
         self._forward_began: float | None = None
 
@@ -30,7 +30,7 @@ class Activity:
 
     @contextmanager
     def forward(self) -> Iterator[None]:
-        """Around a forward. Within another one (a probe), it counts as the forward in hand until it ends."""
+        """Mark the context as a forward; within another one, a probe is the current forward until it ends."""
         outer, self._forward_began = self._forward_began, time.monotonic()
         self.advance()
         try:
@@ -41,16 +41,16 @@ class Activity:
 
     @property
     def forward_s(self) -> float | None:
-        """Seconds since the forward in hand began; ``None`` between forwards."""
+        """Seconds since the current forward began; ``None`` between forwards."""
         began = self._forward_began
         return None if began is None else time.monotonic() - began
 
 
 class Heartbeats:
-    """Sends what ``activity`` says every ``interval_s`` to the scheduler at ``backend``, from :meth:`start` on.
+    """Sends ``activity`` to the scheduler at ``backend`` every ``interval_s`` seconds, from :meth:`start` on.
 
-    The thread has a socket of its own, as ZMQ's may not be used by two threads, and as the loop, which would have to
-    forward what the thread says, is what may be busy.
+    The thread has its own socket: two threads must not share a ZMQ socket, and the loop, which may be busy, cannot
+    forward messages for the thread.
     """
 
     def __init__(
@@ -73,7 +73,7 @@ class Heartbeats:
         self._thread.start()
 
     def stop(self) -> None:
-        """Has no effect before :meth:`start`. Afterwards the ZMQ context may be destroyed."""
+        """End the thread, if it was started; the ZMQ context can be destroyed afterwards."""
         self._ended.set()
         if self._thread.is_alive():
             self._thread.join()

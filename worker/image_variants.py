@@ -1,4 +1,4 @@
-"""The pipelines that diffusers has for requests with an image, on components that are loaded already."""
+"""Image variants: diffusers' pipelines for requests with images, on components that are already loaded."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import diffusers
 from diffusers import DiffusionPipeline
 
 _ENDINGS = ("Img2ImgPipeline", "ImageToVideoPipeline")
-"""How diffusers names a family's pipeline for images, after the one for text."""
+"""Class-name endings of a family's image variants."""
 
 _NAMED_OTHERWISE: dict[str, tuple[str, ...]] = {
     "Kandinsky5T2IPipeline": ("Kandinsky5I2IPipeline",),
@@ -17,26 +17,26 @@ _NAMED_OTHERWISE: dict[str, tuple[str, ...]] = {
     "KandinskyCombinedPipeline": ("KandinskyImg2ImgCombinedPipeline",),
     "KandinskyV22CombinedPipeline": ("KandinskyV22Img2ImgCombinedPipeline",),
     "MotifVideoPipeline": ("MotifVideoImage2VideoPipeline",),
-    "SanaPipeline": (),  # the one that is named after it is for SanaVideoPipeline
+    "SanaPipeline": (),  # SanaImageToVideoPipeline is the variant of SanaVideoPipeline
     "SanaVideoPipeline": ("SanaImageToVideoPipeline",),
 }
-"""Those whose pipelines for images have other names, or that have none."""
+"""Pipelines whose image variants are named otherwise, or that have none."""
 
 _IMAGE_ARGUMENTS = ("image", "images", "mask_image", "control_image", "control_mask")
-"""Where a pipeline takes images: what it goes on from, what of that it draws anew, and what guides it, where."""
+"""Arguments for images: the initial image, the mask of the part to redraw, and the control image and its mask."""
 
 _IMAGE_LISTS = frozenset({"images"})
-"""Those of them that take a list, also of a single image."""
+"""Image arguments that require a list even for a single image."""
 
 
 def image_arguments(pipeline: type[DiffusionPipeline]) -> tuple[str, ...]:
-    """The arguments that take the request's images, in their order; none for a pipeline without images."""
+    """The pipeline's arguments for images, in order; empty for a pipeline without."""
     takes = _call(pipeline)
     return tuple(name for name in _IMAGE_ARGUMENTS if name in takes)
 
 
 def as_taken(argument: str, given: Any) -> Any:
-    """One image or several as ``argument`` takes them: some arguments take a list only."""
+    """One or several images in the form that ``argument`` takes."""
     return [given] if argument in _IMAGE_LISTS and not isinstance(given, list) else given
 
 
@@ -45,21 +45,21 @@ def takes_image(pipeline: type[DiffusionPipeline]) -> bool:
 
 
 def needs_image(pipeline: type[DiffusionPipeline]) -> bool:
-    """Whether it cannot be called without one, as far as its signature says."""
+    """True if the pipeline's signature requires an image."""
     return any(_is_required(_call(pipeline)[name]) for name in image_arguments(pipeline))
 
 
 class IncompatibleComponents(Exception):
-    """A pipeline cannot be made from the components that there are; the message says why."""
+    """A pipeline cannot be constructed from another one's components; the message says why."""
 
 
 def image_variants(cls: type[DiffusionPipeline]) -> list[type[DiffusionPipeline]]:
-    """``cls`` itself when it takes images, or else those that may do on its components, the likeliest first."""
+    """Pipelines for images that may run on the components of ``cls``, the likeliest first; ``cls`` if it takes them."""
     return [cls] if takes_image(cls) else _partners(cls)
 
 
 def share_components(cls: type[DiffusionPipeline], pipeline: DiffusionPipeline) -> DiffusionPipeline:
-    """A pipeline of ``cls`` that shares every component and setting of ``pipeline``, or is it.
+    """A pipeline of class ``cls`` with the components and settings of ``pipeline``; itself if the class is the same.
 
     Raises ``IncompatibleComponents``.
     """
@@ -74,14 +74,14 @@ def share_components(cls: type[DiffusionPipeline], pipeline: DiffusionPipeline) 
             raise IncompatibleComponents(f"{cls.__name__} needs {name}, which the model does not have")
     try:
         return cls(**given)
-    except Exception as error:  # a constructor that was not written for these components
+    except Exception as error:  # the constructor was not written for these components
         raise IncompatibleComponents(f"{cls.__name__} cannot be made from its components ({error!r})") from error
 
 
 def _partners(cls: type[DiffusionPipeline]) -> list[type[DiffusionPipeline]]:
-    """The classes for images that are named after ``cls``. Where one needs other weights, it will not run.
+    """The image variants by name. One that needs other weights fails in the self-test.
 
-    Diffusers' own tables of such pairs are not asked, as that imports every pipeline that they name.
+    Diffusers' own tables are not used, because importing them imports every pipeline that they name.
     """
     family = cls.__name__.removesuffix("Pipeline")
     names = _NAMED_OTHERWISE.get(cls.__name__, tuple(family + ending for ending in _ENDINGS))

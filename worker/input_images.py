@@ -1,4 +1,4 @@
-"""A request's images, as its pipeline takes them, and the size of what is made from them."""
+"""A request's images as arguments of its pipeline, and the size of the output."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from .pipeline_task import PipelineTask
 
 
 def image_arguments(task: PipelineTask, request: Generate) -> dict[str, Any]:
-    """The images under the pipeline's own names for them, with ``width`` and ``height`` where it takes them.
+    """The images under the pipeline's argument names, with ``width`` and ``height`` if it takes them.
 
-    What it makes is as large as the request says, a single side with the other in proportion. Without that, pipelines
-    that edit decide for themselves; a picture that is drawn over keeps its size, if it has no more pixels than the
-    model is made for; and a clip has as many as the model is made for, in the image's proportions.
+    The output has the size that the request gives; if it gives one side, the other follows in proportion. Without a
+    given size, editing pipelines choose the size themselves; a picture that is redrawn keeps its size, up to the number
+    of pixels for which the model was trained; a clip has that number, in the image's proportions.
 
-    Raises ``InvalidRequest`` for another number of images than the task takes, and for too large an output.
+    Raises ``InvalidRequest`` for a wrong number of images and for an output that is too large.
     """
-    assert task.image_arguments, "only pipelines that take images are tried with some"
+    assert task.image_arguments, "only pipelines that take images receive some"
     pictures = [_picture(image) for image in request.images]
     needed = len(task.image_arguments)
     if len(pictures) != needed and not (needed == 1 and task.several_images):
@@ -45,7 +45,7 @@ def _picture(image: Image) -> pillow.Image:
 
 
 def _size(task: PipelineTask, request: Generate) -> tuple[int, int] | None:
-    """Width and height of what is to be made; ``None`` leaves them to the pipeline."""
+    """Width and height of the output; ``None`` if the pipeline chooses them."""
     given = (request.width, request.height)
     if given == (None, None) and "strength" not in task.arguments and (task.kind == "image" or not task.sizes.width):
         return None
@@ -64,9 +64,9 @@ def _size(task: PipelineTask, request: Generate) -> tuple[int, int] | None:
 def fitting(
     image: tuple[int, int], given: tuple[int | None, int | None], multiple: int, limit: int | None, *, enlarge: bool
 ) -> tuple[int, int]:
-    """Width and height in multiples of ``multiple`` and in the proportions of ``image``, but for the sides given.
+    """Width and height in multiples of ``multiple`` and in the proportions of ``image``, except for ``given`` sides.
 
-    With none given, they have about ``limit`` pixels; smaller images keep their size unless ``enlarge``.
+    If none is given, they have about ``limit`` pixels; smaller images keep their size unless ``enlarge``.
     """
     if given[0] is not None:
         scale = given[0] / image[0]

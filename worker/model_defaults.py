@@ -1,4 +1,4 @@
-"""What a checkpoint says of itself in ``safelight.json``: what a request gets when it leaves something out.
+"""Model defaults: the defaults that a checkpoint declares for requests, in its ``safelight.json``.
 
 ::
 
@@ -21,16 +21,16 @@ FILE = "safelight.json"
 
 
 class ModelDefaults(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """``defaults`` are arguments of the pipeline's ``__call__``; ``fps`` is the frame rate of its clips."""
+    """``defaults`` are arguments of the pipeline's ``__call__``, ``fps`` is the frame rate of its clips."""
 
     defaults: dict[str, Any] = {}
     fps: Annotated[int, Meta(ge=1, le=240)] | None = None
 
 
 def read_model_defaults(directory: Path, pipeline: type[DiffusionPipeline]) -> ModelDefaults:
-    """What ``directory`` has of it, nothing where there is no such file.
+    """Read the defaults in ``directory``; empty if it has no file.
 
-    Raises ``StartFailed`` for a file that is wrong: a default that is not passed on would be missed by nobody.
+    Raises ``StartFailed`` for an invalid file, because nobody would notice a default that has no effect.
     """
     file = directory / FILE
     if not file.is_file():
@@ -47,7 +47,7 @@ def read_model_defaults(directory: Path, pipeline: type[DiffusionPipeline]) -> M
 
 
 def _fits(value: Any, types: list[str]) -> bool:
-    """Whether it is of one of the JSON ``types``, and as a number above zero."""
+    """True if ``value`` has one of the JSON ``types``; a number must be positive."""
     kind = type(value).__name__
     of_type = kind in types or (kind == "int" and "float" in types)
     return of_type and (kind not in ("int", "float") or value > 0)

@@ -1,8 +1,8 @@
-"""``python -m safelight.worker.nursery``: imports what a worker needs once, and forks workers from itself.
+"""``python -m safelight.worker.nursery``: imports a worker's modules once, and forks workers from itself.
 
-Its standard input is a socket of packets to the launcher. Each packet brings the standard input of a new worker and is
-answered with that worker's process id; the worker's parent is the launcher. The nursery touches no device and has one
-thread, so that its forks are as good as new processes.
+Its standard input is a packet socket to the launcher. Each packet carries the standard input of a new worker; the
+answer is that worker's process id. The worker's parent is the launcher. The nursery opens no device and has one thread,
+so that its forks behave like new processes.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _STDIN = 0
 
 def main() -> int:
     name_process("nursery")
-    configure_logging(Config(), "nursery")  # of what libraries say as they are imported; a worker has its own
+    configure_logging(Config(), "nursery")  # for the libraries' messages during import; each worker configures its own
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     from .__main__ import import_replica, leave, run_replica  # torch
 
@@ -35,7 +35,7 @@ def main() -> int:
 
 
 def _fork_workers(channel: socket.socket) -> int | None:
-    """Fork workers until the launcher is gone. Returns ``None`` then, and in a worker its standard input."""
+    """Fork workers until the launcher exits. Returns ``None`` then, and in a worker its standard input."""
     with channel:
         while True:
             packet, descriptors, _, _ = socket.recv_fds(channel, 64, 1)
@@ -50,9 +50,9 @@ def _fork_workers(channel: socket.socket) -> int | None:
 
 
 def fork_orphan() -> int | None:
-    """Fork a child whose parent ends at once. Returns its process id, and ``None`` in the child.
+    """Fork a child whose parent exits at once. Returns its process id, and ``None`` in the child.
 
-    The child leads a session of its own before its id is known, so that a signal to its group reaches it.
+    The child leads its own session before the launcher knows its id, so that a signal to its group reaches it.
     """
     known, tell = os.pipe()
     between = os.fork()

@@ -1,4 +1,4 @@
-"""What a model does with a request: by which pipeline, with which arguments, and what they are when not given."""
+"""A pipeline task: the pipeline for one kind of request, its arguments and their defaults."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ from .image_variants import image_arguments
 from .sizes import Sizes, find_sizes
 
 _NO_LIMIT = 100_000
-"""Transformers writes a number far beyond this one where a tokenizer has no limit."""
+"""Transformers uses a far larger number for tokenizers without a limit."""
 
 UNTESTED = Batching("merged", "not tested")
 
 
 @dataclass(slots=True)
 class PipelineTask:
-    """A pipeline on the model's components. ``defaults`` are arguments passed where a request gives none.
+    """A pipeline on the model's components. ``defaults`` are passed for arguments that a request does not give.
 
-    A ``deterministic`` request gets ``plain_defaults`` in their place: what diffusers needs to run, and what the
-    checkpoint says of itself. ``arguments`` name the defaults that take effect for any other one. ``image_arguments``
-    are where its call takes images, each one; where it has one alone, ``several_images`` says whether that takes more
-    than one for one output. What the self-test finds out is written here by it.
+    A ``deterministic`` request gets ``plain_defaults`` instead: what diffusers requires, and the checkpoint's own
+    defaults. ``arguments`` have the effective defaults of other requests. ``image_arguments`` take one image each; if
+    there is a single one, ``several_images`` says whether it takes several for one output. The self-test sets the
+    fields that depend on a run.
     """
 
     pipeline: DiffusionPipeline
@@ -41,7 +41,7 @@ class PipelineTask:
     defaults: dict[str, Any]
     plain_defaults: dict[str, Any]
     deterministic_defaults: dict[str, Any]
-    """What takes effect for a ``deterministic`` request where it is something else than for others."""
+    """Effective defaults of a ``deterministic`` request that differ from those of other requests."""
     takes_prompt: bool
     image_arguments: tuple[str, ...]
     max_pixels: int
@@ -52,7 +52,7 @@ class PipelineTask:
     tried_size: dict[str, int | None] = field(default_factory=dict)
 
     def require(self, names: Collection[str]) -> None:
-        """Make ``names`` the arguments that every request has to give."""
+        """Make ``names`` the required arguments."""
         self.arguments = {
             name: msgspec.structs.replace(parameter, is_required=name in names)
             for name, parameter in self.arguments.items()
@@ -60,19 +60,19 @@ class PipelineTask:
 
 
 def new_task(
-    pipeline: DiffusionPipeline, config: Config, published: Mapping[str, Any], *, images: bool = False
+    pipeline: DiffusionPipeline, config: Config, model_defaults: Mapping[str, Any], *, images: bool = False
 ) -> PipelineTask:
-    """``published`` are the checkpoint's own defaults, of which the pipeline takes what it has an argument for.
+    """Make the task of ``pipeline``. ``model_defaults`` without a matching argument are ignored.
 
-    What is made from ``images`` has a size that follows from them.
+    With ``images``, width and height have no default, because they follow from the image.
     """
     pipeline.set_progress_bar_config(disable=True)
     arguments = bounded(offered_arguments(pipeline), config, _longest_text(pipeline))
-    published = {name: value for name, value in published.items() if name in arguments}
+    model_defaults = {name: value for name, value in model_defaults.items() if name in arguments}
     needed, made = _needed(pipeline, arguments, image_arguments(type(pipeline)) if images else ())
     own = _own_defaults(arguments, made)
-    sizes = find_sizes(pipeline, arguments, own, published)
-    plain = needed | published
+    sizes = find_sizes(pipeline, arguments, own, model_defaults)
+    plain = needed | model_defaults
     defaults = sizes.overrides | default_text_length(pipeline, arguments) | plain
     of_images = {"width": None, "height": None} if images else {}
     own |= plain | of_images
@@ -96,7 +96,7 @@ def new_task(
 
 
 def default_text_length(pipeline: DiffusionPipeline, arguments: Mapping[str, Parameter]) -> dict[str, int]:
-    """The pipeline's default text length, cut to the longest text that any of the model's tokenizers is made for."""
+    """The pipeline's default text length if it exceeds what every tokenizer of the model supports, cut to that."""
     parameter, longest = arguments.get("max_sequence_length"), _longest_text(pipeline)
     if parameter is None or not isinstance(parameter.default, int) or longest is None or longest >= parameter.default:
         return {}
@@ -104,7 +104,7 @@ def default_text_length(pipeline: DiffusionPipeline, arguments: Mapping[str, Par
 
 
 def _longest_text(pipeline: DiffusionPipeline) -> int | None:
-    """Tokens that the most capable of the model's tokenizers is made for; ``None`` when none says."""
+    """The largest length in tokens that a tokenizer of the model supports; ``None`` if none declares one."""
     limits = [getattr(part, "model_max_length", None) for part in pipeline.components.values()]
     return max((limit for limit in limits if isinstance(limit, int) and limit < _NO_LIMIT), default=None)
 
@@ -112,9 +112,9 @@ def _longest_text(pipeline: DiffusionPipeline) -> int | None:
 def _needed(
     pipeline: DiffusionPipeline, arguments: Mapping[str, Parameter], pictures_as: tuple[str, ...]
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The arguments without which the pipeline refuses its own defaults, and what it then makes of all the others.
+    """The arguments without which the pipeline refuses its own defaults, and its local variables with them.
 
-    Some round sizes to known aspect ratios, by a table that they do not have for a model of any size.
+    Some pipelines bin sizes to known aspect ratios, by a table that has no entry for a model of another size.
     """
     without = {"use_resolution_binning": False}
     made = variables_at_first_call(pipeline, pictures_as)
@@ -125,7 +125,7 @@ def _needed(
 
 
 def _own_defaults(arguments: Mapping[str, Parameter], made: Mapping[str, Any]) -> dict[str, Any]:
-    """What the pipeline takes for each of ``arguments`` left out: its signature's default, or what it computes."""
+    """The pipeline's own value for each argument that is not given: the signature's default, or a computed one."""
     own = {name: parameter.default for name, parameter in arguments.items()}
     computed = {name: made.get(name) for name, default in own.items() if default is None}
     return own | {name: value for name, value in computed.items() if isinstance(value, int | float)}

@@ -1,8 +1,7 @@
-"""A decoded preview of an unfinished sample, by the pipeline's own code.
+"""A decoded preview of an unfinished sample, made by the pipeline's own code.
 
-The pipeline is called once more, for a single step whose denoiser answers with zeros and whose scheduler arrives at
-the estimate that the real sample has reached. What follows in the pipeline (unpacking, scaling, decoding) is then just
-what it does with its own latents.
+The pipeline is called again for a single step, in which the denoiser answers with zeros and the scheduler returns the
+sample's current estimate. The rest of the pipeline (unpacking, scaling, decoding) treats it like its own latents.
 """
 
 from __future__ import annotations
@@ -26,13 +25,12 @@ def preview(
 ) -> torch.Tensor:
     """The picture [C, H, W] or clip [F, C, H, W] that ``latents`` decode to, float in [0, 1].
 
-    Runs in the caller's coroutine, so a sample waits for its own previews and nobody else does. ``arguments`` are those
-    of the sample's own call; ``latents`` are as its scheduler's ``step`` returns them. ``watches_all`` is the
-    fork's.
+    Runs in the caller's coroutine, so that only the sample itself waits for its previews. ``arguments`` are those of
+    the sample's call; ``latents`` have the form that its scheduler's ``step`` returns. ``watches_all`` is the fork's.
     """
     once = {name: value for name, value in arguments.items() if name not in _SCHEDULE}
     if "strength" in task.arguments:
-        once["strength"] = 1.0  # less would leave no step at all
+        once["strength"] = 1.0  # a lower strength would skip the only step
     with Fork(task.pipeline, Chain([without_denoiser]), watches_all=watches_all) as pipeline:
         for scheduler in schedulers(pipeline):
             answer_steps(scheduler, latents)

@@ -1,4 +1,4 @@
-"""One output: the pipeline's call for one prompt and seed, and what is seen of it on the way."""
+"""A sample: one call of the pipeline, for one prompt and seed, with its progress and result."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from .model import Model
 from .pipeline_task import PipelineTask
 from .rollout.environment import Environment, likely_scales
 from .rollout.initial_noise import usual_shapes
-from .rollout.record import as_output, peak_memory_mb, read_tensor, told, told_of_nothing
+from .rollout.record import as_output, nothing_recorded, peak_memory_mb, read_tensor, recorded_fields
 from .rollout.sampling import RolloutSampler, why_no_rollouts
 from .rollout.schedule import follow, shift
 from .sound import Sound, first_sound
@@ -43,8 +43,8 @@ from .steps import Step, watch_steps
 class SampleRun:
     """Sample ``index`` of ``request`` as a coroutine.
 
-    ``stepped`` hears of each denoising step, inside the coroutine; ``done`` of its end, in the batcher. ``watches_all``
-    is its fork's; that of a request with the batcher to itself is so anyway.
+    ``on_step`` is called after each denoising step, in the coroutine; ``on_end`` at the end, in the batcher.
+    ``watches_all`` is the fork's; it is implied for exclusive requests.
     """
 
     def __init__(
@@ -52,8 +52,8 @@ class SampleRun:
         model: Model,
         request: Generate,
         index: int,
-        stepped: Callable[[SampleRun, Step], None],
-        done: Callable[[SampleRun], None],
+        on_step: Callable[[SampleRun, Step], None],
+        on_end: Callable[[SampleRun], None],
         wanted: RequestedAdapters = None,
         *,
         watches_all: bool = False,
@@ -64,22 +64,22 @@ class SampleRun:
         self.clock = Clock()
         self.steps = 0
         self.rolled_out: dict[str, Any] | None = None
-        """What was recorded of it, once it has ended."""
+        """The recorded rollout, once the sample has ended."""
         self.sound: Sound | None = None
-        """Of a clip that has one, once it has ended."""
+        """The clip's sound, if it has one, once the sample has ended."""
         self._model = model
-        self._stepped = stepped
+        self._on_step = on_step
         self._fork: Fork | None = None
         self._chain = Chain()
         self._environment: Environment | None = None
-        self._versions: set[str] = set()  # by which the denoiser answered since the last step
+        self._versions: set[str] = set()  # weight versions of the denoiser's answers since the last step
         self._step_versions: list[str | None] = []
         mode = model.batching_mode(request)
         alone, exclusive = request.deterministic or mode != "merged", mode == "serial"
         self.watches_all = watches_all or exclusive
         self.coroutine = Coroutine(
             self._run,
-            lambda _: done(self),
+            lambda _: on_end(self),
             alone=alone,
             exclusive=exclusive,
             wanted=wanted,
@@ -89,7 +89,7 @@ class SampleRun:
 
     @property
     def task(self) -> PipelineTask:
-        """Raises ``InvalidRequest`` where the model does not do what is asked for."""
+        """The request's task. Raises ``InvalidRequest`` if the model does not have it."""
         return self._model.task(self.request)
 
     def arguments(self) -> dict[str, Any]:
@@ -115,7 +115,7 @@ class SampleRun:
         }
 
     def _rollout_arguments(self, rollout: Rollout) -> dict[str, Any]:
-        """What the schedule and the noise of a rollout are to its pipeline."""
+        """The pipeline's arguments for a rollout's schedule and initial noise."""
         given: dict[str, Any] = {}
         if rollout.sigmas is not None:
             given["num_inference_steps"] = sum(sigma > 0 for sigma in rollout.sigmas)
@@ -148,11 +148,11 @@ class SampleRun:
         self.sound = first_sound(self.task.pipeline, output)
         pixels = first_output(output)
         if rollout is not None:
-            self.rolled_out = self._told(pixels, rollout, told_of_nothing()) | {"sampler": None}
+            self.rolled_out = self._reply(pixels, rollout, nothing_recorded()) | {"sampler": None}
         return pixels
 
     def _prepare(self, rollout: Rollout, pipeline: DiffusionPipeline, arguments: dict[str, Any]) -> None:
-        """Set the schedule that is asked for, and learn what the noise must be like. Raises ``InvalidRequest``."""
+        """Set the requested schedule, and find out the shape of the initial noise. Raises ``InvalidRequest``."""
         if rollout.flow_shift is not None:
             shift(pipeline, rollout.flow_shift)
         if rollout.sigmas is not None:
@@ -164,7 +164,7 @@ class SampleRun:
             self._chain.add(NoiseCheck(usual))
 
     def _rolled(self, pipeline: DiffusionPipeline, field: str) -> list[SchedulerMixin]:
-        """The one scheduler of a flow, in a list."""
+        """The pipeline's only scheduler, in a list. Raises ``InvalidRequest`` if rollouts cannot use it."""
         if (reason := why_no_rollouts(pipeline)) is not None:
             raise InvalidRequest(f"{type(pipeline).__name__} cannot be rolled out: {reason}.", field=field)
         return schedulers(pipeline)
@@ -179,18 +179,18 @@ class SampleRun:
         sampler = RolloutSampler(scheduler, rollout, generators, self._took_step)
         watch_steps(scheduler, self._saw, sampler.step)
         pixels = first_output(pipeline(**arguments))
-        environment = self._environment.told() if self._environment is not None else None
-        recorded = told(rollout, sampler.end(), environment)
-        self.rolled_out = self._told(pixels, rollout, recorded) | {"sampler": sampler.name}
+        environment = self._environment.reported() if self._environment is not None else None
+        recorded = recorded_fields(rollout, sampler.end(), environment)
+        self.rolled_out = self._reply(pixels, rollout, recorded) | {"sampler": sampler.name}
         return pixels
 
     def _step_generator(self, rollout: Rollout, own: torch.Generator, step: int) -> torch.Generator:
-        """That of a step's noise: on the CPU where the steps have seeds, as trainers draw it."""
+        """The generator of a step's noise; on the CPU if the steps have seeds, as in trainers."""
         if rollout.step_noise is None:
             return own
         return torch.Generator().manual_seed(rollout.step_noise.seed_of(self.index, self.seed, step))
 
-    def _told(self, pixels: torch.Tensor, rollout: Rollout, recorded: dict[str, Any]) -> dict[str, Any]:
+    def _reply(self, pixels: torch.Tensor, rollout: Rollout, recorded: dict[str, Any]) -> dict[str, Any]:
         return {
             "prompt": self.request.samples[self.index].prompt,
             "seed": self.seed,
@@ -204,24 +204,21 @@ class SampleRun:
 
     @contextmanager
     def aside(self) -> Iterator[None]:
-        """Around another call of the pipeline in this sample's coroutine, of which nothing is left in the sample.
-
-        It finds the components unchanged.
-        """
-        assert self._fork is not None, "it runs"
+        """Isolate another call of the pipeline in this sample's coroutine: neither sees the other's changes."""
+        assert self._fork is not None, "the sample runs"
         with self._fork.changes.aside(), kept_random_state():
             yield
 
     def interceptors(self) -> list[Interceptor]:
-        """What its calls meet from the start, the first one first; a rollout adds its own."""
+        """The chain's interceptors, in order; a rollout adds more."""
         return [self.clock, Recorder(is_of_denoiser, self._answered)]
 
     def _answered(self, by_denoiser: bool, _: object) -> None:
         if by_denoiser:
-            self._versions.add(self._model.weight_version)  # still that of the forward: nothing comes between
+            self._versions.add(self._model.weight_version)  # unchanged since the forward
 
     def _took_step(self, velocity: torch.Tensor, sample: torch.Tensor) -> None:
-        """A rollout's step: it has no version of its own where the denoiser's weights changed between its calls."""
+        """Note the weight version of a rollout's step: ``None`` if the weights changed between its denoiser calls."""
         self._step_versions.append(next(iter(self._versions)) if len(self._versions) == 1 else None)
         self._versions.clear()
         if self._environment is not None:
@@ -230,27 +227,27 @@ class SampleRun:
     def _saw(self, step: Step) -> None:
         self.steps = step.number
         self.clock.last_step = time.perf_counter()
-        self._stepped(self, step)
+        self._on_step(self, step)
 
 
 def _without_size(given: dict[str, Any]) -> dict[str, Any]:
-    """With images it follows from them as well."""
+    """``given`` without the sides, which follow from the images."""
     return {name: value for name, value in given.items() if name not in ("width", "height")}
 
 
 def first_output(output: BaseOutput) -> torch.Tensor:
     """The first picture [C, H, W] or clip [F, C, H, W] of a pipeline's output, float in [0, 1].
 
-    Raises ``NothingMade``: of so little strength that no step is left, some pipelines make nothing.
+    Raises ``NothingMade`` if there is none, as for a strength so low that no step is left.
     """
-    found = outputs(output)
-    if not found:
+    every = outputs(output)
+    if not every:
         raise NothingMade
-    return found[0]
+    return every[0]
 
 
 def outputs(output: BaseOutput) -> list[torch.Tensor]:
-    """Every picture or clip of a pipeline's output, as :func:`first_output` gives the first."""
+    """Every picture or clip of a pipeline's output, in the form of :func:`first_output`."""
     found = next(output[name] for name in ("images", "frames", "image") if name in output)
     return [_in_channels_first(one) for one in found]
 

@@ -1,4 +1,4 @@
-"""Sizes that a pipeline takes: the multiple that width and height must have, and what it makes when none are given."""
+"""The sizes of a pipeline's outputs: the multiple of width and height, and the default size."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from diffusers import ConfigMixin, DiffusionPipeline
 from ..protocol.replicas import Parameter
 
 DENOISERS = ("transformer", "transformer_2", "unet", "prior", "decoder")
-"""Components that are called once or more in every denoising step, in the order in which they are looked for."""
+"""Components that are called in every denoising step, in the order of the search for one."""
 
 SMALLEST = 4
-"""Side of the smallest picture to try, in multiples."""
+"""Side of the smallest picture that the self-test tries, in multiples."""
 
 _SMALL_SIDES = (SMALLEST, 8, 16)
 
@@ -26,7 +26,7 @@ _SPATIAL_FACTORS = ("vae_scale_factor_spatial", "vae_spatial_compression_ratio",
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
-    """Pixels. ``overrides`` are the defaults that have to be passed, as the pipeline's own do not fit this model."""
+    """Sizes in pixels. ``overrides`` are defaults to pass because the pipeline's own do not fit this model."""
 
     multiple: int
     width: int | None
@@ -38,18 +38,18 @@ def find_sizes(
     pipeline: DiffusionPipeline,
     arguments: Mapping[str, Parameter],
     own: Mapping[str, Any],
-    published: Mapping[str, Any] | None = None,
+    model_defaults: Mapping[str, Any] | None = None,
 ) -> Sizes:
-    """Read the sizes from what the checkpoint says, the pipeline's attributes and its components' configurations.
+    """Read the sizes from the checkpoint's defaults, the pipeline's attributes and its components' configurations.
 
-    ``own`` are the pipeline's own defaults, as far as they are known.
+    ``own`` are the pipeline's own defaults, as far as known.
     """
     multiple, trained = _multiple(pipeline), _trained_side(pipeline)
     usual = trained or _default_side(pipeline)
     if "width" not in arguments or "height" not in arguments:
         return Sizes(multiple, usual, usual, {})
-    if published and "width" in published and "height" in published:
-        return Sizes(multiple, published["width"], published["height"], {})
+    if model_defaults and "width" in model_defaults and "height" in model_defaults:
+        return Sizes(multiple, model_defaults["width"], model_defaults["height"], {})
     width, height = own["width"] or usual, own["height"] or usual
     if arguments["width"].default is None and trained is not None and (width, height) != (trained, trained):
         return Sizes(multiple, trained, trained, {"width": trained, "height": trained})
@@ -57,9 +57,9 @@ def find_sizes(
 
 
 def small_sizes(arguments: Mapping[str, Parameter], sizes: Sizes, *, images: bool = False) -> list[dict[str, int]]:
-    """Arguments of size for a quick call, from small to (none at all) the pipeline's default.
+    """Size arguments for a quick call, from small to the pipeline's default (no arguments).
 
-    With ``images``, a pipeline that has no arguments for the sides takes them from those.
+    With ``images``, a pipeline without arguments for the sides takes them from the images.
     """
     takes_sides = images or ("width" in arguments and "height" in arguments)
     found: list[dict[str, int]] = []
@@ -71,7 +71,7 @@ def small_sizes(arguments: Mapping[str, Parameter], sizes: Sizes, *, images: boo
 
 
 def denoiser_config(pipeline: DiffusionPipeline) -> Mapping[str, Any]:
-    """The configuration of the component that denoises; empty when there is none by a known name."""
+    """The denoiser's configuration; empty if no component has a denoiser's name."""
     return _config(pipeline, DENOISERS)
 
 
@@ -90,10 +90,10 @@ def _spatial_factor(pipeline: DiffusionPipeline) -> int:
 
 
 def _multiple(pipeline: DiffusionPipeline) -> int:
-    """The least common multiple of what the latents' patches and the pipeline's own image processor need."""
+    """The least common multiple of what the latents' patches and the pipeline's image processor require."""
     patch = denoiser_config(pipeline).get("patch_size", 1)
     patch = patch[-1] if isinstance(patch, list | tuple) else patch
-    # what bears the first name may also be a vision model's processor, which is a component and has no such factor
+    # ``image_processor`` may also be a vision model's processor, a component without such a factor
     processors = (getattr(pipeline, name, None) for name in ("image_processor", "video_processor"))
     own = next((processor for processor in processors if isinstance(processor, ConfigMixin)), None)
     step = own.config.get("vae_scale_factor", 1) if own is not None else 1
@@ -106,9 +106,9 @@ def _default_side(pipeline: DiffusionPipeline) -> int | None:
 
 
 def _trained_side(pipeline: DiffusionPipeline) -> int | None:
-    """The VAE's training size, for denoisers whose configuration names none.
+    """The VAE's training size, for denoisers whose configuration has none.
 
-    FluxPipeline and its kin assume 128 latent pixels a side in code; for FLUX.1 that equals its VAE's ``sample_size``.
+    FluxPipeline and similar ones hard-code 128 latent pixels per side; for FLUX.1 that is its VAE's ``sample_size``.
     """
     if "sample_size" in denoiser_config(pipeline):
         return None

@@ -1,4 +1,4 @@
-"""The sound of a clip, where its pipeline makes one."""
+"""The sound of a clip, if its pipeline makes one."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from diffusers import ConfigMixin, DiffusionPipeline
 from diffusers.utils import BaseOutput
 
 _RATES = (("vocoder", "output_sampling_rate"), ("audio_vae", "sample_rate"))
-"""Components whose configuration says how many samples a second there are, in the order in which they are asked."""
+"""Components and their configuration entries for the sample rate, in order of precedence."""
 
 
 @dataclass(frozen=True, slots=True)
 class Sound:
-    """``samples`` are [channels, samples] in [-1, 1], ``rate`` of them a second."""
+    """``samples`` are [channels, samples] in [-1, 1], ``rate`` per second."""
 
     samples: torch.Tensor
     rate: int
 
 
 def first_sound(pipeline: DiffusionPipeline, output: BaseOutput) -> Sound | None:
-    """The sound of the first clip; ``None`` where there is none, or nothing that says its rate."""
+    """The sound of the first clip; ``None`` if there is none or its rate is unknown."""
     found, rate = output.get("audio"), _rate(pipeline)
     if found is None or rate is None:
         return None

@@ -1,4 +1,4 @@
-"""Denoising steps, seen at the one place where every pipeline takes them: its scheduler's ``step``."""
+"""Denoising steps, observed at the scheduler's ``step``, which every pipeline calls."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ import torch
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
 _WATCHED = ("model_output", "timestep", "sample")
-"""The arguments of a step that are told of it, wherever they stand in its signature."""
+"""The arguments of ``step`` that :class:`Step` reports, at any position in its signature."""
 
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """The ``number``-th of ``total`` steps was taken: from ``sample`` to ``prev_sample`` by ``model_output``.
+    """The ``number``-th of ``total`` steps, from ``sample`` to ``prev_sample`` by ``model_output``.
 
-    It stands at ``index`` in the scheduler's timesteps; ``result`` is what the scheduler returned.
+    ``index`` is its index in the scheduler's timesteps, ``result`` the scheduler's return value.
     """
 
     number: int
@@ -33,7 +33,7 @@ class Step:
     result: Any
 
     def clean_estimate(self) -> torch.Tensor:
-        """What the sample would be without its noise, as far as this step knows: x0, or else the next sample."""
+        """The denoised sample x0 as this step estimates it, or the next sample if there is no estimate."""
         estimate = getattr(self.result, "pred_original_sample", None)
         if isinstance(estimate, torch.Tensor):
             return estimate
@@ -47,17 +47,17 @@ class Step:
 
 
 def watch_steps(
-    scheduler: SchedulerMixin, seen: Callable[[Step], None], take_step: Callable[..., Any] | None = None
+    scheduler: SchedulerMixin, on_step: Callable[[Step], None], take_step: Callable[..., Any] | None = None
 ) -> None:
-    """Call ``seen`` after each step of ``scheduler``, which must be a fork's own copy; ``take_step`` takes them.
+    """Call ``on_step`` after each step of ``scheduler``, a fork's own copy. ``take_step`` replaces its ``step``.
 
-    A copy that the pipeline makes of it (for a second modality, say) takes its own steps, unseen. So does a scheduler
-    whose step goes by other arguments than from a sample at a timestep, or to something else than a tensor.
+    Not observed are the steps of copies that the pipeline makes (for a second modality), and of schedulers whose
+    ``step`` has other arguments than a sample at a timestep or does not return a tensor.
     """
     own_step = types.MethodType(type(scheduler).step, scheduler)
     signature = inspect.signature(own_step)
     if not set(_WATCHED) <= signature.parameters.keys():
-        assert take_step is None, "only schedulers of flows are told how to step"
+        assert take_step is None, "only flow-matching schedulers have their step replaced"
         return
     take = take_step or own_step
     number = first = 0
@@ -74,20 +74,20 @@ def watch_steps(
         if reached is not None:
             number += 1
             total = len(scheduler.timesteps) - first
-            seen(Step(number, total, first + number - 1, scheduler, model_output, sample, reached, result))
+            on_step(Step(number, total, first + number - 1, scheduler, model_output, sample, reached, result))
         return result
 
     _replace_step(scheduler, step)
 
 
 def _reached(result: Any) -> torch.Tensor | None:
-    """The next sample, if a step has returned one in the way of diffusers' schedulers."""
+    """The next sample in the return value of ``step``, if it has the form of diffusers' schedulers."""
     first = result[0] if isinstance(result, tuple) and result else getattr(result, "prev_sample", None)
     return first if isinstance(first, torch.Tensor) else None
 
 
 def first_index(scheduler: SchedulerMixin, timestep: Any) -> int:
-    """Where the first step of a call stands in the schedule: going on from an image, a pipeline begins further on."""
+    """The schedule's index of a call's first step; image-to-image pipelines skip some steps."""
     if isinstance(timestep, torch.Tensor) and timestep.ndim > 0:
         timestep = timestep.flatten()[0]
     found = (scheduler.timesteps == timestep).nonzero()
@@ -95,9 +95,9 @@ def first_index(scheduler: SchedulerMixin, timestep: Any) -> int:
 
 
 def answer_steps(scheduler: SchedulerMixin, sample: torch.Tensor) -> None:
-    """Make every step of ``scheduler`` arrive at ``sample``, whatever it is given. Copies of it step as ever.
+    """Make every step of ``scheduler`` return ``sample``. Copies of the scheduler step as usual.
 
-    A tuple has the clean sample behind the next one, as some pipelines ask for it; others take the first alone.
+    A tuple has two elements, the next and the clean sample; most pipelines read only the first.
     """
 
     def step(*_: Any, **kwargs: Any) -> Any:
@@ -107,17 +107,17 @@ def answer_steps(scheduler: SchedulerMixin, sample: torch.Tensor) -> None:
 
 
 def _replace_step(scheduler: SchedulerMixin, step: Callable[..., Any]) -> None:
-    """Let ``scheduler`` take its steps by ``step``, which looks like its own in name and signature.
+    """Replace the ``step`` of ``scheduler``, keeping its name and signature.
 
-    On the instance and not by another class, as some pipelines ask ``type(scheduler) is …``.
+    On the instance and not by a subclass, because some pipelines test ``type(scheduler) is …``.
     """
     vars(scheduler)["step"] = _Replaced(scheduler, step)
 
 
 class _Replaced:
-    """A step that belongs to one scheduler alone: a deep copy of the scheduler has its class's own again.
+    """A step of one scheduler: a deep copy of the scheduler has its class's own step again.
 
-    A copy of the scheduler's attributes alone is a state that it will be given back, with this step.
+    A copy of the scheduler's attributes alone, however, keeps this step, because it is restored to the same scheduler.
     """
 
     def __init__(self, scheduler: SchedulerMixin, step: Callable[..., Any]) -> None:
@@ -129,7 +129,7 @@ class _Replaced:
         return self._step(*args, **kwargs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        copied = memo.get(id(self._scheduler))  # a copy is known by its original's id before its attributes are made
+        copied = memo.get(id(self._scheduler))  # deepcopy registers a copy before it copies the attributes
         return self if copied is None else types.MethodType(type(copied).step, copied)
 
 

@@ -50,7 +50,7 @@ def told(*, joined: bool, from_images: bool) -> tuple[dict[str, Any], torch.Tens
     first, last = answers if joined else answers[::-1]
     v = first + 4.0 * (last - first)
     environment.stepped(v, x)
-    return environment.told(), x, v
+    return environment.reported(), x, v
 
 
 @pytest.mark.parametrize("joined", [False, True])

@@ -1,1 +1,1 @@
-"""Rollouts: generations that record how they went, for those who train on them."""
+"""Rollouts: generations that record their sampling for a trainer."""

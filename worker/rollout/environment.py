@@ -1,7 +1,7 @@
-"""The environment of a rollout is what crossed the boundary: what the denoiser was given beside the latents.
+"""The environment of a rollout: the denoiser's arguments other than the latents, recorded at the boundary.
 
-With it a trainer makes the same forwards again. How the pipeline put the answers together is found out by trying: the
-rule that gives what the scheduler was given is told, or that none does.
+A trainer repeats the forwards with it. How the pipeline combined the denoiser's answers is found out by trying rules:
+the reply names the one that reproduces the scheduler's input, or none.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from ..sizes import DENOISERS
 _TIMESTEPS = ("timestep", "timesteps", "t")
 _GUIDANCE = ("guidance_scale", "true_cfg_scale")
 _IMAGE, _POSITIONS = "image", "rotary"
-"""How the names of arguments that come from input images are told from those of the positions of what is drawn."""
+"""Arguments from input images have the first in their name, but not the second, which marks positions of the output."""
 
 _EXACT_ENOUGH = 1e-3
-"""Of the velocity, in relative L2: a rule that comes closer is the pipeline's."""
+"""A rule is the pipeline's if it reproduces the velocity within this relative L2 distance."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,9 +47,9 @@ class _Seen:
 
 @dataclass(frozen=True, slots=True)
 class _Combined:
-    """How a step's velocity was made: ``sign`` times the denoiser's answers, ``guided`` by ``scale``.
+    """How a step's velocity was computed: ``sign`` times the denoiser's answers, guided by ``rule`` and ``scale``.
 
-    ``widened`` are answers that were made fp32 before; ``swapped`` says that the positive one is the second.
+    ``widened``: the answers were cast to fp32 first. ``swapped``: the positive answer is the second.
     """
 
     rule: Rule
@@ -60,10 +60,10 @@ class _Combined:
 
 
 class Environment:
-    """Sees the denoiser's calls of a sample. ``scales`` are the numbers that may be a guidance scale, likely first.
+    """Records the denoiser's calls of a sample. ``scales`` are candidates for the guidance scale, the likeliest first.
 
-    ``from_images`` says that the request brought images. Calls can be made again from what is told only if they were
-    alike at every step, and were given the state itself.
+    ``from_images``: the request has images. A trainer can repeat the calls only if their arguments are equal at every
+    step and their latents are the sampler's state.
     """
 
     def __init__(self, scales: list[float], *, from_images: bool) -> None:
@@ -77,7 +77,7 @@ class Environment:
         self._alike = True
 
     def saw(self, call: Call, output: Any) -> None:
-        """Any call: only those of the denoiser count."""
+        """Record ``call`` if it is the denoiser's."""
         if call.name not in DENOISERS:
             return
         forward = call.function.forward if isinstance(call.function, nn.Module) else call.function
@@ -88,7 +88,7 @@ class Environment:
         self._calls.append(_Seen(call.component, arguments, latents, timestep, output))
 
     def stepped(self, velocity: torch.Tensor, sample: torch.Tensor) -> None:
-        """A step is taken by the velocity that the calls since the last one have led to."""
+        """Note a step, whose ``velocity`` came from the calls since the last step."""
         calls, self._calls = self._calls, []
         if not self._first:
             self._first = [_Seen(one.component, one.arguments, one.latents, one.timestep, None) for one in calls]
@@ -105,8 +105,8 @@ class Environment:
         self._timesteps += [time[:1].detach() for time in same[:1]]
         self._combined.append(None if answers is None else self._combination(answers, velocity))
 
-    def told(self) -> dict[str, Any]:
-        """As the reply has it, with tensors. Without a ``replay`` the calls cannot be made again from it."""
+    def reported(self) -> dict[str, Any]:
+        """The environment for the reply, with tensors. ``replay`` is ``None`` if the calls cannot be repeated."""
         combined = [one for one in self._combined if one is not None]
         kinds = {(one.rule, one.sign, one.widened, one.swapped) for one in combined}
         chosen = combined[0] if len(combined) == len(self._combined) and len(kinds) == 1 else None
@@ -143,7 +143,7 @@ class Environment:
         }
 
     def _combination(self, answers: list[torch.Tensor], velocity: torch.Tensor) -> _Combined | None:
-        """What was found for the step before, if it fits here too; else what fits best."""
+        """The previous step's combination if it fits this step too, else the best fit, else ``None``."""
         before = next((one for one in reversed(self._combined) if one is not None), None)
         if before is not None and _distance(before, answers, velocity) < _EXACT_ENOUGH:
             return before
@@ -162,7 +162,7 @@ class Environment:
 
 
 def likely_scales(pipeline: DiffusionPipeline, arguments: dict[str, Any]) -> list[float]:
-    """The numbers that may be a guidance scale: arguments of the call that are called one, given or by default."""
+    """Candidates for the guidance scale: the values of all arguments whose names contain "scale"."""
     parameters = inspect.signature(type(pipeline).__call__).parameters
     names = sorted((name for name in parameters if "scale" in name), key=lambda name: name not in _GUIDANCE)
     values = (arguments.get(name, parameters[name].default) for name in names)
@@ -170,14 +170,14 @@ def likely_scales(pipeline: DiffusionPipeline, arguments: dict[str, Any]) -> lis
 
 
 def _distance(how: _Combined, answers: list[torch.Tensor], velocity: torch.Tensor) -> float:
-    """Relative L2."""
+    """The relative L2 distance of the combined answers from ``velocity``."""
     positive, negative = (answers[0], None) if len(answers) == 1 else (answers[how.swapped], answers[not how.swapped])
     made = how.sign * guided(how.rule, positive, negative, how.scale, widened=how.widened)
     return float((made.float() - velocity.float()).norm() / velocity.float().norm().clamp_min(1e-30))
 
 
 def _answers(calls: list[_Seen], velocity: torch.Tensor) -> list[torch.Tensor] | None:
-    """What the denoiser said of the one sample: once, or with its prompt and without, in one call or in two."""
+    """The denoiser's one or two answers (with and without the prompt), from one call or two; ``None`` otherwise."""
     rows: list[torch.Tensor] = []
     for seen in calls:
         output = seen.output[0] if isinstance(seen.output, tuple) else getattr(seen.output, "sample", seen.output)
@@ -188,7 +188,7 @@ def _answers(calls: list[_Seen], velocity: torch.Tensor) -> list[torch.Tensor] |
 
 
 def _is_alike(seen: _Seen, first: _Seen) -> bool:
-    """Whether a call was given what the first step's was, but for the latents and the time."""
+    """True if a call's arguments, except latents and timestep, equal those of the first step's call."""
     changes = (seen.latents, seen.timestep)
     return seen.arguments.keys() == first.arguments.keys() and all(
         equal(value, first.arguments[name]) for name, value in seen.arguments.items() if name not in changes
@@ -196,7 +196,7 @@ def _is_alike(seen: _Seen, first: _Seen) -> bool:
 
 
 def _is_of(latents: Any, sample: torch.Tensor) -> bool:
-    """Whether every row of the latents is the state."""
+    """True if every row of the latents is the state."""
     return all(
         row.numel() == sample.numel() and torch.equal(row.reshape(sample.shape), sample.to(row.dtype))
         for row in latents
@@ -204,7 +204,7 @@ def _is_of(latents: Any, sample: torch.Tensor) -> bool:
 
 
 def _conditions(calls: list[_Seen], *, joined: bool, swapped: bool) -> list[dict[str, Any]]:
-    """What an answer was given beside latents and time: of the positive one, and of the negative, if there is one."""
+    """The arguments other than latents and timestep, of the positive answer and of the negative one if it exists."""
     own = [
         {name: _kept(value) for name, value in seen.arguments.items() if name not in (seen.latents, seen.timestep)}
         for seen in calls
@@ -214,24 +214,24 @@ def _conditions(calls: list[_Seen], *, joined: bool, swapped: bool) -> list[dict
 
 
 def _shared(joined: _Seen) -> list[str]:
-    """The arguments of a call for both answers that have no row for each of them."""
-    return [name for name, value in joined.arguments.items() if _tells(value) and not _has_two_rows(value)]
+    """The arguments of a joined call that do not have one row per answer."""
+    return [name for name, value in joined.arguments.items() if _is_reported(value) and not _has_two_rows(value)]
 
 
 def _by_origin(
     parts: list[dict[str, Any]], *, from_images: bool
 ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any] | None]:
-    """What comes from the input images, as far as names tell, and all else of the positive answer and the negative."""
-    told = [{name: value for name, value in part.items() if _tells(value)} for part in parts]
-    if not told:
+    """Divide the arguments by name into those from input images, and the others of the positive and negative answer."""
+    reported = [{name: value for name, value in part.items() if _is_reported(value)} for part in parts]
+    if not reported:
         return {}, {}, None
-    positive = told[0]
+    positive = reported[0]
     image = {
         name: value
         for name, value in positive.items()
-        if from_images and _is_of_an_image(name) and all(name in one and equal(one[name], value) for one in told)
+        if from_images and _is_of_an_image(name) and all(name in one and equal(one[name], value) for one in reported)
     }
-    rest = [{name: value for name, value in one.items() if name not in image} for one in told]
+    rest = [{name: value for name, value in one.items() if name not in image} for one in reported]
     return image, rest[0], rest[1] if len(rest) == 2 else None
 
 
@@ -239,8 +239,8 @@ def _is_of_an_image(name: str) -> bool:
     return _IMAGE in name and _POSITIONS not in name
 
 
-def _tells(value: Any) -> bool:
-    """``None`` is what an argument that is left out is; dictionaries are for attention processors of other kinds."""
+def _is_reported(value: Any) -> bool:
+    """False for ``None``, which equals a missing argument, and for dictionaries, which only attention processors read."""
     return value is not None and not isinstance(value, dict)
 
 

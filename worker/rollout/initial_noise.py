@@ -1,4 +1,4 @@
-"""Whether initial noise is of the shape that a pipeline draws itself, which most pipelines do not look at."""
+"""The shapes that a pipeline's own initial noise leads to, for a check that most pipelines omit."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ..sizes import DENOISERS
 
 
 class _Reached(Exception):
-    """A pipeline has come to its denoiser's first call."""
+    """Raised at the pipeline's first call of its denoiser."""
 
     def __init__(self, call: Call) -> None:
         super().__init__()
@@ -24,7 +24,7 @@ class _Reached(Exception):
 
 
 def usual_shapes(pipeline: DiffusionPipeline, arguments: dict[str, Any], seed: int) -> list[torch.Size]:
-    """Those of the denoiser's arguments with noise of the pipeline's own; ``arguments`` are the call's.
+    """The shapes of the denoiser's arguments when the pipeline, called with ``arguments``, draws its own noise.
 
     Raises ``InvalidRequest`` for a pipeline without a denoiser.
     """

@@ -1,4 +1,4 @@
-"""What was recorded of a sample, as it travels: one tree of plain values, and tensors beside it."""
+"""The record of a rollout in the form that is sent: a tree of plain values, and its tensors separately."""
 
 from __future__ import annotations
 
@@ -16,45 +16,45 @@ from ...protocol.codec import Buffer
 from ...protocol.errors import Unavailable
 from ...protocol.generation import Output
 from ...protocol.rollouts import TENSOR, RolledOut, Rollout, Tensor
-from .sampling import Path
+from .sampling import RecordedSteps
 
 
-def told(rollout: Rollout, path: Path, environment: dict[str, Any] | None) -> dict[str, Any]:
-    """The recorded part of a reply, with tensors in it."""
+def recorded_fields(rollout: Rollout, steps: RecordedSteps, environment: dict[str, Any] | None) -> dict[str, Any]:
+    """The recorded fields of a reply, with their tensors."""
     trajectory = debug = None
     if rollout.returns_trajectory:
-        places = sorted(path.latents)
-        timesteps, sigmas = [*path.timesteps, 0.0], path.sigmas
+        indices = sorted(steps.latents)
+        timesteps, sigmas = [*steps.timesteps, 0.0], steps.sigmas
         trajectory = {
-            "latents": torch.stack([path.latents[place] for place in places]) if places else None,
-            "latent_indices": places,
-            "timesteps": torch.tensor([timesteps[place] for place in places], dtype=torch.float32),
-            "sigmas": torch.tensor([sigmas[place] for place in places], dtype=torch.float32),
+            "latents": torch.stack([steps.latents[index] for index in indices]) if indices else None,
+            "latent_indices": indices,
+            "timesteps": torch.tensor([timesteps[index] for index in indices], dtype=torch.float32),
+            "sigmas": torch.tensor([sigmas[index] for index in indices], dtype=torch.float32),
         }
-    if rollout.returns_debug and path.means:
+    if rollout.returns_debug and steps.means:
         debug = {
-            "rollout_variance_noises": torch.stack(path.noises),
-            "rollout_prev_sample_means": torch.stack(path.means),
-            "rollout_model_outputs": torch.stack(path.outputs),
-            "rollout_noise_std_devs": torch.tensor(path.stds, dtype=torch.float32)[:, None],
+            "rollout_variance_noises": torch.stack(steps.noises),
+            "rollout_prev_sample_means": torch.stack(steps.means),
+            "rollout_model_outputs": torch.stack(steps.outputs),
+            "rollout_noise_std_devs": torch.tensor(steps.stds, dtype=torch.float32)[:, None],
         }
     return {
-        "rollout_log_probs": torch.stack(path.log_probs),
+        "rollout_log_probs": torch.stack(steps.log_probs),
         "rollout_debug_tensors": debug,
         "denoising_env": environment,
         "dit_trajectory": trajectory,
     }
 
 
-def told_of_nothing() -> dict[str, Any]:
-    """The same of a plain generation."""
+def nothing_recorded() -> dict[str, Any]:
+    """The fields of :func:`recorded_fields` for a plain generation, all ``None``."""
     return dict.fromkeys(("rollout_log_probs", "rollout_debug_tensors", "denoising_env", "dit_trajectory"))
 
 
 def as_output(pixels: torch.Tensor, dtype: str) -> torch.Tensor:
-    """An output [C, H, W] or clip [F, C, H, W], float in [0, 1], as replies have it: [C, H, W] or [C, F, H, W].
+    """Convert a picture [C, H, W] or clip [F, C, H, W] in [0, 1] to the reply's ``dtype`` and layout, [C(, F), H, W].
 
-    In uint8 it is rounded to [0, 255].
+    For uint8, values are scaled and rounded to [0, 255].
     """
     ordered = pixels if pixels.ndim == 3 else pixels.transpose(0, 1)
     if dtype == "uint8":
@@ -64,7 +64,7 @@ def as_output(pixels: torch.Tensor, dtype: str) -> torch.Tensor:
 
 
 def on_the_host(value: Any) -> Any:
-    """A copy of the tree, its tensors in order in host memory, so that an encoding thread has nothing to compute."""
+    """A copy of the tree with contiguous tensors in host memory, so that encoding threads need not compute."""
     if isinstance(value, torch.Tensor):
         return value.detach().cpu().clone(memory_format=torch.contiguous_format)
     if isinstance(value, Mapping):
@@ -73,7 +73,10 @@ def on_the_host(value: Any) -> Any:
 
 
 def encoded(tree: dict[str, Any], shared: File | None) -> RolledOut:
-    """As it travels: tensors as buffers, or in a file of their own below ``shared``."""
+    """Encode the tree, with its tensors as buffers, or in a file below ``shared``.
+
+    Raises ``Unavailable`` if there is no room for the file.
+    """
     tensors: list[torch.Tensor] = []
 
     def plain(value: Any) -> Any:
@@ -102,19 +105,19 @@ def encoded(tree: dict[str, Any], shared: File | None) -> RolledOut:
 
 
 def forget(output: Output | None) -> None:
-    """Remove the file of a reply that nobody waits for any more."""
+    """Delete the shared-memory file of a reply that will not be sent."""
     if output is not None and output.rolled_out is not None and output.rolled_out.file is not None:
         File(output.rolled_out.file).unlink(missing_ok=True)
 
 
 def read_tensor(sent: Tensor) -> torch.Tensor:
-    """A copy of what travelled."""
+    """A copy of a received tensor."""
     dtype: torch.dtype = getattr(torch, sent.dtype.removeprefix("torch."))
     return torch.frombuffer(bytearray(sent.data.data), dtype=dtype).view(sent.shape)
 
 
 def peak_memory_mb(device: torch.device) -> float:
-    """Of this process, in 10⁶ bytes: on a GPU what torch had at most, on a CPU the largest resident set."""
+    """This process's peak memory in 10⁶ bytes: torch's allocations on a GPU, the resident set on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e6
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6

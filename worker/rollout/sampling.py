@@ -1,4 +1,4 @@
-"""A rollout is a scheduler that records: it takes a fork's steps, with noise, and keeps what a trainer asks for."""
+"""The rollout sampler: takes a fork's denoising steps in the scheduler's place, adds noise, and records them."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from ..steps import first_index
 
 _EULER = "FlowMatchEulerDiscreteScheduler"
 
-MOST_BYTES = 2 << 30
-"""Of latents and debug tensors of one sample: they are kept until its end."""
+MAX_BYTES = 2 << 30
+"""The limit on one sample's latents and debug tensors, which stay in memory until it ends."""
 
 
 def why_no_rollouts(pipeline: DiffusionPipeline) -> str | None:
-    """Why the pipeline's steps cannot be taken by a rollout; ``None`` where they can."""
+    """The reason why the pipeline cannot be rolled out; ``None`` if it can."""
     found = schedulers(pipeline)
     if len(found) != 1:
         return f"it has {len(found)} schedulers that take steps, and one is needed"
@@ -35,17 +35,17 @@ def why_no_rollouts(pipeline: DiffusionPipeline) -> str | None:
     if not flows or not hasattr(scheduler, "sigmas"):
         return f"its {name} does not follow a flow from noise to pictures"
     if config.get("invert_sigmas") or config.get("stochastic_sampling"):
-        return f"its {name} goes another way than from noise at 1 to pictures at 0"
+        return f"its {name} does not go from noise at sigma 1 to pictures at sigma 0"
     if getattr(scheduler, "order", 1) != 1:
         return f"its {name} calls the denoiser several times for one step"
     return None
 
 
 @dataclass(slots=True)
-class Path:
-    """What was recorded, step by step, and the latents of the places that are asked for. No batch dimension.
+class RecordedSteps:
+    """The record of each step, and the requested latents. Tensors have no batch dimension.
 
-    ``latents`` are by their place: that of step i is x before it, the one behind the last step the final x.
+    ``latents`` maps i to x before step i; the index after the last step is the final x.
     """
 
     sigmas: list[float] = field(default_factory=list)
@@ -59,10 +59,10 @@ class Path:
 
 
 class RolloutSampler:
-    """Takes the steps of ``scheduler``, a fork's own; the state stays in fp32 whatever the model's dtype.
+    """Takes the steps of ``scheduler``, a fork's own; the state is fp32 for every dtype of the model.
 
-    ``stepped`` hears of each velocity and the state it is of. The noise of each step comes from the generator that
-    ``generators`` gives for its number.
+    ``on_step`` receives each velocity and the state for which it was computed. ``generators`` maps a step's number to
+    the generator of its noise.
     """
 
     def __init__(
@@ -70,27 +70,27 @@ class RolloutSampler:
         scheduler: SchedulerMixin,
         rollout: Rollout,
         generators: Callable[[int], torch.Generator],
-        stepped: Callable[[torch.Tensor, torch.Tensor], None],
+        on_step: Callable[[torch.Tensor, torch.Tensor], None],
     ) -> None:
-        self.path = Path()
+        self.recorded = RecordedSteps()
         self.name = _name(scheduler, rollout)
         self._scheduler = scheduler
         self._rollout = rollout
         self._generators = generators
-        self._stepped = stepped
+        self._on_step = on_step
         self._first: int | None = None
         self._state: torch.Tensor | None = None
-        self._given: tuple[torch.Tensor, int] | None = None  # the state as the pipeline has it, and its version
+        self._given: tuple[torch.Tensor, int] | None = None  # the state that the pipeline received, and its version
 
     def step(self, model_output: torch.Tensor, timestep: Any, sample: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        """In place of the scheduler's own."""
+        """Replaces the scheduler's ``step``."""
         if kwargs.get("per_token_timesteps") is not None:
-            raise InvalidRequest("This pipeline steps each token by itself, which no rollout can.", field="rollout")
+            raise InvalidRequest("This pipeline steps each token separately; rollouts cannot.", field="rollout")
         if self._first is None:
             self._begin(timestep, sample)
-        number = len(self.path.log_probs)
+        number = len(self.recorded.log_probs)
         x = self._state_of(sample)
-        self._stepped(model_output, sample)
+        self._on_step(model_output, sample)
         if self._rollout.sampler == "ode" and type(self._scheduler).__name__ == _EULER:
             own = type(self._scheduler).step(self._scheduler, model_output, timestep, sample, *args, **kwargs)
             reached = own[0] if isinstance(own, tuple) else own.prev_sample
@@ -98,39 +98,39 @@ class RolloutSampler:
             self._state = self._given = None
             return own
         sampler = self._rollout.sampler if self._is_noisy(number) else "ode"
-        taken = transition(sampler, x, model_output, self.path.sigmas, number, self._rollout.noise_level)
+        taken = transition(sampler, x, model_output, self.recorded.sigmas, number, self._rollout.noise_level)
         noise = self._noise(x, number) if taken.std else None
         reached = taken.mean if noise is None else taken.reach(noise)
         self._record(number, x, model_output, taken, noise, reached)
-        given = reached.to(sample.dtype, copy=True)  # which the pipeline may write to
+        given = reached.to(sample.dtype, copy=True)  # a copy, because the pipeline may write to it
         if number == 0 and noise is not None and not given.isfinite().all() and model_output.isfinite().all():
             raise self._first_step_refused()
         self._state, self._given = reached, (given, given._version)
         return _Stepped(given) if kwargs.get("return_dict", True) else (given,)
 
-    def end(self) -> Path:
-        """What was recorded. Raises where the pipeline did not take all steps by this scheduler."""
-        if len(self.path.log_probs) != len(self.path.timesteps) or not self.path.log_probs:
-            taken, steps = len(self.path.log_probs), len(self.path.timesteps)
+    def end(self) -> RecordedSteps:
+        """The record of all steps. Raises ``InvalidRequest`` if the pipeline took some with another scheduler."""
+        if len(self.recorded.log_probs) != len(self.recorded.timesteps) or not self.recorded.log_probs:
+            taken, steps = len(self.recorded.log_probs), len(self.recorded.timesteps)
             raise InvalidRequest(f"This pipeline took {taken} of {steps} steps by its own scheduler.", field="rollout")
-        if not torch.stack(self.path.log_probs).isfinite().all():
+        if not torch.stack(self.recorded.log_probs).isfinite().all():
             raise NotFinite
-        return self.path
+        return self.recorded
 
     def _begin(self, timestep: Any, sample: torch.Tensor) -> None:
         if len(sample) != 1:
-            raise InvalidRequest("This pipeline draws several samples at once, which no rollout can.", field="rollout")
+            raise InvalidRequest("This pipeline draws several samples at once; rollouts cannot.", field="rollout")
         self._first = first_index(self._scheduler, timestep)
-        self.path.sigmas = self._scheduler.sigmas[self._first :].double().tolist()
-        self.path.timesteps = self._scheduler.timesteps[self._first :].double().tolist()
-        for step, (sigma, after) in enumerate(itertools.pairwise(self.path.sigmas)):
+        self.recorded.sigmas = self._scheduler.sigmas[self._first :].double().tolist()
+        self.recorded.timesteps = self._scheduler.timesteps[self._first :].double().tolist()
+        for step, (sigma, after) in enumerate(itertools.pairwise(self.recorded.sigmas)):
             if not 1 >= sigma > after >= 0:
                 raise InvalidRequest(
                     f"Step {step} goes from sigma {sigma:.9g} to {after:.9g}; a rollout's sigmas must fall from at "
                     "most 1 to 0.",
                     field="rollout",
                 )
-        self._check_indices(len(self.path.timesteps))
+        self._check_indices(len(self.recorded.timesteps))
         self._check_bytes(sample)
 
     def _check_indices(self, steps: int) -> None:
@@ -143,19 +143,19 @@ class RolloutSampler:
             )
 
     def _check_bytes(self, sample: torch.Tensor) -> None:
-        rollout, steps = self._rollout, len(self.path.timesteps)
+        rollout, steps = self._rollout, len(self.recorded.timesteps)
         states = steps + 1 if rollout.places is None else len(rollout.places)
-        told = states * rollout.returns_trajectory + 3 * steps * rollout.returns_debug
-        if 4 * sample.numel() * told > MOST_BYTES:
+        tensors = states * rollout.returns_trajectory + 3 * steps * rollout.returns_debug
+        if 4 * sample.numel() * tensors > MAX_BYTES:
             raise InvalidRequest(
-                f"What is to be told of one sample is more than {MOST_BYTES >> 20} MiB; name the latents that are "
-                "wanted, or take fewer steps.",
+                f"The latents and debug tensors of one sample exceed {MAX_BYTES >> 20} MiB; request fewer latents or "
+                "fewer steps.",
                 field="rollout_return_step_indices",
             )
 
     def _first_step_refused(self) -> InvalidRequest:
-        """Near sigma 1 noise alone can take the first step beyond the numbers that the model's dtype has."""
-        rollout, sigmas = self._rollout, self.path.sigmas
+        """The error for a first step near sigma 1 whose noise overflows the model's dtype."""
+        rollout, sigmas = self._rollout, self.recorded.sigmas
         return InvalidRequest(
             f"Step 0, from sigma {sigmas[0]:.9g} to {sigmas[1]:.9g}, is not finite with rollout_sde_type "
             f"{rollout.sampler} and noise level {rollout.noise_level:g}; leave it out of rollout_sde_step_indices, or "
@@ -164,22 +164,22 @@ class RolloutSampler:
         )
 
     def _state_of(self, sample: torch.Tensor) -> torch.Tensor:
-        """In fp32 what was reached by the last step. Raises where the pipeline has changed it since."""
+        """The state after the last step, in fp32. Raises ``InvalidRequest`` if the pipeline has changed it since."""
         if self._state is None or self._given is None:
             return sample.detach().float().clone()
         given, version = self._given
         if (sample is given and sample._version == version) or torch.equal(sample, self._state.to(sample.dtype)):
             return self._state
         raise InvalidRequest(
-            "This pipeline changes the latents between steps, so that no log-probability is of what is drawn.",
+            "This pipeline changes the latents between steps, so log-probabilities would not match the output.",
             field="rollout",
         )
 
     def _is_noisy(self, number: int) -> bool:
         return self._rollout.sde_steps is None or number in self._rollout.sde_steps
 
-    def _is_told(self, place: int) -> bool:
-        return self._rollout.places is None or place in self._rollout.places
+    def _is_requested(self, index: int) -> bool:
+        return self._rollout.places is None or index in self._rollout.places
 
     def _noise(self, x: torch.Tensor, number: int) -> torch.Tensor:
         generator = self._generators(number)
@@ -194,16 +194,16 @@ class RolloutSampler:
         noise: torch.Tensor | None,
         reached: torch.Tensor,
     ) -> None:
-        rollout, path = self._rollout, self.path
-        path.log_probs.append(taken.log_prob(reached, no_const=rollout.no_const)[0])
+        rollout, recorded = self._rollout, self.recorded
+        recorded.log_probs.append(taken.log_prob(reached, no_const=rollout.no_const)[0])
         if rollout.returns_trajectory:
             states = {number: x[0], number + 1: reached[0]}
-            path.latents |= {place: x for place, x in states.items() if self._is_told(place)}
+            recorded.latents |= {index: state for index, state in states.items() if self._is_requested(index)}
         if rollout.returns_debug:
-            path.noises.append((torch.zeros_like(x) if noise is None else noise)[0])
-            path.means.append(taken.mean[0])
-            path.outputs.append(v.detach().float()[0])
-            path.stds.append(taken.std)
+            recorded.noises.append((torch.zeros_like(x) if noise is None else noise)[0])
+            recorded.means.append(taken.mean[0])
+            recorded.outputs.append(v.detach().float()[0])
+            recorded.stds.append(taken.std)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""The schedule that a request wants in place of its pipeline's own."""
+"""A requested schedule in place of the pipeline's own."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from ..crossing.fork import schedulers
 
 
 def shift(pipeline: DiffusionPipeline, flow_shift: float) -> None:
-    """Give ``pipeline``, a fork, schedulers that were made with this shift.
+    """Give ``pipeline``, a fork, schedulers with this shift.
 
-    Raises ``InvalidRequest`` where it has none that is shifted by a number of its own.
+    Raises ``InvalidRequest`` if none of its schedulers has a fixed shift.
     """
     found = {
         name: (component, key)
@@ -30,12 +30,12 @@ def shift(pipeline: DiffusionPipeline, flow_shift: float) -> None:
             field="flow_shift",
         )
     for name, (scheduler, key) in found.items():
-        # not setattr: the pipeline's own would write the change into the configuration that all forks share
+        # not setattr: the pipeline's would write the change into the configuration, which all forks share
         vars(pipeline)[name] = type(scheduler).from_config(scheduler.config, **{key: flow_shift})
 
 
 def _shift_of(scheduler: SchedulerMixin) -> str | None:
-    """The name of the scheduler's argument that shifts its schedule, where that has an effect."""
+    """The name of the scheduler's argument for the shift, if it has an effect."""
     config = scheduler.config
     if config.get("use_dynamic_shifting"):
         return None
@@ -45,7 +45,7 @@ def _shift_of(scheduler: SchedulerMixin) -> str | None:
 
 
 def follow(scheduler: SchedulerMixin, sigmas: list[float]) -> None:
-    """Have ``scheduler`` take exactly these, whatever the pipeline asks of it, and 0 behind them."""
+    """Make ``scheduler`` use exactly ``sigmas`` and a final 0, whatever the pipeline passes to ``set_timesteps``."""
     set_timesteps = scheduler.set_timesteps
 
     @functools.wraps(set_timesteps)
