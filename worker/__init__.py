@@ -1,1 +1,1 @@
-"""A replica: the pipeline, the boundary around its components, and the loop that decides what runs together."""
+"""A replica's ranks: pipelines, the boundary around their components, and the batcher that merges their calls."""

@@ -1,1 +1,1 @@
-"""Whether the components that this runtime loads compute what diffusers' and transformers' own do."""
+"""Accuracy: compares the components that the runtime loads with those of diffusers and transformers."""

@@ -1,4 +1,4 @@
-"""``python -m safelight.worker.accuracy``: what ``safelight verify`` becomes."""
+"""``python -m safelight.worker.accuracy``: the program behind ``safelight verify``."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(task: Task) -> Report:
-    """Raises ``StartFailed`` with why there is no report."""
+    """Run the ranks of ``task``. Raises ``StartFailed`` if they make no report."""
     with RankProcesses(task) as ranks:
         lost = ranks.wait()
     if lost is None:

@@ -1,4 +1,4 @@
-"""One component of a checkpoint as the runtime loads it, beside the same one as its own library loads it."""
+"""Compares a component as the runtime loads it with the same component as its library loads it."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ from .report import Distance, Row
 from .sides import Component, exact, plain, runtime
 
 SEED = 0
-"""Of the random numbers that a component draws in a call, the same for both sides."""
+"""The seed of the random numbers that a component draws in a call, on both sides."""
 
 Output = list[torch.Tensor]
-"""One of the floating-point tensors that a call returns, of each call with the same name, in fp64 on the CPU."""
+"""One floating-point tensor of a call's result, for each call of the same name, in fp64 on the CPU."""
 
 Outputs = dict[str, list[Output]]
-"""By the name of the call."""
+"""The outputs by name of the call."""
 
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """What a comparison runs on. ``staged``: the runtime's component is gone before the reference is loaded."""
+    """The setting of a comparison. ``staged``: the runtime's component is freed before the reference is loaded."""
 
     dtype: torch.dtype
     device: torch.device
@@ -44,7 +44,7 @@ class Setting:
 
 
 def compare(component: Component, calls: Sequence[Recorded], case: Case, policy: Policy, setting: Setting) -> list[Row]:
-    """A row for each name among ``calls``, on rank 0; the other ranks, which all must call this too, return none."""
+    """One row per name among ``calls``, on rank 0. Every rank must call this; the others return an empty list."""
     held: list[nn.Module] = []
     dtype, device, ranks = setting.dtype, setting.device, setting.ranks
     sides = Sides(calls, device, None if setting.staged else held)
@@ -69,7 +69,7 @@ def compare(component: Component, calls: Sequence[Recorded], case: Case, policy:
 
 
 def references(component: Component, sides: Sides, setting: Setting) -> tuple[Outputs | None, Outputs]:
-    """What the library's component returns in a low precision, and what it returns exactly: in fp32, or by fp64."""
+    """The library component's outputs in a low precision (``None`` for fp32), and its reference in fp32 or fp64."""
     theirs = sides.outputs(partial(plain, component, setting.dtype, setting.device))
     if setting.dtype is torch.float32:
         return None, theirs
@@ -78,14 +78,14 @@ def references(component: Component, sides: Sides, setting: Setting) -> tuple[Ou
 
 @dataclass(frozen=True, slots=True)
 class Sides:
-    """Makes the calls on one side after the other. Modules are kept in ``held``, or let go where that is ``None``."""
+    """Runs the calls on one side after the other. Modules stay referenced in ``held``, unless it is ``None``."""
 
     calls: Sequence[Recorded]
     device: torch.device
     held: list[nn.Module] | None
 
     def outputs(self, load: Callable[[], nn.Module], widened: torch.dtype | None = None) -> Outputs:
-        """What the loaded module returns. Floating-point inputs are cast to ``widened``, if that is given."""
+        """The loaded module's outputs. Floating-point inputs are cast to ``widened``, if given."""
         module = load()
         found: Outputs = {}
         for call in self.calls:
@@ -103,7 +103,7 @@ class Sides:
 
 def _run(owner: nn.Module, call: Recorded, device: torch.device, widened: torch.dtype | None) -> list[torch.Tensor]:
     def place(tensor: torch.Tensor) -> torch.Tensor:
-        moved = tensor.to(device, copy=True)  # a component may write to what it is given
+        moved = tensor.to(device, copy=True)  # a component may write to its inputs
         return moved.to(widened) if widened is not None and moved.is_floating_point() else moved
 
     args, kwargs = pytree.tree_map_only(torch.Tensor, place, (call.args, call.kwargs))
@@ -116,12 +116,12 @@ def _run(owner: nn.Module, call: Recorded, device: torch.device, widened: torch.
 
 
 def _parameters(leaf: Any) -> Any:
-    """Of a distribution, what it is drawn from: mean and logarithm of the variance."""
+    """A distribution's parameters (mean and log-variance), or ``leaf`` itself."""
     return leaf.parameters if isinstance(leaf, DiagonalGaussianDistribution) else leaf
 
 
 def _of_all_ranks(outputs: Outputs, ranks: Ranks, device: torch.device) -> list[Outputs]:
-    """Every rank's outputs, on every rank; none where their shapes differ."""
+    """The outputs of every rank, on every rank; an empty list if their shapes differ."""
     leaves, spec = pytree.tree_flatten(outputs)
     form = f"{[tuple(leaf.shape) for leaf in leaves]} {spec}"
     digest = torch.tensor(list(hashlib.sha256(form.encode()).digest()), dtype=torch.uint8, device=device)
@@ -138,7 +138,7 @@ def _row(
     reference: Sequence[Output],
     policy: Policy,
 ) -> Row:
-    """``blank`` with the worst of what is found in any output of any rank."""
+    """``blank`` with the worst distance of any output of any rank."""
     if (fault := _not_comparable(of_ranks, reference)) is not None:
         return msgspec.structs.replace(blank, status="failed", note=fault)
     found: list[tuple[str, Distance, Distance | None]] = []
@@ -153,18 +153,18 @@ def _row(
 
 
 def _not_comparable(of_ranks: Sequence[Sequence[Output]], reference: Sequence[Output]) -> str | None:
-    """Why the outputs cannot be held against the reference, in a few words; ``None`` where they can."""
+    """The reason why the outputs cannot be compared with the reference; ``None`` if they can."""
     if not of_ranks:
-        return "the ranks return outputs of unlike shapes"
+        return "the ranks return outputs of different shapes"
     if not reference:
         return "it returns no floating-point tensor"
     tensors, wanted = pytree.tree_leaves(of_ranks[0]), pytree.tree_leaves(reference)
     if len(tensors) != len(wanted):
-        return f"{len(tensors)} tensors beside {len(wanted)}"
+        return f"{len(tensors)} tensors instead of {len(wanted)}"
     if not all(tensor.isfinite().all() for tensor in wanted):
         return "the reference has NaN or Inf"
     pairs = ((tuple(one.shape), tuple(other.shape)) for one, other in zip(tensors, wanted, strict=True))
-    return next((f"an output of shape {one} beside {other}" for one, other in pairs if one != other), None)
+    return next((f"an output of shape {one} instead of {other}" for one, other in pairs if one != other), None)
 
 
 def _release(device: torch.device) -> None:

@@ -11,12 +11,12 @@ from .task import DTYPES, Task
 
 
 def read_flags(arguments: Sequence[str]) -> argparse.Namespace:
-    """The flags as attributes. Raises ``SystemExit`` with status 2 where they cannot be read, and for ``--help``."""
+    """The flags as attributes. Raises ``SystemExit``, with status 2 for invalid flags and 0 for ``--help``."""
     return make_parser().parse_args(arguments)
 
 
 def task_of(flags: argparse.Namespace, directory: str) -> Task:
-    """What the flags ask for; the processes leave their files in ``directory``."""
+    """The task of the flags; its processes write their files to ``directory``."""
     return Task(
         model=flags.model,
         directory=directory,
@@ -33,9 +33,9 @@ def task_of(flags: argparse.Namespace, directory: str) -> Task:
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="safelight verify",
-        description="Compare each component of MODEL, as a replica loads and divides it, with the one that diffusers "
-        "or transformers load from the same files. Prints a table; the exit status is 0 when everything is near "
-        "enough, 1 when not, and 2 when the comparison could not be made.",
+        description="Compare each component of MODEL, as a replica loads and shards it, with the one that diffusers "
+        "or transformers load from the same files. Prints a table. The exit status is 0 if all are close enough, 1 if "
+        "not, and 2 if the comparison was not possible.",
         allow_abbrev=False,
     )
     add = parser.add_argument
@@ -59,5 +59,5 @@ def make_parser() -> argparse.ArgumentParser:
 
 def _ranks(text: str) -> int:
     if not text.isdecimal() or not 1 <= int(text) <= 64:
-        raise argparse.ArgumentTypeError(f"{text!r} is no number from 1 to 64")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 1 to 64")
     return int(text)

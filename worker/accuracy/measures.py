@@ -1,4 +1,4 @@
-"""How far a component's outputs lie from others'."""
+"""The distance of a component's outputs from a reference."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .report import Distance
 
 
 def distance(outputs: Sequence[torch.Tensor], references: Sequence[torch.Tensor]) -> Distance:
-    """Computed in fp64, over all pairs together; each has one shape, and at least one number is there."""
+    """The distance over all pairs together, computed in fp64. Shapes match pairwise, and not all tensors are empty."""
     found, wanted = (torch.cat([tensor.double().flatten() for tensor in side]) for side in (outputs, references))
     if not bool(torch.isfinite(found).all() and torch.isfinite(wanted).all()):
         nowhere = {"cosine": math.nan, "bias": math.nan}

@@ -1,4 +1,4 @@
-"""Whether both sides of a comparison fit into memory at once."""
+"""Estimates of the memory that both sides of a comparison need at once."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ import torch
 from ..weights.checkpoint.files import WeightFiles
 
 _RESERVE = 0.8
-"""The share of the free memory that weights may take; the rest is for activations."""
+"""The share of free memory that weights may take; the rest is for activations."""
 
 _MEMINFO = Path("/proc/meminfo")
 
 
 def numbers(folder: Path) -> int:
-    """How many numbers the component in ``folder`` has, by the headers of its files."""
+    """The number of elements of the component in ``folder``, read from its files' headers."""
     with WeightFiles(folder) as files:
         return sum(math.prod(files[name].get_shape()) for name in files)
 
 
 def bytes_together(folder: Path, dtype: torch.dtype) -> int:
-    """Of the runtime's component and, in fp32, one reference; in lower precision there are a plain one and fp64's."""
+    """Bytes of the runtime's component and the plain one; below fp32, also of the fp64 reference."""
     sides = 2 * dtype.itemsize + (0 if dtype is torch.float32 else torch.float64.itemsize)
     return numbers(folder) * sides
 
@@ -32,12 +32,12 @@ def fit_together(folder: Path, dtype: torch.dtype, device: torch.device) -> bool
 
 
 def fits(weights: int, device: torch.device) -> bool:
-    """Whether so many bytes of weights leave room for their activations."""
+    """True if ``weights`` bytes leave room for activations."""
     return weights <= _RESERVE * free(device)
 
 
 def free(device: torch.device) -> float:
-    """Free bytes of the device, or of this machine; infinite where the system does not say."""
+    """Free bytes on the GPU or in this machine's memory; infinite if the system does not report them."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     if not _MEMINFO.exists():

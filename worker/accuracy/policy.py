@@ -1,4 +1,4 @@
-"""What is asked of a component, and which cases are left out, why and until when: a TOML file."""
+"""The accuracy policy, a TOML file: thresholds, and exemptions with their reason and end."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from ...protocol.errors import StartFailed
 from .report import Distance
 
 POLICY = Path(__file__).with_name("policy.toml")
-"""The policy that holds where no other is given."""
+"""The default policy."""
 
 _Positive = Annotated[float, Meta(gt=0)]
 _Sentence = Annotated[str, Meta(min_length=10)]
 
 
 class Case(msgspec.Struct, frozen=True, kw_only=True):
-    """One component in one precision: what an exception of the policy can name."""
+    """One component in one precision, to which exemptions refer."""
 
     component: str
     cls: str
@@ -33,7 +33,7 @@ class Case(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Exemption(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Cases that the policy treats otherwise. ``None`` fits every case. ``until`` is a date or a release."""
+    """Cases that the policy exempts. ``None`` matches every case. ``until`` is a date or a release (torch>=3)."""
 
     reason: _Sentence
     until: str
@@ -52,7 +52,7 @@ class Exemption(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
         return not self.over() and all(getattr(case, name) == wanted for name, wanted in self._named().items())
 
     def over(self) -> bool:
-        """Whether the date has come, or the release is installed. Raises ``ValueError`` where it is neither."""
+        """True if the date has passed or the release is installed. Raises ``ValueError`` if ``until`` is neither."""
         try:
             return datetime.date.today() >= datetime.date.fromisoformat(self.until)
         except ValueError:
@@ -83,15 +83,15 @@ class Policy(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return next((one for one in self.skips if one.holds(case)), None)
 
     def fault(self, runtime: Distance, plain: Distance | None) -> str | None:
-        """What is wrong with the runtime's outputs, in a few words; ``None`` when nothing is.
+        """The first violated threshold in a few words; ``None`` if all hold.
 
-        In fp32 ``runtime`` is the distance from the plain component and ``plain`` is ``None``. In lower precision both
-        are distances from the reference in fp64.
+        In fp32 ``runtime`` is the distance from the plain component, and ``plain`` is ``None``. In lower precision both
+        are distances from the fp64 reference.
         """
         if not runtime.finite:
             return "NaN or Inf"
         if plain is not None and not plain.finite:
-            return "NaN or Inf in the plain component, so there is nothing to hold against"
+            return "NaN or Inf in the plain component, so there is nothing to compare with"
         if plain is None:
             most = self.float32.relative_l2
             return None if runtime.relative_l2 <= most else f"relative L2 {runtime.relative_l2:.1e} above {most:.0e}"
@@ -114,7 +114,7 @@ class Policy(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 def load_policy(file: Path = POLICY) -> Policy:
-    """Raises ``StartFailed`` that names the file and what is wrong in it."""
+    """Read ``file``. Raises ``StartFailed`` that names the file and the mistake."""
     try:
         return msgspec.toml.decode(file.read_bytes(), type=Policy)
     except (OSError, msgspec.MsgspecError) as error:

@@ -1,4 +1,4 @@
-"""The ranks of one verification as processes, which live and die together."""
+"""The processes of a verification, one per rank; if one fails, all end."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ import msgspec
 from .task import MISSES_ANOTHER, Task
 
 _PROGRAM = (sys.executable, "-P", "-m", f"{__package__}.rank")
-"""``-P``: what lies in the current folder does not take the place of installed modules."""
+"""``-P`` keeps files in the current folder from shadowing installed modules."""
 
 _LOOK_S = 0.05
 _TERMINATION_S = 5.0
 
 
 class RankProcesses:
-    """A context in which a process for each rank of ``task`` runs; leaving it ends those that still do."""
+    """A context that starts one process per rank of ``task`` and ends the remaining ones on leaving."""
 
     def __init__(self, task: Task) -> None:
         self.tasks = [msgspec.structs.replace(task, rank=rank) for rank in range(task.tp)]
@@ -32,13 +32,13 @@ class RankProcesses:
         for task in self.tasks:
             process = subprocess.Popen(
                 _PROGRAM,
-                stdin=subprocess.PIPE,  # closed by the system however this process ends, and then the rank ends too
+                stdin=subprocess.PIPE,  # the system closes it however this process ends, which ends the rank
                 stdout=sys.stderr,
                 start_new_session=True,  # so that Ctrl-C in a terminal reaches this process alone
             )
             self._processes.append(process)
             assert process.stdin is not None, "asked for above"
-            with contextlib.suppress(BrokenPipeError):  # it is gone already: `wait` tells
+            with contextlib.suppress(BrokenPipeError):  # it has exited already, which `wait` reports
                 process.stdin.write(msgspec.json.encode(task) + b"\n")
                 process.stdin.flush()
         return self
@@ -56,7 +56,7 @@ class RankProcesses:
                 process.wait()
 
     def wait(self) -> tuple[Task, int] | None:
-        """Wait for all to do their task, or for the first that does not: its task and its exit status."""
+        """Wait until all ranks succeed, or return the first failed one's task and exit status."""
         while True:
             statuses = [process.poll() for process in self._processes]
             failed = [(task, status) for task, status in zip(self.tasks, statuses, strict=True) if status]

@@ -13,7 +13,7 @@ from ...protocol.errors import StartFailed
 from .task import CANNOT_START, MISSES_ANOTHER, Task
 
 _TIMEOUT_S = 3600.0
-"""For a collective: the others wait in one while rank 0 computes references, which takes long in fp64."""
+"""Timeout of collectives: ranks wait in one while rank 0 computes references, which is slow in fp64."""
 
 
 def main() -> int:
@@ -34,7 +34,7 @@ def _run(task: Task) -> int:
     from ..parallel.ranks import RankLost, join, leave
     from .verification import verify
 
-    gc.freeze()  # what the libraries made: collections between the cases need not go through it
+    gc.freeze()  # so that collections between cases skip the libraries' objects
     torch.set_num_threads(max(1, torch.get_num_threads() // task.tp))
     torch.set_grad_enabled(False)
     device = find_device(Config(device=task.device, tp=task.tp), 0, task.rank)

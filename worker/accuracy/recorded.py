@@ -1,4 +1,4 @@
-"""Calls to components, kept with their arguments: in memory, and as files that every rank reads."""
+"""Recorded calls to components with their arguments, in memory and in files that every rank reads."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ _TENSORS, _CALLS = "calls.safetensors", "calls.json"
 
 
 class CannotKeep(Exception):
-    """An argument of a kind that no file here can hold."""
+    """An argument has a type that the files cannot hold."""
 
 
 @dataclass(frozen=True, slots=True)
 class Recorded:
-    """A call that a pipeline made: of ``component`` (dotted below the pipeline), its ``method``; tensors on the CPU."""
+    """A pipeline's call of ``component.method``, with tensors on the CPU. ``component`` is the dotted name."""
 
     component: str
     method: str
@@ -32,12 +32,12 @@ class Recorded:
 
     @property
     def owner(self) -> str:
-        """The pipeline's own component that the call belongs to."""
+        """The name of the pipeline's component that the call belongs to."""
         return self.component.partition(".")[0]
 
     @property
     def path(self) -> str:
-        """Where the called module is below its owner; empty for the owner itself."""
+        """The dotted name of the called module below its owner; empty for the owner itself."""
         return self.component.partition(".")[2]
 
     @property
@@ -46,11 +46,11 @@ class Recorded:
 
 
 def keep(call: Call) -> Recorded:
-    """``call`` with tensors copied, since the pipeline may go on to write to its own.
+    """Record ``call`` with copies of its tensors, because the pipeline may write to the originals.
 
-    Generators are left out: whoever draws from one would not draw the same twice. Numbers of which there is one for
-    each row (timesteps, guidance) become powers of two: some models multiply them by 1000 in their own precision, and
-    in bf16 the rounding of that product would drown every other error.
+    Generators are left out, as they would yield other numbers the second time. Numbers with one value per row
+    (timesteps, guidance) become powers of two: some models multiply them by 1000 in their own precision, and in bf16
+    the rounding of that product would exceed all other errors.
     """
 
     def kept(leaf: Any) -> Any:
@@ -64,12 +64,12 @@ def keep(call: Call) -> Recorded:
 
 
 def _power_of_two(numbers: torch.Tensor) -> torch.Tensor:
-    """The nearest ones in logarithm; zero stays."""
+    """The nearest powers of two by logarithm; zero stays zero."""
     return torch.where(numbers == 0, numbers, numbers.sign() * numbers.abs().log2().round().exp2())
 
 
 def write(calls: Sequence[Recorded], folder: Path) -> None:
-    """Make ``folder`` with the calls in it. Raises ``CannotKeep`` where an argument is neither tensor nor JSON."""
+    """Write ``calls`` to the new ``folder``. Raises ``CannotKeep`` for an argument that is neither tensor nor JSON."""
     tensors: dict[str, torch.Tensor] = {}
     listed = [
         {
@@ -86,7 +86,7 @@ def write(calls: Sequence[Recorded], folder: Path) -> None:
 
 
 def read(folder: Path) -> list[Recorded]:
-    """What :func:`write` wrote."""
+    """Read the calls that :func:`write` wrote."""
     tensors = load_file(folder / _TENSORS)
     listed = json.loads((folder / _CALLS).read_text())
     return [
@@ -96,7 +96,7 @@ def read(folder: Path) -> list[Recorded]:
 
 
 def _encode(value: Any, tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
-    """JSON whose every value says its kind; tensors are added to ``tensors`` and named."""
+    """Encode as JSON in which every value has its type; tensors are added to ``tensors`` and referenced by name."""
     match value:
         case torch.Tensor():
             name = str(len(tensors))

@@ -1,7 +1,7 @@
-"""Realistic inputs for every component: what the pipeline itself gives them, taken at the boundary.
+"""Records realistic inputs for every component: the pipeline's own calls, at the boundary.
 
-A small request is run on plain, unchanged components. So no component needs inputs written for it, and a new pipeline
-has them on the day it is released.
+Small requests run on plain, unchanged components. So no component needs handwritten inputs, and a new pipeline has them
+on the day of its release.
 """
 
 from __future__ import annotations
@@ -31,20 +31,20 @@ PROMPTS = (
     'a road at night; over the last house is written "open"',
     '"7" in green on a door, and a cat that looks at it',
 )
-"""One for each request. The words in quotes go to the encoders of letters that some pipelines have."""
+"""One prompt per request. Some pipelines have encoders of letters, which receive the words in quotes."""
 
 STEPS = (2, 4, 8)
-"""Of each request: unequal, for as many timesteps; enough for a second transformer, for the last, less noisy ones."""
+"""Steps per request: unequal, for many different timesteps; enough to reach a second transformer for the last steps."""
 
 
 def record(model: Model) -> list[Recorded]:
-    """Of small requests, the first and the last call of each kind, and each VAE's way back from what it decoded.
+    """The first and last call of each name in small requests, and an ``encode`` of each VAE's decoded output.
 
-    Raises ``StartFailed`` when the pipeline runs with no small request.
+    Raises ``StartFailed`` if no small request runs.
     """
     task = model.main
     if takes_image(type(model.pipeline)):
-        model.image = task  # which of the two runs is found out by trying, as the self-test does
+        model.image = task  # try both tasks, as the self-test does
     error: BaseException | None = None
     for size in small_sizes(task.arguments, task.sizes):
         for images in ([], [_picture()]) if model.image is not None else ([],):
@@ -59,7 +59,7 @@ def record(model: Model) -> list[Recorded]:
 
 
 class _RecordedRun(SampleRun):
-    """A sample whose calls are kept."""
+    """A sample whose calls are recorded."""
 
     def __init__(self, model: Model, request: Generate) -> None:
         super().__init__(model, request, 0, lambda *_: None, lambda _: None)
@@ -67,7 +67,7 @@ class _RecordedRun(SampleRun):
         self._decoded: dict[str, torch.Tensor] = {}
 
     def go(self) -> BaseException | None:
-        """Run to the end; returns what the pipeline raised."""
+        """Run to the end; returns the pipeline's exception, if any."""
         batcher = Batcher(max_batch=1, max_tokens=1, mode="serial")
         batcher.start(self.coroutine)
         while batcher.busy:
@@ -93,7 +93,7 @@ class _RecordedRun(SampleRun):
 
 
 def _request(task: PipelineTask, index: int, size: dict[str, int], images: list[Image]) -> Generate:
-    # binning would enlarge the small size to one of the model's own
+    # resolution binning would enlarge the picture to one of the model's own sizes
     extra = {"use_resolution_binning": False} if "use_resolution_binning" in task.arguments else {}
     request = Generate(
         request_id=f"verify-{index}",

@@ -1,4 +1,4 @@
-"""The result of a verification: a row for each kind of call, as JSON and as Markdown."""
+"""The report of a verification, with one row per name of a call, as JSON and as Markdown."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import msgspec
 
 
 class Distance(msgspec.Struct, frozen=True, kw_only=True):
-    """Of an output from a reference. ``rms`` and ``bias`` are the root mean square and the mean of the differences.
+    """An output's distance from a reference: ``rms`` and ``bias`` are root mean square and mean of the differences.
 
-    ``relative_l2`` is absolute where the reference is zero. What is not finite has infinite distances.
+    ``relative_l2`` is absolute if the reference is zero. An output that is not finite has infinite distances.
     """
 
     cosine: float
@@ -23,11 +23,11 @@ class Distance(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Row(msgspec.Struct, frozen=True, kw_only=True):
-    """One kind of call of one component in one precision.
+    """The calls of one name, in one precision.
 
-    ``runtime`` is the distance of the output that is worst, of all that the call returns on all ranks: in fp32 from the
-    plain component's, in lower precision from the fp64 reference's, of which ``plain`` is the plain component's
-    distance. ``note`` says what is wrong, or why the case was skipped. ``staged``: one side at a time was in memory.
+    ``runtime`` is the worst distance among all outputs on all ranks: in fp32 from the plain component, in lower
+    precision from the fp64 reference; ``plain`` is then the plain component's distance from that reference. ``note`` is
+    the violated threshold or the reason for a skip. ``staged``: one side at a time was in memory.
     """
 
     call: str
@@ -46,7 +46,7 @@ class Row(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Report(msgspec.Struct, frozen=True, kw_only=True):
-    """All rows of one run of the command, and what it ran on."""
+    """All rows of one run, and its setting."""
 
     model: str
     pipeline: str
@@ -63,7 +63,7 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def compared(self) -> bool:
-        """Whether anything was; not where the policy skips all that was asked for."""
+        """False if the policy skipped every row."""
         return any(row.status != "skipped" for row in self.rows)
 
     def to_json(self) -> str:
@@ -81,7 +81,7 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
         )
 
     def write(self, folder: Path) -> None:
-        """``accuracy.md`` and ``accuracy.json`` in ``folder``."""
+        """Write ``accuracy.md`` and ``accuracy.json`` to ``folder``."""
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "accuracy.md").write_text(self.to_markdown())
         (folder / "accuracy.json").write_text(self.to_json())

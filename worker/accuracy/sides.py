@@ -1,4 +1,4 @@
-"""A component as the runtime loads it, and as its own library does. Each reads the checkpoint for itself."""
+"""Loads a component in the runtime's way and in its library's; each reads the checkpoint itself."""
 
 from __future__ import annotations
 
@@ -29,22 +29,22 @@ class Component:
 
 
 def runtime(component: Component, dtype: torch.dtype, device: torch.device, ranks: Ranks, *, fused: bool) -> nn.Module:
-    """What a replica has, loaded as :func:`..model.load_model` does. Raises ``CannotLoad``."""
+    """A replica's component, loaded as in :func:`..model.load_model`. Raises ``CannotLoad``."""
     loaded = load_pipeline(component.directory, dtype, device, ranks, fused=fused, only=component.name)
     module: nn.Module = getattr(loaded.pipeline, component.name)
     return _without_cache(module)
 
 
 def plain(component: Component, dtype: torch.dtype, device: torch.device) -> nn.Module:
-    """What diffusers or transformers make of the component's own files."""
+    """The component as diffusers or transformers load it from its files."""
     cls: Any = component.cls
     module: nn.Module = cls.from_pretrained(component.folder, dtype=dtype, use_safetensors=True)
     return _without_cache(module.to(device).eval())
 
 
 def exact(component: Component, dtype: torch.dtype, device: torch.device) -> nn.Module:
-    """The plain component with weights rounded to ``dtype``, which computes in fp64."""
-    # not the model's own `to`, which warns that what it keeps in fp32 is cast: here that is meant
+    """The plain component with weights rounded to ``dtype``, computing in fp64."""
+    # not the model's own `to`, which warns about casting the parts that it keeps in fp32; the cast is intended
     return nn.Module.to(plain(component, dtype, device), torch.float64)
 
 

@@ -1,4 +1,4 @@
-"""What one run of ``safelight verify`` is to do; the launcher writes it to each rank's standard input."""
+"""The task of one run of ``safelight verify``; the launcher writes it to each rank's standard input."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ DTYPES: tuple[DType, ...] = ("float32", "bfloat16")
 
 
 CANNOT_START, MISSES_ANOTHER = 2, 4
-"""Exit statuses of a rank: it said in its failure file why it cannot do its task; another one is gone."""
+"""Exit statuses of a rank: it wrote the reason to its failure file; it lost another rank."""
 
 
 class Task(msgspec.Struct, frozen=True, kw_only=True):
-    """``components`` empty: all. ``staged`` ``None``: where both sides would not fit into memory together.
+    """Empty ``components``: all. ``staged`` ``None``: only if both sides do not fit into memory together.
 
-    ``directory`` is the run's own, for what its processes leave to each other.
+    ``directory`` belongs to the run; its processes exchange files there.
     """
 
     model: str
@@ -42,10 +42,10 @@ class Task(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def report(self) -> Path:
-        """Where rank 0 leaves the report."""
+        """The file to which rank 0 writes the report."""
         return Path(self.directory, "report.json")
 
     @property
     def failure(self) -> Path:
-        """Where this rank says, in a sentence, why it cannot do its task."""
+        """The file to which this rank writes one sentence about its failure."""
         return Path(self.directory, f"failure-{self.rank}")

@@ -1,4 +1,4 @@
-"""Every component of a model, in every precision: what each rank of ``safelight verify`` does."""
+"""The work of each rank of ``safelight verify``: compare every component of a model in every precision."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ from .task import DType, Task
 _VERSIONS = ("torch", "diffusers", "transformers")
 
 
-def verify(task: Task, ranks: Ranks, device: torch.device, tell: Callable[[Row], None]) -> Report:
-    """Compare and report; rank 0's report has the rows, of which ``tell`` hears one by one.
+def verify(task: Task, ranks: Ranks, device: torch.device, on_row: Callable[[Row], None]) -> Report:
+    """Compare all components, and call ``on_row`` for each row. Rows exist on rank 0 only.
 
-    Raises ``StartFailed`` where the model cannot be loaded as asked.
+    Raises ``StartFailed`` if the model cannot be loaded as requested.
     """
     started = time.monotonic()
     directory = find_directory(str(resolve_model(task.model)))
@@ -47,7 +47,7 @@ def verify(task: Task, ranks: Ranks, device: torch.device, tell: Callable[[Row],
         calls = _shared(task, dtype, directory, components, ranks, device)
         for row in checkpoint.rows(components, calls, dtype):
             rows.append(row)
-            tell(row)
+            on_row(row)
     return Report(
         model=task.model,
         pipeline=checkpoint.pipeline,
@@ -62,7 +62,7 @@ def verify(task: Task, ranks: Ranks, device: torch.device, tell: Callable[[Row],
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """A model's directory, and how its components are compared. ``staged`` ``None``: as the free memory has it."""
+    """A model's directory and the setting of its comparison. ``staged`` ``None``: if memory requires it."""
 
     directory: Path
     policy: Policy
@@ -76,7 +76,7 @@ class Checkpoint:
         return read_index(self.directory).class_name or ""
 
     def rows(self, components: Mapping[str, type[nn.Module]], calls: Sequence[Recorded], dtype: DType) -> Iterator[Row]:
-        """On rank 0, a row for each kind of call. All ranks must go through it together."""
+        """One row per name of a call, on rank 0. All ranks must iterate in lockstep."""
         for name, cls in components.items():
             case = Case(component=name, cls=cls.__name__, pipeline=self.pipeline, dtype=dtype, tp=self.ranks.size)
             own = [call for call in calls if call.owner == name]
@@ -98,7 +98,7 @@ class Checkpoint:
 
 
 def chosen(classes: dict[str, type[nn.Module]], names: Sequence[str]) -> dict[str, type[nn.Module]]:
-    """The components ``names``; all, where there are none. Raises ``StartFailed`` with those that there are."""
+    """The components ``names``, or all if it is empty. Raises ``StartFailed``, listing them, for an unknown name."""
     unknown = [name for name in names if name not in classes]
     if unknown:
         raise StartFailed(f"There is no component {unknown[0]!r} with weights; there are {', '.join(classes)}.")
@@ -108,7 +108,7 @@ def chosen(classes: dict[str, type[nn.Module]], names: Sequence[str]) -> dict[st
 def _shared(
     task: Task, dtype: DType, directory: Path, components: Mapping[str, object], ranks: Ranks, device: torch.device
 ) -> list[Recorded]:
-    """The calls of a small request, which rank 0 makes for all."""
+    """The recorded calls, which rank 0 records for all ranks."""
     folder = Path(task.directory, f"calls-{dtype}")
     if ranks.rank == 0:
         try:
@@ -120,12 +120,12 @@ def _shared(
 
 
 def _recorded(task: Task, dtype: DType, directory: Path, device: torch.device) -> list[Recorded]:
-    """On ``device``, or on the CPU where the whole pipeline does not fit there."""
+    """Record the calls on ``device``, or on the CPU if the whole pipeline does not fit on it."""
     needed = getattr(torch, dtype).itemsize * sum(
         memory.numbers(directory / name) for name in component_classes(directory)
     )
-    place = device if memory.fits(needed, device) else torch.device("cpu")
-    calls = record(load_model(Config(model=task.model, dtype=dtype), place))
+    chosen_device = device if memory.fits(needed, device) else torch.device("cpu")
+    calls = record(load_model(Config(model=task.model, dtype=dtype), chosen_device))
     gc.collect()
     return calls
 

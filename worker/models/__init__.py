@@ -1,7 +1,7 @@
-"""What is known of model classes beyond what diffusers and transformers say: how to divide and to fuse them.
+"""Model families: tensor-parallel plans and fusable projections that diffusers and transformers do not declare.
 
-A family file makes its models faster and larger; none is needed to serve them. Every module here that has ``FAMILIES``
-is one.
+A family file lets its models run faster or on more ranks; a model without one is served too. Every module here that has
+``FAMILIES`` is a family file.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ log = logging.getLogger(__name__)
 
 
 def family_of(cls: type[nn.Module]) -> Family | None:
-    """The family of a model class, or ``None`` where there is none."""
+    """The family of a model class, or ``None``."""
     return families().get(cls.__name__)
 
 
 @functools.cache
 def families() -> Mapping[str, Family]:
-    """By class name. A family whose library has changed is left out: its models are then served whole."""
+    """Families by class name. One whose library has changed is omitted; its models are then served unsharded."""
     found: dict[str, Family] = {}
     for module in pkgutil.iter_modules(__path__):
         try:

@@ -1,4 +1,4 @@
-"""Attention, feed-forward layers and modulations, as several plans divide them."""
+"""Shared parts of tensor-parallel plans: attention, feed-forward layers and modulations."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from ..parallel.plan import Style
 
 
 def attention(path: str, *, joint: bool = False, out: str = "to_out.0") -> dict[str, Style]:
-    """Heads are divided: projections by columns, the output by rows. ``joint``: text has projections of its own."""
+    """Shard by heads: projections by columns, the output by rows. ``joint``: text has its own projections."""
     plan: dict[str, Style] = {f"{path}.{name}": "colwise" for name in ("to_q", "to_k", "to_v")}
     plan[f"{path}.{out}"] = "rowwise"
     if joint:
@@ -18,12 +18,12 @@ def attention(path: str, *, joint: bool = False, out: str = "to_out.0") -> dict[
 
 
 def feed_forward(path: str) -> dict[str, Style]:
-    """diffusers' ``FeedForward`` without a gate."""
+    """Shard diffusers' ``FeedForward`` without a gate."""
     return {f"{path}.net.0.proj": "colwise", f"{path}.net.2": "rowwise"}
 
 
 def modulation(paths: Iterable[str]) -> dict[str, Style]:
-    """Layers that make a block's scales and shifts of one vector per sample, which every rank has."""
+    """Shard the layers that compute a block's scales and shifts from one vector per sample, replicated on all ranks."""
     return dict.fromkeys(paths, "colwise_gather_output")
 
 

@@ -1,4 +1,4 @@
-"""FLUX.1. The single blocks' ``proj_out`` takes [attention | mlp]; diffusers' plan divides each piece for itself."""
+"""FLUX.1. The single blocks' ``proj_out`` takes [attention | mlp]; diffusers' plan shards each part separately."""
 
 from __future__ import annotations
 

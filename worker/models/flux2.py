@@ -1,4 +1,4 @@
-"""FLUX.2. The single blocks' fused ``to_qkv_mlp_proj`` is divided block by block, as diffusers' plan says."""
+"""FLUX.2. The single blocks' fused ``to_qkv_mlp_proj`` is sharded part by part, as in diffusers' plan."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""HunyuanVideo and HunyuanVideo-1.5. A single block's ``proj_out`` takes [attention | mlp], one part to four."""
+"""HunyuanVideo and HunyuanVideo-1.5. A single block's ``proj_out`` takes [attention | mlp], in the ratio 1 to 4."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""LTX-Video. Norms span all heads, and so do the rotary embeddings, of which each rank takes its heads' part."""
+"""LTX-Video. Norms span all heads, and so do the rotary embeddings, which are split by heads among the ranks."""
 
 from __future__ import annotations
 

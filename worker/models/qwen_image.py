@@ -1,4 +1,4 @@
-"""Qwen-Image and Qwen-Image-Edit, which share their transformer."""
+"""Qwen-Image and Qwen-Image-Edit, which share a transformer class."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Stable Diffusion 3 and 3.5; the latter's first blocks have a second attention over the picture alone."""
+"""Stable Diffusion 3 and 3.5. The first blocks of 3.5 have a second attention over the picture alone."""
 
 from __future__ import annotations
 

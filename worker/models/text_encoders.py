@@ -1,6 +1,6 @@
-"""The text encoders that are large: T5, UMT5, Qwen2.5-VL, Qwen3, Llama. Word embeddings are divided by rows.
+"""Large text encoders: T5, UMT5, Qwen2.5-VL, Qwen3, Llama. Word embeddings are sharded by rows.
 
-What a degree does not divide (an odd vocabulary, two heads of keys and values at four ranks) is whole on every rank.
+Parts that the degree does not divide (an odd vocabulary, two key-value heads at four ranks) are replicated.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _T5 = Family(
 
 
 def _decoder(prefix: str, head: str | None = None) -> Family:
-    """A language model of the Llama kind, whose layers are below ``prefix``; ``head`` predicts words."""
+    """A Llama-like language model with layers below ``prefix``; ``head`` is the output projection."""
     attention, mlp = f"{prefix}layers.*.self_attn", f"{prefix}layers.*.mlp"
     plan: dict[str, Style] = {f"{attention}.{name}": "colwise" for name in ("q_proj", "k_proj", "v_proj")}
     plan |= {f"{mlp}.{name}": "colwise" for name in ("gate_proj", "up_proj")}

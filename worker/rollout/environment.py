@@ -240,7 +240,7 @@ def _is_of_an_image(name: str) -> bool:
 
 
 def _is_reported(value: Any) -> bool:
-    """False for ``None``, which equals a missing argument, and for dictionaries, which only attention processors read."""
+    """False for ``None``, which equals a missing argument, and for dictionaries, for attention processors only."""
     return value is not None and not isinstance(value, dict)
 
 

@@ -60,7 +60,7 @@ def test_a_fault_is_status_1_and_in_the_table(flux: Path, tmp_path: Path) -> Non
         (("--component", "unet"), "There is no component 'unet' with weights; there are"),
         (("--policy", "nothing.toml"), "The policy nothing.toml cannot be used"),
         (("--dtype", "int8"), "invalid choice: 'int8'"),
-        (("--tp", "0"), "'0' is no number from 1 to 64"),
+        (("--tp", "0"), "'0' is not a number from 1 to 64"),
         (("--dtype", "float32", "--policy", "SKIPS"), "Nothing was compared: the policy skips all of it."),
     ],
 )
