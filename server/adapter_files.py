@@ -24,7 +24,7 @@ _TOGETHER = 4 << 20
 
 
 def first_adapters(config: Config, shared: Path) -> SetAdapters | None:
-    """What ``--lora`` asks for. Raises ``StartFailed``."""
+    """The adapters of ``--lora``. Raises ``StartFailed``."""
     if not config.lora:
         return None
     pairs = [part.partition("=") for part in config.lora.split(",")]
@@ -59,7 +59,7 @@ def copy_adapter(
 ) -> AdapterSource:
     """A copy of the adapter at ``path``, a safetensors file or a directory with one, in ``folder``, which is made.
 
-    Raises ``NotFound``, ``Forbidden`` outside the roots that the server allows, ``InvalidRequest`` for what is no
+    Raises ``NotFound``, ``Forbidden`` outside the roots that the server allows, ``InvalidRequest`` for what is not a
     safetensors file, and ``Unavailable`` where there is no room; nothing is left then.
     """
     try:
@@ -82,7 +82,7 @@ def copy_adapter(
     except BaseException as error:
         shutil.rmtree(folder, ignore_errors=True)
         if isinstance(error, BadTensorFile):
-            raise InvalidRequest(f"{path[:200]} is no safetensors file: {error}.", field=_FIELD) from None
+            raise InvalidRequest(f"{path[:200]} is not a safetensors file: {error}.", field=_FIELD) from None
         if isinstance(error, OSError):
             raise Unavailable(f"The adapter could not be kept in shared memory: {error.strerror or error}.") from error
         raise
@@ -122,10 +122,12 @@ def _copy(source: Path, target: Path, most: int, digest: hashlib._Hash) -> None:
 def _opened(path: Path) -> BinaryIO:
     """A regular file. Raises ``NotFound`` and ``InvalidRequest``."""
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # which waits for nobody's other end
+        descriptor = os.open(
+            path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC
+        )  # O_NONBLOCK: a FIFO without a writer would block
     except OSError as error:
         raise NotFound(f"{path.name[:200]} cannot be read: {error.strerror}.", field=_FIELD) from None
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
-        raise InvalidRequest(f"{path.name[:200]} is no file.", field=_FIELD)
+        raise InvalidRequest(f"{path.name[:200]} is not a regular file.", field=_FIELD)
     return os.fdopen(descriptor, "rb")

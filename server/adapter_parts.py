@@ -19,7 +19,7 @@ from .service import Service
 
 @dataclass(frozen=True, slots=True)
 class Merged:
-    """What became of a part: ``waiting`` are factors whose counterparts did not come yet."""
+    """The outcome of a part: ``waiting`` are factors whose counterparts did not come yet."""
 
     operated: Operated
     message: str

@@ -215,8 +215,8 @@ def _finite(strength: float) -> float:
 
 def _done(message: str, operated: Operated) -> dict[str, Any]:
     report = first_report(operated)
-    told = " ".join([message, *report.notes])
-    return {"status": "ok", "message": told, **_listed(operated.adapters), "weight_version": operated.weight_version}
+    summary = " ".join([message, *report.notes])
+    return {"status": "ok", "message": summary, **_listed(operated.adapters), "weight_version": operated.weight_version}
 
 
 def _listed(state: AdapterState) -> dict[str, Any]:

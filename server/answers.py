@@ -1,4 +1,4 @@
-"""What the reference says of a route: its body with an example, its answer, and each error that it may have."""
+"""Descriptions of routes for the API reference: the body with an example, the answer, and the errors."""
 
 from __future__ import annotations
 

@@ -41,7 +41,7 @@ OWN_TYPES = {
 
 _MB = 1_000_000
 _LARGE = ("/generate", "/rollout/generate", "/update_weights_from_tensor")
-"""Routes whose bodies bring pictures or tensors."""
+"""Routes whose bodies contain pictures or tensors."""
 
 _LISTS = ("/update_weights_from_tensor_checker", "/update_weights_from_distributed", "/update_weights")
 """Routes whose bodies name every tensor of a model."""
@@ -50,7 +50,7 @@ _CODES = {404: "not_found", 405: "method_not_allowed"}
 
 
 def create_app(service: Service) -> FastAPI:
-    """The application of ``service``. A request goes through the layers from the last one added to the first."""
+    """The application of ``service``. A request passes the middlewares from the last one added to the first."""
     callers = Callers.of(service.config, OWN_TYPES)
     app = FastAPI(title="Safelight", version=__version__, redirect_slashes=False, docs_url=None, redoc_url=None)
     app.add_exception_handler(HTTPException, _http_error)
@@ -91,9 +91,9 @@ def _body_limits(config: Config) -> BodyLimits:
 
 
 async def _http_error(request: Request, error: Exception) -> Response:
-    """What the router itself refuses: unknown paths and methods."""
+    """Reply to unknown paths and methods."""
     assert isinstance(error, HTTPException)
     status = error.status_code
-    told = {404: "There is no such route", 405: f"This route does not take {request.method[:20]}"}
-    message = f"{told.get(status, error.detail)}; /docs lists the routes."
+    reasons = {404: "There is no such route", 405: f"This route does not take {request.method[:20]}"}
+    message = f"{reasons.get(status, error.detail)}; /docs lists the routes."
     return error_reply(ErrorInfo(_CODES.get(status, "invalid_request"), message, status), error.headers)

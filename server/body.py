@@ -1,4 +1,4 @@
-"""The body of a request in either of its forms: JSON, or a form with files (``multipart/form-data``)."""
+"""Read a request's body: JSON, or a form with files (``multipart/form-data``)."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ FORM = "multipart/form-data"
 
 
 def _has_text(annotation: Any) -> bool:
-    """Whether values of this type are strings, or lists of them."""
+    """True if values of this type are strings, or lists of strings."""
     if get_origin(annotation) is dict:
         return False
     return annotation is str or get_origin(annotation) is Literal or any(map(_has_text, get_args(annotation)))
@@ -76,7 +76,7 @@ async def _read_form(request: Request) -> tuple[GenerateBody, list[str | bytes]]
 
 
 def _fields(form: FormData) -> dict[str, Any]:
-    """What the form says in text. A field that is there more than once is a list. Files are images, whatever else."""
+    """The text fields of the form; a repeated field is a list. Files must be images."""
     found: dict[str, list[Any]] = {}
     for name, part in form.multi_items():
         plain = name[:100].removesuffix("[]")

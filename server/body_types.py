@@ -14,7 +14,7 @@ from pydantic_core import PydanticCustomError
 
 @dataclass(frozen=True)
 class Alphabet:
-    """What a text from a client may consist of; it may stand in log lines and headers."""
+    """The alphabet of a client's text, which may appear in log lines and headers."""
 
     pattern: re.Pattern[str]
     words: str
@@ -47,7 +47,7 @@ Rank = Annotated[int, Field(ge=1, le=1_000_000)]
 Seconds = Annotated[float, Field(gt=0, le=86400)]
 
 Int64 = Annotated[int, Field(ge=-(2**63), le=2**63 - 1)]
-"""What a message can hold: JSON knows no bound of its own."""
+"""Integers that a message can hold: JSON has no limit of its own."""
 
 Int64s = Annotated[list[Int64], Field(fail_fast=True)]
 Texts = Annotated[list[str], Field(fail_fast=True)]

@@ -1,4 +1,4 @@
-"""Who may call: the hosts that a request may be addressed to, and the web pages that may send one.
+"""Access control of callers: the hosts that a request may name, and the web pages that may send one.
 
 A browser lets any page send requests to any server that its machine reaches, so a server on localhost is open to every
 page that its user visits. Two headers that no page can forge tell such requests apart: ``Host`` names the site that the
@@ -36,7 +36,7 @@ class Callers:
     hosts: Collection[str]
     origins: Collection[str]
     own_types: Mapping[str, str]
-    """By path: the media type that a body may have besides JSON."""
+    """Media types of bodies besides JSON, by path."""
 
     @classmethod
     def of(cls, config: Config, own_types: Mapping[str, str]) -> Callers:
@@ -88,7 +88,7 @@ class Callers:
 
 
 def _is_same(origin: str, host: str, sites: list[str]) -> bool:
-    """Whether a page is the server's own. Behind a proxy that speaks TLS, the browser's word for it is needed too."""
+    """True for the server's own pages. Behind a TLS proxy, ``Sec-Fetch-Site`` must say so too."""
     return origin == f"http://{host}" or (origin == f"https://{host}" and sites == ["same-origin"])
 
 
@@ -117,7 +117,7 @@ def _origin_of(entry: str) -> str:
 
 
 class CallersMiddleware:
-    """Lets nothing of a foreign caller reach any route."""
+    """Keeps foreign callers from every route."""
 
     def __init__(self, app: ASGIApp, *, callers: Callers) -> None:
         self._app = app
@@ -133,18 +133,18 @@ class CallersMiddleware:
 
 
 def _is_ambiguous(headers: Headers, version: str) -> bool:
-    """Whether a proxy in front may have seen another end of the body than this server (RFC 9112, section 6.1)."""
+    """True if a proxy may have seen another end of the body than this server (RFC 9112, section 6.1)."""
     return "transfer-encoding" in headers and ("content-length" in headers or version == "1.0")
 
 
 async def _refuse_ambiguous(scope: Scope, receive: Receive, send: Send) -> None:
-    """Close the connection too, as what follows may be a part of this body."""
+    """Close the connection too, because the following bytes may belong to this body."""
     error = InvalidRequest("A body has either a Content-Length or, in HTTP/1.1, a Transfer-Encoding.")
     await error_reply(error.info(), {"Connection": "close"})(scope, receive, send)
 
 
 class CorsMiddleware:
-    """Answers the browsers of listed origins as they ask (Fetch, "CORS protocol"); all others see nothing of it."""
+    """Sends CORS headers to listed origins only (Fetch, "CORS protocol")."""
 
     def __init__(self, app: ASGIApp, *, origins: Collection[str]) -> None:
         self._app = app

@@ -1,4 +1,4 @@
-"""The weight files that an update from disk reads, looked for where updates may come from."""
+"""Find the weight files of an update from disk, within the allowed roots."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SUFFIX = ".safetensors"
 
 
 def find_files(path: str, wanted: list[str] | None, config: Config, *, known: Collection[str]) -> Files:
-    """:func:`find_modules`, with the stamps by which the files are known when they are read, and read again."""
+    """:func:`find_modules`, with stamps that identify the files when they are read, and read again."""
     modules = find_modules(path, wanted, config, known=known)
     try:
         stamps = {file: stamp(os.stat(file)) for files in modules.values() for file in files}
@@ -42,10 +42,10 @@ def find_modules(
             if local:
                 allowed(file, config)
             if not file.is_file():
-                raise InvalidRequest(f"{file} is no file.", field="model_path")
+                raise InvalidRequest(f"{file} is not a regular file.", field="model_path")
     except BadTensorFile as error:
         raise InvalidRequest(f"{path} cannot be used: {error}.", field="model_path") from None
-    except (OSError, ValueError, RuntimeError) as error:  # too long, a loop of links, nobody's home
+    except (OSError, ValueError, RuntimeError) as error:  # too long, a loop of links, an unknown user's home
         raise NotFound(f"There is nothing at {path[:200]} ({type(error).__name__}).", field="model_path") from None
     missing = [name for name in wanted or () if name not in modules]
     if missing or not modules:

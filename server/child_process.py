@@ -1,4 +1,4 @@
-"""One process of ours: started as a program or forked by the nursery, fed through a pipe, and ended by its own id."""
+"""A child process: started as a program or forked by the nursery, configured through a pipe, ended by its id."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _ENVIRONMENT = {
     "MALLOC_TRIM_THRESHOLD_": str(2**30),
     "PYTORCH_NVML_BASED_CUDA_CHECK": "1",
 }
-"""What children get unless the environment says otherwise; docs/decisions/0006 has the measurements.
+"""Environment of child processes, unless the launcher's own sets it; docs/decisions/0006 has the measurements.
 
 Threads that wait for work spin for microseconds, then sleep. The heap keeps the memory of a forward for the next one.
 Libraries that ask for a GPU while they are imported do not open it: a process that has cannot fork workers.
@@ -110,7 +110,7 @@ class ChildProcess:
         return not self._status.done()
 
     async def wait(self) -> str:
-        """Wait for the end; says how it was, as in "ended with status 1"."""
+        """Wait for the end; return a description such as "ended with status 1"."""
         status = await asyncio.shield(self._status)
         return f"was killed by {_signal_name(-status)}" if status < 0 else f"ended with status {status}"
 

@@ -1,4 +1,4 @@
-"""Connections: how many there may be, and how long a client may keep one without a word.
+"""Limits on connections: their number, and the time for which a client may keep one idle.
 
 A server answers as many requests as it has descriptors for connections, and a connection costs its client nothing. So
 there is always room for a new one: where there is none, the connection goes that has waited longest for its client.
@@ -45,7 +45,7 @@ def room_for_connections(wanted: int) -> int:
 
 
 class Connections:
-    """At most ``limit`` connections, of which the one that waited longest for its client gives way to a new one."""
+    """At most ``limit`` connections; over it, the connection that has waited longest for its client is closed."""
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
@@ -57,7 +57,7 @@ class Connections:
         return len(self._open)
 
     def make_room(self) -> bool:
-        """Whether one more connection may be opened; where none may, all the others work on whole requests."""
+        """True if a connection may be opened; false if all others are working on complete requests."""
         if len(self._open) < self._limit:
             return True
         self.complain(f"all {self._limit} connections are taken (--max-connections); idle ones give way")
@@ -132,7 +132,7 @@ class Connection(H11Protocol):
 
     @property
     def _has_request(self) -> bool:
-        """Whether a request's headers are here, and its answer is not finished."""
+        """True from the end of a request's headers to the end of its reply."""
         return self.cycle is not None and not self.cycle.response_complete
 
     @property

@@ -65,7 +65,7 @@ def send(stream: IO[bytes], data: bytes) -> None:
 
 
 def receive(stream: IO[bytes]) -> bytes:
-    """What was sent, or nothing where the other side has ended."""
+    """Read one message; empty at the end of the stream."""
     head = stream.read(8)
     data = stream.read(int.from_bytes(head, "little")) if len(head) == 8 else b""
     return data if len(data) == int.from_bytes(head, "little") else b""

@@ -28,7 +28,7 @@ _HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 
 
 class EventStream(Response):
-    """Sends ``message`` to the scheduler and its events to the client, each as soon as it comes.
+    """Send ``message`` to the scheduler, and its events to the client as they come.
 
     An error before the first event is raised and so becomes an ordinary reply with its own status; a later one becomes
     an ``error`` event. ``finish`` makes the ``result`` event's JSON.

@@ -60,7 +60,7 @@ def read_config(arguments: Sequence[str], environment: Mapping[str, str]) -> Con
             raise StartFailed(f"The model is given twice, as {positional!r} and with --model; leave one of them out.")
         given["model"] = positional
     config = load_config(given, environment, file)
-    Callers.of(config, {})  # whoever starts the server is told here what cannot be read
+    Callers.of(config, {})  # report invalid hosts and origins now, at the start
     return with_key(config)
 
 

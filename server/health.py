@@ -1,4 +1,4 @@
-"""Whether the process is up, and whether it can serve."""
+"""Routes for liveness and health."""
 
 from __future__ import annotations
 
@@ -46,13 +46,13 @@ def _health(service: Service) -> Response:
 
 def what_waits(status: Status) -> dict[str, Any]:
     """Why ready replicas start nothing, and since when: asleep or paused, or held back by an operation."""
-    told: dict[str, Any] = {}
+    found: dict[str, Any] = {}
     if status.halted is not None:
-        told |= {"halted": status.halted, "halted_s": round(status.halted_s, 3)}
+        found |= {"halted": status.halted, "halted_s": round(status.halted_s, 3)}
     if status.hold is not None:
         hold: dict[str, Any] = msgspec.to_builtins(status.hold)
-        told["hold"] = {name: round(value, 3) if isinstance(value, float) else value for name, value in hold.items()}
-    return told
+        found["hold"] = {name: round(value, 3) if isinstance(value, float) else value for name, value in hold.items()}
+    return found
 
 
 def _reason(replica: ReplicaStatus) -> dict[str, Any]:

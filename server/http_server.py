@@ -31,7 +31,7 @@ def listen(host: str, port: int, *, beyond_loopback: bool = False) -> socket.soc
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
     except (OSError, UnicodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is no name"
+        reason = error.strerror if isinstance(error, OSError) else "it is not a host name"
         raise StartFailed(f"The address {host[:100]!r} cannot be resolved ({reason}); give another --host.") from None
     if not beyond_loopback and not is_loopback(str(address[0])):
         raise StartFailed(

@@ -14,7 +14,7 @@ _MB = 1_000_000
 
 
 def read_paths(paths: Sequence[str], config: Config) -> list[bytes]:
-    """The files at ``paths``, which together are no larger than a body may be.
+    """Read the files at ``paths``; their total size is bounded like a body's.
 
     Raises ``NotFound``, ``Forbidden`` outside the allowed roots, ``InvalidRequest`` for what is not a regular file, and
     ``BodyTooLarge``.

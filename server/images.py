@@ -1,4 +1,4 @@
-"""Images that a request brings along: files in, checked rows of RGB out.
+"""Check and decode a request's images to rows of RGB.
 
 A file's format and size are read from its header before anything is decoded. Nothing is ever fetched: what a request
 does not contain, it does not have.
@@ -31,7 +31,7 @@ _FIELD = "image"
 _DATA_URI = re.compile(r"data:[^;,]*(;[^;,]*)*;base64,", re.IGNORECASE)
 _ADDRESS = re.compile(r"[a-z][a-z0-9+.-]*://", re.IGNORECASE)
 _PLAIN = dict.fromkeys(map(ord, " \t\r\n")) | {ord("-"): "+", ord("_"): "/"}
-"""Makes the one alphabet of base64 of both, the second of which is for addresses (RFC 4648, section 5)."""
+"""Translates base64's URL-safe alphabet to the standard one (RFC 4648, section 5)."""
 
 _BYTES_PER_PIXEL = 10
 _BYTES_BESIDE = 4 << 20
@@ -45,7 +45,7 @@ _START_OF_IMAGE, _END_OF_IMAGE, _START_OF_SCAN = 0xD8, 0xD9, 0xDA
 _WITHOUT_LENGTH = (0x01, _START_OF_IMAGE)
 
 _BROKEN = (OSError, ValueError, SyntaxError, IndexError, TypeError)
-"""What Pillow raises for files that are not what they say."""
+"""Exceptions of Pillow for malformed files."""
 
 _ORIENTATION = 0x0112
 _UPRIGHT = {
@@ -57,7 +57,7 @@ _UPRIGHT = {
     7: pillow.Transpose.TRANSVERSE,
     8: pillow.Transpose.ROTATE_90,
 }
-"""What sets a picture upright, by its orientation (CIPA DC-008, "Exif", tag 0x0112)."""
+"""The transposition that sets a picture upright, by its Exif orientation (CIPA DC-008, tag 0x0112)."""
 
 pillow.MAX_IMAGE_PIXELS = None  # the limit is ours, and holds for all the images of a request together
 
@@ -100,7 +100,7 @@ def _open(file: bytes) -> pillow.Image:
     """The picture with its header read and nothing more."""
     try:
         picture = pillow.open(io.BytesIO(file), formats=FORMATS)
-        # a phone's JPEG may have further ones, of which the first is the photograph
+        # a phone's JPEG may contain further pictures; the first is the photograph
         frames = getattr(picture, "n_frames", 1) if picture.format in ("PNG", "WEBP") else 1
     except _BROKEN:
         raise InvalidRequest(f"image must be a file of the format {', '.join(FORMATS)}.", field=_FIELD) from None

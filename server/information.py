@@ -1,4 +1,4 @@
-"""What this server is and serves."""
+"""Routes for information about the server and its model."""
 
 from __future__ import annotations
 
@@ -65,6 +65,6 @@ def _server_info(service: Service) -> dict[str, Any]:
 
 def _replica(replica: ReplicaStatus) -> dict[str, Any]:
     """The scheduler's view of it, with the model by name alone."""
-    told: dict[str, Any] = msgspec.to_builtins(replica)
-    told["model"] = None if replica.model is None else replica.model.model
-    return told
+    described: dict[str, Any] = msgspec.to_builtins(replica)
+    described["model"] = None if replica.model is None else replica.model.model
+    return described

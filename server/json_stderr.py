@@ -1,4 +1,4 @@
-"""Standard error as JSON lines, whoever writes to it: libraries in C++, progress bars, an interpreter that crashes."""
+"""Standard error as JSON lines, also for output of C++ libraries, progress bars and a crashing interpreter."""
 
 from __future__ import annotations
 

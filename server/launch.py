@@ -43,7 +43,7 @@ log = logging.getLogger(__name__)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a server until it is told to stop. Returns the exit status."""
+    """Run a server until it is stopped. Returns the exit status."""
     started = time.monotonic()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, _leave)  # until there is something to stop

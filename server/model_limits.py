@@ -1,4 +1,4 @@
-"""What a request may ask of the model that this server has."""
+"""Check a request against the limits of the server's model."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .validation import near
 
 _BEYOND = 2**63
 _SIDES = ("width", "height")
-_RATE = "fps"  # the request's is the rate at which the clip plays; a pipeline's is what its model is told
+_RATE = "fps"  # the request's is the rate at which the clip plays; a pipeline's argument conditions its model
 _EXTRA_VALUES = 10_000
 _EXTRA_DEPTH = 32
 _SCHEDULES = ("timesteps", "sigmas")  # arguments whose length is a number of steps
@@ -60,7 +60,7 @@ def _check_required(body: GenerateBody, task: ModelInfo | ImageTask) -> None:
 
 
 def _task(images: int, model: ModelInfo) -> ModelInfo | ImageTask:
-    """What the model does with so many images: all that is asked about here has the same names in both."""
+    """The task for this number of images: ``ModelInfo`` and ``ImageTask`` share the attributes used here."""
     if images == 0:
         if not model.takes_text_alone:
             raise InvalidRequest(f"{model.pipeline} needs an image to begin with.", field="image")

@@ -34,7 +34,7 @@ class Nursery:
     """
 
     AVAILABLE = sys.platform == "linux"
-    """Whether a process can become the parent of its descendants' orphans."""
+    """True if a process can adopt its descendants' orphans: on Linux."""
 
     def __init__(self) -> None:
         self._turn = asyncio.Lock()

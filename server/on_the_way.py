@@ -1,4 +1,4 @@
-"""What was sent to the scheduler and not taken by it yet: it waits in this process, as large as clients made it."""
+"""Bound the messages to the scheduler that wait in this process because it has not received them yet."""
 
 from __future__ import annotations
 

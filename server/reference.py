@@ -52,7 +52,7 @@ def _parts(schema: dict[str, Any]) -> Iterator[str]:
 
 
 def _fields(described: dict[str, Any]) -> Iterator[str]:
-    """Of the first form that the body may have."""
+    """Yield the fields of the body's first media type."""
     contents = described.get("requestBody", {}).get("content", {})
     if not contents:
         return

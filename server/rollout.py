@@ -24,8 +24,7 @@ from .service import Service
 from .unread import KEPT_S, Unread, UnreadReply, files_of
 
 _LATE_S = 60.0
-"""Seconds by which files are looked for later than they are kept: a worker may still write them for a request that has
-ended."""
+"""Seconds after a file's expiry until the last scan: a worker may still write files for a request that has ended."""
 
 _SHARED = "rollout_shared_memory"
 

@@ -1,4 +1,4 @@
-"""The body of ``POST /rollout/generate``: the fields of ``/generate``, and what is to be sampled and told."""
+"""The body of ``POST /rollout/generate``: the fields of ``/generate``, the sampler, and the records to return."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class RolloutBody(
     GenerateBody,
     json_schema_extra={"example": {"prompt": "a red circle", "num_inference_steps": 10, "rollout_sde_type": "cps"}},
 ):
-    """What to make, how it is sampled, and what of it is told."""
+    """The prompt and settings, the sampler, and the records to return."""
 
     rollout: bool = Field(True, description="False for a plain generation in the same form of reply, without noise")
     rollout_sde_type: SamplerName = Field("sde", description="How steps are made stochastic, or ode for not at all")
@@ -50,7 +50,7 @@ class RolloutBody(
         None, description="The steps that have noise; all by default"
     )
     rollout_return_step_indices: Annotated[list[int], _LIST] | None = Field(
-        None, description="The places of the latents that are told: 0 before the first step, T behind the last"
+        None, description="Indices of the latents to return: 0 before the first step, T after the last"
     )
     rollout_video_dtype: FloatName | Literal["uint8"] | None = Field(
         None, description="The dtype of generated_output, float32 by default; uint8 has [0, 255] for [0, 1]"
@@ -66,7 +66,7 @@ class RolloutBody(
     initial_noise: dict[str, Any] | None = Field(
         None, description="A float32 tensor, one row for each sample or one for all, each like the first of its latents"
     )
-    flow_shift: float | None = Field(None, description="In place of the number by which the schedule is shifted")
+    flow_shift: float | None = Field(None, description="Replaces the schedule's shift")
     image_path: Annotated[list[str], _LIST] | None = Field(
         None, description="In place of image: files below the roots that the server allows"
     )
@@ -114,7 +114,7 @@ def _validated(value: dict[str, Any]) -> RolloutBody:
 
 
 def _is_object(value: Any) -> TypeGuard[dict[str, Any]]:
-    """Whether ``value`` has names: a map of msgpack may have anything in their place."""
+    """True if every key of ``value`` is a string: msgpack allows other keys."""
     return isinstance(value, dict) and all(isinstance(name, str) for name in value)
 
 
@@ -124,7 +124,7 @@ def check_rollout(body: RolloutBody, model: ModelInfo, config: Config) -> None:
         field = "rollout" if body.rollout else "sigmas"
         raise InvalidRequest(f"{model.pipeline} cannot be rolled out: {model.no_rollout}.", field=field)
     if body.stream or body.settings.preview_every:
-        raise InvalidRequest("A rollout is told at its end; leave out stream and preview_every.", field="stream")
+        raise InvalidRequest("A rollout has no stream; leave out stream and preview_every.", field="stream")
     if body.output_format not in (None, "pt"):
         raise InvalidRequest("A rollout's outputs are tensors; leave out output_format.", field="output_format")
     for name in ("sigmas", "timesteps"):
@@ -221,7 +221,7 @@ def _rows(noise: Tensor, outputs: int) -> list[Tensor]:
         )
     numbers = np.frombuffer(noise.data.data, np.float32)
     if not (np.abs(numbers) <= _FARTHEST).all():
-        raise InvalidRequest("initial_noise has numbers that are no noise.", field="initial_noise")
+        raise InvalidRequest(f"initial_noise must be finite and within ±{_FARTHEST:g}.", field="initial_noise")
     size = len(noise.data) // rows
     shape = [1, *noise.shape[1:]]
     return [Tensor(noise.dtype, shape, Buffer(noise.data.data[i * size : (i + 1) * size])) for i in range(rows)]

@@ -1,4 +1,4 @@
-"""Routes of trainers and operators: what each takes, who answers it, and how the reference describes it."""
+"""Routes of trainers and operators: bodies, handlers, and descriptions for the API reference."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def _replying(route: Route[Any]) -> Callable[..., Awaitable[Response]]:
 
 
 def _failed(info: ErrorInfo, **details: Any) -> Response:
-    """Of a failure, both are beside the contract's error object."""
+    """The reply to a failure: ``success`` and ``message`` beside the contract's error object."""
     status = _ALL_THE_SAME.get(info.status, info.status)
     info = msgspec.structs.replace(info, status=status)
     return error_reply(info, success=False, message=info.message, **details)

@@ -30,7 +30,7 @@ INTERRUPTED = 130
 
 _SHARING = {"merged": "share forwards", "interleaved": "take turns", "serial": "run one at a time"}
 _STDIN = 0
-_LAST_REPLIES_S = 2.0  # for the clients that are told that the server gives up
+_LAST_REPLIES_S = 2.0  # for the clients that learn that the server gives up
 
 log = logging.getLogger(__name__)
 

@@ -30,7 +30,7 @@ EVENTS_KEPT = 32
 """Events that a request may have unread; beyond it progress and previews are dropped, so a slow reader costs little."""
 
 PREVIEWS_KEPT = 2
-"""Previews among them, each of which is a picture."""
+"""Unread previews among them; each is a whole picture."""
 
 STATUS_FRESH_S = 10.0
 """A scheduler that has said nothing for longer than this does not count as answering."""
@@ -132,7 +132,7 @@ class SchedulerLink:
         self._news = asyncio.Event()
         self._refusal: ErrorInfo | None = None
         self.adapters = AdapterState()
-        """What the scheduler said last that there is."""
+        """The scheduler's last adapter list."""
 
     async def __aenter__(self) -> Self:
         self._socket.connect(self._address)
@@ -148,7 +148,7 @@ class SchedulerLink:
 
     @property
     def status(self) -> Status:
-        """What the scheduler said last."""
+        """The scheduler's last state."""
         return self._status
 
     @property
@@ -202,20 +202,20 @@ class SchedulerLink:
         return found
 
     def model(self) -> ModelInfo | None:
-        """What a replica serves: a ready one if any is, else one that was."""
+        """The model of a ready replica or, if none is ready, the last known model."""
         models = [(replica.state == "ready", replica.model) for replica in self._status.replicas]
         known = [(ready, model) for ready, model in models if model is not None]
         return max(known, key=lambda entry: entry[0])[1] if known else None
 
     def ready_model(self) -> ModelInfo:
-        """What the ready replicas serve. Raises ``Unavailable`` with every replica's reason when none is ready."""
+        """The model of the ready replicas. Raises ``Unavailable`` with every replica's reason when none is ready."""
         for replica in self._status.replicas:
             if replica.state == "ready" and replica.model is not None:
                 return replica.model
         raise self.unavailable()
 
     def unavailable(self) -> Unavailable:
-        """That no replica is ready, and why each is not."""
+        """The error for no ready replica, with every replica's reason."""
         reasons = "; ".join(
             f"replica {replica.replica} is {replica.state} ({replica.message})" for replica in self._status.replicas
         )

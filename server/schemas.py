@@ -51,7 +51,7 @@ def with_settings(form: type[M]) -> type[M]:
 
 @with_settings
 class GenerateBody(Body, json_schema_extra={"example": {"prompt": "a red circle", "seed": 7}}):
-    """What to make. Everything but the prompt has a default, most of them the pipeline's own."""
+    """A generation request. Everything but the prompt has a default, mostly the pipeline's own."""
 
     prompt: Annotated[Texts, _one_or_list("string")] = Field(
         description="What to show; a list makes one result per prompt"

@@ -1,4 +1,4 @@
-"""What the endpoints share."""
+"""The state shared by the endpoints."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Service:
         self._started_at = time.monotonic()
 
     def model(self) -> ModelInfo:
-        """What was loaded last, ready or not. Raises ``Unavailable`` before that."""
+        """The model that was loaded last, ready or not. Raises ``Unavailable`` before that."""
         model = self.link.model()
         if model is None:
             raise Unavailable("The model is still loading.")

@@ -108,7 +108,7 @@ class Supervisor:
             self._workers.discard(worker)
 
     def _remove_exports(self, number: int) -> None:
-        """What was written out for a replica that has not lived to read it."""
+        """Remove snapshots written for a replica that ended before it read them."""
         shared = self._child.shared
         for folder in Path(shared).glob(f"replica-{number}-*"):
             shutil.rmtree(folder, ignore_errors=True)

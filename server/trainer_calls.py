@@ -44,8 +44,8 @@ class _Routes:
     async def set_version(self, request: Request, body: bodies.WeightVersion) -> dict[str, Any]:
         change = Adapt(KeepAdapters(), publishes=True, weight_version=body.new_version)
         operated = await self._operations.operate(request, change, "abort" if body.abort_all_requests else "in_place")
-        told = {"weight_version": operated.weight_version, "new_version": body.new_version}
-        return {**success(f"The weights are called {body.new_version}."), **told}
+        versions = {"weight_version": operated.weight_version, "new_version": body.new_version}
+        return {**success(f"The weights are called {body.new_version}."), **versions}
 
     async def check(self, request: Request, body: bodies.WeightsChecker) -> dict[str, Any]:
         if body.action == "snapshot":

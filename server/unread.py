@@ -1,4 +1,4 @@
-"""What is made and nobody has taken yet: replies on their way, and rollouts' files in shared memory."""
+"""Bound results that clients have not taken yet: replies on their way, and rollouts' files in shared memory."""
 
 from __future__ import annotations
 
@@ -101,8 +101,8 @@ class UnreadReply(StreamingResponse):
         files: Sequence[Path] = (),
     ) -> None:
         self._size = sum(map(len, found))
-        told = {**(headers or {}), "content-length": str(self._size)}
-        super().__init__(self._each(found), media_type=media_type, headers=told)
+        all_headers = {**(headers or {}), "content-length": str(self._size)}
+        super().__init__(self._each(found), media_type=media_type, headers=all_headers)
         self._unread = unread
         self._files = list(files)
         self._taken = False

@@ -1,4 +1,4 @@
-"""Who may send a large body now: a few at a time, and whoever is slow makes way for those that wait."""
+"""Turns for large bodies: a few clients send at a time, and a slow one makes way for those that wait."""
 
 from __future__ import annotations
 

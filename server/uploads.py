@@ -44,8 +44,8 @@ class Uploads:
     def receive(self, request: Request) -> Upload:
         """A context with the body's file, which is gone after it.
 
-        Entering raises ``InvalidRequest`` for what is no safetensors file, ``Unavailable`` where memory is full, and
-        ``QueueFull`` where other bodies take most of it.
+        On entry it raises ``InvalidRequest`` for a body that is not a safetensors file, ``Unavailable`` if memory is
+        full, and ``QueueFull`` if other bodies take most of it.
         """
         return Upload(self._shared / f"upload-{secrets.token_hex(8)}", self, self._turns, request)
 
@@ -89,7 +89,7 @@ class Upload:
         except BaseException as error:
             await self._remove()
             if isinstance(error, BadTensorFile):
-                raise InvalidRequest(f"The body is no safetensors file: {error}.") from None
+                raise InvalidRequest(f"The body is not a safetensors file: {error}.") from None
             if isinstance(error, TimeoutError):
                 raise InvalidRequest(f"No more of the body came for {IDLE_S:g} seconds.") from None
             if isinstance(error, OSError):
@@ -166,7 +166,7 @@ async def _counted(chunks: AsyncIterator[bytes], turn: Turn) -> AsyncIterator[by
 
 
 async def _head(chunks: AsyncIterator[bytes], size: int) -> bytearray:
-    """What has come when the header is whole."""
+    """The bytes received when the header is complete."""
     head = bytearray()
     async for chunk in chunks:
         head += chunk

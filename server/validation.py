@@ -1,6 +1,6 @@
-"""The one way from JSON to the fields of a request: its pydantic model, and sentences about what does not fit.
+"""Validate JSON by a pydantic model, and describe errors in sentences.
 
-Types are checked exactly (``true`` is no integer, ``"4"`` is no number). Bodies are read under the bounds of
+Types are checked exactly (``true`` is not an integer, ``"4"`` not a number). Bodies are read under the bounds of
 :mod:`.bounded`, in a thread unless they are small.
 """
 
@@ -100,7 +100,7 @@ def _plainest(errors: Sequence[ErrorDetails]) -> ErrorDetails:
 
 
 def near(name: str, known: Collection[str]) -> str:
-    """What ``name`` may have been meant to be, as the end of a sentence."""
+    """Suggest names similar to ``name``, as the end of a sentence."""
     close = difflib.get_close_matches(name[:100], known, n=3, cutoff=0.6)
     return f"did you mean {' or '.join(close)}?" if close else f"known are {', '.join(sorted(known)) or 'none'}."
 
@@ -148,7 +148,7 @@ EXPECTED = {
     "list_type": "a list",
     "literal_error": "a string",
 }
-"""What pydantic's kinds of error expected, in JSON's words."""
+"""The expected types by pydantic's kinds of error, in JSON's words."""
 
 
 def choices(error: ErrorDetails) -> str:

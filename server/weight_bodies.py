@@ -35,7 +35,7 @@ DEFAULT_GROUP = "weight_update_group"
 
 
 class _Update(Body):
-    """What every way to send tensors has in common."""
+    """The fields shared by all routes that write tensors."""
 
     weight_version: Version | None = Field(None, description="The name of the weights after it; counted when omitted")
     flush_cache: bool = Field(True, description="Forget what was derived from the weights of before")
@@ -108,7 +108,7 @@ class FromTensor(
 
 
 class FromBody(_LoraUpdate):
-    """What stands in the query beside a safetensors body."""
+    """The query of a call with a safetensors body."""
 
     target_module: Name = "transformer"
 
@@ -177,7 +177,7 @@ class Checker(Body, json_schema_extra={"example": {"expected_named_tensors_sha25
 
     @property
     def digests(self) -> dict[str, str]:
-        """Of all maps together. Raises ``InvalidRequest`` where two of them differ."""
+        """The union of all maps. Raises ``InvalidRequest`` if two maps differ."""
         given = self.expected_named_tensors_sha256 or self.expected_transformer_sha256 or {}
         found: dict[str, str] = {}
         for name, digest in (pair for one in (given if isinstance(given, list) else [given]) for pair in one.items()):

@@ -73,7 +73,7 @@ class _Routes:
 
 
 def _the_same(operated: Operated) -> Report:
-    """What all replicas say. Raises ``Internal`` that names the one that says something else."""
+    """The digests on which all replicas agree. Raises ``Internal``, which names a replica that differs."""
     first = first_report(operated)
     for number, report in operated.reports.items():
         for module, digest in report.digests.items():

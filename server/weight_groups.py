@@ -73,10 +73,10 @@ class GroupRoutes:
         )
         operated = await self._operations.operate(request, operation)
         ranks = sum(report.ranks for report in operated.reports.values())
-        told = f"{ranks} ranks have joined the group."
+        joined = f"{ranks} ranks have joined the group."
         if body.backend == "nccl":
-            told = f"{ranks} ranks have reached the group's store; over NCCL members meet in the first broadcast."
-        return {**success(told), "ranks": ranks}
+            joined = f"{ranks} ranks have reached the group's store; over NCCL members meet in the first broadcast."
+        return {**success(joined), "ranks": ranks}
 
     async def from_distributed(self, request: Request, body: bodies.FromDistributed) -> dict[str, Any]:
         """A trainer that is refused here may have begun to broadcast: the end of the group tells it."""

@@ -102,7 +102,7 @@ def routes(service: Service) -> APIRouter:
 
 
 def reading_routes(service: Service) -> APIRouter:
-    """Those that change nothing."""
+    """The routes that change nothing."""
     handlers = _Routes(service)
     return routes_of(
         [
@@ -154,7 +154,7 @@ class _Routes:
         return await self._groups.init_group(request, group)
 
     async def start(self, request: Request, body: StartUpdate) -> dict[str, Any]:
-        """What a trainer had begun before and not ended is aborted."""
+        """Abort an update that a trainer began earlier and did not end."""
         if not body.is_checkpoint_format:
             raise InvalidRequest(_CHECKPOINT_NAMES, field="is_checkpoint_format")
         if self._update_id is not None:

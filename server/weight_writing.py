@@ -1,4 +1,4 @@
-"""Updates of weights and adapters that come as tensors, whatever their source, and what is told of them."""
+"""Write weights and adapters that come as tensors from any source, and describe the result."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ UPDATED = (
     "`updated` by module, `applied` and `expected` tensors, `left_out`, `weight_version`, `ranks`, `elapsed_s`, "
     "`invalidated` caches, active `adapters`, and whether they are `serving`"
 )
-"""What an update's reply says."""
+"""The description of an update's reply."""
 
 
 class WeightWriting:
@@ -69,7 +69,7 @@ def updated(operated: Operated, message: str, began: float) -> dict[str, Any]:
 
 
 def _unable(operated: Operated) -> str:
-    """What keeps the new weights from serving."""
+    """The reason why the new weights do not serve yet."""
     if operated.unable is not None:
         return f" The server cannot serve yet: {operated.unable}."
     return " The server is asleep." if operated.asleep else ""

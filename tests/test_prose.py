@@ -20,6 +20,7 @@ PLAIN = (
     "formats",
     "process",
     "rollout",
+    "server",
     "benchmarks",
     "protocol",
     "shapes",

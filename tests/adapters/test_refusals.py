@@ -68,7 +68,7 @@ def spoil(folder: Path, kind: str) -> None:
         ("not a number", "infinite or no numbers"),
         ("wrong shape", "do not fit"),
         ("pickled", "safetensors"),
-        ("header of 10 GB", "no safetensors file"),
+        ("header of 10 GB", "not a safetensors file"),
         ("broken configuration", "adapter_config.json"),
         ("DoRA", "DoRA"),
     ],
