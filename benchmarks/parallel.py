@@ -25,7 +25,7 @@ from diffusers import FluxTransformer2DModel, ModelMixin, WanTransformer3DModel
 
 from safelight.benchmarks.machine import describe
 from safelight.worker.models import family_of
-from safelight.worker.parallel.ranks import Ranks, join, leave
+from safelight.worker.parallel.mesh import join, leave
 from safelight.worker.weights.checkpoint.loader import load_component
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -116,7 +116,8 @@ def run_rank(options: argparse.Namespace) -> dict[str, Any]:
     torch.set_grad_enabled(False)
     torch.set_num_threads(options.threads)
     device = torch.device("cuda", options.rank) if options.full else torch.device("cpu")
-    ranks: Ranks = join(options.rank, options.tp, options.store, device, 600.0)
+    mesh = join(options.rank, {"tp": options.tp}, options.store, device, 600.0)
+    ranks = mesh.tp
     case = cases(options.full)[options.case]
     with OwnMemory() as memory:
         loaded = load_component(
@@ -133,7 +134,7 @@ def run_rank(options: argparse.Namespace) -> dict[str, Any]:
         seconds.append(time.perf_counter() - began)
         sent = ranks.traffic.bytes - sent_before
     least = least_bytes(loaded.module, case.dtype.itemsize)
-    leave(ranks)
+    leave(mesh)
     step = statistics.median(seconds[1:])
     return {"held": held, "loading_peak": memory.grown, "sent": sent, "least": least, "seconds_a_step": step}
 

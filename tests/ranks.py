@@ -4,33 +4,48 @@ from __future__ import annotations
 
 import multiprocessing
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from math import prod
 from typing import Any
 
 import torch
 import torch.multiprocessing as mp
 
-from safelight.worker.parallel.ranks import Ranks, join, leave
+from safelight.worker.parallel.mesh import Mesh, join, leave
 
 TIMEOUT_S = 120.0
 
 
 def on_ranks(size: int, function: Callable[..., None], *arguments: Any) -> None:
-    """Call ``function(ranks, *arguments)`` on every rank; raises what any of them raises.
+    """Call ``function(ranks, *arguments)`` on every rank of a tensor-parallel axis; raises what any of them raises."""
+    on_mesh({"tp": size}, _on_axis, function, arguments)
+
+
+def on_mesh(sizes: Mapping[str, int], function: Callable[..., None], *arguments: Any) -> None:
+    """Call ``function(mesh, *arguments)`` on every rank of a mesh with these axes; raises what any of them raises.
 
     ``function`` must come from a module that was imported as ``safelight.tests.…``, so that the processes find it.
     """
     with tempfile.TemporaryDirectory() as directory:
         multiprocessing.set_forkserver_preload(["safelight.worker.replica"])
         mp.start_processes(
-            _run, (size, f"{directory}/store", function, arguments), nprocs=size, start_method="forkserver"
+            _run,
+            (dict(sizes), f"{directory}/store", function, arguments),
+            nprocs=prod(sizes.values()),
+            start_method="forkserver",
         )
 
 
-def _run(rank: int, size: int, store: str, function: Callable[..., None], arguments: tuple[Any, ...]) -> None:
+def _run(
+    rank: int, sizes: Mapping[str, int], store: str, function: Callable[..., None], arguments: tuple[Any, ...]
+) -> None:
     torch.set_num_threads(1)
     torch.set_grad_enabled(False)
-    ranks: Ranks = join(rank, size, store, torch.device("cpu"), TIMEOUT_S)
-    function(ranks, *arguments)
-    ranks.exchange(b"")  # what was sent last has arrived, before one is gone
-    leave(ranks)
+    mesh = join(rank, sizes, store, torch.device("cpu"), TIMEOUT_S)
+    function(mesh, *arguments)
+    mesh.world.exchange(b"")  # what was sent last has arrived, before one is gone
+    leave(mesh)
+
+
+def _on_axis(mesh: Mesh, function: Callable[..., None], arguments: tuple[Any, ...]) -> None:
+    function(mesh.tp, *arguments)

@@ -25,7 +25,7 @@ from .operations.coordinator import Coordinator
 from .operations.group_orders import GroupOrders
 from .operations.resources import Resources
 from .operations.table import new_coordinator
-from .parallel.ranks import Ranks
+from .parallel.mesh import Mesh
 from .parallel.team import SettleJoin, Turn
 from .weights.snapshot.journal import Journal
 from .weights.transport.groups import Groups
@@ -44,7 +44,7 @@ class Engine:
         child: ChildConfig,
         model: Model,
         self_test: SelfTestResult,
-        ranks: Ranks,
+        mesh: Mesh,
         activity: Activity,
         journal: Journal | None,
         *,
@@ -55,18 +55,18 @@ class Engine:
         config, shared = child.config, Path(child.shared)
         assert child.replica is not None
         global_rank = child.replica * config.tp + child.rank
-        adapters = _new_adapters(model, ranks, config)
+        adapters = _new_adapters(model, mesh, config)
         groups = Groups(global_rank, model.device, ended=wake, receive_s=config.max_update_hold_s)
         self._model = model
         self._send = send
-        self._batcher = _new_batcher(model, self_test, ranks, adapters, activity, config, meet)
+        self._batcher = _new_batcher(model, self_test, mesh, adapters, activity, config, meet)
         self.jobs = Jobs(model, self._batcher, send, wake, is_primary=child.rank == 0, adapters=adapters, shared=shared)
-        self.group_orders = GroupOrders(groups, ranks)
+        self.group_orders = GroupOrders(groups, mesh.world)
         self._operations: Coordinator = new_coordinator(
             Resources(
                 model=model,
                 batcher=self._batcher,
-                ranks=ranks,
+                ranks=mesh.world,
                 global_rank=global_rank,
                 world_size=config.replicas * config.tp,
                 shared=shared,
@@ -118,11 +118,11 @@ class Engine:
             self._send(answer)
 
 
-def _new_adapters(model: Model, ranks: Ranks, config: Config) -> RankAdapters:
+def _new_adapters(model: Model, mesh: Mesh, config: Config) -> RankAdapters:
     return RankAdapters(
         model.pipeline,
         model.layouts,
-        ranks,
+        mesh.world,
         model.device,
         most=config.max_loras,
         most_bytes=config.max_lora_mb * 1_000_000,
@@ -132,7 +132,7 @@ def _new_adapters(model: Model, ranks: Ranks, config: Config) -> RankAdapters:
 def _new_batcher(
     model: Model,
     self_test: SelfTestResult,
-    ranks: Ranks,
+    mesh: Mesh,
     adapters: RankAdapters,
     activity: Activity,
     config: Config,
@@ -147,7 +147,7 @@ def _new_batcher(
         costs=model.costs,
         at_rest=AtRest(modules(model.pipeline)),
         activity=activity,
-        agree=ranks.agree,
+        agree=mesh.agree,
         meet=meet,
     )
     batcher.policy.unmergeable.update(self_test.unmergeable)

@@ -19,12 +19,13 @@ from ..protocol.errors import StartFailed
 from ..protocol.messages import FROM_WORKER, TO_WORKER, FromWorker, ToWorker
 from ..protocol.replicas import ReplicaFailed, ReplicaLoading, ReplicaReady
 from ..protocol.self_test import SelfTestResult
-from .device import find_device, use_device
+from .device import find_device
 from .engine import Engine
 from .heartbeat import HEARTBEAT_S, Activity, Heartbeats
 from .jobs import Jobs
 from .model import Model, load_model
-from .parallel.ranks import RankLost, join, leave
+from .parallel.mesh import join, leave
+from .parallel.ranks import RankLost
 from .parallel.starting import FailedTogether, all_or_none
 from .parallel.team import Diverged, Follower, Leader, Stop, Turn
 from .self_test import SelfTest
@@ -81,32 +82,31 @@ class Replica:
     def _load(self) -> tuple[Model, SelfTestResult]:
         self._report("loading the model")
         device = find_device(self._config, self._number, self._child.rank)
-        use_device(device)  # before anything opens another one
         threads = self._config.threads or max(1, (os.cpu_count() or 1) // (self._config.replicas * self._config.tp))
         torch.set_num_threads(threads)
         # gradient mode is thread state: disabled here, so that leaving a pipeline's no_grad cannot enable it
         torch.set_grad_enabled(False)
-        self._ranks = join(
+        self._mesh = join(
             self._child.rank,
-            self._config.tp,
+            {"tp": self._config.tp},
             f"{self._child.meeting_place}-store",
             device,
             max(self._config.start_timeout_s, self._config.stall_timeout_s),  # one rank may load from a slower disk
         )
-        model = all_or_none(self._ranks, lambda: load_model(self._config, device, self._ranks))
-        if self._journal is not None and (version := self._journal.replay(model.layouts, self._ranks)) is not None:
+        model = all_or_none(self._mesh.world, lambda: load_model(self._config, device, self._mesh.tp))
+        if self._journal is not None and (version := self._journal.replay(model.layouts, self._mesh.world)) is not None:
             model.weight_version = version
         self_test = self._test(model)
-        self._ranks.limit(self._config.stall_timeout_s)
+        self._mesh.limit(self._config.stall_timeout_s)
         return model, self_test
 
     def _test(self, model: Model) -> SelfTestResult:
         """Run the self-test, or apply the result of an earlier start."""
-        test = SelfTest(model, self._config, self._report, self._ranks.agree)
+        test = SelfTest(model, self._config, self._report, self._mesh.agree)
         if (earlier := self._child.self_test) is not None:
             test.apply(earlier)
             return earlier
-        cache = SelfTestCache(model, self._config, self._ranks) if self._config.self_test_cache else None
+        cache = SelfTestCache(model, self._config, self._mesh.world) if self._config.self_test_cache else None
         if cache is not None and (result := cache.read()) is not None:
             try:
                 test.apply(result)
@@ -133,7 +133,7 @@ class Replica:
             self._child,
             model,
             self_test,
-            self._ranks,
+            self._mesh,
             self._activity,
             self._journal,
             meet=team.meet,
@@ -149,7 +149,7 @@ class Replica:
                 team.run(engine.run_step)
         finally:
             engine.close()  # also after a fault: outputs that wait for an encoding thread must not delay the exit
-        leave(self._ranks)
+        leave(self._mesh)
         return self._leave(0)
 
     def _team(self) -> Leader | Follower:

@@ -13,7 +13,7 @@ from diffusers import DiffusionPipeline
 from safelight.protocol.config import Config
 from safelight.worker.model import load_model
 from safelight.worker.models import family_of
-from safelight.worker.parallel.ranks import join, leave
+from safelight.worker.parallel.mesh import join, leave
 from safelight.worker.sample import first_output
 from safelight.worker.sizes import DENOISERS
 
@@ -46,9 +46,9 @@ def made_plainly(pipeline: DiffusionPipeline, arguments: dict[str, Any]) -> torc
 
 def _rank(rank: int, checkpoint: str, arguments: dict[str, Any], directory: str) -> None:
     torch.set_grad_enabled(False)
-    ranks = join(rank, DEGREE, f"{directory}/store", torch.device("cpu"), TIMEOUT_S)
-    model = load_model(Config(model=checkpoint, device="cpu", tp=DEGREE), ranks=ranks)
+    mesh = join(rank, {"tp": DEGREE}, f"{directory}/store", torch.device("cpu"), TIMEOUT_S)
+    model = load_model(Config(model=checkpoint, device="cpu", tp=DEGREE), ranks=mesh.tp)
     found = made_plainly(model.pipeline, arguments)
     if rank == 0:
         torch.save(found, Path(directory) / "found.pt")
-    leave(ranks)
+    leave(mesh)

@@ -10,6 +10,7 @@ import torch
 from safelight.worker.batcher import Batcher
 from safelight.worker.crossing.call import Call, cross
 from safelight.worker.crossing.coroutine import Coroutine
+from safelight.worker.parallel.mesh import Mesh
 from safelight.worker.parallel.ranks import RankLost, Ranks
 
 COMPONENT = "transformer"
@@ -49,18 +50,20 @@ def run(batcher: Batcher) -> None:
         batcher.step()
 
 
-def is_short_of_memory_on_all(ranks: Ranks) -> None:
+def is_short_of_memory_on_all(mesh: Mesh) -> None:
     """All go on with halves, and what they say to each other is the layers' sums alone."""
-    batcher, component = Batcher(max_batch=8, max_tokens=10**6, agree=ranks.agree), Bounded(ranks, 2)
+    ranks = mesh.tp
+    batcher, component = Batcher(max_batch=8, max_tokens=10**6, agree=mesh.agree), Bounded(ranks, 2)
     coroutines = drawn(batcher, component, 8)
     assert [one.result for one in coroutines] == [float(ranks.size * value) for value in range(1, 9)]
     assert component.forwards == [8, 4, 2, 2, 2, 2]
     assert (batcher.policy.caps, ranks.traffic.calls) == ({f"{COMPONENT}.forward": 2}, 4)
 
 
-def is_short_of_memory_on_one(ranks: Ranks, short: int) -> None:
+def is_short_of_memory_on_one(mesh: Mesh, short: int) -> None:
     """The one ends, which ends the others, who wait for it, long before their collective's timeout."""
-    batcher = Batcher(max_batch=8, max_tokens=10**6, agree=ranks.agree)
+    ranks = mesh.tp
+    batcher = Batcher(max_batch=8, max_tokens=10**6, agree=mesh.agree)
     component = Bounded(ranks, 4 if ranks.rank == short else 8)
     with pytest.raises(RankLost) as lost:
         drawn(batcher, component, 8)
@@ -71,9 +74,10 @@ def is_short_of_memory_on_one(ranks: Ranks, short: int) -> None:
     os._exit(0)  # as a replica's rank does, whose connections close by it
 
 
-def fails_in_another_forward(ranks: Ranks) -> None:
+def fails_in_another_forward(mesh: Mesh) -> None:
     """After its last collective, one fails; the other, which has seen nothing of that, fails in its next forward."""
-    batcher = Batcher(max_batch=1, max_tokens=10**6, agree=ranks.agree)
+    ranks = mesh.tp
+    batcher = Batcher(max_batch=1, max_tokens=10**6, agree=mesh.agree)
 
     def forward(x: torch.Tensor) -> torch.Tensor:
         if ranks.rank == int(x[0, 0]):

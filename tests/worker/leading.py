@@ -21,6 +21,7 @@ from safelight.worker.crossing.call import Call, cross
 from safelight.worker.crossing.coroutine import Coroutine
 from safelight.worker.jobs import Jobs
 from safelight.worker.model import load_model
+from safelight.worker.parallel.mesh import Mesh
 from safelight.worker.parallel.ranks import RankLost, Ranks
 from safelight.worker.parallel.team import Diverged, Follower, Leader, Stop, Turn
 
@@ -33,12 +34,13 @@ def team_of(ranks: Ranks, context: Context, meeting_place: str) -> Leader | Foll
     return Follower(context, meeting_place, ranks.rank)
 
 
-def fails_on_the_leader_alone(ranks: Ranks, checkpoint: str, meeting_place: str) -> None:
+def fails_on_the_leader_alone(mesh: Mesh, checkpoint: str, meeting_place: str) -> None:
     """Of a request's first output, while its others are in progress beside another request."""
+    ranks = mesh.tp
     model = load_model(Config(model=str(checkpoint), device="cpu", tp=ranks.size), torch.device("cpu"), ranks)
     sent, context = list[FromWorker](), zmq.Context()
     team = team_of(ranks, context, meeting_place)
-    batcher = Batcher(max_batch=1, max_tokens=10**6, agree=ranks.agree, meet=team.meet)  # so that one ends first
+    batcher = Batcher(max_batch=1, max_tokens=10**6, agree=mesh.agree, meet=team.meet)  # so that one ends first
     served = Jobs(model, batcher, sent.append, is_primary=ranks.rank == 0)
 
     def take(turn: Turn) -> None:
@@ -80,11 +82,12 @@ def _lead(team: Leader, served: Jobs, batcher: Batcher, take: Callable[[Turn], N
     team.tell(Stop())
 
 
-def would_make_another_forward(ranks: Ranks, meeting_place: str) -> None:
+def would_make_another_forward(mesh: Mesh, meeting_place: str) -> None:
     """One call has got lost on rank 1."""
+    ranks = mesh.tp
     context = zmq.Context()
     team, component = team_of(ranks, context, meeting_place), Bounded(ranks, 4)
-    batcher = Batcher(max_batch=1, max_tokens=10**6, agree=ranks.agree, meet=team.meet)
+    batcher = Batcher(max_batch=1, max_tokens=10**6, agree=mesh.agree, meet=team.meet)
     coroutines = []
     for value in range(2):
         call = Call(COMPONENT, "forward", component, (torch.full((1, 1), float(value)),), {})

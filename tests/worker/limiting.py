@@ -10,13 +10,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from safelight.worker.parallel.ranks import RankLost, Ranks
+from safelight.worker.parallel.mesh import Mesh
+from safelight.worker.parallel.ranks import RankLost
 
 
-def gives_up_on_a_silent_rank(ranks: Ranks, ended: Path) -> None:
+def gives_up_on_a_silent_rank(mesh: Mesh, ended: Path) -> None:
     """Rank 1 stays connected, and takes no part in what rank 0 begins."""
+    ranks = mesh.tp
     ranks.exchange(b"")
-    ranks.limit(0.2)
+    mesh.limit(0.2)
     if ranks.rank == 0:
         with pytest.raises(RankLost):
             ranks.exchange(b"")
@@ -26,8 +28,9 @@ def gives_up_on_a_silent_rank(ranks: Ranks, ended: Path) -> None:
     os._exit(0)  # the group is broken
 
 
-def votes_without_the_device(ranks: Ranks) -> None:
+def votes_without_the_device(mesh: Mesh) -> None:
     """A device on which there is no memory at all."""
+    ranks = mesh.world
     full = replace(ranks, device=torch.device("meta"))
     assert full.exchange(b"x" * ranks.rank) == [b"x" * rank for rank in range(ranks.size)]
-    full.agree("it has failed alike")
+    mesh.agree("it has failed alike")

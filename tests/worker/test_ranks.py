@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from safelight.tests.ranks import on_ranks
+from safelight.tests.ranks import on_mesh, on_ranks
 from safelight.tests.tiny import save
 from safelight.tests.worker import failing, leading, swapping
 from safelight.tests.worker.limiting import gives_up_on_a_silent_rank, votes_without_the_device
@@ -27,21 +27,21 @@ def test_what_a_pipeline_writes_to_its_components_ends_with_the_request_on_every
 
 
 def test_a_limit_that_is_set_after_the_start_holds_for_later_collectives(tmp_path: Path) -> None:
-    on_ranks(2, gives_up_on_a_silent_rank, tmp_path / "ended")
+    on_mesh({"tp": 2}, gives_up_on_a_silent_rank, tmp_path / "ended")
 
 
 @pytest.mark.parametrize("size", [2, 3])
 def test_a_forward_that_fails_on_all_ranks_goes_on_in_halves_on_all(size: int) -> None:
-    on_ranks(size, failing.is_short_of_memory_on_all)
+    on_mesh({"tp": size}, failing.is_short_of_memory_on_all)
 
 
 @pytest.mark.parametrize("short", [0, 1])
 def test_a_forward_that_fails_on_one_rank_alone_ends_them_all_before_it_goes_on_in_another_way(short: int) -> None:
-    on_ranks(2, failing.is_short_of_memory_on_one, short)
+    on_mesh({"tp": 2}, failing.is_short_of_memory_on_one, short)
 
 
 def test_ranks_that_fail_in_different_forwards_do_not_take_them_for_one() -> None:
-    on_ranks(2, failing.fails_in_another_forward)
+    on_mesh({"tp": 2}, failing.fails_in_another_forward)
 
 
 @pytest.fixture
@@ -54,12 +54,12 @@ def meeting_place() -> Iterator[str]:
 def test_an_output_that_fails_on_the_leader_alone_costs_its_request_and_no_rank(
     tmp_path: Path, meeting_place: str
 ) -> None:
-    on_ranks(2, leading.fails_on_the_leader_alone, save("flux", tmp_path), meeting_place)
+    on_mesh({"tp": 2}, leading.fails_on_the_leader_alone, save("flux", tmp_path), meeting_place)
 
 
 def test_a_rank_that_would_make_another_forward_ends_before_it(meeting_place: str) -> None:
-    on_ranks(2, leading.would_make_another_forward, meeting_place)
+    on_mesh({"tp": 2}, leading.would_make_another_forward, meeting_place)
 
 
 def test_a_vote_of_the_ranks_needs_no_memory_of_their_devices() -> None:
-    on_ranks(2, votes_without_the_device)
+    on_mesh({"tp": 2}, votes_without_the_device)

@@ -31,7 +31,8 @@ def _run(task: Task) -> int:
 
     from ...protocol.config import Config
     from ..device import find_device
-    from ..parallel.ranks import RankLost, join, leave
+    from ..parallel.mesh import join, leave
+    from ..parallel.ranks import RankLost
     from .verification import verify
 
     gc.freeze()  # so that collections between cases skip the libraries' objects
@@ -39,13 +40,13 @@ def _run(task: Task) -> int:
     torch.set_grad_enabled(False)
     device = find_device(Config(device=task.device, tp=task.tp), 0, task.rank)
     try:
-        ranks = join(task.rank, task.tp, task.meeting_place, device, _TIMEOUT_S)
-        report = verify(task, ranks, device, lambda row: print(row.progress, file=sys.stderr, flush=True))
+        mesh = join(task.rank, {"tp": task.tp}, task.meeting_place, device, _TIMEOUT_S)
+        report = verify(task, mesh.tp, device, lambda row: print(row.progress, file=sys.stderr, flush=True))
     except RankLost:
         return MISSES_ANOTHER
     if task.rank == 0:
         task.report.write_bytes(msgspec.msgpack.encode(report))
-    leave(ranks)
+    leave(mesh)
     return 0
 
 

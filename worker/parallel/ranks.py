@@ -1,20 +1,14 @@
-"""The ranks of a replica, and what they say to each other during a forward."""
+"""Ranks that work together, and what they exchange during a forward."""
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from torch.distributed import FileStore  # type: ignore[attr-defined]  # it is documented, and not in __all__
 from torch.nn import functional
-
-from ..internals.torch import set_collective_timeout
 
 
 class RankLost(BaseException):
@@ -25,13 +19,6 @@ class RankLost(BaseException):
 
 
 CPU = torch.device("cpu")
-
-AGREEMENT_S = 2.0
-"""For how long a rank whose forward has failed waits for the others to say that theirs has too.
-
-They were together at the last collective, so that they come to the same failure within milliseconds; one that is in a
-collective, which waits for this rank, never says it.
-"""
 
 
 @dataclass(slots=True)
@@ -44,14 +31,15 @@ class Traffic:
 
 @dataclass(slots=True, eq=False)
 class Ranks:
-    """This process among the ``size`` ranks of its replica; ``group`` is ``None`` where it is alone."""
+    """This process among the ``size`` ranks along one axis of the mesh, or among all of the replica.
+
+    ``group`` is ``None`` where it is alone.
+    """
 
     rank: int = 0
     size: int = 1
     group: dist.ProcessGroup | None = None
     device: torch.device = CPU
-    failures: dist.ProcessGroup | None = None
-    """Of the same ranks, for :meth:`agree` alone: what a rank says there never meets another's next collective."""
     traffic: Traffic = field(default_factory=Traffic)
 
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -98,28 +86,6 @@ class Ranks:
         gathered = self.gather(padded)
         return [part[:length].numpy().tobytes() for part, length in zip(gathered, lengths, strict=True)]
 
-    def agree(self, failure: str) -> None:
-        """Return when all ranks say that the same ``failure`` has happened to them; others do not call this.
-
-        Raises ``RankLost`` where another rank says something else, or nothing, since it then goes on, or waits in a
-        collective for this one.
-        """
-        if self.failures is None:
-            return
-        said = torch.frombuffer(bytearray(hashlib.sha256(failure.encode()).digest()), dtype=torch.uint8)
-        heard = [torch.empty_like(said) for _ in range(self.size)]
-        try:
-            dist.all_gather(heard, said, group=self.failures)
-        except RuntimeError as error:
-            raise RankLost(f"{failure}, on this rank and not on all others") from error
-        if any(not torch.equal(other, said) for other in heard):
-            raise RankLost(f"{failure}, and something else on another rank")
-
-    def limit(self, timeout_s: float) -> None:
-        """From now on a collective that takes longer than ``timeout_s`` raises; NCCL ends the process."""
-        if self.group is not None:
-            set_collective_timeout(self.group, timeout_s)
-
     def _count(self, tensor: torch.Tensor) -> None:
         self.traffic.calls += 1
         self.traffic.bytes += tensor.nbytes
@@ -134,32 +100,4 @@ def _others_needed() -> Iterator[None]:
 
 
 ALONE = Ranks()
-"""A replica of one rank."""
-
-
-def join(rank: int, size: int, meeting_place: str, device: torch.device, timeout_s: float) -> Ranks:
-    """Meet the other ranks: gloo for tensors on CPUs, and NCCL beside it for those on CUDA devices.
-
-    ``meeting_place`` is a path that no file lies at yet, the same for all ranks of this start. A collective that takes
-    longer than ``timeout_s`` raises, since a rank is then gone or hangs.
-    """
-    if size == 1:
-        return ALONE
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # the ranks of a replica share a machine
-    store = FileStore(meeting_place, size)
-    dist.init_process_group(
-        "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
-        store=store,
-        rank=rank,
-        world_size=size,
-        timeout=timedelta(seconds=timeout_s),
-    )
-    failures = dist.new_group(backend="gloo")
-    set_collective_timeout(failures, AGREEMENT_S)  # not for meeting in it
-    return Ranks(rank, size, dist.group.WORLD, device, failures)
-
-
-def leave(ranks: Ranks) -> None:
-    """End the group's background threads and connections."""
-    if ranks.group is not None:
-        dist.destroy_process_group()
+"""An axis of one rank, or a replica."""
