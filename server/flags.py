@@ -23,8 +23,8 @@ GROUPS: dict[str, tuple[str, ...]] = {
         "max_body_mb", "max_bodies_mb", "body_timeout_s",
     ),
     "replicas": (
-        "replicas", "tp", "fuse_projections", "nursery", "threads", "start_timeout_s", "stall_timeout_s",
-        "forward_timeout_s", "grace_s", "until_stdin_closes",
+        "replicas", "tp", "fuse_projections", "nursery", "self_test_cache", "threads", "start_timeout_s",
+        "stall_timeout_s", "forward_timeout_s", "grace_s", "until_stdin_closes",
     ),
     "batching and queue": (
         "batching", "max_batch", "max_batch_tokens", "prompt_cache_mb", "max_running", "max_queue",

@@ -1,4 +1,4 @@
-"""What is asked wrongly of adapters is told by its name, and nothing has changed."""
+"""Wrong requests about adapters are refused by name, and change nothing."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a call becomes before it is sent."""
+"""Calls are built and checked before they are sent."""
 
 from __future__ import annotations
 

@@ -30,7 +30,7 @@ print(f"2026-01-01 00:00:00 INFO listening on http://127.0.0.1:{server.server_po
 
 @pytest.fixture(autouse=True)
 def _signals_are_as_before() -> Iterator[None]:
-    """Whatever happened within a context."""
+    """An error within a context."""
     before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)]
     yield
     assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)] == before

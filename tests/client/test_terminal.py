@@ -1,4 +1,4 @@
-"""What the terminal shows while a request runs."""
+"""The terminal's output while a request runs."""
 
 from __future__ import annotations
 

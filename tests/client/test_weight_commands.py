@@ -29,7 +29,7 @@ def changed(own: Tensors, tmp_path: Path) -> Path:
 
 
 def told_in_a_sentence(run: Run, status: int) -> bool:
-    """Whether a command failed with ``status`` and one line that says why."""
+    """True if a command failed with ``status`` and one line that says why."""
     return run.returncode == status and run.stdout == "" and len(run.stderr.splitlines()) == 1
 
 

@@ -1,4 +1,4 @@
-"""What each rank of a trainer does, for :mod:`.test_sharded_weights`; its processes find it by its name."""
+"""The program of each rank of a trainer, for :mod:`.test_sharded_weights`; its processes find it by its name."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a rollout's reply holds, on live servers: filters, schedules, noise, versions, and what is refused."""
+"""The contents of a rollout's reply, on live servers: filters, schedules, noise, versions, and what is refused."""
 
 from __future__ import annotations
 
@@ -131,7 +131,7 @@ def test_a_group_encodes_its_prompt_once(server: LiveServer, client: Client) -> 
         return told
 
     def settled() -> dict[str, int]:
-        """What several heartbeats in a row say."""
+        """The contents of several heartbeats in a row."""
         seen = [stats()]
         while len(seen) < 30 or seen[-30:] != [seen[-1]] * 30:
             time.sleep(0.1)

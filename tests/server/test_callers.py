@@ -1,4 +1,4 @@
-"""Who may call: no foreign web page reaches a route, unless its origin is listed; programs go on as before."""
+"""No foreign web page reaches a route, unless its origin is listed; programs go on as before."""
 
 from __future__ import annotations
 

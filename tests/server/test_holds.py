@@ -1,4 +1,4 @@
-"""Whoever asks is told why a ready server starts nothing, and an operator can end that."""
+"""Clients learn why a ready server starts nothing, and an operator can end that."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What holds on every route: ids, the shape of errors, the key, the limit on bodies, the log."""
+"""Properties of every route: ids, the shape of errors, the key, the limit on bodies, the log."""
 
 from __future__ import annotations
 

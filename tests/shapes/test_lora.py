@@ -39,7 +39,7 @@ def latents(tmp_path_factory: pytest.TempPathFactory) -> Latents:
 
 @torch.no_grad()
 def loss(pipeline: FluxPipeline, batch: Batch) -> float:
-    """Of one batch at always the same noise."""
+    """The loss of one batch, always with the same noise."""
     model = TextToVelocity(pipeline.transformer, pipeline.text_encoder, pipeline.text_encoder_2)
     texts = [caption.text for caption in batch.captions]
     ids = tokenize(pipeline.tokenizer, pipeline.tokenizer_2, texts, batch.length)
