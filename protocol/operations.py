@@ -126,11 +126,16 @@ class Leave(msgspec.Struct, tag=True, frozen=True):
 class TakeSnapshot(msgspec.Struct, tag=True, frozen=True):
     """Write a snapshot of ``modules``, for a replica that joined later: whole tensors, in safetensors files.
 
-    ``folder`` is made anew in the server's shared-memory directory.
+    ``folder`` (of :func:`snapshot_folder`) is made anew in the server's shared-memory directory.
     """
 
     modules: list[str]
     folder: str
+
+
+def snapshot_folder(replica: int) -> str:
+    """The folder of every snapshot for ``replica``: each replaces one that was not read."""
+    return f"replica-{replica}"
 
 
 class Save(msgspec.Struct, tag=True, frozen=True, kw_only=True):

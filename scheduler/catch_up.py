@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 
-from ..protocol.operations import Adapt, Operate, Operation, Sleep, TakeSnapshot, Update
+from ..protocol.operations import Adapt, Operate, Operation, Sleep, TakeSnapshot, Update, snapshot_folder
 from ..protocol.reports import Report
 from ..protocol.tensor_sources import Files
 from .barrier_queue import BarrierQueue
@@ -79,8 +79,7 @@ class CatchUp:
             change = self._sync.missing_adapters(replica)
             return None if change is None else (replica, Adapt(change))
         if (donor := self._sync.donor()) is not None:
-            # always the same folder: a snapshot that its target did not live to read is replaced by the next
-            return donor, TakeSnapshot(missing, f"replica-{replica.number}")
+            return donor, TakeSnapshot(missing, snapshot_folder(replica.number))
         if (files := self._sync.files(missing)) is not None:
             return replica, self._update(files)
         return None

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from ..protocol.child_config import ChildConfig
 from ..protocol.errors import StartFailed
+from ..protocol.operations import snapshot_folder
 from ..protocol.replicas import ReplicaExited, Status
 from ..protocol.self_test import read_result
 from .child_process import ChildProcess
@@ -83,9 +84,9 @@ class Supervisor:
             if not was_ready and not self._served:
                 raise StartFailed(problem)
             delay = 0.0 if was_ready else delay
-            # RuntimeError: no thread. The next end of the replica, or the server's, removes them.
+            # RuntimeError: no thread. The next end of the replica, or the server's, removes it.
             with contextlib.suppress(OSError, RuntimeError):
-                await asyncio.to_thread(self._remove_exports, number)
+                await asyncio.to_thread(self._remove_snapshot, number)
             self._link.send(ReplicaExited(number, problem))
             log.error("%s It is started again in %g s.", problem, delay)
             await asyncio.sleep(delay)
@@ -107,11 +108,9 @@ class Supervisor:
             await worker.stop()
             self._workers.discard(worker)
 
-    def _remove_exports(self, number: int) -> None:
-        """Remove snapshots written for a replica that ended before it read them."""
-        shared = self._child.shared
-        for folder in Path(shared).glob(f"replica-{number}-*"):
-            shutil.rmtree(folder, ignore_errors=True)
+    def _remove_snapshot(self, number: int) -> None:
+        """Remove the snapshot for a replica that did not live to read it."""
+        shutil.rmtree(Path(self._child.shared) / snapshot_folder(number), ignore_errors=True)
 
     async def _start_replica(self, number: int, start: int) -> RankProcesses:
         """Raises ``OSError``."""
