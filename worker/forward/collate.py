@@ -45,7 +45,7 @@ class RowParts:
     def uncollate(self, output: Any, parts: Sequence[Batchable], first_alone: Callable[[], Any]) -> list[Any]:
         """Cut the ``output`` of a merged call into what each part's own call would have returned.
 
-        ``first_alone`` runs the first part's call alone; it is called when a list is ambiguous. Raises
+        ``first_alone`` runs the first part's call alone; it is called when a part is ambiguous. Raises
         ``NotDivisible`` when a part of ``output`` does not have one row per row of the call.
         """
         return _Cut(parts, self, first_alone).cut(output, ())
