@@ -26,6 +26,7 @@ PLAIN = (
     "shapes",
     "examples",
     "scheduler",
+    "worker/*.py",
     "worker/accuracy",
     "worker/crossing",
     "worker/forward",
@@ -100,6 +101,9 @@ def _docstrings(tree: ast.Module) -> set[int]:
 
 
 def files(room: str) -> list[Path]:
+    """The files of a page or room, or those of a pattern."""
+    if "*" in room:
+        return sorted(ROOT.glob(room))
     found = ROOT / room
     return [found] if found.is_file() else sorted(f for f in found.rglob("*") if f.suffix in (".py", ".md"))
 

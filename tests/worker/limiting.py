@@ -1,4 +1,4 @@
-"""What every rank does in tests of collectives; in a module that other processes can import."""
+"""Each rank's part in tests of collectives; in a module that other processes can import."""
 
 from __future__ import annotations
 

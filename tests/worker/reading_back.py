@@ -1,4 +1,4 @@
-"""What every rank does in the test that all together hold a checkpoint; in a module that other processes can import."""
+"""Each rank's part in the test that the ranks together hold a checkpoint; other processes can import it."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def planned(checkpoint: Path) -> dict[str, tuple[type[Any], Family]]:
 
 
 def computes_with_its_part(ranks: Ranks, checkpoints: dict[str, Path]) -> None:
-    """What a pipeline is made of is what the layouts speak of, and no whole module beside it."""
+    """The layouts cover every module of the pipeline."""
     for checkpoint in checkpoints.values():
         loaded = load_pipeline(checkpoint, torch.float32, CPU, ranks, fused=False)
         pipeline, layouts = loaded.pipeline, loaded.layouts

@@ -1,4 +1,4 @@
-"""What every rank does with models that a degree does not divide; in a module that other processes can import."""
+"""Each rank's part in tests of models that a degree does not divide; in a module that other processes can import."""
 
 from __future__ import annotations
 

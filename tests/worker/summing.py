@@ -1,4 +1,4 @@
-"""What every rank does in the test of sums in low precision; in a module that other processes can import."""
+"""Each rank's part in the test of sums in low precision; in a module that other processes can import."""
 
 from __future__ import annotations
 

@@ -29,7 +29,7 @@ def run_of(model: Model, asked: Generate) -> SampleRun:
 
 
 def references(checkpoint: Path) -> list[torch.Tensor]:
-    """What plain diffusers draws."""
+    """The picture that plain diffusers draws."""
     model = load_model(Config(model=str(checkpoint), device="cpu"))
     return [first_output(model.pipeline(**run_of(model, asked).arguments())) for asked in requests()]
 

@@ -1,4 +1,4 @@
-"""What ``/model_info`` offers can be asked for, and arrives as the pipeline wants it."""
+"""Every argument that ``/model_info`` offers can be given, and arrives in the pipeline's form."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def drawn(model: Model, *requests: Generate) -> list[SampleRun]:
 
 
 def finished(model: Model, *requests: Generate) -> list[FromWorker]:
-    """What the jobs answer."""
+    """The jobs' answer."""
     sent: list[FromWorker] = []
     batcher = Batcher(max_batch=16, max_tokens=10**6)
     jobs = Jobs(model, batcher, sent.append)

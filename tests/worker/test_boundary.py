@@ -1,4 +1,4 @@
-"""What stands in a component's place is asked by pipelines in all the ways in which they ask the component."""
+"""A boundary answers pipelines in every way in which they query the component."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_walking_through_all_modules_searches_for_the_name_of_none() -> None:
 
 
 class Asking:
-    """What a pipeline is mixed with, which asks for types in every way that names ``type``."""
+    """A mixin of a pipeline that uses ``type`` in every way."""
 
     def told(self, part: Any) -> list[Any]:
         table = {Decoder: "found"}

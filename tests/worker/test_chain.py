@@ -1,4 +1,4 @@
-"""What a call meets on its way to the batcher, and coroutines that wait for several calls at once."""
+"""Interceptors between a call and the batcher, and coroutines that wait for several calls at once."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a pipeline writes to its components during a call is that call's own, whatever it writes and however it ends.
+"""Writes of a pipeline to its components during a call stay in that call, whatever it writes and however it ends.
 
 The truth is the plain pipeline: for who writes, on a copy of its own; for everybody else, untouched.
 """
@@ -400,7 +400,7 @@ class Settings(PushToHubMixin):
 
 
 def test_what_is_written_to_processors_is_the_request_s_own_by_each_of_their_names(pipeline: Writer) -> None:
-    """Also to those that are no components, as diffusers' own, and to those that others hold."""
+    """Including processors that are not components, as diffusers' own, and those inside others."""
     shared = copy.copy(pipeline)
     shared.image_processor, tokenizer = VaeImageProcessor(), Settings()
     shared.processor, shared.tokenizer = Settings(tokenizer), tokenizer

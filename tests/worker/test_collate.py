@@ -28,7 +28,7 @@ def dissected(anatomist: Signatures, *calls: Call) -> list[Batchable]:
 
 
 def split(component: Callable[[torch.Tensor], Any], *rows: torch.Tensor) -> list[Any]:
-    """What each of the calls gets from one forward of ``component``, which is also asked for the first call alone."""
+    """Each call's share of one forward of ``component``, which also runs for the first call alone."""
     parts = dissected(Signatures(), *(call(each) for each in rows))
     return RowParts().uncollate(component(torch.cat(rows)), parts, lambda: component(rows[0]))
 
@@ -215,7 +215,7 @@ def test_a_tensor_in_the_shape_of_what_came_in_needs_no_look_at_a_call_alone() -
 
 
 def alike(one: Any, other: Any) -> bool:
-    """Whether both have the same structure and the same values."""
+    """True if both have the same structure and the same values."""
     leaves, spec = pytree.tree_flatten(one)
     others, other_spec = pytree.tree_flatten(other)
     return spec == other_spec and all(

@@ -1,4 +1,4 @@
-"""What forwards take is known by component and size, also where most of them are merged."""
+"""Durations of forwards are known by component and size, even if most of them are merged."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a request gets that leaves everything out: what diffusers would give it, or what the server says it gives."""
+"""A request that gives nothing gets diffusers' defaults, or those that the server documents."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def test_the_model_says_the_defaults_that_take_effect(name: str, tiny_model: Cal
 def test_the_defaults_said_are_those_that_the_pipeline_is_called_with(
     name: str, tiny_model: Callable[[str], Model]
 ) -> None:
-    """Where it is called with none, the pipeline computes it; dictionaries are left out of what is said."""
+    """The pipeline computes an argument that is ``None``; dictionaries are not documented."""
     model = with_changes(tiny_model(name))
     info = model.info()
     for deterministic in (False, True):

@@ -1,4 +1,4 @@
-"""What a request's own values bring about is told to who sent them; what is the server's fault never is."""
+"""A failure that a request's values cause is explained to the client; one of the server's is not blamed on it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is read off a pipeline: arguments, sizes and defaults."""
+"""Reading a pipeline's arguments, sizes and defaults."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a checkpoint publishes as its defaults is what a request without them gets, and nothing of it is lost."""
+"""A request gets the checkpoint's own defaults for what it leaves out, and none of them is ignored."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ SWAPPING = {"sd15_pag", "sd3_pag"}
 """Pipelines that swap the shared modules' attention processors during a call, which meets nobody else's then."""
 
 JSON_FAMILIES = [name for name, family in FAMILIES.items() if "image" not in family.call]
-"""Those whose calls take no picture, which a request has no field for yet."""
+"""Families whose pipelines take a prompt alone."""
 
 
 def request(name: str, index: int, **changes: Any) -> Generate:
@@ -39,7 +39,7 @@ def request(name: str, index: int, **changes: Any) -> Generate:
 
 
 def plain(model: Model, asked: Generate) -> torch.Tensor:
-    """What the unmodified pipeline returns for the request."""
+    """The unmodified pipeline's output for the request."""
     arguments = SampleRun(model, asked, 0, lambda *_: None, lambda _: None).arguments()
     return first_output(model.task(asked).pipeline(**arguments))
 

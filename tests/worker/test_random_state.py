@@ -1,4 +1,4 @@
-"""Random numbers that nobody gives a generator for are the request's own: by its seed, and whoever runs beside it.
+"""Random numbers drawn without a generator depend on the request's seed alone, not on concurrent requests.
 
 The truth is plain diffusers after ``torch.manual_seed(seed)``.
 """

@@ -1,4 +1,4 @@
-"""What ranks say to each other, and what each does by itself and all must do alike."""
+"""Messages between ranks, and steps that every rank must take alike."""
 
 from __future__ import annotations
 

@@ -35,7 +35,7 @@ class Bounded:
 
 
 def drawn(component: Bounded, value: int, steps: int) -> Coroutine:
-    """As a pipeline does, it keeps numbers and lets go of each answer."""
+    """Like a pipeline, it keeps numbers and drops each answer."""
 
     def body() -> list[float]:
         rows = (torch.full((1, ROW), float(value)) for _ in range(steps))
@@ -83,7 +83,7 @@ def test_a_cap_rises_again_when_memory_is_back() -> None:
 
 @pytest.mark.parametrize("number", [1, 3])
 def test_a_broken_device_is_no_request_s_fault(number: int) -> None:
-    """Whatever this process asks of it fails from now on: the error ends the process's loop."""
+    """Every later use of the device fails in this process: the error ends the process's loop."""
 
     def broken(_: torch.Tensor) -> torch.Tensor:
         raise torch.AcceleratorError("device-side assert triggered")

@@ -1,4 +1,4 @@
-"""What a degree does not divide of a text encoder is whole on every rank, and the rest is divided all the same."""
+"""Parts of a text encoder that the degree does not divide are replicated, and the rest is sharded."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a model does with a prompt and with an image is decided apart: neither takes from the other what it can do."""
+"""The text and the image task are tested separately: neither restricts the other."""
 
 from __future__ import annotations
 

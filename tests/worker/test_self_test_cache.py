@@ -1,4 +1,4 @@
-"""What is kept of a self-test, and for whom."""
+"""The self-test cache: which results it keeps, and for which starts."""
 
 from __future__ import annotations
 

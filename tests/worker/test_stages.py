@@ -1,4 +1,4 @@
-"""What stands around a component's call sees every forward, and each of them once."""
+"""Every stage around a component's call sees each forward once."""
 
 from __future__ import annotations
 

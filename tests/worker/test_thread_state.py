@@ -1,4 +1,4 @@
-"""What a pipeline sets in torch around a call reaches that call, and no other request, however the request ends."""
+"""torch settings that a pipeline makes around a call affect that call alone, however the request ends."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ CONTEXTS: dict[str, Callable[[], AbstractContextManager[Any]]] = {
 
 
 def component(x: torch.Tensor) -> tuple[Any, ...]:
-    """What a component can see of its surroundings."""
+    """torch's settings as a component sees them."""
     product = torch.mm(x, x.T)
     fresh = torch.ones(1)
     kernels = torch.backends.cuda.flash_sdp_enabled()
@@ -102,7 +102,7 @@ def drain(batcher: Batcher) -> None:
 
 
 def plainly(context: Callable[[], AbstractContextManager[Any]]) -> list[Any]:
-    """What the component sees without a batcher."""
+    """The component's view without a batcher."""
     outside = component(ONES)
     with context():
         inside = component(ONES)

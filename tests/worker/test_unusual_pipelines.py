@@ -73,7 +73,7 @@ def test_a_picture_is_given_as_the_control_image_where_there_is_no_other_argumen
 
 
 def test_a_pipeline_that_takes_no_sides_is_tried_with_larger_images_too(tested: Callable[[str], Model]) -> None:
-    """Of 32 pixels aMUSEd's mask would have none, as diffusers halves it three times and then rounds to 8."""
+    """aMUSEd's mask of 32 pixels would be empty, as diffusers halves it three times and then rounds to 8."""
     model = tested("AmusedInpaintPipeline")
     assert model.image is not None, model.no_image
     assert model.image.tried_size == {"width": 64, "height": 64}

@@ -1,4 +1,4 @@
-"""What every rank does with the tiny families; in a module that other processes can import."""
+"""Each rank's part in the tests of tiny families; in a module that other processes can import."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ Found = dict[str, list[Row]]
 
 
 def cases(tp: int) -> list[tuple[bool, DType]]:
-    """Whether projections are fused, and the dtype, of each comparison over ``tp`` ranks.
+    """The fusing of projections, and the dtype, of each comparison over ``tp`` ranks.
 
     How parts are laid out does not depend on the dtype, so that not every run has all pairs.
     """

@@ -1,4 +1,4 @@
-"""One component beside its library's: what is wrong is said, and nothing of it stays."""
+"""Comparing a component with its library's reports every fault, and leaves nothing behind."""
 
 from __future__ import annotations
 
