@@ -93,7 +93,7 @@ def _key(model: Model, config: Config) -> str:
 
 
 def _software() -> Iterator[str]:
-    """The installed packages, of which pipelines import some late, and digests of our sources, which developers change.
+    """The installed packages (pipelines import some late), and digests of our sources, which developers change.
 
     Packages are known by the names of their directories, as the metadata in one may be damaged.
     """
