@@ -28,13 +28,17 @@ class TaskResult(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class SelfTestResult(msgspec.Struct, frozen=True, kw_only=True):
-    """The hub's mode, the calls that must run alone and why, and the tasks that the model does."""
+    """The batcher's mode, the calls that must run alone and why, and the tasks that the model does.
+
+    ``incomplete``: a task did not run, perhaps for want of memory.
+    """
 
     mode: BatchingMode
     unmergeable: dict[str, str]
     text: TaskResult | None
     image: TaskResult | None
     no_image: str
+    incomplete: bool = False
 
     def write(self, directory: Path) -> None:
         """Leave it in the server's ``directory``, whole or not at all. Raises ``OSError``."""

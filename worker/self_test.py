@@ -40,6 +40,7 @@ class SelfTest:
         self._report = report
         self._agree = agree
         self._no_text = ""
+        self._incomplete = False
 
     def run(self) -> SelfTestResult:
         """Test both tasks. Raises ``StartFailed`` when the pipeline runs neither."""
@@ -63,6 +64,7 @@ class SelfTest:
             text=_task_result(model.text),
             image=_task_result(model.image),
             no_image=model.no_image,
+            incomplete=self._incomplete,
         )
 
     def apply(self, result: SelfTestResult) -> None:
@@ -97,9 +99,12 @@ class SelfTest:
         assert self._model.text is not None
         try:
             if needs_image(type(self._model.pipeline)):
-                raise DoesNotRun("it needs an image")
+                self._no_text = "it needs an image"
+                self._model.text = None
+                return None
             decision = self._new_probe(images=False).probe()
         except DoesNotRun as error:
+            self._incomplete = True
             self._no_text = str(error)
             self._model.text = None
             return None
@@ -114,6 +119,7 @@ class SelfTest:
             except IncompatibleComponents as error:
                 self._model.no_image = str(error)
             except DoesNotRun as error:
+                self._incomplete = True
                 self._model.no_image = f"{cls.__name__} does not run on its components ({error})"
                 self._model.image = None
             log.info("%s", self._model.no_image)

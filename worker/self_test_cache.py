@@ -25,6 +25,9 @@ log = logging.getLogger(__name__)
 _OWN_PACKAGES = ("worker", "protocol", "formats")
 """The packages of this project that a self-test runs."""
 
+_VARIABLES = ("DIFFUSERS_", "TORCH_", "PYTORCH_", "TRANSFORMERS_", "CUBLAS_", "MKL_")
+"""How the environment variables begin by which the libraries choose other kernels."""
+
 _OPTIONS = ("batching", "max_batch", "max_batch_tokens", "tp", "fuse_projections", "variant")
 """Options that the result depends on, besides the model's files, dtype and device."""
 
@@ -37,8 +40,12 @@ class SelfTestCache:
     """
 
     def __init__(self, model: Model, config: Config, ranks: Ranks) -> None:
-        self._file = _directory() / f"{_key(model, config)}.json"
         self._ranks = ranks
+        self._file: Path | None = None
+        try:
+            self._file = _directory() / f"{_key(model, config)}.json"
+        except (OSError, RuntimeError) as error:  # files that just went, or a user without a home
+            log.info("the self-test's result is neither looked for nor saved: %s", error)
 
     def read(self) -> SelfTestResult | None:
         """The cached result; ``None`` if there is none or it cannot be read."""
@@ -51,7 +58,7 @@ class SelfTestCache:
     def write(self, result: SelfTestResult) -> None:
         """Write the file atomically, on one rank. An unwritable directory is logged and otherwise ignored."""
         tasks = [task for task in (result.text, result.image) if task is not None]
-        if any(task.batching.mode != "merged" for task in tasks):
+        if self._file is None or result.incomplete or any(task.batching.mode != "merged" for task in tasks):
             return
         new = self._file.with_suffix(f".{secrets.token_hex(8)}")
         try:
@@ -65,10 +72,13 @@ class SelfTestCache:
 
     def remove(self) -> None:
         """Delete a result that proved to be wrong."""
-        with contextlib.suppress(OSError):
-            self._file.unlink()
+        if self._file is not None:
+            with contextlib.suppress(OSError):
+                self._file.unlink()
 
     def _read_file(self) -> bytes:
+        if self._file is None:
+            return b""
         try:
             content = self._file.read_bytes()
             msgspec.json.decode(content, type=SelfTestResult)
@@ -98,6 +108,7 @@ def _software() -> Iterator[str]:
     Packages are known by the names of their directories, as the metadata in one may be damaged.
     """
     yield f"python={platform.python_version()}"
+    yield from sorted(f"{name}={value}" for name, value in os.environ.items() if name.startswith(_VARIABLES))
     yield from sorted({package.name for place in sys.path for package in Path(place).glob("*.dist-info")})
     root = Path(__file__).parent.parent
     for source in sorted(source for package in _OWN_PACKAGES for source in (root / package).rglob("*.py")):

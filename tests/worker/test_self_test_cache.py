@@ -89,6 +89,11 @@ def test_a_package_that_was_installed_since_is_tested_with(
     assert cache(model).read() is None
 
 
+def test_a_result_without_a_task_that_did_not_run_is_not_kept(model: Model, directory: Path) -> None:
+    cache(model).write(msgspec.structs.replace(MERGED, incomplete=True))
+    assert not directory.exists()
+
+
 def test_what_cannot_be_read_or_does_not_hold_is_found_out_anew(model: Model, directory: Path) -> None:
     kept = cache(model)
     kept.write(MERGED)

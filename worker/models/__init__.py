@@ -14,6 +14,7 @@ from collections.abc import Mapping
 
 from torch import nn
 
+from ..internals.lookup import MissingInternal
 from ..parallel.plan import Family
 
 log = logging.getLogger(__name__)
@@ -31,6 +32,6 @@ def families() -> Mapping[str, Family]:
     for module in pkgutil.iter_modules(__path__):
         try:
             found |= getattr(importlib.import_module(f"{__name__}.{module.name}"), "FAMILIES", {})
-        except ImportError as error:
+        except MissingInternal as error:
             log.warning("the tensor-parallel plan of %s cannot be used: %s", module.name, error)
     return found
