@@ -130,7 +130,7 @@ def test_another_program_at_the_address_is_not_taken_for_a_healthy_server() -> N
     with (
         PlayedServer(Reply(200, (b"<html>",))) as server,
         Client(server.url) as client,
-        pytest.raises(Internal, match="does not speak"),
+        pytest.raises(Internal, match="is not that of a Safelight server"),
     ):
         client.health()
 
