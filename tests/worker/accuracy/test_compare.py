@@ -92,7 +92,7 @@ def test_outputs_of_another_shape_are_a_fault_and_no_crash(flux: Path) -> None:
     with altered(lambda module: setattr(module.decoder, "conv_act", nn.AvgPool2d(2))):
         found = {row.call: row for row in vae_rows(flux)}
     assert found["vae.decode"].status == "failed"
-    assert "beside (1, 3," in found["vae.decode"].note
+    assert "instead of (1, 3," in found["vae.decode"].note
 
 
 def test_a_component_that_no_call_reaches_does_not_pass(flux: Path) -> None:
