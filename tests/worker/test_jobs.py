@@ -187,5 +187,5 @@ def test_a_rollouts_step_has_the_version_of_its_own_forwards_or_none_where_they_
     assert forwards == ["0", "0", "0", "new", "new", "new"]
     rolled_out = result.outputs[0].rolled_out
     assert rolled_out is not None
-    assert rolled_out.told["step_weight_versions"] == ["0", None, "new"]
+    assert rolled_out.reply["step_weight_versions"] == ["0", None, "new"]
     assert result.weight_versions == ["0", "new"]
