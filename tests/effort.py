@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
+from typing import TypeVar
+
+T = TypeVar("T")
 
 NIGHTLY = os.environ.get("TEST_EFFORT") == "nightly"
 
@@ -10,6 +14,11 @@ NIGHTLY = os.environ.get("TEST_EFFORT") == "nightly"
 def examples(each_run: int, nightly: int) -> int:
     """Random examples that a test tries."""
     return nightly if NIGHTLY else each_run
+
+
+def chosen(*each_run: T, nightly: Sequence[T] = ()) -> list[T]:
+    """Parameters of a test: some in each run, and further ones of their kind every night."""
+    return [*each_run, *(nightly if NIGHTLY else ())]
 
 
 def scaled(whole: int, least: int = 1) -> int:

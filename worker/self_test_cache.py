@@ -26,7 +26,7 @@ _OWN_PACKAGES = ("worker", "protocol", "formats")
 """The packages of this project that a self-test runs."""
 
 _VARIABLES = ("DIFFUSERS_", "TORCH_", "PYTORCH_", "TRANSFORMERS_", "CUBLAS_", "MKL_")
-"""How the environment variables begin by which the libraries choose other kernels."""
+"""Prefixes of the environment variables with which libraries choose other kernels."""
 
 _OPTIONS = ("batching", "max_batch", "max_batch_tokens", "tp", "fuse_projections", "variant")
 """Options that the result depends on, besides the model's files, dtype and device."""

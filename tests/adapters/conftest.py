@@ -13,6 +13,7 @@ import torch
 
 from safelight.protocol.config import Config
 from safelight.protocol.generation import Generate, Sample
+from safelight.tests.effort import chosen
 from safelight.tests.live import LiveServer
 from safelight.tests.tiny import save
 from safelight.tests.updates.trainer import DRAWING, Trainer
@@ -83,7 +84,7 @@ def divided(serve: Serve) -> Iterator[Trainer]:
         yield trainer
 
 
-@pytest.fixture(params=["alone", "divided"])
+@pytest.fixture(params=chosen("alone", nightly=["divided"]))
 def server(request: pytest.FixtureRequest) -> Iterator[Trainer]:
     """Either of the two; adapters that a test leaves are unloaded."""
     found: Trainer = request.getfixturevalue(request.param)

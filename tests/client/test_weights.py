@@ -347,5 +347,5 @@ def test_a_server_elsewhere_is_sent_to_over_http(tmp_path: Path) -> None:
     elsewhere = Server(tmp_path / "not-here", frozenset(), 1)
     with open_transport(elsewhere, None) as route:
         assert isinstance(route, Http)
-    with pytest.raises(InvalidRequest, match="send over http"), open_transport(elsewhere, "shared"):
+    with pytest.raises(InvalidRequest, match="use route http"), open_transport(elsewhere, "shared"):
         pass

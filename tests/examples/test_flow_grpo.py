@@ -20,6 +20,7 @@ from PIL import Image
 
 from safelight.client import Client
 from safelight.examples.flow_grpo.policy import Policy
+from safelight.tests.effort import NIGHTLY
 from safelight.tests.forked import Forked, run
 from safelight.tests.live import LiveServer
 
@@ -80,6 +81,7 @@ def test_pushes_change_the_pictures_and_versions_march_on(url: str, tmp_path: Pa
         assert curve.format == "PNG"
 
 
+@pytest.mark.skipif(not NIGHTLY, reason="trains for a minute; the nightly set has it")
 def test_an_adapter_is_learned_instead(url: str, tmp_path: Path) -> None:
     with Client(url) as client:
         log = train(tmp_path, "--server", url, "--iterations", "2", "--lora", "4", "--lr", "1e-3")
@@ -95,6 +97,7 @@ def test_an_adapter_is_learned_instead(url: str, tmp_path: Path) -> None:
     assert "is of a run with --lora 4" in other.stderr
 
 
+@pytest.mark.skipif(not NIGHTLY, reason="trains for a minute; the nightly set has it")
 def test_it_is_stopped_by_ctrl_c_and_goes_on_from_there(tmp_path: Path) -> None:
     """Here it starts a server of its own, which ends with it."""
     trainer = Forked(EXAMPLE, [*SMALL.split(), "--out", tmp_path], stdout=subprocess.PIPE)

@@ -15,13 +15,16 @@ import pytest
 
 from safelight.client.private_server import SERVER_PROGRAM
 from safelight.formats.model_names import resolve_model
+from safelight.tests.effort import chosen
 from safelight.tests.live import LiveServer
 from safelight.tests.serving import Servers
 
 from .asking import ask, ask_together, body, load_plain, metric, picture, plain
 
-FAMILIES = ("flux", "flux2", "sd3", "qwenimage", "zimage", "wan", "wan22", "ltx", "hunyuan_video", "hunyuan_video15")
-FOUR_RANKS = ("flux", "zimage", "wan")
+FAMILIES = chosen(
+    "flux", "sd3", "zimage", "wan22", nightly=["flux2", "qwenimage", "wan", "ltx", "hunyuan_video", "hunyuan_video15"]
+)
+FOUR_RANKS = chosen("flux", nightly=["zimage", "wan"])
 """Four processes a server; the components of every family, divided by four and fused, are compared elsewhere."""
 TOLERANCE = 1e-4
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from safelight.tests.effort import chosen
 from safelight.tests.live import LiveServer
 from safelight.tests.tiny import save
 
@@ -62,8 +63,8 @@ def divided(_divided: Trainer) -> Trainer:
     return _divided
 
 
-@pytest.fixture(scope="module", params=["alone", "divided"])
+@pytest.fixture(scope="module", params=chosen("divided", nightly=["alone"]))
 def trainer(request: pytest.FixtureRequest) -> Trainer:
-    """Either of the two."""
+    """Either of the two; what holds on ranks and replicas holds on one."""
     found: Trainer = request.getfixturevalue(request.param)
     return found

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from safelight.client.checksum import checksum
+from safelight.tests.effort import chosen
 from safelight.tests.live import LiveServer
 from safelight.tests.tiny import save
 from safelight.worker.weights.snapshot.digests import raw_bytes
@@ -35,7 +36,7 @@ def quarters(serve: Serve) -> Iterator[Trainer]:
         yield trainer
 
 
-@pytest.fixture(params=["alone", "divided", "quarters"])
+@pytest.fixture(params=chosen("divided", nightly=["alone", "quarters"]))
 def any_degree(request: pytest.FixtureRequest) -> Trainer:
     found: Trainer = request.getfixturevalue(request.param)
     return found
