@@ -100,7 +100,8 @@ async def test_no_page_of_another_origin_changes_or_reads_the_server(host: str, 
     async with stage() as played:
         found = await attack(played.url, host, tmp_path)
         assert [found["json"], found["read"]] == ["blocked", "blocked"]
-        assert [*map(type, played.scheduler.received)] == [Cancel], "nothing but the link's own hello"
+        hellos = {Cancel("")}  # the link's own, as often as a busy machine has it ask again
+        assert {*played.scheduler.received} == hellos, "nothing of the page's"
         reply = await played.client.post("/generate", content=b'{"prompt": "a"}')
         assert reply.status_code == 200, "and programs are served as before"
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
@@ -30,42 +32,43 @@ def checkpoints(tiny: Path) -> list[Path]:
 
 
 @pytest.fixture(scope="module")
-def found(request: pytest.FixtureRequest, checkpoints: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Found:
-    """The rows of a degree, the fixture's parameter."""
-    tp: int = request.param
-    result = tmp_path_factory.mktemp("rows") / str(tp)
-    on_ranks(tp, families.verify_families, checkpoints, result)
-    return msgspec.msgpack.decode(result.read_bytes(), type=Found)
+def find(checkpoints: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Found]:
+    """The rows of a degree, which are made once: a parametrized fixture would be made again for each of its cases."""
+
+    @functools.cache
+    def rows_of(tp: int) -> Found:
+        result = tmp_path_factory.mktemp("rows") / str(tp)
+        on_ranks(tp, families.verify_families, checkpoints, result)
+        return msgspec.msgpack.decode(result.read_bytes(), type=Found)
+
+    return rows_of
 
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize(
-    ("found", "fused", "dtype"),
+    ("tp", "fused", "dtype"),
     [
         pytest.param(tp, fused, dtype, id=f"{tp}-{'fused' if fused else 'apart'}-{dtype}")
         for tp in (1, 2, 4)
         for fused, dtype in families.cases(tp)
     ],
-    indirect=["found"],
 )
 def test_a_component_that_the_runtime_computes_otherwise_is_noticed(
-    found: Found, name: str, fused: bool, dtype: str, checkpoints: list[Path]
+    find: Callable[[int], Found], name: str, tp: int, fused: bool, dtype: str, checkpoints: list[Path]
 ) -> None:
-    rows = found[families.key(name, fused, dtype)]
+    rows = find(tp)[families.key(name, fused, dtype)]
     assert {row.component for row in rows} >= set(families.planned(checkpoints[NAMES.index(name)]))
     assert [row.progress for row in rows if row.status != "passed"] == []
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name != "qwenimage_edit"])
-@pytest.mark.parametrize("found", [1], indirect=True)
-def test_no_vae_is_compared_in_one_direction_only(name: str, found: Found) -> None:
-    calls = {row.call for row in found[families.key(name, False, "float32")]}
+def test_no_vae_is_compared_in_one_direction_only(name: str, find: Callable[[int], Found]) -> None:
+    calls = {row.call for row in find(1)[families.key(name, False, "float32")]}
     assert {"vae.encode", "vae.decode"} <= calls
 
 
-@pytest.mark.parametrize("found", [2], indirect=True)
-def test_a_second_transformer_is_not_left_out(found: Found) -> None:
-    calls = {row.call for row in found[families.key("wan22", False, "float32")]}
+def test_a_second_transformer_is_not_left_out(find: Callable[[int], Found]) -> None:
+    calls = {row.call for row in find(2)[families.key("wan22", False, "float32")]}
     assert {"transformer", "transformer_2"} <= calls
 
 
