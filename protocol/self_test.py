@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import secrets
 from pathlib import Path
 from typing import Literal
 
@@ -9,7 +11,8 @@ import msgspec
 
 from .replicas import Batching, BatchingMode
 
-_FILE = "self-test.json"
+RESULT_FILE = "self-test.json"
+"""The result of a running server, in its own directory."""
 
 
 class TaskResult(msgspec.Struct, frozen=True, kw_only=True):
@@ -40,14 +43,19 @@ class SelfTestResult(msgspec.Struct, frozen=True, kw_only=True):
     no_image: str
     incomplete: bool = False
 
-    def write(self, directory: Path) -> None:
-        """Leave it in the server's ``directory``, whole or not at all. Raises ``OSError``."""
-        beside = directory / f"{_FILE}.new"
-        beside.write_bytes(msgspec.json.encode(self))
-        beside.replace(directory / _FILE)
+    def write(self, file: Path) -> None:
+        """Write ``file``, whole or not at all. Raises ``OSError``."""
+        new = file.with_suffix(f".{secrets.token_hex(8)}")
+        try:
+            new.write_bytes(msgspec.json.encode(self))
+            new.replace(file)
+        except OSError:
+            with contextlib.suppress(OSError):
+                new.unlink()  # written in part, on a full disk
+            raise
 
 
 def read_result(directory: Path) -> SelfTestResult | None:
     """The result of the server's first replica that was ready; ``None`` before there was one. Raises ``OSError``."""
-    file = directory / _FILE
+    file = directory / RESULT_FILE
     return msgspec.json.decode(file.read_bytes(), type=SelfTestResult) if file.exists() else None

@@ -18,7 +18,7 @@ from ..protocol.child_config import ChildConfig
 from ..protocol.errors import StartFailed
 from ..protocol.messages import FROM_WORKER, TO_WORKER, FromWorker, ToWorker
 from ..protocol.replicas import ReplicaFailed, ReplicaLoading, ReplicaReady
-from ..protocol.self_test import SelfTestResult
+from ..protocol.self_test import RESULT_FILE, SelfTestResult
 from .device import find_device
 from .engine import Engine
 from .heartbeat import HEARTBEAT_S, Activity, Heartbeats
@@ -121,7 +121,7 @@ class Replica:
 
     def _keep(self, result: SelfTestResult, cache: SelfTestCache | None) -> None:
         try:
-            result.write(Path(self._child.directory))
+            result.write(Path(self._child.directory) / RESULT_FILE)
         except OSError as error:
             log.warning("the self-test runs again at each start, because its result cannot be saved: %s", error)
         if cache is not None:

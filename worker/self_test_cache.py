@@ -7,7 +7,6 @@ import hashlib
 import logging
 import os
 import platform
-import secrets
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -60,15 +59,11 @@ class SelfTestCache:
         tasks = [task for task in (result.text, result.image) if task is not None]
         if self._file is None or result.incomplete or any(task.batching.mode != "merged" for task in tasks):
             return
-        new = self._file.with_suffix(f".{secrets.token_hex(8)}")
         try:
             self._file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            new.write_bytes(msgspec.json.encode(result))
-            new.replace(self._file)
+            result.write(self._file)
         except OSError as error:
             log.info("the self-test's result cannot be saved for later starts: %s", error)
-            with contextlib.suppress(OSError):
-                new.unlink()  # written in part, on a full disk
 
     def remove(self) -> None:
         """Delete a result that proved to be wrong."""
