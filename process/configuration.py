@@ -31,6 +31,8 @@ class Option(msgspec.Struct, frozen=True):
     annotation: Any
     default: Any
     description: str
+    group: str
+    """Where ``--help`` shows it."""
 
     @property
     def flag(self) -> str:
@@ -46,7 +48,7 @@ def options() -> list[Option]:
     found = []
     for field in msgspec.structs.fields(Config):
         base, meta = field.type.__origin__, field.type.__metadata__[0]
-        found.append(Option(field.name, base, field.default, meta.description))
+        found.append(Option(field.name, base, field.default, meta.description, meta.extra["group"]))
     return found
 
 

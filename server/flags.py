@@ -15,33 +15,6 @@ from ..protocol.errors import StartFailed
 from .api_key import with_key
 from .callers import Callers
 
-GROUPS: dict[str, tuple[str, ...]] = {
-    "model": ("model", "base_pipeline", "variant", "revision", "served_model_name", "device", "dtype"),
-    "HTTP": (
-        "host", "port", "api_key", "api_key_file", "insecure", "admin", "allowed_hosts", "cors_origins",
-        "max_connections",
-        "max_body_mb", "max_bodies_mb", "body_timeout_s",
-    ),
-    "replicas": (
-        "replicas", "tp", "fuse_projections", "nursery", "self_test_cache", "threads", "start_timeout_s",
-        "stall_timeout_s", "forward_timeout_s", "grace_s", "until_stdin_closes",
-    ),
-    "batching and queue": (
-        "batching", "max_batch", "max_batch_tokens", "prompt_cache_mb", "max_running", "max_queue",
-        "max_queue_mb", "max_operations", "max_unread_mb", "max_forward_s", "request_timeout_s",
-    ),
-    "weights": (
-        "weights_roots", "weights_journal", "undo_mb", "undo_spill", "allow_model_source", "pickle_payloads",
-        "max_update_mb", "max_update_hold_s",
-    ),
-    "adapters": ("lora", "lora_mode", "max_loras", "max_lora_mb"),
-    "what one request may ask for": (
-        "max_outputs", "max_steps", "max_pixels", "max_frames", "max_prompt_chars",
-    ),
-    "log": ("log_level", "log_format"),
-}  # fmt: skip
-"""Where ``--help`` shows each option; one that is not named here is shown under "other"."""
-
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
@@ -76,15 +49,11 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("MODEL", nargs="?", help="the same as --model")
     parser.add_argument("--config", type=Path, metavar="FILE", help="a TOML file with options")
-    remaining = {option.name: option for option in options()}
-    for title, names in GROUPS.items():
-        group = parser.add_argument_group(title)
-        for name in names:
-            _add_flag(group, remaining.pop(name))
-    if remaining:
-        group = parser.add_argument_group("other")
-        for option in remaining.values():
-            _add_flag(group, option)
+    groups: dict[str, argparse._ArgumentGroup] = {}
+    for option in options():
+        if option.group not in groups:
+            groups[option.group] = parser.add_argument_group(option.group)
+        _add_flag(groups[option.group], option)
     return parser
 
 
