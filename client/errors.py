@@ -12,29 +12,15 @@ import httpx
 import msgspec
 
 from ..protocol.errors import (
-    BodyTooLarge,
-    Conflict,
+    BY_STATUS,
     DeadlinePassed,
     ErrorInfo,
-    Forbidden,
     Internal,
     InvalidRequest,
-    Malformed,
-    NotFound,
-    QueueFull,
     SafelightError,
-    Unauthorized,
     Unavailable,
     from_info,
 )
-
-_BY_STATUS: dict[int, type[SafelightError]] = {
-    cls.status: cls
-    for cls in (
-        InvalidRequest, Unauthorized, Forbidden, NotFound, Conflict, BodyTooLarge, Malformed, QueueFull, Unavailable,
-        DeadlinePassed,
-    )
-}  # fmt: skip
 
 
 class Unreachable(Unavailable):
@@ -166,7 +152,7 @@ def decode(content: bytes | str, kind: Any, url: str) -> Any:  # Any: msgspec ta
 
 
 def _of_status(status: int) -> type[SafelightError]:
-    return _BY_STATUS.get(status, Internal)
+    return BY_STATUS.get(status, Internal)
 
 
 def _read(content: bytes) -> _Envelope | None:

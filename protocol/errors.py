@@ -115,13 +115,13 @@ class StartFailed(SafelightError):
     code, status = "start_failed", 500
 
 
-_BY_CODE: dict[str, type[SafelightError]] = {
-    cls.code: cls
-    for cls in (
-        InvalidRequest, Unauthorized, Forbidden, NotFound, Conflict, BodyTooLarge, Malformed, QueueFull, ClientGone,
-        Internal, Unavailable, DeadlinePassed, StartFailed,
-    )
-}  # fmt: skip
+_ERRORS = SafelightError.__subclasses__()
+"""Every error of the contract; subclasses that other modules make are not among them."""
+
+BY_STATUS = {cls.status: cls for cls in reversed(_ERRORS)}
+"""The errors by status; of several, the first."""
+
+_BY_CODE = {cls.code: cls for cls in _ERRORS}
 
 
 def from_info(info: ErrorInfo) -> SafelightError:

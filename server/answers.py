@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from ..protocol import errors
+from ..protocol.errors import BY_STATUS
 from .validation import Body
 
 Answers = dict[int | str, dict[str, Any]]
@@ -46,15 +46,6 @@ class Done(BaseModel):
     message: str
 
 
-_ERRORS = {
-    one.status: one
-    for one in (
-        errors.InvalidRequest, errors.Unauthorized, errors.Forbidden, errors.NotFound, errors.Conflict,
-        errors.BodyTooLarge, errors.Malformed, errors.QueueFull, errors.Internal, errors.Unavailable,
-        errors.DeadlinePassed,
-    )
-}  # fmt: skip
-
 READING = (401, 403, 500)
 """The errors that every route may have: it needs a key, its caller is a foreign page, or the server is at fault."""
 
@@ -74,7 +65,7 @@ def answers(
     """``answer`` of the type ``reply``, and the errors ``statuses``."""
     found: Answers = {200: {"description": answer} | ({} if reply is None else {"model": reply})}
     for status in sorted(statuses):
-        said = (_ERRORS[status].__doc__ or "").partition("\n")[0]
+        said = (BY_STATUS[status].__doc__ or "").partition("\n")[0]
         found[status] = {"description": said, "model": Refusal if status in _BEFORE_THE_ROUTE else refusal}
     return found
 
