@@ -13,7 +13,6 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any, BinaryIO, Self
 
 MAX_HEADER = 100_000_000
@@ -146,9 +145,7 @@ class TensorFile(Mapping[str, StoredTensor]):
         self._bytes = memoryview(self._map)
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._bytes.release()
         self._map.close()
 

@@ -23,9 +23,12 @@ from ..protocol.operations import AbortRequests, Continue, ListAdapters, Operate
 from ..protocol.replicas import Heartbeat, ReplicaExited, ReplicaFailed, ReplicaLoading, ReplicaReady, Status
 from ..protocol.reports import Performed
 from .admission import RETRY_UNAVAILABLE_S, Admission, asleep
-from .backlog import nbytes_of
+from .backlog import Backlog, nbytes_of
 from .barrier_queue import BarrierQueue
+from .catch_up import CatchUp
 from .committed import CommittedState
+from .driver import Driver
+from .groups import Groups
 from .operations import Operations
 from .outbox import Messages, Outbox
 from .pauses import Pauses
@@ -36,6 +39,7 @@ from .replies import Replies
 from .request import Request
 from .requests import Requests
 from .statuses import Statuses
+from .steps import Steps
 
 logger = logging.getLogger(__name__)
 
@@ -58,17 +62,14 @@ class Dispatcher:
         self._replies = Replies(self._replicas, self._sync, barrier_queue, self._outbox)
         self._admission = Admission(config, self._replicas, self._sync, self._requests)
         self._pauses = Pauses(self._replicas, self._replies, self._outbox, self._end_all)
+        groups, catch_up = Groups(self._replicas, self._outbox, self._replies), CatchUp(self._sync, barrier_queue)
+        steps = Steps(self._replicas, self._sync, catch_up, groups, self._outbox, self._replies, self._recent)
+        driver = Driver(
+            barrier_queue, steps, catch_up, groups, self._outbox,
+            config.max_update_hold_s, self._resume, self._end_all, self._drained,
+        )  # fmt: skip
         self._operations = Operations(
-            self._replicas,
-            self._sync,
-            barrier_queue,
-            self._replies,
-            self._recent,
-            self._outbox,
-            config=config,
-            resume=self._resume,
-            end_all=self._end_all,
-            drained=self._drained,
+            self._sync, barrier_queue, self._replies, Backlog(config), groups, catch_up, driver
         )
         self._statuses = Statuses(self._replicas, self._sync, self._requests, self._pauses, self._operations)
 

@@ -6,6 +6,7 @@ import logging
 import math
 from collections import deque
 from collections.abc import Callable
+from dataclasses import dataclass, field
 
 from ..protocol.errors import Conflict, NotFound, SafelightError
 from ..protocol.operations import Operate
@@ -22,6 +23,7 @@ from .transaction import Transaction
 logger = logging.getLogger(__name__)
 
 
+@dataclass(slots=True, eq=False)
 class Driver:
     """Owns the current transaction.
 
@@ -29,31 +31,18 @@ class Driver:
     before, and ``drained`` says whether none of them is left.
     """
 
-    def __init__(
-        self,
-        queue: BarrierQueue,
-        steps: Steps,
-        catch_up: CatchUp,
-        groups: Groups,
-        outbox: Outbox,
-        *,
-        max_hold_s: float,
-        resume: Callable[[Request], None],
-        end_all: Callable[[SafelightError], None],
-        drained: Callable[[], bool],
-    ) -> None:
-        self.current: Transaction | None = None
-        self.given_up: dict[str, str] = {}
-        """The last session that was given up, by its id, and why."""
-        self._queue = queue
-        self._steps = steps
-        self._catch_up = catch_up
-        self._groups = groups
-        self._outbox = outbox
-        self._max_hold_s = max_hold_s
-        self._resume = resume
-        self._end_all = end_all
-        self._drained = drained
+    _queue: BarrierQueue
+    _steps: Steps
+    _catch_up: CatchUp
+    _groups: Groups
+    _outbox: Outbox
+    _max_hold_s: float
+    _resume: Callable[[Request], None]
+    _end_all: Callable[[SafelightError], None]
+    _drained: Callable[[], bool]
+    current: Transaction | None = None
+    given_up: dict[str, str] = field(default_factory=dict)
+    """The last session that was given up, by its id, and why."""
 
     @property
     def barrier_passed(self) -> bool:

@@ -7,9 +7,8 @@ of many parts. Like the dispatcher, this decides from messages and an explicit `
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from dataclasses import dataclass
 
-from ..protocol.config import Config
 from ..protocol.errors import NotFound, SafelightError
 from ..protocol.operations import Abort, Begin, Commit, Join, Leave, Operate, Save, Update
 from ..protocol.replicas import Hold
@@ -19,50 +18,23 @@ from .barrier_queue import BarrierQueue
 from .catch_up import CatchUp
 from .driver import Driver
 from .groups import Groups
-from .outbox import Outbox
-from .recent_adapters import RecentAdapters
 from .replica_sync import ReplicaSync
-from .replicas import Replica, Replicas
+from .replicas import Replica
 from .replies import Replies
-from .request import Request
-from .steps import Steps
 from .transaction import Transaction
 
 
+@dataclass(slots=True, eq=False)
 class Operations:
-    """Takes operations in, and has the driver do them. See :class:`.Driver` for the last three arguments."""
+    """Takes operations in, and has the driver do them."""
 
-    def __init__(
-        self,
-        replicas: Replicas,
-        sync: ReplicaSync,
-        queue: BarrierQueue,
-        replies: Replies,
-        recent: RecentAdapters,
-        outbox: Outbox,
-        *,
-        config: Config,
-        resume: Callable[[Request], None],
-        end_all: Callable[[SafelightError], None],
-        drained: Callable[[], bool],
-    ) -> None:
-        self._sync = sync
-        self._queue = queue
-        self._replies = replies
-        self._backlog = Backlog(config)
-        self._groups = Groups(replicas, outbox, replies)
-        self._catch_up = CatchUp(sync, queue)
-        self._driver = Driver(
-            queue,
-            Steps(replicas, sync, self._catch_up, self._groups, outbox, replies, recent),
-            self._catch_up,
-            self._groups,
-            outbox,
-            max_hold_s=config.max_update_hold_s,
-            resume=resume,
-            end_all=end_all,
-            drained=drained,
-        )
+    _sync: ReplicaSync
+    _queue: BarrierQueue
+    _replies: Replies
+    _backlog: Backlog
+    _groups: Groups
+    _catch_up: CatchUp
+    _driver: Driver
 
     @property
     def blocks(self) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass, field
 
 from ..protocol.errors import Conflict, SafelightError
 from ..protocol.operations import Barrier, Pause, SetPaused
@@ -11,21 +12,15 @@ from .replicas import Replica, Replicas
 from .replies import Replies
 
 
+@dataclass(slots=True, eq=False)
 class Pauses:
-    def __init__(
-        self,
-        replicas: Replicas,
-        replies: Replies,
-        outbox: Outbox,
-        end_all: Callable[[SafelightError], None],
-    ) -> None:
-        self.mode: Barrier | None = None
-        """How requests that run when generation is paused end; ``None`` while it is not paused."""
-        self._replicas = replicas
-        self._replies = replies
-        self._outbox = outbox
-        self._end_all = end_all
-        self._unanswered: list[Pause] = []
+    _replicas: Replicas
+    _replies: Replies
+    _outbox: Outbox
+    _end_all: Callable[[SafelightError], None]
+    mode: Barrier | None = None
+    """How requests that run when generation is paused end; ``None`` while it is not paused."""
+    _unanswered: list[Pause] = field(default_factory=list)
 
     @property
     def stops_forwards(self) -> bool:

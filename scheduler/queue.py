@@ -20,14 +20,13 @@ def by_deadline(request: Request) -> tuple[float, int]:
 
 
 class Queue:
-    """At most ``bound`` requests, sorted. A request's key never changes while it is in here.
+    """Requests, sorted. A request's key never changes while it is in here.
 
     A sorted list finds and removes any request in O(log n) comparisons, and its position in the queue is its index.
     """
 
-    def __init__(self, order: Order, bound: int | None = None) -> None:
+    def __init__(self, order: Order) -> None:
         self._order = order
-        self._bound = bound
         self._requests: list[Request] = []
         self.nbytes = 0
         """The bytes of everything that the requests carry."""
@@ -39,16 +38,11 @@ class Queue:
         return len(self._requests)
 
     @property
-    def is_full(self) -> bool:
-        return self._bound is not None and len(self._requests) >= self._bound
-
-    @property
     def first(self) -> Request | None:
         return self._requests[0] if self._requests else None
 
     def add(self, request: Request) -> int:
         """Put ``request`` in its place. Returns how many are ahead of it."""
-        assert not self.is_full, "admission looks at is_full first"
         insort(self._requests, request, key=self._order)
         self.nbytes += request.nbytes
         return self._index(request)

@@ -15,7 +15,7 @@ class Requests:
     """A request waits in ``queue`` or, behind an operation, in the barrier queue; else a replica has it."""
 
     def __init__(self, config: Config, barrier_queue: BarrierQueue) -> None:
-        self.queue = Queue(by_turn, config.max_queue)
+        self.queue = Queue(by_turn)
         self._timeout_s = config.request_timeout_s
         self._barrier_queue = barrier_queue
         self._deadlines = Queue(by_deadline)

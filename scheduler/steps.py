@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from ..protocol.adapters import AdapterChange, SetAdapters
 from ..protocol.errors import Conflict, Unavailable
 from ..protocol.operations import (
@@ -29,26 +31,17 @@ from .replies import Replies
 from .transaction import RETRY_S, Running, Transaction
 
 
+@dataclass(slots=True, eq=False)
 class Steps:
     """Begins parts, and goes on whenever all replicas have answered a step."""
 
-    def __init__(
-        self,
-        replicas: Replicas,
-        sync: ReplicaSync,
-        catch_up: CatchUp,
-        groups: Groups,
-        outbox: Outbox,
-        replies: Replies,
-        recent: RecentAdapters,
-    ) -> None:
-        self._replicas = replicas
-        self._sync = sync
-        self._catch_up = catch_up
-        self._groups = groups
-        self._outbox = outbox
-        self._replies = replies
-        self._recent = recent
+    _replicas: Replicas
+    _sync: ReplicaSync
+    _catch_up: CatchUp
+    _groups: Groups
+    _outbox: Outbox
+    _replies: Replies
+    _recent: RecentAdapters
 
     def begin(self, transaction: Transaction, part: Operate, now: float) -> None:
         if transaction.target is not None:

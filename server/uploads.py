@@ -11,7 +11,6 @@ import stat
 from collections.abc import AsyncIterator
 from io import FileIO
 from pathlib import Path
-from types import TracebackType
 from typing import Self
 
 from fastapi import Request
@@ -97,9 +96,7 @@ class Upload:
             raise
         return self
 
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    async def __aexit__(self, *_: object) -> None:
         await self._remove()
 
     async def _remove(self) -> None:

@@ -54,14 +54,3 @@ def test_a_request_that_is_not_there_cannot_be_removed_in_place_of_another() -> 
     queue.add(request(2))
     with pytest.raises(AssertionError):
         queue.remove(request(0))
-
-
-def test_the_bound_counts_what_is_inside_now() -> None:
-    queue = Queue(by_turn, bound=2)
-    first, second = request(0), request(1)
-    queue.add(first)
-    assert not queue.is_full
-    queue.add(second)
-    assert queue.is_full
-    queue.remove(first)
-    assert not queue.is_full
