@@ -24,7 +24,7 @@ import torch
 from diffusers import FluxTransformer2DModel, ModelMixin, WanTransformer3DModel
 
 from safelight.benchmarks.machine import describe
-from safelight.worker.models import family_of
+from safelight.worker.parallel.families import family_of
 from safelight.worker.parallel.mesh import join, leave
 from safelight.worker.weights.checkpoint.loader import load_component
 

@@ -1,6 +1,6 @@
 """The table of output formats: content, media type and suffixes.
 
-How one is written is in ``worker/encoding.py``, and nothing else names a format.
+How one is written is in ``worker/media/encoding.py``, and nothing else names a format.
 """
 
 from __future__ import annotations

@@ -75,7 +75,7 @@ class ChildProcess:
             raise OSError(errno.EAGAIN, str(error)) from None
 
     @classmethod
-    async def start(cls, program: Literal["scheduler", "worker"], config: ChildConfig) -> Self:
+    async def start(cls, program: Literal["scheduler", "worker.rank"], config: ChildConfig) -> Self:
         """Start ``program`` and give it its configuration. Raises ``OSError``."""
         stdin, lifeline = os.pipe()
         try:
@@ -86,7 +86,7 @@ class ChildProcess:
         finally:
             os.close(stdin)
         try:
-            process = cls(program if config.replica is None else f"{program} {config.replica}", pid, lifeline)
+            process = cls(program if config.replica is None else f"worker {config.replica}", pid, lifeline)
         except OSError:
             os.close(lifeline)
             raise

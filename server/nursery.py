@@ -27,7 +27,7 @@ class _Running:
 
 
 class Nursery:
-    """Forks workers from ``python -m safelight.worker.nursery``, which is started again when it was lost.
+    """Forks workers from ``python -m safelight.worker.rank.nursery``, which is started again when it was lost.
 
     A worker is this process's child like any other: it outlives the nursery, and its exit status is known. The first
     nursery begins with its imports at once. Raises ``OSError``.
@@ -71,7 +71,7 @@ class Nursery:
             ours, its = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
             ours.setblocking(False)
             with its:
-                pid = spawn("worker.nursery", its.fileno())
+                pid = spawn("worker.rank.nursery", its.fileno())
             self._running = _Running(ChildProcess("nursery", pid, ours.fileno()), ours)
         return self._running
 

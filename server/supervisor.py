@@ -136,7 +136,7 @@ class Supervisor:
     async def _start_rank(self, child: ChildConfig) -> ChildProcess:
         if self._nursery is not None:
             return await self._nursery.fork(child)
-        return await ChildProcess.start("worker", child)
+        return await ChildProcess.start("worker.rank", child)
 
     async def _ends(self, worker: RankProcesses, number: int) -> str:
         """Wait until a process of the replica ends, or until it gives no sign of life; says which, in a sentence."""

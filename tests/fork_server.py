@@ -27,7 +27,12 @@ FORKS_PROGRAMS = "forks-programs"
 STDIN, STDOUT, STDERR = range(3)
 MAX_PACKET = 2**17
 
-PRELOADED = ("safelight.server.run", "safelight.scheduler.loop", "safelight.client.cli", "safelight.worker.replica")
+PRELOADED = (
+    "safelight.server.run",
+    "safelight.scheduler.loop",
+    "safelight.client.cli",
+    "safelight.worker.rank.replica",
+)
 
 
 class Program(msgspec.Struct, frozen=True):
@@ -56,7 +61,7 @@ class Program(msgspec.Struct, frozen=True):
 
 
 def main() -> int:
-    from safelight.worker.__main__ import import_replica
+    from safelight.worker.rank.__main__ import import_replica
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     import_replica()
@@ -149,11 +154,11 @@ def _spawn_by_fork() -> None:
 def _fork_children(channel: socket.socket) -> int:
     """Fork a server's programs until its launcher is gone. Returns in each of them, too: with its exit status."""
     from safelight.scheduler.__main__ import main as run_scheduler
-    from safelight.worker.__main__ import run_replica
-    from safelight.worker.nursery import fork_orphan
-    from safelight.worker.nursery import main as run_nursery
+    from safelight.worker.rank.__main__ import run_replica
+    from safelight.worker.rank.nursery import fork_orphan
+    from safelight.worker.rank.nursery import main as run_nursery
 
-    programs = {"scheduler": run_scheduler, "worker": run_replica, "worker.nursery": run_nursery}
+    programs = {"scheduler": run_scheduler, "worker.rank": run_replica, "worker.rank.nursery": run_nursery}
     Path("/proc/self/comm").write_text(FORKS_PROGRAMS)
     os.setsid()
     while True:

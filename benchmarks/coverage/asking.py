@@ -12,8 +12,8 @@ from PIL import Image as pillow
 
 from safelight.protocol.codec import Buffer
 from safelight.protocol.generation import Generate, Image, Sample
-from safelight.worker.image_variants import as_taken
-from safelight.worker.pipeline_task import PipelineTask
+from safelight.worker.model.pipeline_task import PipelineTask
+from safelight.worker.pipelines.image_variants import as_taken
 
 from .build import particulars
 from .catalogue import PICTURES, kind

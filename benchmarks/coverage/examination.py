@@ -15,10 +15,10 @@ from safelight.protocol.config import Config
 from safelight.protocol.errors import StartFailed
 from safelight.protocol.generation import Generate
 from safelight.protocol.self_test import SelfTestResult
-from safelight.worker.model import Model, load_model
-from safelight.worker.pipeline_task import PipelineTask
-from safelight.worker.sample import SampleRun
-from safelight.worker.self_test import SelfTest
+from safelight.worker.model.model import Model, load_model
+from safelight.worker.model.pipeline_task import PipelineTask
+from safelight.worker.requests.sample import SampleRun
+from safelight.worker.self_test.self_test import SelfTest
 
 from .asking import PROMPTS, directly, request
 from .build import build

@@ -11,10 +11,10 @@ from safelight.protocol.config import Config
 from safelight.protocol.generation import Failed, Generate, Result
 from safelight.protocol.messages import FromWorker
 from safelight.protocol.self_test import SelfTestResult
-from safelight.worker.batcher import Batcher
+from safelight.worker.forward.batcher import Batcher
 from safelight.worker.forward.runner import Counters
-from safelight.worker.jobs import Jobs
-from safelight.worker.model import Model
+from safelight.worker.model.model import Model
+from safelight.worker.requests.jobs import Jobs
 
 
 class RequestFailed(Exception):

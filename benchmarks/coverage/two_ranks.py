@@ -11,11 +11,11 @@ import torch.multiprocessing as mp
 from diffusers import DiffusionPipeline
 
 from safelight.protocol.config import Config
-from safelight.worker.model import load_model
-from safelight.worker.models import family_of
+from safelight.worker.model.model import load_model
+from safelight.worker.parallel.families import family_of
 from safelight.worker.parallel.mesh import join, leave
-from safelight.worker.sample import first_output
-from safelight.worker.sizes import DENOISERS
+from safelight.worker.pipelines.sizes import DENOISERS
+from safelight.worker.requests.sample import first_output
 
 from .row import TOLERANCE
 

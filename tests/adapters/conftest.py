@@ -18,7 +18,7 @@ from safelight.tests.live import LiveServer
 from safelight.tests.tiny import save
 from safelight.tests.updates.trainer import DRAWING, Trainer
 from safelight.tests.worker.lora.agreement import Made, Peft, arguments, write_adapter
-from safelight.worker.model import load_model
+from safelight.worker.model.model import load_model
 
 ADAPTERS = (Made("first", 4, 2.0, seed=1), Made("second", 16, 24.5, ("attn",), seed=2), Made("third", 1, 1.0, seed=3))
 

@@ -24,7 +24,7 @@ pytestmark = [
 
 PROGRAM = """
 import os, socket
-from safelight.worker.nursery import _fork_workers
+from safelight.worker.rank.nursery import _fork_workers
 stdin = _fork_workers(socket.socket(fileno=os.dup(0)))
 while stdin is not None and os.read(stdin, 65536):
     pass

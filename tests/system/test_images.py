@@ -20,7 +20,7 @@ from safetensors.torch import load
 from safelight.tests.live import LiveServer
 from safelight.tests.serving import Servers, by_family
 from safelight.tests.tiny.wan import build_wan_from_image
-from safelight.worker.input_images import fitting
+from safelight.worker.requests.input_images import fitting
 
 from .asking import ask, ask_together, load_plain, picture
 

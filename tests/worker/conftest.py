@@ -10,7 +10,7 @@ import torch
 
 from safelight.protocol.config import Config
 from safelight.tests.tiny import save
-from safelight.worker.model import Model, load_model
+from safelight.worker.model.model import Model, load_model
 
 
 @pytest.fixture(autouse=True)

@@ -7,9 +7,9 @@ import os
 import pytest
 import torch
 
-from safelight.worker.batcher import Batcher
 from safelight.worker.crossing.call import Call, cross
 from safelight.worker.crossing.coroutine import Coroutine
+from safelight.worker.forward.batcher import Batcher
 from safelight.worker.parallel.mesh import Mesh
 from safelight.worker.parallel.ranks import RankLost, Ranks
 

@@ -15,15 +15,15 @@ from safelight.protocol.generation import Cancel, Failed, Generate, Result
 from safelight.protocol.messages import FromWorker
 from safelight.tests.worker.failing import COMPONENT, Bounded
 from safelight.tests.worker.test_jobs import generate
-from safelight.worker import encoding_threads
-from safelight.worker.batcher import Batcher
 from safelight.worker.crossing.call import Call, cross
 from safelight.worker.crossing.coroutine import Coroutine
-from safelight.worker.jobs import Jobs
-from safelight.worker.model import load_model
+from safelight.worker.forward.batcher import Batcher
+from safelight.worker.model.model import load_model
 from safelight.worker.parallel.mesh import Mesh
 from safelight.worker.parallel.ranks import RankLost, Ranks
 from safelight.worker.parallel.team import Diverged, Follower, Leader, Stop, Turn
+from safelight.worker.requests import encoding_threads
+from safelight.worker.requests.jobs import Jobs
 
 Context = zmq.Context[zmq.Socket[bytes]]
 

@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 from safelight.formats.digests import tensor_digest
 from safelight.formats.model_names import EMBEDDED, resolve_model
 from safelight.protocol.config import Config
-from safelight.worker.model import load_model
-from safelight.worker.models import family_of
+from safelight.worker.model.model import load_model
+from safelight.worker.parallel.families import family_of
 from safelight.worker.parallel.ranks import Ranks
 from safelight.worker.weights.checkpoint.loader import LoadedComponent, load_component
 from safelight.worker.weights.snapshot.digests import raw_bytes, tensor_digests

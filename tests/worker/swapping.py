@@ -10,10 +10,10 @@ from msgspec.structs import replace
 from safelight.protocol.config import Config
 from safelight.protocol.generation import Generate
 from safelight.tests.worker.lora.agreement import request
-from safelight.worker.batcher import Batcher
-from safelight.worker.model import Model, load_model
+from safelight.worker.forward.batcher import Batcher
+from safelight.worker.model.model import Model, load_model
 from safelight.worker.parallel.ranks import Ranks
-from safelight.worker.sample import SampleRun, first_output
+from safelight.worker.requests.sample import SampleRun, first_output
 
 FAMILY = "sd3_pag"
 

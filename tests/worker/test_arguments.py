@@ -17,13 +17,13 @@ from safelight.benchmarks.coverage.build import build
 from safelight.protocol.config import Config
 from safelight.protocol.generation import Generate, Result, Sample
 from safelight.protocol.messages import FromWorker
-from safelight.worker.arguments import call_arguments, offered_arguments
-from safelight.worker.batcher import Batcher
-from safelight.worker.bounds import bounded
-from safelight.worker.frame_rate import frame_rate
-from safelight.worker.jobs import Jobs
-from safelight.worker.model import Model, load_model
-from safelight.worker.sample import SampleRun, first_output
+from safelight.worker.forward.batcher import Batcher
+from safelight.worker.model.model import Model, load_model
+from safelight.worker.pipelines.arguments import call_arguments, offered_arguments
+from safelight.worker.pipelines.bounds import bounded
+from safelight.worker.pipelines.frame_rate import frame_rate
+from safelight.worker.requests.jobs import Jobs
+from safelight.worker.requests.sample import SampleRun, first_output
 
 
 def pipelines() -> Iterator[type[DiffusionPipeline]]:

@@ -9,10 +9,10 @@ import pytest
 import torch
 from diffusers import AutoencoderKLMagvit
 
-from safelight.worker.batcher import Batcher
 from safelight.worker.crossing.call import Call, cross
 from safelight.worker.crossing.coroutine import Coroutine
 from safelight.worker.forward.at_rest import AtRest
+from safelight.worker.forward.batcher import Batcher
 
 
 @pytest.fixture

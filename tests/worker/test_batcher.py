@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from safelight.protocol.replicas import BatchingMode
-from safelight.worker.batcher import Batcher
 from safelight.worker.crossing.call import Call, cross
 from safelight.worker.crossing.coroutine import Cancelled, Coroutine
+from safelight.worker.forward.batcher import Batcher
 from safelight.worker.forward.prompt_cache import PromptCache
 
 

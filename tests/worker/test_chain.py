@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 
-from safelight.worker.batcher import Batcher
 from safelight.worker.crossing.call import Call
 from safelight.worker.crossing.chain import Chain, Proceed
 from safelight.worker.crossing.coroutine import Cancelled, Coroutine
+from safelight.worker.forward.batcher import Batcher
 
 from .test_batcher import Doubler
 

@@ -23,10 +23,10 @@ from transformers import CLIPTextConfig, CLIPTextModel
 from transformers.utils import PushToHubMixin
 
 from safelight.tests.effort import NIGHTLY
-from safelight.worker.batcher import Batcher
 from safelight.worker.crossing.call import Call, cross
 from safelight.worker.crossing.coroutine import Cancelled, Coroutine
 from safelight.worker.crossing.fork import Fork
+from safelight.worker.forward.batcher import Batcher
 from safelight.worker.forward.prompt_cache import PromptCache
 
 

@@ -16,10 +16,10 @@ from safelight.protocol.config import Config
 from safelight.protocol.generation import Generate, Sample
 from safelight.protocol.replicas import ModelInfo
 from safelight.tests.tiny import FAMILIES
-from safelight.worker.batcher import Batcher
-from safelight.worker.model import Model, load_model
-from safelight.worker.pipeline_task import new_task
-from safelight.worker.sample import SampleRun, first_output
+from safelight.worker.forward.batcher import Batcher
+from safelight.worker.model.model import Model, load_model
+from safelight.worker.model.pipeline_task import new_task
+from safelight.worker.requests.sample import SampleRun, first_output
 
 SMALL = 4
 """Latent pixels a side in which a pipeline draws whose default size stands in code, in place of 128."""

@@ -17,7 +17,7 @@ from safetensors.numpy import load
 
 from safelight.protocol.errors import InvalidRequest
 from safelight.protocol.output_formats import OutputFormat
-from safelight.worker.encoding import Floats, Waveform, encode, to_uint8
+from safelight.worker.media.encoding import Floats, Waveform, encode, to_uint8
 
 
 def pixels(*shape: int) -> Floats:
@@ -106,7 +106,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import get_args
 import numpy, psutil, torch
 from safelight.protocol.output_formats import OutputFormat
-from safelight.worker.encoding import encode
+from safelight.worker.media.encoding import encode
 
 torch.set_num_threads(2)
 process, pool = psutil.Process(), ThreadPoolExecutor(1)

@@ -21,12 +21,12 @@ from safelight.protocol.replicas import Parameter
 from safelight.server.model_limits import check_model
 from safelight.server.schemas import GenerateBody
 from safelight.tests.tiny import FAMILIES
-from safelight.worker.batcher import Batcher
-from safelight.worker.failure import NotFinite, explain
-from safelight.worker.jobs import Jobs
-from safelight.worker.model import Model
-from safelight.worker.pipeline_task import new_task
-from safelight.worker.replica import Replica
+from safelight.worker.forward.batcher import Batcher
+from safelight.worker.model.model import Model
+from safelight.worker.model.pipeline_task import new_task
+from safelight.worker.rank.replica import Replica
+from safelight.worker.requests.failure import NotFinite, explain
+from safelight.worker.requests.jobs import Jobs
 
 PICTURE = Image(64, 64, Buffer(bytes(range(256)) * 48))
 
@@ -170,7 +170,7 @@ def test_the_argument_that_the_pipeline_speaks_of_is_the_one_that_is_named() -> 
 @pytest.mark.parametrize(
     ("error", "status"),
     [
-        (raised_in("safelight.worker.steps", "ours"), 500),
+        (raised_in("safelight.worker.crossing.steps", "ours"), 500),
         (raised_in("diffusers.models", "CUDA error: CUBLAS_STATUS_EXECUTION_FAILED", RuntimeError), 500),
         (raised_in("diffusers.models", "DefaultCPUAllocator: not enough memory: 9 bytes", RuntimeError), 503),
         (raised_in("diffusers.models", "CUDA out of memory", torch.OutOfMemoryError), 503),

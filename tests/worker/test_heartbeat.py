@@ -12,10 +12,10 @@ import zmq
 
 from safelight.protocol.messages import FROM_WORKER
 from safelight.protocol.replicas import Heartbeat, ReplicaStats
-from safelight.worker.batcher import Batcher
 from safelight.worker.crossing.call import Call, cross
 from safelight.worker.crossing.coroutine import Coroutine
-from safelight.worker.heartbeat import Activity, Heartbeats
+from safelight.worker.forward.batcher import Batcher
+from safelight.worker.rank.heartbeat import Activity, Heartbeats
 
 
 class Listener:

@@ -6,7 +6,7 @@ import diffusers
 import pytest
 from diffusers.pipelines import auto_pipeline
 
-from safelight.worker.image_variants import as_taken, image_arguments, image_variants, takes_image
+from safelight.worker.pipelines.image_variants import as_taken, image_arguments, image_variants, takes_image
 
 TABLES = (
     (auto_pipeline.AUTO_TEXT2IMAGE_PIPELINES_MAPPING, auto_pipeline.AUTO_IMAGE2IMAGE_PIPELINES_MAPPING),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from safelight.worker.input_images import fitting
+from safelight.worker.requests.input_images import fitting
 
 
 @pytest.mark.parametrize(

@@ -10,10 +10,10 @@ import pytest
 from diffusers import FluxTransformer2DModel
 
 from safelight.tests.tiny import FAMILIES
-from safelight.worker import models
 from safelight.worker.internals import diffusers, torch, transformers
 from safelight.worker.internals.lookup import MissingInternal, lookup
-from safelight.worker.models import families, family_of
+from safelight.worker.parallel import families as family_files
+from safelight.worker.parallel.families import families, family_of
 
 
 @pytest.mark.parametrize(("library", "name"), [(one, name) for one in (diffusers, transformers) for name in one.NAMES])
@@ -37,7 +37,7 @@ def test_a_release_without_a_plan_serves_its_models_whole_and_the_others_as_ever
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.delattr(FluxTransformer2DModel, "_tp_plan")
-    monkeypatch.delitem(sys.modules, f"{models.__name__}.flux", raising=False)
+    monkeypatch.delitem(sys.modules, f"{family_files.__name__}.flux", raising=False)
     caches = (families, diffusers.__getattr__)
     for cached in caches:
         cached.cache_clear()

@@ -13,10 +13,10 @@ from safetensors.torch import load
 from safelight.protocol.generation import Failed, Generate, Preview, Progress, Result, Sample
 from safelight.protocol.messages import FromWorker
 from safelight.protocol.rollouts import Rollout
-from safelight.worker.batcher import Batcher
+from safelight.worker.forward.batcher import Batcher
 from safelight.worker.forward.collate import collate
-from safelight.worker.jobs import Jobs
-from safelight.worker.model import Model
+from safelight.worker.model.model import Model
+from safelight.worker.requests.jobs import Jobs
 
 
 class Stage:

@@ -11,7 +11,7 @@ import torch
 from safelight.tests.ranks import on_ranks
 from safelight.tests.tiny import save
 from safelight.tests.worker.reading_back import CPU, computes_with_its_part, planned, reads_back
-from safelight.worker.modules import count_parameters
+from safelight.worker.model.modules import count_parameters
 from safelight.worker.parallel.ranks import Ranks
 from safelight.worker.weights.checkpoint.layout import Entry, Layout
 from safelight.worker.weights.checkpoint.loader import CannotLoad, load_component

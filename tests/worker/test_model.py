@@ -10,9 +10,9 @@ import torch
 
 from safelight.protocol.config import Config
 from safelight.protocol.errors import StartFailed
-from safelight.worker.arguments import call_arguments
-from safelight.worker.model import Model, load_model
-from safelight.worker.pipeline_task import default_text_length
+from safelight.worker.model.model import Model, load_model
+from safelight.worker.model.pipeline_task import default_text_length
+from safelight.worker.pipelines.arguments import call_arguments
 
 
 def test_arguments_that_are_no_json_cannot_be_set() -> None:

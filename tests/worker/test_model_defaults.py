@@ -13,8 +13,8 @@ from safelight.protocol.config import Config
 from safelight.protocol.errors import StartFailed
 from safelight.protocol.generation import Generate, Sample
 from safelight.tests.tiny import save
-from safelight.worker.model import Model, load_model
-from safelight.worker.sample import SampleRun
+from safelight.worker.model.model import Model, load_model
+from safelight.worker.requests.sample import SampleRun
 
 
 @pytest.fixture

@@ -14,11 +14,11 @@ from safelight.protocol.config import Config
 from safelight.protocol.generation import Generate, Sample
 from safelight.protocol.replicas import BatchingMode
 from safelight.tests.tiny import FAMILIES
-from safelight.worker.batcher import Batcher
+from safelight.worker.forward.batcher import Batcher
 from safelight.worker.forward.prompt_cache import PromptCache
-from safelight.worker.model import Model
-from safelight.worker.sample import SampleRun, first_output
-from safelight.worker.self_test import SelfTest
+from safelight.worker.model.model import Model
+from safelight.worker.requests.sample import SampleRun, first_output
+from safelight.worker.self_test.self_test import SelfTest
 
 PROMPTS = ["a red circle", "two blue squares on a white table", "a star", "a red circle", "one heart", "a red circle"]
 SWAPPING = {"sd15_pag", "sd3_pag"}

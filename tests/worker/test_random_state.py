@@ -15,13 +15,13 @@ from diffusers import AutoencoderKLLTXVideo, DiffusionPipeline
 
 from safelight.protocol.config import Config
 from safelight.tests.tiny import save
-from safelight.worker.batcher import Batcher
 from safelight.worker.crossing.call import Call, cross
 from safelight.worker.crossing.coroutine import Cancelled, Coroutine
 from safelight.worker.crossing.random_state import has_drawn, random_state, seeded
+from safelight.worker.forward.batcher import Batcher
 from safelight.worker.forward.prompt_cache import PromptCache
-from safelight.worker.model import Model, load_model
-from safelight.worker.sample import SampleRun, first_output
+from safelight.worker.model.model import Model, load_model
+from safelight.worker.requests.sample import SampleRun, first_output
 
 from .test_pipelines import request
 

@@ -8,9 +8,9 @@ from functools import partial
 import pytest
 import torch
 
-from safelight.worker.batcher import Batcher
 from safelight.worker.crossing.call import Call, cross
 from safelight.worker.crossing.coroutine import Coroutine
+from safelight.worker.forward.batcher import Batcher
 from safelight.worker.forward.policy import FORWARDS_TO_RECOVER
 
 ROW = 4

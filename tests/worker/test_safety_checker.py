@@ -14,10 +14,10 @@ from safelight.protocol.config import Config
 from safelight.protocol.generation import Generate, Sample
 from safelight.tests.tiny.stable_diffusion import sd15_components
 from safelight.tests.tiny.weights import ready, seeded
-from safelight.worker.batcher import Batcher
-from safelight.worker.model import Model, load_model
-from safelight.worker.sample import SampleRun
-from safelight.worker.self_test import SelfTest
+from safelight.worker.forward.batcher import Batcher
+from safelight.worker.model.model import Model, load_model
+from safelight.worker.requests.sample import SampleRun
+from safelight.worker.self_test.self_test import SelfTest
 
 SEEDS = range(6)
 

@@ -14,10 +14,10 @@ from safelight.protocol.codec import Buffer
 from safelight.protocol.config import Config
 from safelight.protocol.generation import Generate, Image, Sample
 from safelight.tests.tiny import save
-from safelight.worker.batcher import Batcher
-from safelight.worker.model import Model, load_model
-from safelight.worker.sample import SampleRun, first_output
-from safelight.worker.self_test import SelfTest
+from safelight.worker.forward.batcher import Batcher
+from safelight.worker.model.model import Model, load_model
+from safelight.worker.requests.sample import SampleRun, first_output
+from safelight.worker.self_test.self_test import SelfTest
 
 INITIAL_LATENTS = diffusers.StableDiffusionImg2ImgPipeline.prepare_latents
 

@@ -13,9 +13,9 @@ import pytest
 from safelight.protocol.config import Config
 from safelight.protocol.replicas import Batching
 from safelight.protocol.self_test import SelfTestResult, TaskResult
-from safelight.worker.model import Model, load_model
+from safelight.worker.model.model import Model, load_model
 from safelight.worker.parallel.ranks import ALONE
-from safelight.worker.self_test_cache import SelfTestCache
+from safelight.worker.self_test.self_test_cache import SelfTestCache
 
 TEXT = TaskResult(
     pipeline="FluxPipeline",

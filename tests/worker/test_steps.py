@@ -14,7 +14,7 @@ import torch
 from diffusers import CogVideoXDPMScheduler, DDIMScheduler, FlowMatchEulerDiscreteScheduler
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
-from safelight.worker.steps import Step, answer_steps, watch_steps
+from safelight.worker.crossing.steps import Step, answer_steps, watch_steps
 
 UNSEEN = {"KarrasVeScheduler"}
 """Schedulers whose steps go from a sigma to the next, and know no timestep."""

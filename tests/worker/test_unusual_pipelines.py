@@ -19,14 +19,14 @@ from safelight.protocol.codec import Buffer
 from safelight.protocol.config import Config
 from safelight.protocol.errors import InvalidRequest
 from safelight.protocol.generation import Generate, Image, Sample
-from safelight.worker.batcher import Batcher
 from safelight.worker.crossing.call import Call, cross
 from safelight.worker.crossing.fork import Fork, schedulers
-from safelight.worker.first_call import variables_at_first_call
-from safelight.worker.model import Model, load_model
-from safelight.worker.modules import modules
-from safelight.worker.sample import SampleRun, first_output
-from safelight.worker.self_test import SelfTest
+from safelight.worker.forward.batcher import Batcher
+from safelight.worker.model.first_call import variables_at_first_call
+from safelight.worker.model.model import Model, load_model
+from safelight.worker.model.modules import modules
+from safelight.worker.requests.sample import SampleRun, first_output
+from safelight.worker.self_test.self_test import SelfTest
 
 INITIALISE = diffusers.StableDiffusionImg2ImgPipeline.__init__
 

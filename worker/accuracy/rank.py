@@ -30,7 +30,7 @@ def _run(task: Task) -> int:
     import torch  # after the pipe to the launcher is watched
 
     from ...protocol.config import Config
-    from ..device import find_device
+    from ..parallel.device import find_device
     from ..parallel.mesh import join, leave
     from ..parallel.ranks import RankLost
     from .verification import verify

@@ -16,14 +16,14 @@ from torch.utils import _pytree as pytree
 from ...protocol.codec import Buffer
 from ...protocol.errors import StartFailed
 from ...protocol.generation import Generate, Image, Sample
-from ..batcher import Batcher
 from ..crossing.chain import Interceptor
 from ..crossing.interceptors import Recorder
-from ..image_variants import takes_image
-from ..model import Model
-from ..pipeline_task import PipelineTask
-from ..sample import SampleRun
-from ..sizes import small_sizes
+from ..forward.batcher import Batcher
+from ..model.model import Model
+from ..model.pipeline_task import PipelineTask
+from ..pipelines.image_variants import takes_image
+from ..pipelines.sizes import small_sizes
+from ..requests.sample import SampleRun
 from .recorded import Recorded, keep
 
 PROMPTS = (

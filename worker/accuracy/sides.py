@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..modules import disable_kv_cache
+from ..model.modules import disable_kv_cache
 from ..parallel.ranks import Ranks
 from ..weights.checkpoint.pipeline import load_pipeline
 

@@ -17,7 +17,7 @@ from ...formats.model_names import resolve_model
 from ...formats.pipeline_index import read_index
 from ...protocol.config import Config
 from ...protocol.errors import StartFailed
-from ..model import find_directory, load_model
+from ..model.model import find_directory, load_model
 from ..parallel.ranks import Ranks
 from ..weights.checkpoint.components import component_classes
 from ..weights.checkpoint.loader import CannotLoad

@@ -7,8 +7,8 @@ from typing import Any
 
 from ..crossing.random_state import has_drawn, kept_random_state, random_state
 from ..crossing.thread_state import within
-from ..heartbeat import Activity
 from ..lora.adapters import RankAdapters
+from ..rank.heartbeat import Activity
 from .at_rest import AtRest
 from .batch import Forward
 from .costs import Costs

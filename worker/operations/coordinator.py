@@ -12,7 +12,7 @@ import torch
 from ...protocol.errors import ErrorInfo, Internal, InvalidRequest, SafelightError
 from ...protocol.operations import Operation, Perform
 from ...protocol.reports import Performed, Report
-from ..model import Model
+from ..model.model import Model
 from ..parallel.ranks import RankLost, Ranks
 from ..weights.transport.sources import Rejected
 from .agreement import Manifest, differences

@@ -7,7 +7,7 @@ from torch import nn
 from ...protocol.errors import Conflict
 from ...protocol.operations import CACHES, WEIGHTS, Flush, Sleep, Wake
 from ...protocol.reports import Report
-from ..modules import modules
+from ..model.modules import modules
 from ..weights.update.offload import Offloader
 from .participant import OneStep, Prepared
 from .resources import Resources

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ...protocol.tensor_sources import Source
-from ..batcher import Batcher
+from ..forward.batcher import Batcher
 from ..lora.adapters import RankAdapters
-from ..model import Model
+from ..model.model import Model
 from ..parallel.ranks import Ranks
 from ..weights.progress import Progress
 from ..weights.snapshot.journal import Journal

@@ -18,8 +18,8 @@ import torch.distributed as dist
 from torch.distributed import FileStore  # type: ignore[attr-defined]  # it is documented, and not in __all__
 from torch.distributed.device_mesh import init_device_mesh
 
-from ..device import use_device
 from ..internals.torch import set_collective_timeout
+from .device import use_device
 from .ranks import ALONE, RankLost, Ranks
 
 AXES = ("cfg", "sp", "tp")

@@ -15,8 +15,8 @@ from ...protocol.errors import InvalidRequest
 from ...protocol.rollouts import Rollout
 from ...rollout.transitions import Transition, transition
 from ..crossing.fork import schedulers
-from ..failure import NotFinite
-from ..steps import first_index
+from ..crossing.steps import first_index
+from ..requests.failure import NotFinite
 
 _EULER = "FlowMatchEulerDiscreteScheduler"
 

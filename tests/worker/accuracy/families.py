@@ -21,8 +21,8 @@ from safelight.worker.accuracy.report import Row
 from safelight.worker.accuracy.sides import Component
 from safelight.worker.accuracy.task import DTYPES, DType
 from safelight.worker.accuracy.verification import Checkpoint
-from safelight.worker.model import load_model
-from safelight.worker.models import family_of
+from safelight.worker.model.model import load_model
+from safelight.worker.parallel.families import family_of
 from safelight.worker.parallel.ranks import Ranks
 from safelight.worker.weights.checkpoint.components import component_classes
 

@@ -20,7 +20,7 @@ from safelight.worker.accuracy.recorded import CannotKeep, Recorded, read, write
 from safelight.worker.accuracy.report import Row
 from safelight.worker.accuracy.sides import Component, plain
 from safelight.worker.accuracy.verification import Checkpoint, chosen
-from safelight.worker.model import load_model
+from safelight.worker.model.model import load_model
 from safelight.worker.parallel.ranks import ALONE
 from safelight.worker.weights.checkpoint.components import component_classes
 

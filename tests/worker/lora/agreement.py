@@ -19,11 +19,11 @@ from safelight.protocol.adapters import ALL, AdapterChange, AdapterSource, SetAd
 from safelight.protocol.config import Config
 from safelight.protocol.generation import Generate, Sample
 from safelight.tests.tiny import FAMILIES, save
-from safelight.worker.batcher import Batcher
+from safelight.worker.forward.batcher import Batcher
 from safelight.worker.lora.adapters import RankAdapters
-from safelight.worker.model import Model, load_model
+from safelight.worker.model.model import Model, load_model
 from safelight.worker.parallel.ranks import ALONE, Ranks
-from safelight.worker.sample import SampleRun, first_output
+from safelight.worker.requests.sample import SampleRun, first_output
 from safelight.worker.weights.snapshot.digests import module_digests
 
 FAMILIES_OF_THE_PROOF = ("flux", "sd3", "qwenimage", "zimage", "wan")

@@ -20,7 +20,7 @@ from safelight.protocol.adapters import (
 from safelight.protocol.errors import Conflict, InvalidRequest, NotFound
 from safelight.worker.lora import merge as merging
 from safelight.worker.lora.adapters import RankAdapters
-from safelight.worker.model import Model
+from safelight.worker.model.model import Model
 
 from .agreement import Made, change, new_adapters, source, write_adapter
 

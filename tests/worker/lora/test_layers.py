@@ -15,7 +15,7 @@ from safelight.worker.forward.at_rest import AtRest
 from safelight.worker.lora.adapters import RankAdapters
 from safelight.worker.lora.bank import FIRST_SLOTS, MAX_IDLE_SLOTS, ActiveAdapters
 from safelight.worker.lora.layers import AdaptedLayer, LayerLora
-from safelight.worker.model import Model
+from safelight.worker.model.model import Model
 
 from .agreement import Made, change, distance, draw, new_adapters, new_batcher, request, source, write_adapter
 

@@ -13,7 +13,7 @@ from torch import nn
 from safelight.protocol.adapters import SetAdapters, Use
 from safelight.protocol.generation import Generate
 from safelight.worker.forward.prompt_cache import PromptCache
-from safelight.worker.model import Model
+from safelight.worker.model.model import Model
 
 from .agreement import Made, change, distance, draw, new_adapters, new_batcher, request, source, write_adapter
 

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from safelight.protocol.adapters import ADAPTER_FILE
 from safelight.protocol.errors import InvalidRequest
 from safelight.tests.tiny import FAMILIES
-from safelight.worker.model import Model
+from safelight.worker.model.model import Model
 
 from .agreement import change, new_adapters, source
 from .formats import CLIP, WAN, WORDS, Tensors, adapter, attention, product

@@ -19,7 +19,7 @@ from safelight.protocol.reports import Report
 from safelight.protocol.tensor_sources import Files
 from safelight.worker.lora.adapters import RankAdapters
 from safelight.worker.lora.parts import read_parts
-from safelight.worker.model import Model
+from safelight.worker.model.model import Model
 from safelight.worker.parallel.ranks import ALONE
 from safelight.worker.weights.checkpoint.layout import Layout
 from safelight.worker.weights.snapshot.digests import module_digests

@@ -16,7 +16,7 @@ from safelight.protocol.config import Config
 from safelight.protocol.errors import Conflict, InvalidRequest
 from safelight.tests.tiny import save
 from safelight.worker.lora.layers import AdaptedLayer
-from safelight.worker.model import Model, load_model
+from safelight.worker.model.model import Model, load_model
 
 from .agreement import Made, change, distance, draw, new_adapters, new_batcher, request, source, write_adapter
 

@@ -25,10 +25,10 @@ from safelight.tests.worker.lora.agreement import (
     source,
     write_adapter,
 )
-from safelight.worker.batcher import Batcher
-from safelight.worker.jobs import Jobs
-from safelight.worker.model import Model, load_model
-from safelight.worker.self_test import SelfTest
+from safelight.worker.forward.batcher import Batcher
+from safelight.worker.model.model import Model, load_model
+from safelight.worker.requests.jobs import Jobs
+from safelight.worker.self_test.self_test import SelfTest
 
 
 def served(jobs: Jobs, batcher: Batcher, sent: list[FromWorker], model: Model, index: int) -> torch.Tensor:

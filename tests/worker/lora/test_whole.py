@@ -15,7 +15,7 @@ from safelight.protocol.errors import InvalidRequest
 from safelight.tests.ranks import on_ranks
 from safelight.tests.tiny import FAMILIES, save
 from safelight.tests.worker.lora import whole_weights
-from safelight.worker.model import Model
+from safelight.worker.model.model import Model
 from safelight.worker.parallel.ranks import ALONE
 
 from .agreement import change, distance, draw, new_adapters, new_batcher, request

@@ -16,7 +16,7 @@ from torch import nn
 
 from safelight.protocol.adapters import ADAPTER_CONFIG, ADAPTER_FILE, SetAdapters, UnmergeAdapters
 from safelight.protocol.config import Config
-from safelight.worker.model import Model, load_model
+from safelight.worker.model.model import Model, load_model
 from safelight.worker.parallel.ranks import Ranks
 
 from .agreement import CPU, change, new_adapters, source

@@ -29,9 +29,9 @@ from safelight.protocol.operations import (
 )
 from safelight.protocol.reports import Performed, Report
 from safelight.protocol.tensor_sources import Files
-from safelight.worker.batcher import Batcher
+from safelight.worker.forward.batcher import Batcher
 from safelight.worker.lora.adapters import RankAdapters
-from safelight.worker.model import Model
+from safelight.worker.model.model import Model
 from safelight.worker.operations.coordinator import Coordinator
 from safelight.worker.operations.journal_step import JournalStep
 from safelight.worker.operations.participant import OneStep, Prepared

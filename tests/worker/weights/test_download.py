@@ -13,7 +13,7 @@ import pytest
 from huggingface_hub import constants, hf_api
 
 from safelight.protocol.errors import StartFailed
-from safelight.worker.model import find_directory
+from safelight.worker.model.model import find_directory
 
 Answers = dict[str, tuple[int, str | None]]
 """The status and the hub's error code for requests whose path holds a word; any other gets the repository's listing."""

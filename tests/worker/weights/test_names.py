@@ -14,7 +14,7 @@ from transformers import CLIPTextModel
 
 from safelight.client.checksum import ModuleChecksum, checksum
 from safelight.tests.tiny import save
-from safelight.worker.model import Model
+from safelight.worker.model.model import Model
 from safelight.worker.weights.checkpoint.aliases import by_checkpoint_names, names_of
 from safelight.worker.weights.checkpoint.loader import load_component
 

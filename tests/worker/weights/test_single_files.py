@@ -14,7 +14,7 @@ from safelight.protocol.config import Config
 from safelight.protocol.errors import StartFailed
 from safelight.tests.tiny import save
 from safelight.tests.tiny.single_files import sd15_file, wan_tensors
-from safelight.worker.model import Model, load_model
+from safelight.worker.model.model import Model, load_model
 from safelight.worker.weights.checkpoint import single_file
 from safelight.worker.weights.checkpoint.files import WeightFiles
 

@@ -14,10 +14,10 @@ from diffusers.utils import logging as diffusers_logging
 from torch import nn
 from transformers.utils import logging as transformers_logging
 
-from ...models import family_of
+from ...parallel.families import family_of
 from ...parallel.plan import Family
 from ...parallel.ranks import Ranks
-from ...sizes import DENOISERS
+from ...pipelines.sizes import DENOISERS
 from .components import Component, components, inspect, pipeline_class
 from .files import WeightFiles
 from .layout import Layout

@@ -1,0 +1,226 @@
+"""The dynamic batcher: chooses the calls of the next forward among those of all coroutines.
+
+Calls wait in the order in which they became ready. The first one decides the signature of the forward, and every later
+one with the same signature joins it, up to the caps. A coroutine's next call goes to the back of the queue, so that no
+signature starves.
+"""
+
+from __future__ import annotations
+
+import logging
+import zlib
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+
+import torch
+
+from ...protocol.replicas import BatchingMode
+from ..crossing.call import Call
+from ..crossing.coroutine import Cancelled, Coroutine
+from ..lora.adapters import RankAdapters
+from ..lora.bank import ActiveAdapters
+from ..rank.heartbeat import Activity
+from .at_rest import AtRest
+from .batch import Forward, Outcome, Pending, Wait
+from .costs import Costs
+from .policy import MergePolicy
+from .prompt_cache import PromptCache, prompt_key, prompt_of
+from .recovery import Agree, Recovery
+from .runner import Runner
+from .signature import Signatures
+from .stages import stages
+
+log = logging.getLogger(__name__)
+
+STARTS_PER_STEP = 2
+"""Coroutines started between two forwards: few, because a start runs up to the first call while all others wait.
+
+If no call waits, as many start as one forward takes, so that a group's samples run all their steps together.
+"""
+
+
+class Batcher:
+    """Runs coroutines, in the caller's greenlet, in :meth:`step`."""
+
+    def __init__(
+        self,
+        *,
+        max_batch: int,
+        max_tokens: int,
+        mode: BatchingMode = "merged",
+        cache: PromptCache | None = None,
+        adapters: RankAdapters | None = None,
+        costs: Costs | None = None,
+        at_rest: AtRest | None = None,
+        activity: Activity | None = None,
+        agree: Agree = lambda _: None,
+        meet: Callable[[int], None] = lambda _: None,
+    ) -> None:
+        """``meet`` receives the :attr:`schedule_digest` before each forward, and may raise to prevent it."""
+        self.mode: BatchingMode = mode
+        self.policy = MergePolicy(max_batch, max_tokens)
+        self.runner = Runner(stages(cache, adapters, costs, at_rest, activity))
+        self.recovery = Recovery(self.runner, self.policy, self._free_memory, agree)
+        self.schedule_digest = 0
+        """A running CRC of the forwards and their coroutines, equal on all ranks of a replica."""
+        self.paused = False
+        """While true, no coroutine runs."""
+        self._agree = agree
+        self._meet = meet
+        self._cache = cache
+        self._adapters = adapters
+        self._signatures = Signatures()
+        self._starting: deque[Coroutine] = deque()
+        self._waiting: deque[Pending] = deque()
+        self._started = 0
+        self._active: set[Coroutine] = set()
+        self._cancelled: set[Coroutine] = set()
+
+    @property
+    def busy(self) -> bool:
+        return not self.paused and bool(self._starting or self._waiting)
+
+    def start(self, coroutine: Coroutine) -> None:
+        """Queue ``coroutine``; one of the next steps starts it."""
+        self._started += 1
+        coroutine.number = self._started
+        self._starting.append(coroutine)
+
+    def cancel(self, coroutine: Coroutine) -> None:
+        """Raise :class:`Cancelled` in ``coroutine`` where it waits; ignore a finished one.
+
+        If the running forward serves the coroutine, it ends when the forward's answer is delivered.
+        """
+        if coroutine.finished or coroutine in self._cancelled:
+            return
+        self._cancelled.add(coroutine)
+        if coroutine in self._starting:
+            self._starting.remove(coroutine)
+            self._continue(coroutine, coroutine.throw(Cancelled()))
+        waits = [pending.wait for pending in self._waiting if pending.coroutine is coroutine]
+        if waits:
+            waits[0].abandoned = True  # the running forward may serve another call of the same wait
+            self._waiting = deque(pending for pending in self._waiting if pending.coroutine is not coroutine)
+            self._continue(coroutine, coroutine.throw(Cancelled()))
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """Within this context, the components are without the changes of requests in progress (for operations)."""
+        with ExitStack() as stack:
+            for changes in {pending.call.changes for pending in self._waiting if pending.call.changes is not None}:
+                stack.enter_context(changes.aside())
+            yield
+
+    def forget_answers(self) -> None:
+        """Clear the prompt cache; required when weights may have changed."""
+        if self._cache is not None:
+            self._cache.clear()
+
+    def step(self) -> None:
+        """Start a few coroutines, then run one forward and resume the coroutines that it served."""
+        if self.paused:
+            return
+        for _ in range(STARTS_PER_STEP if self._waiting else self.policy.max_batch):
+            # checked each time, because a coroutine that fails at once frees its place
+            if not self._starting or not self._may_start(self._starting[0]):
+                break
+            coroutine = self._starting.popleft()
+            self._active.add(coroutine)
+            self._continue(coroutine, coroutine.start())
+        if self._waiting:
+            forward = self._next_forward()
+            numbers = ",".join(str(pending.coroutine.number) for pending in forward.calls)
+            self.schedule_digest = zlib.crc32(f"{forward.name} {numbers}".encode(), self.schedule_digest)
+            self._meet(self.schedule_digest)
+            self.runner.counters.calls += len(forward.calls)
+            self.recovery.run(forward, self._deliver)
+
+    def _may_start(self, coroutine: Coroutine) -> bool:
+        """False while ``coroutine`` must wait, and so must all behind it: an exclusive one would starve otherwise."""
+        if self.mode == "serial" or coroutine.exclusive:
+            return not self._active
+        return not any(active.exclusive for active in self._active)
+
+    def _deliver(self, pending: Pending, outcome: Outcome) -> None:
+        """Resume the call's coroutine, unless it waits for further answers."""
+        wait, coroutine = pending.wait, pending.coroutine
+        wait.answers[pending.index] = outcome.value
+        wait.error = wait.error or outcome.error
+        wait.missing -= 1
+        if wait.abandoned or wait.missing:
+            return
+        if coroutine in self._cancelled:
+            calls = coroutine.throw(Cancelled())
+        else:
+            answers, wait.answers = wait.answers, []  # so that the pipeline's last reference frees an answer
+            calls = coroutine.throw(wait.error) if wait.error else coroutine.resume(answers)
+        self._continue(coroutine, calls)
+
+    def _continue(self, coroutine: Coroutine, calls: Sequence[Call] | None) -> None:
+        """Queue the coroutine's next ``calls``; ``None`` means that it has ended."""
+        if calls is None:
+            self._active.discard(coroutine)
+            self._cancelled.discard(coroutine)
+            return
+        wait = Wait(coroutine, [None] * len(calls), len(calls))
+        self._waiting.extend(self._examined(wait, index, call) for index, call in enumerate(calls))
+
+    def _examined(self, wait: Wait, index: int, call: Call) -> Pending:
+        """Read the call's signature and prompt key. A call whose arguments cannot be read runs alone from now on."""
+        pending = Pending(wait, index, call, wait.coroutine.state)
+        if call.around is not None:  # it runs with its own fork's changes, so no other call can join it
+            return pending
+        try:
+            if self.mode == "merged" and not wait.coroutine.alone and call.name not in self.policy.unmergeable:
+                pending.batchable = self._signatures.read(call)
+            pending.prompt = prompt_key(call) if self._cache else None
+        except Exception as error:  # arguments are of any type, and the loop must go on for all other requests
+            self._agree(f"reading the arguments of {call.name} has raised {type(error).__name__}")
+            log.warning("the arguments of %s cannot be compared", call.name, exc_info=True)
+            self.policy.never_merge(call.name, "its arguments cannot be compared")
+        return pending
+
+    def _next_forward(self) -> Forward:
+        """Take the first waiting call, and all that may join it, out of the queue."""
+        first = self._waiting.popleft()
+        first_part, first_uses = self.policy.batchable(first), self._uses(first)
+        if first_part is None or self._is_cached(first, first_uses):
+            return Forward([first], [first_uses])
+        takes_turns, positions = self.policy.takes_turns(first.call.name), first_part.positions
+        calls, adapters, prompts, left = [first], [first_uses], {prompt_of(first, first_uses)}, deque[Pending]()
+        max_positions = self.policy.max_positions(first.call.name)
+        for other in self._waiting:
+            part = self.policy.batchable(other)
+            if part is None or part.signature != first_part.signature or other.state != first.state:
+                left.append(other)
+                continue
+            uses = self._uses(other)
+            prompt = prompt_of(other, uses)
+            full = len(calls) == self.policy.max_batch or positions + part.positions > max_positions
+            # one of two equal prompts waits for the other's cached answer
+            if full or (takes_turns and uses != first_uses) or (prompt is not None and prompt in prompts):
+                left.append(other)
+                continue
+            calls.append(other)
+            adapters.append(uses)
+            positions += part.positions
+            prompts.add(prompt)
+        self._waiting = left
+        return Forward(calls, adapters)
+
+    def _is_cached(self, pending: Pending, uses: ActiveAdapters) -> bool:
+        key = prompt_of(pending, uses)
+        return self._cache is not None and self._cache.holds(key, exact=pending.coroutine.alone)
+
+    def _uses(self, pending: Pending) -> ActiveAdapters:
+        if self._adapters is None:
+            return ()
+        return self._adapters.uses(pending.call.component, pending.coroutine.wanted)
+
+    def _free_memory(self) -> None:
+        """Release caches after a forward ran out of memory."""
+        if self._adapters is not None:
+            self._adapters.forget_stacks()
+        if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+            torch.cuda.empty_cache()

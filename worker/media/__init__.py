@@ -1,0 +1,1 @@
+"""Media: pictures, clips and sound, from tensors to the bytes of files."""

@@ -1,0 +1,1 @@
+"""The process of one rank: its start, its loop, and its engine."""

@@ -1,0 +1,166 @@
+"""The engine of one rank: batcher, jobs and operations, and the step that every rank of a replica takes alike."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from ...protocol.child_config import ChildConfig
+from ...protocol.config import Config
+from ...protocol.generation import Cancel, Generate
+from ...protocol.messages import FromWorker
+from ...protocol.operations import Perform, SetPaused
+from ...protocol.reports import Performed
+from ...protocol.self_test import SelfTestResult
+from ..forward.at_rest import AtRest
+from ..forward.batcher import Batcher
+from ..forward.prompt_cache import PromptCache
+from ..lora.adapters import RankAdapters
+from ..model.model import Model
+from ..model.modules import modules
+from ..operations.coordinator import Coordinator
+from ..operations.group_orders import GroupOrders
+from ..operations.resources import Resources
+from ..operations.table import new_coordinator
+from ..parallel.mesh import Mesh
+from ..parallel.team import SettleJoin, Turn
+from ..requests.jobs import Jobs
+from ..weights.snapshot.journal import Journal
+from ..weights.transport.groups import Groups
+from ..weights.update.undo_log import UndoLog
+from .heartbeat import Activity
+
+
+class Engine:
+    """Runs the requests and operations of one rank.
+
+    ``send`` takes messages for the scheduler; ``wake`` ends the loop's wait, and may be called by any thread. ``meet``
+    is the batcher's.
+    """
+
+    def __init__(
+        self,
+        child: ChildConfig,
+        model: Model,
+        self_test: SelfTestResult,
+        mesh: Mesh,
+        activity: Activity,
+        journal: Journal | None,
+        *,
+        meet: Callable[[int], None],
+        send: Callable[[FromWorker], None],
+        wake: Callable[[], None],
+    ) -> None:
+        config, shared = child.config, Path(child.shared)
+        assert child.replica is not None
+        global_rank = child.replica * config.tp + child.rank
+        adapters = _new_adapters(model, mesh, config)
+        groups = Groups(global_rank, model.device, ended=wake, receive_s=config.max_update_hold_s)
+        self._model = model
+        self._send = send
+        self._batcher = _new_batcher(model, self_test, mesh, adapters, activity, config, meet)
+        self.jobs = Jobs(model, self._batcher, send, wake, is_primary=child.rank == 0, adapters=adapters, shared=shared)
+        self.group_orders = GroupOrders(groups, mesh.world)
+        self._operations: Coordinator = new_coordinator(
+            Resources(
+                model=model,
+                batcher=self._batcher,
+                ranks=mesh.world,
+                global_rank=global_rank,
+                world_size=config.replicas * config.tp,
+                shared=shared,
+                journal=journal,
+                undo_log=UndoLog(model.device, _undo_bytes(config), _undo_spill(config)),
+                adapters=adapters,
+                groups=groups,
+                on_progress=activity.advance,
+            )
+        )
+
+    @property
+    def busy(self) -> bool:
+        """True if a step without messages would run something."""
+        return self._batcher.busy and not self._operations.holds
+
+    def run_step(self, turn: Turn) -> None:
+        """Take in the messages of ``turn``, then run one step of the batcher unless an operation holds it."""
+        for request_id in turn.dropped:
+            self.jobs.drop(request_id)
+        for message in turn.messages:
+            match message:
+                case Generate():
+                    self.jobs.submit(message)
+                case Cancel():
+                    self.jobs.cancel(message.request_id)
+                case SetPaused(paused=paused):
+                    self._batcher.paused = paused
+                case SettleJoin():
+                    self._answer(self.group_orders.settle(message))
+                case Perform() if self.group_orders.include(message):
+                    self._answer(self.group_orders.perform(message))
+                case Perform():
+                    self._perform(message)
+        if not self._operations.holds:
+            self._batcher.step()
+
+    def close(self) -> None:
+        self.jobs.close()
+
+    def _perform(self, order: Perform) -> None:
+        with self._batcher.aside():
+            performed = self._operations.perform(order)
+        self._send(performed)
+        self.jobs.set_version(self._model.weight_version)
+
+    def _answer(self, answer: Performed | None) -> None:
+        if answer is not None:
+            self._send(answer)
+
+
+def _new_adapters(model: Model, mesh: Mesh, config: Config) -> RankAdapters:
+    return RankAdapters(
+        model.pipeline,
+        model.layouts,
+        mesh.world,
+        model.device,
+        most=config.max_loras,
+        most_bytes=config.max_lora_mb * 1_000_000,
+    )
+
+
+def _new_batcher(
+    model: Model,
+    self_test: SelfTestResult,
+    mesh: Mesh,
+    adapters: RankAdapters,
+    activity: Activity,
+    config: Config,
+    meet: Callable[[int], None],
+) -> Batcher:
+    batcher = Batcher(
+        max_batch=config.max_batch,
+        max_tokens=config.max_batch_tokens,
+        mode=self_test.mode,
+        cache=PromptCache(config.prompt_cache_mb * 2**20) if config.prompt_cache_mb else None,
+        adapters=adapters,
+        costs=model.costs,
+        at_rest=AtRest(modules(model.pipeline)),
+        activity=activity,
+        agree=mesh.agree,
+        meet=meet,
+    )
+    batcher.policy.unmergeable.update(self_test.unmergeable)
+    return batcher
+
+
+def _undo_spill(config: Config) -> Path | None:
+    return Path(config.undo_spill) if config.undo_spill is not None else None
+
+
+def _undo_bytes(config: Config) -> int:
+    """Bytes of host memory in which each rank keeps what updates overwrite."""
+    if config.undo_mb:
+        return config.undo_mb * 1_000_000
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return memory // 2 // (config.replicas * config.tp)

@@ -1,0 +1,216 @@
+"""A rank's process: it loads the model, tests it, and then runs the engine's steps between messages.
+
+Rank 0 is the leader: it alone talks to the scheduler, and it broadcasts what each step begins with to the other ranks.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import time
+from pathlib import Path
+
+import torch
+import zmq
+
+from ...protocol.child_config import ChildConfig
+from ...protocol.errors import StartFailed
+from ...protocol.messages import FROM_WORKER, TO_WORKER, FromWorker, ToWorker
+from ...protocol.replicas import ReplicaFailed, ReplicaLoading, ReplicaReady
+from ...protocol.self_test import RESULT_FILE, SelfTestResult
+from ..model.model import Model, load_model
+from ..parallel.device import find_device
+from ..parallel.mesh import join, leave
+from ..parallel.ranks import RankLost
+from ..parallel.starting import FailedTogether, all_or_none
+from ..parallel.team import Diverged, Follower, Leader, Stop, Turn
+from ..requests.jobs import Jobs
+from ..self_test.self_test import SelfTest
+from ..self_test.self_test_cache import SelfTestCache
+from ..weights.snapshot.journal import Journal
+from .engine import Engine
+from .heartbeat import HEARTBEAT_S, Activity, Heartbeats
+
+log = logging.getLogger(__name__)
+
+
+class Replica:
+    """One rank's process; ``child`` has its rank and replica numbers."""
+
+    def __init__(self, child: ChildConfig) -> None:
+        assert child.replica is not None
+        self._child = child
+        self._config = child.config
+        self._number = child.replica
+        self._is_primary = child.rank == 0
+        journal = self._config.weights_journal
+        self._journal = Journal(Path(journal)) if journal is not None else None
+        self._stopping = False
+        self._stats_due = 0.0
+        self._context = zmq.Context()
+        self._activity = Activity()
+        self._heartbeats = Heartbeats(self._context, child.backend, self._number, self._activity)
+        self._socket = self._context.socket(zmq.DEALER)
+        self._socket.identity = f"replica-{self._number}".encode()
+        self._socket.sndhwm = 0
+        self._socket.rcvhwm = 0
+        self._socket.linger = 500
+        if self._is_primary:
+            self._socket.connect(child.backend)
+        self._awake, self._alarm = os.pipe()
+        os.set_blocking(self._alarm, False)
+
+    def run(self) -> int:
+        """Load and serve until SIGTERM. Returns the process's exit status."""
+        signal.signal(signal.SIGTERM, self._stop if self._is_primary else signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        try:
+            return self._serve(*self._load())
+        except StartFailed as failed:
+            if not self._is_primary and not isinstance(failed, FailedTogether):
+                log.error("%s", failed.message)  # the server logs what the leader sends
+            self._send(ReplicaFailed(self._number, failed.message))
+            return self._leave(1)
+        except (RankLost, Diverged) as lost:
+            log.error("this rank cannot go on without the others: %s", lost)
+            return self._leave(1)
+        except torch.AcceleratorError as broken:  # sticky: every later use of the device fails in this process
+            log.error("the device no longer works in this process: %s", str(broken).partition("\n")[0])
+            return self._leave(1)
+
+    def _load(self) -> tuple[Model, SelfTestResult]:
+        self._report("loading the model")
+        device = find_device(self._config, self._number, self._child.rank)
+        threads = self._config.threads or max(1, (os.cpu_count() or 1) // (self._config.replicas * self._config.tp))
+        torch.set_num_threads(threads)
+        # gradient mode is thread state: disabled here, so that leaving a pipeline's no_grad cannot enable it
+        torch.set_grad_enabled(False)
+        self._mesh = join(
+            self._child.rank,
+            {"tp": self._config.tp},
+            f"{self._child.meeting_place}-store",
+            device,
+            max(self._config.start_timeout_s, self._config.stall_timeout_s),  # one rank may load from a slower disk
+        )
+        model = all_or_none(self._mesh.world, lambda: load_model(self._config, device, self._mesh.tp))
+        if self._journal is not None and (version := self._journal.replay(model.layouts, self._mesh.world)) is not None:
+            model.weight_version = version
+        self_test = self._test(model)
+        self._mesh.limit(self._config.stall_timeout_s)
+        return model, self_test
+
+    def _test(self, model: Model) -> SelfTestResult:
+        """Run the self-test, or apply the result of an earlier start."""
+        test = SelfTest(model, self._config, self._report, self._mesh.agree)
+        if (earlier := self._child.self_test) is not None:
+            test.apply(earlier)
+            return earlier
+        cache = SelfTestCache(model, self._config, self._mesh.world) if self._config.self_test_cache else None
+        if cache is not None and (result := cache.read()) is not None:
+            try:
+                test.apply(result)
+            except StartFailed:
+                cache.remove()
+                raise
+        else:
+            result = test.run()
+        if self._is_primary:
+            self._keep(result, cache)
+        return result
+
+    def _keep(self, result: SelfTestResult, cache: SelfTestCache | None) -> None:
+        try:
+            result.write(Path(self._child.directory) / RESULT_FILE)
+        except OSError as error:
+            log.warning("the self-test runs again at each start, because its result cannot be saved: %s", error)
+        if cache is not None:
+            cache.write(result)
+
+    def _serve(self, model: Model, self_test: SelfTestResult) -> int:
+        team = self._team()
+        engine = Engine(
+            self._child,
+            model,
+            self_test,
+            self._mesh,
+            self._activity,
+            self._journal,
+            meet=team.meet,
+            send=self._send,
+            wake=self._wake,
+        )
+        try:
+            if isinstance(team, Leader):
+                self._send(ReplicaReady(self._number, os.getpid(), model.info()))
+                self._heartbeats.start()
+                self._lead(team, engine)
+            else:
+                team.run(engine.run_step)
+        finally:
+            engine.close()  # also after a fault: outputs that wait for an encoding thread must not delay the exit
+        leave(self._mesh)
+        return self._leave(0)
+
+    def _team(self) -> Leader | Follower:
+        place = self._child.meeting_place
+        if self._is_primary:
+            return Leader(self._context, place, self._config.tp)
+        return Follower(self._context, place, self._child.rank)
+
+    def _lead(self, team: Leader, engine: Engine) -> None:
+        poller = zmq.Poller()
+        poller.register(self._socket, zmq.POLLIN)
+        poller.register(self._awake, zmq.POLLIN)
+        while not self._stopping:
+            self._activity.advance()
+            self._update_stats(engine.jobs, at_once=not engine.busy)
+            timeout_s = min(HEARTBEAT_S, engine.group_orders.next_look_s)  # an idle loop makes progress too
+            ready = dict(poller.poll(0 if engine.busy else round(timeout_s * 1000)))
+            if self._awake in ready:
+                os.read(self._awake, 4096)
+            messages = [*(self._received() if self._socket in ready else []), *engine.group_orders.due()]
+            dropped = engine.jobs.collect()
+            if messages or dropped or engine.busy:
+                turn = Turn(messages, dropped)
+                team.tell(turn)
+                engine.run_step(turn)
+        team.tell(Stop())
+
+    def _update_stats(self, jobs: Jobs, *, at_once: bool) -> None:
+        """Refresh the statistics that heartbeats send; unless ``at_once``, once per heartbeat at most."""
+        now = time.monotonic()
+        if at_once or now >= self._stats_due:
+            self._activity.stats = jobs.stats()
+            self._stats_due = now + HEARTBEAT_S
+
+    def _received(self) -> list[ToWorker]:
+        messages: list[ToWorker] = []
+        while self._socket.poll(0):
+            messages.append(TO_WORKER.decode(self._socket.recv_multipart()))
+        return messages
+
+    def _send(self, message: FromWorker) -> None:
+        if self._is_primary:
+            self._socket.send_multipart(FROM_WORKER.encode(message), copy=False)
+
+    def _report(self, stage: str) -> None:
+        if self._is_primary:
+            log.info("%s", stage)
+            self._send(ReplicaLoading(self._number, os.getpid(), stage))
+
+    def _wake(self) -> None:
+        """Wake the loop, from any thread; with a full pipe it is about to wake anyway."""
+        try:
+            os.write(self._alarm, b"\0")
+        except BlockingIOError:
+            return
+
+    def _stop(self, *_: object) -> None:
+        self._stopping = True
+        self._wake()
+
+    def _leave(self, status: int) -> int:
+        self._heartbeats.stop()
+        self._context.destroy(linger=500)
+        return status

@@ -1,0 +1,241 @@
+"""Requests in progress: each becomes one coroutine per output, and its outputs become one result."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from ...protocol.adapters import AdapterState, Drawn, Use, drawn
+from ...protocol.errors import ClientGone, SafelightError
+from ...protocol.generation import Failed, Generate, Progress, Result
+from ...protocol.messages import FromWorker
+from ...protocol.replicas import ReplicaStats
+from ..crossing.steps import Step
+from ..forward.batcher import Batcher
+from ..lora.adapters import RankAdapters
+from ..model.model import Model
+from ..rollout import record
+from .encoding_threads import Encoded, EncodingThreads
+from .failure import NotFinite, explain
+from .job import Job
+from .preview import preview
+from .sample import SampleRun
+
+log = logging.getLogger(__name__)
+
+
+class Jobs:
+    """Starts, cancels and finishes requests. ``send`` takes the messages for the scheduler.
+
+    Encoding runs in threads, which call ``wake``; :meth:`collect` then takes in what they have finished. A rank other
+    than the primary runs the same samples but neither encodes nor sends.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        batcher: Batcher,
+        send: Callable[[FromWorker], None],
+        wake: Callable[[], None] = lambda: None,
+        *,
+        is_primary: bool = True,
+        adapters: RankAdapters | None = None,
+        shared: Path | None = None,
+    ) -> None:
+        self._model = model
+        self._batcher = batcher
+        self._send = send
+        self._adapters = adapters
+        self._wake = wake
+        self._is_primary = is_primary
+        self._jobs: dict[str, Job] = {}
+        self._threads = EncodingThreads(model, wake, self._is_dropped, shared)
+        self._failing: list[str] = []
+        self._outputs = self._cancelled = self._failed = 0
+        self._weights_are_sound = False  # the current weights are known to make finite values
+
+    def stats(self) -> ReplicaStats:
+        counters = self._batcher.runner.counters
+        return ReplicaStats(
+            running=sum(len(job.samples) - len(job.outputs) for job in self._jobs.values()),
+            forwards=counters.forwards,
+            calls=counters.calls,
+            outputs=self._outputs,
+            cancelled=self._cancelled,
+            failed=self._failed,
+            unmergeable=self._batcher.policy.unmergeable,
+            caps=self._batcher.policy.caps,
+            stages=[stage.name for stage in self._batcher.runner.stages],
+            costs=self._model.costs.measured(),
+        )
+
+    def submit(self, request: Generate) -> None:
+        """Start every sample of ``request``, or answer it at once if it names an unknown adapter."""
+        try:
+            wanted = None if self._adapters is None else self._adapters.wanted(request.lora)
+        except SafelightError as error:
+            self._failed += 1
+            self._send(Failed(request.request_id, error.info()))
+            return
+        job = Job(request, versions=[self._model.weight_version], adapters=self._drawn(request.lora))
+        self._jobs[request.request_id] = job
+        for index in range(len(request.samples)):
+            sample = SampleRun(
+                self._model, request, index, self._on_step, lambda ended: self._on_end(job, ended), wanted
+            )
+            job.samples.append(sample)
+            self._batcher.start(sample.coroutine)
+
+    def set_version(self, weight_version: str) -> None:
+        """Note a change of weights or adapters, which requests in progress use from their next call on."""
+        self._weights_are_sound = False
+        for job in self._jobs.values():
+            if job.drawn:
+                continue
+            if job.versions[-1] != weight_version:
+                job.versions.append(weight_version)
+            # adapters that the request itself names were fixed when it arrived
+            active = self._drawn(None if job.request.lora is None else [])
+            job.adapters += [adapter for adapter in active if adapter not in job.adapters]
+
+    def _drawn(self, uses: list[Use] | None) -> list[Drawn]:
+        return drawn(AdapterState() if self._adapters is None else self._adapters.state, uses)
+
+    def cancel(self, request_id: str) -> None:
+        """Stop the request at its next call; ignore an unknown or finished one."""
+        job = self._jobs.get(request_id)
+        if job is not None and not job.failed:
+            self._cancelled += 1
+            self._end(job, Failed(request_id, ClientGone("the request was cancelled").info()))
+
+    def collect(self) -> list[str]:
+        """Take in finished encodings, and send the previews and results that they complete.
+
+        Returns the requests that failed since the last call. They may have failed on this rank alone, so their work
+        goes on until every rank calls :meth:`drop` in the same step.
+        """
+        for encoded in self._threads.finished():
+            if self._is_dropped(encoded.job):
+                record.forget(encoded.output)
+            elif encoded.error is not None:
+                self._fail(encoded.job, self._explained(encoded.error, encoded.job))
+            else:
+                self._take(encoded)
+        failing, self._failing = self._failing, []
+        return failing
+
+    def _take(self, encoded: Encoded) -> None:
+        job = encoded.job
+        if encoded.output is not None:
+            job.outputs[encoded.index] = encoded.output
+            self._outputs += 1
+            self._weights_are_sound = True
+        else:
+            job.pending_previews -= 1
+            if encoded.preview is not None:
+                self._send(encoded.preview)
+        if job.done:
+            self._end(job, job.result())
+
+    def drop(self, request_id: str) -> None:
+        """Stop the work of a request that was answered with an error."""
+        job = self._jobs.pop(request_id, None)
+        if job is not None:
+            self._stop(job)
+
+    def close(self) -> None:
+        self._threads.close()
+
+    def _end(self, job: Job, message: Result | Failed) -> None:
+        del self._jobs[job.request.request_id]
+        if isinstance(message, Failed):
+            self._stop(job)
+        self._send(message)
+
+    def _stop(self, job: Job) -> None:
+        """Cancel the samples, and delete the finished outputs from shared memory."""
+        for sample in job.samples:
+            self._batcher.cancel(sample.coroutine)
+        for output in job.outputs.values():
+            record.forget(output)
+
+    def _fail(self, job: Job, error: SafelightError) -> None:
+        """Answer the request with ``error``; :meth:`drop` ends its work."""
+        self._failed += 1
+        job.failed = True
+        self._failing.append(job.request.request_id)
+        self._send(Failed(job.request.request_id, error.info()))
+        self._wake()
+
+    def _on_step(self, sample: SampleRun, step: Step) -> None:
+        request = sample.request
+        if request.progress:
+            self._send(Progress(request.request_id, sample.index, step.number, step.total))
+        if request.preview_every and step.number % request.preview_every == 0 and step.number < step.total:
+            self._preview(sample, step)
+
+    def _preview(self, sample: SampleRun, step: Step) -> None:
+        job = self._jobs[sample.request.request_id]
+        try:
+            with sample.aside():
+                pixels = preview(
+                    sample.task,
+                    sample.arguments(),
+                    step.clean_estimate(),
+                    watches_all=sample.watches_all,
+                )
+            if self._is_primary:
+                self._threads.submit_preview(job, sample.index, step, pixels)
+                job.pending_previews += 1
+        except torch.AcceleratorError:
+            raise
+        except Exception:
+            log.exception("a preview failed", extra=job.log_fields)
+
+    def _on_end(self, job: Job, sample: SampleRun) -> None:
+        if self._is_dropped(job):
+            return
+        error, pixels, sound = sample.coroutine.error, sample.coroutine.result, sample.sound
+        # these are large, and the job may outlive the sample by far
+        sample.coroutine.error = sample.coroutine.result = sample.sound = None
+        if not self._is_primary:
+            self._on_end_elsewhere(job, sample, error)
+            return
+        try:
+            if error is not None:
+                raise error
+            if sample.rolled_out is not None:
+                sample.rolled_out = record.on_the_host(sample.rolled_out)
+            self._threads.submit_output(job, sample, pixels, sound)
+        except BaseException as failure:  # raised by the pipeline, or by a copy without memory: this request's failure
+            explained = self._explained(failure, job)
+            if explained.status >= 500:
+                log.error("output %d failed", sample.index, exc_info=failure, extra=job.log_fields)
+            else:  # the client's mistake, which may be frequent
+                log.info("output %d failed: %s", sample.index, explained.message, extra=job.log_fields)
+            self._fail(job, explained)
+
+    def _on_end_elsewhere(self, job: Job, sample: SampleRun, error: BaseException | None) -> None:
+        """End a sample on a rank other than the primary, which alone decides what a failure means."""
+        if isinstance(error, torch.AcceleratorError):
+            raise error
+        if error is not None:
+            log.info("output %d failed on this rank: %s", sample.index, type(error).__name__, extra=job.log_fields)
+        job.finished_samples += 1
+        if job.finished_samples == len(job.samples):
+            del self._jobs[job.request.request_id]
+
+    def _explained(self, error: BaseException, job: Job) -> SafelightError:
+        """The error for the client. Raises a device error again, after which this process can compute nothing."""
+        if isinstance(error, torch.AcceleratorError):
+            log.error("the device no longer works", exc_info=error, extra=job.log_fields)
+            raise error
+        if isinstance(error, NotFinite) and not self._weights_are_sound:
+            self._weights_are_sound = self._model.is_finite()
+        return explain(error, job.request, weights_are_sound=self._weights_are_sound)
+
+    def _is_dropped(self, job: Job) -> bool:
+        return job.failed or self._jobs.get(job.request.request_id) is not job

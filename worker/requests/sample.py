@@ -1,0 +1,259 @@
+"""A sample: one call of the pipeline, for one prompt and seed, with its progress and result."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import DiffusionPipeline
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
+from diffusers.utils import BaseOutput
+
+from ...process.logs import request_id_var
+from ...protocol.errors import InvalidRequest
+from ...protocol.fields import ARGUMENTS
+from ...protocol.generation import Generate
+from ...protocol.rollouts import Rollout
+from ..crossing.chain import Chain, Interceptor
+from ..crossing.coroutine import Coroutine
+from ..crossing.fork import Fork, schedulers
+from ..crossing.interceptors import Clock, NoiseCheck, Recorder, is_of_denoiser
+from ..crossing.random_state import kept_random_state, seeded
+from ..crossing.steps import Step, watch_steps
+from ..lora.adapters import RequestedAdapters
+from ..media.sound import Sound, first_sound
+from ..model.model import Model
+from ..model.pipeline_task import PipelineTask
+from ..pipelines.arguments import as_declared
+from ..rollout.environment import Environment, likely_scales
+from ..rollout.initial_noise import usual_shapes
+from ..rollout.record import as_output, nothing_recorded, peak_memory_mb, read_tensor, recorded_fields
+from ..rollout.sampling import RolloutSampler, why_no_rollouts
+from ..rollout.schedule import follow, shift
+from .failure import NothingMade
+from .input_images import image_arguments
+
+
+class SampleRun:
+    """Sample ``index`` of ``request`` as a coroutine.
+
+    ``on_step`` is called after each denoising step, in the coroutine; ``on_end`` at the end, in the batcher.
+    ``watches_all`` is the fork's; it is implied for exclusive requests.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        request: Generate,
+        index: int,
+        on_step: Callable[[SampleRun, Step], None],
+        on_end: Callable[[SampleRun], None],
+        wanted: RequestedAdapters = None,
+        *,
+        watches_all: bool = False,
+    ) -> None:
+        self.request = request
+        self.index = index
+        self.seed = request.samples[index].seed
+        self.clock = Clock()
+        self.steps = 0
+        self.rolled_out: dict[str, Any] | None = None
+        """The recorded rollout, once the sample has ended."""
+        self.sound: Sound | None = None
+        """The clip's sound, if it has one, once the sample has ended."""
+        self._model = model
+        self._on_step = on_step
+        self._fork: Fork | None = None
+        self._chain = Chain()
+        self._environment: Environment | None = None
+        self._versions: set[str] = set()  # weight versions of the denoiser's answers since the last step
+        self._step_versions: list[str | None] = []
+        mode = model.batching_mode(request)
+        alone, exclusive = request.deterministic or mode != "merged", mode == "serial"
+        self.watches_all = watches_all or exclusive
+        self.coroutine = Coroutine(
+            self._run,
+            lambda _: on_end(self),
+            alone=alone,
+            exclusive=exclusive,
+            wanted=wanted,
+            random=seeded(self.seed),
+        )
+        self.coroutine.pixels = model.output_pixels(request)
+
+    @property
+    def task(self) -> PipelineTask:
+        """The request's task. Raises ``InvalidRequest`` if the model does not have it."""
+        return self._model.task(self.request)
+
+    def arguments(self) -> dict[str, Any]:
+        """The keyword arguments of the pipeline's call, with a fresh generator."""
+        request, task = self.request, self.task
+        given = {name: getattr(request, name) for name in ARGUMENTS if getattr(request, name) is not None}
+        if request.fps is not None and "frame_rate" in task.arguments:
+            given["frame_rate"] = request.fps
+        if task.takes_prompt:
+            given["prompt"] = request.samples[self.index].prompt
+        defaults = task.plain_defaults if request.deterministic else task.defaults
+        if request.images:
+            defaults, given = _without_size(defaults), _without_size(given) | image_arguments(task, request)
+        rollout = request.rollout
+        device = self._model.device if rollout is not None and rollout.generator_device == "cuda" else "cpu"
+        return {
+            **as_declared(
+                task.arguments, defaults | given | copy.deepcopy(request.extra)
+            ),  # a pipeline may write to it
+            **({} if rollout is None else self._rollout_arguments(rollout)),
+            "generator": torch.Generator(device).manual_seed(self.seed),
+            "output_type": task.output_type,
+        }
+
+    def _rollout_arguments(self, rollout: Rollout) -> dict[str, Any]:
+        """The pipeline's arguments for a rollout's schedule and initial noise."""
+        given: dict[str, Any] = {}
+        if rollout.sigmas is not None:
+            given["num_inference_steps"] = sum(sigma > 0 for sigma in rollout.sigmas)
+        if rollout.initial_noise:
+            noise = rollout.initial_noise[self.index if len(rollout.initial_noise) > 1 else 0]
+            given["latents"] = read_tensor(noise).to(self._model.device)
+        return given
+
+    def _run(self) -> torch.Tensor:
+        request_id_var.set(self.request.request_id)  # of this coroutine's own context
+        self.clock.started = time.perf_counter()
+        arguments = self.arguments()
+        self._chain = Chain(self.interceptors())
+        self._fork = Fork(self.task.pipeline, self._chain, watches_all=self.watches_all)
+        try:
+            with self._fork as pipeline:
+                return self._drawn(pipeline, arguments)
+        finally:
+            self._fork = None
+
+    def _drawn(self, pipeline: DiffusionPipeline, arguments: dict[str, Any]) -> torch.Tensor:
+        rollout = self.request.rollout
+        if rollout is not None:
+            self._prepare(rollout, pipeline, arguments)
+        if rollout is not None and rollout.recorded:
+            return self._roll_out(rollout, pipeline, arguments)
+        for scheduler in schedulers(pipeline):
+            watch_steps(scheduler, self._saw)
+        output = pipeline(**arguments)
+        self.sound = first_sound(self.task.pipeline, output)
+        pixels = first_output(output)
+        if rollout is not None:
+            self.rolled_out = self._reply(pixels, rollout, nothing_recorded()) | {"sampler": None}
+        return pixels
+
+    def _prepare(self, rollout: Rollout, pipeline: DiffusionPipeline, arguments: dict[str, Any]) -> None:
+        """Set the requested schedule, and find out the shape of the initial noise. Raises ``InvalidRequest``."""
+        if rollout.flow_shift is not None:
+            shift(pipeline, rollout.flow_shift)
+        if rollout.sigmas is not None:
+            (scheduler,) = self._rolled(pipeline, "sigmas")
+            follow(scheduler, rollout.sigmas)
+        if rollout.initial_noise:
+            with self.aside():
+                usual = usual_shapes(self.task.pipeline, arguments, self.seed)
+            self._chain.add(NoiseCheck(usual))
+
+    def _rolled(self, pipeline: DiffusionPipeline, field: str) -> list[SchedulerMixin]:
+        """The pipeline's only scheduler, in a list. Raises ``InvalidRequest`` if rollouts cannot use it."""
+        if (reason := why_no_rollouts(pipeline)) is not None:
+            raise InvalidRequest(f"{type(pipeline).__name__} cannot be rolled out: {reason}.", field=field)
+        return schedulers(pipeline)
+
+    def _roll_out(self, rollout: Rollout, pipeline: DiffusionPipeline, arguments: dict[str, Any]) -> torch.Tensor:
+        (scheduler,) = self._rolled(pipeline, "rollout")
+        if rollout.returns_environment:
+            scales = likely_scales(pipeline, arguments)
+            self._environment = Environment(scales, from_images=bool(self.request.images))
+            self._chain.add(Recorder(lambda call: call, self._environment.saw))
+        generators = functools.partial(self._step_generator, rollout, arguments["generator"])
+        sampler = RolloutSampler(scheduler, rollout, generators, self._took_step)
+        watch_steps(scheduler, self._saw, sampler.step)
+        pixels = first_output(pipeline(**arguments))
+        environment = self._environment.reported() if self._environment is not None else None
+        recorded = recorded_fields(rollout, sampler.end(), environment)
+        self.rolled_out = self._reply(pixels, rollout, recorded) | {"sampler": sampler.name}
+        return pixels
+
+    def _step_generator(self, rollout: Rollout, own: torch.Generator, step: int) -> torch.Generator:
+        """The generator of a step's noise; on the CPU if the steps have seeds, as in trainers."""
+        if rollout.step_noise is None:
+            return own
+        return torch.Generator().manual_seed(rollout.step_noise.seed_of(self.index, self.seed, step))
+
+    def _reply(self, pixels: torch.Tensor, rollout: Rollout, recorded: dict[str, Any]) -> dict[str, Any]:
+        return {
+            "prompt": self.request.samples[self.index].prompt,
+            "seed": self.seed,
+            "generated_output": as_output(pixels, rollout.output_dtype),
+            **recorded,
+            "inference_time_s": time.perf_counter() - (self.clock.started or self.clock.submitted),
+            "peak_memory_mb": peak_memory_mb(self._model.device),
+            "step_weight_versions": self._step_versions,
+            "log_prob_reduction": "mean",
+        }
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """Isolate another call of the pipeline in this sample's coroutine: neither sees the other's changes."""
+        assert self._fork is not None, "the sample runs"
+        with self._fork.changes.aside(), kept_random_state():
+            yield
+
+    def interceptors(self) -> list[Interceptor]:
+        """The chain's interceptors, in order; a rollout adds more."""
+        return [self.clock, Recorder(is_of_denoiser, self._answered)]
+
+    def _answered(self, by_denoiser: bool, _: object) -> None:
+        if by_denoiser:
+            self._versions.add(self._model.weight_version)  # unchanged since the forward
+
+    def _took_step(self, velocity: torch.Tensor, sample: torch.Tensor) -> None:
+        """Note the weight version of a rollout's step: ``None`` if the weights changed between its denoiser calls."""
+        self._step_versions.append(next(iter(self._versions)) if len(self._versions) == 1 else None)
+        self._versions.clear()
+        if self._environment is not None:
+            self._environment.stepped(velocity, sample)
+
+    def _saw(self, step: Step) -> None:
+        self.steps = step.number
+        self.clock.last_step = time.perf_counter()
+        self._on_step(self, step)
+
+
+def _without_size(given: dict[str, Any]) -> dict[str, Any]:
+    """``given`` without the sides, which follow from the images."""
+    return {name: value for name, value in given.items() if name not in ("width", "height")}
+
+
+def first_output(output: BaseOutput) -> torch.Tensor:
+    """The first picture [C, H, W] or clip [F, C, H, W] of a pipeline's output, float in [0, 1].
+
+    Raises ``NothingMade`` if there is none, as for a strength so low that no step is left.
+    """
+    every = outputs(output)
+    if not every:
+        raise NothingMade
+    return every[0]
+
+
+def outputs(output: BaseOutput) -> list[torch.Tensor]:
+    """Every picture or clip of a pipeline's output, in the form of :func:`first_output`."""
+    found = next(output[name] for name in ("images", "frames", "image") if name in output)
+    return [_in_channels_first(one) for one in found]
+
+
+def _in_channels_first(found: Any) -> torch.Tensor:
+    if isinstance(found, torch.Tensor):
+        return found
+    array = torch.from_numpy(np.ascontiguousarray(found)).movedim(-1, -3)
+    return array if array.is_floating_point() else array / 255

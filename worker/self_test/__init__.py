@@ -1,0 +1,1 @@
+"""The self-test at load: whether the pipeline runs, and how its requests may share forwards."""
