@@ -72,4 +72,13 @@ class Broadcast(msgspec.Struct, tag=True, frozen=True):
     shapes: list[list[int]]
 
 
-Source = Files | Pickled | CudaShared | Broadcast
+class Noise(msgspec.Struct, tag=True, frozen=True):
+    """Random values, the same on all ranks, for the tensors of ``modules`` whose names contain none of ``kept``."""
+
+    modules: list[str]
+    seed: Int64
+    kept: list[str] = []
+
+
+Sent = Files | Pickled | CudaShared | Broadcast
+Source = Sent | Noise

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from ..protocol.reports import Report
-from ..protocol.tensor_sources import Broadcast, CudaShared, Files, Pickled, Source
+from ..protocol.tensor_sources import Broadcast, CudaShared, Files, Noise, Pickled, Source
 
 Stamps = Mapping[str, list[int]]
 """Files in the order in which they were written, each with the stamp that it had then."""
@@ -19,6 +19,8 @@ def modules_of(source: Source) -> list[str]:
     match source:
         case Files(modules=modules):
             return list(modules)
+        case Noise(modules=modules):
+            return modules
         case Pickled(targets=targets):
             return targets
         case Broadcast(module=module) | CudaShared(module=module):

@@ -7,7 +7,7 @@ from typing import Literal
 from pydantic import Field
 
 from ..protocol.operations import Barrier
-from .body_types import Name, Version
+from .body_types import Modules, Name, TensorNames, Version
 from .validation import Body
 
 
@@ -56,7 +56,15 @@ class WeightVersion(Body, json_schema_extra={"example": {"new_version": "100"}})
 
 class WeightsChecker(Body, json_schema_extra={"example": {"action": "snapshot"}}):
     action: Literal["snapshot", "compare", "reset_tensors"]
-    allow_quant_error: bool | None = Field(None, description="Accepted, and without effect")
+    target_modules: Modules | None = Field(None, description="What to reset; `transformer` when omitted")
+    skip_tensor_list: TensorNames | None = Field(
+        None, description="Tensors whose names contain one of these are neither reset nor compared"
+    )
+    selector: Literal["all", "target"] | None = Field(None, description="Without effect: there is one model")
+    allow_quant_error: bool | None = Field(None, description="Without effect: no weights are quantized")
+
+    def skips(self, name: str) -> bool:
+        return any(part in name for part in self.skip_tensor_list or ())
 
 
 class PostProcess(Body, json_schema_extra={"example": {"post_load_weights": True}}):

@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
+import secrets
+import time
+from collections.abc import Mapping
 from typing import Any
 
 from fastapi import APIRouter, Request
 
 from ..protocol.adapters import KeepAdapters
 from ..protocol.errors import Conflict
-from ..protocol.operations import Adapt, CheckTensors, Digests
+from ..protocol.operations import Adapt, CheckTensors, Digests, Update
 from ..protocol.reports import Operated
+from ..protocol.tensor_sources import Noise
 from . import control_bodies as bodies
 from .operation_client import OperationClient, first_report, success
 from .routes import Route, routes_of
 from .service import Service
+from .weight_bodies import TENSORS
+from .weight_writing import UPDATED, updated
+
+Snapshot = Mapping[str, Mapping[str, str]]
+"""Digests by module and tensor."""
+
+_AFTER = {"compare": "compare with", "reset_tensors": "compare with after a reset"}
 
 
 def routes(service: Service) -> APIRouter:
@@ -23,7 +34,7 @@ def routes(service: Service) -> APIRouter:
 class _Routes:
     def __init__(self, service: Service) -> None:
         self._operations = OperationClient(service)
-        self._snapshot: dict[str, dict[str, str]] | None = None  # digests by module and tensor
+        self._snapshot: Snapshot | None = None
 
     def table(self) -> list[Route[Any]]:
         return [
@@ -32,8 +43,9 @@ class _Routes:
                 summary="Call the weights that serve by another version", answer="`weight_version`, `new_version`",
             ),
             Route(
-                path="/weights_checker", handler=self.check, body=bodies.WeightsChecker, answer="`weight_version`",
-                summary="Keep digests of the weights, and compare with them",
+                path="/weights_checker", handler=self.check, body=bodies.WeightsChecker,
+                summary="Keep digests of the weights, reset the weights, and compare",
+                answer=f"`weight_version`; after a reset also {UPDATED}", max_values=TENSORS,
             ),
             Route(
                 path="/post_process_weights", handler=self.post_process, body=bodies.PostProcess,
@@ -50,12 +62,13 @@ class _Routes:
     async def check(self, request: Request, body: bodies.WeightsChecker) -> dict[str, Any]:
         if body.action == "snapshot":
             return await self._keep(request)
+        if self._snapshot is None:
+            raise Conflict(
+                f"There is no snapshot to {_AFTER[body.action]}; send action = snapshot first.", field="action"
+            )
         if body.action == "compare":
-            return await self._compare(request)
-        return success(
-            "No tensor was reset: a server that serves keeps its weights. Each update says in `applied` and `expected` "
-            "what it wrote."
-        )
+            return await self._compare(request, self._snapshot, body)
+        return await self._reset(request, body)
 
     async def _keep(self, request: Request) -> dict[str, Any]:
         operated = await self._operations.operate(request, Digests(None, detail=True))
@@ -66,12 +79,18 @@ class _Routes:
         count = sum(map(len, self._snapshot.values()))
         return {**success(f"The digests of {count} tensors are kept."), **self._operations.version(operated)}
 
-    async def _compare(self, request: Request) -> dict[str, Any]:
+    async def _reset(self, request: Request, body: bodies.WeightsChecker) -> dict[str, Any]:
+        """Write noise over the weights, so that a tensor that the next update leaves out is found by comparing."""
+        began = time.perf_counter()
+        source = Noise(body.target_modules or ["transformer"], secrets.randbits(63), body.skip_tensor_list or [])
+        operated = await self._operations.operate(request, Update(source=source))
+        return updated(operated, "The weights are noise; send new ones, then action = compare.", began)
+
+    async def _compare(self, request: Request, kept: Snapshot, body: bodies.WeightsChecker) -> dict[str, Any]:
         """Raises ``OperationFailed`` with the names of tensors that differ on any replica."""
-        if self._snapshot is None:
-            raise Conflict("There is no snapshot to compare with; send action = snapshot first.", field="action")
         operated: Operated | None = None
-        for module, expected in self._snapshot.items():
+        for module, digests in kept.items():
+            expected = {name: digest for name, digest in digests.items() if not body.skips(name)}
             operated = await self._operations.operate(request, CheckTensors(module, expected))
         assert operated is not None, "a model has modules"
         return {**success("All tensors are as they were."), **self._operations.version(operated)}

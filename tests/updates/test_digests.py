@@ -75,6 +75,31 @@ def test_every_degree_has_the_digests_of_what_was_sent(any_degree: Trainer) -> N
     checked(any_degree)
 
 
+def test_a_tensor_that_an_update_leaves_out_after_a_reset_does_not_compare_equal(any_degree: Trainer) -> None:
+    """What miles' ``--check-weight-update-equal`` sends: snapshot, reset, an update, compare."""
+    own, before = transformer(any_degree.directory), any_degree.checksum()
+    lost = "proj_out.bias"
+    any_degree.done("/weights_checker", {"action": "snapshot", "allow_quant_error": False, "selector": "all"})
+    reset = {"action": "reset_tensors", "allow_quant_error": False, "selector": "all"}
+    told = any_degree.done("/weights_checker", reset | {"skip_tensor_list": ["norm_out."]})
+    assert told["applied"] == told["expected"] - sum("norm_out." in name for name in own) < len(own)
+    noise = any_degree.done("/get_weights_checksum", {"detail": True})["modules"]
+    unchanged = {
+        name for name, digest in digests(own).items() if noise["transformer"]["tensors"][name]["sha256"] == digest
+    }
+    assert unchanged == {name for name in own if "norm_out." in name}
+    assert {name: module["sha256"] == before[name] for name, module in noise.items()} == {
+        name: name != "transformer" for name in before
+    }
+    any_degree.update({name: tensor for name, tensor in own.items() if name != lost})
+    differs = any_degree.post("/weights_checker", {"action": "compare"})
+    assert (differs.status_code, differs.json()["mismatched"]) == (400, [lost])
+    any_degree.done("/weights_checker", {"action": "compare", "skip_tensor_list": [lost]})
+    any_degree.update({lost: own[lost]})
+    any_degree.done("/weights_checker", {"action": "compare"})
+    assert any_degree.checksum() == before
+
+
 def test_buffers_and_tensors_without_dimensions_are_digested_and_updated(tmp_path: Path) -> None:
     checkpoint = save("flux2", tmp_path)  # the normalisation of its autoencoder keeps both
     with LiveServer(checkpoint, ["--threads", "1"]) as server:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from ...protocol.tensor_sources import Source
+from ...protocol.tensor_sources import Noise, Source
 from ..forward.batcher import Batcher
 from ..lora.adapters import RankAdapters
 from ..model.model import Model
@@ -14,6 +14,7 @@ from ..weights.progress import Progress
 from ..weights.snapshot.journal import Journal
 from ..weights.transport.groups import Groups
 from ..weights.transport.sources import RankContext, TensorSource, open_source
+from ..weights.update.noise import noise
 from ..weights.update.undo_log import UndoLog
 
 PROMPT_CACHE = "prompt_embeddings"
@@ -45,6 +46,8 @@ class Resources:
 
     def open(self, source: Source, *, is_primary: bool) -> TensorSource:
         """The tensors that ``source`` has for this rank. Raises ``InvalidRequest``, ``Unavailable`` or ``Rejected``."""
+        if isinstance(source, Noise):
+            return TensorSource(noise(source, self.model.layouts))
         device, ranks = self.model.device, self.ranks
         context = RankContext(ranks.rank, ranks.size, self.global_rank, self.world_size, device, is_primary)
         return open_source(source, self.groups, context, self.on_progress)

@@ -13,7 +13,7 @@ import torch
 from ....protocol.codec import Buffer
 from ....protocol.errors import InvalidRequest, SafelightError
 from ....protocol.reports import Invalid, Report
-from ....protocol.tensor_sources import Broadcast, CudaShared, Files, Pickled, Source
+from ....protocol.tensor_sources import Broadcast, CudaShared, Files, Pickled, Sent
 from ..checkpoint.mapped_files import MappedFiles
 from ..checkpoint.names import Tensors
 from ..checkpoint.overwrite import Read
@@ -65,7 +65,7 @@ class TensorSource:
         self._on_close()
 
 
-def open_source(source: Source, groups: Groups, context: RankContext, on_progress: Progress) -> TensorSource:
+def open_source(source: Sent, groups: Groups, context: RankContext, on_progress: Progress) -> TensorSource:
     """Open ``source`` on this rank. Raises ``InvalidRequest`` or ``Rejected``."""
     match source:
         case Files():
