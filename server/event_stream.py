@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import orjson
@@ -17,7 +18,7 @@ from .generation_response import base64_of
 from .replies import error_object
 from .rollout_reply import in_parts
 from .scheduler_link import SchedulerLink, Subscription
-from .unread import Unread
+from .unread import Taker, Unread
 
 KEEP_ALIVE_S = 15.0
 """After so many seconds of silence a comment is sent, so that no proxy takes the connection for dead."""
@@ -50,39 +51,46 @@ class EventStream(Response):
         await while_connected(receive, self._stream(send))
 
     async def _stream(self, send: Send) -> None:
-        with self._link.submit(self._message) as events:
+        with self._link.submit(self._message) as events, self._unread.counting(events) as taker:
             event = await events.next()
             await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+            client = _Client(send, taker)
             try:
-                last = await self._until_result(event, events, send)
+                last = await self._until_result(event, events, client)
             except ClientGone:
                 raise
             except SafelightError as error:
                 last = _event("error", orjson.dumps(error_object(error.info())))
-        await self._send(send, last)
+        await client.send(last)
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
-    async def _until_result(self, event: Event, events: Subscription, send: Send) -> bytes:
+    async def _until_result(self, event: Event, events: Subscription, client: _Client) -> bytes:
         """Send the events before the result. Returns the result's."""
         while not isinstance(event, Result):
-            await self._send(send, _intermediate(event))
-            event = await self._next(events, send)
-        self._unread.make_room()
+            await client.send(_intermediate(event))
+            event = await _next(events, client)
         return _event("result", await self._finish(event))
 
-    async def _next(self, events: Subscription, send: Send) -> Event:
-        while True:
-            try:
-                async with asyncio.timeout(KEEP_ALIVE_S):
-                    return await events.next()
-            except TimeoutError:
-                await self._send(send, b": still working\n\n")
 
-    async def _send(self, send: Send, body: bytes) -> None:
+@dataclass(frozen=True)
+class _Client:
+    _send: Send
+    _taker: Taker
+
+    async def send(self, body: bytes) -> None:
         """Raises ``ClientGone`` where the client does not take it in time."""
-        async with self._unread.sending(len(body)):
+        async with self._taker.sending(len(body)):
             for part in in_parts([body]):
-                await send({"type": "http.response.body", "body": part, "more_body": True})
+                await self._send({"type": "http.response.body", "body": part, "more_body": True})
+
+
+async def _next(events: Subscription, client: _Client) -> Event:
+    while True:
+        try:
+            async with asyncio.timeout(KEEP_ALIVE_S):
+                return await events.next()
+        except TimeoutError:
+            await client.send(b": still working\n\n")
 
 
 def _intermediate(event: Queued | Started | Progress | Preview) -> bytes:

@@ -58,12 +58,17 @@ class OperationFailed(Exception):
 
 
 class Subscription:
-    """The events of one request, in order; ``timeout_s`` is its own, ``None`` that of an operation, which has none."""
+    """The events of one request, in order; ``timeout_s`` is its own, ``None`` that of an operation, which has none.
+
+    ``unread_bytes`` counts the pictures in events that nobody has read yet; ``admit`` may replace a result that comes.
+    """
 
     def __init__(self, request_id: str, timeout_s: float | None = None) -> None:
         self.request_id = request_id
         self.is_operation = timeout_s is None
         self.ended = False
+        self.unread_bytes = 0
+        self.admit: Callable[[Result], Result | Failed] = lambda result: result
         self._timeout_s = timeout_s
         self._deadline = None if timeout_s is None else asyncio.get_running_loop().time() + timeout_s + LATE_S
         self._events: asyncio.Queue[Event] = asyncio.Queue()
@@ -76,6 +81,9 @@ class Subscription:
             if self._previews >= PREVIEWS_KEPT:
                 return
             self._previews += 1
+        if isinstance(event, Result):
+            event = self.admit(event)
+        self.unread_bytes += _bytes_of(event)
         self.ended = self.ended or isinstance(event, Result | Failed | Operated)
         self._events.put_nowait(event)
 
@@ -88,6 +96,7 @@ class Subscription:
             raise DeadlinePassed(
                 f"The request's {self._timeout_s:g} s ran out, and the scheduler has said nothing of it."
             ) from None
+        self.unread_bytes -= _bytes_of(event)
         if isinstance(event, Failed):
             raise from_info(event.error)
         assert not isinstance(event, Operated), "this is a request's"
@@ -106,6 +115,16 @@ class Subscription:
         while not isinstance(event := await self.next(), Result):
             pass
         return event
+
+
+def _bytes_of(event: Event) -> int:
+    """The bytes of the pictures in ``event``."""
+    match event:
+        case Preview(image=image):
+            return len(image)
+        case Result(outputs=outputs):
+            return sum(len(output.data) for output in outputs)
+    return 0
 
 
 class SchedulerLink:

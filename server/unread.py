@@ -1,4 +1,4 @@
-"""Bound results that clients have not taken yet: replies on their way, and rollouts' files in shared memory."""
+"""Bound results that clients have not taken yet: replies, unread events, and rollouts' files in shared memory."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ from fastapi.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from ..protocol.errors import ClientGone, QueueFull
-from ..protocol.generation import Output
+from ..protocol.generation import Failed, Output, Result
 from .rollout_reply import Piece, in_parts
+from .scheduler_link import Subscription
 
 KEPT_S = 120.0
 """Seconds that a file in shared memory is kept for a client that does not fetch it."""
@@ -23,7 +24,7 @@ PATIENCE_S = 30.0
 """Seconds for which a file is kept even where there is no room."""
 
 TAKEN_S = 60.0
-"""Seconds in which a client takes a reply, and so many more as its bytes take at ``SLOWEST_BYTES_S``."""
+"""Seconds in all in which a client takes a reply, and so many more as its bytes take at ``SLOWEST_BYTES_S``."""
 
 SLOWEST_BYTES_S = 100_000
 
@@ -41,6 +42,7 @@ class Unread:
         self._shared = shared
         self._most = most_bytes
         self._sending = 0
+        self._streams: set[Subscription] = set()
 
     def make_room(self, mine: list[Path] | None = None) -> None:
         """Remove files that nobody fetches: all after ``KEPT_S``, and while there are too many bytes, oldest first.
@@ -49,7 +51,8 @@ class Unread:
         """
         self.sweep()
         found = sorted(self._files())
-        total = self._sending + sum(size for _, size, _ in found)
+        waiting = self._sending + sum(stream.unread_bytes for stream in self._streams)
+        total = waiting + sum(size for _, size, _ in found)
         for made_at, size, file in found:
             if total <= self._most or time.time() - made_at < PATIENCE_S:
                 break
@@ -75,17 +78,52 @@ class Unread:
                 found = file.stat()
                 yield found.st_mtime, found.st_size, file
 
-    @contextlib.asynccontextmanager
-    async def sending(self, size: int) -> AsyncIterator[None]:
-        """Send so many bytes within, part by part. Raises ``ClientGone`` where the client takes too long."""
+    @contextlib.contextmanager
+    def counting(self, events: Subscription) -> Iterator[Taker]:
+        """Count what a stream's client has yet to read of ``events``; a result for which there is no room fails."""
+        self._streams.add(events)
+        events.admit = self._admit
+        try:
+            yield Taker(self)
+        finally:
+            self._streams.remove(events)
+
+    def _admit(self, result: Result) -> Result | Failed:
+        try:
+            self.make_room()
+        except QueueFull as error:
+            return Failed(result.request_id, error.info())
+        return result
+
+    @contextlib.contextmanager
+    def sending(self, size: int) -> Iterator[None]:
+        """Count so many bytes within."""
         self._sending += size
         try:
-            async with asyncio.timeout(TAKEN_S + size / SLOWEST_BYTES_S):
-                yield
-        except TimeoutError:
-            raise ClientGone(f"The client took less than {SLOWEST_BYTES_S / 1e6:g} MB a second of its reply.") from None
+            yield
         finally:
             self._sending -= size
+
+
+class Taker:
+    """The client of one reply, which it takes in one part or several, and the time that it has left to do so."""
+
+    def __init__(self, unread: Unread) -> None:
+        self._unread = unread
+        self._left_s = TAKEN_S
+
+    @contextlib.asynccontextmanager
+    async def sending(self, size: int) -> AsyncIterator[None]:
+        """Send so many bytes within. Raises ``ClientGone`` where the client takes too long."""
+        began, own_s = time.monotonic(), size / SLOWEST_BYTES_S
+        with self._unread.sending(size):
+            try:
+                async with asyncio.timeout(self._left_s + own_s):
+                    yield
+            except TimeoutError:
+                rate = f"{SLOWEST_BYTES_S / 1e6:g} MB a second"
+                raise ClientGone(f"The client took less than {rate} of its reply.") from None
+        self._left_s = max(0.0, self._left_s - max(0.0, time.monotonic() - began - own_s))
 
 
 class UnreadReply(StreamingResponse):
@@ -108,7 +146,7 @@ class UnreadReply(StreamingResponse):
         self._taken = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async with self._unread.sending(self._size):
+        async with Taker(self._unread).sending(self._size):
             try:
                 await super().__call__(scope, receive, send)
             finally:

@@ -7,17 +7,19 @@ import os
 import time
 from pathlib import Path
 
+import httpx
+import msgspec
 import pytest
 from starlette.types import Message
 
 from safelight.protocol.codec import Buffer
 from safelight.protocol.config import Config
 from safelight.protocol.errors import ClientGone, QueueFull
-from safelight.protocol.generation import Generate, Preview, Progress, Result
+from safelight.protocol.generation import Generate, Output, Preview, Progress, Result
 from safelight.protocol.messages import FromScheduler
 from safelight.server import unread
 from safelight.server.scheduler_link import PREVIEWS_KEPT, Subscription
-from safelight.server.unread import KEPT_S, PATIENCE_S, Unread, UnreadReply
+from safelight.server.unread import KEPT_S, PATIENCE_S, Taker, Unread, UnreadReply
 
 from .played_scheduler import finished
 from .stage import Stage, stage
@@ -93,6 +95,15 @@ async def ask_and_read_nothing(played: Stage, more: bytes, accept: bytes) -> asy
     return writer
 
 
+async def asked_until(status: int, played: Stage) -> httpx.Response:
+    for _ in range(3000):
+        reply = await played.client.post("/generate", content=ASK % b"")
+        if reply.status_code == status:
+            return reply
+        await asyncio.sleep(0.02)
+    raise AssertionError(reply.text[:1000])
+
+
 @pytest.mark.parametrize(
     ("accept", "more"),
     [(b"image/png", b""), (b"*/*", b""), (b"*/*", b', "stream": true')],
@@ -104,20 +115,10 @@ async def test_pictures_that_nobody_reads_are_bounded_like_rollouts(accept: byte
         for number in range(2):  # each below the bound, and both above it
             writers.append(await ask_and_read_nothing(played, more, accept))
             await played.until(lambda number=number: len(played.scheduler.generates()) > number)
-        status = 200
-        for _ in range(3000):
-            reply = await played.client.post("/generate", content=ASK % b"")
-            if (status := reply.status_code) != 200:
-                break
-            await asyncio.sleep(0.02)
-        assert (status, "--max-unread-mb" in reply.text) == (429, True)
+        assert "--max-unread-mb" in (await asked_until(429, played)).text
         for writer in writers:
             writer.close()
-        for _ in range(3000):
-            reply = await played.client.post("/generate", content=ASK % b"")
-            if reply.status_code == 200:
-                break
-            await asyncio.sleep(0.02)
+        reply = await asked_until(200, played)
         assert len(reply.json()["outputs"][0]["b64"]) >= LARGE
 
 
@@ -137,6 +138,48 @@ async def test_a_client_that_takes_a_byte_now_and_then_keeps_a_reply_only_for_so
     with pytest.raises(ClientGone):
         await UnreadReply([bytes(1500)], bound, "image/png")({"type": "http", "asgi": {}}, receive, send)
     bound.make_room()
+
+
+def behind_a_preview(generate: Generate) -> list[FromScheduler]:
+    """A result that comes while the client has yet to take what came before it."""
+    queued, started, result = finished(generate, bytes(LARGE))
+    return [queued, started, Preview(generate.request_id, 0, 1, 2, Buffer(bytes(LARGE // 4 * 3))), result]
+
+
+async def test_results_that_wait_behind_an_event_that_nobody_reads_are_counted_and_bounded() -> None:
+    async with stage(Config(max_unread_mb=20), answer=behind_a_preview) as played:
+        writer = await ask_and_read_nothing(played, b', "stream": true, "preview_every": 1', b"*/*")
+        assert "--max-unread-mb" in (await asked_until(429, played)).text  # the preview alone is below the bound
+        writer.close()
+        await asked_until(200, played)
+
+
+def test_a_result_for_which_there_is_no_room_is_not_kept_for_a_client_that_does_not_read(tmp_path: Path) -> None:
+    bound, generate = Unread(tmp_path, 2000), Generate(request_id="a", samples=[])
+    first, second = Subscription("a"), Subscription("b")
+    with bound.counting(first), bound.counting(second):
+        for events in (first, second):
+            result = finished(generate)[-1]
+            assert isinstance(result, Result)
+            events.deliver(msgspec.structs.replace(result, outputs=[Output(Buffer(bytes(3000)), "png", 1, 8, 8)]))
+        assert (first.unread_bytes, second.unread_bytes, second.ended) == (3000, 0, True)
+        with pytest.raises(QueueFull):
+            bound.make_room()
+    bound.make_room()
+
+
+async def test_a_stream_s_events_together_have_the_time_of_one_reply(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(unread, "TAKEN_S", 0.1)
+
+    async def send(taker: Taker) -> None:
+        for _ in range(1000):
+            async with taker.sending(10):
+                await asyncio.sleep(0.01)
+
+    with Unread(tmp_path, 2000).counting(Subscription("a")) as taker, pytest.raises(ClientGone):
+        await send(taker)
 
 
 async def test_previews_that_nobody_reads_are_few() -> None:
