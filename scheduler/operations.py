@@ -83,12 +83,11 @@ class Operations:
                 | Abort(update_id=update_id)
             ):
                 self._add_to_session(part, update_id)
-            case operation:
+            case _:
                 if (refusal := self._backlog.admit(part, self.waiting())) is not None:
                     self._groups.refuse(part, refusal)
                 else:
-                    session = operation if isinstance(operation, Begin) else None
-                    self._queue.enqueue(Transaction(part.barrier, deque([part]), session))
+                    self._queue.enqueue(_transaction(part))
         self.advance(now)
 
     def _add_to_session(self, part: Operate, update_id: str | None) -> None:
@@ -97,7 +96,7 @@ class Operations:
         if (refusal := self._refusal_of(transaction, part, update_id)) is not None:
             self._groups.refuse(part, refusal)
         elif transaction is not None and not isinstance(part.operation, Abort):
-            transaction.parts.append(part)
+            transaction.add(part)
         elif transaction is not None and self._driver.abort(transaction, part):
             self._replies.done(part)
 
@@ -143,3 +142,11 @@ class Operations:
         """Do whatever can be done now."""
         self._groups.expire(now)
         self._driver.advance(now)
+
+
+def _transaction(part: Operate) -> Transaction:
+    """A session if ``part`` begins one, and otherwise a transaction of it alone."""
+    if isinstance(part.operation, Begin):
+        version = part.operation.weight_version
+        return Transaction(part.barrier, deque([part]), part.operation, weight_version=version)
+    return Transaction(part.barrier, deque([part]))

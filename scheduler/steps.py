@@ -120,8 +120,7 @@ class Steps:
         """
         operation = running.part.operation
         own = operation.weight_version if isinstance(operation, Update | Commit) else None
-        of_session = transaction.session.weight_version if transaction.session is not None else None
-        running.version = own or of_session or self._sync.committed.next_version
+        running.version = own or transaction.weight_version or self._sync.committed.next_version
         self._order(transaction, running, "journal" if self._sync.journal and transaction.writes.counts else "commit")
 
     def finish(self, transaction: Transaction, running: Running, now: float) -> None:

@@ -11,7 +11,7 @@ from msgspec.structs import replace
 
 from ..protocol.adapters import AdapterSource, SetAdapters
 from ..protocol.errors import InvalidRequest, SafelightError, Unavailable, from_info
-from ..protocol.operations import Barrier, Begin, Commit, Operate, Operation, Perform, Step
+from ..protocol.operations import Barrier, Begin, Commit, Operate, Operation, Perform, Save, Step, Update
 from ..protocol.replicas import Hold
 from ..protocol.reports import Performed, Report
 from ..protocol.tensor_sources import Source
@@ -108,6 +108,13 @@ class Transaction:
     writes: Writes = field(default_factory=Writes)
     adapters: dict[str, AdapterSource] = field(default_factory=dict)
     unpaired: dict[str, list[str]] = field(default_factory=dict)
+    weight_version: str | None = None
+    """The version that the begin of a session gives the weights, or else a part of it."""
+
+    def add(self, part: Operate) -> None:
+        """Take up a part of the session, or its end."""
+        self.parts.append(part)
+        self.weight_version = self.weight_version or _version_of(part.operation)
 
     def hold(self, now: float) -> Hold:
         """Describe it for a status, while it holds back everything behind it."""
@@ -168,6 +175,13 @@ class Transaction:
                 field="require_complete",
             )
         return None
+
+
+def _version_of(operation: Operation) -> str | None:
+    match operation:
+        case Update(weight_version=version) | Save(version=version):
+            return version
+    return None
 
 
 def internal(operation: Operation, target: Replica) -> Transaction:

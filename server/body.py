@@ -14,7 +14,7 @@ from ..protocol.errors import BodyTooLarge, Malformed
 from .bounded import MAX_TEXT, MAX_VALUES, check_json, parse, read_body
 from .images import MOST_IMAGES
 from .schemas import GenerateBody, parse_generate
-from .validation import validate
+from .validation import refuse_query, validate
 
 FORM = "multipart/form-data"
 
@@ -36,6 +36,7 @@ _LONGEST_FIELD = 2**20
 
 async def read_generate(request: Request) -> tuple[GenerateBody, list[str | bytes]]:
     """The fields, and the images as they came: text or files. Raises ``Malformed`` or ``InvalidRequest``."""
+    refuse_query(request)
     kind, options = parse_options_header(request.headers.get("content-type"))
     if kind != FORM.encode():
         data = await read_body(request)

@@ -45,8 +45,9 @@ class AbortRequest(Body, json_schema_extra={"example": {"all": True}}):
         return bool(self.all or self.abort_all)
 
     @property
-    def name(self) -> str | None:
-        return self.request_id or self.rid or None
+    def names(self) -> list[str]:
+        """The requests that it names: one, unless it contradicts itself."""
+        return list({name for name in (self.request_id, self.rid) if name})
 
 
 class WeightVersion(Body, json_schema_extra={"example": {"new_version": "100"}}):

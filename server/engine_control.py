@@ -90,16 +90,17 @@ class _Routes:
         return success("Generation continues.")
 
     async def abort_request(self, request: Request, body: bodies.AbortRequest) -> dict[str, Any]:
-        if body.every == (body.name is not None):
-            raise InvalidRequest("Give either request_id or all = true.", field="request_id")
+        if len(body.names) != (0 if body.every else 1):
+            raise InvalidRequest("Give either request_id, or rid, or all = true.", field="request_id")
+        name = next(iter(body.names), None)
         exact = self._service.config.api_key is None
-        if exact and body.name is not None and not _OWN_ID.fullmatch(body.name):
+        if exact and name is not None and not _OWN_ID.fullmatch(name):
             raise InvalidRequest(
                 "Without an API key, any client could have chosen that X-Request-Id: give the X-Safelight-Id of the "
                 "reply's headers, or all = true.",
                 field="request_id",
             )
-        await self._operations.send(request, lambda request_id: AbortRequests(request_id, body.name, exact))
+        await self._operations.send(request, lambda request_id: AbortRequests(request_id, name, exact))
         return success("Matching requests were aborted.")
 
     async def flush(self, request: Request, body: bodies.Nothing) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from ..protocol.rollouts import TENSOR, FloatName, Rollout, SamplerName, StepNoi
 from .bounded import MAX_TEXT, parse, read_body, read_msgpack
 from .request_validation import Range
 from .schemas import GenerateBody
-from .validation import read_object, validate, without_nulls
+from .validation import read_object, refuse_query, validate, without_nulls
 
 _MOST_NOISE = 100.0
 _LEAST = 1e-6  # of a sigma, and between two
@@ -78,6 +78,7 @@ class RolloutBody(
 
 async def read_rollout(request: Request) -> RolloutBody:
     """The body, JSON or msgpack. Raises ``Malformed`` and ``InvalidRequest``."""
+    refuse_query(request)
     data = await read_body(request)
     if request.headers.get("content-type", "").partition(";")[0].strip().lower() == "application/msgpack":
         body = await asyncio.to_thread(_from_msgpack, data)

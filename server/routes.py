@@ -16,7 +16,7 @@ from .body_limit import media_type
 from .bounded import MAX_VALUES, read_body
 from .replies import error_reply, json_reply
 from .scheduler_link import OperationFailed
-from .validation import Body, decode
+from .validation import Body, decode, refuse_query
 
 B = TypeVar("B", bound=Body)
 
@@ -50,6 +50,8 @@ class Route(Generic[B]):
     async def __call__(self, request: Request) -> dict[str, Any]:
         if self.streamed is not None and media_type(request.headers) == self.streamed.media_type:
             return await self.streamed.handler(request)
+        if self.query is None:
+            refuse_query(request)
         return await self.handler(request, await self._read(request))
 
     async def _read(self, request: Request) -> B:

@@ -65,6 +65,13 @@ def from_query(request: Request, form: type[B]) -> B:
     return validate(dict(request.query_params), form, strict=False)
 
 
+def refuse_query(request: Request) -> None:
+    """Raise ``Malformed`` for a parameter in the query of a route whose fields are in its body."""
+    for name in request.query_params:
+        shown = name[:100]
+        raise Malformed(f"This route reads no query; send {shown!r} as a field of the body.", field=shown)
+
+
 def read_object(body: bytes | bytearray) -> dict[str, Any]:
     """A JSON object. Raises ``Malformed``."""
     try:

@@ -37,10 +37,17 @@ DEFAULT_GROUP = "weight_update_group"
 class _Update(Body):
     """The fields shared by all routes that write tensors."""
 
-    weight_version: Version | None = Field(None, description="The name of the weights after it; counted when omitted")
+    weight_version: Version | None = Field(
+        None, description="Of the weights after it; counted when omitted. Of a begun update, its begin's goes first"
+    )
     flush_cache: bool = Field(True, description="Forget what was derived from the weights of before")
-    mode: Barrier = Field("wait", description="What becomes of running requests: they end first, are ended, or go on")
+    mode: Barrier = Field(
+        "wait", description="Running requests end first, are aborted, or go on; a part of a begun update has its mode"
+    )
     update_id: Name | None = Field(None, description="The begun update that it is a part of")
+
+    def check(self) -> None:
+        """Raise ``InvalidRequest`` for a field that the others leave without effect."""
 
 
 class _LoraUpdate(_Update):
@@ -48,6 +55,11 @@ class _LoraUpdate(_Update):
     lora_alpha: Alpha | None = None
     lora_rank: Rank | None = None
     lora_complete: bool = Field(False, description="No more parts of the adapter come: layers without one go")
+
+    def check(self) -> None:
+        if self.weight_update_mode is None:
+            for name, value in (("alpha", self.lora_alpha), ("rank", self.lora_rank), ("complete", self.lora_complete)):
+                _without_effect(f"lora_{name}", value, "describes an adapter; give weight_update_mode = lora_merge too")
 
 
 class FromDisk(
@@ -106,6 +118,15 @@ class FromTensor(
     target_module: Name | None = Field(None, description="`transformer` when omitted")
     payload_gpu_uuids: Texts | None = Field(None, description="The GPU that each stream is for")
 
+    def check(self) -> None:
+        super().check()
+        if self.shared is not None:
+            streams = "describes serialized_named_tensors, not shared"
+            _without_effect("payload_gpu_uuids", self.payload_gpu_uuids, streams)
+            _without_effect("load_format", self.load_format, streams)
+        if self.target_modules is not None and self.target_module not in (None, *self.target_modules):
+            _without_effect("target_module", self.target_module, "is none of target_modules; give one of the two")
+
 
 class FromBody(_LoraUpdate):
     """The query of a call with a safetensors body."""
@@ -123,6 +144,11 @@ class FromDistributed(
     group_name: Name = DEFAULT_GROUP
     target_modules: Modules | None = Field(None, description="One module; `transformer` when omitted")
     load_format: None = None
+
+
+def _without_effect(field: str, value: object, why: str) -> None:
+    if value:
+        raise InvalidRequest(f"{field} {why}.", field=field)
 
 
 UpdateBody = FromDisk | FromTensor | FromBody | FromDistributed
@@ -177,8 +203,15 @@ class Checker(Body, json_schema_extra={"example": {"expected_named_tensors_sha25
 
     @property
     def digests(self) -> dict[str, str]:
-        """The union of all maps. Raises ``InvalidRequest`` if two maps differ."""
-        given = self.expected_named_tensors_sha256 or self.expected_transformer_sha256 or {}
+        """The union of all maps. Raises ``InvalidRequest`` if two maps differ, or are of two modules."""
+        older = self.expected_transformer_sha256
+        if older and (self.expected_named_tensors_sha256 or self.target_module != "transformer"):
+            raise InvalidRequest(
+                "expected_transformer_sha256 is of the transformer, and stands alone; give "
+                "expected_named_tensors_sha256 with target_module.",
+                field="expected_transformer_sha256",
+            )
+        given = self.expected_named_tensors_sha256 or older or {}
         found: dict[str, str] = {}
         for name, digest in (pair for one in (given if isinstance(given, list) else [given]) for pair in one.items()):
             if found.setdefault(name, digest).lower() != digest.lower():

@@ -31,6 +31,7 @@ class WeightWriting:
 
     async def merge(self, request: Request, source: Source, target: str, body: bodies.LoraBody) -> dict[str, Any]:
         began = time.perf_counter()
+        body.check()
         merged = await self._parts.merge(request, source, target, body)
         return {**updated(merged.operated, merged.message, began), "waiting": merged.waiting}
 
@@ -38,6 +39,7 @@ class WeightWriting:
         self, request: Request, source: Source, body: bodies.UpdateBody, *, require_complete: bool = False
     ) -> dict[str, Any]:
         began = time.perf_counter()
+        body.check()
         operation = Update(
             source=source,
             weight_version=body.weight_version,

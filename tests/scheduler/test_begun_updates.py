@@ -149,6 +149,16 @@ def test_a_part_for_a_module_that_the_update_was_not_begun_for_reaches_no_replic
     stage.done("commit u")
 
 
+def test_the_version_that_a_part_names_is_the_update_s_where_its_begin_names_none() -> None:
+    stage = Operating()
+    stage.begin()
+    stage.operate("1", update(part_of="u", version="41"))
+    stage.operate("2", update("new", "vae", part_of="u"))
+    stage.do_all()
+    stage.commit()
+    assert stage.done("commit u").weight_version == "41"
+
+
 def test_a_part_of_an_update_that_has_ended_is_refused() -> None:
     stage = Operating()
     stage.begin()

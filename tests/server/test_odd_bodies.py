@@ -251,3 +251,54 @@ def test_a_misspelt_field_is_refused_with_the_one_that_was_meant(
     error = reply.json()["error"]
     assert (400 <= reply.status_code < 500, error["field"]) == (True, name + "x")
     assert f"did you mean {name}" in error["message"]
+
+
+WITHOUT_EFFECT: list[tuple[str, dict[str, Any], str]] = [
+    ("/update_weights_from_tensor", {"serialized_named_tensors": ["AAAA"], "lora_rank": 4}, "lora_rank"),
+    ("/update_weights_from_distributed", {**BROADCAST, "lora_alpha": 4.0}, "lora_alpha"),
+    ("/update_weights_from_distributed", {**BROADCAST, "lora_complete": True}, "lora_complete"),
+    (
+        "/update_weights_from_tensor",
+        {"shared": {"cuda_ipc": [[CUDA]]}, "payload_gpu_uuids": ["GPU-1"]},
+        "payload_gpu_uuids",
+    ),
+    (
+        "/update_weights_from_tensor",
+        {"shared": {"cuda_ipc": [[CUDA]]}, "load_format": "flattened_bucket"},
+        "load_format",
+    ),
+    (
+        "/update_weights_from_tensor",
+        {"serialized_named_tensors": ["AAAA"], "target_modules": ["transformer"], "target_module": "vae"},
+        "target_module",
+    ),
+    (
+        "/update_weights_from_tensor_checker",
+        {"expected_named_tensors_sha256": {"a": "0"}, "expected_transformer_sha256": {"b": "0"}},
+        "expected_transformer_sha256",
+    ),
+    (
+        "/update_weights_from_tensor_checker",
+        {"target_module": "vae", "expected_transformer_sha256": {"b": "0"}},
+        "expected_transformer_sha256",
+    ),
+    ("/abort_request", {"rid": "a", "request_id": "b"}, "request_id"),
+    ("/abort_request", {"rid": "a", "abort_all": True}, "request_id"),
+    ("/pause_generation?mode=abort", {}, "mode"),
+    ("/update_weights_from_tensor?weight_version=5", {"serialized_named_tensors": ["AAAA"]}, "weight_version"),
+    ("/generate?seed=5", GENERATE, "seed"),
+    ("/rollout/generate?seed=5", ROLLOUT, "seed"),
+]
+
+
+@pytest.mark.parametrize(("route", "body", "field"), WITHOUT_EFFECT)
+def test_a_field_that_would_be_without_effect_is_refused_by_its_name(
+    client: httpx.Client, route: str, body: dict[str, Any], field: str
+) -> None:
+    reply = client.post(route, json=body)
+    assert (reply.status_code, reply.json()["error"]["field"]) == (422 if "?" in route else 400, field), reply.text
+
+
+def test_weights_are_not_reset_without_a_snapshot_to_compare_with(client: httpx.Client) -> None:
+    reply = client.post("/weights_checker", json={"action": "reset_tensors"})
+    assert (reply.status_code, reply.json()["error"]["field"]) == (409, "action"), reply.text

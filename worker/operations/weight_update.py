@@ -25,7 +25,7 @@ class WeightUpdate:
         self._resources = resources
         self._update = update
         self._operation: Update | None = None
-        self._flushes = True
+        self._flushes = False
 
     @property
     def holds(self) -> bool:
@@ -53,7 +53,7 @@ class WeightUpdate:
         names = self._update.prepared
         self._update.write(self._resources.on_progress)
         self._resources.adapters.rebuild(names)
-        self._flushes = self._operation.flush_cache
+        self._flushes |= self._operation.flush_cache
         return self._update.report(part=True)
 
     def commit(self) -> Report:
@@ -61,11 +61,12 @@ class WeightUpdate:
         merged = [MERGED] if self._resources.adapters.are_in(written) else []
         self._update.commit()
         flushes = self._flushes or self._resources.adapters.written or set(written) - set(DENOISERS)
+        self._flushes = False
         invalidated = [*(self._resources.flush_caches() if flushes else []), *merged]
         return msgspec.structs.replace(report, invalidated=invalidated)
 
     def rollback(self) -> None:
-        written = self._update.written
+        written, self._flushes = self._update.written, False
         self._update.rollback()
         self._resources.adapters.rebuild(written)
 
