@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from os import PathLike, fspath
 from typing import Any
 
 from ..protocol.adapters import ALL, WantedMode
-from .calls import Call
+from .calls import Call, given
+from .errors import decode
+from .results import Loras
 
-LIST = Call("GET", "/v1/list_loras")
+_LORAS = partial(decode, Loras)
 
 AdapterPath = str | PathLike[str]
 
@@ -23,7 +26,13 @@ def set_lora(
     mode: WantedMode = "auto",
     alpha: float | Sequence[float | None] | None = None,
     strict: bool = True,
-) -> Call:
+) -> Call[Loras]:
+    """Load adapters from files or directories that the server may read, and activate them for all requests.
+
+    ``mode``: ``merge`` adds them to the weights, ``dynamic`` applies them in the forward, ``auto`` merges unless
+    rounding would lose part of the change, and ``request`` applies them only to requests that name them
+    (``generate(lora=[{"name": nickname, "scale": 0.8}])``).
+    """
     several = not isinstance(nickname, str)
     if path is None or isinstance(path, str | PathLike):
         paths: Any = None if path is None else fspath(path)
@@ -38,17 +47,25 @@ def set_lora(
         "strict": strict,
         "lora_alpha": list(alpha) if isinstance(alpha, Sequence) else alpha,
     }
-    return Call("POST", "/v1/set_lora", {name: value for name, value in fields.items() if value is not None})
+    return Call("POST", "/v1/set_lora", _LORAS, given(fields))
 
 
-def merge_lora(strength: float | Sequence[float] | None = None, *, target: str = ALL) -> Call:
+def merge_lora(strength: float | Sequence[float] | None = None, *, target: str = ALL) -> Call[Loras]:
+    """Merge the active adapters into the weights, with new strengths if given."""
     strengths = list(strength) if isinstance(strength, Sequence) else strength
-    return Call("POST", "/v1/merge_lora_weights", {"target": target, "strength": strengths})
+    return Call("POST", "/v1/merge_lora_weights", _LORAS, {"target": target, "strength": strengths})
 
 
-def unmerge_lora(*, target: str = ALL) -> Call:
-    return Call("POST", "/v1/unmerge_lora_weights", {"target": target})
+def unmerge_lora(*, target: str = ALL) -> Call[Loras]:
+    """Unmerge the adapters; every byte of the weights is restored."""
+    return Call("POST", "/v1/unmerge_lora_weights", _LORAS, {"target": target})
 
 
-def unload_lora(nickname: str) -> Call:
-    return Call("POST", "/v1/unload_lora", {"lora_nickname": nickname})
+def unload_lora(nickname: str) -> Call[Loras]:
+    """Unload an adapter."""
+    return Call("POST", "/v1/unload_lora", _LORAS, {"lora_nickname": nickname})
+
+
+def loras() -> Call[Loras]:
+    """List the loaded and the active adapters."""
+    return Call("GET", "/v1/list_loras", _LORAS)

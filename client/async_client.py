@@ -5,20 +5,21 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import httpx
 
 from ..protocol.errors import DeadlinePassed, SafelightError, Unavailable
 from . import adapter_calls, calls, rollout_calls, weight_calls
 from .async_weights import AsyncWeights
-from .calls import Call
+from .calls import Call, method
 from .endpoint import DEFAULT_TIMEOUT_S, DEFAULT_URL, Endpoint, ReadyWait
 from .errors import transport_errors
-from .results import Event, Generation, Health, Loras
+from .results import Event, Generation, Health
 from .retry import Retries
-from .rollouts import Rollout, decode_rollouts
 from .sync_client import Client
+
+R = TypeVar("R")
 
 
 class AsyncClient:
@@ -42,28 +43,37 @@ class AsyncClient:
     def base_url(self) -> str:
         return self._endpoint.base_url
 
-    @calls.with_arguments_of(calls.generate)
-    async def generate(self, call: Call) -> Generation:
-        """:meth:`Client.generate`, awaited."""
-        return self._endpoint.generation(await self._fetch(call))
+    async def _ask(self, call: Call[R]) -> R:
+        async with aclosing(await self._open(call)) as response:
+            with transport_errors(self.base_url):
+                reply = await response.aread()
+        return call.read(reply, self.base_url)
 
-    @calls.with_arguments_of(calls.generate)
-    def stream(self, call: Call) -> AsyncIterator[Event]:
+    async def _stream(self, call: Call[Generation]) -> AsyncIterator[Event]:
         """:meth:`Client.stream` for ``async for``; use ``contextlib.aclosing`` to stop the work on an early exit."""
-        return self._events(call.streaming())
+        reader = self._endpoint.events()
+        async with aclosing(await self._open(call.streaming())) as response:
+            with transport_errors(self.base_url):
+                async for chunk in response.aiter_bytes():
+                    for event in reader.feed(chunk):
+                        yield event
+        reader.close()
 
-    @calls.with_arguments_of(rollout_calls.rollout)
-    async def rollout(self, call: Call) -> list[Rollout]:
-        """:meth:`Client.rollout`, awaited."""
-        return decode_rollouts(await self._fetch(call), call, self.base_url)
-
-    async def info(self) -> dict[str, Any]:
-        """:meth:`Client.info`, awaited."""
-        return self._endpoint.document(await self._fetch(calls.SERVER_INFO))
-
-    async def model_info(self) -> dict[str, Any]:
-        """:meth:`Client.model_info`, awaited."""
-        return self._endpoint.document(await self._fetch(calls.MODEL_INFO))
+    generate = method(calls.generate, _ask)
+    stream = method(calls.generate, _stream)
+    rollout = method(rollout_calls.rollout, _ask)
+    info = method(calls.info, _ask)
+    model_info = method(calls.model_info, _ask)
+    sleep = method(weight_calls.sleep, _ask)
+    wake = method(weight_calls.wake, _ask)
+    pause = method(weight_calls.pause, _ask)
+    resume = method(weight_calls.resume, _ask)
+    flush_cache = method(weight_calls.flush_cache, _ask)
+    set_lora = method(adapter_calls.set_lora, _ask)
+    merge_lora = method(adapter_calls.merge_lora, _ask)
+    unmerge_lora = method(adapter_calls.unmerge_lora, _ask)
+    unload_lora = method(adapter_calls.unload_lora, _ask)
+    loras = method(adapter_calls.loras, _ask)
 
     async def health(self) -> Health:
         """:meth:`Client.health`, awaited."""
@@ -75,53 +85,6 @@ class AsyncClient:
         wait = ReadyWait(timeout, on_change)
         while not (health := await self._health_or_reason()).ready:
             await asyncio.sleep(wait.pause(health))
-
-    @calls.with_arguments_of(weight_calls.sleep)
-    async def sleep(self, call: Call) -> None:
-        """:meth:`Client.sleep`, awaited."""
-        await self._fetch(call)
-
-    @calls.with_arguments_of(weight_calls.wake)
-    async def wake(self, call: Call) -> None:
-        """:meth:`Client.wake`, awaited."""
-        await self._fetch(call)
-
-    @calls.with_arguments_of(weight_calls.pause)
-    async def pause(self, call: Call) -> None:
-        """:meth:`Client.pause`, awaited."""
-        await self._fetch(call)
-
-    async def resume(self) -> None:
-        """:meth:`Client.resume`, awaited."""
-        await self._fetch(weight_calls.RESUME)
-
-    async def flush_cache(self) -> None:
-        """:meth:`Client.flush_cache`, awaited."""
-        await self._fetch(weight_calls.FLUSH_CACHE)
-
-    @calls.with_arguments_of(adapter_calls.set_lora)
-    async def set_lora(self, call: Call) -> Loras:
-        """:meth:`Client.set_lora`, awaited."""
-        return self._endpoint.loras(await self._fetch(call))
-
-    @calls.with_arguments_of(adapter_calls.merge_lora)
-    async def merge_lora(self, call: Call) -> Loras:
-        """:meth:`Client.merge_lora`, awaited."""
-        return self._endpoint.loras(await self._fetch(call))
-
-    @calls.with_arguments_of(adapter_calls.unmerge_lora)
-    async def unmerge_lora(self, call: Call) -> Loras:
-        """:meth:`Client.unmerge_lora`, awaited."""
-        return self._endpoint.loras(await self._fetch(call))
-
-    @calls.with_arguments_of(adapter_calls.unload_lora)
-    async def unload_lora(self, call: Call) -> Loras:
-        """:meth:`Client.unload_lora`, awaited."""
-        return self._endpoint.loras(await self._fetch(call))
-
-    async def loras(self) -> Loras:
-        """:meth:`Client.loras`, awaited."""
-        return self._endpoint.loras(await self._fetch(adapter_calls.LIST))
 
     async def aclose(self) -> None:
         self._blocking.close()
@@ -139,21 +102,7 @@ class AsyncClient:
         except (Unavailable, DeadlinePassed) as error:
             return Health(False, error.message, answers=False)
 
-    async def _fetch(self, call: Call) -> bytes:
-        async with aclosing(await self._open(call)) as response:
-            with transport_errors(self.base_url):
-                return await response.aread()
-
-    async def _events(self, call: Call) -> AsyncIterator[Event]:
-        reader = self._endpoint.events()
-        async with aclosing(await self._open(call)) as response:
-            with transport_errors(self.base_url):
-                async for chunk in response.aiter_bytes():
-                    for event in reader.feed(chunk):
-                        yield event
-        reader.close()
-
-    async def _open(self, call: Call) -> httpx.Response:
+    async def _open(self, call: Call[Any]) -> httpx.Response:
         """Return a successful reply, its body unread; retry as the policy allows."""
         attempts = self._endpoint.attempts(call)
         while True:
@@ -163,7 +112,7 @@ class AsyncClient:
                 pause = attempts.pause_after(error)
             await asyncio.sleep(pause)
 
-    async def _attempt(self, call: Call) -> httpx.Response:
+    async def _attempt(self, call: Call[Any]) -> httpx.Response:
         with transport_errors(self.base_url):
             response = await self._http.send(self._endpoint.request(self._http, call), stream=True)
             if response.is_success:

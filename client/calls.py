@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-import functools
 import inspect
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Concatenate, ParamSpec, TypeVar
+from functools import partial
+from typing import Any, Concatenate, Generic, ParamSpec, Protocol, TypeVar
 
 from ..protocol.errors import InvalidRequest
+from ..protocol.fields import TABLE
 from ..protocol.output_formats import OutputFormat
+from .errors import decode
 from .pictures import Picture, encode_pictures
-from .request_fields import by_table, shows_fields
+from .results import Generation
 
 P = ParamSpec("P")
 S = TypeVar("S")
 R = TypeVar("R")
+T = TypeVar("T")
 
 GRACE_S = 30.0
 """Seconds after a request's own timeout in which its 504 may arrive."""
@@ -26,19 +29,21 @@ LOOK_S = 10.0
 
 
 @dataclass(frozen=True, slots=True)
-class Call:
+class Call(Generic[R]):
     """One HTTP request. ``timeout_s`` is the request's own timeout, if it has one.
 
-    ``again`` allows a retry after the server has refused the request without doing any work.
+    ``read`` makes the result of the reply's body and the server's address. ``again`` allows a retry after the server
+    has refused the request without doing any work.
     """
 
     method: str
     path: str
+    read: Callable[[bytes, str], R]
     body: Mapping[str, Any] | None = None
     timeout_s: float | None = None
     again: bool = True
 
-    def streaming(self) -> Call:
+    def streaming(self) -> Call[R]:
         """The same request, answered with server-sent events."""
         return replace(self, body={**(self.body or {}), "stream": True})
 
@@ -65,54 +70,93 @@ class Call:
         return default if self.timeout_s is None else max(default, self.timeout_s + GRACE_S)
 
 
-HEALTH = Call("GET", "/health")
-SERVER_INFO = Call("GET", "/server_info")
-MODEL_INFO = Call("GET", "/model_info")
+class Ask(Protocol):
+    """Sends a call and returns its result."""
+
+    def __call__(self, call: Call[R], /) -> R: ...
 
 
-@shows_fields
+def nothing(reply: bytes, url: str) -> None:
+    """Read a reply that says no more than its status."""
+
+
+HEALTH = Call("GET", "/health", nothing)
+
+
 def generate(
-    prompt: str | Sequence[str],
-    *,
-    seed: int | Sequence[int] | None = None,
-    n: int | None = None,
-    image: Picture | Sequence[Picture] | None = None,
-    lora: Sequence[Mapping[str, Any]] | None = None,
-    output_format: OutputFormat | None = None,
-    extra: Mapping[str, Any] | None = None,
+    prompt: str | Sequence[str], *, seed: int | Sequence[int] | None = None, n: int | None = None,
+    image: Picture | Sequence[Picture] | None = None, lora: Sequence[Mapping[str, Any]] | None = None,
+    output_format: OutputFormat | None = None, guidance_scale: float | None = None,
+    true_cfg_scale: float | None = None, num_inference_steps: int | None = None, steps: int | None = None,
+    width: int | None = None, height: int | None = None, num_frames: int | None = None, fps: int | None = None,
+    negative_prompt: str | None = None, priority: int | None = None, timeout_s: float | None = None,
+    preview_every: int | None = None, deterministic: bool | None = None, extra: Mapping[str, Any] | None = None,
     **arguments: Any,
-) -> Call:
-    """The request for pictures or clips. The server chooses values for ``None``; ``steps`` is short for
-    ``num_inference_steps``; arguments that are not request fields go to the pipeline's ``__call__``."""
-    settings, further = by_table(arguments)
-    fields: dict[str, Any] = {
+) -> Call[Generation]:  # fmt: skip
+    """Generate pictures or clips from ``prompt`` and wait for them.
+
+    ``steps`` is short for ``num_inference_steps``. The server chooses values for omitted arguments; arguments that are
+    not named here go to the pipeline's ``__call__``.
+    """
+    fields = {
+        **by_table(locals()),
         "prompt": prompt if isinstance(prompt, str) else list(prompt),
         "seed": list(seed) if isinstance(seed, Sequence) else seed,
         "n": n,
         "image": None if image is None else encode_pictures(image),
         "lora": None if lora is None else [dict(adapter) for adapter in lora],
         "output_format": output_format,
-        "extra": {**(extra or {}), **further} or None,
+        "extra": {**(extra or {}), **arguments} or None,
     }
-    body = {name: value for name, value in fields.items() if value is not None} | settings
-    return Call("POST", "/generate", body, settings.get("timeout_s"))
+    return Call("POST", "/generate", partial(decode, Generation), given(fields), timeout_s)
 
 
-def with_arguments_of(
-    build: Callable[P, Call],
-) -> Callable[[Callable[[S, Call], R]], Callable[Concatenate[S, P], R]]:
-    """Give a method that takes a :class:`Call` the arguments of ``build``, which declares them once."""
+def info() -> Call[dict[str, Any]]:
+    """``/server_info``: version, configuration, replicas, and how requests share forwards."""
+    return Call("GET", "/server_info", partial(decode, dict[str, Any]))
 
-    def decorate(method: Callable[[S, Call], R]) -> Callable[Concatenate[S, P], R]:
-        @functools.wraps(method)
-        def send(self: S, /, *args: P.args, **kwargs: P.kwargs) -> R:
-            return method(self, build(*args, **kwargs))
 
-        arguments = inspect.signature(build)
-        owner = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
-        vars(send)["__signature__"] = inspect.signature(method).replace(
-            parameters=[owner, *arguments.parameters.values()]
-        )
-        return send
+def model_info() -> Call[dict[str, Any]]:
+    """``/model_info``: the model, its sizes, and the arguments of its pipeline."""
+    return Call("GET", "/model_info", partial(decode, dict[str, Any]))
 
-    return decorate
+
+def by_table(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """The request fields in ``arguments`` that are not ``None``, under the fields' own names.
+
+    Raises ``InvalidRequest`` for a field given under both of its names.
+    """
+    fields: dict[str, Any] = {}
+    for row in TABLE.values():
+        values = given({name: arguments.get(name) for name in (row.name, row.alias)})
+        if len(values) > 1:
+            raise InvalidRequest(
+                f"`{row.alias}` and `{row.name}` are the same field: give one of them.", field=row.alias
+            )
+        if values:
+            _, fields[row.name] = values.popitem()
+    return fields
+
+
+def given(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """``fields`` without those that are ``None``, whose values the server chooses."""
+    return {name: value for name, value in fields.items() if value is not None}
+
+
+def method(build: Callable[P, Call[R]], send: Callable[[S, Call[R]], T]) -> Callable[Concatenate[S, P], T]:
+    """A client's method with the arguments of ``build`` that passes the call to ``send``.
+
+    It has the name and the docstring of ``send``, if that has one, else of ``build``.
+    """
+
+    def call(self: S, /, *args: P.args, **kwargs: P.kwargs) -> T:
+        return send(self, build(*args, **kwargs))
+
+    told, sent = inspect.signature(build), inspect.signature(send)
+    owner = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
+    returns = told.return_annotation[len("Call[") : -1] if sent.return_annotation == "R" else sent.return_annotation
+    shown = told.replace(parameters=[owner, *told.parameters.values()], return_annotation=returns)
+    vars(call)["__signature__"] = shown
+    named = send if send.__doc__ else build
+    call.__name__, call.__doc__ = named.__name__.removeprefix("_"), named.__doc__
+    return call

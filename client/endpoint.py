@@ -14,7 +14,7 @@ from ..protocol.errors import SafelightError, Unavailable
 from .calls import Call
 from .errors import ConnectionLost, decode, error_from_event, error_from_reply, message_of
 from .event_stream import EventDecoder, ServerSentEvent
-from .results import Event, Generation, Health, Loras, Preview, Progress, Queued, Result
+from .results import Event, Generation, Health, Preview, Progress, Queued, Result
 from .retry import Attempts, Retries
 
 DEFAULT_URL = "http://127.0.0.1:30000"
@@ -55,11 +55,11 @@ class Endpoint:
         host = httpx.URL(self.base_url).host
         return host == "localhost" or is_loopback(host)
 
-    def request(self, http: httpx.Client | httpx.AsyncClient, call: Call) -> httpx.Request:
+    def request(self, http: httpx.Client | httpx.AsyncClient, call: Call[Any]) -> httpx.Request:
         timeout = httpx.Timeout(call.read_timeout(self.timeout), connect=CONNECT_S)
         return http.build_request(call.method, call.path, content=call.content, headers=call.headers, timeout=timeout)
 
-    def attempts(self, call: Call) -> Attempts:
+    def attempts(self, call: Call[Any]) -> Attempts:
         return (self.retries if call.again else Retries(0)).begin()
 
     def error(self, response: httpx.Response) -> SafelightError:
@@ -69,23 +69,14 @@ class Endpoint:
     def health(self, response: httpx.Response) -> Health:
         """Decode a reply to :data:`calls.HEALTH`; a 503 is a valid reply too."""
         if response.status_code == httpx.codes.OK:
-            self.document(response.content)
+            decode(dict[str, Any], response.content, self.base_url)
             return Health(True, "ready")
         if response.status_code == httpx.codes.SERVICE_UNAVAILABLE:
             return Health(False, message_of(response.content) or "The server answered 503 without saying why.")
         raise self.error(response)
 
     def generation(self, content: bytes | str) -> Generation:
-        generation: Generation = decode(content, Generation, self.base_url)
-        return generation
-
-    def loras(self, reply: bytes) -> Loras:
-        loras: Loras = decode(reply, Loras, self.base_url)
-        return loras
-
-    def document(self, content: bytes) -> dict[str, Any]:
-        document: dict[str, Any] = decode(content, dict[str, Any], self.base_url)
-        return document
+        return decode(Generation, content, self.base_url)
 
     def events(self) -> EventReader:
         return EventReader(self)
@@ -120,7 +111,7 @@ class EventReader:
             self._finished = True
             yield Result(self._endpoint.generation(event.data))
         elif kind := _EVENTS.get(event.name):
-            yield decode(event.data, kind, self._endpoint.base_url)
+            yield decode(kind, event.data, self._endpoint.base_url)
 
 
 class ReadyWait:

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
-from typing import Any
+from typing import TypeVar
 
 import httpx
 import msgspec
@@ -21,6 +21,8 @@ from ..protocol.errors import (
     Unavailable,
     from_info,
 )
+
+R = TypeVar("R")
 
 
 class Unreachable(Unavailable):
@@ -143,7 +145,7 @@ def transport_errors(url: str) -> Iterator[None]:
         raise ConnectionLost(f"The connection to {url} ended before the answer was complete: {error}.") from error
 
 
-def decode(content: bytes | str, kind: Any, url: str) -> Any:  # Any: msgspec takes every type
+def decode(kind: type[R], content: bytes | str, url: str) -> R:
     """Decode ``content``. Raises ``Internal`` if it is not a ``kind``: another program may listen at ``url``."""
     try:
         return msgspec.json.decode(content, type=kind)

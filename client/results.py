@@ -59,10 +59,10 @@ class Output(msgspec.Struct, frozen=True):
         return self.data if self.format == "png" else None
 
     def _repr_html_(self) -> str:
-        return notebook.element(self)
+        return notebook.element(self.data, self.format, self.width, repr(self))
 
     def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, str]:
-        return notebook.bundle(repr(self), self._repr_html_(), [self])
+        return notebook.bundle(repr(self), self._repr_html_(), self._repr_png_())
 
 
 class Generation(msgspec.Struct, frozen=True):
@@ -87,10 +87,13 @@ class Generation(msgspec.Struct, frozen=True):
         return self.outputs[0].image
 
     def _repr_html_(self) -> str:
-        return notebook.gallery(self)
+        figures = [(output._repr_html_(), f"seed {output.seed}") for output in self.outputs]
+        weights = f"{self.model}, weights {self.weight_version}"
+        return notebook.gallery(figures, f"{weights}, {self.steps} steps, {self.timings.total_s:.2f} s")
 
     def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, str]:
-        return notebook.bundle(repr(self), self._repr_html_(), self.outputs)
+        png = self.outputs[0]._repr_png_() if len(self.outputs) == 1 else None
+        return notebook.bundle(repr(self), self._repr_html_(), png)
 
 
 class Queued(msgspec.Struct, frozen=True):

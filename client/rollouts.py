@@ -12,7 +12,6 @@ import msgspec
 from ..protocol.adapters import Drawn
 from ..protocol.errors import Internal
 from ..protocol.rollouts import TENSOR
-from .calls import Call
 
 if TYPE_CHECKING:
     import torch
@@ -75,9 +74,8 @@ class Rollout:
     peak_memory_mb: float
 
 
-def decode_rollouts(reply: bytes, call: Call, server: str) -> list[Rollout]:
-    """Decode the reply to ``call``, and remove the files in shared memory that it requested. Raises ``Internal``."""
-    shared = bool(call.body and call.body.get("rollout_shared_memory"))
+def decode_rollouts(reply: bytes, server: str, *, shared: bool) -> list[Rollout]:
+    """Decode a reply, and remove its files in shared memory, if these were requested. Raises ``Internal``."""
     try:
         return [_rollout(sample, shared=shared) for sample in msgspec.msgpack.decode(reply, type=list[dict[str, Any]])]
     except (msgspec.DecodeError, KeyError, TypeError, ValueError, OSError) as error:

@@ -19,6 +19,7 @@ from . import weight_calls
 from .calls import Call
 from .cuda_handles import gpu_of, handle
 from .host_tensors import HostTensor
+from .results import WeightUpdate
 
 TransportName = Literal["ipc", "shared", "http"]
 
@@ -33,7 +34,7 @@ OnSent = Callable[[int], object]
 class EncodedBucket:
     """Tensors ready to send: ``call`` sends them, and ``release`` frees their memory or file afterwards."""
 
-    call: Call
+    call: Call[WeightUpdate]
     release: Callable[[], object]
 
 

@@ -1,21 +1,17 @@
-"""The calls of a weight update, as methods with typed results."""
+"""The parts of a weight update that take more than one call."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import msgspec
-
 from ..formats.digests import STORED_DTYPES
 from ..protocol.errors import NotFound, SafelightError
-from ..protocol.operations import Barrier
 from . import calls, weight_calls
-from .calls import Call
-from .checksum import ModuleChecksum
+from .calls import Ask
 from .endpoint import Endpoint
-from .errors import TensorsDiffer, decode
+from .errors import TensorsDiffer
 from .results import WeightUpdate
 from .transports import Server, open_transport
 from .weight_upload import Upload, UploadJob
@@ -27,65 +23,38 @@ _NAMED = 5
 """Names of differing tensors that an error lists."""
 
 
-class _Checksums(msgspec.Struct):
-    modules: dict[str, ModuleChecksum]
-
-
 class WeightApi:
-    """``fetch`` sends a call and returns the reply's body."""
-
-    def __init__(self, endpoint: Endpoint, fetch: Callable[[Call], bytes]) -> None:
+    def __init__(self, endpoint: Endpoint, ask: Ask) -> None:
         self._endpoint = endpoint
-        self._fetch = fetch
+        self._ask = ask
         self._dtypes: dict[tuple[Path, str], Dtypes] = {}
 
-    def send(self, job: UploadJob, fields: Mapping[str, Any], dtypes: Dtypes | None) -> tuple[bytes, dict[str, str]]:
+    def send(
+        self, job: UploadJob, fields: Mapping[str, Any], dtypes: Dtypes | None
+    ) -> tuple[WeightUpdate, dict[str, str]]:
         """Return the last reply, and the digests of the tensors sent (empty without ``dtypes``)."""
         wanted = job.route
         if wanted is None and not self._endpoint.on_this_machine:
             wanted = "http"
         with open_transport(self._server(), wanted) as transport:
-            upload = Upload(self._fetch, transport, job, fields, dtypes)
+            upload = Upload(self._ask, transport, job, fields, dtypes)
             return upload.send(), upload.digests
-
-    def begin(self, version: str | None, modules: Sequence[str], mode: Barrier, timeout_s: float) -> str:
-        """Return the update's id."""
-        update_id: str = self.document(weight_calls.begin(version, modules, mode, timeout_s))["update_id"]
-        return update_id
-
-    def commit(self, update_id: str, require_complete: bool) -> WeightUpdate:
-        return self.updated(self._fetch(weight_calls.commit(update_id, require_complete)))
 
     def abort(self, update_id: str, error: BaseException) -> None:
         """Abort an update after ``error``; if the abort fails too, add a note to ``error``."""
         try:
-            self._fetch(weight_calls.abort(update_id))
+            self._ask(weight_calls.abort(update_id))
         except NotFound:
             pass  # the update has ended already
         except SafelightError as other:
             error.add_note(f"The abort of the update failed too; the server aborts it at its timeout: {other.message}")
 
-    def document(self, call: Call) -> dict[str, Any]:
-        return self._endpoint.document(self._fetch(call))
-
-    def update_from_disk(self, call: Call) -> WeightUpdate:
-        return self.updated(self._fetch(call))
-
-    def updated(self, reply: bytes) -> WeightUpdate:
-        done: WeightUpdate = decode(reply, WeightUpdate, self._endpoint.base_url)
-        return done
-
-    def checksums(self, modules: Sequence[str] | None) -> dict[str, ModuleChecksum]:
-        """Checksums, with every tensor, of those ``modules`` that the server has."""
-        reply = self._fetch(weight_calls.checksum(modules, detail=True))
-        checksums: _Checksums = decode(reply, _Checksums, self._endpoint.base_url)
-        return checksums.modules
-
     def dtypes(self, modules: Sequence[str]) -> dict[str, Dtypes]:
         """Dtypes by module. The server is asked once per module, because it computes digests for this reply."""
         server = self._server().shared  # unique to this run of the server
         unknown = [module for module in modules if (server, module) not in self._dtypes]
-        for module, checksum in self.checksums(unknown).items() if unknown else ():
+        checksums = self._ask(weight_calls.detailed_checksum(unknown)).modules if unknown else {}
+        for module, checksum in checksums.items():
             known = {name: STORED_DTYPES[tensor.dtype] for name, tensor in checksum.tensors.items()}
             self._dtypes[server, module] = known | {alias: known[name] for alias, name in checksum.aliases.items()}
         return {module: self._dtypes.get((server, module), {}) for module in modules}
@@ -94,7 +63,7 @@ class WeightApi:
         """Compare digests by module and tensor name. Raises ``TensorsDiffer`` with the names of tensors that differ."""
         for module, expected in digests.items():
             try:
-                self._fetch(weight_calls.check(module, expected))
+                self._ask(weight_calls.check(module, expected))
             except TensorsDiffer as differ:
                 names = [*differ.missing, *differ.mismatched]
                 shown = ", ".join(names[:_NAMED]) + (", …" if len(names) > _NAMED else "")
@@ -102,6 +71,6 @@ class WeightApi:
                 raise TensorsDiffer(message, differ.missing, differ.mismatched) from None
 
     def _server(self) -> Server:
-        info = self.document(calls.SERVER_INFO)
+        info = self._ask(calls.info())
         gpus = frozenset(gpu for model in info["models"] for gpu in model["gpus"])
         return Server(Path(info["shared_memory"]), gpus, info["config"]["tp"] * info["config"]["replicas"])

@@ -10,10 +10,10 @@ from itertools import chain
 from typing import Any
 
 from ..protocol.errors import InvalidRequest
-from .calls import Call
+from .calls import Ask
 from .host_tensors import HostTensor
 from .named_tensors import NamedTensors, drained, is_primary, read
-from .results import UpdateProgress
+from .results import UpdateProgress, WeightUpdate
 from .transports import EncodedBucket, Transport, TransportName
 
 BUCKET_BYTES = 128 << 20
@@ -99,7 +99,7 @@ class Upload:
 
     def __init__(
         self,
-        fetch: Callable[[Call], bytes],
+        ask: Ask,
         transport: Transport,
         job: UploadJob,
         fields: Mapping[str, Any],
@@ -107,29 +107,30 @@ class Upload:
     ) -> None:
         self.digests: dict[str, str] = {}
         """Digests that the server should have, by tensor name."""
-        self._fetch = fetch
+        self._ask = ask
         self._transport = transport
         self._job = job
         self._fields = {"target_module": job.module, **fields}
         self._dtypes = dtypes
         self._encoded_bytes = 0
 
-    def send(self) -> bytes:
+    def send(self) -> WeightUpdate:
         """Send the buckets in order, encoding each while the one before it is sent. Returns the last reply."""
         with ThreadPoolExecutor(1) as thread, ThreadPoolExecutor() as hashing:
-            before: Future[bytes] | None = None
-            reply = b""
+            before: Future[WeightUpdate] | None = None
+            updated: WeightUpdate | None = None
             for bucket in self._job.buckets:
                 encoded = self._encode(bucket.tensors)
                 hashed = {} if self._dtypes is None else digest_tensors(bucket.tensors, self._dtypes, hashing)
                 if before is not None:
                     before.result()
                 if bucket.last:
-                    reply = self._post(encoded)  # in this thread, where Ctrl-C interrupts it
+                    updated = self._post(encoded)  # in this thread, where Ctrl-C interrupts it
                 else:
                     before = thread.submit(self._post, encoded)
                 self.digests |= {name: digest.result() for name, digest in hashed.items()}
-        return reply
+        assert updated is not None, "a job has tensors"
+        return updated
 
     def _encode(self, tensors: Sequence[HostTensor]) -> EncodedBucket:
         before = self._encoded_bytes
@@ -141,8 +142,8 @@ class Upload:
 
         return self._transport.encode(tensors, self._fields, on_sent)
 
-    def _post(self, encoded: EncodedBucket) -> bytes:
+    def _post(self, encoded: EncodedBucket) -> WeightUpdate:
         try:
-            return self._fetch(encoded.call)
+            return self._ask(encoded.call)
         finally:
             encoded.release()

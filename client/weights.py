@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,7 +16,7 @@ from ..protocol.operations import Barrier
 from . import weight_calls
 from .adapter_warning import warn_of_adapters
 from .begun_update import DENOISER, BegunUpdate, lora_fields, sent_nickname
-from .calls import Call
+from .calls import Ask
 from .checksum import ModuleChecksum
 from .endpoint import Endpoint
 from .named_tensors import NamedTensors, is_primary
@@ -36,8 +36,9 @@ class Weights:
     method: tensors are gathered one at a time, and only rank 0 sends them, raises errors and gets a result.
     """
 
-    def __init__(self, endpoint: Endpoint, fetch: Callable[[Call], bytes]) -> None:
-        self._api = WeightApi(endpoint, fetch)
+    def __init__(self, endpoint: Endpoint, ask: Ask) -> None:
+        self._ask = ask
+        self._api = WeightApi(endpoint, ask)
 
     def update(
         self,
@@ -82,8 +83,8 @@ class Weights:
         dtypes = self._api.dtypes([job.module])[job.module] if verify else None
         fields = {"mode": mode, "flush_cache": flush_cache, **({} if version is None else {"weight_version": version})}
         began = time.monotonic()
-        reply, hashed = self._api.send(job, fields, dtypes)
-        updated = replace(self._api.updated(reply), elapsed_s=time.monotonic() - began)
+        updated, hashed = self._api.send(job, fields, dtypes)
+        updated = replace(updated, elapsed_s=time.monotonic() - began)
         if verify:
             self._api.check({job.module: hashed})
         warn_of_adapters(updated, stacklevel=3)
@@ -121,8 +122,8 @@ class Weights:
                     begun.send_lora(job, alpha, rank)
                 return begun.result
             alone = {"mode": mode, "lora_complete": True, **({} if version is None else {"weight_version": version})}
-            reply, _ = self._api.send(job, {**lora_fields(alpha, rank), **alone}, None)
-        updated = replace(self._api.updated(reply), elapsed_s=time.monotonic() - began)
+            updated, _ = self._api.send(job, {**lora_fields(alpha, rank), **alone}, None)
+        updated = replace(updated, elapsed_s=time.monotonic() - began)
         warn_of_adapters(updated, [sent_nickname(target_module)], stacklevel=2)
         return updated
 
@@ -151,11 +152,11 @@ class Weights:
             return
         dtypes = self._api.dtypes(named) if verify else None  # before the update blocks the server
         began = time.monotonic()
-        update_id = self._api.begin(version, named, mode, timeout_s)
+        update_id = self._ask(weight_calls.begin(version, named, mode, timeout_s)).update_id
         begun = BegunUpdate(self._api, {"update_id": update_id}, named, dtypes)
         try:
             yield begun
-            committed = self._api.commit(update_id, require_complete)
+            committed = self._ask(weight_calls.commit(update_id, require_complete))
         except BaseException as error:
             self._api.abort(update_id, error)
             raise
@@ -182,7 +183,7 @@ class Weights:
         call = weight_calls.update_from_disk(
             path, target_modules=target_modules, version=version, mode=mode, require_complete=require_complete
         )
-        updated = self._api.update_from_disk(call)
+        updated = self._ask(call)
         warn_of_adapters(updated, stacklevel=2)
         return updated
 
@@ -208,17 +209,16 @@ class Weights:
     ) -> dict[str, str] | dict[str, ModuleChecksum]:
         """SHA-256 of each module in hex, with ``detail`` also of every tensor. Raises ``NotFound``."""
         if detail:
-            detailed = self._api.checksums(modules)
+            detailed = self._ask(weight_calls.detailed_checksum(modules)).modules
             _refuse_absent(modules, detailed)
             return detailed
-        digests = self._api.document(weight_calls.checksum(modules, detail=False))
+        digests = self._ask(weight_calls.checksum(modules))
         _refuse_absent(modules, {name for name, digest in digests.items() if digest != "not_found"})
         return digests
 
     def version(self) -> str:
         """The version of the weights that the server has now."""
-        version: str = self._api.document(weight_calls.WEIGHT_VERSION)["weight_version"]
-        return version
+        return self._ask(weight_calls.version()).weight_version
 
 
 def _refuse_absent(wanted: Sequence[str] | None, found: Collection[str]) -> None:

@@ -8,7 +8,7 @@ from typing import get_args
 import msgspec
 import pytest
 
-from safelight.client import AsyncClient, Client
+from safelight.client import AsyncClient, Client, calls
 from safelight.client.cli import generate
 from safelight.client.results import SUFFIXES
 from safelight.protocol.config import Config
@@ -28,6 +28,16 @@ def test_a_field_is_missing_nowhere(name: str) -> None:
     for owner in (Client, AsyncClient):
         assert {name, row.alias} <= inspect.signature(owner.generate).parameters.keys()
     assert (row.alias in inspect.signature(generate).parameters) == (row.field.flag or name == "extra")
+
+
+def test_an_editor_sees_every_field_with_its_type() -> None:
+    """The client declares the fields, as no checker runs the code that would make a signature from the table."""
+    own = {"prompt", "seed", "n", "image", "lora", "output_format", "extra", "arguments"}
+    declared = {name: one.annotation for name, one in inspect.signature(calls.generate).parameters.items()}
+    table = {name: row.type for row in TABLE.values() for name in (row.name, row.alias) if name != "extra"}
+    assert declared.keys() == table.keys() | own
+    for name, kind in table.items():
+        assert eval(declared[name], vars(calls)) == kind | None, name
 
 
 @pytest.mark.parametrize("name", [row.name for row in TABLE.values() if row.field.low is not None])

@@ -266,7 +266,7 @@ def test_a_file_that_a_reply_names_is_neither_read_nor_removed_unless_asked_for(
         path.write_bytes(save({"0": torch.zeros(1)}))
         reply = msgspec.msgpack.encode([{"generated_output": {"__tensor__": True, "file": str(path), "name": "0"}}])
         with pytest.raises(Internal, match="not a file that the call requested"):
-            decode_rollouts(reply, rollout("a star", shared_memory=shared), "here")
+            decode_rollouts(reply, "here", shared=shared)
         assert path.exists()
 
 
