@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,13 +13,15 @@ import typer
 from rich.console import Console
 
 from .. import __version__
+from ..process import programs
+from ..process.programs import become
 from ..protocol.errors import InvalidRequest, SafelightError
 from ..protocol.output_formats import FORMATS
 from . import weight_commands
 from .endpoint import DEFAULT_TIMEOUT_S, DEFAULT_URL
 from .errors import Unreachable
 from .options import ApiKey, Url, takes_fields
-from .private_server import SERVER_PROGRAM, PrivateServer
+from .private_server import PrivateServer
 from .results import SUFFIXES, Generation, Output, Result
 from .sync_client import Client
 from .terminal import GenerationView, complain, server_table, standard_error
@@ -30,9 +31,6 @@ PREVIEW_EVERY = 2
 
 READY_S = 1800.0
 """Seconds that a server may take to become ready: a large model may be read from a slow disk."""
-
-VERIFY_PROGRAM = (sys.executable, "-P", "-m", "safelight.worker.accuracy")
-"""The program of ``safelight verify``, like :data:`.private_server.SERVER_PROGRAM` a process of its own."""
 
 _PASSED_ON = {
     "allow_extra_args": True,
@@ -82,8 +80,7 @@ def _options(
     options_metavar="[MODEL] [OPTIONS]",
 )
 def serve(context: typer.Context) -> None:
-    """Replace this process by the server, so that signals and the exit status are the server's."""
-    os.execv(SERVER_PROGRAM[0], [*SERVER_PROGRAM, *context.args])
+    become(programs.SERVER, context.args)
 
 
 @app.command(
@@ -92,8 +89,7 @@ def serve(context: typer.Context) -> None:
     options_metavar="MODEL [OPTIONS]",
 )
 def verify(context: typer.Context) -> None:
-    """Replace this process by the comparison, so that signals and the exit status are the comparison's."""
-    os.execv(VERIFY_PROGRAM[0], [*VERIFY_PROGRAM, *context.args])
+    become(programs.VERIFICATION, context.args)
 
 
 @app.command(help="Generate from PROMPT with a running server or, if none runs, with a private one.")

@@ -14,12 +14,10 @@ from threading import Thread
 from types import FrameType
 from typing import IO, Self
 
+from ..process import programs
 from ..protocol.errors import StartFailed
 from .results import Health
 from .sync_client import Client
-
-SERVER_PROGRAM = (sys.executable, "-P", "-m", "safelight.server")
-"""The server's command line. ``-P`` keeps files of the current folder from shadowing installed modules."""
 
 _LISTENING = re.compile(r"listening on (http://\S+)")
 _LOG_LINE = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d")
@@ -41,7 +39,7 @@ class PrivateServer:
         *,
         port: int = 0,
         options: Sequence[str] = (),
-        program: Sequence[str] = SERVER_PROGRAM,
+        program: Sequence[str] = programs.SERVER,
     ) -> None:
         place = ("--host", "127.0.0.1", "--port", str(port), "--log-level", "info", "--log-format", "text")
         self._command = [*program, *([] if model is None else [model]), *options, *place, "--until-stdin-closes"]

@@ -7,7 +7,6 @@ browser believes it talks to (another one after DNS rebinding), ``Origin`` and `
 
 from __future__ import annotations
 
-import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
@@ -17,15 +16,14 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from ..process.addresses import address_of
 from ..protocol.config import Config
-from ..protocol.errors import Forbidden, InvalidRequest, Malformed, StartFailed
+from ..protocol.errors import Forbidden, InvalidRequest, Malformed
+from .allowed_callers import allowed_hosts, allowed_origins, host_name
 from .body_limit import media_type
 from .replies import error_reply
 
 ANY = "*"
 """In ``--allowed-hosts``: every host is right."""
 
-_HOST = re.compile(r"(?P<name>\[[0-9a-f:.]+\]|[^\s:\[\]/@]+)(:[0-9]{1,5})?")
-_ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://(\[[0-9a-f:.]+\]|[^\s:\[\]/@*,]+)(:[0-9]{1,5})?")
 _JSON = "application/json"
 
 
@@ -41,9 +39,7 @@ class Callers:
     @classmethod
     def of(cls, config: Config, own_types: Mapping[str, str]) -> Callers:
         """Raises ``StartFailed`` for what is not a host or an origin."""
-        hosts = {config.host.lower()} | frozenset(_host_of(entry) for entry in _entries(config.allowed_hosts))
-        origins = frozenset(_origin_of(entry) for entry in _entries(config.cors_origins))
-        return cls(hosts, origins, own_types)
+        return cls(allowed_hosts(config), allowed_origins(config), own_types)
 
     def check(self, scope: Scope) -> None:
         """Raises ``Forbidden`` for a foreign caller, and ``Malformed`` for a body that a page could send unasked."""
@@ -59,8 +55,7 @@ class Callers:
             self._check_type(media_type(headers), scope["path"])
 
     def _is_own_host(self, host: str, scope: Scope) -> bool:
-        found = _HOST.fullmatch(host.lower())
-        name = "" if found is None else found["name"].strip("[]").rstrip(".")
+        name = host_name(host) or ""
         if name and (ANY in self.hosts or name in self.hosts or name == "localhost"):
             return True
         address = address_of(name)
@@ -94,26 +89,6 @@ def _is_same(origin: str, host: str, sites: list[str]) -> bool:
 
 def _has_body(headers: Headers) -> bool:
     return "transfer-encoding" in headers or headers.get("content-length", "0").strip() != "0"
-
-
-def _entries(text: str) -> list[str]:
-    return [entry.strip() for entry in text.split(",") if entry.strip()]
-
-
-def _host_of(entry: str) -> str:
-    found = _HOST.fullmatch(entry.lower())
-    if found is None:
-        raise StartFailed(f"--allowed-hosts takes names and addresses such as gpu.example.com, not {entry!r}.")
-    return found["name"].strip("[]").rstrip(".")
-
-
-def _origin_of(entry: str) -> str:
-    origin = entry.lower().rstrip("/")
-    if not _ORIGIN.fullmatch(origin):
-        raise StartFailed(
-            f"--cors-origins takes origins such as https://app.example.com, each by itself, not {entry!r}."
-        )
-    return origin
 
 
 class CallersMiddleware:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import resource
 import time
 from typing import Any
 
@@ -20,28 +19,12 @@ HEADERS_S = 20.0
 UNREAD_S = 60.0
 """Seconds without a byte taken after which a client reads its answer no more."""
 
-RESERVE = 256
-"""Descriptors that are kept for the server itself: sockets to its processes, files, uploads."""
-
 _READ = 256 << 10
 _READ_UNTIL_LENGTH_IS_KNOWN = 4 << 10
 """Bytes of a connection that are read, and parsed, before the next one's turn. A chunk costs as much time as a kilobyte
 of a body whose length is known, and may have a single byte."""
 
 log = logging.getLogger(__name__)
-
-
-def raise_descriptor_limit() -> int:
-    """Let this process, and its children, have as many descriptors as the system allows it. Returns how many."""
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    return hard
-
-
-def room_for_connections(wanted: int) -> int:
-    """``wanted``, or as many as the descriptors of this process allow."""
-    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    return wanted if soft == resource.RLIM_INFINITY else max(1, min(wanted, soft - min(RESERVE, soft // 2)))
 
 
 class Connections:

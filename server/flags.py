@@ -12,8 +12,8 @@ from typing import Any, Literal, NoReturn
 from ..process.configuration import Option, load_config, options
 from ..protocol.config import Config
 from ..protocol.errors import StartFailed
+from .allowed_callers import allowed_hosts, allowed_origins
 from .api_key import with_key
-from .callers import Callers
 
 
 class _Parser(argparse.ArgumentParser):
@@ -33,7 +33,7 @@ def read_config(arguments: Sequence[str], environment: Mapping[str, str]) -> Con
             raise StartFailed(f"The model is given twice, as {positional!r} and with --model; leave one of them out.")
         given["model"] = positional
     config = load_config(given, environment, file)
-    Callers.of(config, {})  # report invalid hosts and origins now, at the start
+    allowed_hosts(config), allowed_origins(config)  # report invalid ones now, at the start
     return with_key(config)
 
 

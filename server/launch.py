@@ -25,11 +25,11 @@ from ..process.logs import configure_logging, escaped
 from ..protocol.child_config import ChildConfig
 from ..protocol.config import Config
 from ..protocol.errors import StartFailed
-from .connections import raise_descriptor_limit
+from .descriptors import raise_descriptor_limit
 from .flags import read_config
-from .http_server import listen
 from .journal_lock import own_journal
 from .json_stderr import json_stderr
+from .listener import listen
 from .nursery import Nursery
 from .own_directories import own_directories
 

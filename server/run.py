@@ -19,7 +19,8 @@ from ..protocol.child_config import ChildConfig
 from ..protocol.errors import Unavailable
 from ..protocol.replicas import ModelInfo, Status
 from .app import create_app
-from .http_server import HttpServer, url_of
+from .http_server import HttpServer
+from .listener import url_of
 from .nursery import Nursery
 from .scheduler_link import SchedulerLink
 from .service import Service

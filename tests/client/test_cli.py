@@ -57,7 +57,7 @@ Run = subprocess.CompletedProcess[str]
 
 def safelight(*arguments: str | Path, folder: Path | None = None, **environment: str) -> Run:
     kept = {name: value for name, value in os.environ.items() if not name.startswith("SAFELIGHT_")}
-    return run("safelight.client.cli:main", arguments, cwd=folder, env={**kept, "COLUMNS": "200", **environment})
+    return run("safelight.__main__:main", arguments, cwd=folder, env={**kept, "COLUMNS": "200", **environment})
 
 
 def drawn(*seeds: int, **changes: Any) -> Reply:
@@ -84,6 +84,16 @@ def test_serve_becomes_the_server_with_every_argument() -> None:
     assert run.returncode == 0
     assert "--max-batch" in run.stdout
     assert "--grace-s" in run.stdout
+
+
+def test_a_server_does_not_wait_for_the_clients_imports() -> None:
+    """``execv`` is replaced, because the imports of this process would be gone after it."""
+    program = (
+        "import os, sys\nfrom safelight.__main__ import main\nos.execv = lambda *_: sys.exit(0)\n"
+        "try: main()\nexcept SystemExit: print(sorted(set(sys.modules) & {'typer', 'httpx', 'msgspec', 'asyncio'}))"
+    )
+    run = subprocess.run([sys.executable, "-c", program, "serve"], capture_output=True, text=True, check=True)
+    assert run.stdout == "[]\n"
 
 
 def test_the_exit_status_of_serve_is_the_servers(tmp_path: Path) -> None:

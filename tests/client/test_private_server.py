@@ -14,7 +14,8 @@ import psutil
 import pytest
 
 from safelight.client import Client, Health
-from safelight.client.private_server import SERVER_PROGRAM, PrivateServer
+from safelight.client.private_server import PrivateServer
+from safelight.process.programs import SERVER
 from safelight.protocol.errors import StartFailed
 
 LISTENER = """
@@ -134,7 +135,7 @@ def test_no_server_outlives_a_command_that_is_killed() -> None:
 
 
 def test_a_server_whose_standard_input_is_at_its_end_stops_by_itself() -> None:
-    command = [*SERVER_PROGRAM, "shapes", "--port", "0", "--until-stdin-closes"]
+    command = [*SERVER, "shapes", "--port", "0", "--until-stdin-closes"]
     assert subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, timeout=60).returncode == 0
 
 

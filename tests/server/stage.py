@@ -17,7 +17,8 @@ from safelight.protocol.generation import Generate
 from safelight.protocol.messages import FromScheduler
 from safelight.protocol.replicas import Status
 from safelight.server.app import create_app
-from safelight.server.http_server import HttpServer, listen, url_of
+from safelight.server.http_server import HttpServer
+from safelight.server.listener import listen, url_of
 from safelight.server.scheduler_link import SchedulerLink
 from safelight.server.service import Service
 

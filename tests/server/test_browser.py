@@ -13,7 +13,7 @@ import pytest
 
 from safelight.protocol.config import Config
 from safelight.protocol.generation import Cancel
-from safelight.server.http_server import listen
+from safelight.server.listener import listen
 
 from .stage import stage
 

@@ -11,8 +11,8 @@ import pytest
 from safelight.process.configuration import options
 from safelight.protocol.errors import StartFailed
 from safelight.server.flags import make_parser, read_config
-from safelight.server.http_server import listen
 from safelight.server.launch import WRONG_START
+from safelight.server.listener import listen
 
 
 def test_every_option_has_a_flag_and_a_place_in_the_help() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import subprocess
 import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -53,6 +54,15 @@ async def fork(nursery: Nursery, folder: Path) -> ChildProcess:
 def process_of(nursery: Nursery) -> psutil.Process:
     assert nursery._running is not None
     return psutil.Process(nursery._running.process.pid)
+
+
+def test_the_nursery_does_not_wait_for_the_imports_of_the_http_server() -> None:
+    program = (
+        "import sys, safelight.server.launch\n"
+        "print(sorted(set(sys.modules) & {'fastapi', 'starlette', 'uvicorn', 'pydantic', 'zmq', 'numpy', 'torch'}))"
+    )
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert run.stdout == "[]\n"
 
 
 async def test_a_nursery_that_is_stopped_holds_up_no_worker(
