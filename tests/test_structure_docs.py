@@ -29,6 +29,23 @@ def test_the_page_is_what_the_modules_are_now() -> None:
     assert made == page["PAGE"].read_text(encoding="utf-8"), "run `python docs/generate_structure.py`"
 
 
+def test_the_worker_s_rooms_form_no_circle_and_stay_low_and_loosely_bound() -> None:
+    page = runpy.run_path(str(ROOT / "docs" / "generate_structure.py"))
+    arrows: dict[str, set[str]] = page["worker_arrows"]()
+    floors: dict[str, int] = page["floors"](arrows)  # raises for a circle
+    assert max(floors.values()) <= 7
+    assert sum(map(len, arrows.values())) <= 85
+
+
+def test_every_file_of_the_worker_lies_in_a_room_that_says_what_it_is() -> None:
+    assert [path.name for path in (ROOT / "worker").glob("*.py")] == ["__init__.py"]
+    for room in (ROOT / "worker").rglob("*/"):
+        if any(room.glob("*.py")):
+            text = ast.get_docstring(ast.parse((room / "__init__.py").read_text(encoding="utf-8")))
+            assert text, room
+            assert "\n" not in text.split("\n\n")[0], room
+
+
 @pytest.mark.parametrize("room", MAY_IMPORT)
 def test_a_room_imports_only_what_the_design_allows(room: str) -> None:
     for path in (ROOT / room).rglob("*.py"):

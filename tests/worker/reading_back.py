@@ -10,7 +10,7 @@ import torch
 from safelight.worker.parallel.families import family_of
 from safelight.worker.parallel.plan import Family
 from safelight.worker.parallel.ranks import Ranks
-from safelight.worker.pipelines.sizes import DENOISERS
+from safelight.worker.pipelines.components import DENOISERS
 from safelight.worker.weights.checkpoint.components import component_classes
 from safelight.worker.weights.checkpoint.files import WeightFiles
 from safelight.worker.weights.checkpoint.loader import load_component

@@ -14,8 +14,9 @@ from safelight.protocol.messages import FROM_WORKER
 from safelight.protocol.replicas import Heartbeat, ReplicaStats
 from safelight.worker.crossing.call import Call, cross
 from safelight.worker.crossing.coroutine import Coroutine
+from safelight.worker.forward.activity import Activity
 from safelight.worker.forward.batcher import Batcher
-from safelight.worker.rank.heartbeat import Activity, Heartbeats
+from safelight.worker.rank.heartbeat import Heartbeats
 
 
 class Listener:

@@ -1,1 +1,1 @@
-"""The boundary between a pipeline and its components, crossed in the coroutine of a request."""
+"""The boundary between a pipeline and its components: a request's coroutine crosses it with each call."""

@@ -17,10 +17,10 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from ..forward.signature import MERGEABLE_METHODS
-from ..lora.layers import base_class
+from ..pipelines.components import MERGEABLE_METHODS
 from .call import Call, cross
 from .changes import Changes
+from .overlay import base_class
 
 Crossing = Callable[[Call], Any]
 

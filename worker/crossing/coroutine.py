@@ -12,7 +12,6 @@ from typing import Any
 
 from greenlet import getcurrent, greenlet
 
-from ..lora.adapters import RequestedAdapters
 from .call import Call
 from .random_state import RandomState, kept_random_state, random_state, set_random_state
 from .thread_state import Swap, ThreadState, thread_state
@@ -26,7 +25,8 @@ class Coroutine:
     """Runs ``body`` in a greenlet.
 
     ``alone`` keeps its calls out of merged forwards; an ``exclusive`` coroutine has the batcher to itself from start to
-    end. ``wanted`` are its request's adapters. ``random`` is its initial random state, by default the batcher's.
+    end. ``wanted`` are the adapters that its request names, in the form that their implementation has chosen.
+    ``random`` is its initial random state, by default the batcher's.
     When it ends, ``done`` is called with it in the batcher's greenlet, and one of ``result`` and ``error`` is set.
     """
 
@@ -37,7 +37,7 @@ class Coroutine:
         *,
         alone: bool = False,
         exclusive: bool = False,
-        wanted: RequestedAdapters = None,
+        wanted: object = None,
         random: RandomState | None = None,
     ) -> None:
         self._greenlet = greenlet(body)

@@ -12,7 +12,7 @@ from diffusers.utils import BaseOutput
 from torch.utils import _pytree as pytree
 
 from ...protocol.errors import InvalidRequest
-from ..pipelines.sizes import DENOISERS
+from ..pipelines.components import DENOISERS
 from .call import Call
 from .chain import Proceed
 

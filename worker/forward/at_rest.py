@@ -12,10 +12,10 @@ from typing import Any
 
 from torch import nn
 
-from ..lora.layers import LORA
+from ..crossing.overlay import overlay_attributes
 
-_LEFT_ALONE = frozenset(vars(nn.Module())) | {LORA}
-"""Parameters, buffers, sub-modules, hooks and adapters: operations may write to them, forwards do not."""
+_LEFT_ALONE = frozenset(vars(nn.Module()))
+"""Parameters, buffers, sub-modules and hooks: operations may write to them, forwards do not."""
 
 
 class AtRest:
@@ -23,17 +23,19 @@ class AtRest:
 
     def __init__(self, components: Mapping[str, nn.Module]) -> None:
         self._kept = {
-            name: [(vars(part), _own(vars(part))) for part in component.modules()]
-            for name, component in components.items()
+            name: [(part, _own(part)) for part in component.modules()] for name, component in components.items()
         }
 
     def restore(self, component: str) -> None:
         """Restore the attributes of ``component``; an unknown name has none."""
-        for attributes, before in self._kept.get(component, ()):
-            for name in _own(attributes).keys() - before.keys():
+        for part, before in self._kept.get(component, ()):
+            attributes = vars(part)
+            for name in _own(part).keys() - before.keys():
                 del attributes[name]
             attributes |= before
 
 
-def _own(attributes: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in attributes.items() if name not in _LEFT_ALONE}
+def _own(part: nn.Module) -> dict[str, Any]:
+    """The attributes of ``part`` that a forward may write; an overlay's is not among them."""
+    left_alone = _LEFT_ALONE | overlay_attributes(part)
+    return {name: value for name, value in vars(part).items() if name not in left_alone}

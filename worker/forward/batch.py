@@ -9,7 +9,7 @@ from typing import Any
 from ..crossing.call import Call
 from ..crossing.coroutine import Coroutine
 from ..crossing.thread_state import ThreadState
-from ..lora.bank import ActiveAdapters
+from .adapters import ActiveAdapters
 from .signature import Batchable
 
 

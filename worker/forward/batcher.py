@@ -18,9 +18,8 @@ import torch
 from ...protocol.replicas import BatchingMode
 from ..crossing.call import Call
 from ..crossing.coroutine import Cancelled, Coroutine
-from ..lora.adapters import RankAdapters
-from ..lora.bank import ActiveAdapters
-from ..rank.heartbeat import Activity
+from .activity import Activity
+from .adapters import ActiveAdapters, Adapters
 from .at_rest import AtRest
 from .batch import Forward, Outcome, Pending, Wait
 from .costs import Costs
@@ -50,7 +49,7 @@ class Batcher:
         max_tokens: int,
         mode: BatchingMode = "merged",
         cache: PromptCache | None = None,
-        adapters: RankAdapters | None = None,
+        adapters: Adapters | None = None,
         costs: Costs | None = None,
         at_rest: AtRest | None = None,
         activity: Activity | None = None,

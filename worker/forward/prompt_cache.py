@@ -11,7 +11,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 from ..crossing.call import Call
-from ..lora.bank import ActiveAdapters
+from .adapters import ActiveAdapters
 from .batch import Pending
 from .signature import digest
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from ..lora.rows import CannotMix
+from .adapters import CannotMix
 from .batch import Forward, Outcome, Pending
 from .collate import NotDivisible
 from .policy import MergePolicy

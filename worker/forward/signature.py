@@ -28,10 +28,7 @@ from torch.utils import _pytree as pytree
 from torch.utils.weak import WeakIdKeyDictionary
 
 from ..crossing.call import Call
-from ..pipelines.sizes import DENOISERS
-
-MERGEABLE_METHODS = frozenset({"__call__", "forward", "encode", "decode", "get_text_features", "get_image_features"})
-"""Methods whose rows are independent by the conventions of diffusers and transformers; all others run alone."""
+from ..pipelines.components import DENOISERS, MERGEABLE_METHODS
 
 
 class Role(enum.Enum):

@@ -7,8 +7,8 @@ from typing import Any
 
 from ..crossing.random_state import has_drawn, kept_random_state, random_state
 from ..crossing.thread_state import within
-from ..lora.adapters import RankAdapters
-from ..rank.heartbeat import Activity
+from .activity import Activity
+from .adapters import Adapters
 from .at_rest import AtRest
 from .batch import Forward
 from .costs import Costs
@@ -24,7 +24,7 @@ class DrawsRandomNumbers(Exception):
 
 def stages(
     cache: PromptCache | None,
-    adapters: RankAdapters | None,
+    adapters: Adapters | None,
     costs: Costs | None,
     at_rest: AtRest | None,
     activity: Activity | None,
@@ -129,7 +129,7 @@ class Adapting:
 
     name = "adapters"
 
-    def __init__(self, adapters: RankAdapters) -> None:
+    def __init__(self, adapters: Adapters) -> None:
         self._adapters = adapters
 
     def __call__(self, forward: Forward, proceed: Proceed) -> list[Any]:

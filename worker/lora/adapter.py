@@ -13,7 +13,7 @@ from torch import nn
 from ...protocol.adapters import ALL
 from ...protocol.errors import InvalidRequest
 from ..parallel.layers import GatheredColumnLinear
-from ..pipelines.sizes import DENOISERS
+from ..pipelines.components import DENOISERS
 from ..weights.checkpoint.layout import Layout
 from .change import Change, change_of
 from .factors import LoraFactors

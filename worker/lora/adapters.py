@@ -25,7 +25,7 @@ from ...protocol.errors import Conflict, InvalidRequest
 from ...protocol.operations import Save
 from ...protocol.reports import Report
 from ..parallel.ranks import Ranks
-from ..pipelines.sizes import DENOISERS
+from ..pipelines.components import DENOISERS
 from ..weights.checkpoint.layout import Layout
 from . import planning
 from .adapter import Adapter

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
+from ..crossing.overlay import Overlay, base_class
 from ..parallel.layers import GatheredColumnLinear, RowParallelLinear
 from ..weights.checkpoint.fuse import FusedPart
 from .rows import ActiveRows
@@ -32,9 +33,10 @@ class LayerLora:
     stacks: dict[int, FactorStack] = field(default_factory=dict)
 
 
-class AdaptedLayer(nn.Module):
+class AdaptedLayer(Overlay):
     """Stands before a layer's class, of which it calls the forward."""
 
+    overlay_attribute = LORA
     lora: LayerLora
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
@@ -79,13 +81,6 @@ _ADAPTED: dict[type[nn.Module], type[AdaptedLayer]] = {
     )
 }
 """By exactly the class of the layer: others are not always called, but read by whoever computes with their weights."""
-
-
-def base_class(layer: nn.Module) -> type[nn.Module]:
-    """The layer's class without adapters."""
-    cls = type(layer)
-    base: type[nn.Module] = cls.__bases__[1] if issubclass(cls, AdaptedLayer) else cls
-    return base
 
 
 def is_adaptable(layer: nn.Module) -> bool:

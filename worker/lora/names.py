@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 
-from ..pipelines.sizes import DENOISERS
+from ..pipelines.components import DENOISERS
 from ..weights.checkpoint.layout import Layout
 
 Shapes = Mapping[str, Mapping[str, tuple[int, ...]]]

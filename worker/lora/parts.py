@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import save_file
 
 from ...protocol.adapters import ADAPTER_FILE
-from ..pipelines.sizes import DENOISERS
+from ..pipelines.components import DENOISERS
 from ..weights.checkpoint.mapped_files import map_file
 from .pairs import ALPHA, parse_factor, refused
 from .whole import changed_layer, has_all_factors, is_factor

@@ -9,14 +9,11 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from ..forward.adapters import CannotMix
 from ..parallel.layers import RowParallelLinear
 from .stack import FactorStack
 
 _Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d
-
-
-class CannotMix(Exception):
-    """A layer's input is not in rows, so that rows cannot have different adapters in it."""
 
 
 class Rows(Protocol):

@@ -12,7 +12,7 @@ import torch
 from diffusers import DiffusionPipeline
 
 from ..internals import diffusers as internals
-from ..pipelines.sizes import DENOISERS
+from ..pipelines.components import DENOISERS
 from .convert import FAILURES, NotConverted, Traced, convert, traced
 from .names import FOREIGN, Place, Shapes, locate, locate_underscored
 from .pairs import ALPHA, Pair

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from ...protocol.config import Config
-from ..pipelines.sizes import DENOISERS
+from ..pipelines.components import DENOISERS
 from ..weights.checkpoint.components import components
 from ..weights.checkpoint.files import WeightFiles
 

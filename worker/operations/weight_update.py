@@ -8,7 +8,7 @@ from ...protocol.operations import Update
 from ...protocol.reports import Report
 from ...protocol.tensor_sources import Broadcast, Source
 from ..lora.adapters import MERGED
-from ..pipelines.sizes import DENOISERS
+from ..pipelines.components import DENOISERS
 from ..weights.checkpoint.aliases import by_checkpoint_names
 from ..weights.update.checks import check_tensors
 from ..weights.update.rank_update import RankUpdate

@@ -10,9 +10,7 @@ from typing import Any
 from diffusers import ConfigMixin, DiffusionPipeline
 
 from ...protocol.replicas import Parameter
-
-DENOISERS = ("transformer", "transformer_2", "unet", "prior", "decoder")
-"""Components that are called in every denoising step, in the order of the search for one."""
+from .components import DENOISERS
 
 SMALLEST = 4
 """Side of the smallest picture that the self-test tries, in multiples."""

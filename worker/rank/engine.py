@@ -13,6 +13,7 @@ from ...protocol.messages import FromWorker
 from ...protocol.operations import Perform, SetPaused
 from ...protocol.reports import Performed
 from ...protocol.self_test import SelfTestResult
+from ..forward.activity import Activity
 from ..forward.at_rest import AtRest
 from ..forward.batcher import Batcher
 from ..forward.prompt_cache import PromptCache
@@ -29,7 +30,6 @@ from ..requests.jobs import Jobs
 from ..weights.snapshot.journal import Journal
 from ..weights.transport.groups import Groups
 from ..weights.update.undo_log import UndoLog
-from .heartbeat import Activity
 
 
 class Engine:

@@ -19,6 +19,7 @@ from ...protocol.errors import StartFailed
 from ...protocol.messages import FROM_WORKER, TO_WORKER, FromWorker, ToWorker
 from ...protocol.replicas import ReplicaFailed, ReplicaLoading, ReplicaReady
 from ...protocol.self_test import RESULT_FILE, SelfTestResult
+from ..forward.activity import Activity
 from ..model.model import Model, load_model
 from ..parallel.device import find_device
 from ..parallel.mesh import join, leave
@@ -30,7 +31,7 @@ from ..self_test.self_test import SelfTest
 from ..self_test.self_test_cache import SelfTestCache
 from ..weights.snapshot.journal import Journal
 from .engine import Engine
-from .heartbeat import HEARTBEAT_S, Activity, Heartbeats
+from .heartbeat import HEARTBEAT_S, Heartbeats
 
 log = logging.getLogger(__name__)
 

@@ -36,7 +36,7 @@ from ..rollout.initial_noise import usual_shapes
 from ..rollout.record import as_output, nothing_recorded, peak_memory_mb, read_tensor, recorded_fields
 from ..rollout.sampling import RolloutSampler, why_no_rollouts
 from ..rollout.schedule import follow, shift
-from .failure import NothingMade
+from .failure import NotFinite, NothingMade
 from .input_images import image_arguments
 
 
@@ -180,7 +180,10 @@ class SampleRun:
         watch_steps(scheduler, self._saw, sampler.step)
         pixels = first_output(pipeline(**arguments))
         environment = self._environment.reported() if self._environment is not None else None
-        recorded = recorded_fields(rollout, sampler.end(), environment)
+        steps = sampler.end()
+        if not steps.is_finite:
+            raise NotFinite
+        recorded = recorded_fields(rollout, steps, environment)
         self.rolled_out = self._reply(pixels, rollout, recorded) | {"sampler": sampler.name}
         return pixels
 

@@ -19,7 +19,7 @@ from torch import nn
 from ...rollout.equality import equal
 from ...rollout.guidance import GUIDED, Rule, guided
 from ..crossing.call import Call
-from ..pipelines.sizes import DENOISERS
+from ..pipelines.components import DENOISERS
 
 _TIMESTEPS = ("timestep", "timesteps", "t")
 _GUIDANCE = ("guidance_scale", "true_cfg_scale")

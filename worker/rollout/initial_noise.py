@@ -12,7 +12,7 @@ from ..crossing.call import Call
 from ..crossing.chain import Chain, Proceed
 from ..crossing.fork import Fork
 from ..crossing.interceptors import shapes
-from ..pipelines.sizes import DENOISERS
+from ..pipelines.components import DENOISERS
 
 
 class _Reached(Exception):

@@ -16,7 +16,6 @@ from ...protocol.rollouts import Rollout
 from ...rollout.transitions import Transition, transition
 from ..crossing.fork import schedulers
 from ..crossing.steps import first_index
-from ..requests.failure import NotFinite
 
 _EULER = "FlowMatchEulerDiscreteScheduler"
 
@@ -56,6 +55,11 @@ class RecordedSteps:
     means: list[torch.Tensor] = field(default_factory=list)
     outputs: list[torch.Tensor] = field(default_factory=list)
     stds: list[float] = field(default_factory=list)
+
+    @property
+    def is_finite(self) -> bool:
+        """True if no log-probability is NaN or infinite."""
+        return bool(torch.stack(self.log_probs).isfinite().all())
 
 
 class RolloutSampler:
@@ -113,8 +117,6 @@ class RolloutSampler:
         if len(self.recorded.log_probs) != len(self.recorded.timesteps) or not self.recorded.log_probs:
             taken, steps = len(self.recorded.log_probs), len(self.recorded.timesteps)
             raise InvalidRequest(f"This pipeline took {taken} of {steps} steps by its own scheduler.", field="rollout")
-        if not torch.stack(self.recorded.log_probs).isfinite().all():
-            raise NotFinite
         return self.recorded
 
     def _begin(self, timestep: Any, sample: torch.Tensor) -> None:

@@ -95,10 +95,10 @@ def test_a_text_encoder_s_answers_are_kept_for_each_choice_of_adapters(
 
 
 def test_a_layer_whose_rows_are_not_those_of_requests_is_not_mixed() -> None:
+    from safelight.worker.forward.adapters import CannotMix
     from safelight.worker.lora.adapter import Adapter
     from safelight.worker.lora.dynamic import DynamicLora
     from safelight.worker.lora.factors import LoraFactors
-    from safelight.worker.lora.rows import CannotMix
 
     layer = nn.Linear(6, 5)
     down, up = torch.randn(2, 6), torch.randn(5, 2)

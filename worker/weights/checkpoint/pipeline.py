@@ -17,7 +17,7 @@ from transformers.utils import logging as transformers_logging
 from ...parallel.families import family_of
 from ...parallel.plan import Family
 from ...parallel.ranks import Ranks
-from ...pipelines.sizes import DENOISERS
+from ...pipelines.components import DENOISERS
 from .components import Component, components, inspect, pipeline_class
 from .files import WeightFiles
 from .layout import Layout

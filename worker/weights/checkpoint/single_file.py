@@ -25,7 +25,7 @@ from ....formats.pipeline_index import read_index
 from ....protocol.errors import StartFailed
 from ...internals import diffusers as internals
 from ...internals import transformers as transformers_internals
-from ...pipelines.sizes import DENOISERS
+from ...pipelines.components import DENOISERS
 from .components import Component
 from .download import download_configurations, download_pipeline
 
