@@ -39,6 +39,8 @@ OWN_TYPES = {
 }
 """The media type that a route's body may have besides JSON."""
 
+CHANGING_GETS = frozenset({"/flush_cache"})
+
 _MB = 1_000_000
 _LARGE = ("/generate", "/rollout/generate", "/update_weights_from_tensor")
 """Routes whose bodies contain pictures or tensors."""
@@ -51,7 +53,7 @@ _CODES = {404: "not_found", 405: "method_not_allowed"}
 
 def create_app(service: Service) -> FastAPI:
     """The application of ``service``. A request passes the middlewares from the last one added to the first."""
-    callers = Callers.of(service.config, OWN_TYPES)
+    callers = Callers.of(service.config, OWN_TYPES, CHANGING_GETS)
     app = FastAPI(title="Safelight", version=__version__, redirect_slashes=False, docs_url=None, redoc_url=None)
     app.add_exception_handler(HTTPException, _http_error)
     app.add_middleware(

@@ -25,6 +25,7 @@ ANY = "*"
 """In ``--allowed-hosts``: every host is right."""
 
 _JSON = "application/json"
+_OF_BROWSERS = ("origin", "referer", "accept-language", "sec-fetch-site", "sec-fetch-mode", "sec-fetch-dest")
 
 
 @dataclass(frozen=True)
@@ -36,10 +37,13 @@ class Callers:
     own_types: Mapping[str, str]
     """Media types of bodies besides JSON, by path."""
 
+    changing_gets: Collection[str] = ()
+    """Paths at which a GET changes the server, as a POST does."""
+
     @classmethod
-    def of(cls, config: Config, own_types: Mapping[str, str]) -> Callers:
+    def of(cls, config: Config, own_types: Mapping[str, str], changing_gets: Collection[str] = ()) -> Callers:
         """Raises ``StartFailed`` for what is not a host or an origin."""
-        return cls(allowed_hosts(config), allowed_origins(config), own_types)
+        return cls(allowed_hosts(config), allowed_origins(config), own_types, changing_gets)
 
     def check(self, scope: Scope) -> None:
         """Raises ``Forbidden`` for a foreign caller, and ``Malformed`` for a body that a page could send unasked."""
@@ -51,6 +55,8 @@ class Callers:
                 "on, or start it with --allowed-hosts."
             )
         self._check_origin(headers, host)
+        if scope["path"] in self.changing_gets and scope["method"] == "GET":
+            self._check_is_program(headers)
         if "origin" in headers and _has_body(headers):
             self._check_type(media_type(headers), scope["path"])
 
@@ -75,6 +81,14 @@ class Callers:
             raise Forbidden(
                 "Another site's web page sent this request; start the server with --cors-origins to let it."
             )
+
+    def _check_is_program(self, headers: Headers) -> None:
+        """Any page can embed a GET, such as an ``<img>``. To an address that is not loopback, browsers send it with
+        neither ``Origin`` nor ``Sec-Fetch-Site``, but no page can hide the browser's name in it."""
+        if headers.get("origin") in self.origins:
+            return
+        if any(name in headers for name in _OF_BROWSERS) or headers.get("user-agent", "").startswith("Mozilla/"):
+            raise Forbidden("A GET that changes the server is for programs; from a browser, send a POST.")
 
     def _check_type(self, kind: str, path: str) -> None:
         types = [_JSON, *([self.own_types[path]] if path in self.own_types else [])]

@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
-import pytest
+from collections.abc import Iterable, Iterator
+from pathlib import Path
 
+import pytest
+from fastapi.routing import APIRoute
+from starlette.routing import BaseRoute
+
+from safelight.protocol.adapters import AdapterState
 from safelight.protocol.config import Config
 from safelight.protocol.errors import StartFailed
 from safelight.protocol.generation import Generate
-from safelight.protocol.operations import Pause
+from safelight.protocol.operations import Operate, Pause
+from safelight.protocol.reports import Operated
+from safelight.server.app import CHANGING_GETS, create_app
 from safelight.server.callers import Callers
 from safelight.server.flags import read_config
+from safelight.server.scheduler_link import SchedulerLink
+from safelight.server.service import Service
 
 from .stage import Stage, stage
 from .test_connections import strangers
@@ -64,6 +74,53 @@ async def test_a_foreign_page_or_a_rebound_name_reaches_no_route(headers: dict[s
         assert asked == [(403, "forbidden")] * len(ROUTES)
         assert played.scheduler.generates() == []
         assert not any(isinstance(message, Pause) for message in played.scheduler.received)
+
+
+CHROMIUM = "Mozilla/5.0 (X11; Linux x86_64) AppleWebKit/537.36 (KHTML, like Gecko) Chrome/140.0.0.0 Safari/537.36"
+EMBEDDED = [
+    {"User-Agent": CHROMIUM, "Accept": "image/avif,image/webp,*/*;q=0.8", "Referer": "http://192.0.2.7:8000/"},
+    {"User-Agent": CHROMIUM, "Accept": "*/*"},
+    {"User-Agent": "curl/8", "Accept-Language": "en"},
+    {"User-Agent": "curl/8", "Referer": ""},
+    {"User-Agent": CHROMIUM, "Sec-Fetch-Site": "none", "Sec-Fetch-Mode": "navigate", "Sec-Fetch-Dest": "document"},
+    {"User-Agent": CHROMIUM, "Sec-Fetch-Site": "same-origin", "Sec-Fetch-Dest": "image"},
+]
+
+
+async def test_a_get_that_a_page_embeds_changes_nothing() -> None:
+    """Of a page on the LAN, to a server on the LAN: browsers send no Origin and no Sec-Fetch-Site there."""
+    async with stage() as played:
+        played.scheduler.operated = lambda message: (
+            [Operated(message.request_id, {}, "1", [], AdapterState())] if isinstance(message, Operate) else []
+        )
+        for headers in EMBEDDED:
+            for path in sorted(CHANGING_GETS):
+                reply = await played.client.get(path, headers=headers)
+                assert (reply.status_code, "POST" in reply.text) == (403, True)
+        assert not any(isinstance(message, Operate) for message in played.scheduler.received)
+        for program in ("curl/8.5.0", "python-requests/2.32", "", "sglang"):
+            assert (await played.client.get("/flush_cache", headers={"User-Agent": program})).status_code == 200
+
+
+def api_routes(routes: Iterable[BaseRoute]) -> Iterator[APIRoute]:
+    for route in routes:
+        if isinstance(route, APIRoute):
+            yield route
+        elif (router := getattr(route, "original_router", None)) is not None:
+            yield from api_routes(router.routes)
+
+
+def test_each_get_that_changes_the_server_is_known_as_one(tmp_path: Path) -> None:
+    """``--no-admin`` leaves the routes that change nothing; none of them takes HEAD, which would do what GET does."""
+
+    def gets(*, admin: bool) -> set[str]:
+        app = create_app(Service(Config(admin=admin), SchedulerLink(f"ipc://{tmp_path}/none"), tmp_path))
+        routes = list(api_routes(app.routes))
+        assert not any("HEAD" in route.methods for route in routes)
+        return {route.path for route in routes if "GET" in route.methods}
+
+    assert {"/health", "/list_loras"} <= gets(admin=False)
+    assert gets(admin=True) - gets(admin=False) == CHANGING_GETS
 
 
 async def test_programs_need_no_content_type_and_no_origin() -> None:
