@@ -1,9 +1,4 @@
-"""The dynamic batcher: chooses the calls of the next forward among those of all coroutines.
-
-Calls wait in the order in which they became ready. The first one decides the signature of the forward, and every later
-one with the same signature joins it, up to the caps. A coroutine's next call goes to the back of the queue, so that no
-signature starves.
-"""
+"""The dynamic batcher: runs coroutines to their next calls, and forwards that answer the calls of several."""
 
 from __future__ import annotations
 
@@ -19,16 +14,17 @@ from ...protocol.replicas import BatchingMode
 from ..crossing.call import Call
 from ..crossing.coroutine import Cancelled, Coroutine
 from .activity import Activity
-from .adapters import ActiveAdapters, Adapters
+from .adapters import Adapters
 from .at_rest import AtRest
-from .batch import Forward, Outcome, Pending, Wait
+from .batch import Outcome, Pending, Wait
 from .costs import Costs
 from .policy import MergePolicy
-from .prompt_cache import PromptCache, prompt_key, prompt_of
+from .prompt_cache import PromptCache, prompt_key
 from .recovery import Agree, Recovery
 from .runner import Runner
 from .signature import Signatures
 from .stages import stages
+from .waiting import WaitingCalls
 
 log = logging.getLogger(__name__)
 
@@ -71,7 +67,7 @@ class Batcher:
         self._adapters = adapters
         self._signatures = Signatures()
         self._starting: deque[Coroutine] = deque()
-        self._waiting: deque[Pending] = deque()
+        self._waiting = WaitingCalls(self.policy, cache, adapters)
         self._started = 0
         self._active: set[Coroutine] = set()
         self._cancelled: set[Coroutine] = set()
@@ -97,10 +93,9 @@ class Batcher:
         if coroutine in self._starting:
             self._starting.remove(coroutine)
             self._continue(coroutine, coroutine.throw(Cancelled()))
-        waits = [pending.wait for pending in self._waiting if pending.coroutine is coroutine]
-        if waits:
-            waits[0].abandoned = True  # the running forward may serve another call of the same wait
-            self._waiting = deque(pending for pending in self._waiting if pending.coroutine is not coroutine)
+        removed = self._waiting.remove(coroutine)
+        if removed:
+            removed[0].wait.abandoned = True  # the running forward may serve another call of the same wait
             self._continue(coroutine, coroutine.throw(Cancelled()))
 
     @contextmanager
@@ -128,7 +123,7 @@ class Batcher:
             self._active.add(coroutine)
             self._continue(coroutine, coroutine.start())
         if self._waiting:
-            forward = self._next_forward()
+            forward = self._waiting.next_forward()
             numbers = ",".join(str(pending.coroutine.number) for pending in forward.calls)
             self.schedule_digest = zlib.crc32(f"{forward.name} {numbers}".encode(), self.schedule_digest)
             self._meet(self.schedule_digest)
@@ -179,43 +174,6 @@ class Batcher:
             log.warning("the arguments of %s cannot be compared", call.name, exc_info=True)
             self.policy.never_merge(call.name, "its arguments cannot be compared")
         return pending
-
-    def _next_forward(self) -> Forward:
-        """Take the first waiting call, and all that may join it, out of the queue."""
-        first = self._waiting.popleft()
-        first_part, first_uses = self.policy.batchable(first), self._uses(first)
-        if first_part is None or self._is_cached(first, first_uses):
-            return Forward([first], [first_uses])
-        takes_turns, positions = self.policy.takes_turns(first.call.name), first_part.positions
-        calls, adapters, prompts, left = [first], [first_uses], {prompt_of(first, first_uses)}, deque[Pending]()
-        max_positions = self.policy.max_positions(first.call.name)
-        for other in self._waiting:
-            part = self.policy.batchable(other)
-            if part is None or part.signature != first_part.signature or other.state != first.state:
-                left.append(other)
-                continue
-            uses = self._uses(other)
-            prompt = prompt_of(other, uses)
-            full = len(calls) == self.policy.max_batch or positions + part.positions > max_positions
-            # one of two equal prompts waits for the other's cached answer
-            if full or (takes_turns and uses != first_uses) or (prompt is not None and prompt in prompts):
-                left.append(other)
-                continue
-            calls.append(other)
-            adapters.append(uses)
-            positions += part.positions
-            prompts.add(prompt)
-        self._waiting = left
-        return Forward(calls, adapters)
-
-    def _is_cached(self, pending: Pending, uses: ActiveAdapters) -> bool:
-        key = prompt_of(pending, uses)
-        return self._cache is not None and self._cache.holds(key, exact=pending.coroutine.alone)
-
-    def _uses(self, pending: Pending) -> ActiveAdapters:
-        if self._adapters is None:
-            return ()
-        return self._adapters.uses(pending.call.component, pending.coroutine.wanted)
 
     def _free_memory(self) -> None:
         """Release caches after a forward ran out of memory."""

@@ -1,0 +1,96 @@
+"""The calls that wait for a forward, and which of them make the next one."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Hashable, Iterable, Iterator
+
+from ..crossing.coroutine import Coroutine
+from .adapters import ActiveAdapters, Adapters
+from .batch import Forward, Pending
+from .policy import MergePolicy
+from .prompt_cache import PromptCache, prompt_of
+from .signature import Batchable
+
+
+class WaitingCalls:
+    """A queue in the order in which calls became ready.
+
+    The first call decides the signature of the next forward, and every later one with the same signature joins it, up
+    to the caps of ``policy``. The others keep their places, so that no signature starves.
+    """
+
+    def __init__(self, policy: MergePolicy, cache: PromptCache | None, adapters: Adapters | None) -> None:
+        self._policy = policy
+        self._cache = cache
+        self._adapters = adapters
+        self._calls: deque[Pending] = deque()
+
+    def __len__(self) -> int:
+        return len(self._calls)
+
+    def __iter__(self) -> Iterator[Pending]:
+        return iter(self._calls)
+
+    def extend(self, calls: Iterable[Pending]) -> None:
+        self._calls.extend(calls)
+
+    def remove(self, coroutine: Coroutine) -> list[Pending]:
+        """Take out the calls of ``coroutine``, and return them."""
+        removed = [pending for pending in self._calls if pending.coroutine is coroutine]
+        if removed:
+            self._calls = deque(pending for pending in self._calls if pending.coroutine is not coroutine)
+        return removed
+
+    def next_forward(self) -> Forward:
+        """Take the first call out of the queue, and all that may join it."""
+        first = self._calls.popleft()
+        part, uses = self._policy.batchable(first), self._uses(first)
+        if part is None or self._is_cached(first, uses):
+            return Forward([first], [uses])
+        batch = _Batch(first, part, uses, self._policy)
+        self._calls = deque(other for other in self._calls if not self._joined(batch, other))
+        return Forward(batch.calls, batch.adapters)
+
+    def _joined(self, batch: _Batch, other: Pending) -> bool:
+        part = self._policy.batchable(other)
+        return part is not None and batch.alike(other, part) and batch.take(other, part, self._uses(other))
+
+    def _is_cached(self, pending: Pending, uses: ActiveAdapters) -> bool:
+        key = prompt_of(pending, uses)
+        return self._cache is not None and self._cache.holds(key, exact=pending.coroutine.alone)
+
+    def _uses(self, pending: Pending) -> ActiveAdapters:
+        if self._adapters is None:
+            return ()
+        return self._adapters.uses(pending.call.component, pending.coroutine.wanted)
+
+
+class _Batch:
+    """The calls of a forward that is being put together."""
+
+    def __init__(self, first: Pending, part: Batchable, uses: ActiveAdapters, policy: MergePolicy) -> None:
+        self.calls, self.adapters = [first], [uses]
+        self._signature, self._state = part.signature, first.state
+        self._max_calls, self._max_positions = policy.max_batch, policy.max_positions(first.call.name)
+        self._takes_turns = policy.takes_turns(first.call.name)
+        self._positions = part.positions
+        self._prompts: set[Hashable] = {prompt_of(first, uses)}
+
+    def alike(self, other: Pending, part: Batchable) -> bool:
+        return part.signature == self._signature and other.state == self._state
+
+    def take(self, other: Pending, part: Batchable, uses: ActiveAdapters) -> bool:
+        """Add ``other`` if there is room for it, and say whether it was added."""
+        if len(self.calls) == self._max_calls or self._positions + part.positions > self._max_positions:
+            return False
+        if self._takes_turns and uses != self.adapters[0]:
+            return False
+        prompt = prompt_of(other, uses)
+        if prompt is not None and prompt in self._prompts:  # it waits for the other's answer in the cache
+            return False
+        self.calls.append(other)
+        self.adapters.append(uses)
+        self._positions += part.positions
+        self._prompts.add(prompt)
+        return True
