@@ -1,11 +1,11 @@
-# Safelight's commands. `make` alone lists them. Everything happens in .venv, which the first of them makes.
+# Safelight's commands. `make` alone lists them. All of them use the environment .venv, which the first command creates.
 
-PYTHON ?= python3.11 python3.12 python3.13 python3# names to try, in this order
-DISK_MB ?= 4000# that the environment needs
+PYTHON ?= python3.11 python3.12 python3.13 python3# tried in this order
+DISK_MB ?= 4000# disk space for the environment
 PROMPT ?= a small yellow star at the top left on a black background
 PORT ?=
 MODEL ?=
-JOBS ?= 2# files of tests that run at once
+JOBS ?= 2# test files that run at once
 ARGS ?=
 
 ENVIRONMENT := .venv/.installed
@@ -28,7 +28,7 @@ help: ## list these commands
 demo: $(ENVIRONMENT) ## draw a picture: PROMPT="…" for another one, PORT=… for a port of your choice
 	@$(BIN)/python examples/demo.py "$$PROMPT" $(if $(PORT),--port $(PORT))
 
-# With a Chromium on the PATH (apt install chromium), web pages attack the server too; without one that is skipped.
+# The tests of attacks by web pages need a Chromium on the PATH (apt install chromium); without one they are skipped.
 test: $(ENVIRONMENT) ## run the tests: ARGS="tests/client -q" for some of them, JOBS=4 for more files at once
 	$(PYTEST) $(ARGS)
 	@if nvidia-smi -L >/dev/null 2>&1; then $(MAKE) test-cuda; fi
@@ -43,7 +43,7 @@ test-nightly: $(ENVIRONMENT) ## run the tests with far more random examples, and
 	TEST_EFFORT=nightly $(PYTEST) $(ARGS)
 
 NEWEST := build/newest
-test-newest: $(ENVIRONMENT) ## look for the internals that are used in the newest diffusers and transformers
+test-newest: $(ENVIRONMENT) ## check that the newest diffusers and transformers have the undocumented names that workers use
 	$(BIN)/python -m pip install -q --upgrade --no-deps --target $(NEWEST) diffusers transformers
 	PYTHONPATH=$(NEWEST) $(BIN)/python -m pytest -q tests/worker/test_internals.py -k "there"
 
@@ -53,18 +53,18 @@ lint: $(ENVIRONMENT) ## check style, format and types
 	@mkdir -p build/mypy && ln -sfn ../.. build/mypy/safelight
 	MYPYPATH=build/mypy $(BIN)/mypy
 
-format: $(ENVIRONMENT) ## put the code into the common format
+format: $(ENVIRONMENT) ## format the code
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 serve: $(ENVIRONMENT) ## start a server: MODEL=…, PORT=…, ARGS="--replicas 2"
 	@exec $(BIN)/safelight serve $(MODEL) $(if $(PORT),--port $(PORT)) $(ARGS)
 
-clean: ## remove what was built and cached; .venv and outputs stay
+clean: ## remove build results and caches; .venv and outputs stay
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
 
-# mypy and pip see the repository's root as the package `safelight`: pip by pyproject.toml, mypy by a link in build/.
+# The repository's root is the package `safelight`: for pip by pyproject.toml, for mypy by a link in build/.
 $(ENVIRONMENT): pyproject.toml constraints.txt
 	@python=$$(for name in $(PYTHON); do "$$name" -c '$(SUITABLE)' 2>/dev/null && { echo "$$name"; break; }; done); \
 	if [ -z "$$python" ]; then \
@@ -72,10 +72,10 @@ $(ENVIRONMENT): pyproject.toml constraints.txt
 	fi; \
 	free=$$(df -Pk . | awk 'NR == 2 {print int($$4 / 1024)}'); \
 	if [ ! -e .venv ] && [ "$$free" -lt $(DISK_MB) ]; then \
-		echo "The disk has $$free MB left here and the environment needs $(DISK_MB): make room, or clone to another disk."; exit 1; \
+		echo "The environment needs $(DISK_MB) MB and the disk has $$free MB left: free some space, or clone to another disk."; exit 1; \
 	fi; \
-	echo "Making .venv with $$("$$python" --version); this happens once and downloads what torch needs."; \
+	echo "Making .venv with $$("$$python" --version); this happens once and downloads torch."; \
 	"$$python" -m venv .venv && $(BIN)/python -m pip install -c constraints.txt -e '.[dev,train]' || { \
-		echo "The packages could not be installed, for the reason that pip gives above: mend that and run make again."; exit 1; \
+		echo "The packages could not be installed. pip gives the reason above; fix it and run make again."; exit 1; \
 	}
 	@touch $@

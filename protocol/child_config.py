@@ -41,7 +41,7 @@ class ChildConfig(msgspec.Struct, frozen=True, kw_only=True):
         return [self.directory, self.shared]
 
     @property
-    def meeting_place(self) -> str:
+    def rendezvous_path(self) -> str:
         """The path prefix, unique to this start, at which the ranks of a replica meet."""
         return f"{self.directory}/replica-{self.replica}-start-{self.start}"
 

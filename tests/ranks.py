@@ -43,7 +43,7 @@ def _run(
     torch.set_grad_enabled(False)
     mesh = join(rank, sizes, store, torch.device("cpu"), TIMEOUT_S)
     function(mesh, *arguments)
-    mesh.world.exchange(b"")  # what was sent last has arrived, before one is gone
+    mesh.world.all_gather_bytes(b"")  # what was sent last has arrived, before one is gone
     leave(mesh)
 
 

@@ -181,7 +181,7 @@ def test_an_adapter_comes_over_a_process_group(server: Trainer, adapters: Adapte
         assert refused.status_code == 400, refused.text
         assert "no.such" in refused.json()["message"]
         gone = server.post("/update_weights_from_distributed", announced(["no.such.lora_A", "no.such.lora_B"]))
-        assert "There is no group" in gone.json()["message"], "whoever waits in it is told"
+        assert "does not exist" in gone.json()["message"], "a refusal ends the group, so that its members fail"
         dist.destroy_process_group(group)
     assert is_drawn(server, adapters, ("first", 1.0))
 

@@ -158,7 +158,7 @@ MISTAKES: dict[str, Callable[[dict[str, Any]], tuple[dict[str, Any], int, str]]]
     "a shape beyond all memory": lambda body: ({"shapes": [[1 << 50], *body["shapes"][1:]]}, 400, body["names"][0]),
     "a kind of dtype": lambda body: ({"dtypes": ["int32", *body["dtypes"][1:]]}, 400, "int32"),
     "no dtype": lambda body: ({"dtypes": ["nn", *body["dtypes"][1:]]}, 400, "nn"),
-    "lists of other lengths": lambda body: ({"shapes": body["shapes"][1:]}, 400, "one length"),
+    "lists of other lengths": lambda body: ({"shapes": body["shapes"][1:]}, 400, "equal lengths"),
     "a name twice": lambda body: ({"names": [body["names"][1], *body["names"][1:]]}, 400, "twice"),
     "a module": lambda body: ({"target_modules": ["unet"]}, 400, "unet"),
 }
@@ -217,7 +217,7 @@ def test_a_trainer_that_dies_in_the_middle_has_changed_nothing(trainer: Trainer,
             assert not answer.done()
             mortal.process.kill()
             assert answer.result().status_code == 503
-            assert "did not come" in answer.result().json()["message"]
+            assert "did not arrive" in answer.result().json()["message"]
 
 
 def test_a_trainer_that_falls_silent_in_the_middle_is_waited_for_no_longer_than_the_timeout(

@@ -28,7 +28,7 @@ class Bounded:
         self.forwards.append(len(x))
         if len(x) > self._rows:
             raise torch.OutOfMemoryError
-        return self._ranks.sum(x.clone())
+        return self._ranks.all_reduce(x.clone())
 
 
 def drawn(batcher: Batcher, component: Bounded, number: int) -> list[Coroutine]:

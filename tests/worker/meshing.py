@@ -18,10 +18,10 @@ def speaks_along_its_axes(mesh: Mesh) -> None:
     cfg, tp, rank = mesh.axis("cfg"), mesh.tp, mesh.world.rank
     assert (mesh.world.size, cfg.size, tp.size, mesh.axis("sp").size) == (4, 2, 2, 1)
     assert (cfg.rank, tp.rank) == divmod(rank, 2)
-    assert tp.exchange(b"%d" % rank) == [b"%d" % (2 * cfg.rank), b"%d" % (2 * cfg.rank + 1)]
-    assert cfg.exchange(b"%d" % rank) == [b"%d" % tp.rank, b"%d" % (tp.rank + 2)]
-    assert float(tp.sum(torch.tensor(float(rank)))) == 4 * cfg.rank + 1
-    assert mesh.axis("sp").gather(WHOLE) == [WHOLE]
+    assert tp.all_gather_bytes(b"%d" % rank) == [b"%d" % (2 * cfg.rank), b"%d" % (2 * cfg.rank + 1)]
+    assert cfg.all_gather_bytes(b"%d" % rank) == [b"%d" % tp.rank, b"%d" % (tp.rank + 2)]
+    assert float(tp.all_reduce(torch.tensor(float(rank)))) == 4 * cfg.rank + 1
+    assert mesh.axis("sp").all_gather(WHOLE) == [WHOLE]
     mesh.agree("all four have failed alike")
 
 
@@ -36,7 +36,7 @@ def divides_weights_along_tp_alone(mesh: Mesh) -> None:
 def waits_as_long_as_it_is_told(mesh: Mesh) -> None:
     groups = [ranks.group for ranks in (mesh.world, *mesh.axes.values())]
     assert {timeout_s(group) for group in groups} == {TIMEOUT_S}, "the start's, while a rank loads from a slow disk"
-    mesh.limit(7.0)
+    mesh.set_timeout(7.0)
     assert {timeout_s(group) for group in groups} == {7.0}
     assert timeout_s(mesh.failures) == AGREEMENT_S
 

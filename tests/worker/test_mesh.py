@@ -33,7 +33,7 @@ def test_a_rank_alone_meets_nobody() -> None:
     mesh = join(0, {"tp": 1}, "/nowhere", torch.device("cpu"), 1.0)
     assert (mesh.world, mesh.tp, mesh.axis("cfg")) == (ALONE, ALONE, ALONE)
     mesh.agree("it has failed")
-    mesh.limit(1.0)
+    mesh.set_timeout(1.0)
     assert mesh.failures is Mesh().failures is None
 
 

@@ -45,20 +45,20 @@ def test_ranks_that_fail_in_different_forwards_do_not_take_them_for_one() -> Non
 
 
 @pytest.fixture
-def meeting_place() -> Iterator[str]:
+def rendezvous_path() -> Iterator[str]:
     """Short, as a socket's path has a limit."""
     with tempfile.TemporaryDirectory() as directory:
         yield f"{directory}/start-0"
 
 
 def test_an_output_that_fails_on_the_leader_alone_costs_its_request_and_no_rank(
-    tmp_path: Path, meeting_place: str
+    tmp_path: Path, rendezvous_path: str
 ) -> None:
-    on_mesh({"tp": 2}, leading.fails_on_the_leader_alone, save("flux", tmp_path), meeting_place)
+    on_mesh({"tp": 2}, leading.fails_on_the_leader_alone, save("flux", tmp_path), rendezvous_path)
 
 
-def test_a_rank_that_would_make_another_forward_ends_before_it(meeting_place: str) -> None:
-    on_mesh({"tp": 2}, leading.would_make_another_forward, meeting_place)
+def test_a_rank_that_would_make_another_forward_ends_before_it(rendezvous_path: str) -> None:
+    on_mesh({"tp": 2}, leading.would_make_another_forward, rendezvous_path)
 
 
 def test_a_vote_of_the_ranks_needs_no_memory_of_their_devices() -> None:

@@ -14,7 +14,7 @@ import torch
 from diffusers import CogVideoXDPMScheduler, DDIMScheduler, FlowMatchEulerDiscreteScheduler
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
-from safelight.worker.crossing.steps import Step, answer_steps, watch_steps
+from safelight.worker.crossing.steps import DenoisingStep, answer_steps, watch_steps
 
 UNSEEN = {"KarrasVeScheduler"}
 """Schedulers whose steps go from a sigma to the next, and know no timestep."""
@@ -27,7 +27,7 @@ def flow(steps: int = 4) -> FlowMatchEulerDiscreteScheduler:
 
 
 def test_a_deep_copy_of_a_watched_scheduler_takes_its_own_steps_unseen() -> None:
-    seen: list[Step] = []
+    seen: list[DenoisingStep] = []
     scheduler = flow()
     watch_steps(scheduler, seen.append)
     other = copy.deepcopy(scheduler)
@@ -49,7 +49,7 @@ def test_pipelines_still_find_the_signature_and_the_name_that_they_look_for() ->
 
 
 def test_a_saved_state_that_a_pipeline_gives_back_is_still_watched() -> None:
-    seen: list[Step] = []
+    seen: list[DenoisingStep] = []
     scheduler, sample = flow(), torch.ones(1, 4)
     watch_steps(scheduler, seen.append)
     state = copy.deepcopy(vars(scheduler))
@@ -71,7 +71,7 @@ def test_a_copy_of_an_answering_scheduler_steps_as_ever() -> None:
 
 
 def test_the_clean_estimate_of_a_flow_is_where_its_straight_line_ends() -> None:
-    seen: list[Step] = []
+    seen: list[DenoisingStep] = []
     scheduler = flow()
     watch_steps(scheduler, seen.append)
     clean, noise = torch.full((1, 4), 0.3), torch.randn(1, 4)
@@ -116,7 +116,7 @@ def test_a_scheduler_with_other_arguments_is_given_them_as_the_pipeline_gave_the
     names = list(parameters)[1:]
     given = {name: torch.full((2,), float(place)) for place, name in enumerate(names)} | {"timestep": timesteps[1]}
     given = {name: given[name] for name in names}
-    arrived, seen = torch.ones(2), list[Step]()
+    arrived, seen = torch.ones(2), list[DenoisingStep]()
     watch_steps(scheduler, seen.append)
     named = {name for name in names if by_name or parameters[name].kind is inspect.Parameter.KEYWORD_ONLY}
     result = scheduler.step(
@@ -145,7 +145,7 @@ def test_a_step_that_returns_something_else_than_the_next_sample_is_unseen() -> 
         def step(self, model_output: torch.Tensor, timestep: Any, sample: torch.Tensor | None = None) -> str:
             return "somewhere"
 
-    scheduler, seen = Odd(), list[Step]()
+    scheduler, seen = Odd(), list[DenoisingStep]()
     watch_steps(scheduler, seen.append)
     assert scheduler.step(torch.ones(1), 2) == "somewhere"
     assert not seen

@@ -125,9 +125,9 @@ def _of_all_ranks(outputs: Outputs, ranks: Ranks, device: torch.device) -> list[
     leaves, spec = pytree.tree_flatten(outputs)
     form = f"{[tuple(leaf.shape) for leaf in leaves]} {spec}"
     digest = torch.tensor(list(hashlib.sha256(form.encode()).digest()), dtype=torch.uint8, device=device)
-    if not all(torch.equal(digest, other) for other in ranks.gather(digest)):
+    if not all(torch.equal(digest, other) for other in ranks.all_gather(digest)):
         return []
-    gathered = [ranks.gather(leaf.to(device)) for leaf in leaves]
+    gathered = [ranks.all_gather(leaf.to(device)) for leaf in leaves]
     return [pytree.tree_unflatten([parts[rank].cpu() for parts in gathered], spec) for rank in range(ranks.size)]
 
 

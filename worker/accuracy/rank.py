@@ -40,7 +40,7 @@ def _run(task: Task) -> int:
     torch.set_grad_enabled(False)
     device = find_device(Config(device=task.device, tp=task.tp), 0, task.rank)
     try:
-        mesh = join(task.rank, {"tp": task.tp}, task.meeting_place, device, _TIMEOUT_S)
+        mesh = join(task.rank, {"tp": task.tp}, task.rendezvous_path, device, _TIMEOUT_S)
         report = verify(task, mesh.tp, device, lambda row: print(row.progress, file=sys.stderr, flush=True))
     except RankLost:
         return MISSES_ANOTHER

@@ -37,7 +37,7 @@ class Task(msgspec.Struct, frozen=True, kw_only=True):
         return [self.directory]
 
     @property
-    def meeting_place(self) -> str:
+    def rendezvous_path(self) -> str:
         return f"{self.directory}/store"
 
     @property

@@ -115,7 +115,7 @@ def _shared(
             write([call for call in _recorded(task, dtype, directory, device) if call.owner in components], folder)
         except CannotKeep as error:
             raise StartFailed(f"The calls of {directory} cannot be kept: {error}.") from error
-    ranks.sum(torch.zeros(1, device=device))  # the others wait here
+    ranks.all_reduce(torch.zeros(1, device=device))  # the others wait here
     return read(folder)
 
 

@@ -13,11 +13,11 @@ import torch
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
 _WATCHED = ("model_output", "timestep", "sample")
-"""The arguments of ``step`` that :class:`Step` reports, at any position in its signature."""
+"""The arguments of ``step`` that :class:`DenoisingStep` reports, at any position in its signature."""
 
 
 @dataclass(frozen=True, slots=True)
-class Step:
+class DenoisingStep:
     """The ``number``-th of ``total`` steps, from ``sample`` to ``prev_sample`` by ``model_output``.
 
     ``index`` is its index in the scheduler's timesteps, ``result`` the scheduler's return value.
@@ -47,7 +47,7 @@ class Step:
 
 
 def watch_steps(
-    scheduler: SchedulerMixin, on_step: Callable[[Step], None], take_step: Callable[..., Any] | None = None
+    scheduler: SchedulerMixin, on_step: Callable[[DenoisingStep], None], take_step: Callable[..., Any] | None = None
 ) -> None:
     """Call ``on_step`` after each step of ``scheduler``, a fork's own copy. ``take_step`` replaces its ``step``.
 
@@ -74,7 +74,7 @@ def watch_steps(
         if reached is not None:
             number += 1
             total = len(scheduler.timesteps) - first
-            on_step(Step(number, total, first + number - 1, scheduler, model_output, sample, reached, result))
+            on_step(DenoisingStep(number, total, first + number - 1, scheduler, model_output, sample, reached, result))
         return result
 
     _replace_step(scheduler, step)

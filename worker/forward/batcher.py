@@ -50,9 +50,9 @@ class Batcher:
         at_rest: AtRest | None = None,
         activity: Activity | None = None,
         agree: Agree = lambda _: None,
-        meet: Callable[[int], None] = lambda _: None,
+        before_forward: Callable[[int], None] = lambda _: None,
     ) -> None:
-        """``meet`` receives the :attr:`schedule_digest` before each forward, and may raise to prevent it."""
+        """``before_forward`` receives the :attr:`schedule_digest` before each forward, and may raise to prevent it."""
         self.mode: BatchingMode = mode
         self.policy = MergePolicy(max_batch, max_tokens)
         self.runner = Runner(stages(cache, adapters, costs, at_rest, activity))
@@ -62,7 +62,7 @@ class Batcher:
         self.paused = False
         """While true, no coroutine runs."""
         self._agree = agree
-        self._meet = meet
+        self._before_forward = before_forward
         self._cache = cache
         self._adapters = adapters
         self._signatures = Signatures()
@@ -126,7 +126,7 @@ class Batcher:
             forward = self._waiting.next_forward()
             numbers = ",".join(str(pending.coroutine.number) for pending in forward.calls)
             self.schedule_digest = zlib.crc32(f"{forward.name} {numbers}".encode(), self.schedule_digest)
-            self._meet(self.schedule_digest)
+            self._before_forward(self.schedule_digest)
             self.runner.counters.calls += len(forward.calls)
             self.recovery.run(forward, self._deliver)
 

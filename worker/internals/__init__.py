@@ -1,4 +1,4 @@
-"""What workers use of libraries beyond their documented interface: one file per library, each with the version checked.
+"""Undocumented names of libraries that workers use: one file per library, each with the version checked.
 
-``tests/worker/test_internals.py`` asserts that every name is there, and CI tries the newest releases, too.
+``tests/worker/test_internals.py`` asserts that every name exists, and CI also tries the newest releases.
 """

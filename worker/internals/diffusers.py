@@ -1,4 +1,4 @@
-"""What workers use of diffusers beyond its documented interface."""
+"""Undocumented names of diffusers that workers use."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from .lookup import lookup
 CHECKED = "0.42.1"
 
 NAMES = {
-    # which classes and files a pipeline's directory names
+    # classes and files of a pipeline's directory
     "ALL_IMPORTABLE_CLASSES": "diffusers.pipelines.pipeline_loading_utils:ALL_IMPORTABLE_CLASSES",
     "get_class_obj_and_candidates": "diffusers.pipelines.pipeline_loading_utils:get_class_obj_and_candidates",
     "identify_model_variants": "diffusers.pipelines.pipeline_loading_utils:_identify_model_variants",

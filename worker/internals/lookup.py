@@ -1,4 +1,4 @@
-"""Names that are looked up when they are first used, so that a release without one breaks only what needs it."""
+"""Look up names at their first use, so that a release without one breaks only its users."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 
 class MissingInternal(ImportError):
-    """A library has changed; the message names the library, the releases and the name."""
+    """The installed release of a library lacks a name. The message has the name, the library and both releases."""
 
 
 def lookup(library: str, checked: str, names: Mapping[str, str]) -> Callable[[str], Any]:
@@ -24,13 +24,13 @@ def lookup(library: str, checked: str, names: Mapping[str, str]) -> Callable[[st
             found: Any = importlib.import_module(path)
             for part in attribute.split("."):
                 found = getattr(found, part)
-            if found is None:  # what a base class says, for a class that no longer says it
+            if found is None:  # the default of a base class, if the class no longer sets it
                 raise AttributeError(attribute)
         except (ImportError, AttributeError) as error:
             installed = importlib.metadata.version(library)
             raise MissingInternal(
-                f"{library} {installed} has no {path}.{attribute}, which Safelight uses of {library} {checked}"
+                f"{library} {installed} has no {path}.{attribute}, which Safelight uses; install {library} {checked}"
             ) from error
         return found
 
-    return functools.cache(find)  # settings of every forward are among them
+    return functools.cache(find)  # every forward looks some of these up

@@ -1,4 +1,4 @@
-"""What workers use of torch beyond its documented interface. Each forward needs these, so nothing is looked up late."""
+"""Undocumented names of torch that workers use. Every forward needs them, so they are imported at once."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ get_cudnn_sdp, set_cudnn_sdp = torch._C._get_cudnn_sdp_enabled, torch._C._set_sd
 
 
 def get_sdp_priority() -> tuple[int, ...]:
-    """The order in which kernels of scaled dot-product attention are tried."""
+    """The order in which torch tries the kernels of scaled dot-product attention."""
     return tuple(torch._C._get_sdp_priority_order())
 
 
@@ -40,7 +40,7 @@ def set_sdp_priority(order: tuple[int, ...]) -> None:
 
 
 def get_deterministic() -> tuple[bool, bool]:
-    """Whether deterministic algorithms are asked for, and whether the lack of one is a warning only."""
+    """The two settings of ``torch.use_deterministic_algorithms``: ``mode`` and ``warn_only``."""
     return torch._C._get_deterministic_algorithms(), torch._C._get_deterministic_algorithms_warn_only()
 
 
@@ -49,7 +49,7 @@ def set_deterministic(found: tuple[bool, bool]) -> None:
 
 
 def get_function_modes() -> tuple[Any, ...]:
-    """The default device, which is a mode of its own sort, and the stack of function modes; empty without any."""
+    """The default device (torch keeps it as a mode) and the stack of function modes; empty if there are none."""
     if not torch._C._len_torch_function_stack():
         return ()
     context = vars(torch._GLOBAL_DEVICE_CONTEXT).get("device_context")
@@ -76,5 +76,5 @@ def set_dispatch_modes(found: tuple[Any, ...]) -> None:
 
 
 def set_collective_timeout(group: dist.ProcessGroup, timeout_s: float) -> None:
-    """From now on a collective of ``group`` that takes longer raises; NCCL ends the process."""
+    """Bound every later collective of ``group``: after ``timeout_s`` gloo raises, and NCCL ends the process."""
     dist.distributed_c10d._set_pg_timeout(timedelta(seconds=timeout_s), group)

@@ -1,4 +1,4 @@
-"""What workers use of transformers beyond its documented interface."""
+"""Undocumented names of transformers that workers use."""
 
 from __future__ import annotations
 

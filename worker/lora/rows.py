@@ -51,7 +51,7 @@ class Uniform:
             return
         low = functional.linear(input, down)
         if isinstance(layer, RowParallelLinear):
-            low = layer.ranks.sum(low)
+            low = layer.ranks.all_reduce(low)
         _by_adapter(low, -1, self.rank).mul_(self.strengths[:, None])
         if output.is_contiguous():
             output.view(-1, output.shape[-1]).addmm_(low.view(-1, low.shape[-1]), up)
@@ -77,7 +77,7 @@ class PerRow:
         down, up = (self._gathered(factors).to(input.dtype) for factors in (stack.down, stack.up))
         low = torch.bmm(input.reshape(number, -1, input.shape[-1]), down.mT)
         if isinstance(layer, RowParallelLinear):
-            low = layer.ranks.sum(low)
+            low = layer.ranks.all_reduce(low)
         _by_adapter(low, -1, self.rank).mul_(self.strengths[:, None, :, None])
         if output.is_contiguous():
             output.view(number, -1, output.shape[-1]).baddbmm_(low, up)

@@ -106,7 +106,7 @@ class Setting:
 
     def _together(self, ranks: Ranks, failed: Exception | None) -> dict[str, float]:
         """What share of the change the ranks together would round away, by component."""
-        said = ranks.exchange(msgspec.msgpack.encode(self.sums if failed is None else None))
+        said = ranks.all_gather_bytes(msgspec.msgpack.encode(self.sums if failed is None else None))
         if failed is not None:
             raise failed
         every = [msgspec.msgpack.decode(one, type=dict[str, tuple[float, float]] | None) for one in said]

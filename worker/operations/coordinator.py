@@ -57,9 +57,9 @@ class Coordinator:
         if order.step in ("commit", "rollback", "release"):
             report = self._finish(order)
             self._operation = None
-            self._ranks.exchange(b"")
+            self._ranks.all_gather_bytes(b"")
             return Performed(order.number, order.step, report)
-        votes = [msgspec.msgpack.decode(one, type=_Vote) for one in self._ranks.exchange(self._vote(order))]
+        votes = [msgspec.msgpack.decode(one, type=_Vote) for one in self._ranks.all_gather_bytes(self._vote(order))]
         failed = next((vote for vote in votes if vote.error is not None), None)
         outcome = failed or _agreed(votes)
         report = msgspec.structs.replace(outcome.report, ranks=self._ranks.size)

@@ -11,8 +11,8 @@ import msgspec
 from ...protocol.errors import ErrorInfo, SafelightError
 from ...protocol.operations import Join, Leave, Perform
 from ...protocol.reports import Performed, Report
+from ..parallel.lockstep import SettleJoin
 from ..parallel.ranks import Ranks
-from ..parallel.team import SettleJoin
 from ..weights.transport.groups import Groups
 
 
@@ -64,7 +64,9 @@ class GroupOrders:
         """Ask every rank for the state of its join; returns the answer once all have joined, or one has failed."""
         if not self._groups.is_joining(asked.number):  # every rank gave it up in this step
             return None
-        outcomes = [msgspec.msgpack.decode(one, type=_Outcome) for one in self._ranks.exchange(self._outcome(asked))]
+        outcomes = [
+            msgspec.msgpack.decode(one, type=_Outcome) for one in self._ranks.all_gather_bytes(self._outcome(asked))
+        ]
         error = next((one.error for one in outcomes if one.error is not None), None)
         if error is not None:
             self._groups.forget(asked.number)

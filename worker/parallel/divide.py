@@ -1,4 +1,4 @@
-"""Turns a whole module into one rank's part of it, before its weights are loaded."""
+"""Shrinks a module to one rank's shard, before its weights are loaded."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .ranks import Ranks
 
 
 def divide(module: nn.Module, family: Family, ranks: Ranks, shards: Mapping[str, Shard]) -> None:
-    """Leave of each parameter in ``shards`` (of :func:`.plan.shards`) this rank's part, its values undefined.
+    """Shrink each parameter in ``shards`` (from :func:`.plan.shards`) to this rank's shard, with undefined values.
 
     The degree must be one of :func:`.plan.degrees`.
     """
@@ -41,7 +41,7 @@ def _shrink(part: nn.Module, name: str, shard: Shard, size: int) -> None:
 
 
 def _become_parallel(part: nn.Module, style: Style, ranks: Ranks) -> None:
-    """Change the class of a layer whose result takes all ranks, and the sizes that others read off it."""
+    """Give the layer its parallel class if it needs one, and correct the sizes that other code reads from it."""
     if isinstance(part, nn.Embedding):
         part.num_embeddings, part.embedding_dim = part.weight.shape
         if style != COLWISE:
@@ -66,6 +66,6 @@ def _own_part(output: Any, ranks: Ranks) -> Any:
 
 def _change_class(part: nn.Module, parallel: type[nn.Module], plain: type[nn.Module], ranks: Ranks) -> None:
     if type(part) is not plain:
-        raise CannotDivide(f"a {type(part).__name__} is no plain {plain.__name__}")
+        raise CannotDivide(f"a {type(part).__name__} is not exactly a {plain.__name__}")
     part.__class__ = parallel
     vars(part)["ranks"] = ranks

@@ -1,4 +1,4 @@
-"""Layers that hold one rank's part of a weight and give every rank the whole result."""
+"""Layers that hold one rank's shard of a weight and return the whole result on every rank."""
 
 from __future__ import annotations
 
@@ -10,28 +10,28 @@ from .ranks import Ranks
 
 
 class RowParallelLinear(nn.Linear):
-    """``weight`` [out, in / ranks]: the products with the ranks' parts of the input are added up.
+    """``weight`` [out, in / ranks]: each rank multiplies its part of the input, and an all-reduce adds up the products.
 
-    The first rank's product has the bias: in low precision each sum rounds, and so there is one fewer.
+    Rank 0 adds the bias before the all-reduce, which saves one rounding in low precision.
     """
 
     ranks: Ranks
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        return self.ranks.sum(functional.linear(input, self.weight, self.bias if self.ranks.rank == 0 else None))
+        return self.ranks.all_reduce(functional.linear(input, self.weight, self.bias if self.ranks.rank == 0 else None))
 
 
 class GatheredColumnLinear(nn.Linear):
-    """``weight`` [out / ranks, in]: each rank makes its part of the output features, and every rank gets them all."""
+    """``weight`` [out / ranks, in]: each rank computes its output features, and an all-gather joins them."""
 
     ranks: Ranks
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        return torch.cat(self.ranks.gather(functional.linear(input, self.weight, self.bias)), dim=-1)
+        return torch.cat(self.ranks.all_gather(functional.linear(input, self.weight, self.bias)), dim=-1)
 
 
 class VocabularyParallelEmbedding(nn.Embedding):
-    """``weight`` [rows / ranks, width]: each rank looks up the ids that it has, and all are added up."""
+    """``weight`` [rows / ranks, width]: each rank looks up its own ids, and an all-reduce adds up the rows."""
 
     ranks: Ranks
 
@@ -40,17 +40,17 @@ class VocabularyParallelEmbedding(nn.Embedding):
         local = input - self.ranks.rank * rows
         elsewhere = (local < 0) | (local >= rows)
         found = functional.embedding(local.masked_fill(elsewhere, 0), self.weight)
-        return self.ranks.sum(found.masked_fill(elsewhere[..., None], 0))
+        return self.ranks.all_reduce(found.masked_fill(elsewhere[..., None], 0))
 
 
 class AcrossHeadsRMSNorm(nn.RMSNorm):
-    """``weight`` [width / ranks]: an RMS norm over the features of all ranks, of which the input holds this rank's."""
+    """``weight`` [width / ranks]: RMS norm over the features of all ranks; the input has this rank's features."""
 
     ranks: Ranks
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         wide = x.float()
-        squares = self.ranks.sum(wide.square().sum(dim=-1, keepdim=True))
+        squares = self.ranks.all_reduce(wide.square().sum(dim=-1, keepdim=True))
         eps = torch.finfo(x.dtype).eps if self.eps is None else self.eps
         normed = wide * torch.rsqrt(squares / (x.shape[-1] * self.ranks.size) + eps)
         return (normed if self.weight is None else normed * self.weight.float()).to(x.dtype)

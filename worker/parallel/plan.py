@@ -1,14 +1,14 @@
-"""How a module's parameters are divided among ranks: a plan in diffusers' vocabulary, resolved for one module.
+"""Tensor-parallel plans, in diffusers' vocabulary: how a module's parameters are divided among ranks.
 
 ===========================  ==========================================================================
 ``"colwise"``                output features (weight dimension 0) are divided; an Embedding's columns
-``"colwise_gather_output"``  the same, and every rank gets all of the output (transformers' word)
+``"colwise_gather_output"``  the same, and an all-gather joins the output (transformers' name)
 ``"rowwise"``                input features (weight dimension 1) are divided and the products added up; an
                              Embedding's rows
-``PackedColwiseParallel``    ``colwise``, each block of a fused weight for itself
-``PackedRowwiseParallel``    ``rowwise``, each block of a concatenated input for itself
-``"across_heads"``           an RMS norm over all heads: its weight is divided, its mean square is of all ranks
-``"split_output"``           no weights; of the tensors that it returns each rank takes its part of the last dimension
+``PackedColwiseParallel``    ``colwise``, applied to each block of a fused weight
+``PackedRowwiseParallel``    ``rowwise``, applied to each block of a concatenated input
+``"across_heads"``           an RMS norm over all heads: its weight is divided, its mean square covers all ranks
+``"split_output"``           no weights; each rank takes its part of the last dimension of the returned tensors
 ===========================  ==========================================================================
 """
 
@@ -31,18 +31,18 @@ ACROSS_HEADS, SPLIT_OUTPUT = "across_heads", "split_output"
 
 
 class CannotDivide(Exception):
-    """A module is not what the plan for its class was written for; a sentence says where."""
+    """A module differs from what the plan for its class expects; the message says where."""
 
 
 @dataclass(frozen=True)
 class Family:
-    """What tensor parallelism and fusing need to know of a model class. Patterns are dotted paths, ``*`` one name.
+    """A model class's knowledge about tensor parallelism and fusing. Patterns are dotted paths; ``*`` is one name.
 
-    ``heads`` names the configuration's head counts, which the degree must divide. ``parts`` are the paths of what is
-    whole on every rank where the degree does not divide it, each with the head counts that it alone is divided by.
-    ``divided`` names attributes that hold a count or size of heads, for processors that compute with them. ``fused``
-    names layers of one parent with the same input, whose weights can be one. ``needs`` are values of the configuration
-    that the plan was written for.
+    ``heads`` names the configuration's head counts, which the degree must divide. ``parts`` are the paths of modules
+    that stay whole on every rank if the degree does not divide them, each with its own head counts. ``divided`` names
+    attributes with a count or size of heads, which attention processors compute with. ``fused`` names layers of one
+    parent with the same input, whose weights can be fused. ``needs`` are the configuration's values that the plan
+    requires.
     """
 
     plan: Mapping[str, Style]
@@ -55,14 +55,14 @@ class Family:
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """A parameter's dimension ``dim`` is divided; each of ``blocks`` (sizes that add up to it) for itself."""
+    """A parameter is divided along ``dim``: each of its ``blocks`` (sizes that add up to ``dim``'s) separately."""
 
     dim: int
     blocks: tuple[int, ...]
 
 
 def matching(module: nn.Module, pattern: str) -> Iterator[tuple[str, nn.Module]]:
-    """The sub-modules, with their paths, that ``pattern`` names."""
+    """The submodules that match ``pattern``, with their paths."""
     expression = re.compile(re.escape(pattern).replace(r"\*", "[^.]+"))
     for path, part in module.named_modules():
         if expression.fullmatch(path):
@@ -70,7 +70,7 @@ def matching(module: nn.Module, pattern: str) -> Iterator[tuple[str, nn.Module]]
 
 
 def resolve(module: nn.Module, family: Family) -> dict[str, tuple[nn.Module, Style]]:
-    """The sub-modules that the plan names, by path, with their styles."""
+    """The submodules in the plan, by path, with their styles."""
     found: dict[str, tuple[nn.Module, Style]] = {}
     for pattern, style in family.plan.items():
         for path, part in matching(module, pattern):
@@ -79,7 +79,7 @@ def resolve(module: nn.Module, family: Family) -> dict[str, tuple[nn.Module, Sty
 
 
 def shards(module: nn.Module, family: Family) -> dict[str, Shard]:
-    """Parameter name to how it is divided; what is not named is whole on every rank."""
+    """Parameter name to shard; parameters without an entry stay whole on every rank."""
     found: dict[str, Shard] = {}
     for path, (part, style) in resolve(module, family).items():
         for name, shard in _shards_of(part, style).items():
@@ -104,35 +104,35 @@ def _shards_of(part: nn.Module, style: Style) -> dict[str, Shard]:
 
 
 def _blocks(part: nn.Module, style: Style, attribute: str, total: int) -> tuple[int, ...]:
-    """The sizes of a packed weight's blocks: the style's own proportions, else what the class says of itself."""
+    """The sizes of a packed weight's blocks, by the style's own proportions or else the class's."""
     if isinstance(style, str):
         return (total,)
     parts: Any = style.blocks if style.blocks is not None else getattr(part, attribute)
     unit, rest = divmod(total, sum(parts))
     if rest:
-        raise CannotDivide(f"a {type(part).__name__} with {total} features has no blocks of the sizes {parts}")
+        raise CannotDivide(f"the {total} features of a {type(part).__name__} do not divide into blocks like {parts}")
     return tuple(unit * block for block in parts)
 
 
-def degrees(module: nn.Module, family: Family, most: int = 64) -> list[int]:
-    """The tensor-parallel degrees, up to ``most``, that divide all that must be divided.
+def degrees(module: nn.Module, family: Family, max_degree: int = 64) -> list[int]:
+    """The tensor-parallel degrees up to ``max_degree`` that divide everything that the plan divides.
 
-    Only 1 where the configuration is not the one that the plan was written for.
+    Only 1 if the configuration differs from what the plan requires.
     """
-    return [degree for degree in range(1, most + 1) if degree == 1 or undividable(module, family, degree) is None]
+    return [degree for degree in range(1, max_degree + 1) if degree == 1 or undividable(module, family, degree) is None]
 
 
 def undividable(module: nn.Module, family: Family, degree: int) -> str | None:
-    """What keeps the module from being divided, with its number; ``None`` where nothing does."""
+    """The reason why ``degree`` cannot divide the module, with the number that it does not divide, or ``None``."""
     for name, value in family.needs.items():
         if (own := setting(module, name)) != value:
-            return f"its {name} is {own}, and there is a plan for {value} alone"
+            return f"its {name} is {own}, and the plan supports only {value}"
     required = _without(family, family.parts)
     return _not_divided(module, family.heads, shards(module, required), degree)
 
 
 def fit(module: nn.Module, family: Family, degree: int) -> tuple[Family, dict[str, str]]:
-    """The family without the parts that ``degree`` does not divide; their paths, each with the reason."""
+    """The family without the parts that ``degree`` does not divide, and the reason for each of their paths."""
     whole: dict[str, str] = {}
     for part, heads in family.parts.items():
         own = _without(family, [path for path in family.plan if not _is_below(path, part)])
@@ -154,7 +154,7 @@ def _not_divided(module: nn.Module, heads: Iterable[str], divided: Mapping[str, 
 
 
 def _without(family: Family, paths: Iterable[str]) -> Family:
-    """The family whose plan says nothing of what is at or below ``paths``."""
+    """The family without the plan's entries at or below ``paths``."""
     paths = list(paths)
 
     def stays(pattern: str) -> bool:
@@ -172,6 +172,6 @@ def _is_below(pattern: str, path: str) -> bool:
 
 
 def setting(module: nn.Module, name: str) -> Any:
-    """A value of the module's configuration, diffusers' or (of its language model) transformers'."""
+    """A value of the module's diffusers configuration, or of its transformers text configuration."""
     config: Any = module.config
     return config[name] if isinstance(config, Mapping) else getattr(config.get_text_config(), name)

@@ -1,4 +1,4 @@
-"""Ranks that work together, and what they exchange during a forward."""
+"""The ranks along one axis of the mesh, and their collectives."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from torch.nn import functional
 
 
 class RankLost(BaseException):
-    """A collective failed, as another rank is gone or hangs: no request's fault, and the end of this process.
+    """A collective failed because another rank is gone or hangs. It ends this process and blames no request.
 
-    No ``except Exception`` between here and the replica's loop may take it for an error of the model.
+    It is a ``BaseException``, so that no ``except Exception`` below the replica's loop takes it for a model's error.
     """
 
 
@@ -23,7 +23,7 @@ CPU = torch.device("cpu")
 
 @dataclass(slots=True)
 class Traffic:
-    """What this rank has put into collectives since the start: calls, and bytes of the tensors."""
+    """Counts of this rank's collectives since the start: calls, and bytes of their tensors."""
 
     calls: int = 0
     bytes: int = 0
@@ -31,9 +31,9 @@ class Traffic:
 
 @dataclass(slots=True, eq=False)
 class Ranks:
-    """This process among the ``size`` ranks along one axis of the mesh, or among all of the replica.
+    """This process as ``rank`` of the ``size`` ranks along one axis of the mesh, or of the whole replica.
 
-    ``group`` is ``None`` where it is alone.
+    ``group`` is ``None`` if the process is alone.
     """
 
     rank: int = 0
@@ -42,21 +42,21 @@ class Ranks:
     device: torch.device = CPU
     traffic: Traffic = field(default_factory=Traffic)
 
-    def sum(self, tensor: torch.Tensor) -> torch.Tensor:
+    def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
         """Add up ``tensor`` over the ranks, in place; the same bytes on every rank."""
         if self.group is not None:
             self._count(tensor)
-            with _others_needed():
+            with _raising_rank_lost():
                 if self.size > 2 and tensor.itemsize < torch.float32.itemsize:
-                    self._sum_widely(tensor)
+                    self._sum_in_fp32(tensor)
                 else:
                     dist.all_reduce(tensor, group=self.group)
         return tensor
 
-    def _sum_widely(self, tensor: torch.Tensor) -> None:
-        """An all-reduce, of as many bytes, that rounds each sum once, and not at every rank that adds to it.
+    def _sum_in_fp32(self, tensor: torch.Tensor) -> None:
+        """All-reduce with as many bytes, but round each sum once instead of at every rank.
 
-        Each rank is sent everyone's numbers of one part of the tensor, adds them up in fp32, and sends the sums to all.
+        Each rank receives one part of every rank's tensor, adds these up in fp32, and sends the sums to all.
         """
         flat = tensor.flatten()
         sent = functional.pad(flat, (0, -len(flat) % self.size))
@@ -66,24 +66,24 @@ class Ranks:
         dist.all_gather_single(sent, sums, group=self.group)
         tensor.copy_(sent[: len(flat)].view_as(tensor))
 
-    def gather(self, tensor: torch.Tensor) -> list[torch.Tensor]:
-        """``tensor`` of every rank, in the order of the ranks. All have the same shape."""
+    def all_gather(self, tensor: torch.Tensor) -> list[torch.Tensor]:
+        """``tensor`` of every rank, in the order of the ranks; the shapes must be equal."""
         if self.group is None:
             return [tensor]
         self._count(tensor)
         parts = [torch.empty_like(tensor) for _ in range(self.size)]
-        with _others_needed():
+        with _raising_rank_lost():
             dist.all_gather(parts, tensor.contiguous(), group=self.group)
         return parts
 
-    def exchange(self, value: bytes) -> list[bytes]:
-        """``value`` of every rank, in the order of the ranks. It needs nothing of the device, which may be full."""
+    def all_gather_bytes(self, value: bytes) -> list[bytes]:
+        """``value`` of every rank, in the order of the ranks. Uses host memory only, because the device may be full."""
         if self.group is None:
             return [value]
-        lengths = [int(length) for length in self.gather(torch.tensor([len(value)]))]
+        lengths = [int(length) for length in self.all_gather(torch.tensor([len(value)]))]
         padded = torch.zeros(max(lengths), dtype=torch.uint8)
         padded[: len(value)] = torch.frombuffer(bytearray(value), dtype=torch.uint8) if value else padded[:0]
-        gathered = self.gather(padded)
+        gathered = self.all_gather(padded)
         return [part[:length].numpy().tobytes() for part, length in zip(gathered, lengths, strict=True)]
 
     def _count(self, tensor: torch.Tensor) -> None:
@@ -92,7 +92,7 @@ class Ranks:
 
 
 @contextlib.contextmanager
-def _others_needed() -> Iterator[None]:
+def _raising_rank_lost() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
@@ -100,4 +100,4 @@ def _others_needed() -> Iterator[None]:
 
 
 ALONE = Ranks()
-"""An axis of one rank, or a replica."""
+"""The only rank of an axis or of a replica."""

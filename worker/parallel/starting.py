@@ -1,4 +1,4 @@
-"""What every rank attempts for itself while a replica starts, and none may go on from without the others."""
+"""Steps of a replica's start that every rank takes for itself: if one rank fails, all fail."""
 
 from __future__ import annotations
 
@@ -8,25 +8,26 @@ from typing import TypeVar
 from ...protocol.errors import StartFailed
 from .ranks import Ranks
 
-Made = TypeVar("Made")
+T = TypeVar("T")
 
 
-class FailedTogether(StartFailed):
-    """An attempt failed on at least one rank; every rank raises this with the same message."""
+class ReplicaStartFailed(StartFailed):
+    """The start failed on at least one rank; every rank raises this with the same message."""
 
 
-def all_or_none(ranks: Ranks, attempt: Callable[[], Made]) -> Made:
-    """What ``attempt``, in which ranks do not speak with each other, returns. All ranks must call this together.
+def all_or_none(ranks: Ranks, attempt: Callable[[], T]) -> T:
+    """Return the result of ``attempt``, which must not use collectives. All ranks must call this together.
 
-    Raises ``FailedTogether`` with the first rank's message where it raises ``StartFailed`` on any.
+    Raises ``ReplicaStartFailed`` on every rank if ``attempt`` raises ``StartFailed`` on any; the message is that of
+    the lowest such rank.
     """
-    made, why = None, b""
+    result, why = None, b""
     try:
-        made = attempt()
+        result = attempt()
     except StartFailed as failed:
         why = failed.message.encode()
-    for message in ranks.exchange(why):
+    for message in ranks.all_gather_bytes(why):
         if message:
-            raise FailedTogether(message.decode())
-    assert made is not None
-    return made
+            raise ReplicaStartFailed(message.decode())
+    assert result is not None
+    return result

@@ -24,8 +24,8 @@ from ..operations.coordinator import Coordinator
 from ..operations.group_orders import GroupOrders
 from ..operations.resources import Resources
 from ..operations.table import new_coordinator
+from ..parallel.lockstep import SettleJoin, Step
 from ..parallel.mesh import Mesh
-from ..parallel.team import SettleJoin, Turn
 from ..requests.jobs import Jobs
 from ..weights.snapshot.journal import Journal
 from ..weights.transport.groups import Groups
@@ -35,8 +35,8 @@ from ..weights.update.undo_log import UndoLog
 class Engine:
     """Runs the requests and operations of one rank.
 
-    ``send`` takes messages for the scheduler; ``wake`` ends the loop's wait, and may be called by any thread. ``meet``
-    is the batcher's.
+    ``send`` takes messages for the scheduler; ``wake`` ends the loop's wait, and may be called by any thread.
+    ``before_forward`` is the batcher's.
     """
 
     def __init__(
@@ -48,7 +48,7 @@ class Engine:
         activity: Activity,
         journal: Journal | None,
         *,
-        meet: Callable[[int], None],
+        before_forward: Callable[[int], None],
         send: Callable[[FromWorker], None],
         wake: Callable[[], None],
     ) -> None:
@@ -59,7 +59,7 @@ class Engine:
         groups = Groups(global_rank, model.device, ended=wake, receive_s=config.max_update_hold_s)
         self._model = model
         self._send = send
-        self._batcher = _new_batcher(model, self_test, mesh, adapters, activity, config, meet)
+        self._batcher = _new_batcher(model, self_test, mesh, adapters, activity, config, before_forward)
         self.jobs = Jobs(model, self._batcher, send, wake, is_primary=child.rank == 0, adapters=adapters, shared=shared)
         self.group_orders = GroupOrders(groups, mesh.world)
         self._operations: Coordinator = new_coordinator(
@@ -83,11 +83,11 @@ class Engine:
         """True if a step without messages would run something."""
         return self._batcher.busy and not self._operations.holds
 
-    def run_step(self, turn: Turn) -> None:
-        """Take in the messages of ``turn``, then run one step of the batcher unless an operation holds it."""
-        for request_id in turn.dropped:
+    def run_step(self, step: Step) -> None:
+        """Handle the messages of ``step``, then run one step of the batcher unless an operation holds it."""
+        for request_id in step.dropped:
             self.jobs.drop(request_id)
-        for message in turn.messages:
+        for message in step.messages:
             match message:
                 case Generate():
                     self.jobs.submit(message)
@@ -136,7 +136,7 @@ def _new_batcher(
     adapters: RankAdapters,
     activity: Activity,
     config: Config,
-    meet: Callable[[int], None],
+    before_forward: Callable[[int], None],
 ) -> Batcher:
     batcher = Batcher(
         max_batch=config.max_batch,
@@ -148,7 +148,7 @@ def _new_batcher(
         at_rest=AtRest(modules(model.pipeline)),
         activity=activity,
         agree=mesh.agree,
-        meet=meet,
+        before_forward=before_forward,
     )
     batcher.policy.unmergeable.update(self_test.unmergeable)
     return batcher

@@ -22,10 +22,10 @@ from ...protocol.self_test import RESULT_FILE, SelfTestResult
 from ..forward.activity import Activity
 from ..model.model import Model, load_model
 from ..parallel.device import find_device
+from ..parallel.lockstep import Follower, Leader, RankDesync, Step, Stop
 from ..parallel.mesh import join, leave
 from ..parallel.ranks import RankLost
-from ..parallel.starting import FailedTogether, all_or_none
-from ..parallel.team import Diverged, Follower, Leader, Stop, Turn
+from ..parallel.starting import ReplicaStartFailed, all_or_none
 from ..requests.jobs import Jobs
 from ..self_test.self_test import SelfTest
 from ..self_test.self_test_cache import SelfTestCache
@@ -69,11 +69,11 @@ class Replica:
         try:
             return self._serve(*self._load())
         except StartFailed as failed:
-            if not self._is_primary and not isinstance(failed, FailedTogether):
+            if not self._is_primary and not isinstance(failed, ReplicaStartFailed):
                 log.error("%s", failed.message)  # the server logs what the leader sends
             self._send(ReplicaFailed(self._number, failed.message))
             return self._leave(1)
-        except (RankLost, Diverged) as lost:
+        except (RankLost, RankDesync) as lost:
             log.error("this rank cannot go on without the others: %s", lost)
             return self._leave(1)
         except torch.AcceleratorError as broken:  # sticky: every later use of the device fails in this process
@@ -90,7 +90,7 @@ class Replica:
         self._mesh = join(
             self._child.rank,
             {"tp": self._config.tp},
-            f"{self._child.meeting_place}-store",
+            f"{self._child.rendezvous_path}-store",
             device,
             max(self._config.start_timeout_s, self._config.stall_timeout_s),  # one rank may load from a slower disk
         )
@@ -98,7 +98,7 @@ class Replica:
         if self._journal is not None and (version := self._journal.replay(model.layouts, self._mesh.world)) is not None:
             model.weight_version = version
         self_test = self._test(model)
-        self._mesh.limit(self._config.stall_timeout_s)
+        self._mesh.set_timeout(self._config.stall_timeout_s)
         return model, self_test
 
     def _test(self, model: Model) -> SelfTestResult:
@@ -129,7 +129,7 @@ class Replica:
             cache.write(result)
 
     def _serve(self, model: Model, self_test: SelfTestResult) -> int:
-        team = self._team()
+        lockstep = self._lockstep()
         engine = Engine(
             self._child,
             model,
@@ -137,29 +137,29 @@ class Replica:
             self._mesh,
             self._activity,
             self._journal,
-            meet=team.meet,
+            before_forward=lockstep.before_forward,
             send=self._send,
             wake=self._wake,
         )
         try:
-            if isinstance(team, Leader):
+            if isinstance(lockstep, Leader):
                 self._send(ReplicaReady(self._number, os.getpid(), model.info()))
                 self._heartbeats.start()
-                self._lead(team, engine)
+                self._lead(lockstep, engine)
             else:
-                team.run(engine.run_step)
+                lockstep.run(engine.run_step)
         finally:
             engine.close()  # also after a fault: outputs that wait for an encoding thread must not delay the exit
         leave(self._mesh)
         return self._leave(0)
 
-    def _team(self) -> Leader | Follower:
-        place = self._child.meeting_place
+    def _lockstep(self) -> Leader | Follower:
+        path = self._child.rendezvous_path
         if self._is_primary:
-            return Leader(self._context, place, self._config.tp)
-        return Follower(self._context, place, self._child.rank)
+            return Leader(self._context, path, self._config.tp)
+        return Follower(self._context, path, self._child.rank)
 
-    def _lead(self, team: Leader, engine: Engine) -> None:
+    def _lead(self, leader: Leader, engine: Engine) -> None:
         poller = zmq.Poller()
         poller.register(self._socket, zmq.POLLIN)
         poller.register(self._awake, zmq.POLLIN)
@@ -173,10 +173,10 @@ class Replica:
             messages = [*(self._received() if self._socket in ready else []), *engine.group_orders.due()]
             dropped = engine.jobs.collect()
             if messages or dropped or engine.busy:
-                turn = Turn(messages, dropped)
-                team.tell(turn)
-                engine.run_step(turn)
-        team.tell(Stop())
+                step = Step(messages, dropped)
+                leader.broadcast(step)
+                engine.run_step(step)
+        leader.broadcast(Stop())
 
     def _update_stats(self, jobs: Jobs, *, at_once: bool) -> None:
         """Refresh the statistics that heartbeats send; unless ``at_once``, once per heartbeat at most."""

@@ -17,7 +17,7 @@ from ...protocol.codec import Buffer
 from ...protocol.errors import Internal, SafelightError
 from ...protocol.generation import Output, Preview
 from ...protocol.rollouts import RolledOut
-from ..crossing.steps import Step
+from ..crossing.steps import DenoisingStep
 from ..media.encoding import Floats, Waveform, encode, encode_image, to_uint8
 from ..media.sound import Sound
 from ..model.model import Model
@@ -65,7 +65,7 @@ class EncodingThreads:
         """Encode ``pixels``, a picture [C, H, W] or a clip [F, C, H, W] in [0, 1], and its ``sound``."""
         self._threads.submit(self._encode_output, job, sample, _widened(pixels), sound)
 
-    def submit_preview(self, job: Job, index: int, step: Step, pixels: torch.Tensor) -> None:
+    def submit_preview(self, job: Job, index: int, step: DenoisingStep, pixels: torch.Tensor) -> None:
         """Encode the picture ``pixels``, or the first one of a clip."""
         picture = _widened(pixels if pixels.ndim == 3 else pixels[0])
         self._threads.submit(self._encode_preview, job, index, step, picture)
@@ -124,7 +124,7 @@ class EncodingThreads:
         request = sample.request
         return request.fps or rate_argument(request.extra) or self._model.frame_rate(sample.task)
 
-    def _encode_preview(self, job: Job, index: int, step: Step, picture: torch.Tensor) -> None:
+    def _encode_preview(self, job: Job, index: int, step: DenoisingStep, picture: torch.Tensor) -> None:
         encoded = Encoded(job, index)
         try:
             image = Buffer(encode_image(to_uint8(picture.cpu().numpy()), "jpeg"))

@@ -13,7 +13,7 @@ from ...protocol.errors import ClientGone, SafelightError
 from ...protocol.generation import Failed, Generate, Progress, Result
 from ...protocol.messages import FromWorker
 from ...protocol.replicas import ReplicaStats
-from ..crossing.steps import Step
+from ..crossing.steps import DenoisingStep
 from ..forward.batcher import Batcher
 from ..lora.adapters import RankAdapters
 from ..model.model import Model
@@ -170,14 +170,14 @@ class Jobs:
         self._send(Failed(job.request.request_id, error.info()))
         self._wake()
 
-    def _on_step(self, sample: SampleRun, step: Step) -> None:
+    def _on_step(self, sample: SampleRun, step: DenoisingStep) -> None:
         request = sample.request
         if request.progress:
             self._send(Progress(request.request_id, sample.index, step.number, step.total))
         if request.preview_every and step.number % request.preview_every == 0 and step.number < step.total:
             self._preview(sample, step)
 
-    def _preview(self, sample: SampleRun, step: Step) -> None:
+    def _preview(self, sample: SampleRun, step: DenoisingStep) -> None:
         job = self._jobs[sample.request.request_id]
         try:
             with sample.aside():

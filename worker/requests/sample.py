@@ -25,7 +25,7 @@ from ..crossing.coroutine import Coroutine
 from ..crossing.fork import Fork, schedulers
 from ..crossing.interceptors import Clock, NoiseCheck, Recorder, is_of_denoiser
 from ..crossing.random_state import kept_random_state, seeded
-from ..crossing.steps import Step, watch_steps
+from ..crossing.steps import DenoisingStep, watch_steps
 from ..lora.adapters import RequestedAdapters
 from ..media.sound import Sound, first_sound
 from ..model.model import Model
@@ -52,7 +52,7 @@ class SampleRun:
         model: Model,
         request: Generate,
         index: int,
-        on_step: Callable[[SampleRun, Step], None],
+        on_step: Callable[[SampleRun, DenoisingStep], None],
         on_end: Callable[[SampleRun], None],
         wanted: RequestedAdapters = None,
         *,
@@ -227,7 +227,7 @@ class SampleRun:
         if self._environment is not None:
             self._environment.stepped(velocity, sample)
 
-    def _saw(self, step: Step) -> None:
+    def _saw(self, step: DenoisingStep) -> None:
         self.steps = step.number
         self.clock.last_step = time.perf_counter()
         self._on_step(self, step)

@@ -16,7 +16,7 @@ from ...protocol.generation import Generate, Image, Sample
 from ...protocol.replicas import BatchingMode
 from ..crossing.coroutine import Coroutine
 from ..crossing.random_state import seeded
-from ..crossing.steps import Step
+from ..crossing.steps import DenoisingStep
 from ..forward.at_rest import AtRest
 from ..forward.batcher import Batcher
 from ..forward.recovery import Agree
@@ -59,7 +59,7 @@ class ProbeRuns:
     def __init__(self, model: Model, task: PipelineTask, config: Config, agree: Agree, *, images: bool) -> None:
         self.size: dict[str, int | None] = {}
         self.required: dict[str, Any] = {}
-        self.last_step: tuple[SampleRun, Step] | None = None
+        self.last_step: tuple[SampleRun, DenoisingStep] | None = None
         self._model = model
         self._task = task
         self._config = config
@@ -130,7 +130,7 @@ class ProbeRuns:
         picture = pillow.fromarray(coarse.numpy()).resize((width, height), pillow.Resampling.BICUBIC)
         return Image(width, height, Buffer(picture.tobytes()))
 
-    def _remember(self, sample: SampleRun, step: Step) -> None:
+    def _remember(self, sample: SampleRun, step: DenoisingStep) -> None:
         self.last_step = (sample, step)
 
 

@@ -48,7 +48,7 @@ class SelfTestCache:
 
     def read(self) -> SelfTestResult | None:
         """The cached result; ``None`` if there is none or it cannot be read."""
-        content = self._ranks.exchange(self._read_file() if self._ranks.rank == 0 else b"")[0]
+        content = self._ranks.all_gather_bytes(self._read_file() if self._ranks.rank == 0 else b"")[0]
         if not content:
             return None
         log.info("the self-test's result comes from %s", self._file)

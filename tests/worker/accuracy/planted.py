@@ -65,7 +65,7 @@ TARGETS = {
 
 def swapped_shard(module: nn.Module, target: Target, ranks: Ranks) -> None:
     weight = _tensor(module, target.divided)
-    weight.copy_(ranks.gather(weight)[1 - ranks.rank])
+    weight.copy_(ranks.all_gather(weight)[1 - ranks.rank])
 
 
 def transposed_block(module: nn.Module, target: Target, ranks: Ranks) -> None:

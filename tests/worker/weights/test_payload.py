@@ -217,7 +217,7 @@ def test_a_reader_does_not_keep_the_memory_of_a_sender_that_is_gone(fresh_traine
 @pytest.mark.parametrize(
     ("what", "reason"),
     [
-        ("twice", "the tensor 'a' of transformer is there twice"),
+        ("twice", "the tensor 'a' of transformer occurs twice"),
         ("meta", "names 'torch.multiprocessing.reductions.rebuild_meta_tensor' at byte"),
         ("sparse", "names 'torch.multiprocessing.reductions.rebuild_sparse_coo_tensor' at byte"),
         ("expanded", "makes 3 elements of the 1 in its storage; send it contiguous"),
@@ -284,17 +284,20 @@ def test_a_buffer_of_another_floating_dtype_is_cast_back() -> None:
         (bucket(7, end_idx=7), "needs 6 elements, has numel 6, and goes from 0 to 7"),
         (bucket(6, shape=(3, 3)), "needs 9 elements, has numel 6, and goes from 0 to 6"),
         (bucket(6, start_idx=1, end_idx=7), "goes to 7 in a buffer of 6 elements"),
-        (bucket(6, start_idx=-6, end_idx=0), "start_idx, end_idx or numel that is no count"),
-        (bucket(6, start_idx=0.0), "start_idx, end_idx or numel that is no count"),
-        (bucket(1, shape=(), start_idx=False, end_idx=1, numel=1), "start_idx, end_idx or numel that is no count"),
-        (bucket(6, shape=(-2, -3)), "a shape that is none"),
-        (bucket(6, shape=(True, 6)), "a shape that is none"),
-        (bucket(6, shape="abc"), "a shape that is none"),
-        (bucket(0, shape=(0, 1 << 40, 1 << 40), end_idx=0, numel=0), "a shape that is none"),
-        (bucket(1, shape=(1,) * 65, end_idx=1, numel=1), "a shape that is none"),
-        (bucket(6, dtype="float33"), "a dtype that is none"),
-        (bucket(6, dtype="Tensor"), "a dtype that is none"),
-        (bucket(6, dtype=6), "a dtype that is none"),
+        (bucket(6, start_idx=-6, end_idx=0), "numel that is not an integer from 0"),
+        (bucket(6, start_idx=0.0), "numel that is not an integer from 0"),
+        (
+            bucket(1, shape=(), start_idx=False, end_idx=1, numel=1),
+            "numel that is not an integer from 0",
+        ),
+        (bucket(6, shape=(-2, -3)), "an invalid shape"),
+        (bucket(6, shape=(True, 6)), "an invalid shape"),
+        (bucket(6, shape="abc"), "an invalid shape"),
+        (bucket(0, shape=(0, 1 << 40, 1 << 40), end_idx=0, numel=0), "an invalid shape"),
+        (bucket(1, shape=(1,) * 65, end_idx=1, numel=1), "an invalid shape"),
+        (bucket(6, dtype="float33"), "an invalid dtype"),
+        (bucket(6, dtype="Tensor"), "an invalid dtype"),
+        (bucket(6, dtype=6), "an invalid dtype"),
         (bucket(6, dtype=torch.int64), "is torch.int64 in a buffer of torch.float32"),
         (bucket(6, torch.int64), "is torch.float32 in a buffer of torch.int64"),
     ],
@@ -317,18 +320,18 @@ def test_a_bucket_without_a_flat_buffer_is_refused_unless_it_is_empty(buffer: An
     "entry", [None, [], {}, {"name": "w"}, bucket(6)["metadata"][0] | {"more": 1}, bucket(6, name=1)["metadata"][0]]
 )
 def test_an_entry_with_other_fields_is_refused(entry: Any) -> None:
-    with pytest.raises(NotAPayload, match="entry 1 of the metadata of transformer has not the fields of a tensor"):
+    with pytest.raises(NotAPayload, match="entry 1 of the metadata of transformer lacks the fields of a tensor"):
         interpret(bucket(6) | {"metadata": [*bucket(6)["metadata"], entry]}, ONE)
 
 
 def test_a_name_that_a_bucket_has_twice_is_an_error() -> None:
-    with pytest.raises(InvalidTensor, match="'w' of transformer is there twice"):
+    with pytest.raises(InvalidTensor, match="'w' of transformer occurs twice"):
         interpret(bucket(6) | {"metadata": bucket(6)["metadata"] * 2}, ONE)
 
 
 @pytest.mark.parametrize("pair", [None, ("a",), (1, torch.ones(1)), ("a", 1), ("a", torch.ones(1), 1), "ab"])
 def test_a_pair_that_is_none_is_refused(pair: Any) -> None:
-    with pytest.raises(NotAPayload, match="entry 1 of transformer is no pair of a name and a tensor"):
+    with pytest.raises(NotAPayload, match="entry 1 of transformer is not a pair of a name and a tensor"):
         interpret([("w", torch.ones(1)), pair], ONE)
 
 

@@ -72,21 +72,21 @@ def test_memory_without_a_handle_is_empty(trainer: Trainer, opened: list[Any]) -
     [
         (b"K\x18M\x00\x02", b"K\x17M\x00\x02", "reaches element 5 of a storage of 5"),
         (b"K\x03K\x01\x86", b"K\x04K\x01\x86", "reaches element 6 of a storage of 6"),
-        (b"K\x18M\x00\x02", b"K\x18J\xff\xff\xff\xff", "something else where a number"),
-        (b"K\x18M\x00\x02", b"NM\x00\x02", "something else where a number"),
+        (b"K\x18M\x00\x02", b"K\x18J\xff\xff\xff\xff", "an argument that is not an integer"),
+        (b"K\x18M\x00\x02", b"NM\x00\x02", "an argument that is not an integer"),
         (b"TypedStorage", b"Untyped.....", "names 'torch.storage.Untyped.....'"),
         (b"/torch_7_8_9", b"/torch_7_8_8", "the segment /torch_7_8_8 cannot be opened"),
-        (b"/torch_7_8_9", b"/../7_8_9.so", "a segment is not named as torch names them"),
+        (b"/torch_7_8_9", b"/../7_8_9.so", "a segment's name is not one of torch's"),
         (b"\2c\0\1", b"\2e\0\1", "allocate without expandable_segments in the sender"),
-        (b"\2c\0\1", b"\2x\0\1", "has other handles than torch gives it"),
-        (b"CB\2c\0", b"CA\2c", "has other handles than torch gives it"),
-        (b"K\x07C\x40", b"M\x10\x27C\x40", "has other handles than torch gives it"),
-        (b"K\x07C\x40", b"NC\x40", "something else where a number"),
-        (b"K\x07C\x40\0", b"K\x07C\x3f", "has other handles than torch gives it"),
+        (b"\2c\0\1", b"\2x\0\1", "does not have the handles that torch writes"),
+        (b"CB\2c\0", b"CA\2c", "does not have the handles that torch writes"),
+        (b"K\x07C\x40", b"M\x10\x27C\x40", "does not have the handles that torch writes"),
+        (b"K\x07C\x40", b"NC\x40", "an argument that is not an integer"),
+        (b"K\x07C\x40\0", b"K\x07C\x3f", "does not have the handles that torch writes"),
         (b"float32\x94\x93\x94K\x01", b"float32\x94\x93\x94K\x02", "needs the GPU 2; this process has 2"),
-        (b"float32\x94\x93\x94K\x01", b"float32\x94\x93\x94N", "something else where a number"),
-        (b"float32\x94\x93\x94K\x01", b"float32\x94\x93\x94\x88", "something else where a number"),
-        (b"float32\x94\x93\x94K\x01", b"float32\x94\x93\x94\x8c\x01a", "something else where a number"),
+        (b"float32\x94\x93\x94K\x01", b"float32\x94\x93\x94N", "an argument that is not an integer"),
+        (b"float32\x94\x93\x94K\x01", b"float32\x94\x93\x94\x88", "an argument that is not an integer"),
+        (b"float32\x94\x93\x94K\x01", b"float32\x94\x93\x94\x8c\x01a", "an argument that is not an integer"),
     ],
 )
 def test_arguments_that_torch_does_not_give_are_refused(
@@ -152,17 +152,17 @@ def test_a_plain_handle_is_opened_as_a_pickled_one_is(dtype: str, trainer: Train
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"dtype": "object"}, "the handle of a has the dtype 'object', which is none"),
+        ({"dtype": "object"}, "the handle of a has the unknown dtype 'object'"),
         ({"device": "another"}, "the handle of a needs the GPU another; this process has other"),
         ({"shape": [3, 3]}, "the handle of a reaches element 8 of a storage of 6"),
-        ({"shape": [-1]}, "the handle of a has a size or a stride that is none"),
-        ({"offset": -1}, "the handle of a has something else where a number"),
-        ({"stride": [3]}, "the handle of a has a size or a stride that is none"),
-        ({"storage_bytes": -1}, "the handle of a has something else where a number"),
-        ({"counter": 10_000}, "the handle of a has other handles than torch gives it"),
+        ({"shape": [-1]}, "the handle of a has an invalid size or stride"),
+        ({"offset": -1}, "the handle of a has an argument that is not an integer"),
+        ({"stride": [3]}, "the handle of a has an invalid size or stride"),
+        ({"storage_bytes": -1}, "the handle of a has an argument that is not an integer"),
+        ({"counter": 10_000}, "the handle of a does not have the handles that torch writes"),
         ({"memory": b"\2e" + bytes(64)}, "the handle of a names an expandable segment"),
-        ({"memory": b"short"}, "the handle of a has other handles than torch gives it"),
-        ({"counters": b"/../etc/passwd"}, "the handle of a fails: a segment is not named as torch names them"),
+        ({"memory": b"short"}, "the handle of a does not have the handles that torch writes"),
+        ({"counters": b"/../etc/passwd"}, "the handle of a fails: a segment's name is not one of torch's"),
     ],
 )
 def test_a_plain_handle_that_torch_would_not_give_is_not_opened(
@@ -174,5 +174,5 @@ def test_a_plain_handle_that_torch_would_not_give_is_not_opened(
 
 
 def test_a_plain_handle_twice(opened: list[Any]) -> None:
-    with pytest.raises(NotAPayload, match="the tensor 'a' is there twice"):
+    with pytest.raises(NotAPayload, match="the tensor 'a' occurs twice"):
         open_handles([handle(), handle()])

@@ -218,13 +218,15 @@ MEMOIZE BINPUT LONG_BINPUT BINGET LONG_BINGET GLOBAL STACK_GLOBAL REDUCE NEWOBJ 
 @pytest.mark.parametrize("opcode", pickletools.opcodes, ids=lambda opcode: opcode.name)
 def test_other_opcodes_are_refused_by_name_before_they_are_read(opcode: Any, segments: Path) -> None:
     stream = START + b"]N" + opcode.code.encode("latin1") + b"\1\0\0\0\0\0\0\0a\nb\n."
-    refusal = f"the opcode {opcode.name} at byte 4 is none of those that payloads consist of"
+    refusal = f"the opcode {opcode.name} at byte 4 does not occur in payloads"
     assert (refused(stream, segments) == refusal) is (opcode.name not in KNOWN_OPCODES)
 
 
 def test_a_byte_that_is_no_opcode_is_refused(segments: Path) -> None:
     for code in set(range(256)) - {ord(opcode.code) for opcode in pickletools.opcodes}:
-        assert refused(START + bytes([code]) + b".", segments).startswith(f"the opcode {code:#04x} at byte 2 is none")
+        assert refused(START + bytes([code]) + b".", segments).startswith(
+            f"the opcode {code:#04x} at byte 2 does not occur in payloads"
+        )
 
 
 METADATA = named("sglang.srt.weight_sync.tensor_bucket", "FlattenedTensorMetadata")
@@ -236,8 +238,8 @@ STATE = b"}(" + text("flattened_tensor") + b"N" + text("metadata") + b"]u"
 @pytest.mark.parametrize(
     ("stream", "reason"),
     [
-        (b"", "no pickle of protocol 2 to 5"),
-        (b"]q\0.", "no pickle of protocol 2 to 5"),
+        (b"", "not a pickle of protocol 2 to 5"),
+        (b"]q\0.", "not a pickle of protocol 2 to 5"),
         (b"\x80", "PROTO at byte 0 is cut off"),
         (b"\x80\1].", "PROTO at byte 0 does not begin"),
         (b"\x80\6].", "PROTO at byte 0 does not begin"),
@@ -269,13 +271,13 @@ STATE = b"}(" + text("flattened_tensor") + b"N" + text("metadata") + b"]u"
         (START + b"\x93.", "STACK_GLOBAL at byte 2 finds too few values"),
         (START + b"cos\n", "GLOBAL at byte 2 is cut off"),
         (START + b"cos" + b"a" * 5000 + b"\n\n.", "GLOBAL at byte 2 is cut off"),
-        (START + b"c\xff\nb\n.", "GLOBAL at byte 2 is no UTF-8"),
-        (START + text("print") + b")R.", "REDUCE at byte 13 calls what is no function"),
-        (START + FLOAT + b")R.", "calls what is no function"),
-        (START + SIZE + b"]R.", "or with what are no arguments"),
-        (START + TENSOR + b")\x81.", "NEWOBJ at byte 25 makes no piece of metadata and no bucket"),
-        (START + b"])\x81.", "NEWOBJ at byte 4 makes no piece of metadata and no bucket"),
-        (START + BUCKET + b"N\x85\x81.", "makes no piece of metadata and no bucket"),
+        (START + b"c\xff\nb\n.", "GLOBAL at byte 2 is not valid UTF-8"),
+        (START + text("print") + b")R.", "REDUCE at byte 13 calls something other than a function"),
+        (START + FLOAT + b")R.", "calls something other than a function"),
+        (START + SIZE + b"]R.", "function with a tuple of arguments"),
+        (START + TENSOR + b")\x81.", "NEWOBJ at byte 25 makes something other than a bucket or its metadata"),
+        (START + b"])\x81.", "NEWOBJ at byte 4 makes something other than a bucket or its metadata"),
+        (START + BUCKET + b"N\x85\x81.", "makes something other than a bucket or its metadata"),
         (START + BUCKET + b")\x81.", "FlattenedTensorBucket at byte 71 has no attributes"),
         (START + BUCKET + b")\x81}b.", "does not give sglang.srt.weight_sync.tensor_bucket.FlattenedTensorBucket its"),
         (START + METADATA + b")\x81" + STATE + b"b.", "FlattenedTensorMetadata its attributes"),
@@ -287,11 +289,11 @@ STATE = b"}(" + text("flattened_tensor") + b"N" + text("metadata") + b"]u"
         (START + b"X\xff\xff\xff\xffa.", "BINUNICODE at byte 2 has 4294967295 bytes; 4096 are allowed"),
         (START + b"B\xff\xff\xff\x7fa.", "BINBYTES at byte 2 has 2147483647 bytes; 4096 are allowed"),
         (START + text("a" * 4097) + b".", "BINUNICODE at byte 2 has 4097 bytes; 4096 are allowed"),
-        (START + b"\x8c\1\xff.", "SHORT_BINUNICODE at byte 2 is no UTF-8"),
+        (START + b"\x8c\1\xff.", "SHORT_BINUNICODE at byte 2 is not valid UTF-8"),
         (START + b"\x8a\x09" + bytes(9) + b".", "LONG1 at byte 2 is an integer of more than 8 bytes"),
         (START + b"\x8a\xff" + bytes(9) + b".", "LONG1 at byte 2 is an integer of more than 8 bytes"),
         (START + b"(" * (MAX_DEPTH + 1) + b".", "MARK at byte 34 is nested too deeply"),
-        (START + b"]" + data(b"a") + b"a.", "there are bytes where a value should be"),
+        (START + b"]" + data(b"a") + b"a.", "the payload has bytes in place of a value"),
         (START + called(ENCODE, text("€"), text("latin1")) + b".", "_codecs.encode, called at byte"),
         (START + called(ENCODE, text("a"), text("utf-8")) + b".", "_codecs.encode, called at byte"),
     ],
@@ -339,7 +341,7 @@ def test_a_value_that_is_contained_often_is_looked_at_once(monkeypatch: pytest.M
 
     monkeypatch.setattr(_Rebuilder, "_make", counted)
     bomb = b")" + b"".join(b"\x94h%c\x86" % n for n in range(30))
-    with pytest.raises(NotAPayload, match="entry 0 of transformer is no pair"):
+    with pytest.raises(NotAPayload, match="entry 0 of transformer is not a pair"):
         interpret(unpickle(START + bomb + b"."), ["transformer"])
     assert len(made) == 31
 

@@ -59,9 +59,9 @@ def test_a_view_within_the_segment_is_made(
     assert (found.shape, found.tolist()) == (size, expected)
 
 
-NUMBER = "has something else where a number from 0 to 281474976710656 should be"
-VIEW = "has a size or a stride that is none"
-OTHER = "has other arguments than torch gives it"
+NUMBER = "has an argument that is not an integer from 0 to 281474976710656"
+VIEW = "has an invalid size or stride"
+OTHER = "does not have the arguments that torch writes"
 
 
 @pytest.mark.parametrize(
@@ -116,8 +116,8 @@ OTHER = "has other arguments than torch gives it"
         (tensor(shared=storage(nbytes=number(-1))), NUMBER),
         (tensor(shared=storage(nbytes=b"\x88")), NUMBER),
         (tensor(shared=storage(nbytes=text("24"))), NUMBER),
-        (storage(), "rebuild_storage_filename, called at byte 188, gives no value that a payload can hold"),
-        (called(SIZE, number(1)), "torch.Size, called at byte 43, gives no value"),
+        (storage(), "rebuild_storage_filename, called at byte 188, does not give a value that a payload can hold"),
+        (called(SIZE, number(1)), "torch.Size, called at byte 43, does not give a value"),
     ],
 )
 def test_a_view_beyond_the_segment_or_of_other_arguments_is_refused(one: bytes, reason: str, segments: Path) -> None:
@@ -146,7 +146,7 @@ def test_a_view_beyond_the_segment_or_of_other_arguments_is_refused(one: bytes, 
 )
 def test_only_torchs_own_names_of_segments_are_opened(handle: bytes, segments: Path) -> None:
     reason = refused(pairs(tensor(shared=storage(handle=handle))), segments)
-    assert reason.endswith("fails: a segment is not named as torch names them")
+    assert reason.endswith("fails: a segment's name is not one of torch's")
 
 
 @pytest.mark.parametrize(
@@ -181,10 +181,10 @@ def test_a_segment_that_is_no_file_of_this_user_is_refused(segments: Path, monke
         path = segments / "torch_4_5_6"
         make(path)
         reason = refused(pairs(tensor(shared=storage(handle=b"/torch_4_5_6"))), segments)
-        assert "the segment /torch_4_5_6 cannot be opened" in reason or "is no file of this user" in reason
+        assert "the segment /torch_4_5_6 cannot be opened" in reason or "is not a regular file of this user" in reason
         path.rmdir() if path.is_dir() else path.unlink()
     monkeypatch.setattr(os, "geteuid", lambda: os.getuid() + 1)
-    assert "the segment /torch_1_2_3 is no file of this user" in refused(pairs(tensor()), segments)
+    assert "the segment /torch_1_2_3 is not a regular file of this user" in refused(pairs(tensor()), segments)
     assert owners(segments) == 2
 
 

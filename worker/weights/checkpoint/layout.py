@@ -108,7 +108,7 @@ class Layout:
         Where rows are divided, all ranks must call this together.
         """
         shard = self._entries[name].shard
-        return self._ranks.sum(rows) if shard is not None and shard.dim > 0 and self._ranks.size > 1 else rows
+        return self._ranks.all_reduce(rows) if shard is not None and shard.dim > 0 and self._ranks.size > 1 else rows
 
     def dtype(self, name: str) -> torch.dtype:
         return self.local(name).dtype
@@ -159,7 +159,7 @@ class Layout:
             return local.detach()
         own = local.detach().to(self._ranks.device).contiguous()  # also while it is offloaded
         whole = own.new_empty(entry.shape)
-        for rank, part in enumerate(self._ranks.gather(own)):
+        for rank, part in enumerate(self._ranks.all_gather(own)):
             start = 0
             for index in self._indices(entry, rank):
                 piece = whole[index]

@@ -50,7 +50,7 @@ def module_digests(
                         tensors.add(module, name, whole)
                     on_progress()
         found = {module: hexadecimal for hasher in hashers for module, hexadecimal in hasher.done().items()}
-        answers = ranks.exchange(msgspec.msgpack.encode(dict(sorted(found.items()))))
+        answers = ranks.all_gather_bytes(msgspec.msgpack.encode(dict(sorted(found.items()))))
         return [msgspec.msgpack.decode(one, type=dict[str, str]) for one in answers], tensors.done()
 
 

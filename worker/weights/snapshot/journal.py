@@ -111,7 +111,7 @@ class Journal:
                 lookup = _Lookup(file.read_bytes())
         except OSError as error:
             lookup = _Lookup(fault=error.strerror or str(error))
-        lookup = msgspec.msgpack.decode(ranks.exchange(msgspec.msgpack.encode(lookup))[0], type=_Lookup)
+        lookup = msgspec.msgpack.decode(ranks.all_gather_bytes(msgspec.msgpack.encode(lookup))[0], type=_Lookup)
         if lookup.fault:
             raise OSError(lookup.fault)
         return msgspec.json.decode(lookup.found, type=_Current) if lookup.found is not None else None

@@ -1,4 +1,4 @@
-"""The allowlist of names in a payload. Reading resolves a name to an entry here, and never imports it."""
+"""The allowlist of names in a payload. The reader resolves each name to an entry here and never imports it."""
 
 from __future__ import annotations
 

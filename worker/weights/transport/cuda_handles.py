@@ -21,7 +21,7 @@ def open_handles(handles: Sequence[CudaTensor]) -> dict[str, torch.Tensor]:
     found: dict[str, torch.Tensor] = {}
     for handle in handles:
         if handle.name in found:
-            raise NotAPayload(f"the tensor {handle.name!r} is there twice")
+            raise NotAPayload(f"the tensor {handle.name!r} occurs twice")
         found[handle.name] = cuda_tensor(_call(handle))
     return found
 
@@ -31,7 +31,7 @@ def _call(handle: CudaTensor) -> Call:
     origin = f"the handle of {handle.name}"
     dtype = DTYPES.get(f"torch.{handle.dtype.removeprefix('torch.')}")
     if dtype is None:
-        raise NotAPayload(f"{origin} has the dtype {handle.dtype!r}, which is none")
+        raise NotAPayload(f"{origin} has the unknown dtype {handle.dtype!r}")
     size = Call(Known.SIZE, (tuple(handle.shape),), origin)
     view = (Known.TENSOR, size, tuple(handle.stride), handle.offset, Known.TYPED_STORAGE, dtype)
     memory = (handle.device, handle.memory, handle.storage_bytes, handle.storage_offset, False)

@@ -33,12 +33,12 @@ MAX_GROUPS = 32
 """Each group has threads and connections on this rank."""
 
 _MAX_TENSOR_BYTES = 1 << 40
-"""More is taken for a mistake."""
+"""Larger tensors are refused as mistakes."""
 
 _POLL_S = 0.0002
 
 _LOOK_S = 0.05
-"""Seconds between the leader's questions whether the other ranks have joined."""
+"""Seconds between the leader's checks whether the other ranks have joined."""
 
 _CPU = torch.device("cpu")
 
@@ -53,13 +53,13 @@ class _Group:
     timeout_s: float
 
     def receive(self, tensor: torch.Tensor, deadline: float) -> None:
-        """Receive ``tensor`` from the trainer. Raises ``RuntimeError`` where it does not arrive."""
+        """Receive ``tensor`` from the trainer. Raises ``RuntimeError`` if it does not arrive."""
         work = self.backend.broadcast(tensor, SENDER)
         began = time.monotonic()
         late = min(began + self.timeout_s, deadline)
         while not work.is_completed():
             if time.monotonic() > late:
-                raise RuntimeError(f"nothing came for {late - began:.3g} s")
+                raise RuntimeError(f"nothing arrived for {late - began:.3g} s")
             time.sleep(_POLL_S)
         work.wait()
 
@@ -88,9 +88,9 @@ class Groups:
         self._given_up: list[Attempt] = []  # their threads may still run
 
     def join(self, number: int, asked: Join) -> None:
-        """Begin to join. Raises ``Conflict`` where the group exists or there are too many, and ``InvalidRequest``."""
+        """Begin to join. Raises ``Conflict`` if the group exists or there are too many, and ``InvalidRequest``."""
         if asked.group in self or any(attempt.asked.group == asked.group for attempt in self._joining.values()):
-            raise Conflict(f"There is a group {asked.group!r} already; destroy it first.")
+            raise Conflict(f"The group {asked.group!r} already exists; destroy it first.")
         if len(self._groups) + len(self._joining) >= MAX_GROUPS:
             raise Conflict(f"There are {MAX_GROUPS} groups already; destroy one of them first.")
         if asked.backend == "nccl" and self._device.type != "cuda":
@@ -117,12 +117,12 @@ class Groups:
         return number in self._joining
 
     def has_joined(self, number: int, *, late: bool) -> bool:
-        """True if this rank has joined. Raises ``Unavailable`` where its join has failed or is too late."""
+        """True if this rank has joined. Raises ``Unavailable`` if its join has failed or is too late."""
         attempt = self._joining[number]
         if attempt.done and attempt.error is None:
             return True
         if attempt.done or late:
-            asked, reason = attempt.asked, attempt.error or "not all of its members have come"
+            asked, reason = attempt.asked, attempt.error or "not all of its members have joined"
             raise Unavailable(
                 f"The group {asked.group!r} of {asked.world_size} at {asked.address}:{asked.port} could not be joined "
                 f"within {asked.timeout_s:g} s: {reason}."
@@ -130,7 +130,7 @@ class Groups:
         return False
 
     def settle(self, number: int) -> None:
-        """Take the group into use, as every rank has joined."""
+        """Use the group from now on, because every rank has joined."""
         attempt = self._joining.pop(number)
         asked = attempt.asked
         if asked.backend == "gloo":
@@ -139,14 +139,14 @@ class Groups:
             self._groups[asked.group] = _Group(number, attempt.take(), self._device, asked.timeout_s)
 
     def forget(self, number: int) -> None:
-        """Leave the group that order ``number`` joined or is joining, as not every rank could join it."""
+        """Leave the group that order ``number`` joined or is joining, because not every rank could join."""
         if number in self._joining:
             self._give_up(number)
         for name in [name for name, group in self._groups.items() if group.number == number]:
             self.leave(name)
 
     def leave(self, name: str | None) -> bool:
-        """Close the group, so that waiting members fail, or stop joining it; all groups where ``name`` is ``None``.
+        """Close the group, so that waiting members fail, or stop joining it; all groups if ``name`` is ``None``.
 
         Returns whether there was such a group.
         """
@@ -177,18 +177,18 @@ class Groups:
             try:
                 group.receive(tensor, deadline)
             except RuntimeError as error:
-                raise Unavailable(f"The trainer's {name} did not come: {first_line(error)}.") from error
+                raise Unavailable(f"The trainer's {name} did not arrive: {first_line(error)}.") from error
             on_progress()
         return received
 
     def announced(self, asked: Broadcast) -> dict[str, torch.Tensor]:
-        """The announced tensors, without memory. Raises ``InvalidRequest`` and ``NotFound``."""
+        """The announced tensors on the meta device. Raises ``InvalidRequest`` and ``NotFound``."""
         if asked.group not in self:
-            raise NotFound(f"There is no group {asked.group!r}; make it first.", field="group_name")
+            raise NotFound(f"The group {asked.group!r} does not exist; create it first.", field="group_name")
         if not len(asked.names) == len(asked.dtypes) == len(asked.shapes):
-            raise InvalidRequest("names, dtypes and shapes must be lists of one length.", field="names")
+            raise InvalidRequest("names, dtypes and shapes must have equal lengths.", field="names")
         if len(set(asked.names)) != len(asked.names):
-            raise InvalidRequest("A name comes twice.", field="names")
+            raise InvalidRequest("names contains a name twice.", field="names")
         return {
             name: _announced(name, _dtype(dtype), shape)
             for name, dtype, shape in zip(asked.names, asked.dtypes, asked.shapes, strict=True)
@@ -197,12 +197,12 @@ class Groups:
 
 def _announced(name: str, dtype: torch.dtype, shape: list[int]) -> torch.Tensor:
     if any(size < 0 for size in shape) or math.prod(shape) * dtype.itemsize > _MAX_TENSOR_BYTES:
-        raise InvalidRequest(f"{name}: there is no tensor of the shape {shape}.", field="shapes")
+        raise InvalidRequest(f"{name}: the shape {shape} is negative or larger than 1 TiB.", field="shapes")
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
 def _dtype(name: str) -> torch.dtype:
     found = getattr(torch, name.removeprefix("torch."), None)
     if not isinstance(found, torch.dtype):
-        raise InvalidRequest(f"There is no dtype {name!r}.", field="dtypes")
+        raise InvalidRequest(f"{name!r} is not a dtype of torch.", field="dtypes")
     return found

@@ -1,7 +1,7 @@
 """Joins a trainer's process group in a thread of its own, while the rank keeps serving.
 
 torch bounds most of its waits, but not all: it waits forever for a store that accepts a connection and then stays
-silent. So giving up a join cuts its connections to the store, including torch's retries, until the thread has ended.
+silent. An abandoned join therefore loses its connections to the store, also torch's retries, until its thread ends.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ SENDER = 0
 """The trainer's rank in the group."""
 
 LATE_S = 5.0
-"""Seconds between torch's own limit and ours. NCCL's watchdog may end the process, so ours comes first there. A pending
-broadcast over gloo can only be ended by gloo's, so ours comes after it.
+"""Seconds between torch's own timeout and ours. For NCCL ours expires first, because its watchdog may end the process.
+For gloo ours expires last, because only gloo's own timeout can end a pending broadcast.
 """
 
 _TRY_S = 2.0
@@ -42,7 +42,7 @@ class Attempt:
     """
 
     def __init__(self, asked: Join, rank: int, ended: Callable[[], None], others: Sequence[Attempt] = ()) -> None:
-        assert SENDER < rank < asked.world_size, "the server has seen to it"
+        assert SENDER < rank < asked.world_size, "the server has validated the ranks"
         self.asked = asked
         self.deadline = time.monotonic() + asked.timeout_s
         self.error: str | None = None
@@ -106,11 +106,11 @@ class Attempt:
         backend.abort()
 
     def _meet(self) -> Any:
-        """Join the group. Returns when all have come; the keys in the store are those that torch's own groups have.
+        """Join the group and return when all members have. The keys in the store are those of torch's own groups.
 
         Over NCCL it returns when the store answers: members meet there in their first collective.
 
-        Raises ``RuntimeError`` where the others do not come, and ``OSError`` for an address that is none.
+        Raises ``RuntimeError`` if the others do not join, and ``OSError`` for an invalid address.
         """
         asked, timeout = self.asked, timedelta(seconds=self.asked.timeout_s)
         address, own = _resolved(asked.address, asked.port)
@@ -124,20 +124,20 @@ class Attempt:
         if asked.backend == "nccl":
             from torch.distributed import ProcessGroupNCCL  # not in a build without CUDA
 
-            # read when the group is made, so that it is this group's: after a time-out its communicator is aborted,
-            # where the default ends the process. A replica's own ranks keep the default: they cannot go on without.
+            # read when the group is made, so it holds for this group alone: a timeout then aborts its communicator
+            # (by default it ends the process). A replica's own ranks keep the default.
             os.environ["TORCH_NCCL_ASYNC_ERROR_HANDLING"] = "2"
             nccl = ProcessGroupNCCL.Options()
             nccl._timeout = timeout + timedelta(seconds=LATE_S)
             return ProcessGroupNCCL(PrefixStore("cuda/", named), self._rank, asked.world_size, nccl)
-        gloo = ProcessGroupGloo._Options()  # type: ignore[attr-defined]  # torch declares neither it nor another way
+        gloo = ProcessGroupGloo._Options()  # type: ignore[attr-defined]  # not declared by torch
         gloo._timeout = timeout
-        # not GLOO_SOCKET_IFNAME's interface: a replica's ranks share a machine, and the trainer may be on another
+        # not GLOO_SOCKET_IFNAME's interface, because the trainer may be on another machine
         gloo._devices = [ProcessGroupGloo.create_device(hostname=own)]
         return ProcessGroupGloo(PrefixStore("cpu/", named), self._rank, asked.world_size, gloo)
 
     def _store(self, address: str, port: int) -> TCPStore:
-        """Connect, again and again until it is too late. Raises ``RuntimeError``."""
+        """Connect, with retries until the deadline. Raises ``RuntimeError``."""
         while True:
             left_s = max(0.001, min(_TRY_S, self.deadline - time.monotonic()))
             try:
@@ -154,7 +154,7 @@ def first_line(error: BaseException) -> str:
 
 
 def _resolved(address: str, port: int) -> tuple[str, str]:
-    """``address`` in numbers, and this machine's own on the way to it; nothing is sent. Raises ``OSError``."""
+    """The IP address of ``address``, and this machine's own on the route to it; nothing is sent. Raises ``OSError``."""
     found = socket.getaddrinfo(address, port, type=socket.SOCK_DGRAM)
     family, kind, _, _, where = min(found, key=lambda one: one[0] != socket.AF_INET)
     with socket.socket(family, kind) as probe:
@@ -163,7 +163,7 @@ def _resolved(address: str, port: int) -> tuple[str, str]:
 
 
 def _connections(peer: Peer) -> Iterator[tuple[socket.socket, str]]:
-    """This process's connections to ``peer``, each by a descriptor of ours, with what tells it from others."""
+    """This process's connections to ``peer``, each as a duplicate descriptor and its inode."""
     for descriptor in os.listdir("/proc/self/fd"):
         with contextlib.suppress(OSError):  # it is closed by now, or not connected
             inode = os.readlink(f"/proc/self/fd/{descriptor}")
@@ -172,11 +172,11 @@ def _connections(peer: Peer) -> Iterator[tuple[socket.socket, str]]:
             with socket.fromfd(int(descriptor), socket.AF_INET6, socket.SOCK_STREAM) as connection:
                 match connection.getpeername():
                     case (str(address), int(port), *_) if (address.removeprefix("::ffff:"), port) == peer:
-                        yield connection, inode  # torch's sockets are IPv6's, for IPv4 too
+                        yield connection, inode  # torch opens IPv6 sockets, also for IPv4
 
 
 def _cut(peer: Peer, others: set[str]) -> None:
-    """End this process's connections to ``peer``, but for ``others``: their waits fail."""
+    """Shut down this process's connections to ``peer``, except ``others``, so that waits on them fail."""
     for connection, inode in _connections(peer):
         if inode not in others:
             with contextlib.suppress(OSError):

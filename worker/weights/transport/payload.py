@@ -26,7 +26,7 @@ class InvalidTensor(NotAPayload):
 
 
 def decode(stream: bytes, modules: Sequence[str], segments: Segments) -> Tensors:
-    """The tensors of a stream for ``modules``: :func:`unpickle`, then :func:`interpret`."""
+    """Unpickle a stream and interpret it as the tensors of ``modules``."""
     return interpret(unpickle(stream, segments), modules)
 
 
@@ -38,7 +38,7 @@ def interpret(value: object, modules: Sequence[str]) -> Tensors:
     and ``numel``. These three count bytes in a buffer of uint8, and elements in any other. Tensors are views of
     ``value``; only parts of a bucket with a misaligned or another floating dtype are copied.
 
-    Raises :class:`NotAPayload`; :class:`InvalidTensor` where a tensor is to blame.
+    Raises :class:`NotAPayload`; :class:`InvalidTensor` if a tensor is at fault.
     """
     if isinstance(value, dict) and value.keys() != FIELDS[Known.BUCKET]:
         if value.keys() != set(modules):
@@ -52,10 +52,10 @@ def interpret(value: object, modules: Sequence[str]) -> Tensors:
 def choose(
     payloads: Sequence[Payload], rank: int, world_size: int, gpu_uuids: Sequence[str] | None, own_uuid: str | None
 ) -> Payload:
-    """The payload for ``rank`` of ``world_size``: the one of its own GPU, or of its rank, or the only one.
+    """The payload for ``rank`` of ``world_size``: by its GPU or its rank, or the only payload.
 
-    ``gpu_uuids`` says from which GPU each payload comes, with or without NVML's prefix; ``own_uuid`` is
-    this rank's GPU. Raises :class:`NotAPayload`.
+    ``gpu_uuids`` are the GPUs that the payloads come from, with or without NVML's prefix; ``own_uuid`` is this
+    rank's GPU. Raises :class:`NotAPayload`.
     """
     if gpu_uuids is None:
         if len(payloads) not in {1, world_size}:
@@ -85,7 +85,7 @@ def _named(module: str, pairs: Sequence[Any]) -> dict[str, torch.Tensor]:
             case (str(name), torch.Tensor() as tensor):
                 _add(found, module, name, tensor)
             case _:
-                raise NotAPayload(f"entry {index} of {module} is no pair of a name and a tensor")
+                raise NotAPayload(f"entry {index} of {module} is not a pair of a name and a tensor")
     return found
 
 
@@ -95,7 +95,7 @@ def _flattened(module: str, buffer: object, metadata: list[Any]) -> dict[str, to
         raise NotAPayload(f"the bucket of {module} has no 1-d contiguous tensor")
     for index, entry in enumerate(metadata):
         if not isinstance(entry, dict) or entry.keys() != FIELDS[Known.METADATA] or type(entry["name"]) is not str:
-            raise NotAPayload(f"entry {index} of the metadata of {module} has not the fields of a tensor")
+            raise NotAPayload(f"entry {index} of the metadata of {module} lacks the fields of a tensor")
         assert isinstance(buffer, torch.Tensor)
         try:
             tensor = _part(buffer, **{field: entry[field] for field in entry if field != "name"})
@@ -106,14 +106,14 @@ def _flattened(module: str, buffer: object, metadata: list[Any]) -> dict[str, to
 
 
 def _part(buffer: torch.Tensor, shape: Any, dtype: Any, start_idx: Any, end_idx: Any, numel: Any) -> torch.Tensor:
-    """Raises ``ValueError`` where the numbers contradict one another, or the buffer."""
+    """A tensor of a bucket. Raises ``ValueError`` if the numbers contradict one another or the buffer."""
     kind = DTYPES.get(f"torch.{dtype.removeprefix('torch.')}") if isinstance(dtype, str) else dtype
     if not isinstance(kind, torch.dtype):
-        raise ValueError("has a dtype that is none")
+        raise ValueError("has an invalid dtype")
     if not isinstance(shape, list | tuple) or not is_shape(shape):
-        raise ValueError("has a shape that is none")
+        raise ValueError("has an invalid shape")
     if not all(type(index) is int and index >= 0 for index in (start_idx, end_idx, numel)):
-        raise ValueError("has a start_idx, end_idx or numel that is no count")
+        raise ValueError("has a start_idx, end_idx or numel that is not an integer from 0")
     in_bytes = buffer.dtype == torch.uint8
     needed = math.prod(shape) * (kind.itemsize if in_bytes else 1)
     unit = "bytes" if in_bytes else "elements"
@@ -134,7 +134,7 @@ def _part(buffer: torch.Tensor, shape: Any, dtype: Any, start_idx: Any, end_idx:
 
 def _add(found: dict[str, torch.Tensor], module: str, name: str, tensor: torch.Tensor) -> None:
     if name in found:
-        raise InvalidTensor(module, name, "is there twice")
+        raise InvalidTensor(module, name, "occurs twice")
     found[name] = tensor
 
 

@@ -3,7 +3,7 @@
 The stream is interpreted symbolically: opcodes become plain values, and each call becomes an inert :class:`Call`. When
 the whole stream has been read, :mod:`.rebuild` checks the arguments of the calls exactly, and makes tensors of them.
 Only the opcodes, globals and calls of real streams of protocols 2 to 5 are accepted (torch 2.x,
-``torch.multiprocessing.reductions``). Every opcode makes at most one small value, so that the number of opcodes bounds
+``torch.multiprocessing.reductions``). Every opcode makes at most one small value, so the number of opcodes bounds
 memory and time. docs/decisions/0018 says why this is not ``pickle.Unpickler``.
 """
 
@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 
 from .allowlist import DTYPES, FIELDS, KNOWN, REFUSED, Known, NotAPayload
 
-MAX_BYTES = 16 << 20  # a tensor takes about 150 of them, and 60 opcodes
+MAX_BYTES = 16 << 20  # a tensor takes about 150 bytes and 60 opcodes
 MAX_OPCODES = 1 << 20
 MAX_TEXT = 4096  # of one str or bytes
 MAX_HANDLE = 256  # of bytes that are written as str
@@ -57,15 +57,15 @@ class _Machine:
         if len(stream) > MAX_BYTES:
             raise NotAPayload(f"the stream has {len(stream)} bytes; {MAX_BYTES} are allowed")
         self._stream = stream
-        self._next = 0  # the byte to read
-        self._at = 0  # the opcode's
+        self._next = 0  # the next byte to read
+        self._at = 0  # the byte of the current opcode
         self._stack: list[Any] = []
         self._memo: list[Any] = []
         self._marks: list[int] = []
 
     def run(self) -> Any:
         if self._stream[:1] != b"\x80":
-            raise NotAPayload("the stream is no pickle of protocol 2 to 5")
+            raise NotAPayload("the stream is not a pickle of protocol 2 to 5")
         for _ in range(MAX_OPCODES):
             self._at = self._next
             if self._at == len(self._stream):
@@ -74,7 +74,7 @@ class _Machine:
             if code == ord("."):
                 return self._stop()
             if code not in _OPCODES:
-                self._refuse("is none of those that payloads consist of")
+                self._refuse("does not occur in payloads")
             act, option = _OPCODES[code]
             act(self, option)
         raise NotAPayload(f"the stream has more than {MAX_OPCODES} opcodes")
@@ -115,7 +115,7 @@ class _Machine:
         return values
 
     def _top(self, kind: type) -> Any:
-        """The topmost value, left where it is, which must be of ``kind``."""
+        """The topmost value, which must be of ``kind``; it stays on the stack."""
         (value,) = self._pop(1)
         if type(value) is not kind:
             self._refuse(f"is applied to a {type(value).__name__}")
@@ -140,7 +140,7 @@ class _Machine:
         self._stack.append(self._number(size))
 
     def signed(self, size: int) -> None:
-        """A number of ``size`` bytes; where that is 0, the next byte says how many, at most 8."""
+        """A number of ``size`` bytes; if that is 0, the next byte is its size, at most 8."""
         size = size or self._number(1)
         if size > 8:
             self._refuse("is an integer of more than 8 bytes")
@@ -160,7 +160,7 @@ class _Machine:
         try:
             return data.decode()
         except UnicodeDecodeError:
-            self._refuse("is no UTF-8")
+            self._refuse("is not valid UTF-8")
 
     def mark(self, _: None) -> None:
         if len(self._marks) == MAX_DEPTH:
@@ -224,7 +224,7 @@ class _Machine:
     def reduce(self, _: None) -> None:
         function, args = self._pop(2)
         if type(function) is not Known or type(args) is not tuple:
-            self._refuse("calls what is no function, or with what are no arguments")
+            self._refuse("calls something other than a function with a tuple of arguments")
         match function, args:
             case Known.ORDERED_DICT, ():
                 self._stack.append({})
@@ -236,7 +236,7 @@ class _Machine:
     def instance(self, _: None) -> None:
         cls, args = self._pop(2)
         if type(cls) is not Known or cls not in FIELDS or args != ():
-            self._refuse("makes no piece of metadata and no bucket")
+            self._refuse("makes something other than a bucket or its metadata")
         self._stack.append(Instance(cls, self._at))
 
     def build(self, _: None) -> None:

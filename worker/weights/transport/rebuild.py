@@ -1,7 +1,7 @@
-"""Rebuilds tensors from what :mod:`.pickled` read: views of memory that another process of this user shares.
+"""Rebuilds the tensors of a parsed payload (:mod:`.pickled`): views of memory that another process of this user shares.
 
-The sender is not trusted. Handles must have exactly torch's form, the memory that they name must belong to this user
-and have the size that the stream says (:mod:`.shm_segment`), and no view may reach beyond it.
+The sender is not trusted. Handles must have exactly torch's form, their memory must belong to this user
+and have the size in the stream (:mod:`.shm_segment`), and no view may reach beyond it.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from .pickled import MAX_DEPTH, Call, Instance, parse
 from .shm_segment import BadSegment, Segments, check_segment
 
 _MANAGER = re.compile(rb"(/[^/\0]+)*/torch-shm-dir-[A-Za-z0-9]{6}/manager\.sock")
-_COUNTERS = 10_000  # of 8 bytes, in a segment of CUDA's reference counts: CUDA_IPC_REF_COUNTER_FILE_SIZE
-_LIMIT = 1 << 48  # of every size, stride, offset and number of elements
+_COUNTERS = 10_000  # of 8 bytes each, in CUDA's segment of reference counts: CUDA_IPC_REF_COUNTER_FILE_SIZE
+_LIMIT = 1 << 48  # for every size, stride, offset and number of elements
 
 _UNFINISHED = object()
 
@@ -30,9 +30,9 @@ def unpickle(stream: bytes, segments: Segments) -> Any:
     """Read a ``ForkingPickler`` stream: ``None``, bool, int, str, ``torch.dtype``, tensors, and lists, tuples and
     dicts of them. Sizes are tuples; pieces of metadata and buckets are dicts of their attributes.
 
-    Tensors are views of the sender's memory, without gradient; Parameters become tensors. The memory is mapped by
-    ``segments``, which counts as the stream's one reader when it is released: of several ranks that read one stream
-    exactly one does so, when the others have read it. On a GPU every reader counts.
+    Tensors are views of the sender's memory, without gradient; Parameters become tensors. ``segments`` maps
+    the memory, and its release counts as the stream's one reader: if several ranks read one stream, exactly one of
+    them releases it, after the others have read it. On a GPU every reader counts.
 
     Raises :class:`NotAPayload`.
     """
@@ -40,7 +40,7 @@ def unpickle(stream: bytes, segments: Segments) -> Any:
 
 
 class _Rebuilder:
-    """Replaces each call by the value that it gives, once, however often the payload contains it."""
+    """Replaces each call by its value. A call that the payload contains several times is evaluated once."""
 
     def __init__(self, segments: Segments) -> None:
         self._segments = segments
@@ -50,9 +50,9 @@ class _Rebuilder:
         if node is None or isinstance(node, bool | int | str | torch.dtype):
             return node
         if isinstance(node, Known):
-            raise NotAPayload(f"{node.value} stands where a value should")
+            raise NotAPayload(f"{node.value} stands in place of a value")
         if isinstance(node, bytes):
-            raise NotAPayload("there are bytes where a value should be")
+            raise NotAPayload("the payload has bytes in place of a value")
         if id(node) not in self._made:
             if depth == MAX_DEPTH:
                 raise NotAPayload(f"the payload is nested more than {MAX_DEPTH} deep")
@@ -79,7 +79,7 @@ class _Rebuilder:
                 return self._tensor(node)
             case Call(Known.REBUILD_CUDA_TENSOR | Known.REBUILD_CUDA_TENSOR_BY_UUID):
                 return cuda_tensor(node)
-        raise _wrong(node, "gives no value that a payload can hold")
+        raise _wrong(node, "does not give a value that a payload can hold")
 
     def _tensor(self, call: Call) -> torch.Tensor:
         match call.args:
@@ -95,7 +95,7 @@ class _Rebuilder:
                 if 0 in size:
                     return torch.empty(size, dtype=dtype)
                 return torch.empty(0, dtype=dtype).set_(storage, offset, size, _regular(size, stride))
-        raise _wrong(call, "has other arguments than torch gives it")
+        raise _wrong(call, "does not have the arguments that torch writes")
 
     def _storage(self, call: Call) -> torch.UntypedStorage:
         match call:
@@ -107,7 +107,7 @@ class _Rebuilder:
                 _numbers(call, nbytes)
                 storage: torch.UntypedStorage = _tried(call, self._segments.map, handle, nbytes)
                 return storage
-        raise _wrong(call, "has other arguments than torch gives it")
+        raise _wrong(call, "does not have the arguments that torch writes")
 
 
 def cuda_tensor(call: Call) -> torch.Tensor:
@@ -134,11 +134,11 @@ def cuda_tensor(call: Call) -> torch.Tensor:
             memory = (torch.storage.TypedStorage, dtype, index, handle, nbytes, start, False, *event)
             tensor: torch.Tensor = _tried(call, reductions.rebuild_cuda_tensor, torch.Tensor, *shape, *memory)
             return tensor
-    raise _wrong(call, "has other arguments than torch gives it")
+    raise _wrong(call, "does not have the arguments that torch writes")
 
 
 def _check_handles(call: Call, *handles: Any) -> None:
-    """Check the CUDA memory's size and handle, its segment with the counter, its event (CUDACachingAllocator.cpp)."""
+    """Check the size and handle of CUDA memory, its counter's segment and its event (CUDACachingAllocator.cpp)."""
     match handles:
         case 0, None, None, 0, None, None:
             return
@@ -149,11 +149,11 @@ def _check_handles(call: Call, *handles: Any) -> None:
                 _tried(call, check_segment, counters, 8 * _COUNTERS)
                 if _numbers(call, index)[0] < _COUNTERS:
                     return
-    raise _wrong(call, "has other handles than torch gives it")
+    raise _wrong(call, "does not have the handles that torch writes")
 
 
 def _cuda_device(call: Call, device: object) -> int:
-    """``device`` is an index, or where the sender says so a UUID, as ``torch.cuda.get_device_properties`` has it."""
+    """The index of ``device``: an index, or for some senders a UUID as in ``torch.cuda.get_device_properties``."""
     if not torch.cuda.is_available():
         raise _wrong(call, "needs a GPU, and this process has none; send CPU tensors, or safetensors")
     count = torch.cuda.device_count()
@@ -168,22 +168,22 @@ def _cuda_device(call: Call, device: object) -> int:
     return index
 
 
-def _check_view(call: Call, size: Any, stride: Any, offset: Any, there: int) -> None:
-    """Check that a view lies within a storage of ``there`` elements, and has no more elements than it."""
+def _check_view(call: Call, size: Any, stride: Any, offset: Any, available: int) -> None:
+    """Check that a view lies within a storage of ``available`` elements and has at most as many elements."""
     if not is_shape(size) or len(size) != len(stride):
-        raise _wrong(call, "has a size or a stride that is none")
+        raise _wrong(call, "has an invalid size or stride")
     _numbers(call, *stride, offset)
     last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
-    if 0 not in size and last >= there:
-        raise _wrong(call, f"reaches element {last} of a storage of {there}")
-    if math.prod(size) > there:
-        raise _wrong(call, f"makes {math.prod(size)} elements of the {there} in its storage; send it contiguous")
+    if 0 not in size and last >= available:
+        raise _wrong(call, f"reaches element {last} of a storage of {available}")
+    if math.prod(size) > available:
+        raise _wrong(call, f"makes {math.prod(size)} elements of the {available} in its storage; send it contiguous")
 
 
 def _regular(size: tuple[int, ...], stride: tuple[int, ...]) -> tuple[int, ...]:
     """The strides of the same view, with a contiguous tensor's strides in dimensions of one element.
 
-    Any stride is legal there, but torch refuses to view the bytes of some.
+    Any stride is legal in these dimensions, but torch refuses to view the bytes of some.
     """
     regular: list[int] = []
     running = 1
@@ -196,7 +196,7 @@ def _regular(size: tuple[int, ...], stride: tuple[int, ...]) -> tuple[int, ...]:
 def _numbers(call: Call, *numbers: Any) -> tuple[int, ...]:
     for number in numbers:
         if type(number) is not int or not 0 <= number <= _LIMIT:
-            raise _wrong(call, f"has something else where a number from 0 to {_LIMIT} should be")
+            raise _wrong(call, f"has an argument that is not an integer from 0 to {_LIMIT}")
     return numbers
 
 

@@ -1,4 +1,4 @@
-"""Maps shared-memory segments in which another process has put tensors: torch's ``file_system`` sharing strategy.
+"""Maps another process's shared-memory segments with tensors: torch's ``file_system`` sharing strategy.
 
 A segment is a file in /dev/shm: a header of 64 bytes, whose first four count the owners, and then the data
 (ATen/MapAllocator.cpp). The sender counts itself and one reader for each stream that names the segment; the process
@@ -24,11 +24,11 @@ _NAME = re.compile(rb"/torch_[0-9]{1,10}_[0-9]{1,10}_[0-9]{1,20}")
 _FOLDER = Path("/dev/shm")
 _HEADER = 64
 
-_decrement = ctypes.CDLL(None).sem_trywait  # atomic, unlike what Python can do; a semaphore's first word is its count
+_decrement = ctypes.CDLL(None).sem_trywait  # atomic; a semaphore's first word is its count
 
 
 class BadSegment(Exception):
-    """A segment is not what the stream says; the message is a phrase."""
+    """A segment contradicts the stream that names it."""
 
 
 class Segments:
@@ -71,18 +71,18 @@ def check_segment(name: bytes, nbytes: int) -> None:
 @contextmanager
 def _opened(name: bytes, nbytes: int) -> Iterator[int]:
     if not _NAME.fullmatch(name):
-        raise BadSegment("a segment is not named as torch names them")
-    said = f"the segment {name.decode()}"
+        raise BadSegment("a segment's name is not one of torch's")
+    segment = f"the segment {name.decode()}"
     try:
         descriptor = os.open(_FOLDER / name[1:].decode(), os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK)
     except OSError as error:
-        raise BadSegment(f"{said} cannot be opened: {error.strerror}") from error
+        raise BadSegment(f"{segment} cannot be opened: {error.strerror}") from error
     try:
         found = os.fstat(descriptor)
         if not stat.S_ISREG(found.st_mode) or found.st_uid != os.geteuid():
-            raise BadSegment(f"{said} is no file of this user")
+            raise BadSegment(f"{segment} is not a regular file of this user")
         if found.st_size != _HEADER + nbytes:
-            raise BadSegment(f"{said} has {found.st_size - _HEADER} bytes of data, not {nbytes}")
+            raise BadSegment(f"{segment} has {found.st_size - _HEADER} bytes of data, not {nbytes}")
         yield descriptor
     finally:
         os.close(descriptor)

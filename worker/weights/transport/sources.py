@@ -26,7 +26,7 @@ from .shm_segment import Segments
 
 
 class Rejected(Exception):
-    """The tensors cannot be written. ``report`` says which and why; ``error`` is the answer to their sender."""
+    """The tensors cannot be written. ``report`` lists the invalid ones; ``error`` is the reply to the sender."""
 
     def __init__(self, error: SafelightError, report: Report) -> None:
         super().__init__(error.message)
@@ -36,9 +36,9 @@ class Rejected(Exception):
 
 @dataclass(frozen=True, slots=True)
 class RankContext:
-    """The rank that opens a source: ``rank`` of the ``tp_size`` of its replica, ``global_rank`` of all ``world_size``.
+    """The rank that opens a source: ``rank`` of ``tp_size`` in its replica, ``global_rank`` of ``world_size`` in all.
 
-    One replica ``is_primary``: it does what must happen once.
+    Exactly one replica ``is_primary``: it takes the steps that must happen once.
     """
 
     rank: int
@@ -60,7 +60,7 @@ class TensorSource:
         self._on_close = on_close
 
     def close(self) -> None:
-        """Release the memory, and delete files that were sent for this update alone."""
+        """Release the memory, and delete files that were uploaded for this update."""
         self.tensors = {}
         self._on_close()
 
@@ -95,7 +95,7 @@ def _open_files(source: Files, context: RankContext) -> TensorSource:
             for file in files:
                 for name, tensor in mapped.map(Path(file), source.stamps.get(file)).items():
                     if name in found and not source.overlay:
-                        raise InvalidRequest(f"{module}: the files have {name} twice.")
+                        raise InvalidRequest(f"{module}: the files contain {name} twice.")
                     found[name] = tensor
     except BaseException:
         close()
