@@ -67,23 +67,23 @@ def build_sd15_pag() -> StableDiffusionPAGPipeline:
         return ready(StableDiffusionPAGPipeline(**sd15_components(), pag_applied_layers=["mid"]))
 
 
-def build_sdxl() -> StableDiffusionXLPipeline:
-    """Stable Diffusion XL: two text encoders of width 32, six sizes of 8 embedded dimensions each."""
+def build_sdxl(second_width: int = 32) -> StableDiffusionXLPipeline:
+    """Stable Diffusion XL: text encoders of width 32 and ``second_width``, six sizes of 8 embedded dimensions each."""
     first, second = tokenizers.clip_tokenizer(), tokenizers.clip_tokenizer(pad_token="!")
     with seeded():
         pipeline = StableDiffusionXLPipeline(
             vae=image_autoencoder(latent_channels=4, quant_conv=True),
             text_encoder=text_encoders.clip(first),
-            text_encoder_2=text_encoders.projected_clip(second),
+            text_encoder_2=text_encoders.projected_clip(second, second_width),
             tokenizer=first,
             tokenizer_2=second,
             unet=unet(
-                cross_attention_dim=64,
+                cross_attention_dim=32 + second_width,
                 use_linear_projection=True,
                 addition_embed_type="text_time",
                 addition_time_embed_dim=8,
                 transformer_layers_per_block=(1, 2),
-                projection_class_embeddings_input_dim=6 * 8 + 32,
+                projection_class_embeddings_input_dim=6 * 8 + second_width,
             ),
             scheduler=EulerDiscreteScheduler(**NOISE_SCHEDULE, timestep_spacing="leading"),
         )

@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
+import inspect
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline, WanTransformer3DModel
+from diffusers import (
+    DiffusionPipeline,
+    FluxPipeline,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    WanTransformer3DModel,
+)
+from diffusers.loaders import single_file_model
 from safetensors.torch import load_file, save_file
 
 from safelight.protocol.config import Config
 from safelight.protocol.errors import StartFailed
-from safelight.tests.tiny import save
-from safelight.tests.tiny.single_files import sd15_file, wan_tensors
+from safelight.tests.tiny import FAMILIES, save
+from safelight.tests.tiny.single_files import flux_file, sd15_file, sdxl_file, wan_tensors
+from safelight.tests.tiny.stable_diffusion import build_sdxl
 from safelight.worker.model.model import Model, load_model
 from safelight.worker.weights.checkpoint import single_file
 from safelight.worker.weights.checkpoint.files import WeightFiles
@@ -70,6 +80,52 @@ def test_a_whole_pipeline_in_one_file_is_loaded_as_diffusers_does(sd15: Path, tm
         assert wanted.keys() == found.keys()
         assert [name for name in wanted if not torch.equal(wanted[name], found[name])] == []
     assert_named_as_in(sd15, model, "unet", "vae", "text_encoder")
+
+
+def made(pipeline: DiffusionPipeline, call: dict[str, Any]) -> torch.Tensor:
+    pipeline.set_progress_bar_config(disable=True)
+    picture = pipeline("a red circle", generator=torch.Generator().manual_seed(3), output_type="pt", **call).images
+    assert isinstance(picture, torch.Tensor)
+    return picture
+
+
+@pytest.fixture
+def narrow_flux(monkeypatch: pytest.MonkeyPatch) -> None:
+    """diffusers' own converter of FLUX, for another width: it has that of the published models as a constant."""
+    source = inspect.getsource(single_file_model.convert_flux_transformer_checkpoint_to_diffusers)
+    narrowed = source.replace("inner_dim = 3072", "inner_dim = 64")
+    assert narrowed != source
+    names: dict[str, Any] = {"torch": torch}
+    exec(narrowed, names)
+    converter = names["convert_flux_transformer_checkpoint_to_diffusers"]
+    entry = single_file_model.SINGLE_FILE_LOADABLE_CLASSES["FluxTransformer2DModel"]
+    monkeypatch.setitem(entry, "checkpoint_mapping_fn", converter)
+
+
+@pytest.mark.usefixtures("narrow_flux")
+@pytest.mark.parametrize("family", ["sdxl", "flux"])
+def test_a_whole_file_under_its_first_authors_names_draws_what_diffusers_draws(
+    family: str, directory: Path, tmp_path: Path
+) -> None:
+    """Both text encoders of SDXL are CLIP models; diffusers tells them apart by their width."""
+    file, tied = tmp_path / f"{family}.safetensors", tmp_path / "tied.safetensors"
+    if family == "sdxl":
+        checkpoint, cls, denoiser = directory / "sdxl48", StableDiffusionXLPipeline, "unet"
+        build_sdxl(second_width=48).save_pretrained(checkpoint)
+        files = [sdxl_file(checkpoint, file)]
+    else:
+        checkpoint, cls, denoiser = save("flux", directory), FluxPipeline, "transformer"
+        files = [flux_file(checkpoint, file), flux_file(checkpoint, tied, tied=True)]
+    base, call = without_weights(checkpoint, tmp_path / "layout"), FAMILIES[family].call
+    plain = cls.from_single_file(str(file), config=str(base), local_files_only=True)
+    plain.text_encoder_2.eval()  # diffusers leaves a T5 in training mode, whose dropout draws another picture each time
+    wanted = made(plain, call)
+    assert torch.equal(wanted, made(cls.from_pretrained(checkpoint), call)), "the file is another model"
+    for one in files:
+        model = load(one, base)
+        assert type(model.pipeline) is cls
+        assert torch.equal(made(model.pipeline, call), wanted)
+        assert_named_as_in(checkpoint, model, denoiser, "vae", "text_encoder", "text_encoder_2")
 
 
 @pytest.mark.parametrize("fused", [False, True])

@@ -82,9 +82,12 @@ class SingleFile:
         except (LookupError, ValueError, RuntimeError, AttributeError, internals.SingleFileComponentError) as error:
             said = (str(error).strip().splitlines() or [""])[0]
             raise self._does_not_fit(component, f"{type(error).__name__}: {said}") from error
+        if isinstance(made, PreTrainedModel):
+            made.tie_weights()  # diffusers reads one name of tied tensors, and leaves the others without values
         if any(parameter.is_meta for parameter in made.parameters()):
             raise self._does_not_fit(component, "tensors are missing")
-        return _dequantized(made) if quantized else made
+        # diffusers leaves a T5 in training mode, in which dropout draws another picture each time
+        return (_dequantized(made) if quantized else made).eval()
 
     def _does_not_fit(self, component: Component, why: str) -> StartFailed:
         return StartFailed(
