@@ -36,5 +36,8 @@ class Row(msgspec.Struct):
         return self.mode == "merged" and self.served and self.worst <= TOLERANCE
 
 
+AMPLIFIED = "yes, in float64; rounding makes "
+"""Of two ranks that compute the same, but for rounding, which the pipeline amplifies."""
+
 TOLERANCE = 1e-4
 """Largest difference of a pixel in [0, 1] between a merged request and plain diffusers."""
