@@ -29,6 +29,8 @@ def _has_text(annotation: Any) -> bool:
 _TEXTS = frozenset(name for name, field in GenerateBody.model_fields.items() if _has_text(field.annotation))
 """Fields of a form that are text as it stands; every other one is JSON: ``-F seed=4 -F stream=true``."""
 
+_AS_THEY_STAND = (b"7bit", b"8bit", b"binary")
+_ASCII_OR_UTF8 = (b"utf-8", b"us-ascii")
 _MOST_FIELDS = 256
 _LONGEST_FIELD = 2**20
 """Bytes of a field that is text, so also of an image in base64."""
@@ -54,6 +56,15 @@ class _WholeForm(MultiPartParser):
 
     ended = False
     spool_max_size = 2**40
+
+    def on_headers_finished(self) -> None:
+        """Raises ``MultiPartException`` for a part whose text would be read as something else than it is."""
+        headers = dict(self._current_part.item_headers)
+        encoding = headers.get(b"content-transfer-encoding", b"binary").strip().lower()
+        _, options = parse_options_header(headers.get(b"content-type", b""))
+        if encoding not in _AS_THEY_STAND or options.get(b"charset", b"utf-8").lower() not in _ASCII_OR_UTF8:
+            raise MultiPartException("Parts are read as they stand, and their text as UTF-8.")
+        super().on_headers_finished()
 
     def on_end(self) -> None:
         self.ended = True

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from ..protocol.errors import BodyTooLarge, DeadlinePassed, QueueFull
+from ..protocol.errors import BodyTooLarge, DeadlinePassed, Malformed, QueueFull
 
 _FREE = 64 * 1024
 """The first bytes of each body, which do not count, so that large bodies do not keep small ones out."""
@@ -67,6 +67,7 @@ class BodyLimitMiddleware:
             await self._app(scope, receive, send)
             return
         headers = Headers(scope=scope)
+        _check_encoding(headers)
         route = (scope["path"], media_type(headers))
         streamed = self._limits.streamed.get(route)
         limit = streamed or self._limits.by_path.get(scope["path"], self._limits.others)
@@ -123,6 +124,13 @@ class _Body:
     def release(self) -> None:
         self._memory.give_back(self._taken)
         self._taken = 0
+
+
+def _check_encoding(headers: Headers) -> None:
+    """Raises ``Malformed`` for a compressed body: a small one may become any size."""
+    encoding = headers.get("content-encoding", "identity").strip().lower()
+    if encoding not in ("", "identity"):
+        raise Malformed(f"Bodies are read uncompressed; leave out Content-Encoding: {encoding[:100]!r}.")
 
 
 def _announced(headers: Headers, limit: int) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -58,7 +58,7 @@ class WeightVersion(Body, json_schema_extra={"example": {"new_version": "100"}})
 class WeightsChecker(Body, json_schema_extra={"example": {"action": "snapshot"}}):
     action: Literal["snapshot", "compare", "reset_tensors"]
     target_modules: Modules | None = Field(None, description="What to reset; `transformer` when omitted")
-    skip_tensor_list: TensorNames | None = Field(
+    skip_tensor_list: Annotated[TensorNames, Field(max_length=256)] | None = Field(
         None, description="Tensors whose names contain one of these are neither reset nor compared"
     )
     selector: Literal["all", "target"] | None = Field(None, description="Without effect: there is one model")

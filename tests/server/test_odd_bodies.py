@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import gzip
 import json
 import threading
 from collections.abc import Iterator
@@ -302,3 +303,31 @@ def test_a_field_that_would_be_without_effect_is_refused_by_its_name(
 def test_weights_are_not_reset_without_a_snapshot_to_compare_with(client: httpx.Client) -> None:
     reply = client.post("/weights_checker", json={"action": "reset_tensors"})
     assert (reply.status_code, reply.json()["error"]["field"]) == (409, "action"), reply.text
+
+
+@pytest.mark.parametrize("route", ["/generate", "/update_weights_from_tensor", "/pause_generation"])
+@pytest.mark.parametrize("encoding", ["gzip", "deflate", "br", "gzip, identity"])
+def test_a_body_that_is_called_compressed_is_refused_in_words(client: httpx.Client, route: str, encoding: str) -> None:
+    for body in (gzip.compress(json.dumps(GENERATE).encode()), b"{}"):
+        for kind in ("application/json", "application/x-safetensors"):
+            reply = client.post(route, content=body, headers={"Content-Encoding": encoding, "Content-Type": kind})
+            assert (reply.status_code, "Content-Encoding" in reply.text) == (422, True), reply.text
+    assert client.post("/continue_generation", content=b"{}", headers={"Content-Encoding": "identity"}).is_success
+
+
+@pytest.mark.parametrize(
+    ("header", "status"),
+    [
+        ("Content-Transfer-Encoding: base64", 422),
+        ("Content-Transfer-Encoding: quoted-printable", 422),
+        ("Content-Type: text/plain; charset=utf-7", 422),
+        ("Content-Type: text/plain; charset=iso-8859-1", 422),
+        ("Content-Transfer-Encoding: 8bit", 200),
+        ("Content-Type: text/plain; charset=UTF-8", 200),
+    ],
+)
+def test_no_prompt_is_drawn_from_the_letters_of_its_encoding(client: httpx.Client, header: str, status: int) -> None:
+    form = f'--B\r\nContent-Disposition: form-data; name="prompt"\r\n{header}\r\n\r\nYSBzdGFy\r\n--B--\r\n'
+    headers = {"Content-Type": "multipart/form-data; boundary=B", "Accept": "application/json"}
+    reply = client.post("/generate", content=form.encode(), headers=headers)
+    assert reply.status_code == status, reply.text
