@@ -273,12 +273,16 @@ def main() -> None:
         "embedded, fp32": compare(*embedded_wide, clients=(16,), pictures=options.pictures, **common),
         "mid-size, fp32": compare(*random, clients=(16,), pictures=16, **(common | {"rounds": min(rounds, 2)})),
     }
+    print(table(found))
+    if not options.quick:
+        save(found)
+
+
+def save(found: dict[str, Any]) -> None:
     results = ROOT / "benchmarks" / "results"
     results.mkdir(exist_ok=True)
-    if not options.quick:
-        (results / "serving.json").write_text(json.dumps(found, indent=2) + "\n")
-        (results / "serving.md").write_text(table(found))
-    print(table(found))
+    (results / "serving.json").write_text(json.dumps(found, indent=2) + "\n")
+    (results / "serving.md").write_text(table(found))
 
 
 if __name__ == "__main__":

@@ -5,83 +5,12 @@ Latents have 4 channels, texts and summaries of texts are 32 wide, if a pipeline
 
 from __future__ import annotations
 
-from typing import Any
-
-Arguments = dict[str, Any]
-
-_HEADS: Arguments = {"num_attention_heads": 2, "attention_head_dim": 16}
-_LATENT: Arguments = {"in_channels": 4, "out_channels": 4}
-_FLUX: Arguments = {
-    "patch_size": 1,
-    "in_channels": 16,
-    "num_layers": 1,
-    "num_single_layers": 1,
-    "num_attention_heads": 4,
-    "attention_head_dim": 16,
-    "joint_attention_dim": 32,
-}
-_SD3: Arguments = {
-    **_LATENT,
-    **_HEADS,
-    "sample_size": 8,
-    "patch_size": 2,
-    "num_layers": 2,
-    "joint_attention_dim": 64,
-    "caption_projection_dim": 32,
-    "pooled_projection_dim": 64,
-    "pos_embed_max_size": 32,
-}
-_SANA: Arguments = {
-    **_LATENT,
-    **_HEADS,
-    "patch_size": 1,
-    "num_layers": 2,
-    "num_cross_attention_heads": 2,
-    "cross_attention_head_dim": 16,
-    "cross_attention_dim": 32,
-    "caption_channels": 32,
-    "sample_size": 8,
-}
-_QWEN_IMAGE: Arguments = {
-    "patch_size": 2,
-    "in_channels": 16,
-    "out_channels": 4,
-    "num_layers": 2,
-    "attention_head_dim": 16,
-    "num_attention_heads": 4,
-    "joint_attention_dim": 32,
-    "axes_dims_rope": (8, 4, 4),
-}
-_Z_IMAGE: Arguments = {
-    "all_patch_size": (2,),
-    "all_f_patch_size": (1,),
-    "in_channels": 4,
-    "dim": 96,
-    "n_layers": 2,
-    "n_refiner_layers": 1,
-    "n_heads": 4,
-    "n_kv_heads": 4,
-    "cap_feat_dim": 32,
-    "axes_dims": [8, 8, 8],
-    "axes_lens": [256, 32, 32],
-}
-_HUNYUAN_DIT: Arguments = {
-    "sample_size": 8,
-    "patch_size": 2,
-    "attention_head_dim": 8,
-    "num_attention_heads": 4,
-    "in_channels": 4,
-    "cross_attention_dim": 32,
-    "cross_attention_dim_t5": 32,
-    "pooled_projection_dim": 16,
-    "hidden_size": 32,
-    "activation_fn": "gelu-approximate",
-}
+from .families import FLUX, HEADS, HUNYUAN_DIT, LATENT, QWEN_IMAGE, SANA, SD3, Z_IMAGE, Arguments
 
 FORMS: dict[str, Arguments] = {
     "AuraFlowTransformer2DModel": {
-        **_LATENT,
-        **_HEADS,
+        **LATENT,
+        **HEADS,
         "sample_size": 8,
         "patch_size": 2,
         "num_mmdit_layers": 1,
@@ -109,22 +38,22 @@ FORMS: dict[str, Arguments] = {
         "axes_lens": (2048, 64, 64),
     },
     "BriaFiboTransformer2DModel": {
-        **_FLUX,
+        **FLUX,
         "in_channels": 4,
         "joint_attention_dim": 64,
         "text_encoder_dim": 32,
         "axes_dims_rope": (4, 6, 6),
     },
-    "BriaTransformer2DModel": {**_FLUX, "axes_dims_rope": (4, 6, 6)},
+    "BriaTransformer2DModel": {**FLUX, "axes_dims_rope": (4, 6, 6)},
     "ChromaTransformer2DModel": {
-        **_FLUX,
+        **FLUX,
         "axes_dims_rope": (4, 6, 6),
         "approximator_hidden_dim": 32,
         "approximator_layers": 1,
         "approximator_num_channels": 16,
     },
     "CogView3PlusTransformer2DModel": {
-        **_LATENT,
+        **LATENT,
         "patch_size": 2,
         "num_layers": 1,
         "attention_head_dim": 16,
@@ -136,8 +65,8 @@ FORMS: dict[str, Arguments] = {
         "sample_size": 8,
     },
     "CogView4Transformer2DModel": {
-        **_LATENT,
-        **_HEADS,
+        **LATENT,
+        **HEADS,
         "patch_size": 2,
         "num_layers": 2,
         "text_embed_dim": 32,
@@ -167,11 +96,11 @@ FORMS: dict[str, Arguments] = {
         "axes_dims_rope": (4, 4, 4, 4),
         "guidance_embeds": False,
     },
-    "FluxControlNetModel": {**_FLUX, "pooled_projection_dim": 32, "axes_dims_rope": (4, 6, 6)},
-    "FluxTransformer2DModel": {**_FLUX, "pooled_projection_dim": 32, "axes_dims_rope": (4, 6, 6)},
+    "FluxControlNetModel": {**FLUX, "pooled_projection_dim": 32, "axes_dims_rope": (4, 6, 6)},
+    "FluxTransformer2DModel": {**FLUX, "pooled_projection_dim": 32, "axes_dims_rope": (4, 6, 6)},
     "GlmImageTransformer2DModel": {
-        **_LATENT,
-        **_HEADS,
+        **LATENT,
+        **HEADS,
         "patch_size": 2,
         "num_layers": 2,
         "text_embed_dim": 32,
@@ -180,7 +109,7 @@ FORMS: dict[str, Arguments] = {
         "prior_vq_quantizer_codebook_size": 128,
     },
     "HiDreamImageTransformer2DModel": {
-        **_LATENT,
+        **LATENT,
         "patch_size": 2,
         "num_layers": 1,
         "num_single_layers": 1,
@@ -194,11 +123,11 @@ FORMS: dict[str, Arguments] = {
         "max_resolution": (32, 32),
         "llama_layers": (0, 1),
     },
-    "HunyuanDiT2DControlNetModel": {**_HUNYUAN_DIT, "transformer_num_layers": 4},
-    "HunyuanDiT2DModel": {**_HUNYUAN_DIT, "num_layers": 4},
+    "HunyuanDiT2DControlNetModel": {**HUNYUAN_DIT, "transformer_num_layers": 4},
+    "HunyuanDiT2DModel": {**HUNYUAN_DIT, "num_layers": 4},
     "HunyuanImageTransformer2DModel": {
-        **_LATENT,
-        **_HEADS,
+        **LATENT,
+        **HEADS,
         "num_layers": 1,
         "num_single_layers": 1,
         "num_refiner_layers": 1,
@@ -234,7 +163,7 @@ FORMS: dict[str, Arguments] = {
         "axes_dims_rope": (4, 2, 2),
         "rope_theta": 1000.0,
     },
-    "LongCatImageTransformer2DModel": {**_FLUX, "pooled_projection_dim": 32, "axes_dims_rope": [4, 6, 6]},
+    "LongCatImageTransformer2DModel": {**FLUX, "pooled_projection_dim": 32, "axes_dims_rope": [4, 6, 6]},
     "Lumina2Transformer2DModel": {
         "sample_size": 8,
         "patch_size": 2,
@@ -262,7 +191,7 @@ FORMS: dict[str, Arguments] = {
         "cross_attention_dim": 32,
     },
     "NucleusMoEImageTransformer2DModel": {
-        **_QWEN_IMAGE,
+        **QWEN_IMAGE,
         "moe_enabled": False,
         "capacity_factors": [8.0, 8.0],
     },
@@ -276,7 +205,7 @@ FORMS: dict[str, Arguments] = {
         "time_step_dim": 4,
         "rope_scaling": {"long_factor": [1.0] * 8, "short_factor": [1.0] * 8},
     },
-    "OvisImageTransformer2DModel": {**_FLUX, "out_channels": 16, "axes_dims_rope": (4, 6, 6)},
+    "OvisImageTransformer2DModel": {**FLUX, "out_channels": 16, "axes_dims_rope": (4, 6, 6)},
     "PRXTransformer2DModel": {
         "patch_size": 2,
         "in_channels": 4,
@@ -288,7 +217,7 @@ FORMS: dict[str, Arguments] = {
         "axes_dim": [8, 8],
     },
     "PixArtTransformer2DModel": {
-        **_HEADS,
+        **HEADS,
         "sample_size": 8,
         "num_layers": 2,
         "patch_size": 2,
@@ -307,12 +236,12 @@ FORMS: dict[str, Arguments] = {
         "context_in_dim": 32,
         "axes_dims_rope": (4, 6, 6),
     },
-    "QwenImageControlNetModel": _QWEN_IMAGE,
-    "QwenImageTransformer2DModel": {**_QWEN_IMAGE, "guidance_embeds": False},
-    "SD3ControlNetModel": _SD3,
-    "SD3Transformer2DModel": {**_SD3, "qk_norm": "rms_norm"},
-    "SanaControlNetModel": _SANA,
-    "SanaTransformer2DModel": _SANA,
+    "QwenImageControlNetModel": QWEN_IMAGE,
+    "QwenImageTransformer2DModel": {**QWEN_IMAGE, "guidance_embeds": False},
+    "SD3ControlNetModel": SD3,
+    "SD3Transformer2DModel": {**SD3, "qk_norm": "rms_norm"},
+    "SanaControlNetModel": SANA,
+    "SanaTransformer2DModel": SANA,
     "ZImageControlNetModel": {
         "control_layers_places": [0],
         "control_refiner_layers_places": [0],
@@ -321,6 +250,6 @@ FORMS: dict[str, Arguments] = {
         "n_heads": 4,
         "n_kv_heads": 4,
     },
-    "ZImageTransformer2DModel": _Z_IMAGE,
+    "ZImageTransformer2DModel": Z_IMAGE,
 }
 """Keyed by class name."""

@@ -5,52 +5,11 @@ Latents have 4 channels, texts and summaries of texts are 32 wide, if a pipeline
 
 from __future__ import annotations
 
-from typing import Any
-
-Arguments = dict[str, Any]
-
-_HEADS: Arguments = {"num_attention_heads": 2, "attention_head_dim": 16}
-_LATENT: Arguments = {"in_channels": 4, "out_channels": 4}
-_WAN: Arguments = {
-    **_LATENT,
-    "patch_size": (1, 2, 2),
-    "num_attention_heads": 4,
-    "attention_head_dim": 16,
-    "text_dim": 32,
-    "freq_dim": 32,
-    "ffn_dim": 64,
-    "num_layers": 2,
-    "cross_attn_norm": True,
-    "rope_max_seq_len": 64,
-}
-_SANA: Arguments = {
-    **_LATENT,
-    **_HEADS,
-    "patch_size": 1,
-    "num_layers": 2,
-    "num_cross_attention_heads": 2,
-    "cross_attention_head_dim": 16,
-    "cross_attention_dim": 32,
-    "caption_channels": 32,
-    "sample_size": 8,
-}
-_HUNYUAN_VIDEO: Arguments = {
-    **_LATENT,
-    "num_attention_heads": 4,
-    "attention_head_dim": 16,
-    "num_layers": 1,
-    "num_single_layers": 1,
-    "num_refiner_layers": 1,
-    "patch_size": 1,
-    "patch_size_t": 1,
-    "text_embed_dim": 32,
-    "pooled_projection_dim": 32,
-    "rope_axes_dim": (4, 6, 6),
-}
+from .families import HEADS, HUNYUAN_VIDEO, LATENT, SANA, WAN, Arguments
 
 FORMS: dict[str, Arguments] = {
     "AllegroTransformer3DModel": {
-        **_LATENT,
+        **LATENT,
         "num_attention_heads": 2,
         "attention_head_dim": 12,
         "num_layers": 1,
@@ -61,18 +20,18 @@ FORMS: dict[str, Arguments] = {
         "caption_channels": 32,
     },
     "AnyFlowFARTransformer3DModel": {
-        **_WAN,
+        **WAN,
         "compressed_patch_size": (1, 4, 4),
         "full_chunk_limit": 3,
         "gate_value": 0.25,
         "deltatime_type": "r",
         "chunk_partition": (1, 1, 1),
     },
-    "AnyFlowTransformer3DModel": {**_WAN, "gate_value": 0.25, "deltatime_type": "r"},
-    "ChronoEditTransformer3DModel": {**_WAN, "in_channels": 12, "image_dim": 32},
+    "AnyFlowTransformer3DModel": {**WAN, "gate_value": 0.25, "deltatime_type": "r"},
+    "ChronoEditTransformer3DModel": {**WAN, "in_channels": 12, "image_dim": 32},
     "CogVideoXTransformer3DModel": {
-        **_LATENT,
-        **_HEADS,
+        **LATENT,
+        **HEADS,
         "time_embed_dim": 16,
         "text_embed_dim": 32,
         "num_layers": 1,
@@ -84,7 +43,7 @@ FORMS: dict[str, Arguments] = {
         "max_text_seq_length": 226,
     },
     "CosmosTransformer3DModel": {
-        **_HEADS,
+        **HEADS,
         "in_channels": 5,
         "out_channels": 4,
         "num_layers": 2,
@@ -98,8 +57,8 @@ FORMS: dict[str, Arguments] = {
         "extra_pos_embed_type": "learnable",
     },
     "EasyAnimateTransformer3DModel": {
-        **_LATENT,
-        **_HEADS,
+        **LATENT,
+        **HEADS,
         "time_embed_dim": 8,
         "text_embed_dim": 32,
         "num_layers": 1,
@@ -108,7 +67,7 @@ FORMS: dict[str, Arguments] = {
         "patch_size": 2,
     },
     "HeliosTransformer3DModel": {
-        **_LATENT,
+        **LATENT,
         "patch_size": (1, 2, 2),
         "num_attention_heads": 2,
         "attention_head_dim": 12,
@@ -124,7 +83,7 @@ FORMS: dict[str, Arguments] = {
         "is_amplify_history": False,
     },
     "HunyuanVideo15Transformer3DModel": {
-        **_HEADS,
+        **HEADS,
         "in_channels": 9,
         "out_channels": 4,
         "num_layers": 1,
@@ -140,13 +99,13 @@ FORMS: dict[str, Arguments] = {
         "task_type": "t2v",
     },
     "HunyuanVideoFramepackTransformer3DModel": {
-        **_HUNYUAN_VIDEO,
+        **HUNYUAN_VIDEO,
         "has_image_proj": True,
         "image_proj_dim": 32,
         "has_clean_x_embedder": True,
         "guidance_embeds": True,
     },
-    "HunyuanVideoTransformer3DModel": {**_HUNYUAN_VIDEO, "guidance_embeds": True},
+    "HunyuanVideoTransformer3DModel": {**HUNYUAN_VIDEO, "guidance_embeds": True},
     "JoyImageEditTransformer3DModel": {
         "in_channels": 4,
         "hidden_size": 32,
@@ -220,7 +179,7 @@ FORMS: dict[str, Arguments] = {
         "output_sampling_rate": 16000,
     },
     "LTX2VideoTransformer3DModel": {
-        **_LATENT,
+        **LATENT,
         "patch_size": 1,
         "patch_size_t": 1,
         "num_attention_heads": 2,
@@ -248,7 +207,7 @@ FORMS: dict[str, Arguments] = {
         "caption_channels": 32,
     },
     "LatteTransformer3DModel": {
-        **_HEADS,
+        **HEADS,
         "in_channels": 4,
         "out_channels": 8,
         "sample_size": 8,
@@ -264,7 +223,7 @@ FORMS: dict[str, Arguments] = {
         "norm_eps": 1e-6,
     },
     "MochiTransformer3DModel": {
-        **_HEADS,
+        **HEADS,
         "patch_size": 2,
         "num_layers": 2,
         "pooled_projection_dim": 16,
@@ -274,7 +233,7 @@ FORMS: dict[str, Arguments] = {
         "max_sequence_length": 64,
     },
     "MotifVideoTransformer3DModel": {
-        **_HEADS,
+        **HEADS,
         "in_channels": 9,
         "out_channels": 4,
         "num_layers": 1,
@@ -285,7 +244,7 @@ FORMS: dict[str, Arguments] = {
         "rope_axes_dim": (4, 6, 6),
     },
     "SanaVideoTransformer3DModel": {
-        **_SANA,
+        **SANA,
         "patch_size": (1, 2, 2),
         "attention_head_dim": 12,
         "cross_attention_head_dim": 12,
@@ -293,9 +252,9 @@ FORMS: dict[str, Arguments] = {
         "qk_norm": "rms_norm_across_heads",
         "rope_max_seq_len": 32,
     },
-    "SkyReelsV2Transformer3DModel": _WAN,
-    "WanAnimateTransformer3DModel": {**_WAN, "image_dim": 32},
-    "WanTransformer3DModel": _WAN,
-    "WanVACETransformer3DModel": {**_WAN, "num_layers": 3, "vace_layers": [0, 2], "vace_in_channels": 72},
+    "SkyReelsV2Transformer3DModel": WAN,
+    "WanAnimateTransformer3DModel": {**WAN, "image_dim": 32},
+    "WanTransformer3DModel": WAN,
+    "WanVACETransformer3DModel": {**WAN, "num_layers": 3, "vace_layers": [0, 2], "vace_in_channels": 72},
 }
 """Keyed by class name."""

@@ -157,13 +157,8 @@ class Training:
             **PICTURE,
         )
         clock.lap("rollout_s")
-        marks = list(
-            map(
-                mark,
-                (rollout.output for rollout in rollouts),
-                [scene for scene in scenes for _ in range(options.group)],
-            )
-        )
+        asked_for = [scene for scene in scenes for _ in range(options.group)]
+        marks = [mark(rollout.output, scene) for rollout, scene in zip(rollouts, asked_for, strict=True)]
         rewards = torch.tensor([one.reward for one in marks])
         grouped = rewards.reshape(options.prompts, options.group)
         advantages = (grouped - grouped.mean(1, keepdim=True)).flatten() / (grouped.std(1).mean() + 1e-4)
