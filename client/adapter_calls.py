@@ -33,27 +33,25 @@ def set_lora(
     rounding would lose part of the change, and ``request`` applies them only to requests that name them
     (``generate(lora=[{"name": nickname, "scale": 0.8}])``).
     """
-    several = not isinstance(nickname, str)
     if path is None or isinstance(path, str | PathLike):
         paths: Any = None if path is None else fspath(path)
     else:
         paths = [None if one is None else fspath(one) for one in path]
     fields = {
-        "lora_nickname": list(nickname) if several else nickname,
+        "lora_nickname": nickname,
         "lora_path": paths,
-        "strength": list(strength) if isinstance(strength, Sequence) else strength,
-        "target": target if isinstance(target, str) else list(target),
+        "strength": strength,
+        "target": target,
         "merge_mode": mode,
         "strict": strict,
-        "lora_alpha": list(alpha) if isinstance(alpha, Sequence) else alpha,
+        "lora_alpha": alpha,
     }
     return Call("POST", "/v1/set_lora", _LORAS, given(fields))
 
 
 def merge_lora(strength: float | Sequence[float] | None = None, *, target: str = ALL) -> Call[Loras]:
     """Merge the active adapters into the weights, with new strengths if given."""
-    strengths = list(strength) if isinstance(strength, Sequence) else strength
-    return Call("POST", "/v1/merge_lora_weights", _LORAS, {"target": target, "strength": strengths})
+    return Call("POST", "/v1/merge_lora_weights", _LORAS, given({"target": target, "strength": strength}))
 
 
 def unmerge_lora(*, target: str = ALL) -> Call[Loras]:

@@ -10,7 +10,7 @@ from functools import partial
 from typing import Any, Concatenate, Generic, ParamSpec, Protocol, TypeVar
 
 from ..protocol.errors import InvalidRequest
-from ..protocol.fields import TABLE
+from ..protocol.fields import TABLE, Table
 from ..protocol.output_formats import OutputFormat
 from .errors import decode
 from .pictures import Picture, encode_pictures
@@ -100,8 +100,8 @@ def generate(
     """
     fields = {
         **by_table(locals()),
-        "prompt": prompt if isinstance(prompt, str) else list(prompt),
-        "seed": list(seed) if isinstance(seed, Sequence) else seed,
+        "prompt": prompt,
+        "seed": seed,
         "n": n,
         "image": None if image is None else encode_pictures(image),
         "lora": None if lora is None else [dict(adapter) for adapter in lora],
@@ -121,13 +121,13 @@ def model_info() -> Call[dict[str, Any]]:
     return Call("GET", "/model_info", partial(decode, dict[str, Any]))
 
 
-def by_table(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """The request fields in ``arguments`` that are not ``None``, under the fields' own names.
+def by_table(arguments: Mapping[str, Any], table: Table = TABLE) -> dict[str, Any]:
+    """The fields of ``table`` in ``arguments`` that are not ``None``, under their names in a request's body.
 
     Raises ``InvalidRequest`` for a field given under both of its names.
     """
     fields: dict[str, Any] = {}
-    for row in TABLE.values():
+    for row in table.values():
         values = given({name: arguments.get(name) for name in (row.name, row.alias)})
         if len(values) > 1:
             raise InvalidRequest(
@@ -139,8 +139,12 @@ def by_table(arguments: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def given(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """``fields`` without those that are ``None``, whose values the server chooses."""
-    return {name: value for name, value in fields.items() if value is not None}
+    """``fields`` as JSON has them, without those that are ``None``, whose values the server chooses."""
+    return {
+        name: list(value) if isinstance(value, Sequence) and not isinstance(value, str) else value
+        for name, value in fields.items()
+        if value is not None
+    }
 
 
 def method(build: Callable[P, Call[R]], send: Callable[[S, Call[R]], T]) -> Callable[Concatenate[S, P], T]:

@@ -8,9 +8,8 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 from ..formats.tensor_files import write_header
-from ..protocol.rollouts import TENSOR, FloatName, SamplerName
-from . import calls
-from .calls import Call
+from ..protocol.rollouts import ROLLOUT, TENSOR, FloatName, SamplerName
+from .calls import Call, by_table, generate, given
 from .host_tensors import from_torch
 from .rollouts import Rollout, decode_rollouts
 
@@ -34,27 +33,14 @@ def rollout(
     the log-probability of step k needs k and k + 1. ``denoise_seeds`` has a seed for each sample. Without ``recorded``,
     the reply has only the outputs of a plain generation. ``arguments`` are those of :meth:`generate`.
     """
-    call = calls.generate(prompt, **arguments)
     fields = {
-        "rollout": recorded,
-        "rollout_sde_type": sampler,
-        "rollout_noise_level": noise_level,
-        "rollout_log_prob_no_const": no_const,
-        "rollout_return_dit_trajectory": trajectory,
-        "rollout_return_denoising_env": environment,
-        "rollout_debug_mode": debug,
-        "rollout_sde_step_indices": None if sde_steps is None else list(sde_steps),
-        "rollout_return_step_indices": None if return_steps is None else list(return_steps),
-        "rollout_shared_memory": shared_memory,
-        "rollout_video_dtype": output_dtype,
-        "generator_device": generator_device,
-        "denoise_seeds": None if denoise_seeds is None else list(denoise_seeds),
-        "flow_shift": flow_shift,
-        "sigmas": None if sigmas is None else list(sigmas),
+        **by_table(locals(), ROLLOUT),
+        "denoise_seeds": denoise_seeds,
         "initial_noise": None if initial_noise is None else _encoded(initial_noise),
     }
+    call = generate(prompt, **arguments)
     read = partial(decode_rollouts, shared=shared_memory)
-    return Call("POST", "/rollout/generate", read, {**(call.body or {}), **calls.given(fields)}, call.timeout_s)
+    return Call("POST", "/rollout/generate", read, {**(call.body or {}), **given(fields)}, call.timeout_s)
 
 
 def _encoded(tensor: torch.Tensor) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from urllib.parse import urlencode
 import msgspec
 
 from ..protocol.operations import Barrier
-from .calls import Call, nothing
+from .calls import Call, given, nothing
 from .checksum import ModuleChecksum
 from .errors import decode
 from .results import WeightUpdate
@@ -79,9 +79,8 @@ def update_from_disk(
     mode: Barrier,
     require_complete: bool | None,
 ) -> Call[WeightUpdate]:
-    modules = None if target_modules is None else list(target_modules)
-    fields = {"model_path": str(path), "target_modules": modules, "weight_version": version, "mode": mode}
-    return Call("POST", "/update_weights_from_disk", _UPDATE, {**fields, "require_complete": require_complete})
+    fields = {"model_path": str(path), "target_modules": target_modules, "weight_version": version, "mode": mode}
+    return Call("POST", "/update_weights_from_disk", _UPDATE, given({**fields, "require_complete": require_complete}))
 
 
 def begin(version: str | None, modules: Sequence[str], mode: Barrier, timeout_s: float) -> Call[Begun]:

@@ -1,13 +1,15 @@
 """The table of the fields of a generation request that reach a worker unchanged.
 
-Server, worker, Python client and command line take names, types, ranges, defaults and help from :class:`Settings`. A
-field that the server turns into something else (``prompt`` and ``seed`` into samples) is in its ``GenerateBody``.
+Server, worker, Python client and command line take names, types, ranges, defaults and help from :class:`Settings`, and
+those of a rollout from :class:`.rollouts.Rollout`. A field that the server turns into something else (``prompt`` and
+``seed`` into samples) is in its ``GenerateBody``.
 """
 
 from __future__ import annotations
 
 import functools
-from typing import Annotated, Any, Literal, NamedTuple, get_args
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin
 
 import msgspec
 
@@ -19,13 +21,15 @@ class Field(msgspec.Struct, frozen=True):
 
     ``high`` may name the option of the server that holds the bound. A field that is an ``argument`` is taken by
     pipelines whose ``__call__`` has one of its name, a ``video`` field by those that make clips, any other by all.
-    ``short`` is its name in the Python client and on the command line, which has it as an option if it is a ``flag``.
+    ``wire`` is its name in a request's body, and ``short`` in the Python client and on the command line, which has it
+    as an option if it is a ``flag``; by default both are the attribute's.
     """
 
     help: str
     low: float | None = None
     high: float | str | None = None
     taken_by: Literal["argument", "video"] | None = None
+    wire: str | None = None
     short: str | None = None
     flag: bool = False
 
@@ -56,9 +60,10 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Row(NamedTuple):
-    """A field as a row of the table."""
+    """A field as a row of the table: its ``name`` in a request's body, and the struct's ``attribute``."""
 
     name: str
+    attribute: str
     type: Any
     default: Any
     field: Field
@@ -66,19 +71,26 @@ class Row(NamedTuple):
     @property
     def alias(self) -> str:
         """Its name in the Python client and on the command line."""
-        return self.field.short or self.name
+        return self.field.short or self.attribute
 
 
-def _rows() -> list[Row]:
-    found = []
-    for one in msgspec.structs.fields(Settings):
-        kind, field = get_args(one.type)
-        default = one.default if one.default_factory is msgspec.NODEFAULT else one.default_factory()
-        found.append(Row(one.name, kind, default, field))
+Table = Mapping[str, Row]
+"""Rows by the fields' names in a request's body."""
+
+
+def table_of(struct: type[msgspec.Struct]) -> Table:
+    """The fields of ``struct`` that are annotated with a :class:`Field`."""
+    found = {}
+    for one in msgspec.structs.fields(struct):
+        if get_origin(one.type) is Annotated:
+            kind, field = get_args(one.type)
+            default = one.default if one.default_factory is msgspec.NODEFAULT else one.default_factory()
+            name = field.wire or one.name
+            found[name] = Row(name, one.name, kind, default, field)
     return found
 
 
-TABLE = {row.name: row for row in _rows()}
+TABLE = table_of(Settings)
 
 OF_PIPELINES = tuple(row.name for row in TABLE.values() if row.field.taken_by is not None)
 """The fields that not every pipeline takes."""

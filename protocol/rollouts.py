@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
 
 from .codec import Buffer
+from .fields import Field, table_of
 
 SamplerName = Literal["sde", "dance", "cps", "ode"]
 
@@ -37,32 +38,45 @@ class StepNoise(msgspec.Struct, frozen=True):
         return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") % (2**63 - 1)
 
 
+def _of(help: str, wire: str, *, short: str | None = None) -> Field:
+    return Field(help, wire=f"rollout_{wire}", short=short)
+
+
+_PLAIN = Field("False for a plain generation in the same form of reply, without noise", wire="rollout")
+_DEBUG = _of("Tell noises, means, model outputs and standard deviations", "debug_mode", short="debug")
+_ENVIRONMENT = _of("Tell what the denoiser was given", "return_denoising_env", short="environment")
+_TRAJECTORY = _of("Tell latents, timesteps and sigmas", "return_dit_trajectory", short="trajectory")
+_INDICES = "Indices of the latents to return: 0 before the first step, T after the last"
+_PLACES = _of(_INDICES, "return_step_indices", short="return_steps")
+_DTYPE = _of("The dtype of generated_output; uint8 has [0, 255] for [0, 1]", "video_dtype")
+
+
 class Rollout(msgspec.Struct, frozen=True, kw_only=True):
     """How a request is sampled, and which records its reply has.
 
-    Without ``recorded`` it is a plain generation, whose reply has only the output. ``sde_steps`` are the steps with
-    noise (``None``: all); ``places`` are the indices of the states in the reply, from 0 before the first step.
-    ``flow_shift`` replaces the scheduler's. ``initial_noise`` has a tensor for each sample, or one for all.
-    ``step_noise`` replaces the sample's generator as the source of the steps' noise.
+    ``initial_noise`` has a tensor for each sample, or one for all. ``step_noise`` replaces the sample's generator as
+    the source of the steps' noise.
     """
 
-    recorded: bool = True
-
-    sampler: SamplerName = "sde"
-    noise_level: float = 0.7
-    no_const: bool = False
-    returns_debug: bool = False
-    returns_environment: bool = False
-    returns_trajectory: bool = False
-    sde_steps: list[int] | None = None
-    places: list[int] | None = None
-    sigmas: list[float] | None = None
-    flow_shift: float | None = None
+    recorded: Annotated[bool, _PLAIN] = True
+    sampler: Annotated[SamplerName, _of("How steps are made stochastic, or ode for not at all", "sde_type")] = "sde"
+    noise_level: Annotated[float, _of("η: from 0, with cps to 1", "noise_level")] = 0.7
+    no_const: Annotated[bool, _of("Give −(x′ − mean)² in place of log-probabilities", "log_prob_no_const")] = False
+    returns_debug: Annotated[bool, _DEBUG] = False
+    returns_environment: Annotated[bool, _ENVIRONMENT] = False
+    returns_trajectory: Annotated[bool, _TRAJECTORY] = False
+    sde_steps: Annotated[list[int] | None, _of("The steps that have noise; all by default", "sde_step_indices")] = None
+    places: Annotated[list[int] | None, _PLACES] = None
+    sigmas: Annotated[list[float] | None, Field("The schedule, exactly, in fp32; 0 may be left out at its end")] = None
+    flow_shift: Annotated[float | None, Field("Replaces the schedule's shift", 1e-6, 1000)] = None
+    output_dtype: Annotated[FloatName | Literal["uint8"], _DTYPE] = "float32"
+    generator_device: Annotated[Literal["cpu", "cuda"], Field("Where noise is drawn")] = "cpu"
+    shared_memory: Annotated[bool, _of("Tensors as files, for a client on the same machine", "shared_memory")] = False
     initial_noise: list[Tensor] = []
     step_noise: StepNoise | None = None
-    output_dtype: FloatName | Literal["uint8"] = "float32"
-    generator_device: Literal["cpu", "cuda"] = "cpu"
-    shared_memory: bool = False
+
+
+ROLLOUT = table_of(Rollout)
 
 
 class RolledOut(msgspec.Struct, frozen=True, kw_only=True):

@@ -27,13 +27,13 @@ from ..protocol.reports import Operated
 from .adapter_files import copy_adapter
 from .answers import OPERATING, answers
 from .body_types import Alpha, Name, Path
+from .body_validation import Body
 from .control_bodies import Nothing
 from .operation_client import OperationClient, active_adapters, first_report
 from .replies import json_reply
 from .routes import Route
 from .scheduler_link import OperationFailed
 from .service import Service
-from .validation import Body
 
 Names = Annotated[list[Name], Field(min_length=1, max_length=64)]
 

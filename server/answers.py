@@ -8,7 +8,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict
 
 from ..protocol.errors import BY_STATUS
-from .validation import Body
+from .body_validation import Body
 
 Answers = dict[int | str, dict[str, Any]]
 

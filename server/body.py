@@ -11,10 +11,10 @@ from starlette.datastructures import FormData, UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 
 from ..protocol.errors import BodyTooLarge, Malformed
+from .body_validation import refuse_query, validate
 from .bounded import MAX_TEXT, MAX_VALUES, check_json, parse, read_body
 from .images import MOST_IMAGES
 from .schemas import GenerateBody, parse_generate
-from .validation import refuse_query, validate
 
 FORM = "multipart/form-data"
 

@@ -7,7 +7,6 @@ Types are checked exactly (``true`` is not an integer, ``"4"`` not a number). Bo
 from __future__ import annotations
 
 import difflib
-import functools
 import math
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, TypeVar
@@ -18,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic_core import ErrorDetails
 
 from ..protocol.errors import Malformed, SafelightError
-from .bounded import MAX_VALUES, parse, read_body
+from .bounded import parse
 
 MOST_ITEMS = 4096  # no configuration allows more outputs, so no list of a generation may be longer
 
@@ -43,21 +42,12 @@ class Body(BaseModel):
 B = TypeVar("B", bound=Body)
 
 
-async def read(request: Request, form: type[B], max_values: int = MAX_VALUES) -> B:
+async def decode(body: bytearray, form: type[B], max_values: int) -> B:
     """The body as ``form``; an empty one has every default, and so has a field that is null.
 
     Raises ``Malformed`` and ``BodyTooLarge``.
     """
-    return await decode(await read_body(request), form, max_values)
-
-
-async def decode(body: bytearray, form: type[B], max_values: int = MAX_VALUES) -> B:
-    """As :func:`read`, of a body that was received."""
-    return await parse(body, functools.partial(_decode, form=form), max_values)
-
-
-def _decode(body: bytearray, form: type[B]) -> B:
-    return validate(without_nulls(read_object(body or bytearray(b"{}"))), form)
+    return await parse(body, lambda body: validate(without_nulls(read_object(body or b"{}")), form), max_values)
 
 
 def from_query(request: Request, form: type[B]) -> B:

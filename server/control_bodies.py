@@ -8,7 +8,7 @@ from pydantic import Field
 
 from ..protocol.operations import Barrier
 from .body_types import Modules, Name, TensorNames, Version
-from .validation import Body
+from .body_validation import Body
 
 
 class Nothing(Body, json_schema_extra={"example": {}}):

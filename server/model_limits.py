@@ -11,9 +11,9 @@ from ..protocol.errors import InvalidRequest
 from ..protocol.fields import ARGUMENTS, TABLE, Settings
 from ..protocol.output_formats import formats_of
 from ..protocol.replicas import ImageTask, ModelInfo, Parameter
+from .body_validation import near
 from .request_validation import Range
 from .schemas import GenerateBody
-from .validation import near
 
 _BEYOND = 2**63
 _SIDES = ("width", "height")

@@ -10,7 +10,7 @@ import msgspec
 from ..protocol.adapters import Use
 from ..protocol.config import MOST_PIXELS, Config
 from ..protocol.errors import InvalidRequest
-from ..protocol.fields import TABLE, Field
+from ..protocol.fields import TABLE, Field, Table
 from ..protocol.generation import Generate, Image, Sample
 from ..protocol.output_formats import OutputFormat
 from .schemas import GenerateBody
@@ -31,11 +31,11 @@ class Range:
             raise InvalidRequest(f"{name} must be between {low} and {high}, not {value}.", field=field or name)
 
 
-def ranges(config: Config) -> dict[str, Range]:
-    """The range of each numeric field, for every model."""
-    outputs = Range(1, config.max_outputs)
-    bounded = [row for row in TABLE.values() if row.field.low is not None and row.field.high is not None]
-    return {row.name: _range(row.field, config) for row in bounded} | {"n": outputs, "num_outputs_per_prompt": outputs}
+def check_table(body: GenerateBody, table: Table, config: Config) -> None:
+    """Raise ``InvalidRequest`` for a number out of the range that ``table`` has for it."""
+    for name, row in table.items():
+        if row.field.low is not None and (value := getattr(body, name)) is not None:
+            _range(row.field, config).check(name, value)
 
 
 def _range(field: Field, config: Config) -> Range:
@@ -55,9 +55,10 @@ def check_ranges(body: GenerateBody, config: Config) -> None:
     names = [use.name for use in body.lora or ()]
     if len(set(names)) < len(names):
         raise InvalidRequest("An adapter is named twice; give each once, with its scale.", field="lora")
-    for name, allowed in ranges(config).items():
-        if (value := getattr(body, name)) is not None:
-            allowed.check(name, value)
+    check_table(body, TABLE, config)
+    for name, number in (("n", body.n), ("num_outputs_per_prompt", body.num_outputs_per_prompt)):
+        if number is not None:
+            Range(1, config.max_outputs).check(name, number)
     if body.num_outputs_per_prompt is not None and "n" in body.model_fields_set and body.n != outputs_per_prompt(body):
         raise InvalidRequest("n and num_outputs_per_prompt are the same field, but have different values.", field="n")
     total = len(body.prompt) * outputs_per_prompt(body)

@@ -7,8 +7,9 @@ import base64
 import binascii
 import itertools
 import math
-from typing import Annotated, Any, Literal, TypeGuard
+from typing import Annotated, Any, TypeGuard
 
+import msgspec
 import numpy as np
 from fastapi import Request
 from pydantic import Field
@@ -18,62 +19,42 @@ from ..protocol.codec import Buffer
 from ..protocol.config import Config
 from ..protocol.errors import BodyTooLarge, InvalidRequest, Malformed
 from ..protocol.replicas import ModelInfo
-from ..protocol.rollouts import TENSOR, FloatName, Rollout, SamplerName, StepNoise, Tensor
+from ..protocol.rollouts import ROLLOUT, TENSOR, Rollout, StepNoise, Tensor
+from .body_validation import read_object, refuse_query, validate, without_nulls
 from .bounded import MAX_TEXT, parse, read_body, read_msgpack
-from .request_validation import Range
-from .schemas import GenerateBody
-from .validation import read_object, refuse_query, validate, without_nulls
+from .request_validation import Range, check_table
+from .schemas import LIST, GenerateBody, with_fields
 
 _MOST_NOISE = 100.0
 _LEAST = 1e-6  # of a sigma, and between two
-_MOST_SHIFT = 1e3
 _FARTHEST = 1e4  # of a number in initial noise
-_LIST = Field(max_length=4096, fail_fast=True)
 
 
+@with_fields(ROLLOUT)
 class RolloutBody(
     GenerateBody,
     json_schema_extra={"example": {"prompt": "a red circle", "num_inference_steps": 10, "rollout_sde_type": "cps"}},
 ):
     """The prompt and settings, the sampler, and the records to return."""
 
-    rollout: bool = Field(True, description="False for a plain generation in the same form of reply, without noise")
-    rollout_sde_type: SamplerName = Field("sde", description="How steps are made stochastic, or ode for not at all")
-    rollout_noise_level: float = Field(0.7, description="η: from 0, with cps to 1")
-    rollout_log_prob_no_const: bool = Field(False, description="Give −(x′ − mean)² in place of log-probabilities")
-    rollout_debug_mode: bool | None = Field(
-        None, description="Tell noises, means, model outputs and standard deviations"
-    )
-    rollout_return_denoising_env: bool = Field(False, description="Tell what the denoiser was given")
-    rollout_return_dit_trajectory: bool = Field(False, description="Tell latents, timesteps and sigmas")
-    rollout_sde_step_indices: Annotated[list[int], _LIST] | None = Field(
-        None, description="The steps that have noise; all by default"
-    )
-    rollout_return_step_indices: Annotated[list[int], _LIST] | None = Field(
-        None, description="Indices of the latents to return: 0 before the first step, T after the last"
-    )
-    rollout_video_dtype: FloatName | Literal["uint8"] | None = Field(
-        None, description="The dtype of generated_output, float32 by default; uint8 has [0, 255] for [0, 1]"
-    )
-    denoise_seeds: Annotated[list[str], _LIST] | None = Field(
+    denoise_seeds: Annotated[list[str], LIST] | None = Field(
         None, description="A seed of the steps' noise for each sample, apart from that of its first noise"
-    )
-    rollout_shared_memory: bool = Field(False, description="Tensors as files, for a client on the same machine")
-    generator_device: Literal["cpu", "cuda"] | None = Field(None, description="Where noise is drawn; the CPU if null")
-    sigmas: Annotated[list[float], _LIST] | None = Field(
-        None, description="The schedule, exactly, in fp32; 0 may be left out at its end"
     )
     initial_noise: dict[str, Any] | None = Field(
         None, description="A float32 tensor, one row for each sample or one for all, each like the first of its latents"
     )
-    flow_shift: float | None = Field(None, description="Replaces the schedule's shift")
-    image_path: Annotated[list[str], _LIST] | None = Field(
+    image_path: Annotated[list[str], LIST] | None = Field(
         None, description="In place of image: files below the roots that the server allows"
     )
     suppress_logs: bool | None = Field(None, description="Accepted; a request has one line in the log in any case")
     extra_sampling_params: dict[str, Any] | None = Field(
         None, description="Fields of this body that stand elsewhere here, and arguments as in `extra`"
     )
+
+    @property
+    def plan(self) -> Rollout:
+        """The sampler and the records, without initial noise and its seeds."""
+        return Rollout(**{row.attribute: getattr(self, name) for name, row in ROLLOUT.items()})
 
 
 async def read_rollout(request: Request) -> RolloutBody:
@@ -121,8 +102,9 @@ def _is_object(value: Any) -> TypeGuard[dict[str, Any]]:
 
 def check_rollout(body: RolloutBody, model: ModelInfo, config: Config) -> None:
     """Raise ``InvalidRequest`` for what cannot be rolled out."""
-    if model.no_rollout is not None and (body.rollout or body.sigmas is not None):
-        field = "rollout" if body.rollout else "sigmas"
+    plan = body.plan
+    if model.no_rollout is not None and (plan.recorded or plan.sigmas is not None):
+        field = "rollout" if plan.recorded else "sigmas"
         raise InvalidRequest(f"{model.pipeline} cannot be rolled out: {model.no_rollout}.", field=field)
     if body.stream or body.settings.preview_every:
         raise InvalidRequest("A rollout has no stream; leave out stream and preview_every.", field="stream")
@@ -131,18 +113,16 @@ def check_rollout(body: RolloutBody, model: ModelInfo, config: Config) -> None:
     for name in ("sigmas", "timesteps"):
         if name in body.settings.extra:
             raise InvalidRequest(f"A rollout takes its schedule as sigmas, not in extra.{name}.", field=f"extra.{name}")
-    most = 1.0 if body.rollout_sde_type == "cps" else _MOST_NOISE
-    Range(0, most).check("rollout_noise_level", body.rollout_noise_level)
-    _check_indices("rollout_sde_step_indices", body.rollout_sde_step_indices, config.max_steps - 1)
-    _check_indices("rollout_return_step_indices", body.rollout_return_step_indices, config.max_steps)
-    if body.flow_shift is not None:
-        Range(_LEAST, _MOST_SHIFT).check("flow_shift", body.flow_shift)
+    Range(0, 1 if plan.sampler == "cps" else _MOST_NOISE).check("rollout_noise_level", plan.noise_level)
+    check_table(body, ROLLOUT, config)
+    _check_indices("rollout_sde_step_indices", plan.sde_steps, config.max_steps - 1)
+    _check_indices("rollout_return_step_indices", plan.places, config.max_steps)
     if body.image is not None and body.image_path is not None:
         raise InvalidRequest("Give either image or image_path.", field="image_path")
-    if body.generator_device == "cuda" and not model.device.startswith("cuda"):
+    if plan.generator_device == "cuda" and not model.device.startswith("cuda"):
         raise InvalidRequest(f"The model is on {model.device}, and no noise on a GPU.", field="generator_device")
-    if body.sigmas is not None:
-        _check_sigmas(body.sigmas, body.settings.num_inference_steps, config)
+    if plan.sigmas is not None:
+        _check_sigmas(plan.sigmas, body.settings.num_inference_steps, config)
 
 
 def _check_indices(name: str, indices: list[int] | None, most: int) -> None:
@@ -170,24 +150,9 @@ def _check_sigmas(sigmas: list[float], steps: int | None, config: Config) -> Non
 
 def to_rollout(body: RolloutBody, outputs: int) -> Rollout:
     """Raises ``InvalidRequest`` where initial noise or seeds are not for so many outputs."""
-    return Rollout(
-        recorded=body.rollout,
-        sampler=body.rollout_sde_type,
-        noise_level=body.rollout_noise_level,
-        no_const=body.rollout_log_prob_no_const,
-        returns_debug=bool(body.rollout_debug_mode),
-        returns_environment=body.rollout_return_denoising_env,
-        returns_trajectory=body.rollout_return_dit_trajectory,
-        sde_steps=body.rollout_sde_step_indices,
-        places=body.rollout_return_step_indices,
-        sigmas=body.sigmas,
-        flow_shift=body.flow_shift,
-        initial_noise=[] if body.initial_noise is None else _rows(_tensor(body.initial_noise), outputs),
-        step_noise=None if body.denoise_seeds is None else _step_noise(body.denoise_seeds, body.seed, outputs),
-        output_dtype=body.rollout_video_dtype or "float32",
-        generator_device=body.generator_device or "cpu",
-        shared_memory=body.rollout_shared_memory,
-    )
+    noise = [] if body.initial_noise is None else _rows(_tensor(body.initial_noise), outputs)
+    seeds = None if body.denoise_seeds is None else _step_noise(body.denoise_seeds, body.seed, outputs)
+    return msgspec.structs.replace(body.plan, initial_noise=noise, step_noise=seeds)
 
 
 def _step_noise(keys: list[str], seed: list[int] | None, outputs: int) -> StepNoise:

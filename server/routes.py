@@ -13,10 +13,10 @@ from ..protocol.errors import ErrorInfo, SafelightError
 from ..protocol.reports import Report
 from .answers import OPERATING, Done, TrainingRefusal, answers, query, request_body
 from .body_limit import media_type
+from .body_validation import Body, decode, refuse_query
 from .bounded import MAX_VALUES, read_body
 from .replies import error_reply, json_reply
 from .scheduler_link import OperationFailed
-from .validation import Body, decode, refuse_query
 
 B = TypeVar("B", bound=Body)
 

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Annotated, Any, TypeVar
+from collections.abc import Callable, Mapping
+from typing import Annotated, Any, TypeVar, get_args, get_origin
 
 from pydantic import BaseModel, BeforeValidator, Field, WithJsonSchema, create_model
 from pydantic_core import ErrorDetails
 
 from ..protocol.errors import InvalidRequest, Malformed, SafelightError
-from ..protocol.fields import TABLE, Settings
+from ..protocol.fields import TABLE, Settings, Table
 from ..protocol.output_formats import OutputFormat
-from .validation import EXPECTED, MOST_ITEMS, Body, choices, json_type, read_object, validate
+from .body_validation import EXPECTED, MOST_ITEMS, Body, choices, json_type, read_object, validate
 
 M = TypeVar("M", bound=BaseModel)
 
@@ -26,6 +26,7 @@ def _one_or_list(item: str) -> WithJsonSchema:
     return WithJsonSchema({"anyOf": [{"type": item}, {"type": "array", "items": {"type": item}}]})
 
 
+LIST = Field(max_length=MOST_ITEMS, fail_fast=True)
 _ITEMS = Field(min_length=1, max_length=MOST_ITEMS, fail_fast=True)
 Texts = Annotated[list[str], _ITEMS, BeforeValidator(_as_list)]
 Seeds = Annotated[list[int], _ITEMS, BeforeValidator(_as_list)]
@@ -38,18 +39,28 @@ class LoraUse(Body):
     scale: float = Field(1.0, ge=-100, le=100, description="How strongly it is added")
 
 
-def with_settings(form: type[M]) -> type[M]:
-    """``form`` with the fields of :class:`.fields.Settings`, their types and their help."""
+def with_fields(table: Table) -> Callable[[type[M]], type[M]]:
+    """Give a model the fields of ``table``, with their types and their help."""
     fields: dict[str, Any] = {
-        row.name: (row.type, Field(row.default, description=row.field.help)) for row in TABLE.values()
+        name: (_bounded(row.type), Field(row.default, description=row.field.help)) for name, row in table.items()
     }
-    made: type[M] = create_model(
-        form.__name__, __base__=form, __module__=form.__module__, __doc__=form.__doc__, **fields
-    )
-    return made
+
+    def decorate(form: type[M]) -> type[M]:
+        made: type[M] = create_model(
+            form.__name__, __base__=form, __module__=form.__module__, __doc__=form.__doc__, **fields
+        )
+        return made
+
+    return decorate
 
 
-@with_settings
+def _bounded(kind: Any) -> Any:
+    """``kind`` with a bound on its list, for each of whose items pydantic would collect an error."""
+    lists = [one for one in get_args(kind) if get_origin(one) is list]
+    return Annotated[lists[0], LIST] | None if lists else kind
+
+
+@with_fields(TABLE)
 class GenerateBody(Body, json_schema_extra={"example": {"prompt": "a red circle", "seed": 7}}):
     """A generation request. Everything but the prompt has a default, mostly the pipeline's own."""
 

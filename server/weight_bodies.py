@@ -26,7 +26,7 @@ from .body_types import (
     Texts,
     Version,
 )
-from .validation import Body
+from .body_validation import Body
 
 TENSORS = 400_000
 """Values of a body that says several things of every tensor of a model."""

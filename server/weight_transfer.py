@@ -17,12 +17,12 @@ from ..protocol.errors import Conflict, InvalidRequest, SafelightError
 from ..protocol.operations import Abort, Barrier, Continue, Leave, Operation, Pause
 from . import weight_bodies as bodies
 from .body_types import Version
+from .body_validation import Body, from_query, validate, without_nulls
 from .control_bodies import Nothing
 from .operation_client import OperationClient, success
 from .routes import Route, routes_of
 from .scheduler_link import OperationFailed
 from .service import Service
-from .validation import Body, from_query, validate, without_nulls
 from .weight_groups import GroupRoutes
 from .weights import WeightRoutes
 

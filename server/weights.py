@@ -16,12 +16,12 @@ from ..protocol.errors import ClientGone, InvalidRequest, NotFound
 from ..protocol.operations import Abort, Begin, Commit
 from ..protocol.tensor_sources import CudaShared, Files, Pickled, Source
 from . import weight_bodies as bodies
+from .body_validation import from_query
 from .checkpoint_files import SUFFIX, find_files
 from .operation_client import OperationClient, success
 from .routes import Route, Streamed, routes_of
 from .service import Service
 from .uploads import Uploads, shared_file
-from .validation import from_query
 from .weight_writing import UPDATED, WeightWriting, updated
 
 SAFETENSORS = "application/x-safetensors"

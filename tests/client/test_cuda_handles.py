@@ -13,7 +13,7 @@ from safelight.client import cuda_handles, transports
 from safelight.client.host_tensors import HostTensor, from_torch
 from safelight.client.transports import CudaIpc, Server, SharedMemory
 from safelight.protocol.errors import InvalidRequest
-from safelight.server.validation import validate
+from safelight.server.body_validation import validate
 from safelight.server.weight_bodies import FromTensor
 
 UUID = "3b0a6f4c-5a0e-4d3a-9f0a-0d7a54f0c9e1"

@@ -8,7 +8,7 @@ from typing import get_args
 import msgspec
 import pytest
 
-from safelight.client import AsyncClient, Client, calls
+from safelight.client import AsyncClient, Client, calls, rollout_calls
 from safelight.client.cli import generate
 from safelight.client.results import SUFFIXES
 from safelight.protocol.config import Config
@@ -16,7 +16,9 @@ from safelight.protocol.errors import InvalidRequest
 from safelight.protocol.fields import TABLE
 from safelight.protocol.generation import Generate
 from safelight.protocol.output_formats import FORMATS, OutputFormat
+from safelight.protocol.rollouts import ROLLOUT, Rollout
 from safelight.server.request_validation import check_ranges
+from safelight.server.rollout_body import RolloutBody
 from safelight.server.schemas import GenerateBody
 
 
@@ -38,6 +40,20 @@ def test_an_editor_sees_every_field_with_its_type() -> None:
     assert declared.keys() == table.keys() | own
     for name, kind in table.items():
         assert eval(declared[name], vars(calls)) == kind | None, name
+
+
+def test_a_field_of_a_rollout_is_missing_nowhere() -> None:
+    own = {"prompt", "initial_noise", "denoise_seeds", "arguments"}
+    assert {row.alias for row in ROLLOUT.values()} | own == inspect.signature(rollout_calls.rollout).parameters.keys()
+    made = {"initial_noise", "step_noise"}  # by the server
+    assert {row.attribute for row in ROLLOUT.values()} | made == set(Rollout.__struct_fields__)
+    for name, row in ROLLOUT.items():
+        assert RolloutBody.model_fields[name].description == row.field.help
+    sent = rollout_calls.rollout("a", sampler="cps", debug=True, return_steps=range(2), extra={"eta": 1}).body
+    assert sent is not None
+    assert RolloutBody(**{**sent, "prompt": ["a"]}).plan == Rollout(
+        sampler="cps", returns_debug=True, returns_trajectory=True, places=[0, 1]
+    )
 
 
 @pytest.mark.parametrize("name", [row.name for row in TABLE.values() if row.field.low is not None])
