@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import functools
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AbstractAsyncContextManager, AbstractContextManager, asynccontextmanager
 from typing import Concatenate, Generic, ParamSpec, TypeVar
 
-from ..protocol.operations import Barrier
 from .begun_update import BegunUpdate
 from .results import WeightUpdate
 from .weights import Weights
@@ -37,31 +36,15 @@ def _in_a_thread(method: Callable[Concatenate[W, P], R]) -> Callable[Concatenate
     return call
 
 
-class AsyncWeights(_InThreads[Weights]):
-    """:class:`Weights`, awaited; :attr:`AsyncClient.weights` is one."""
+def _entered_in_threads(
+    method: Callable[Concatenate[W, P], AbstractContextManager[BegunUpdate]],
+) -> Callable[Concatenate[_InThreads[W], P], AbstractAsyncContextManager[AsyncBegunUpdate]]:
+    """Make a context for ``async with``, with the same arguments and documentation."""
 
-    update = _in_a_thread(Weights.update)
-    update_lora = _in_a_thread(Weights.update_lora)
-    update_from_disk = _in_a_thread(Weights.update_from_disk)
-    verify = _in_a_thread(Weights.verify)
-    checksum = _in_a_thread(Weights.checksum)
-    version = _in_a_thread(Weights.version)
-
+    @functools.wraps(method)
     @asynccontextmanager
-    async def begin(
-        self,
-        version: str | None = None,
-        modules: Sequence[str] | None = None,
-        mode: Barrier = "wait",
-        timeout_s: float = 300.0,
-        *,
-        verify: bool = True,
-        require_complete: bool = False,
-    ) -> AsyncIterator[AsyncBegunUpdate]:
-        """:meth:`Weights.begin` for ``async with``."""
-        context = self._blocking.begin(
-            version, modules, mode, timeout_s, verify=verify, require_complete=require_complete
-        )
+    async def begin(self: _InThreads[W], /, *args: P.args, **kwargs: P.kwargs) -> AsyncIterator[AsyncBegunUpdate]:
+        context = method(self._blocking, *args, **kwargs)
         entering = asyncio.create_task(asyncio.to_thread(context.__enter__))
         try:
             yield AsyncBegunUpdate(await asyncio.shield(entering))
@@ -71,6 +54,20 @@ class AsyncWeights(_InThreads[Weights]):
                 await asyncio.to_thread(context.__exit__, type(error), error, error.__traceback__)
             raise
         await asyncio.to_thread(context.__exit__, None, None, None)
+
+    return begin
+
+
+class AsyncWeights(_InThreads[Weights]):
+    """:class:`Weights`, awaited; :attr:`AsyncClient.weights` is one."""
+
+    update = _in_a_thread(Weights.update)
+    update_lora = _in_a_thread(Weights.update_lora)
+    update_from_disk = _in_a_thread(Weights.update_from_disk)
+    verify = _in_a_thread(Weights.verify)
+    checksum = _in_a_thread(Weights.checksum)
+    version = _in_a_thread(Weights.version)
+    begin = _entered_in_threads(Weights.begin)
 
 
 class AsyncBegunUpdate(_InThreads[BegunUpdate]):

@@ -6,6 +6,7 @@ import secrets
 from collections.abc import Callable
 from typing import Any
 
+import msgspec
 from fastapi import Request
 
 from ..process.logs import request_id_var
@@ -28,16 +29,7 @@ def first_report(operated: Operated) -> Report:
 def active_adapters(state: AdapterState) -> dict[str, Any]:
     """The adapters that are active for all requests, by component."""
     return {
-        component: [
-            {
-                "nickname": one.nickname,
-                "path": state.loaded[one.nickname].source.path,
-                "merged": one.merged,
-                "mode": one.mode,
-                "strength": one.strength,
-            }
-            for one in ones
-        ]
+        component: [msgspec.to_builtins(one) | {"path": state.loaded[one.nickname].source.path} for one in ones]
         for component, ones in state.active.items()
     }
 

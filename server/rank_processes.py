@@ -10,6 +10,7 @@ import msgspec
 
 from ..protocol.child_config import ChildConfig
 from .child_process import ChildProcess
+from .racing import racing
 
 StartRank = Callable[[ChildConfig], Awaitable[ChildProcess]]
 
@@ -46,15 +47,10 @@ class RankProcesses:
 
     async def wait(self) -> str:
         """Wait for the end of any of them; says how it was."""
-        ends = [asyncio.create_task(rank.wait()) for rank in self._ranks]
-        try:
-            done, _ = await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
-            which = next(number for number, end in enumerate(ends) if end in done)
+        async with racing(*(rank.wait() for rank in self._ranks)) as ends:
+            which = next(number for number, end in enumerate(ends) if end.done())
             how = ends[which].result()
             return how if len(ends) == 1 else f"(rank {which} of {len(ends)}) {how}"
-        finally:
-            for end in ends:
-                end.cancel()
 
     async def stop(self, *, at_once: bool = False) -> None:
         await asyncio.gather(*(rank.stop(at_once=at_once) for rank in self._ranks))

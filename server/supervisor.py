@@ -16,6 +16,7 @@ from ..protocol.replicas import ReplicaExited, Status
 from ..protocol.self_test import read_result
 from .child_process import ChildProcess
 from .nursery import Nursery
+from .racing import racing
 from .rank_processes import RankProcesses
 from .scheduler_link import SchedulerLink
 
@@ -66,16 +67,11 @@ class Supervisor:
         scheduler = await ChildProcess.start("scheduler", self._child)
         self._scheduler = scheduler
         log.info("started scheduler with process id %d", scheduler.pid)
-        ended = asyncio.create_task(scheduler.wait())
-        hangs = asyncio.create_task(self._link.silence(max(_SILENCE_S, self._config.stall_timeout_s)))
-        try:
-            await asyncio.wait({ended, hangs}, return_when=asyncio.FIRST_COMPLETED)
+        silence = self._link.silence(max(_SILENCE_S, self._config.stall_timeout_s))
+        async with racing(scheduler.wait(), silence) as (ended, hangs):
             if ended.done():
                 raise StartFailed(f"The scheduler {ended.result()}, so the server stops; the log above says more.")
             raise StartFailed(f"The scheduler has said nothing for {hangs.result():.0f} s, so the server stops.")
-        finally:
-            ended.cancel()
-            hangs.cancel()
 
     async def _keep_replica(self, number: int) -> None:
         delay = 0.0
@@ -145,16 +141,10 @@ class Supervisor:
             replica = next((r for r in status.replicas if r.replica == number and r.pid == worker.pid), None)
             return replica.message if replica is not None and replica.state == "stalled" else None
 
-        ended = asyncio.create_task(worker.wait())
-        hangs = asyncio.create_task(self._link.status_where(stalled))
-        try:
-            await asyncio.wait({ended, hangs}, return_when=asyncio.FIRST_COMPLETED)
+        async with racing(worker.wait(), self._link.status_where(stalled)) as (ended, hangs):
             if ended.done():
                 return f"The process of replica {number} {ended.result()}."
             return f"Replica {number} hangs: {hangs.result()}."
-        finally:
-            ended.cancel()
-            hangs.cancel()
 
     async def _becomes_ready(self, worker: RankProcesses, number: int) -> str | None:
         """Wait until the worker is ready; otherwise says in a sentence why it is not."""
@@ -165,11 +155,8 @@ class Supervisor:
                     return "" if replica.state == "ready" else replica.message
             return None
 
-        reported = asyncio.create_task(self._link.status_where(outcome))
-        ended = asyncio.create_task(worker.wait())
-        try:
-            limit = self._config.start_timeout_s
-            await asyncio.wait({reported, ended}, timeout=limit, return_when=asyncio.FIRST_COMPLETED)
+        limit = self._config.start_timeout_s
+        async with racing(self._link.status_where(outcome), worker.wait(), timeout=limit) as (reported, ended):
             if ended.done():
                 await asyncio.wait({reported}, timeout=_REPORT_S)
             if reported.done():
@@ -179,6 +166,3 @@ class Supervisor:
             return (
                 f"Replica {number} was not ready after {limit:g} s; raise --start-timeout-s if the model needs longer."
             )
-        finally:
-            reported.cancel()
-            ended.cancel()
