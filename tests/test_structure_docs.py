@@ -86,3 +86,13 @@ _PATH = re.compile(rf"`((?:{'|'.join(MAY_IMPORT)})/[\w/.-]+\.(?:py|toml))`")
 def test_a_page_names_no_file_that_is_gone(page: str) -> None:
     named = _PATH.findall((ROOT / page).read_text(encoding="utf-8"))
     assert [path for path in named if not (ROOT / path).exists()] == []
+
+
+@pytest.mark.parametrize("room", MAY_IMPORT)
+def test_no_file_and_no_function_outgrows_its_reader(room: str) -> None:
+    for path in (ROOT / room).rglob("*.py"):
+        text = path.read_text(encoding="utf-8")
+        assert len(text.splitlines()) <= 300, path
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                assert (node.end_lineno or 0) - node.lineno < 40, f"{path}: {node.name}"

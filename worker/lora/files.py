@@ -122,11 +122,9 @@ def read_adapter(
     """
     if alpha is not None and not 0 < alpha < float("inf"):
         raise refused(f"an alpha of {alpha} is no positive number", field="lora_alpha")
-    scaling = _Scaling(
-        None if config is None else read_config(config), read_header(metadata or {}), alpha, alphas, shapes
-    )
-    left = LeftOut(strict)
-    pairs, wholes = _read(tensors, left)
+    configured = None if config is None else read_config(config)
+    scaling = _Scaling(configured, read_header(metadata or {}), alpha, alphas, shapes)
+    pairs, wholes = _read(tensors, left := LeftOut(strict))
     scaling.check_kinds(wholes)
     placed = place(pairs, pipeline, shapes, left)  # before patterns meet names, so that these are a model's
     changes = _changes(wholes, pairs, pipeline, shapes, left)
@@ -139,16 +137,12 @@ def read_adapter(
     every = [pair for named in layers.values() for pair in named.values()]
     if not every and not found:
         raise refused("nothing of it has a place in the model", left.names)
-    used = [(pair.alpha, pair.rank) for pair in every]
-    used += [(said, whole.rank) for _, _, whole, (said, _) in scaled if whole.rank is not None]
-    return AdapterFile(
-        layers=layers,
-        rank=max((rank for _, rank in used), default=0),
-        alpha=Counter(alpha for alpha, _ in used).most_common(1)[0][0] if used else 0.0,
-        nbytes=sum(pair.down.nbytes + pair.up.nbytes for pair in every) + sum(one.whole.nbytes for one in found),
-        changes=found,
-        left=sorted(set(left.names)),
-    )
+    ranks = [(pair.alpha, pair.rank) for pair in every]
+    ranks += [(said, whole.rank) for _, _, whole, (said, _) in scaled if whole.rank is not None]
+    nbytes = sum(pair.down.nbytes + pair.up.nbytes for pair in every) + sum(one.whole.nbytes for one in found)
+    usual = Counter(one for one, _ in ranks).most_common(1)[0][0] if ranks else 0.0
+    rank = max((rank for _, rank in ranks), default=0)
+    return AdapterFile(layers, rank, usual, nbytes, found, sorted(set(left.names)))
 
 
 def _read(tensors: Mapping[str, torch.Tensor], left: LeftOut) -> tuple[dict[str, Pair], list[Whole]]:

@@ -96,11 +96,8 @@ def joined(before: Parts, part: Part) -> tuple[Parts, list[str]]:
     if waiting and part.is_last:
         raise refused(f"{len(waiting)} factors have no counterpart", sorted(waiting))
     named = sorted({*named, *whole})
-    kept = {
-        layer: tensors
-        for layer, tensors in older.items()
-        if layer not in whole and (layer in named or not part.complete)
-    }
+    stays = named if part.complete else older
+    kept = {layer: tensors for layer, tensors in older.items() if layer in stays and layer not in whole}
     if part.alpha is not None:
         alphas = alphas | {layer_of(name): part.alpha for name in part.tensors}
     notes = Notes(
