@@ -88,14 +88,15 @@ def measure(variant: Variant, caches: str) -> Times:
             log = _Log(server.stderr)
             url = log.find(_URL)
             worker = int(log.find(_WORKER))
-            _until(lambda: _answers(url, "GET"))
-            ready, cpu = time.perf_counter() - started, _cpu_of(psutil.Process(server.pid))
-            assert _answers(url, "POST")
-            psutil.Process(worker).kill()
-            killed = time.perf_counter()
-            _until(lambda: not _answers(url, "GET"))
-            _until(lambda: _answers(url, "POST"))
-            return Times(ready, cpu, time.perf_counter() - killed)
+            with httpx.Client(base_url=url, timeout=60, trust_env=False) as client:  # one: each reads certificates
+                _until(lambda: _answers(client, "GET"))
+                ready, cpu = time.perf_counter() - started, _cpu_of(psutil.Process(server.pid))
+                assert _answers(client, "POST")
+                psutil.Process(worker).kill()
+                killed = time.perf_counter()
+                _until(lambda: not _answers(client, "GET"))
+                _until(lambda: _answers(client, "POST"))
+                return Times(ready, cpu, time.perf_counter() - killed)
         finally:
             server.send_signal(signal.SIGTERM)
             server.communicate()
@@ -118,15 +119,14 @@ class _Log:
         raise RuntimeError("the server ended")
 
 
-def _answers(url: str, method: str) -> bool:
+def _answers(client: httpx.Client, method: str) -> bool:
     """True if the server is healthy (GET), or generates a picture (POST)."""
     body = {"prompt": "a red circle", "num_inference_steps": 1}
     try:
-        if method == "GET":
-            return httpx.get(f"{url}/health").status_code == 200
-        return httpx.post(f"{url}/generate", json=body, timeout=60).status_code == 200
+        answer = client.get("/health") if method == "GET" else client.post("/generate", json=body)
     except httpx.TransportError:
         return False
+    return answer.status_code == 200
 
 
 def _until(true: Callable[[], bool]) -> None:

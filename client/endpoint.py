@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import ssl
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from time import monotonic
@@ -43,6 +45,7 @@ class Endpoint:
             "headers": {"authorization": f"Bearer {self.api_key}"} if self.api_key else {},
             "limits": httpx.Limits(max_connections=None, max_keepalive_connections=32),  # the server queues
             "trust_env": not self.on_this_machine,  # a proxy of the environment cannot reach this machine's loopback
+            "verify": _tls_context(not self.on_this_machine),
         }
 
     @property
@@ -80,6 +83,12 @@ class Endpoint:
 
     def events(self) -> EventReader:
         return EventReader(self)
+
+
+@functools.cache
+def _tls_context(trust_env: bool) -> ssl.SSLContext:
+    """Shared by the clients of a process: httpx would read the certificates for each of them, which takes 30 ms."""
+    return httpx.create_ssl_context(trust_env=trust_env)
 
 
 _EVENTS: dict[str, type[Queued | Progress | Preview]] = {"queued": Queued, "progress": Progress, "preview": Preview}

@@ -135,7 +135,7 @@ class LiveServer:
         while (found := find()) is None:
             assert self._process.poll() is None, f"the server ended with {self._process.returncode}:\n{self.log}"
             assert time.monotonic() < deadline, f"not within {timeout_s:g} s; the log:\n{self.log}"
-            time.sleep(0.02)
+            time.sleep(0.05)
         return found
 
     def wait_for_line(self, text: str, timeout_s: float = 60) -> str:

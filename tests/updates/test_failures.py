@@ -22,16 +22,23 @@ from .conftest import Serve
 from .trainer import SAFETENSORS, Trainer, changed, transformer
 
 
+@pytest.fixture(scope="module")
+def before(trainer: Trainer) -> dict[str, str]:
+    return trainer.checksum()
+
+
 @pytest.fixture(autouse=True)
 def _unmoved(request: pytest.FixtureRequest) -> Iterator[None]:
-    """The checksum after each test is the one before it."""
-    trainer: Trainer | None = request.getfixturevalue("trainer") if "trainer" in request.fixturenames else None
-    before = trainer.checksum() if trainer else None
+    """The checksum after each test is the one before all of them, and the server still draws."""
+    if "trainer" not in request.fixturenames:
+        yield
+        return
+    trainer: Trainer = request.getfixturevalue("trainer")
+    before: dict[str, str] = request.getfixturevalue("before")
     yield
-    if trainer:
-        assert trainer.checksum() == before
-        assert trainer.draw()["weight_version"] is not None
-        assert list(trainer.shared().glob("upload-*")) == []
+    assert trainer.checksum() == before
+    assert trainer.draw(num_inference_steps=1)["weight_version"] is not None
+    assert list(trainer.shared().glob("upload-*")) == []
 
 
 def some(trainer: Trainer) -> dict[str, torch.Tensor]:
@@ -273,7 +280,7 @@ def test_a_journal_that_cannot_be_written_is_an_update_that_is_not_made(serve: S
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_rank_that_dies_while_an_update_is_written(rank: int, serve: Serve) -> None:
     """Stopped before, so that the others wait for it in the vote when it is killed."""
-    with serve("--replicas", "2", tp=2) as trainer:
+    with serve("--replicas", "2", "--fuse-projections", tp=2) as trainer:  # as ``divided``, whose self-test serves
         before = trainer.checksum()
         victim = trainer.rank_processes(1)[rank]
         victim.send_signal(signal.SIGSTOP)
