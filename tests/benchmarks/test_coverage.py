@@ -22,6 +22,14 @@ def test_the_page_of_models_is_what_the_results_say() -> None:
     assert (ROOT / "docs" / "models.md").read_text() == page(FINDINGS)
 
 
+def test_what_plain_diffusers_runs_is_served_and_bitwise() -> None:
+    run = [row for row in FINDINGS.rows.values() if row.stage in ("serve", "done")]
+    assert [row.pipeline for row in run if not (row.served and row.bitwise)] == []
+    assert len(run) >= 165
+    unserved = [row for row in FINDINGS.rows.values() if row.stage not in ("serve", "done", "left out")]
+    assert [row.pipeline for row in unserved if row.stage not in ("build", "diffusers") or not row.reason] == []
+
+
 def test_every_exported_pipeline_has_a_row() -> None:
     assert set(FINDINGS.rows) >= set(exported())
 
