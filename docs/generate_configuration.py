@@ -63,7 +63,7 @@ def row(option: Option, limits: msgspec.Meta) -> str:
 
 
 def values(annotation: Any, limits: msgspec.Meta) -> str:  # Any: a type, a literal or a union of types
-    """What an option may be, in words."""
+    """The allowed values of an option, in words."""
     if typing.get_origin(annotation) is Literal:
         return ", ".join(f"`{choice}`" for choice in typing.get_args(annotation))
     members = [kind for kind in typing.get_args(annotation) or (annotation,) if kind is not types.NoneType]

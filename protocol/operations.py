@@ -22,7 +22,7 @@ from .tensor_sources import Source
 Barrier = Literal["wait", "abort", "in_place"]
 """Requests that came before an operation finish first, are aborted, or continue after it."""
 
-Step = Literal["prepare", "write", "journal", "commit", "rollback", "release"]
+OperationStep = Literal["prepare", "write", "journal", "commit", "rollback", "release"]
 """*journal* has one replica record the commit; *rollback* undoes writes; *release* drops prepared work that was not
 written, and a process group that not all ranks joined."""
 
@@ -220,7 +220,7 @@ class Perform(msgspec.Struct, tag=True, frozen=True, kw_only=True):
     """
 
     number: int
-    step: Step
+    step: OperationStep
     leads: bool
     operation: Operation | None = None
     weight_version: str | None = None

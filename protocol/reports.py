@@ -6,7 +6,7 @@ import msgspec
 
 from .adapters import AdapterState
 from .errors import ErrorInfo
-from .operations import Step
+from .operations import OperationStep
 
 
 class Invalid(msgspec.Struct, frozen=True):
@@ -62,7 +62,7 @@ class Performed(msgspec.Struct, tag=True, frozen=True):
     """A replica has finished a step. With ``error``, it has done nothing."""
 
     number: int
-    step: Step
+    step: OperationStep
     report: Report
     error: ErrorInfo | None = None
 

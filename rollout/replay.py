@@ -20,7 +20,7 @@ Denoiser = Any
 """A diffusers denoiser module, called with the pipeline's arguments."""
 
 
-class Trajectory(Protocol):
+class ReplayedTrajectory(Protocol):
     """The interface of a rollout's trajectory, such as the client's. ``sigmas`` belong to ``latent_indices``."""
 
     @property
@@ -68,7 +68,7 @@ def velocity(
 def log_probs(
     denoisers: Mapping[str, Denoiser],
     environments: Sequence[Mapping[str, Any] | None],
-    trajectories: Sequence[Trajectory | None],
+    trajectories: Sequence[ReplayedTrajectory | None],
     steps: Sequence[int],
     sampler: Sampler,
     noise_level: float,
@@ -114,7 +114,7 @@ def steps_of(version: str, step_versions: Sequence[Sequence[str | None]]) -> lis
     return [step for step, versions in enumerate(zip(*step_versions, strict=True)) if set(versions) == {version}]
 
 
-def _check_states(paths: Sequence[Trajectory], steps: Sequence[int]) -> None:
+def _check_states(paths: Sequence[ReplayedTrajectory], steps: Sequence[int]) -> None:
     """Raises ``ValueError`` for states that were not requested."""
     for one in paths:
         for step in steps:
@@ -122,7 +122,7 @@ def _check_states(paths: Sequence[Trajectory], steps: Sequence[int]) -> None:
             one.after(step)
 
 
-def _trajectories(trajectories: Sequence[Trajectory | None]) -> list[Trajectory]:
+def _trajectories(trajectories: Sequence[ReplayedTrajectory | None]) -> list[ReplayedTrajectory]:
     missing = [sample for sample, one in enumerate(trajectories) if one is None]
     if missing:
         raise ValueError(

@@ -28,7 +28,7 @@ from .barrier_queue import BarrierQueue
 from .catch_up import CatchUp
 from .committed import CommittedState
 from .driver import Driver
-from .groups import Groups
+from .groups import GroupOperations
 from .operations import Operations
 from .outbox import Messages, Outbox
 from .pauses import Pauses
@@ -62,7 +62,10 @@ class Dispatcher:
         self._replies = Replies(self._replicas, self._sync, barrier_queue, self._outbox)
         self._admission = Admission(config, self._replicas, self._sync, self._requests)
         self._pauses = Pauses(self._replicas, self._replies, self._outbox, self._end_all)
-        groups, catch_up = Groups(self._replicas, self._outbox, self._replies), CatchUp(self._sync, barrier_queue)
+        groups, catch_up = (
+            GroupOperations(self._replicas, self._outbox, self._replies),
+            CatchUp(self._sync, barrier_queue),
+        )
         steps = Steps(self._replicas, self._sync, catch_up, groups, self._outbox, self._replies, self._recent)
         driver = Driver(
             barrier_queue, steps, catch_up, groups, self._outbox,

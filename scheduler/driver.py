@@ -13,7 +13,7 @@ from ..protocol.operations import Operate
 from ..protocol.reports import Performed
 from .barrier_queue import BarrierQueue
 from .catch_up import CatchUp
-from .groups import Groups
+from .groups import GroupOperations
 from .outbox import Outbox
 from .replicas import Replica
 from .request import Request
@@ -34,7 +34,7 @@ class Driver:
     _queue: BarrierQueue
     _steps: Steps
     _catch_up: CatchUp
-    _groups: Groups
+    _groups: GroupOperations
     _outbox: Outbox
     _max_hold_s: float
     _resume: Callable[[Request], None]

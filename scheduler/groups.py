@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, field
 
 from ..protocol.errors import Conflict, QueueFull, SafelightError, Unavailable, from_info
-from ..protocol.operations import Join, Leave, Operate, Perform, Save, Step, Update
+from ..protocol.operations import Join, Leave, Operate, OperationStep, Perform, Save, Update
 from ..protocol.reports import Performed, Report
 from ..protocol.tensor_sources import Broadcast
 from .outbox import Outbox
@@ -34,7 +34,7 @@ class _Asked:
     reports: dict[int, Report] = field(default_factory=dict)
 
 
-class Groups:
+class GroupOperations:
     """Owns the orders to join and to leave until all replicas have answered them."""
 
     def __init__(self, replicas: Replicas, outbox: Outbox, replies: Replies) -> None:
@@ -121,7 +121,7 @@ class Groups:
         self._asked[asked.number] = asked
         self._send(asked, "prepare")
 
-    def _send(self, asked: _Asked, step: Step) -> None:
+    def _send(self, asked: _Asked, step: OperationStep) -> None:
         order = Perform(number=asked.number, step=step, leads=False, operation=asked.operation)
         self._outbox.order_each(asked.replicas, order)
 

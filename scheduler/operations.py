@@ -17,7 +17,7 @@ from .backlog import Backlog
 from .barrier_queue import BarrierQueue
 from .catch_up import CatchUp
 from .driver import Driver
-from .groups import Groups
+from .groups import GroupOperations
 from .replica_sync import ReplicaSync
 from .replicas import Replica
 from .replies import Replies
@@ -32,7 +32,7 @@ class Operations:
     _queue: BarrierQueue
     _replies: Replies
     _backlog: Backlog
-    _groups: Groups
+    _groups: GroupOperations
     _catch_up: CatchUp
     _driver: Driver
 

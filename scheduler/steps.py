@@ -13,16 +13,16 @@ from ..protocol.operations import (
     Commit,
     Operate,
     Operation,
+    OperationStep,
     Save,
     Settled,
     Sleep,
-    Step,
     TakeSnapshot,
     Update,
     Wake,
 )
 from .catch_up import CatchUp
-from .groups import Groups
+from .groups import GroupOperations
 from .outbox import Outbox
 from .recent_adapters import RecentAdapters
 from .replica_sync import ReplicaSync
@@ -38,7 +38,7 @@ class Steps:
     _replicas: Replicas
     _sync: ReplicaSync
     _catch_up: CatchUp
-    _groups: Groups
+    _groups: GroupOperations
     _outbox: Outbox
     _replies: Replies
     _recent: RecentAdapters
@@ -106,7 +106,7 @@ class Steps:
         self._order(transaction, running, "prepare", operation)
 
     def _order(
-        self, transaction: Transaction, running: Running, step: Step, operation: Operation | None = None
+        self, transaction: Transaction, running: Running, step: OperationStep, operation: Operation | None = None
     ) -> None:
         """Have all participants do ``step``, which ends when the last of them has answered."""
         transaction.running = running

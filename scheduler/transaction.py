@@ -11,7 +11,7 @@ from msgspec.structs import replace
 
 from ..protocol.adapters import AdapterSource, SetAdapters
 from ..protocol.errors import InvalidRequest, SafelightError, Unavailable, from_info
-from ..protocol.operations import Barrier, Begin, Commit, Operate, Operation, Perform, Save, Step, Update
+from ..protocol.operations import Barrier, Begin, Commit, Operate, Operation, OperationStep, Perform, Save, Update
 from ..protocol.replicas import Hold
 from ..protocol.reports import Performed, Report
 from ..protocol.tensor_sources import Source
@@ -32,14 +32,14 @@ class Running:
     part: Operate
     number: int
     replicas: set[int]
-    step: Step = "prepare"
+    step: OperationStep = "prepare"
     expected: set[int] = field(default_factory=set)
     reports: dict[int, Report] = field(default_factory=dict)
     error: SafelightError | None = None
     failed: Report | None = None
     version: str = ""
 
-    def begin(self, step: Step, operation: Operation | None = None) -> list[tuple[int, Perform]]:
+    def begin(self, step: OperationStep, operation: Operation | None = None) -> list[tuple[int, Perform]]:
         """Expect ``step`` of all replicas, of the first alone if it is the journal. Returns each one's order."""
         first, version = min(self.replicas), self.version or None
         self.step, self.expected = step, {first} if step == "journal" else set(self.replicas)

@@ -19,7 +19,7 @@ from ..protocol.generation import Image
 from .images import read_images
 
 
-class Task(msgspec.Struct, frozen=True):
+class DecodingTask(msgspec.Struct, frozen=True):
     texts: list[str]
     """Pictures as data URIs or base64, behind which come the files."""
     files: list[bytes]
@@ -39,14 +39,14 @@ def main() -> None:
     signal.signal(signal.SIGPROF, signal.SIG_DFL)  # whose default is to end the process
     warnings.simplefilter("ignore")  # of odd files, which strangers send as often as they like
     while data := receive(sys.stdin.buffer):
-        task = msgspec.msgpack.decode(data, type=Task)
+        task = msgspec.msgpack.decode(data, type=DecodingTask)
         signal.setitimer(signal.ITIMER_PROF, task.cpu_s)
         decoded = _decode(task)
         signal.setitimer(signal.ITIMER_PROF, 0)
         send(sys.stdout.buffer, msgspec.msgpack.encode(decoded))
 
 
-def _decode(task: Task) -> Decoded:
+def _decode(task: DecodingTask) -> Decoded:
     try:
         images = read_images([*task.texts, *task.files], task.max_pixels)
     except SafelightError as error:

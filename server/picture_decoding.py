@@ -16,7 +16,7 @@ import msgspec
 
 from ..protocol.errors import InvalidRequest, QueueFull, SafelightError, Unavailable, from_info
 from ..protocol.generation import Image
-from .decoder import Decoded, Task, as_images, receive, send
+from .decoder import Decoded, DecodingTask, as_images, receive, send
 
 PROCESSES = 2
 MAX_WAITING = 32
@@ -62,7 +62,7 @@ class PictureDecoding:
         texts = [source for source in sources if isinstance(source, str)]
         files = [source for source in sources if isinstance(source, bytes)]
         decoder = self._decoder()
-        reply = self._ask(decoder, Task(texts, files, max_pixels, self._cpu_s))
+        reply = self._ask(decoder, DecodingTask(texts, files, max_pixels, self._cpu_s))
         if not reply:
             raise self._reason(decoder)
         decoded = msgspec.msgpack.decode(reply, type=Decoded)
@@ -70,7 +70,7 @@ class PictureDecoding:
             raise from_info(decoded.error)
         return as_images(decoded)
 
-    def _ask(self, decoder: subprocess.Popen[bytes], task: Task) -> bytes:
+    def _ask(self, decoder: subprocess.Popen[bytes], task: DecodingTask) -> bytes:
         """The reply to ``task``, or nothing where the process ends without one."""
         assert decoder.stdin is not None
         assert decoder.stdout is not None

@@ -31,7 +31,7 @@ PRELOADED = (
     "safelight.server.run",
     "safelight.scheduler.loop",
     "safelight.client.cli",
-    "safelight.worker.rank.replica",
+    "safelight.worker.rank.rank_process",
 )
 
 
@@ -61,10 +61,10 @@ class Program(msgspec.Struct, frozen=True):
 
 
 def main() -> int:
-    from safelight.worker.rank.__main__ import import_replica
+    from safelight.worker.rank.__main__ import import_rank
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    import_replica()
+    import_rank()
     del sys.modules["peft"]  # the client's side of some tests has a use for it
     for module in PRELOADED:
         importlib.import_module(module)
@@ -154,11 +154,11 @@ def _spawn_by_fork() -> None:
 def _fork_children(channel: socket.socket) -> int:
     """Fork a server's programs until its launcher is gone. Returns in each of them, too: with its exit status."""
     from safelight.scheduler.__main__ import main as run_scheduler
-    from safelight.worker.rank.__main__ import run_replica
+    from safelight.worker.rank.__main__ import run_rank
     from safelight.worker.rank.nursery import fork_orphan
     from safelight.worker.rank.nursery import main as run_nursery
 
-    programs = {"scheduler": run_scheduler, "worker.rank": run_replica, "worker.rank.nursery": run_nursery}
+    programs = {"scheduler": run_scheduler, "worker.rank": run_rank, "worker.rank.nursery": run_nursery}
     Path("/proc/self/comm").write_text(FORKS_PROGRAMS)
     os.setsid()
     while True:

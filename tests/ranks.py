@@ -27,7 +27,7 @@ def on_mesh(sizes: Mapping[str, int], function: Callable[..., None], *arguments:
     ``function`` must come from a module that was imported as ``safelight.tests.…``, so that the processes find it.
     """
     with tempfile.TemporaryDirectory() as directory:
-        multiprocessing.set_forkserver_preload(["safelight.worker.rank.replica"])
+        multiprocessing.set_forkserver_preload(["safelight.worker.rank.rank_process"])
         mp.start_processes(
             _run,
             (dict(sizes), f"{directory}/store", function, arguments),

@@ -1,4 +1,4 @@
-"""What a trainer knows of weights and adapters from the answers that it got, to hold against what replicas have."""
+"""A trainer's knowledge of weights and adapters, from replies alone, for comparison with the replicas."""
 
 from dataclasses import dataclass, field
 from typing import TypeAlias
@@ -76,11 +76,11 @@ class Account:
 
     @property
     def adapters(self) -> AdapterState:
-        """What is never in doubt: it is the scheduler that keeps it."""
+        """The part of the state that is never in doubt, because the scheduler keeps it."""
         return self.truths[0][2]
 
     def journal_has(self, truth: Truth) -> bool:
-        """Whether a process that starts has its weights."""
+        """True if a process that starts has its weights."""
         return truth[1] == (CHECKPOINT if self.journal is None else self.journal[1])
 
     def commit(self, version: str, updates: list[Update], operated: Operated) -> None:
@@ -90,7 +90,7 @@ class Account:
         self.truths = [(version, _after(weights, updates), adapters) for _, weights, adapters in self.truths]
 
     def adapt(self, operation: Adapt, operated: Operated) -> None:
-        """Without a version of its own it is done on the last, by which it is known which one that is."""
+        """Without a version of its own it applies to the last one, which is thereby known."""
         adapters, version = adapted(self.adapters, operation.change), operated.weight_version
         assert version is not None
         assert operated.adapters == adapters
@@ -100,7 +100,7 @@ class Account:
             assert version not in self.versions, "a name that other weights had"
             self.versions.add(version)
         of_it = [truth for truth in self.truths if operation.publishes or truth[0] == version]
-        assert of_it, f"it is told of version {version}, and {self.truths} are committed"
+        assert of_it, f"the reply has version {version}, and {self.truths} are committed"
         self.truths = [(version, weights, adapters) for _, weights, _ in of_it]
 
     def has_failed(self, operation: Asked) -> None:
@@ -120,7 +120,7 @@ class Account:
 
 
 def _after(weights: Weights, updates: list[Update]) -> Weights:
-    """What ``weights`` become by ``updates``, as :class:`Process` writes them."""
+    """``weights`` after ``updates``, as :class:`Process` writes them."""
     process = Process(0, 0, weights=dict(weights))
     for number, one in enumerate(updates):
         process.perform(Perform(number=number, step="prepare", leads=True, operation=one))

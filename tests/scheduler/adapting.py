@@ -1,4 +1,4 @@
-"""What changes of adapters come to, on adapters that are words: a model of what workers do with them."""
+"""A model of how workers change adapters; its adapters are words."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -43,7 +43,7 @@ def words(state: AdapterState) -> dict[str, str]:
 
 
 def adapted(state: AdapterState, change: AdapterChange) -> AdapterState:
-    """What ``state`` becomes. Raises ``NotFound`` where an adapter is not there."""
+    """``state`` after the change. Raises ``NotFound`` if an adapter does not exist."""
     match change:
         case SetAdapters():
             return _set(state, change)

@@ -64,7 +64,7 @@ class Process:
 
     @property
     def open(self) -> bool:
-        """Whether it has something that is neither committed nor undone."""
+        """True if it has changes that are neither committed nor undone."""
         return bool(self._undo or self._prepared or self._next_adapters is not None or self.applied != self.adapters)
 
     def perform(self, order: Perform) -> Performed:
@@ -143,7 +143,7 @@ class Process:
 
 
 class Operating(Stage):
-    """A stage whose replicas are processes that do what they are told, when the test lets them."""
+    """A stage whose replicas are processes that obey orders when the test lets them."""
 
     def __init__(
         self,
@@ -185,12 +185,12 @@ class Operating(Stage):
         return order
 
     def do_all(self) -> None:
-        """Let all replicas do all that they are told, until there is no more."""
+        """Let all replicas obey their orders until none is left."""
         while busy := [number for number, process in sorted(self.processes.items()) if process.orders]:
             self.do(busy[0])
 
     def up_to(self, step: str) -> None:
-        """Let all replicas do what they are told before ``step``, which all of them then have yet to do."""
+        """Let all replicas obey the orders before ``step``, which all of them then have yet to do."""
         while busy := [n for n, process in self.processes.items() if process.orders and process.orders[0].step != step]:
             self.do(busy[0])
 
@@ -234,7 +234,7 @@ class Operating(Stage):
         before = len(self.to_replicas)
         super()._collect()
         for number, order in self.to_replicas[before:]:
-            assert number in self.processes, f"replica {number} is gone, and was told: {order}"
+            assert number in self.processes, f"replica {number} is lost, and was ordered: {order}"
             if isinstance(order, Perform):
                 self.told.append((number, order))
                 self.processes[number].orders.append(order)

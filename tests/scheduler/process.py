@@ -34,7 +34,7 @@ Sent = TypeVar("Sent")
 Received = TypeVar("Received")
 
 PATIENCE_S = 20.0
-"""How long a test waits for what must come: much longer than it takes, since a failure is no matter of speed."""
+"""Seconds that a test waits for a message: far longer than it takes, so that a slow machine does not fail it."""
 
 
 class Peer(Generic[Sent, Received]):
@@ -110,7 +110,7 @@ class Scheduler:
         return worker
 
     def log(self) -> str:
-        """What the scheduler has logged so far."""
+        """The scheduler's log so far."""
         return os.pread(self._log.fileno(), 1 << 20, 0).decode()
 
     def close(self) -> None:

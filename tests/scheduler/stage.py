@@ -54,7 +54,7 @@ def generate(
 
 
 def result(request_id: str, data: bytes = b"png", total_s: float = 1.0) -> Result:
-    """What a worker sends: it knows nothing of the queue."""
+    """A worker's result, without the time in the queue."""
     output = Output(data=Buffer(data), format="png", seed=0, width=64, height=64)
     timings = Timings(queue_s=0.0, encode_s=0.25, denoise_s=0.5, decode_s=0.25, total_s=total_s)
     return Result(request_id, [output], timings, steps=4, weight_version="0")
@@ -100,7 +100,7 @@ class Stage:
         goes_on: bool = True,
         forward_s: float | None = None,
     ) -> None:
-        """Of the replica's present process, whose loop ``goes_on`` or stands where it stood."""
+        """A heartbeat of the replica's current process, whose loop ``goes_on`` or has stalled."""
         pid = self.replica(number).pid
         assert pid is not None
         self.progress += goes_on
@@ -118,7 +118,7 @@ class Stage:
         return self.dispatcher.status(self.now).replicas[number]
 
     def sent(self, kind: type[M], request_id: str | None = None) -> list[M]:
-        """What the server got of one kind, and of one request if given."""
+        """The server's messages of one kind, and of one request if given."""
         found = [message for message in self.to_server if isinstance(message, kind)]
         return [message for message in found if request_id in (None, getattr(message, "request_id", None))]
 

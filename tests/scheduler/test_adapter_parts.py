@@ -63,7 +63,7 @@ def test_weights_and_an_adapter_are_committed_together(journal: bool) -> None:
 
 
 @pytest.mark.parametrize("who", [0, 1])
-def test_weights_are_put_back_where_the_adapter_beside_them_cannot_be_written(who: int) -> None:
+def test_weights_are_put_back_where_the_adapter_of_the_same_update_cannot_be_written(who: int) -> None:
     stage = begun()
     stage.operate("weights", update(part_of="u"))
     stage.do_all()
@@ -114,7 +114,7 @@ def test_a_part_for_a_module_that_the_update_was_not_begun_for_is_refused() -> N
     assert "not begun for transformer" in stage.refusal("part")
 
 
-def test_another_adapter_stays_beside_one_that_is_sent() -> None:
+def test_another_adapter_stays_active_while_one_is_sent() -> None:
     stage = Operating()
     stage.operate("set", Adapt(set_adapters("ink", words=["black"])))
     stage.do_all()

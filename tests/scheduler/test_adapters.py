@@ -1,4 +1,4 @@
-"""Changes of adapters: everywhere or nowhere, listed as they were committed, and brought to whoever comes later."""
+"""Changes of adapters: everywhere or nowhere, listed as committed, and sent to replicas that join later."""
 
 import pytest
 from msgspec.structs import replace
@@ -39,7 +39,7 @@ def listed(stage: Operating) -> AdapterState:
 
 
 def alike(stage: Operating) -> bool:
-    """Whether all replicas serve, with the same weights of the same version, and with the adapters that are listed."""
+    """True if all replicas serve the same weights of the same version, and the listed adapters."""
     stage.do_all()
     first = next(iter(stage.processes.values()))
     state = listed(stage)
@@ -90,7 +90,7 @@ def test_what_one_replica_cannot_do_no_other_has_done(step: str, undone: str, wh
     assert stage.processes[0].version == "0"
 
 
-def test_what_cannot_be_done_at_all_is_refused_and_lets_go_of_nothing() -> None:
+def test_an_impossible_change_is_refused_and_evicts_nothing() -> None:
     stage = Operating()
     change(stage, "set", INK)
     stage.operate("unload", Adapt(UnloadAdapter("oil")))
@@ -135,7 +135,7 @@ def test_a_loss_in_the_commit_is_made_good_when_the_replica_comes_back(who: int,
     assert stage.processes[who].version == "1"
 
 
-def test_a_change_that_all_are_lost_with_is_never_told_as_done() -> None:
+def test_a_change_that_all_replicas_are_lost_with_is_never_reported_as_done() -> None:
     stage = Operating()
     change(stage, "set", INK)
     before = listed(stage)
@@ -411,7 +411,7 @@ def test_with_a_journal_published_weights_outlive_all_replicas() -> None:
 
 
 def test_a_replica_that_is_brought_up_does_not_journal_the_weights_as_those_with_adapters() -> None:
-    """Who reads that journal would not be known as one that has the weights."""
+    """A replica that reads that journal would not count as one that has the weights."""
     stage = Operating(config=JOURNAL)
     stage.operate("u", update(version="base"))
     stage.do_all()
@@ -487,7 +487,7 @@ def test_who_was_put_to_sleep_while_it_waited_for_its_adapters_is_woken_with_the
     assert not any(process.asleep for process in stage.processes.values())
 
 
-def test_adapters_that_requests_used_last_are_let_go_of_last() -> None:
+def test_the_least_recently_used_adapters_are_evicted_first() -> None:
     stage = Operating()
     for name in ("ink", "oil", "wax"):
         change(stage, name, set_adapters(name, words=[name], mode="request"))

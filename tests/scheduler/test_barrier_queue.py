@@ -34,7 +34,7 @@ def test_waiting_lets_all_that_came_before_end_and_none_that_came_after_begin() 
     stage.done("u")
 
 
-def test_aborting_ends_what_came_before_and_waits_until_the_workers_have_let_go_of_it() -> None:
+def test_aborting_ends_earlier_requests_and_waits_until_the_workers_have_dropped_them() -> None:
     stage = Operating(replicas=1, config=Config(max_running=1))
     stage.server(generate("runs"), generate("waits"))
     stage.operate("u", update(), "abort")

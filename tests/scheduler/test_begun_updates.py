@@ -175,14 +175,14 @@ def test_a_second_update_waits_for_the_end_of_the_one_that_is_open() -> None:
     stage.begin("first")
     stage.operate("begin second", Begin(update_id="second"))
     stage.operate("early", update(part_of="second"))
-    assert "'second'" in stage.refusal("early"), "nobody was told that it has begun"
+    assert "'second'" in stage.refusal("early"), "no reply has said that it has begun"
     assert stage.unanswered("begin second")
     stage.operate("abort", Abort("first"))
     stage.do_all()
     stage.done("begin second")
 
 
-def test_an_update_of_which_nothing_more_comes_is_undone_by_itself() -> None:
+def test_an_update_that_falls_silent_is_undone() -> None:
     stage = Operating()
     stage.begin(timeout_s=10.0)
     stage.operate("1", update(part_of="u"))
@@ -292,7 +292,7 @@ def test_the_status_says_what_holds_back_generation_since_when_and_for_how_long_
     stage.begin(timeout_s=50.0)
     stage.server(generate("held"))
     stage.wait(0.0)
-    assert stage.statuses()[-1].hold is not None, "it is told at once"
+    assert stage.statuses()[-1].hold is not None, "the status reports it at once"
     stage.wait(7.0)
     assert stage.statuses()[-1].hold == Hold(operation="Begin", phase="open", held_s=7.0, update_id="u", ends_in_s=43.0)
     stage.operate("abort", Abort("u"))

@@ -37,7 +37,7 @@ def test_a_picture_whose_one_forward_takes_minutes_is_refused_with_the_numbers()
     assert asked(width=most + 1000, height=1) is not None
 
 
-def test_what_the_model_makes_by_itself_is_never_refused_however_slow_it_is() -> None:
+def test_the_models_default_size_is_never_refused_however_slow_it_is() -> None:
     slow = {"transformer": [Measured(64 * 64, 300.0)]}
     assert asked(costs=slow) is None
     assert asked(costs=slow, width=64, height=64) is None

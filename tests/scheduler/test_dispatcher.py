@@ -265,7 +265,7 @@ def test_finished_requests_leave_no_deadline_behind() -> None:
 
 
 @pytest.mark.parametrize("timeout_s", [0.0, -1.0, math.nan])
-def test_a_timeout_that_is_no_time_is_refused_by_name(timeout_s: float) -> None:
+def test_a_timeout_that_is_not_a_number_is_refused_by_name(timeout_s: float) -> None:
     stage = Stage()
     stage.server(generate("a", timeout_s=timeout_s))
     (failed,) = stage.sent(Failed)

@@ -30,7 +30,7 @@ class Joining(Operating):
         return f"join {group}"
 
     def joins(self, step: str = "prepare") -> list[tuple[int, int]]:
-        """Orders to join, or to let go of that: the replica's number, and the order's."""
+        """Orders to join or to abandon a join: the replica's number, and the order's."""
         found = [(to, order) for to, order in self.told if isinstance(order.operation, Join) and order.step == step]
         return [(to, order.number) for to, order in found]
 
@@ -63,7 +63,7 @@ def test_a_group_that_one_replica_cannot_join_is_left_by_all() -> None:
     assert stage.joins("release") == [(0, number), (1, number)]
 
 
-def test_a_join_of_which_replicas_say_nothing_ends_at_its_time() -> None:
+def test_a_join_that_replicas_do_not_answer_ends_at_its_timeout() -> None:
     stage = Joining()
     asked = stage.join(timeout_s=10.0)
     stage.wait(10.0 + LATE_S)

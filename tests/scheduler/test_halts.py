@@ -8,7 +8,7 @@ from safelight.tests.scheduler.operating import Operating, update
 from safelight.tests.scheduler.stage import generate, result
 
 
-def test_while_asleep_nothing_is_accepted_and_what_was_held_is_told() -> None:
+def test_while_asleep_nothing_is_accepted_and_held_requests_are_reported() -> None:
     stage = Operating()
     stage.server(generate("runs"))
     stage.operate("sleep", Sleep(["weights"]), "wait")
@@ -55,7 +55,7 @@ def test_a_deeper_sleep_that_fails_leaves_the_sleep_that_was() -> None:
 
 
 def paused(stage: Operating, number: int) -> bool | None:
-    """What a replica was told last."""
+    """The last order to a replica."""
     told = [order.paused for to, order in stage.to_replicas if to == number and isinstance(order, SetPaused)]
     return told[-1] if told else None
 

@@ -1,4 +1,4 @@
-"""Whatever happens in whatever order: one terminal message for each accepted request, and no capacity lost or invented.
+"""In every order of events: one terminal message per accepted request, and no capacity lost or invented.
 
 The machine plays server, workers and supervisor. Its workers keep their own account of what they were given, which the
 dispatcher's must equal.
@@ -117,7 +117,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             assert request_id not in self.lives or self.lives[request_id].ended
             self.lives[request_id] = Life()
         else:
-            self.stage.to_server.remove(mine[0])  # a refusal is no terminal message of an accepted request
+            self.stage.to_server.remove(mine[0])  # a refusal is for a request that was not accepted
         self.deliver()
 
     @rule(request_id=REQUEST_IDS)
@@ -175,7 +175,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             assert outstanding <= MAX_RUNNING or len(held) == 1
 
     @invariant()
-    def status_agrees_with_what_the_server_was_told(self) -> None:
+    def status_agrees_with_the_servers_messages(self) -> None:
         open_lives = [life for life in self.lives.values() if not life.ended]
         status = self.stage.dispatcher.status(self.stage.now)
         assert status.running == sum(life.started for life in open_lives)

@@ -1,4 +1,4 @@
-"""Whatever is asked, fails, dies and comes back in whatever order: nobody draws with what was not committed.
+"""In every order of requests, failures, losses and restarts, replicas draw only with committed weights.
 
 The machine plays server, trainer, workers and supervisor. It keeps its own account of what was committed, made of the
 answers alone, and its workers have weights and adapters that are words, so that wrong ones are seen.
@@ -82,7 +82,7 @@ class Worker:
 
     @property
     def truth(self) -> Truth:
-        """What it draws with."""
+        """The weights and adapters that it draws with."""
         return (self.process.version, self.process.weights, self.process.adapters)
 
 
@@ -217,7 +217,7 @@ class OperationsMachine(RuleBasedStateMachine):
 
     @rule(kind=st.sampled_from(["write", "journal", "commit", Adapt, Update, TakeSnapshot]))
     def obey_up_to(self, kind: str | type[Operation]) -> None:
-        """All do what they are told, but not such a step, or the first of such an operation."""
+        """All obey their orders, except such a step, or the first of such an operation."""
 
         def is_next(worker: Worker) -> bool:
             order = worker.inbox[0]
@@ -322,7 +322,7 @@ class OperationsMachine(RuleBasedStateMachine):
             assert worker.process.asleep <= self.account.asleep
 
     @invariant()
-    def whoever_has_everything_serves_when_nothing_is_in_progress(self) -> None:
+    def a_current_replica_serves_when_nothing_is_in_progress(self) -> None:
         if self.stage.dispatcher.status(self.stage.now).hold is not None or len(self.account.truths) > 1:
             return
         if any(self.unreported) or any(worker is not None and worker.inbox for worker in self.workers):
@@ -341,7 +341,7 @@ class OperationsMachine(RuleBasedStateMachine):
             self.kill_all(None, back=True)
             self.settle()
             assert self.serving() == list(range(REPLICAS)), "nothing is to be sent again"
-        if self.with_journal:  # of which nobody is to read half
+        if self.with_journal:  # no replica may read a half-written one
             words = {module: [self.name("whole")] for module in CHECKPOINT}
             self.ask(Update(source=Files(words), weight_version=self.name("version")))
             self.settle()
@@ -364,7 +364,7 @@ class OperationsMachine(RuleBasedStateMachine):
         assert (status.queued, status.running, status.halted) == (0, 0, None)
 
     def settle(self) -> None:
-        """Nothing fails any more, and whoever says that it cannot be brought up is started again."""
+        """Nothing fails any more, and replicas that cannot catch up are restarted."""
         for _ in range(4 + len(self.asked)):  # updates that nobody ends are given up one after the other
             for number, worker in enumerate(self.workers):
                 self.report_ends(number)
@@ -416,7 +416,7 @@ class OperationsMachine(RuleBasedStateMachine):
         return True
 
     def begin_to_draw(self, worker: Worker, request: Generate, truths: list[Truth]) -> None:
-        """By now it has obeyed all that it was told before."""
+        """It has obeyed all earlier orders by now."""
         process, found = worker.process, worker.truth
         assert found in truths, f"it draws with {found}, and {truths} are committed"
         if len(self.account.truths) > 1 and found in self.account.truths:

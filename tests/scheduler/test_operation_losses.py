@@ -1,4 +1,4 @@
-"""A replica that is lost while an operation is done: what the others are told to do, and what the server is told."""
+"""A replica is lost during an operation: the orders to the others, and the reply to the server."""
 
 import pytest
 
@@ -45,7 +45,7 @@ def test_a_loss_while_a_part_is_checked_leaves_the_update_open_to_the_others() -
     assert stage.done("commit u").weight_version == "1"
 
 
-def test_a_loss_between_two_parts_is_no_matter_to_the_others() -> None:
+def test_a_loss_between_two_parts_does_not_affect_the_others() -> None:
     stage = Operating()
     stage.begin()
     stage.operate("1", update(part_of="u"))
@@ -83,7 +83,7 @@ def test_a_loss_in_a_commit_is_committed_by_the_others_and_counts_only_them(answ
     assert {number: report.weight_version for number, report in operated.reports.items()} == {0: "1"}
 
 
-def test_an_update_that_all_are_lost_with_is_never_told_as_done() -> None:
+def test_an_update_that_all_replicas_are_lost_with_is_never_reported_as_done() -> None:
     stage = Operating()
     stage.operate("u", update())
     stage.up_to("commit")
@@ -119,7 +119,7 @@ def test_an_update_is_committed_without_one_that_is_lost_while_another_keeps_the
     assert stage.weights() == {0: "new"}
 
 
-def test_a_late_answer_of_a_process_that_is_gone_is_nobodys() -> None:
+def test_a_late_answer_of_a_lost_process_is_ignored() -> None:
     stage = Operating()
     stage.operate("u", update())
     stage.up_to("commit")

@@ -43,7 +43,7 @@ def test_no_replica_goes_a_step_further_before_all_have_done_the_one_before() ->
 
 
 def test_who_hears_that_an_update_is_done_has_heard_of_its_version() -> None:
-    """Else who asks for the version at once could be told the one before."""
+    """Otherwise a client that asks for the version at once could get the previous one."""
     stage = Operating()
     stage.wait(0.0)
     stage.operate("u", update(version="named"))
@@ -68,7 +68,7 @@ def test_the_operation_comes_with_the_first_step_and_the_version_with_those_that
     assert len({order.number for order in orders}) == 1
 
 
-def test_what_is_to_be_done_once_is_never_done_twice_or_by_nobody() -> None:
+def test_steps_for_one_replica_are_done_exactly_once() -> None:
     stage = Operating(replicas=3, config=Config(replicas=3, weights_journal="/journal"))
     stage.begin()
     operations: list[Operation] = [update(part_of="u"), Commit("u"), Digests(), Flush(), update(), Sleep(["caches"])]
@@ -85,7 +85,7 @@ def test_what_is_to_be_done_once_is_never_done_twice_or_by_nobody() -> None:
 
 
 @pytest.mark.parametrize("refuses", [0, 1])
-def test_a_refused_part_is_let_go_of_everywhere_and_the_answer_says_what_was_wrong(refuses: int) -> None:
+def test_a_refused_part_is_released_everywhere_and_the_reply_says_what_was_wrong(refuses: int) -> None:
     stage = Operating()
     stage.operate("u", update())
     stage.do(refuses, REFUSED)
@@ -191,7 +191,7 @@ class Turning(Operating):
         ([Pause, Continue], None),
     ],
 )
-def test_who_has_the_answer_to_sleep_wake_or_pause_is_told_the_state_that_it_made(
+def test_the_reply_to_sleep_wake_or_pause_has_the_state_that_it_made(
     changes: list[Sleep | Wake | type[Pause | Continue]], halted: str | None
 ) -> None:
     """Else ``/health`` says for another second what was before."""

@@ -93,7 +93,7 @@ def test_no_polling_interval_lies_in_the_path_of_a_request(scheduler: Scheduler)
     assert statistics.median(seconds) < 0.05
 
 
-def test_a_deadline_wakes_the_loop_by_itself(scheduler: Scheduler) -> None:
+def test_a_deadline_wakes_the_loop_without_a_message(scheduler: Scheduler) -> None:
     server = scheduler.server()
     worker = scheduler.ready_worker(server)
     seconds = []

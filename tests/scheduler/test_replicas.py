@@ -1,4 +1,4 @@
-"""What happens to replicas, and to requests on them, when processes start, stall, die and come back."""
+"""Replicas, and requests on them, when processes start, stall, die and restart."""
 
 from safelight.protocol.config import Config
 from safelight.protocol.generation import Failed, Progress, Result
@@ -70,7 +70,7 @@ def test_the_late_report_of_an_old_processes_end_does_not_kill_the_new_one() -> 
     assert stage.replica().state == "lost"
 
 
-def test_the_reports_of_two_old_processes_are_both_told_from_the_new_ones() -> None:
+def test_the_reports_of_two_old_processes_are_not_mistaken_for_the_new_ones() -> None:
     stage = Stage()
     stage.worker(0, ReplicaLoading(0, 11, "importing"), ReplicaReady(0, 12, MODEL))
     stage.exited()
@@ -209,7 +209,7 @@ def test_progress_counts_as_a_sign_of_life() -> None:
     assert stage.replica().state == "ready"
 
 
-def test_silence_while_loading_is_no_stall() -> None:
+def test_silence_while_loading_does_not_count_as_a_stall() -> None:
     stage = Stage(ready=(), config=Config(stall_timeout_s=10.0))
     stage.worker(0, ReplicaLoading(0, 10, "loading the transformer"))
     stage.wait(100.0)

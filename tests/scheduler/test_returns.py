@@ -20,7 +20,7 @@ def updated(stage: Operating, word: str = "new", module: str = "transformer") ->
 
 
 def all_alike(stage: Operating, word: str, module: str = "transformer") -> bool:
-    """Whether all replicas serve ``word`` in the end."""
+    """True if all replicas serve ``word`` in the end."""
     stage.do_all()
     alike = len({process.version for process in stage.processes.values()}) == 1
     return (
@@ -45,7 +45,7 @@ def test_a_replica_that_comes_back_reads_what_another_wrote_out_before_it_serves
     assert stage.processes[1].version == "1"
 
 
-def test_before_the_first_update_whoever_comes_serves_at_once() -> None:
+def test_before_the_first_update_a_returning_replica_serves_at_once() -> None:
     stage = Operating(ready=1)
     stage.start(1)
     assert (stage.serving(), stage.told) == ([0, 1], [])
@@ -282,7 +282,7 @@ def test_what_cannot_be_brought_up_says_so_and_holds_up_nobody(who: int) -> None
     assert stage.started() == [("served", 0)]
 
 
-def test_with_a_journal_whoever_read_it_serves_at_once() -> None:
+def test_a_replica_that_has_read_the_journal_serves_at_once() -> None:
     stage = Operating(config=Config(replicas=2, weights_journal="/journal"))
     updated(stage)
     stage.kill(1)
@@ -409,7 +409,7 @@ def test_a_servers_greeting_takes_back_nothing_of_our_own() -> None:
     assert all_alike(stage, "new")
 
 
-def test_a_commit_that_all_were_lost_in_is_not_taken_up_beside_one_that_serves_without_it() -> None:
+def test_a_commit_that_all_replicas_were_lost_in_is_not_resumed_while_one_serves_without_it() -> None:
     stage = Operating(replicas=3, ready=2, config=Config(replicas=3, weights_journal="/journal"))
     stage.operate("u", update(version="in doubt"))
     stage.up_to("commit")

@@ -24,7 +24,7 @@ from safelight.tests.tiny import FAMILIES
 from safelight.worker.forward.batcher import Batcher
 from safelight.worker.model.model import Model
 from safelight.worker.model.pipeline_task import new_task
-from safelight.worker.rank.replica import Replica
+from safelight.worker.rank.rank_process import RankProcess
 from safelight.worker.requests.failure import NotFinite, explain
 from safelight.worker.requests.jobs import Jobs
 
@@ -127,7 +127,7 @@ def test_weights_that_are_not_finite_are_nobody_s_numbers(stage: Callable[[str],
     assert played.refusal(guidance_scale=5.0).status == 500
 
 
-def test_a_picture_that_lacks_the_strength_for_one_step_is_told_so(stage: Callable[[str], Stage]) -> None:
+def test_a_strength_too_small_for_one_step_is_refused_in_words(stage: Callable[[str], Stage]) -> None:
     played = stage("sdxl")
     cls = diffusers.StableDiffusionXLImg2ImgPipeline
     played.model.image = new_task(cls(**played.model.pipeline.components), Config(), {})
@@ -204,13 +204,13 @@ def test_a_broken_device_is_blamed_on_nobody_and_ends_the_turn(
 def test_a_replica_leaves_with_status_1_when_its_device_is_broken(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def broken(_: Replica) -> None:
+    def broken(_: RankProcess) -> None:
         raise torch.AcceleratorError("CUDA error: device-side assert triggered")
 
-    monkeypatch.setattr(Replica, "_load", broken)
+    monkeypatch.setattr(RankProcess, "_load", broken)
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
-        assert Replica(ChildConfig(config=Config(), directory=str(tmp_path), replica=0)).run() == 1
+        assert RankProcess(ChildConfig(config=Config(), directory=str(tmp_path), replica=0)).run() == 1
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)

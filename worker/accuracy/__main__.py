@@ -12,9 +12,9 @@ from ...formats.checkpoint import check_model
 from ...protocol.errors import StartFailed
 from .flags import read_flags, task_of
 from .policy import load_policy
-from .processes import RankProcesses, end_of
-from .report import Report
-from .task import Task
+from .processes import VerificationRanks, end_of
+from .report import VerificationReport
+from .task import VerificationTask
 
 PASSED, FAULT, NOT_COMPARED, INTERRUPTED = 0, 1, 2, 130
 """Exit statuses."""
@@ -41,12 +41,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return PASSED if report.passed else FAULT
 
 
-def _run(task: Task) -> Report:
+def _run(task: VerificationTask) -> VerificationReport:
     """Run the ranks of ``task``. Raises ``StartFailed`` if they make no report."""
-    with RankProcesses(task) as ranks:
+    with VerificationRanks(task) as ranks:
         lost = ranks.wait()
     if lost is None:
-        return msgspec.msgpack.decode(task.report.read_bytes(), type=Report)
+        return msgspec.msgpack.decode(task.report.read_bytes(), type=VerificationReport)
     failed, status = lost
     if failed.failure.exists():
         raise StartFailed(failed.failure.read_text())

@@ -19,7 +19,7 @@ from ..parallel.ranks import Ranks
 from .measures import distance
 from .policy import Case, Policy
 from .recorded import Recorded
-from .report import Distance, Row
+from .report import Distance, ReportRow
 from .sides import Component, exact, plain, runtime
 
 SEED = 0
@@ -33,7 +33,7 @@ Outputs = dict[str, list[Output]]
 
 
 @dataclass(frozen=True, slots=True)
-class Setting:
+class ComparisonSetting:
     """The setting of a comparison. ``staged``: the runtime's component is freed before the reference is loaded."""
 
     dtype: torch.dtype
@@ -43,7 +43,9 @@ class Setting:
     staged: bool
 
 
-def compare(component: Component, calls: Sequence[Recorded], case: Case, policy: Policy, setting: Setting) -> list[Row]:
+def compare(
+    component: Component, calls: Sequence[Recorded], case: Case, policy: Policy, setting: ComparisonSetting
+) -> list[ReportRow]:
     """One row per name among ``calls``, on rank 0. Every rank must call this; the others return an empty list."""
     held: list[nn.Module] = []
     dtype, device, ranks = setting.dtype, setting.device, setting.ranks
@@ -55,7 +57,7 @@ def compare(component: Component, calls: Sequence[Recorded], case: Case, policy:
     theirs, reference = references(component, sides, setting)
     held.clear()
     _release(device)
-    blank = Row(call="", component=component.name, cls=case.cls, dtype=case.dtype, status="passed")
+    blank = ReportRow(call="", component=component.name, cls=case.cls, dtype=case.dtype, status="passed")
     return [
         _row(
             msgspec.structs.replace(blank, call=name, staged=setting.staged),
@@ -68,7 +70,7 @@ def compare(component: Component, calls: Sequence[Recorded], case: Case, policy:
     ]
 
 
-def references(component: Component, sides: Sides, setting: Setting) -> tuple[Outputs | None, Outputs]:
+def references(component: Component, sides: Sides, setting: ComparisonSetting) -> tuple[Outputs | None, Outputs]:
     """The library component's outputs in a low precision (``None`` for fp32), and its reference in fp32 or fp64."""
     theirs = sides.outputs(partial(plain, component, setting.dtype, setting.device))
     if setting.dtype is torch.float32:
@@ -132,12 +134,12 @@ def _of_all_ranks(outputs: Outputs, ranks: Ranks, device: torch.device) -> list[
 
 
 def _row(
-    blank: Row,
+    blank: ReportRow,
     of_ranks: Sequence[Sequence[Output]],
     plain_outputs: Sequence[Output] | None,
     reference: Sequence[Output],
     policy: Policy,
-) -> Row:
+) -> ReportRow:
     """``blank`` with the worst distance of any output of any rank."""
     if (fault := _not_comparable(of_ranks, reference)) is not None:
         return msgspec.structs.replace(blank, status="failed", note=fault)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from .policy import POLICY
-from .task import DTYPES, Task
+from .task import DTYPES, VerificationTask
 
 
 def read_flags(arguments: Sequence[str]) -> argparse.Namespace:
@@ -15,9 +15,9 @@ def read_flags(arguments: Sequence[str]) -> argparse.Namespace:
     return make_parser().parse_args(arguments)
 
 
-def task_of(flags: argparse.Namespace, directory: str) -> Task:
+def task_of(flags: argparse.Namespace, directory: str) -> VerificationTask:
     """The task of the flags; its processes write their files to ``directory``."""
-    return Task(
+    return VerificationTask(
         model=flags.model,
         directory=directory,
         policy=str(flags.policy),

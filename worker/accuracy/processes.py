@@ -12,7 +12,7 @@ from typing import Self
 
 import msgspec
 
-from .task import MISSES_ANOTHER, Task
+from .task import MISSES_ANOTHER, VerificationTask
 
 _PROGRAM = (sys.executable, "-P", "-m", f"{__package__}.rank")
 """``-P`` keeps files in the current folder from shadowing installed modules."""
@@ -21,10 +21,10 @@ _LOOK_S = 0.05
 _TERMINATION_S = 5.0
 
 
-class RankProcesses:
+class VerificationRanks:
     """A context that starts one process per rank of ``task`` and ends the remaining ones on leaving."""
 
-    def __init__(self, task: Task) -> None:
+    def __init__(self, task: VerificationTask) -> None:
         self.tasks = [msgspec.structs.replace(task, rank=rank) for rank in range(task.tp)]
         self._processes: list[subprocess.Popen[bytes]] = []
 
@@ -55,7 +55,7 @@ class RankProcesses:
                 process.kill()
                 process.wait()
 
-    def wait(self) -> tuple[Task, int] | None:
+    def wait(self) -> tuple[VerificationTask, int] | None:
         """Wait until all ranks succeed, or return the first failed one's task and exit status."""
         while True:
             statuses = [process.poll() for process in self._processes]

@@ -10,14 +10,14 @@ import msgspec
 
 from ...process.child import read_child
 from ...protocol.errors import StartFailed
-from .task import CANNOT_START, MISSES_ANOTHER, Task
+from .task import CANNOT_START, MISSES_ANOTHER, VerificationTask
 
 _TIMEOUT_S = 3600.0
 """Timeout of collectives: ranks wait in one while rank 0 computes references, which is slow in fp64."""
 
 
 def main() -> int:
-    task = read_child(Task)
+    task = read_child(VerificationTask)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         return _run(task)
@@ -26,7 +26,7 @@ def main() -> int:
         return CANNOT_START
 
 
-def _run(task: Task) -> int:
+def _run(task: VerificationTask) -> int:
     import torch  # after the pipe to the launcher is watched
 
     from ...protocol.config import Config

@@ -22,7 +22,7 @@ class Distance(msgspec.Struct, frozen=True, kw_only=True):
     finite: bool
 
 
-class Row(msgspec.Struct, frozen=True, kw_only=True):
+class ReportRow(msgspec.Struct, frozen=True, kw_only=True):
     """The calls of one name, in one precision.
 
     ``runtime`` is the worst distance among all outputs on all ranks: in fp32 from the plain component, in lower
@@ -45,7 +45,7 @@ class Row(msgspec.Struct, frozen=True, kw_only=True):
         return f"{self.call} ({self.cls}) in {self.dtype}: {self.status}" + (f", {self.note}" if self.note else "")
 
 
-class Report(msgspec.Struct, frozen=True, kw_only=True):
+class VerificationReport(msgspec.Struct, frozen=True, kw_only=True):
     """All rows of one run, and its setting."""
 
     model: str
@@ -55,7 +55,7 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     device: str
     versions: dict[str, str]
     seconds: float
-    rows: list[Row]
+    rows: list[ReportRow]
 
     @property
     def passed(self) -> bool:
@@ -94,12 +94,12 @@ _HEADINGS = (
 )  # fmt: skip
 
 
-def _line(row: Row) -> str:
+def _line(row: ReportRow) -> str:
     cells = [row.call, row.cls, row.dtype, *_figures(row), row.status + (f": {row.note}" if row.note else "")]
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
 
-def _figures(row: Row) -> list[str]:
+def _figures(row: ReportRow) -> list[str]:
     found, plain = row.runtime, row.plain
     if found is None:
         return [""] * 6

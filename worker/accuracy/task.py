@@ -15,7 +15,7 @@ CANNOT_START, MISSES_ANOTHER = 2, 4
 """Exit statuses of a rank: it wrote the reason to its failure file; it lost another rank."""
 
 
-class Task(msgspec.Struct, frozen=True, kw_only=True):
+class VerificationTask(msgspec.Struct, frozen=True, kw_only=True):
     """Empty ``components``: all. ``staged`` ``None``: only if both sides do not fit into memory together.
 
     ``directory`` belongs to the run; its processes exchange files there.

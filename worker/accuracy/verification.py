@@ -22,18 +22,20 @@ from ..parallel.ranks import Ranks
 from ..weights.checkpoint.components import component_classes
 from ..weights.checkpoint.loader import CannotLoad
 from . import memory
-from .compare import Setting, compare
+from .compare import ComparisonSetting, compare
 from .policy import Case, Policy, load_policy
 from .recorded import CannotKeep, Recorded, read, write
 from .recorder import record
-from .report import Report, Row
+from .report import ReportRow, VerificationReport
 from .sides import Component
-from .task import DType, Task
+from .task import DType, VerificationTask
 
 _VERSIONS = ("torch", "diffusers", "transformers")
 
 
-def verify(task: Task, ranks: Ranks, device: torch.device, on_row: Callable[[Row], None]) -> Report:
+def verify(
+    task: VerificationTask, ranks: Ranks, device: torch.device, on_row: Callable[[ReportRow], None]
+) -> VerificationReport:
     """Compare all components, and call ``on_row`` for each row. Rows exist on rank 0 only.
 
     Raises ``StartFailed`` if the model cannot be loaded as requested.
@@ -42,13 +44,13 @@ def verify(task: Task, ranks: Ranks, device: torch.device, on_row: Callable[[Row
     directory = find_directory(str(resolve_model(task.model)))
     components = chosen(component_classes(directory), task.components)
     checkpoint = Checkpoint(directory, load_policy(Path(task.policy)), ranks, device, task.fused, task.staged)
-    rows: list[Row] = []
+    rows: list[ReportRow] = []
     for dtype in task.dtypes:
         calls = _shared(task, dtype, directory, components, ranks, device)
         for row in checkpoint.rows(components, calls, dtype):
             rows.append(row)
             on_row(row)
-    return Report(
+    return VerificationReport(
         model=task.model,
         pipeline=checkpoint.pipeline,
         tp=ranks.size,
@@ -75,7 +77,9 @@ class Checkpoint:
     def pipeline(self) -> str:
         return read_index(self.directory).class_name or ""
 
-    def rows(self, components: Mapping[str, type[nn.Module]], calls: Sequence[Recorded], dtype: DType) -> Iterator[Row]:
+    def rows(
+        self, components: Mapping[str, type[nn.Module]], calls: Sequence[Recorded], dtype: DType
+    ) -> Iterator[ReportRow]:
         """One row per name of a call, on rank 0. All ranks must iterate in lockstep."""
         for name, cls in components.items():
             case = Case(component=name, cls=cls.__name__, pipeline=self.pipeline, dtype=dtype, tp=self.ranks.size)
@@ -87,10 +91,10 @@ class Checkpoint:
             else:
                 yield from self._compared(Component(self.directory, name, cls), own, case)
 
-    def _compared(self, component: Component, calls: Sequence[Recorded], case: Case) -> list[Row]:
+    def _compared(self, component: Component, calls: Sequence[Recorded], case: Case) -> list[ReportRow]:
         dtype: torch.dtype = getattr(torch, case.dtype)
         together = memory.fit_together(component.folder, dtype, self.device) if self.staged is None else not self.staged
-        setting = Setting(dtype, self.device, self.ranks, self.fused, staged=not together)
+        setting = ComparisonSetting(dtype, self.device, self.ranks, self.fused, staged=not together)
         try:
             return compare(component, calls, case, self.policy, setting)
         except CannotLoad as error:
@@ -106,7 +110,12 @@ def chosen(classes: dict[str, type[nn.Module]], names: Sequence[str]) -> dict[st
 
 
 def _shared(
-    task: Task, dtype: DType, directory: Path, components: Mapping[str, object], ranks: Ranks, device: torch.device
+    task: VerificationTask,
+    dtype: DType,
+    directory: Path,
+    components: Mapping[str, object],
+    ranks: Ranks,
+    device: torch.device,
 ) -> list[Recorded]:
     """The recorded calls, which rank 0 records for all ranks."""
     folder = Path(task.directory, f"calls-{dtype}")
@@ -119,7 +128,7 @@ def _shared(
     return read(folder)
 
 
-def _recorded(task: Task, dtype: DType, directory: Path, device: torch.device) -> list[Recorded]:
+def _recorded(task: VerificationTask, dtype: DType, directory: Path, device: torch.device) -> list[Recorded]:
     """Record the calls on ``device``, or on the CPU if the whole pipeline does not fit on it."""
     needed = getattr(torch, dtype).itemsize * sum(
         memory.numbers(directory / name) for name in component_classes(directory)
@@ -130,5 +139,7 @@ def _recorded(task: Task, dtype: DType, directory: Path, device: torch.device) -
     return calls
 
 
-def _without_figures(case: Case, status: Literal["failed", "skipped"], note: str) -> Row:
-    return Row(call=case.component, component=case.component, cls=case.cls, dtype=case.dtype, status=status, note=note)
+def _without_figures(case: Case, status: Literal["failed", "skipped"], note: str) -> ReportRow:
+    return ReportRow(
+        call=case.component, component=case.component, cls=case.cls, dtype=case.dtype, status=status, note=note
+    )

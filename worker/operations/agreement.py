@@ -16,7 +16,7 @@ import torch
 from ...protocol.reports import Invalid
 from ...protocol.tensor_sources import CudaShared, Pickled, Source
 from ..weights.checkpoint.names import Tensors
-from ..weights.progress import Progress
+from ..weights.progress import OnProgress
 from ..weights.snapshot.digests import digest
 
 Manifest = dict[str, dict[str, str]]
@@ -42,7 +42,7 @@ def differs_by_rank(source: Source) -> bool:
     return is_for_each_rank(source)
 
 
-def describe(tensors: Tensors, on_progress: Progress, *, hashed: bool) -> Manifest:
+def describe(tensors: Tensors, on_progress: OnProgress, *, hashed: bool) -> Manifest:
     """Describe every tensor that this rank received, ``hashed`` with its values."""
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
         found: Manifest = {}

@@ -6,12 +6,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from ...protocol.errors import SafelightError
-from ..weights.transport.groups import Groups
+from ..weights.transport.groups import ProcessGroups
 from ..weights.transport.sources import Rejected
 
 
 @contextmanager
-def closing_on_failure(groups: Groups, name: str) -> Iterator[None]:
+def closing_on_failure(groups: ProcessGroups, name: str) -> Iterator[None]:
     """On failure or refusal, close the group so that every member, the trainer included, fails fast.
 
     Tensors that were announced and not received may still be sent; the next broadcast would take them for its own.

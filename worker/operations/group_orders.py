@@ -13,7 +13,7 @@ from ...protocol.operations import Join, Leave, Perform
 from ...protocol.reports import Performed, Report
 from ..parallel.lockstep import SettleJoin
 from ..parallel.ranks import Ranks
-from ..weights.transport.groups import Groups
+from ..weights.transport.groups import ProcessGroups
 
 
 class _Outcome(msgspec.Struct, frozen=True):
@@ -26,7 +26,7 @@ class _Outcome(msgspec.Struct, frozen=True):
 class GroupOrders:
     """This rank's part. Every rank takes the same orders, in the same order."""
 
-    def __init__(self, groups: Groups, ranks: Ranks) -> None:
+    def __init__(self, groups: ProcessGroups, ranks: Ranks) -> None:
         self._groups = groups
         self._ranks = ranks
 

@@ -10,9 +10,9 @@ from ..forward.batcher import Batcher
 from ..lora.adapters import RankAdapters
 from ..model.model import Model
 from ..parallel.ranks import Ranks
-from ..weights.progress import Progress
+from ..weights.progress import OnProgress
 from ..weights.snapshot.journal import Journal
-from ..weights.transport.groups import Groups
+from ..weights.transport.groups import ProcessGroups
 from ..weights.transport.sources import RankContext, TensorSource, open_source
 from ..weights.update.noise import noise
 from ..weights.update.undo_log import UndoLog
@@ -37,8 +37,8 @@ class Resources:
     journal: Journal | None
     undo_log: UndoLog
     adapters: RankAdapters
-    groups: Groups
-    on_progress: Progress
+    groups: ProcessGroups
+    on_progress: OnProgress
 
     @property
     def replica(self) -> int:

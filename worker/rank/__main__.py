@@ -12,7 +12,7 @@ from ...process.child import name_process, read_child_config
 from ...process.logs import adopt_library_loggers, configure_logging
 
 
-def import_replica() -> None:
+def import_rank() -> None:
     """Import everything that a rank runs.
 
     peft is hidden, because diffusers and transformers import it if it is installed, which takes a sixth of the time,
@@ -20,24 +20,24 @@ def import_replica() -> None:
     """
     sys.modules["peft"] = None  # type: ignore[assignment]  # as if it were not installed
     gc.disable()
-    from . import replica  # noqa: F401
+    from . import rank_process  # noqa: F401
 
     gc.freeze()
     gc.enable()
 
 
-def run_replica() -> int:
+def run_rank() -> int:
     """Serve as the rank that standard input says. Returns the process's exit status."""
     child = read_child_config()
     rank = f".{child.rank}" if child.config.tp > 1 else ""
     name = f"worker-{child.replica}{rank}"
     name_process(name)
     configure_logging(child.config, name)
-    import_replica()  # after the pipe to the launcher is watched
+    import_rank()  # after the pipe to the launcher is watched
     adopt_library_loggers()
-    from .replica import Replica
+    from .rank_process import RankProcess
 
-    return Replica(child).run()
+    return RankProcess(child).run()
 
 
 def leave(status: int) -> NoReturn:
@@ -48,4 +48,4 @@ def leave(status: int) -> NoReturn:
 
 
 if __name__ == "__main__":
-    leave(run_replica())
+    leave(run_rank())

@@ -28,7 +28,7 @@ from ..parallel.lockstep import SettleJoin, Step
 from ..parallel.mesh import Mesh
 from ..requests.jobs import Jobs
 from ..weights.snapshot.journal import Journal
-from ..weights.transport.groups import Groups
+from ..weights.transport.groups import ProcessGroups
 from ..weights.update.undo_log import UndoLog
 
 
@@ -56,7 +56,7 @@ class Engine:
         assert child.replica is not None
         global_rank = child.replica * config.tp + child.rank
         adapters = _new_adapters(model, mesh, config)
-        groups = Groups(global_rank, model.device, ended=wake, receive_s=config.max_update_hold_s)
+        groups = ProcessGroups(global_rank, model.device, ended=wake, receive_s=config.max_update_hold_s)
         self._model = model
         self._send = send
         self._batcher = _new_batcher(model, self_test, mesh, adapters, activity, config, before_forward)

@@ -23,14 +23,14 @@ def main() -> int:
     name_process("nursery")
     configure_logging(Config(), "nursery")  # for the libraries' messages during import; each worker configures its own
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    from .__main__ import import_replica, leave, run_replica  # torch
+    from .__main__ import import_rank, leave, run_rank  # torch
 
-    import_replica()
+    import_rank()
     stdin = _fork_workers(socket.socket(fileno=os.dup(_STDIN)))
     if stdin is not None:
         os.dup2(stdin, _STDIN)
         os.close(stdin)
-        leave(run_replica())
+        leave(run_rank())
     return 0
 
 

@@ -4,5 +4,5 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-Progress = Callable[[], object]
+OnProgress = Callable[[], object]
 """Called after each part of long work. A replica that reports no progress counts as stalled."""

@@ -13,11 +13,11 @@ from torch import nn
 from safelight.protocol.config import Config
 from safelight.tests.effort import NIGHTLY
 from safelight.worker.accuracy import compare
-from safelight.worker.accuracy.compare import Outputs, Setting, Sides
+from safelight.worker.accuracy.compare import ComparisonSetting, Outputs, Sides
 from safelight.worker.accuracy.policy import load_policy
 from safelight.worker.accuracy.recorded import Recorded, read, write
 from safelight.worker.accuracy.recorder import record
-from safelight.worker.accuracy.report import Row
+from safelight.worker.accuracy.report import ReportRow
 from safelight.worker.accuracy.sides import Component
 from safelight.worker.accuracy.task import DTYPES, DType
 from safelight.worker.accuracy.verification import Checkpoint
@@ -33,7 +33,7 @@ NAMES = (
 
 CPU = torch.device("cpu")
 
-Found = dict[str, list[Row]]
+Found = dict[str, list[ReportRow]]
 """Rows by :func:`key`."""
 
 
@@ -83,7 +83,7 @@ def rows(
     *,
     fused: bool = False,
     staged: bool | None = None,
-) -> list[Row]:
+) -> list[ReportRow]:
     compared = Checkpoint(checkpoint, load_policy(), ranks, CPU, fused, staged)
     return list(compared.rows(components, recorded(checkpoint, dtype), dtype))
 
@@ -92,7 +92,7 @@ def keep_references(folder: Path) -> None:
     """They are the same for any degree, fused or not: let the next comparison find in ``folder`` what one has made."""
     make = compare.references
 
-    def kept(component: Component, sides: Sides, setting: Setting) -> tuple[Outputs | None, Outputs]:
+    def kept(component: Component, sides: Sides, setting: ComparisonSetting) -> tuple[Outputs | None, Outputs]:
         file = folder / f"{component.directory.name}-{component.name}-{setting.dtype}.pt"
         if not file.exists():
             torch.save(make(component, sides, setting), file)

@@ -17,7 +17,7 @@ from safelight.protocol.errors import StartFailed
 from safelight.worker.accuracy import compare, verification
 from safelight.worker.accuracy.policy import load_policy
 from safelight.worker.accuracy.recorded import CannotKeep, Recorded, read, write
-from safelight.worker.accuracy.report import Row
+from safelight.worker.accuracy.report import ReportRow
 from safelight.worker.accuracy.sides import Component, plain
 from safelight.worker.accuracy.verification import Checkpoint, chosen
 from safelight.worker.model.model import load_model
@@ -35,7 +35,7 @@ def _like_a_rank() -> Iterator[None]:
         yield
 
 
-def vae_rows(flux: Path, staged: bool | None = None) -> list[Row]:
+def vae_rows(flux: Path, staged: bool | None = None) -> list[ReportRow]:
     return rows(ALONE, flux, chosen(component_classes(flux), VAE), "bfloat16", staged=staged)
 
 

@@ -48,7 +48,7 @@ def test_a_skip_without_reason_end_or_object_is_refused(skip: str, complaint: st
 @pytest.mark.parametrize(
     ("until", "holds"), [("2999-01-01", True), ("2020-01-01", False), ("torch>=99", True), ("torch>=2", False)]
 )
-def test_a_skip_ends_by_itself(until: str, holds: bool, tmp_path: Path) -> None:
+def test_a_skip_ends_at_its_date_or_release(until: str, holds: bool, tmp_path: Path) -> None:
     made = policy(tmp_path, f'[[skips]]\ncls = "AutoencoderKLWan"\n{REASON}until = "{until}"\n')
     assert (made.skip(CASE) is not None) is holds
 

@@ -20,10 +20,10 @@ from safelight.protocol.operations import (
     Join,
     Leave,
     Operation,
+    OperationStep,
     Perform,
     Settled,
     Sleep,
-    Step,
     Update,
     Wake,
 )
@@ -39,7 +39,7 @@ from safelight.worker.operations.resources import PROMPT_CACHE, Resources
 from safelight.worker.operations.table import new_coordinator, new_table
 from safelight.worker.parallel.ranks import ALONE
 from safelight.worker.weights.snapshot.journal import Journal
-from safelight.worker.weights.transport.groups import Groups
+from safelight.worker.weights.transport.groups import ProcessGroups
 from safelight.worker.weights.update.rank_update import RankUpdate
 from safelight.worker.weights.update.undo_log import UndoLog
 
@@ -65,13 +65,13 @@ def resources(model: Model, tmp_path: Path) -> Resources:
         journal=Journal(tmp_path),
         undo_log=UndoLog(CPU, 1 << 30, None),
         adapters=RankAdapters(model.pipeline, model.layouts, ALONE, CPU, most=4, most_bytes=1 << 30),
-        groups=Groups(0, CPU),
+        groups=ProcessGroups(0, CPU),
         on_progress=lambda: None,
     )
 
 
 def perform(
-    coordinator: Coordinator, step: Step, operation: Operation | None = None, version: str | None = None
+    coordinator: Coordinator, step: OperationStep, operation: Operation | None = None, version: str | None = None
 ) -> Performed:
     order = Perform(number=1, step=step, leads=True, operation=operation, weight_version=version)
     return coordinator.perform(order)

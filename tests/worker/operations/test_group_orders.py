@@ -1,4 +1,4 @@
-"""A rank joins a trainer's group beside what it serves, whatever stands at the address that it was given."""
+"""A rank joins a trainer's group while it serves, with every kind of listener at the given address."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from safelight.protocol.reports import Performed
 from safelight.worker.operations.group_orders import GroupOrders
 from safelight.worker.parallel.ranks import ALONE
 from safelight.worker.weights.transport import groups
-from safelight.worker.weights.transport.groups import Groups
+from safelight.worker.weights.transport.groups import ProcessGroups
 
 
 @pytest.fixture
 def silent() -> Iterator[int]:
-    """The port of a listener that accepts whoever comes, and says nothing."""
+    """The port of a listener that accepts connections and stays silent."""
     accepted = []
 
     def accept() -> None:
@@ -60,14 +60,14 @@ def joining_threads() -> list[threading.Thread]:
 
 
 def settled(orders: GroupOrders) -> Performed:
-    """The answer to the join, which a leader's loop finds in one of its turns."""
+    """The answer to the join, which a leader's loop finds in one of its steps."""
     found: list[Performed] = []
     until(lambda: found.extend(filter(None, map(orders.settle, orders.due()))) or found)
     return found[0]
 
 
 def test_a_join_of_someone_who_says_nothing_ends_at_its_limit_and_leaves_no_thread_behind(silent: int) -> None:
-    orders = GroupOrders(Groups(0, torch.device("cpu")), ALONE)
+    orders = GroupOrders(ProcessGroups(0, torch.device("cpu")), ALONE)
     assert orders.perform(order(silent, timeout_s=0.5)) is None
     until(joining_threads)
     answer = settled(orders)
@@ -77,7 +77,7 @@ def test_a_join_of_someone_who_says_nothing_ends_at_its_limit_and_leaves_no_thre
 
 
 def test_a_group_can_be_left_while_it_is_joined_and_its_name_is_free_again(silent: int) -> None:
-    orders = GroupOrders(Groups(0, torch.device("cpu")), ALONE)
+    orders = GroupOrders(ProcessGroups(0, torch.device("cpu")), ALONE)
     orders.perform(order(silent, timeout_s=600))
     again = orders.perform(order(silent, timeout_s=600, number=2))
     assert again is not None
@@ -95,7 +95,7 @@ def test_a_group_can_be_left_while_it_is_joined_and_its_name_is_free_again(silen
 
 
 def test_a_release_of_one_join_leaves_another_of_the_same_name_alone(silent: int) -> None:
-    orders = GroupOrders(Groups(0, torch.device("cpu")), ALONE)
+    orders = GroupOrders(ProcessGroups(0, torch.device("cpu")), ALONE)
     orders.perform(order(silent, timeout_s=600))
     refused = order(silent, timeout_s=600, number=2)
     orders.perform(refused)
@@ -108,7 +108,7 @@ def test_a_release_of_one_join_leaves_another_of_the_same_name_alone(silent: int
 
 def test_groups_are_bounded_in_number(silent: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(groups, "MAX_GROUPS", 1)
-    orders = GroupOrders(Groups(0, torch.device("cpu")), ALONE)
+    orders = GroupOrders(ProcessGroups(0, torch.device("cpu")), ALONE)
     orders.perform(order(silent, timeout_s=600))
     second = order(silent, timeout_s=600, number=2)
     assert isinstance(second.operation, Join)
@@ -121,7 +121,7 @@ def test_groups_are_bounded_in_number(silent: int, monkeypatch: pytest.MonkeyPat
 
 
 def _join_and_end(port: int) -> None:
-    GroupOrders(Groups(0, torch.device("cpu")), ALONE).perform(order(port, timeout_s=600))
+    GroupOrders(ProcessGroups(0, torch.device("cpu")), ALONE).perform(order(port, timeout_s=600))
     until(lambda: os.listdir("/proc/self/task")[1:])
 
 
@@ -134,8 +134,8 @@ def test_a_join_that_goes_on_does_not_keep_its_process_from_ending(silent: int) 
     assert not alive
 
 
-def test_all_groups_are_left_where_no_name_is_told(silent: int) -> None:
-    orders = GroupOrders(Groups(0, torch.device("cpu")), ALONE)
+def test_all_groups_are_left_where_no_name_is_given(silent: int) -> None:
+    orders = GroupOrders(ProcessGroups(0, torch.device("cpu")), ALONE)
     orders.perform(order(silent, timeout_s=600))
     until(joining_threads)
     left = orders.perform(Perform(number=2, step="prepare", leads=True, operation=Leave(None)))

@@ -77,7 +77,7 @@ def _sentence(name: str, variant: str | None, revision: str | None, error: Excep
     ):
         if any(isinstance(cause, kind) for cause in causes):
             return sentence
-    if any(_is_no_connection(cause) for cause in causes):
+    if any(_is_connection_error(cause) for cause in causes):
         return (
             f"The hub {constants.ENDPOINT} cannot be reached to fetch {name}, and its files are not all in the cache "
             f"{constants.HF_HUB_CACHE}; check the network and HF_ENDPOINT, or give the path of a directory."
@@ -89,7 +89,7 @@ def _sentence(name: str, variant: str | None, revision: str | None, error: Excep
     return f"The repository {name} could not be fetched{of_variant}: {said[0].rstrip('.')}."
 
 
-def _is_no_connection(error: BaseException) -> bool:
+def _is_connection_error(error: BaseException) -> bool:
     if isinstance(error, HfHubHTTPError):
         return error.response is not None and error.response.status_code >= 500
     names = {kind.__name__ for kind in type(error).__mro__}  # of whichever HTTP library huggingface_hub uses

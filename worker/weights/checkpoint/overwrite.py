@@ -8,7 +8,7 @@ from typing import Self
 
 import torch
 
-from ..progress import Progress
+from ..progress import OnProgress
 
 CHUNK = 1 << 19
 """Bytes that are overwritten at a time: few enough to stay in a core's cache between read and write."""
@@ -32,7 +32,7 @@ class StagedCopy:
     ``read``, where given, fetches the bytes of mapped tensors.
     """
 
-    def __init__(self, read: Read | None, on_progress: Progress) -> None:
+    def __init__(self, read: Read | None, on_progress: OnProgress) -> None:
         self._read = read
         self._on_progress = on_progress
         self._pool = ThreadPoolExecutor(torch.get_num_threads())

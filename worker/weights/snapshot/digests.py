@@ -16,7 +16,7 @@ from ....formats.digests import tensor_digest
 from ....protocol.reports import TensorDigest
 from ...parallel.ranks import Ranks
 from ..checkpoint.layout import Layout
-from ..progress import Progress
+from ..progress import OnProgress
 
 
 def raw_bytes(tensor: torch.Tensor) -> memoryview:
@@ -30,7 +30,7 @@ Details = dict[str, dict[str, TensorDigest]]
 
 
 def module_digests(
-    layouts: Mapping[str, Layout], ranks: Ranks, on_progress: Progress, *, detail: bool = False
+    layouts: Mapping[str, Layout], ranks: Ranks, on_progress: OnProgress, *, detail: bool = False
 ) -> tuple[list[dict[str, str]], Details]:
     """Each rank's hex digest of each module: SHA-256 over names and bytes of its tensors, sorted by name.
 
@@ -54,7 +54,7 @@ def module_digests(
         return [msgspec.msgpack.decode(one, type=dict[str, str]) for one in answers], tensors.done()
 
 
-def tensor_digests(layout: Layout, names: Sequence[str], on_progress: Progress) -> dict[str, TensorDigest]:
+def tensor_digests(layout: Layout, names: Sequence[str], on_progress: OnProgress) -> dict[str, TensorDigest]:
     """The digests of the tensors ``names``, on every rank. All ranks must call this together."""
     with _Tensors() as tensors:
         for name in names:

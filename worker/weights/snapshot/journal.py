@@ -19,7 +19,7 @@ from ....protocol.errors import StartFailed
 from ...parallel.ranks import Ranks
 from ..checkpoint.layout import Layout
 from ..checkpoint.mapped_files import map_file
-from ..progress import Progress
+from ..progress import OnProgress
 from .snapshot import write_snapshot
 
 _ENTRY = re.compile(r"version-[0-9a-f]{16}")
@@ -53,7 +53,7 @@ class Journal:
         modules: Sequence[str],
         version: str,
         ranks: Ranks,
-        on_progress: Progress,
+        on_progress: OnProgress,
     ) -> None:
         """Write an entry before its commit: ``modules``, and those that the journal already has.
 

@@ -13,7 +13,7 @@ from ....formats.tensor_files import write_header
 from ...parallel.ranks import Ranks
 from ..checkpoint.layout import Layout
 from ..checkpoint.mapped_files import DTYPES
-from ..progress import Progress
+from ..progress import OnProgress
 from .digests import raw_bytes
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -35,7 +35,7 @@ def write_snapshot(
     modules: Sequence[str],
     folder: Path,
     ranks: Ranks,
-    on_progress: Progress,
+    on_progress: OnProgress,
     *,
     durable: bool = False,
 ) -> dict[str, SnapshotFile]:
@@ -73,7 +73,7 @@ def _write_file(
     header: bytes,
     parts: Iterable[memoryview],
     digest: hashlib._Hash,
-    on_progress: Progress,
+    on_progress: OnProgress,
     *,
     durable: bool,
 ) -> None:

@@ -12,7 +12,7 @@ import torch
 
 from ....protocol.tensor_sources import CudaTensor
 from .allowlist import DTYPES, Known, NotAPayload
-from .pickled import Call
+from .pickled import PickledCall
 from .rebuild import cuda_tensor
 
 
@@ -26,14 +26,14 @@ def open_handles(handles: Sequence[CudaTensor]) -> dict[str, torch.Tensor]:
     return found
 
 
-def _call(handle: CudaTensor) -> Call:
+def _call(handle: CudaTensor) -> PickledCall:
     """The call that a pickled payload would make for the same tensor."""
     origin = f"the handle of {handle.name}"
     dtype = DTYPES.get(f"torch.{handle.dtype.removeprefix('torch.')}")
     if dtype is None:
         raise NotAPayload(f"{origin} has the unknown dtype {handle.dtype!r}")
-    size = Call(Known.SIZE, (tuple(handle.shape),), origin)
+    size = PickledCall(Known.SIZE, (tuple(handle.shape),), origin)
     view = (Known.TENSOR, size, tuple(handle.stride), handle.offset, Known.TYPED_STORAGE, dtype)
     memory = (handle.device, handle.memory, handle.storage_bytes, handle.storage_offset, False)
     event = (handle.counters, handle.counter, handle.event, handle.event_sync)
-    return Call(Known.REBUILD_CUDA_TENSOR_BY_UUID, (*view, *memory, *event), origin)
+    return PickledCall(Known.REBUILD_CUDA_TENSOR_BY_UUID, (*view, *memory, *event), origin)

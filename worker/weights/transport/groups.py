@@ -26,7 +26,7 @@ import torch
 from ....protocol.errors import Conflict, InvalidRequest, NotFound, Unavailable
 from ....protocol.operations import Join
 from ....protocol.tensor_sources import Broadcast
-from ..progress import Progress
+from ..progress import OnProgress
 from .joining import LATE_S, SENDER, Attempt, first_line
 
 MAX_GROUPS = 32
@@ -64,7 +64,7 @@ class _Group:
         work.wait()
 
 
-class Groups:
+class ProcessGroups:
     """This rank's groups, by name, and the joins in progress, by the number of their order.
 
     ``global_rank`` counts all ranks of all replicas. ``ended`` is called from another thread when a join has ended;
@@ -166,7 +166,7 @@ class Groups:
     def __contains__(self, name: str) -> bool:
         return name in self._groups
 
-    def receive(self, asked: Broadcast, on_progress: Progress) -> dict[str, torch.Tensor]:
+    def receive(self, asked: Broadcast, on_progress: OnProgress) -> dict[str, torch.Tensor]:
         """Receive the tensors that the trainer broadcasts, in the order of the names. Raises ``Unavailable``."""
         group, deadline = self._groups[asked.group], time.monotonic() + self._receive_s
         received = {

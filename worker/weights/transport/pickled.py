@@ -1,7 +1,7 @@
 """Reads the ``ForkingPickler`` streams that trainers send, without running anything that they name.
 
-The stream is interpreted symbolically: opcodes become plain values, and each call becomes an inert :class:`Call`. When
-the whole stream has been read, :mod:`.rebuild` checks the arguments of the calls exactly, and makes tensors of them.
+The stream is interpreted symbolically: opcodes become plain values, each call an inert :class:`PickledCall`.
+After the whole stream, :mod:`.rebuild` checks the arguments of the calls exactly, and makes tensors of them.
 Only the opcodes, globals and calls of real streams of protocols 2 to 5 are accepted (torch 2.x,
 ``torch.multiprocessing.reductions``). Every opcode makes at most one small value, so the number of opcodes bounds
 memory and time. docs/decisions/0018 says why this is not ``pickle.Unpickler``.
@@ -24,7 +24,7 @@ MAX_DEPTH = 32
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Call:
+class PickledCall:
     """A call that the stream makes. Errors name it ``origin``."""
 
     function: Known
@@ -42,8 +42,8 @@ class Instance:
 
 
 def parse(stream: bytes) -> Any:
-    """``None``, bool, int, str, bytes, dtypes, :class:`Known`, :class:`Call`, :class:`Instance`, and lists, tuples and
-    dicts (with str keys) of them, which may share values and contain themselves.
+    """``None``, bool, int, str, bytes, dtypes, :class:`Known`, :class:`PickledCall`, :class:`Instance`, and lists,
+    tuples and dicts (with str keys) of them, which may share values and contain themselves.
 
     Raises :class:`NotAPayload`.
     """
@@ -231,7 +231,7 @@ class _Machine:
             case Known.ENCODE, (str(text), "latin1") if len(text) <= MAX_HANDLE and max(text, default="") <= "\xff":
                 self._stack.append(text.encode("latin1"))
             case _:
-                self._stack.append(Call(function, args, f"{function.value}, called at byte {self._at},"))
+                self._stack.append(PickledCall(function, args, f"{function.value}, called at byte {self._at},"))
 
     def instance(self, _: None) -> None:
         cls, args = self._pop(2)

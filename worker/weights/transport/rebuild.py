@@ -16,7 +16,7 @@ from torch.multiprocessing import reductions
 
 from ....formats.tensor_files import is_shape
 from .allowlist import Known, NotAPayload
-from .pickled import MAX_DEPTH, Call, Instance, parse
+from .pickled import MAX_DEPTH, Instance, PickledCall, parse
 from .shm_segment import BadSegment, Segments, check_segment
 
 _MANAGER = re.compile(rb"(/[^/\0]+)*/torch-shm-dir-[A-Za-z0-9]{6}/manager\.sock")
@@ -72,21 +72,21 @@ class _Rebuilder:
                 if node.state is None:
                     raise NotAPayload(f"{node.cls.value} at byte {node.at} has no attributes")
                 return {name: self.value(part, depth) for name, part in node.state.items()}
-            case Call(Known.SIZE, (tuple(size),)):
+            case PickledCall(Known.SIZE, (tuple(size),)):
                 if is_shape(size):
                     return size
-            case Call(Known.REBUILD_TENSOR):
+            case PickledCall(Known.REBUILD_TENSOR):
                 return self._tensor(node)
-            case Call(Known.REBUILD_CUDA_TENSOR | Known.REBUILD_CUDA_TENSOR_BY_UUID):
+            case PickledCall(Known.REBUILD_CUDA_TENSOR | Known.REBUILD_CUDA_TENSOR_BY_UUID):
                 return cuda_tensor(node)
         raise _wrong(node, "does not give a value that a payload can hold")
 
-    def _tensor(self, call: Call) -> torch.Tensor:
+    def _tensor(self, call: PickledCall) -> torch.Tensor:
         match call.args:
             case (
                 Known.TENSOR | Known.PARAMETER,
-                Call(Known.REBUILD_TYPED_STORAGE, (Call() as shared, torch.dtype() as dtype)),
-                (offset, Call(Known.SIZE, (tuple(size),)), tuple(stride), bool()),
+                PickledCall(Known.REBUILD_TYPED_STORAGE, (PickledCall() as shared, torch.dtype() as dtype)),
+                (offset, PickledCall(Known.SIZE, (tuple(size),)), tuple(stride), bool()),
             ):
                 if id(shared) not in self._made:
                     self._made[id(shared)] = self._storage(shared)
@@ -97,11 +97,11 @@ class _Rebuilder:
                 return torch.empty(0, dtype=dtype).set_(storage, offset, size, _regular(size, stride))
         raise _wrong(call, "does not have the arguments that torch writes")
 
-    def _storage(self, call: Call) -> torch.UntypedStorage:
+    def _storage(self, call: PickledCall) -> torch.UntypedStorage:
         match call:
-            case Call(Known.REBUILD_STORAGE_EMPTY, (Known.UNTYPED_STORAGE,)):
+            case PickledCall(Known.REBUILD_STORAGE_EMPTY, (Known.UNTYPED_STORAGE,)):
                 return torch.empty(0).untyped_storage()
-            case Call(
+            case PickledCall(
                 Known.REBUILD_STORAGE_FILENAME, (Known.UNTYPED_STORAGE, bytes(manager), bytes(handle), nbytes)
             ) if _MANAGER.fullmatch(manager):
                 _numbers(call, nbytes)
@@ -110,12 +110,12 @@ class _Rebuilder:
         raise _wrong(call, "does not have the arguments that torch writes")
 
 
-def cuda_tensor(call: Call) -> torch.Tensor:
+def cuda_tensor(call: PickledCall) -> torch.Tensor:
     """The GPU tensor that a call of ``rebuild_cuda_tensor`` describes. Raises :class:`NotAPayload`."""
     match call.args:
         case (
             Known.TENSOR | Known.PARAMETER,
-            Call(Known.SIZE, (tuple(size),)),
+            PickledCall(Known.SIZE, (tuple(size),)),
             tuple(stride),
             offset,
             Known.TYPED_STORAGE,
@@ -137,7 +137,7 @@ def cuda_tensor(call: Call) -> torch.Tensor:
     raise _wrong(call, "does not have the arguments that torch writes")
 
 
-def _check_handles(call: Call, *handles: Any) -> None:
+def _check_handles(call: PickledCall, *handles: Any) -> None:
     """Check the size and handle of CUDA memory, its counter's segment and its event (CUDACachingAllocator.cpp)."""
     match handles:
         case 0, None, None, 0, None, None:
@@ -152,7 +152,7 @@ def _check_handles(call: Call, *handles: Any) -> None:
     raise _wrong(call, "does not have the handles that torch writes")
 
 
-def _cuda_device(call: Call, device: object) -> int:
+def _cuda_device(call: PickledCall, device: object) -> int:
     """The index of ``device``: an index, or for some senders a UUID as in ``torch.cuda.get_device_properties``."""
     if not torch.cuda.is_available():
         raise _wrong(call, "needs a GPU, and this process has none; send CPU tensors, or safetensors")
@@ -168,7 +168,7 @@ def _cuda_device(call: Call, device: object) -> int:
     return index
 
 
-def _check_view(call: Call, size: Any, stride: Any, offset: Any, available: int) -> None:
+def _check_view(call: PickledCall, size: Any, stride: Any, offset: Any, available: int) -> None:
     """Check that a view lies within a storage of ``available`` elements and has at most as many elements."""
     if not is_shape(size) or len(size) != len(stride):
         raise _wrong(call, "has an invalid size or stride")
@@ -193,19 +193,19 @@ def _regular(size: tuple[int, ...], stride: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(reversed(regular))
 
 
-def _numbers(call: Call, *numbers: Any) -> tuple[int, ...]:
+def _numbers(call: PickledCall, *numbers: Any) -> tuple[int, ...]:
     for number in numbers:
         if type(number) is not int or not 0 <= number <= _LIMIT:
             raise _wrong(call, f"has an argument that is not an integer from 0 to {_LIMIT}")
     return numbers
 
 
-def _tried(call: Call, do: Callable[..., Any], *args: Any) -> Any:
+def _tried(call: PickledCall, do: Callable[..., Any], *args: Any) -> Any:
     try:
         return do(*args)
     except (BadSegment, RuntimeError) as error:
         raise _wrong(call, f"fails: {str(error).partition(chr(10))[0]}") from error
 
 
-def _wrong(call: Call, reason: str) -> NotAPayload:
+def _wrong(call: PickledCall, reason: str) -> NotAPayload:
     return NotAPayload(f"{call.origin} {reason}")

@@ -17,10 +17,10 @@ from ....protocol.tensor_sources import Broadcast, CudaShared, Files, Pickled, S
 from ..checkpoint.mapped_files import MappedFiles
 from ..checkpoint.names import Tensors
 from ..checkpoint.overwrite import Read
-from ..progress import Progress
+from ..progress import OnProgress
 from .allowlist import NotAPayload
 from .cuda_handles import open_handles
-from .groups import Groups
+from .groups import ProcessGroups
 from .payload import InvalidTensor, choose, decode
 from .shm_segment import Segments
 
@@ -65,7 +65,7 @@ class TensorSource:
         self._on_close()
 
 
-def open_source(source: Sent, groups: Groups, context: RankContext, on_progress: Progress) -> TensorSource:
+def open_source(source: Sent, groups: ProcessGroups, context: RankContext, on_progress: OnProgress) -> TensorSource:
     """Open ``source`` on this rank. Raises ``InvalidRequest`` or ``Rejected``."""
     match source:
         case Files():

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ..progress import Progress
+from ..progress import OnProgress
 from .page_swap import ALIGNMENT, aligned_like, view_as
 from .undo_log import in_file
 
@@ -36,7 +36,7 @@ class Offloader:
     def offloaded(self) -> bool:
         return bool(self._offsets)
 
-    def offload(self, on_progress: Progress, only: Sequence[nn.Module] | None = None) -> None:
+    def offload(self, on_progress: OnProgress, only: Sequence[nn.Module] | None = None) -> None:
         """Offload all modules, or ``only`` these. Raises ``OSError`` where there is no room; nothing has moved then."""
         wanted = self._modules if only is None else only
         modules = [module for module in self._modules if module in wanted or module in self._offloaded_modules]
@@ -52,7 +52,7 @@ class Offloader:
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
 
-    def restore(self, on_progress: Progress, only: Sequence[nn.Module] | None = None) -> None:
+    def restore(self, on_progress: OnProgress, only: Sequence[nn.Module] | None = None) -> None:
         """Restore all modules, or ``only`` these; what two modules share comes with the first of them.
 
         After an error, the next call restores the rest.

@@ -12,7 +12,7 @@ from ..checkpoint.aliases import by_checkpoint_names
 from ..checkpoint.layout import Layout
 from ..checkpoint.names import Tensors
 from ..checkpoint.overwrite import StagedCopy
-from ..progress import Progress
+from ..progress import OnProgress
 from ..transport.sources import Rejected, TensorSource
 from .checks import MAX_LISTED, check_complete, check_tensors, check_ties, missing_names
 from .page_swap import owns_pages, swap_pages
@@ -54,7 +54,7 @@ class RankUpdate:
         tensors = {} if self._prepared is None else self._prepared.tensors
         return {module: list(names) for module, names in tensors.items()}
 
-    def prepare(self, source: TensorSource, on_progress: Progress = _nothing, *, complete: bool = False) -> Report:
+    def prepare(self, source: TensorSource, on_progress: OnProgress = _nothing, *, complete: bool = False) -> Report:
         """Check every name, shape and dtype, reserve the undo copy, and stage the bytes that can be staged.
 
         ``complete`` requires every tensor of each module. Afterwards ``source`` has the checkpoint's names.
@@ -75,7 +75,7 @@ class RankUpdate:
             raise
         return report
 
-    def write(self, on_progress: Progress = _nothing) -> None:
+    def write(self, on_progress: OnProgress = _nothing) -> None:
         """Write the prepared tensors in place."""
         assert self._prepared is not None, "prepared before"
         for module, tensors in self._prepared.tensors.items():
@@ -146,7 +146,7 @@ class RankUpdate:
             raise Rejected(Unavailable(f"Nothing was written. {error}"), Report()) from error
         self._reserved = dict(zip(new, room, strict=True))
 
-    def _stage(self, source: TensorSource, on_progress: Progress) -> None:
+    def _stage(self, source: TensorSource, on_progress: OnProgress) -> None:
         """Read the bytes that a page swap will put in place, so that a failed read fails before any write."""
         with torch.no_grad(), StagedCopy(source.read, on_progress) as copy:
             for (module, name), room in self._reserved.items():

@@ -36,7 +36,7 @@ from .heartbeat import HEARTBEAT_S, Heartbeats
 log = logging.getLogger(__name__)
 
 
-class Replica:
+class RankProcess:
     """One rank's process; ``child`` has its rank and replica numbers."""
 
     def __init__(self, child: ChildConfig) -> None:
