@@ -22,5 +22,5 @@ def chosen(*each_run: T, nightly: Sequence[T] = ()) -> list[T]:
 
 
 def scaled(whole: int, least: int = 1) -> int:
-    """``whole``, of which ``TEST_SCALE`` (1 if it is not set) is tried, but never fewer than ``least``."""
+    """``whole`` times ``TEST_SCALE`` (default 1), but at least ``least``."""
     return max(least, round(whole * float(os.environ.get("TEST_SCALE", "1"))))

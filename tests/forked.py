@@ -25,7 +25,7 @@ from safelight.tests.fork_server import Program
 class Forked(subprocess.Popen[Any]):
     """``entry``, a ``module:function`` without arguments, called with ``arguments`` as the command line.
 
-    ``options`` are those of ``Popen``, of which the text mode is the default.
+    ``options`` are those of ``Popen``, with text mode as the default.
     """
 
     def __init__(self, entry: str, arguments: Sequence[object] = (), **options: Any) -> None:

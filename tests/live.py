@@ -130,7 +130,7 @@ class LiveServer:
             return False
 
     def wait_for(self, find: Callable[[], T | None], timeout_s: float) -> T:
-        """What ``find`` finds. Raises ``AssertionError`` when time runs out or the server ends."""
+        """Wait for a result of ``find``. Raises ``AssertionError`` when time runs out or the server ends."""
         deadline = time.monotonic() + timeout_s
         while (found := find()) is None:
             assert self._process.poll() is None, f"the server ended with {self._process.returncode}:\n{self.log}"

@@ -30,7 +30,7 @@ class Servers:
         self._running: dict[tuple[str, ...], LiveServer] = {}
 
     def __call__(self, family: str, *flags: str) -> LiveServer:
-        """That of the tiny ``family``'s checkpoint."""
+        """The path of the tiny ``family``'s checkpoint."""
         key = (family, *flags)
         server = self._running.pop(key, None)
         if server is None:

@@ -37,7 +37,7 @@ class Row(msgspec.Struct):
 
 
 AMPLIFIED = "yes, in float64; rounding makes "
-"""Of two ranks that compute the same, but for rounding, which the pipeline amplifies."""
+"""The result for two ranks that differ only by rounding, which the pipeline amplifies."""
 
 TOLERANCE = 1e-4
 """Largest difference of a pixel in [0, 1] between a merged request and plain diffusers."""

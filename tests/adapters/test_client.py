@@ -43,7 +43,7 @@ def test_a_life_by_the_client(alone: Trainer, adapters: Adapters) -> None:
 
 
 @pytest.mark.parametrize("mode", ["merge", "dynamic"])
-def test_a_trainer_whose_samples_are_drawn_with_an_adapter_is_told_by_every_answer(
+def test_every_reply_names_the_adapter_that_a_trainers_samples_were_drawn_with(
     mode: WantedMode, alone: Trainer, adapters: Adapters
 ) -> None:
     own = transformer(alone.directory)

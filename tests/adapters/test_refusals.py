@@ -105,7 +105,7 @@ def copies(server: Trainer) -> int:
 
 
 def test_files_are_kept_for_as_long_as_they_are_needed(server: Trainer, adapters: Adapters) -> None:
-    """Whatever the server answers meanwhile: a replica that starts again reads them."""
+    """Independently of the server's reply: a replica that restarts reads the files."""
     set_lora(server, "first", lora_path=adapters.path("first"), merge_mode="merge")
     server.done("/pause_generation", {"mode": "wait"})
     server.done("/continue_generation", {})

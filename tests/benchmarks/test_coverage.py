@@ -60,7 +60,7 @@ def test_a_pipeline_whose_processor_needs_torchvision_is_served(family: str) -> 
 def test_an_examination_has_as_long_as_plain_diffusers_would_need_for_many_calls(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """What is heavy is not taken for what hangs."""
+    """A heavy pipeline does not count as hanging."""
     waits: list[float] = []
 
     class Busy:

@@ -75,7 +75,7 @@ def test_help_comes_without_the_heavy_libraries() -> None:
     assert all(command in run.stdout for command in ("serve", "verify", "generate", "info", "push", "checksum", "diff"))
 
 
-def test_the_version_is_told() -> None:
+def test_the_version_is_printed() -> None:
     assert safelight("--version").stdout == f"safelight {__version__}\n"
 
 

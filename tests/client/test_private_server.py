@@ -44,7 +44,7 @@ def played(tmp_path: Path, program: str) -> PrivateServer:
     return PrivateServer(None, program=(sys.executable, str(path)))
 
 
-def test_a_start_that_fails_is_told_in_the_servers_own_words(tmp_path: Path) -> None:
+def test_a_failed_start_is_reported_in_the_servers_own_words(tmp_path: Path) -> None:
     started = time.monotonic()
     with PrivateServer(str(tmp_path / "nothing")) as server, pytest.raises(StartFailed, match="nothing"):
         _ = server.url
@@ -61,7 +61,7 @@ def test_a_server_that_ends_while_it_loads_is_not_waited_for(tmp_path: Path) -> 
         server.wait_until_ready(client, 60, lambda health: None)
 
 
-def test_what_it_waits_for_is_told(tmp_path: Path) -> None:
+def test_the_client_says_what_it_waits_for(tmp_path: Path) -> None:
     heard: list[Health] = []
     program = LISTENER + "server.handle_request(); sys.exit('over')"
     with (
@@ -134,7 +134,7 @@ def test_no_server_outlives_a_command_that_is_killed() -> None:
     assert [one for one in alive if one.is_running() and one.status() != psutil.STATUS_ZOMBIE] == []
 
 
-def test_a_server_whose_standard_input_is_at_its_end_stops_by_itself() -> None:
+def test_a_server_whose_standard_input_has_ended_stops() -> None:
     command = [*SERVER, "shapes", "--port", "0", "--until-stdin-closes"]
     assert subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, timeout=60).returncode == 0
 

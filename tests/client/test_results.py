@@ -40,7 +40,7 @@ def test_a_field_of_a_newer_server_is_passed_over() -> None:
 
 
 @pytest.mark.parametrize("content", [b"<html>", b"{}", json.dumps({**generation(), "steps": "x"}).encode()])
-def test_an_answer_that_is_no_result_is_said_to_be_none(content: bytes) -> None:
+def test_a_reply_that_is_not_a_result_raises(content: bytes) -> None:
     with pytest.raises(Internal, match="is not that of a Safelight server"):
         Endpoint().generation(content)
 
@@ -57,7 +57,7 @@ def test_a_picture_opens() -> None:
 
 
 @pytest.mark.parametrize("format", ["mp4", "pt"])
-def test_what_is_no_picture_does_not_open_as_one(format: str) -> None:
+def test_a_result_that_is_not_a_picture_does_not_open_as_one(format: str) -> None:
     with pytest.raises(ValueError, match="save"):
         _ = read(data=b"...", format=format).image
 
@@ -99,7 +99,7 @@ def test_a_notebook_shows_all_outputs_with_their_seeds() -> None:
     assert "seed 8" in html
 
 
-def test_a_model_name_is_no_html() -> None:
+def test_a_model_name_is_escaped_in_html() -> None:
     body = {**generation(), "model": "<script>"}
     assert "<script>" not in Endpoint().generation(json.dumps(body))._repr_html_()
 

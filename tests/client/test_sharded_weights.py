@@ -20,7 +20,7 @@ Checksums = dict[str, dict[str, str]]
 
 @pytest.fixture(scope="module")
 def checksums(flux_server: LiveServer, flux: Path, tmp_path_factory: pytest.TempPathFactory) -> Checksums:
-    """What the server held after each of the ways in which two ranks sent."""
+    """The digests on the server after each of the ways in which two ranks sent."""
     results = tmp_path_factory.mktemp("ranks") / "checksums.json"
     on_ranks(2, trainer_ranks.send_each_way, flux_server.url, flux, results)
     with Client(flux_server.url) as client:

@@ -28,7 +28,7 @@ def changed(own: Tensors, tmp_path: Path) -> Path:
     return folder.parent
 
 
-def told_in_a_sentence(run: Run, status: int) -> bool:
+def failed_with_a_sentence(run: Run, status: int) -> bool:
     """True if a command failed with ``status`` and one line that says why."""
     return run.returncode == status and run.stdout == "" and len(run.stderr.splitlines()) == 1
 
@@ -42,9 +42,9 @@ def test_the_checksum_of_a_directory_is_the_server_s(trained: Client, flux: Path
 def test_the_details_of_a_file_are_the_server_s(trained: Client, flux: Path) -> None:
     run = safelight("checksum", flux / "vae" / FILE, "--module", "vae", "--detail")
     assert run.returncode == 0, run.stderr
-    told = trained.weights.checksum(["vae"], detail=True)["vae"]
-    tensors = [f"{t.sha256}  vae.{name}  float32 {list(t.shape)}" for name, t in sorted(told.tensors.items())]
-    assert run.stdout.splitlines() == [f"{told.sha256}  vae", *tensors]
+    reported = trained.weights.checksum(["vae"], detail=True)["vae"]
+    tensors = [f"{t.sha256}  vae.{name}  float32 {list(t.shape)}" for name, t in sorted(reported.tensors.items())]
+    assert run.stdout.splitlines() == [f"{reported.sha256}  vae", *tensors]
 
 
 def test_a_checksum_needs_no_torch(flux: Path) -> None:
@@ -56,11 +56,11 @@ def test_a_checksum_needs_no_torch(flux: Path) -> None:
     assert run.stdout.splitlines()[-1] == "[]"
 
 
-def test_what_has_no_checksum_is_told_in_a_sentence(flux: Path, tmp_path: Path) -> None:
+def test_a_missing_checksum_is_reported_in_a_sentence(flux: Path, tmp_path: Path) -> None:
     (tmp_path / "broken.safetensors").write_bytes(b"no header")
     for arguments in ([tmp_path], [tmp_path / "none"], [tmp_path / "broken.safetensors"], [flux, "--module", "unet"]):
         run = safelight("checksum", *arguments)
-        assert told_in_a_sentence(run, 1), run
+        assert failed_with_a_sentence(run, 1), run
 
 
 def test_a_pushed_directory_serves(trained: Client, changed: Path) -> None:
@@ -78,17 +78,17 @@ def test_a_pushed_file_is_for_the_module_that_is_named(trained: Client, own: Ten
     new = plus(own, 0.1)
     save_file(new, tmp_path / "step-100.safetensors")
     refused = safelight("push", tmp_path / "step-100.safetensors", trained.base_url)
-    assert told_in_a_sentence(refused, 1), refused
+    assert failed_with_a_sentence(refused, 1), refused
     assert "step-100" in refused.stderr
     run = safelight("push", tmp_path / "step-100.safetensors", trained.base_url, "--module", "transformer")
     assert run.returncode == 0, run.stderr
     assert trained.weights.checksum()["transformer"] == digest(new)
 
 
-def test_what_cannot_be_pushed_is_told_in_a_sentence(trained: Client, flux: Path, tmp_path: Path) -> None:
+def test_weights_that_cannot_be_pushed_are_reported_in_a_sentence(trained: Client, flux: Path, tmp_path: Path) -> None:
     for path, url in ((tmp_path, trained.base_url), (flux, "http://127.0.0.1:9")):
         run = safelight("push", path, url)
-        assert told_in_a_sentence(run, 1), run
+        assert failed_with_a_sentence(run, 1), run
 
 
 def test_a_push_that_fails_in_its_second_module_changes_nothing(trained: Client, changed: Path, own: Tensors) -> None:
@@ -97,7 +97,7 @@ def test_a_push_that_fails_in_its_second_module_changes_nothing(trained: Client,
     name, *_ = own
     save_file({name: own[name]}, changed / "vae" / FILE)
     run = safelight("push", changed, trained.base_url)
-    assert told_in_a_sentence(run, 1), run
+    assert failed_with_a_sentence(run, 1), run
     assert name in run.stderr
     assert (trained.weights.checksum(), trained.weights.version()) == (before, "restored")
 
@@ -146,21 +146,21 @@ def test_files_are_equal_to_a_server_that_cast_them(half_server: LiveServer, flu
     assert said in run.stderr.splitlines()
 
 
-def test_half_a_directory_is_pushed_only_if_that_is_said(trained: Client, changed: Path, own: Tensors) -> None:
+def test_half_a_directory_is_pushed_only_on_request(trained: Client, changed: Path, own: Tensors) -> None:
     before = trained.weights.checksum()
     first, *_ = own
     save_file({first: own[first] + 2}, changed / "transformer" / FILE)
     run = safelight("push", changed, trained.base_url)
-    assert told_in_a_sentence(run, 1), run
+    assert failed_with_a_sentence(run, 1), run
     assert trained.weights.checksum() == before
     run = safelight("push", changed, trained.base_url, "--partial")
     assert run.returncode == 0, run.stderr
     assert trained.weights.checksum()["transformer"] == digest({**own, first: own[first] + 2})
 
 
-def test_what_cannot_be_compared_is_no_difference(flux: Path, tmp_path: Path) -> None:
+def test_weights_that_cannot_be_compared_do_not_count_as_different(flux: Path, tmp_path: Path) -> None:
     for a, b in ((flux, tmp_path / "none"), (flux, tmp_path), (flux, "http://127.0.0.1:9")):
         run = safelight("diff", a, b)
-        assert told_in_a_sentence(run, 2), run
+        assert failed_with_a_sentence(run, 2), run
     run = safelight("diff", flux, flux, "--module", "unet")
-    assert told_in_a_sentence(run, 2), run
+    assert failed_with_a_sentence(run, 2), run

@@ -72,7 +72,7 @@ def test_a_module_whose_checkpoint_has_other_names_is_sent_by_those(tmp_path: Pa
 
 
 def test_a_whole_state_dict_with_tied_names_and_buffers_is_taken_and_verified(trained: Client, flux: Path) -> None:
-    """Of T5 the embeddings twice, of CLIP the positions, as older transformers saved them."""
+    """Older transformers saved the embeddings of T5 twice, and the positions of CLIP."""
     pipeline = DiffusionPipeline.from_pretrained(flux)
     encoder = pipeline.text_encoder_2
     with torch.no_grad():
@@ -217,7 +217,7 @@ def test_what_the_model_cannot_take_is_named_and_nothing_is_written(
         ({"a": torch.zeros(2, 2).to_sparse()}, "sparse"),
     ],
 )
-def test_what_is_no_update_is_told_before_anything_is_sent(given: Any, said: str, trained: Client) -> None:
+def test_an_invalid_update_is_refused_before_anything_is_sent(given: Any, said: str, trained: Client) -> None:
     with pytest.raises(InvalidRequest, match=said):
         trained.weights.update(given)
     assert trained.weights.version() == "restored"

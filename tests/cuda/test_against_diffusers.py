@@ -23,7 +23,7 @@ from safelight.tests.tiny import save
 DEVICE = os.environ["TEST_DEVICE"]
 FLAGS = ("--device", DEVICE, "--dtype", "float32", "--threads", "1")
 CLOSE = 5e-3
-"""What merging may change in a pixel, in [0, 1]: cuDNN rounds to TF32, and other batches have other kernels."""
+"""The largest change of a pixel in [0, 1] by merging: cuDNN rounds to TF32, and batch sizes differ in kernels."""
 
 
 @pytest.fixture(scope="module")

@@ -110,7 +110,7 @@ def test_the_server_looks_at_a_model_without_importing_torch() -> None:
 
 
 @pytest.mark.parametrize("name", ["nothing", "./nothing", "a/b/c", "/nothing", "../a", "org/", "org/a b"])
-def test_a_name_that_can_be_no_hub_id_is_a_path(name: str) -> None:
+def test_a_name_that_cannot_be_a_hub_id_is_a_path(name: str) -> None:
     assert isinstance(resolve_model(name), Path)
 
 

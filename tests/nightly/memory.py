@@ -1,4 +1,4 @@
-"""What the processes of a live server hold, by the name of each."""
+"""The memory of a live server's processes, by their names."""
 
 from __future__ import annotations
 

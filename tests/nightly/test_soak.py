@@ -16,7 +16,7 @@ from .memory import check_flat, held
 
 ROUNDS = scaled(300, 9)
 GENERATIONS = 10
-"""Of a round, beside one update and one change of adapters."""
+"""Requests per round, along with one update and one change of adapters."""
 
 MODES: tuple[WantedMode, ...] = ("merge", "dynamic", "request", "auto")
 

@@ -84,7 +84,7 @@ def test_no_library_writes_lines_of_its_own_whenever_it_was_imported(capsys: pyt
     assert (line["logger"], line["process"], line["message"]) == ("a_library.part", "worker-0", "`dtype` is deprecated")
 
 
-def test_what_is_no_json_becomes_a_message() -> None:
+def test_a_line_that_is_not_json_becomes_a_message() -> None:
     own = '{"time": "2026-01-01T00:00:00.000Z", "message": "x"}'
     assert as_json_line(own) == own
     for text, message in (
@@ -96,7 +96,7 @@ def test_what_is_no_json_becomes_a_message() -> None:
         assert json.loads(as_json_line(text))["message"] == message
 
 
-def test_whoever_writes_to_standard_error_writes_json_lines_and_none_is_lost() -> None:
+def test_every_writer_to_standard_error_writes_json_lines_and_none_is_lost() -> None:
     code = (
         "import os, subprocess, sys\nfrom safelight.server.json_stderr import json_stderr\n"
         "with json_stderr():\n"

@@ -1,4 +1,4 @@
-"""What a denoiser was given is told by its arguments' own names, of each branch whole."""
+"""A rollout's environment has the denoiser's arguments by their own names, complete for each branch."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Denoiser(torch.nn.Module):
         return (hidden_states * encoder_hidden_states.mean(1, keepdim=True) + timestep[:, None],)
 
 
-def told(*, joined: bool, from_images: bool) -> tuple[dict[str, Any], torch.Tensor, torch.Tensor]:
+def environment_of(*, joined: bool, from_images: bool) -> tuple[dict[str, Any], torch.Tensor, torch.Tensor]:
     """The environment of a step with guidance, its state and its velocity."""
     denoiser, x = Denoiser(), torch.randn(1, 3)
     environment = Environment([4.0], from_images=from_images)
@@ -57,7 +57,7 @@ def told(*, joined: bool, from_images: bool) -> tuple[dict[str, Any], torch.Tens
 def test_what_branches_share_is_in_both_and_images_are_apart_and_all_of_it_makes_the_velocity_again(
     joined: bool,
 ) -> None:
-    found, x, v = told(joined=joined, from_images=True)
+    found, x, v = environment_of(joined=joined, from_images=True)
     assert found["image_kwargs"].keys() == {"encoder_hidden_states_image"}
     for branch in ("pos_cond_kwargs", "neg_cond_kwargs"):
         assert found[branch].keys() == {"encoder_hidden_states", "image_rotary_emb", "img_shapes"}
@@ -65,7 +65,7 @@ def test_what_branches_share_is_in_both_and_images_are_apart_and_all_of_it_makes
     assert torch.equal(velocity({"transformer": Denoiser()}, [found], x, 0), v)
 
 
-def test_without_input_images_nothing_is_said_to_come_from_one() -> None:
-    found, *_ = told(joined=False, from_images=False)
+def test_without_input_images_no_argument_is_marked_as_derived_from_one() -> None:
+    found, *_ = environment_of(joined=False, from_images=False)
     assert found["image_kwargs"] == {}
     assert "encoder_hidden_states_image" in found["neg_cond_kwargs"]

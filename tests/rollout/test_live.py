@@ -171,8 +171,8 @@ def test_noise_only_where_it_is_asked_for(client: Client) -> None:
     assert not torch.allclose(latents(path)[2], latents(flat)[2], atol=1e-2)
 
 
-def test_only_the_places_that_are_asked_for_are_told(client: Client) -> None:
-    """Of T steps there are T + 1 latents; timesteps and sigmas are cut as they are, and nothing else is."""
+def test_only_the_requested_steps_are_returned(client: Client) -> None:
+    """T steps have T + 1 latents; timesteps and sigmas are cut in the same way, and nothing else is."""
     whole = one(client, deterministic=True, debug=True)
     part = one(client, deterministic=True, debug=True, return_steps=[STEPS, 0, 2])
     assert part.trajectory is not None
@@ -366,12 +366,12 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "noise of another shape": ({"initial_noise": save({"t": torch.zeros(1, 5, 7)})}, "initial_noise"),
     "noise of a larger picture": ({"initial_noise": save({"t": torch.zeros(1, 64, 16)})}, "initial_noise"),
     "noise without end": ({"initial_noise": save({"t": torch.full((1, 16, 16), 1e38)})}, "initial_noise"),
-    "noise that is no number": ({"initial_noise": save({"t": torch.full((1, 16, 16), math.nan)})}, "initial_noise"),
+    "noise that is not a number": ({"initial_noise": save({"t": torch.full((1, 16, 16), math.nan)})}, "initial_noise"),
     "sigmas that are one in fp32": ({"sigmas": [1.0, 0.99999999999, 0.5], "num_inference_steps": None}, "sigmas"),
-    "a sigma that is none in fp32": ({"sigmas": [1.0, 1e-46], "num_inference_steps": None}, "sigmas"),
+    "a sigma that underflows in fp32": ({"sigmas": [1.0, 1e-46], "num_inference_steps": None}, "sigmas"),
     "a schedule by another way": ({"extra": {"sigmas": [0.9, 0.3, 0.5]}}, "extra.sigmas"),
     "many sigmas": ({"sigmas": [0.5] * 5000, "num_inference_steps": None}, "sigmas"),
-    "noise that is none": ({"initial_noise": b"nothing"}, "initial_noise"),
+    "invalid noise": ({"initial_noise": b"nothing"}, "initial_noise"),
     "a GPU that is not there": ({"generator_device": "cuda"}, "generator_device"),
     "a stream": ({"stream": True}, "stream"),
     "a picture's format": ({"output_format": "png"}, "output_format"),

@@ -1,4 +1,4 @@
-"""A trainer that has the denoiser alone recomputes the server's log-probabilities from what it was told."""
+"""A trainer with only the denoiser recomputes the server's log-probabilities from the rollout."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from safelight.tests.serving import Servers, by_family
 from safelight.tests.tiny import FAMILIES
 
 CLOSE = 1e-5
-"""Of what an unguided answer's rounding does; guidance multiplies it by up to its scale."""
+"""The effect of rounding on an unguided prediction; guidance multiplies it by up to its scale."""
 BATCHED = 2e-4
-"""Of samples replayed in one call, whose rounding guidance multiplies and a small standard deviation divides."""
+"""The tolerance for samples replayed in one call: guidance multiplies their rounding, a small deviation divides it."""
 NAMES = chosen("flux", "sd3", "zimage", "wan22", nightly=["qwenimage", "wan", "sana", "ltx"])
 STEPS = 4
 GUIDED = {

@@ -1,4 +1,4 @@
-"""What cannot be replayed in one call is refused, not mixed up."""
+"""Samples that cannot be replayed in one call are refused, not mixed up."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from safelight.rollout.replay import log_probs, steps_of, velocity
 
 
 class Denoiser(nn.Module):
-    """Says what it was told: latents times the condition, plus the time."""
+    """Returns its arguments: latents times the condition, plus the time."""
 
     device, dtype = torch.device("cpu"), torch.float32
 
@@ -177,7 +177,7 @@ def test_an_adapter_of_the_server_s_denoiser_makes_no_wrong_ratios() -> None:
     replayed(of("lora_merge:transformer"))
 
 
-def test_the_reason_that_calls_cannot_be_made_again_is_told() -> None:
+def test_the_reason_why_calls_cannot_be_replayed_is_reported() -> None:
     told = environment(1.0) | {"replay": None}
     with pytest.raises(ValueError, match="arguments change between steps"):
         velocity(MODULES, [told], torch.randn(1, 3), 0)

@@ -1,4 +1,4 @@
-"""What trainers send today, in their order and with all of their fields: one sequence for each, on one server."""
+"""The requests of today's trainers, in their order and with all fields: one sequence per trainer, on one server."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def copy(path: Path, folder: Path, **options: float) -> Path:
-    """What is copied of an adapter in ``folder``, the only one that may be read from."""
+    """The copied files of an adapter in ``folder``, the only allowed directory."""
     target = folder.parent / "copy"
     config = Config(model="shapes", weights_roots=str(folder), max_lora_mb=1)
     source = copy_adapter(str(path), "ink", target, config, **options)
@@ -125,7 +125,7 @@ def test_of_a_folder_the_adapter_is_copied(names: list[str], meant: str, folder:
     assert (copied / "adapter_model.safetensors").read_bytes() == (folder / meant).read_bytes()
 
 
-def test_a_configuration_that_lies_beside_any_file_is_not_taken_for_its_own(folder: Path) -> None:
+def test_a_configuration_next_to_an_unrelated_file_is_ignored(folder: Path) -> None:
     _holding("adapter_model.safetensors", "other.safetensors")(folder)
     (folder / "adapter_config.json").write_text(json.dumps({"r": 2}))
     assert not (copy(folder / "other.safetensors", folder) / "adapter_config.json").exists()

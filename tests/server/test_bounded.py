@@ -1,4 +1,4 @@
-"""What a body costs is bounded before it is read: values, depth, bytes for each route, memory and time for all."""
+"""The cost of a body is bounded before it is read: values, depth, bytes per route, memory and time in all."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_a_million_keys_cost_less_than_to_parse_them() -> None:
         json.dumps([{"a": {}}] * 5000),
     ],
 )
-def test_commas_and_brackets_in_strings_are_no_values(text: str) -> None:
+def test_commas_and_brackets_in_strings_do_not_count_as_values(text: str) -> None:
     check_json(text.encode(), MAX_VALUES)
 
 
@@ -111,4 +111,4 @@ async def test_bodies_that_stall_keep_out_large_ones_and_end_in_time() -> None:
         assert (await played.client.post("/generate", json={"prompt": "a"})).status_code == 200
         assert (await stalled.readline()).startswith(b"HTTP/1.1 504 ")
         after = await played.client.post("/generate", content=image)
-        assert after.json()["error"]["field"] == "image", "it is read again, and is no picture"
+        assert after.json()["error"]["field"] == "image", "it is read again, and is not a picture"

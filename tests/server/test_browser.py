@@ -87,7 +87,7 @@ async def chromium(url: str, profile: Path) -> AsyncIterator[None]:
 
 
 async def attack(target: str, host: str, profile: Path) -> dict[str, object]:
-    """What the page at ``host`` found when it tried everything that a page can."""
+    """The findings of the page at ``host``, which tries everything that a page can."""
     site = EvilSite(target)
     async with await asyncio.start_server(site.answer, "127.0.0.1", 0) as listening:
         port = listening.sockets[0].getsockname()[1]

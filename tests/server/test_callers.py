@@ -88,7 +88,7 @@ EMBEDDED = [
 
 
 async def test_a_get_that_a_page_embeds_changes_nothing() -> None:
-    """Of a page on the LAN, to a server on the LAN: browsers send no Origin and no Sec-Fetch-Site there."""
+    """A page on the LAN asks a server on the LAN: browsers send no Origin and no Sec-Fetch-Site there."""
     async with stage() as played:
         played.scheduler.operated = lambda message: (
             [Operated(message.request_id, {}, "1", [], AdapterState())] if isinstance(message, Operate) else []

@@ -1,4 +1,4 @@
-"""What a child process is given, as the system shows it."""
+"""The environment and descriptors of a child process, as the system shows them."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ async def test_a_launcher_that_is_killed_while_it_writes_the_configuration_leave
 
 
 @pytest.mark.parametrize("missing", ["to wait for it", "to write its configuration"])
-async def test_where_the_system_has_no_more_threads_no_process_is_left_and_the_supervisor_is_told(
+async def test_where_the_system_has_no_more_threads_no_process_is_left_and_the_supervisor_learns_it(
     missing: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The supervisor tries again after an ``OSError``, and would end the server by any other."""

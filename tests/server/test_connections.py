@@ -76,7 +76,7 @@ async def test_a_request_that_is_worked_on_never_gives_way() -> None:
             assert played.scheduler.cancelled() == []
 
 
-async def test_one_connection_too_many_is_told_so_where_all_others_are_worked_on() -> None:
+async def test_one_connection_too_many_is_refused_in_words_while_all_others_are_served() -> None:
     def queued(generate: Generate) -> list[FromScheduler]:
         return [Queued(generate.request_id, 0)]
 
@@ -144,7 +144,7 @@ def few_descriptors() -> Iterator[None]:
     resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
-async def test_no_descriptor_left_is_told_once_and_waited_out(
+async def test_a_lack_of_descriptors_is_logged_once_and_waited_out(
     few_descriptors: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(http_server, "_RETRY_S", 0.01)

@@ -1,4 +1,4 @@
-"""What a client accepts decides between JSON and the file itself."""
+"""The Accept header decides between JSON and the file itself."""
 
 from __future__ import annotations
 

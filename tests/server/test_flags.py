@@ -64,7 +64,7 @@ def test_the_positional_model_is_the_model() -> None:
         (["--request-timeout-s", "1e999"], "request_timeout_s"),
     ],
 )
-def test_a_wrong_flag_is_told_in_one_sentence(arguments: list[str], told: str) -> None:
+def test_a_wrong_flag_is_reported_in_one_sentence(arguments: list[str], told: str) -> None:
     with pytest.raises(StartFailed) as raised:
         read_config(arguments, {})
     assert told in raised.value.message
@@ -103,7 +103,7 @@ def test_a_server_that_strangers_reach_needs_a_key(host: str) -> None:
 
 
 @pytest.mark.parametrize("host", ["a" * 70, "a..b", "a\x00b", "", "[::]"])
-def test_a_host_that_is_no_name_is_told_in_one_sentence(host: str) -> None:
+def test_an_invalid_host_name_is_reported_in_one_sentence(host: str) -> None:
     with pytest.raises(StartFailed, match="give another --host"):
         listen(host, 0)
 

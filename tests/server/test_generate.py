@@ -102,7 +102,7 @@ async def test_accepting_a_picture_gives_the_file_and_puts_the_rest_into_headers
     assert "evil" not in reply.headers
 
 
-async def test_a_size_that_the_pipeline_rounds_is_said_in_every_form_of_the_answer() -> None:
+async def test_a_size_that_the_pipeline_rounds_is_reported_in_every_form_of_the_reply() -> None:
     asked = {"prompt": "a", "num_frames": 18}
     video = msgspec.structs.replace(
         IMAGE_MODEL, kind="video", arguments=IMAGE_MODEL.arguments | {"num_frames": Parameter(["int"], 81)}
@@ -127,7 +127,7 @@ async def test_a_size_that_the_pipeline_rounds_is_said_in_every_form_of_the_answ
     assert exact["warnings"] == []
 
 
-async def test_a_pipeline_s_own_frame_rate_is_told_beside_the_clip_s() -> None:
+async def test_a_pipelines_own_frame_rate_is_reported_with_the_clips() -> None:
     video = msgspec.structs.replace(
         IMAGE_MODEL,
         kind="video",
@@ -231,12 +231,12 @@ async def test_a_refusal_is_a_reply_with_its_own_status(
     }
 
 
-async def test_without_a_ready_replica_a_request_is_told_why_and_when_to_come_back() -> None:
+async def test_without_a_ready_replica_the_reply_says_why_and_when_to_retry() -> None:
     async with stage(status=Status(0, 0, [])) as played:
         good = await played.client.post("/generate", json={"prompt": "a"})
         bad = await played.client.post("/generate", json={"prompt": "a", "n": 0})
     assert (good.status_code, good.headers["retry-after"]) == (503, "5")
-    assert bad.status_code == 400, "what is wrong with a request is told whether or not anybody could serve it"
+    assert bad.status_code == 400, "a bad request is refused whether or not a replica could serve it"
 
 
 async def test_two_requests_with_one_id_are_two_requests() -> None:
@@ -263,7 +263,7 @@ async def test_a_client_that_goes_away_cancels_its_request_at_once(stream: bool)
         assert await played.metric('safelight_requests_total{route="/generate",status="200"}') == 0
 
 
-async def test_a_client_that_goes_away_while_it_sends_its_body_is_no_error_of_ours(
+async def test_a_client_that_disconnects_while_it_sends_its_body_is_not_an_internal_error(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     async with stage() as played:

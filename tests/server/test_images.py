@@ -1,4 +1,4 @@
-"""A request's images: what is read is upright RGB, and what is wrong is told before it costs anything."""
+"""A request's images are decoded to upright RGB, and invalid ones are refused before they cost anything."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def test_a_format_that_is_not_listed_is_never_opened(kind: str) -> None:
 
 
 @pytest.mark.parametrize("data", [b"", b"x", b"\x89PNG\r\n\x1a\n", b"%PDF-1.4", b"<svg/>", b"\xff\xd8\xff"])
-def test_what_is_no_picture_is_told_so(data: bytes) -> None:
+def test_a_body_without_a_picture_is_refused_in_words(data: bytes) -> None:
     with pytest.raises(InvalidRequest, match="PNG, JPEG, WEBP"):
         read_images([data], LIMIT)
 

@@ -82,7 +82,7 @@ async def test_a_nursery_that_is_stopped_holds_up_no_worker(
     await asyncio.gather(first.stop(at_once=True), second.stop(at_once=True))
 
 
-async def test_a_nursery_that_is_killed_before_its_first_fork_is_told_and_started_again(
+async def test_a_nursery_that_is_killed_before_its_first_fork_is_reported_and_started_again(
     nursery: Nursery, tmp_path: Path
 ) -> None:
     killed = process_of(nursery)

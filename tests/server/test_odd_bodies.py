@@ -1,4 +1,4 @@
-"""Whatever a body holds, it is answered, and never as a fault of the server."""
+"""Every body gets a reply, and never an internal error."""
 
 from __future__ import annotations
 

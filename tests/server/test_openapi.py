@@ -34,37 +34,41 @@ def operated(message: ToScheduler) -> list[FromScheduler]:
 
 def faults(value: Any, schema: dict[str, Any], place: str = "$") -> Iterator[str]:
     """Where ``value`` is not what the JSON ``schema`` says, by the keywords that the routes use."""
-    for keyword, told in schema.items():
+    for keyword, rule in schema.items():
         match keyword:
             case "type":
-                if not isinstance(value, TYPES[told]) or (told in ("integer", "number") and isinstance(value, bool)):
-                    yield f"{place} is no {told}"
+                if not isinstance(value, TYPES[rule]) or (rule in ("integer", "number") and isinstance(value, bool)):
+                    yield f"{place} is not {rule}"
             case "anyOf":
-                if all(any(faults(value, one, place)) for one in told):
-                    yield f"{place} is none of {told}"
+                if all(any(faults(value, one, place)) for one in rule):
+                    yield f"{place} is none of {rule}"
             case "enum" | "const":
-                if value not in (told if keyword == "enum" else [told]):
-                    yield f"{place} is not of {told}"
+                if value not in (rule if keyword == "enum" else [rule]):
+                    yield f"{place} is not of {rule}"
             case "required":
-                yield from (f"{place} has no {name}" for name in told if name not in value)
+                yield from (f"{place} has no {name}" for name in rule if name not in value)
             case "properties":
-                for name, one in told.items():
+                for name, one in rule.items():
                     yield from faults(value[name], one, f"{place}.{name}") if name in value else ()
-            case "additionalProperties" if told is not True:
+            case "additionalProperties" if rule is not True:
                 for name in value.keys() - schema.get("properties", {}).keys():
-                    yield from faults(value[name], told, f"{place}.{name}") if told else [f"{place} has {name}"]
+                    yield from faults(value[name], rule, f"{place}.{name}") if rule else [f"{place} has {name}"]
             case "items":
                 for index, item in enumerate(value) if isinstance(value, list) else ():
-                    yield from faults(item, told, f"{place}[{index}]")
+                    yield from faults(item, rule, f"{place}[{index}]")
             case "minLength" | "minItems":
-                if len(value) < told:
+                if len(value) < rule:
                     yield f"{place} is short"
             case "maxLength" | "maxItems":
-                if len(value) > told:
+                if len(value) > rule:
                     yield f"{place} is long"
             case "minimum" | "exclusiveMinimum" | "maximum" | "exclusiveMaximum":
-                bound = {"minimum": value >= told, "exclusiveMinimum": value > told, "maximum": value <= told}
-                if not bound.get(keyword, value < told if keyword == "exclusiveMaximum" else True):
+                bound = {
+                    "minimum": value >= rule,
+                    "exclusiveMinimum": value > rule,
+                    "maximum": value <= rule,
+                }
+                if not bound.get(keyword, value < rule if keyword == "exclusiveMaximum" else True):
                     yield f"{place} is out of range"
             case "additionalProperties":
                 pass
@@ -99,6 +103,6 @@ async def test_no_example_is_refused_by_the_server_that_gives_it() -> None:
             if method == "post":
                 example = described["requestBody"]["content"]["application/json"]["example"]
                 reply = await played.client.post(path, json=example)
-                told = reply.json().get("error", {})
+                error = reply.json().get("error", {})
                 assert reply.status_code < 500 or reply.status_code == 503, (path, reply.text)
-                assert told.get("code") not in ("malformed", "internal"), (path, reply.text)
+                assert error.get("code") not in ("malformed", "internal"), (path, reply.text)

@@ -1,4 +1,4 @@
-"""What a killed server leaves in the temporary folder and in shared memory."""
+"""Files that a killed server leaves in the temporary folder and in shared memory."""
 
 from __future__ import annotations
 

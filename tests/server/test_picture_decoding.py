@@ -31,7 +31,7 @@ def chunk(kind: bytes, data: bytes) -> bytes:
 
 
 def slow_png(chunks: int, side: int = 2400) -> bytes:
-    """A black picture, and empty chunks by the million, each of which Pillow reads by itself."""
+    """A black picture, and empty chunks by the million, which Pillow reads one by one."""
     head = chunk(b"IHDR", struct.pack(">IIBBBBB", side, side, 8, 0, 0, 0, 0))
     data = chunk(b"IDAT", zlib.compress(bytes(side * (side + 1))))
     return b"\x89PNG\r\n\x1a\n" + head + chunk(b"abCd", b"") * chunks + data + chunk(b"IEND", b"")

@@ -112,7 +112,7 @@ def test_a_signal_before_there_is_anything_to_stop_leaves_nothing(scratch: Path,
         wait_until_gone(server, 5)
 
 
-def test_a_port_in_use_is_told_before_anything_is_loaded(tiny_flux: Path) -> None:
+def test_a_port_in_use_is_reported_before_anything_is_loaded(tiny_flux: Path) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
@@ -209,7 +209,7 @@ def test_every_line_is_json_where_that_was_asked_for_and_one_sums_up_the_start(t
     ) as server:
         server.wait_ready()
         ask(server, {"prompt": "a", "width": 3})
-        server.children()["worker"].send_signal(signal.SIGABRT)  # whose end is no line of ours
+        server.children()["worker"].send_signal(signal.SIGABRT)  # its end leaves no log line of ours
         server.wait_for_line("was killed by SIGABRT")
         server.signal(signal.SIGTERM)
         assert server.wait_exit(60) == 0

@@ -30,7 +30,7 @@ async def test_a_rank_that_cannot_be_started_leaves_no_brother_behind(tmp_path: 
 
 
 @pytest.mark.anyio
-async def test_the_end_of_one_rank_is_told_with_its_number_and_its_status(tmp_path: Path) -> None:
+async def test_the_end_of_one_rank_is_reported_with_its_number_and_its_status(tmp_path: Path) -> None:
     async def start_rank(child: ChildConfig) -> ChildProcess:
         return await ChildProcess.start("scheduler", child)
 

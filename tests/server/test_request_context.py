@@ -154,7 +154,7 @@ async def test_requests_are_counted_by_route_and_status_with_no_text_from_client
 
 
 async def test_without_administration_no_route_changes_the_server() -> None:
-    """Whoever adds a route that takes anything but GET decides here which kind it is."""
+    """Every route for anything but GET is listed here as one of the kinds."""
     async with stage(Config(admin=False)) as played:
         paths = (await played.client.get("/openapi.json")).json()["paths"]
         assert {path for path, methods in paths.items() if methods.keys() != {"get"}} == {

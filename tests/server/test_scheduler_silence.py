@@ -52,7 +52,7 @@ async def test_an_operation_ends_when_the_scheduler_is_silent_for_too_long(
         assert isinstance(failed.value.error, Unavailable)
 
 
-async def test_silence_is_noticed_and_ends_with_anything_that_is_said(tmp_path: Path) -> None:
+async def test_silence_is_noticed_and_ends_with_any_message(tmp_path: Path) -> None:
     async with PlayedScheduler(tmp_path) as scheduler, SchedulerLink(scheduler.address) as link:
         silence = asyncio.create_task(link.silence(0.5))
         async with asyncio.timeout(60):

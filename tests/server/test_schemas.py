@@ -124,24 +124,26 @@ INVALID = [
 ]
 
 
-@pytest.mark.parametrize(("body", "field", "told"), MALFORMED)
-def test_a_body_that_cannot_be_read_is_malformed_and_names_the_field(body: bytes, field: str | None, told: str) -> None:
+@pytest.mark.parametrize(("body", "field", "words"), MALFORMED)
+def test_a_body_that_cannot_be_read_is_malformed_and_names_the_field(
+    body: bytes, field: str | None, words: str
+) -> None:
     with pytest.raises(Malformed) as raised:
         read(body)
     assert raised.value.field == field
-    assert told in raised.value.message
+    assert words in raised.value.message
 
 
-@pytest.mark.parametrize(("body", "field", "told"), INVALID)
-def test_a_value_out_of_range_names_the_field_and_the_range(body: bytes, field: str, told: str) -> None:
+@pytest.mark.parametrize(("body", "field", "words"), INVALID)
+def test_a_value_out_of_range_names_the_field_and_the_range(body: bytes, field: str, words: str) -> None:
     with pytest.raises(InvalidRequest) as raised:
         read(body)
     assert raised.value.field == field
-    assert told in raised.value.message
+    assert words in raised.value.message
 
 
 @pytest.mark.parametrize(
-    ("value", "parameter", "told"),
+    ("value", "parameter", "words"),
     [
         (100_001, Parameter(["int"], 1024, maximum=100_000), "between 1 and 100000, not 100001"),
         ([2, 10**9], Parameter(["list"], [10, 10], maximum=50), "between 1 and 50, not 1000000000"),
@@ -149,10 +151,10 @@ def test_a_value_out_of_range_names_the_field_and_the_range(body: bytes, field: 
         (-1, Parameter(["int"], 0, maximum=50), "between 0 and 50, not -1"),
     ],
 )
-def test_a_value_beyond_the_largest_of_its_argument_is_refused(value: Any, parameter: Parameter, told: str) -> None:
+def test_a_value_beyond_the_largest_of_its_argument_is_refused(value: Any, parameter: Parameter, words: str) -> None:
     model = replace(IMAGE_MODEL, arguments={"amount": parameter})
     check_model(GenerateBody(prompt=["x"], extra={"amount": parameter.default}), 0, model, Config())
-    with pytest.raises(InvalidRequest, match=f"extra.amount must be {told}") as raised:
+    with pytest.raises(InvalidRequest, match=f"extra.amount must be {words}") as raised:
         check_model(GenerateBody(prompt=["x"], extra={"amount": value}), 0, model, Config())
     assert raised.value.field == "extra.amount"
 
@@ -183,7 +185,7 @@ def test_every_field_reaches_the_message() -> None:
 
 
 @pytest.mark.parametrize(
-    ("fields", "expected"),
+    ("fields", "words"),
     [
         (b'"prompt": "a", "seed": 5', [("a", 5)]),
         (b'"prompt": "a", "seed": 5, "n": 3', [("a", 5), ("a", 6), ("a", 7)]),
@@ -195,9 +197,9 @@ def test_every_field_reaches_the_message() -> None:
         (b'"prompt": "a", "seed": 9223372036854775807', [("a", 2**63 - 1)]),
     ],
 )
-def test_output_i_of_n_uses_seed_plus_i(fields: bytes, expected: list[tuple[str, int]]) -> None:
+def test_output_i_of_n_uses_seed_plus_i(fields: bytes, words: list[tuple[str, int]]) -> None:
     message = read(b"{" + fields + b"}")
-    assert [(sample.prompt, sample.seed) for sample in message.samples] == expected
+    assert [(sample.prompt, sample.seed) for sample in message.samples] == words
 
 
 def test_chosen_seeds_of_one_prompt_count_up() -> None:

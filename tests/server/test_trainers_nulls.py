@@ -89,7 +89,7 @@ async def test_a_null_in_a_trainer_s_call_is_a_field_that_is_left_out(path: str)
         assert await operation(played, path, body | dict.fromkeys(others)) == await operation(played, path, body)
 
 
-async def test_what_vllm_says_of_packing_is_no_obstacle_where_nothing_is_packed() -> None:
+async def test_vllms_fields_for_packing_are_accepted_where_nothing_is_packed() -> None:
     info = {"names": ["a"], "dtype_names": ["float32"], "shapes": [[1]], "packed": False, "is_checkpoint_format": True}
     info |= {"packed_buffer_size_bytes": 1 << 30, "packed_num_buffers": 2}
     async with stage() as played:
@@ -99,7 +99,7 @@ async def test_what_vllm_says_of_packing_is_no_obstacle_where_nothing_is_packed(
 
 
 @pytest.mark.parametrize("params", [{1: 2}, {1: 2, "a": 3}, {None: 2}])
-async def test_a_map_of_msgpack_without_names_is_no_fault_of_the_server(params: dict[Any, Any]) -> None:
+async def test_a_map_of_msgpack_without_names_is_not_an_internal_error(params: dict[Any, Any]) -> None:
     body = ROLLOUT | {"extra": params, "extra_sampling_params": params}
     async with stage(answer=refused) as played:
         headers = {"Content-Type": "application/msgpack"}

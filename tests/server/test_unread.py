@@ -1,4 +1,4 @@
-"""What nobody takes does not fill the machine's memory."""
+"""Results that no client reads do not fill the machine's memory."""
 
 from __future__ import annotations
 

@@ -33,7 +33,7 @@ async def test_no_name_has_a_line_s_end_or_an_escape_sequence() -> None:
             given = [value] if field == "target_modules" else value
             reply = await played.client.post(path, json={**body, field: given})
             assert (reply.status_code, reply.json()["error"]["field"]) == (422, field)
-            assert "\\A" not in reply.json()["error"]["message"], "an expression is no help"
+            assert "\\A" not in reply.json()["error"]["message"], "a regular expression does not help the client"
         for value in FORGED:
             headers = {"Content-Type": "application/x-safetensors"}
             reply = await played.client.post(

@@ -119,6 +119,6 @@ def test_a_wrong_attribute_does_not_match() -> None:
         assert not verdict.matches(other)
 
 
-def test_something_that_is_no_rgb_picture_is_refused() -> None:
+def test_anything_but_an_rgb_picture_is_refused() -> None:
     with pytest.raises(ValueError, match="expected an RGB picture"):
         judge(torch.zeros(1, 128, 128))

@@ -33,7 +33,7 @@ def picture(answer: dict[str, Any], output: int = 0) -> torch.Tensor:
 
 
 def plain(pipeline: DiffusionPipeline, asked: dict[str, Any]) -> torch.Tensor:
-    """What the unmodified pipeline returns for the body ``asked``."""
+    """The unmodified pipeline's result for the body ``asked``."""
     given = {name: asked[name] for name in FIELDS if name in asked} | asked["extra"]
     generator = torch.Generator("cpu").manual_seed(asked["seed"])
     output = pipeline(prompt=asked["prompt"], generator=generator, output_type="pt", **given)

@@ -37,7 +37,7 @@ def test_solo_requests_are_bitwise_diffusers_and_merged_ones_are_close(
     assert after["forwards"] - before["forwards"] < after["calls"] - before["calls"]
 
 
-def test_a_seed_gives_the_same_picture_beside_a_cancelled_neighbour_and_after_a_restart(
+def test_a_seed_gives_the_same_picture_next_to_a_cancelled_request_and_after_a_restart(
     checkpoint: Callable[[str], Path],
 ) -> None:
     asked = body("flux", 1, deterministic=True)

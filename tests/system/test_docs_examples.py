@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[2]
 SHAPES = Path(assets.__file__).parent / "shapes"
 _BLOCK = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
 _PLACES = {"Client()": "Client({url!r})", '"http://127.0.0.1:30000"': "{url!r}", '"/models/step-90"': "{shapes!r}"}
-"""What each reader has elsewhere: the server, and a checkpoint."""
+"""Values that differ for each reader: the server, and a checkpoint."""
 _FEWER = {"n=16": "n=2", "steps=10": "steps=2", "range(10)": "range(2)"}
 PAGES = [
     page

@@ -209,7 +209,7 @@ def test_bad_values_are_named_and_change_nothing(
         (b"[1, 2]", 422),
     ],
 )
-def test_bodies_that_are_no_request_are_malformed(flux: LiveServer, content: bytes, status: int) -> None:
+def test_invalid_bodies_are_malformed_requests(flux: LiveServer, content: bytes, status: int) -> None:
     assert httpx.post(f"{flux.url}/generate", content=content).status_code == status
 
 

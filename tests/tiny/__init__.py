@@ -71,7 +71,7 @@ def _built(name: str) -> Path:
 
 @functools.cache
 def _shared_directory() -> Path:
-    """Of this user, and of these very sources and libraries."""
+    """A directory for this user and for exactly these sources and libraries."""
     known = hashlib.sha256()
     for source in sorted(Path(__file__).parent.rglob("*.py")):
         known.update(source.read_bytes())
@@ -88,7 +88,7 @@ def _scratch(directory: Path) -> Iterator[Path]:
 
 
 def _publish(checkpoint: Path, target: Path) -> None:
-    """Move the checkpoint to its place; whoever comes second leaves the first one's there."""
+    """Move the checkpoint to its final path, unless another process has already put one there."""
     try:
         checkpoint.rename(target)
     except OSError:

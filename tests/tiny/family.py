@@ -1,4 +1,4 @@
-"""What a tiny family is."""
+"""A tiny family: a small random model of a pipeline class."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -25,7 +25,7 @@ _UNET = {
     "up_blocks.0.upsamplers.0": "output_blocks.1.2",
     "up_blocks.1.resnets.0": "output_blocks.2.0", "up_blocks.1.resnets.1": "output_blocks.3.0",
 }  # fmt: skip
-"""Of two levels with one layer each, as the tiny UNets have."""
+"""Blocks of two levels with one layer each, as in the tiny UNets."""
 
 _WAN = {
     "condition_embedder.time_embedder.linear_1": "time_embedding.0",

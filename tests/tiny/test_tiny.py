@@ -61,7 +61,7 @@ def paint(pipeline: Any, name: str, prompt: str, seed: int) -> Picture:
 
 
 def visibly_different(first: Picture, second: Picture) -> bool:
-    """Whether two pictures differ by more than four grey levels of 256 on average."""
+    """True if two pictures differ by more than four grey levels of 256 on average."""
     return bool(np.abs(first - second).mean() > 4 / 256)
 
 

@@ -17,7 +17,7 @@ import pytest
 from .trainer import DRAWING, Trainer, changed, transformer
 
 LONG_STEPS = {1: 400, 2: 150}
-"""By ranks: some seconds of drawing."""
+"""Steps that take some seconds, by number of ranks."""
 
 
 @pytest.fixture(autouse=True)
@@ -243,7 +243,7 @@ def test_an_operator_ends_one_request_or_all(trainer: Trainer) -> None:
         assert other.result().status_code == 409
 
 
-def test_who_wakes_a_part_is_told_whether_the_rest_sleeps(trainer: Trainer) -> None:
+def test_the_reply_to_a_partial_wake_says_whether_the_rest_sleeps(trainer: Trainer) -> None:
     trainer.done("/release_memory_occupation", {})
     assert trainer.done("/resume_memory_occupation", {"tags": ["weights"]})["sleeping"] is True
     assert trainer.done("/resume_memory_occupation", {"tags": ["caches"]})["sleeping"] is False

@@ -160,7 +160,7 @@ def test_gpus_that_no_rank_has(sender: sending.Trainer, trainer: Trainer) -> Non
     sender.forget()
 
 
-def test_an_empty_bucket_changes_nothing_and_is_no_error(sender: sending.Trainer, trainer: Trainer) -> None:
+def test_an_empty_bucket_changes_nothing_and_is_accepted(sender: sending.Trainer, trainer: Trainer) -> None:
     before, version = trainer.checksum(), trainer.draw()["weight_version"]
     payload = sender.send("no tensors")
     told = trainer.done(ROUTE, {"serialized_named_tensors": [payload], "load_format": "flattened_bucket"})
@@ -214,7 +214,7 @@ def test_segments_that_are_gone(sender: sending.Trainer, trainer: Trainer) -> No
 
 
 @pytest.mark.parametrize("text", ["?", "gASVx", "é", ""])
-def test_what_is_no_payload(text: str, trainer: Trainer) -> None:
+def test_invalid_payloads(text: str, trainer: Trainer) -> None:
     refused(trainer, {"serialized_named_tensors": [text]})
 
 

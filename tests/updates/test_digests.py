@@ -76,7 +76,7 @@ def test_every_degree_has_the_digests_of_what_was_sent(any_degree: Trainer) -> N
 
 
 def test_a_tensor_that_an_update_leaves_out_after_a_reset_does_not_compare_equal(any_degree: Trainer) -> None:
-    """What miles' ``--check-weight-update-equal`` sends: snapshot, reset, an update, compare."""
+    """The requests of miles' ``--check-weight-update-equal``: snapshot, reset, an update, compare."""
     own, before = transformer(any_degree.directory), any_degree.checksum()
     lost = "proj_out.bias"
     any_degree.done("/weights_checker", {"action": "snapshot", "allow_quant_error": False, "selector": "all"})
@@ -141,10 +141,10 @@ def flipped(process: psutil.Process, tensor: torch.Tensor) -> Iterator[None]:
     assert places, "the rank has the end of the tensor"
 
     def replace(old: bytes, new: bytes) -> None:
-        """Where ``old`` still is: a place that was no tensor, but memory given back, may be something else by now."""
+        """Addresses that still hold ``old``; freed memory may hold something else by now."""
         with open(f"/proc/{process.pid}/mem", "rb+", buffering=0) as memory:
             for place in places:
-                with contextlib.suppress(OSError):  # it is no memory any more
+                with contextlib.suppress(OSError):  # it is no longer mapped
                     memory.seek(place)
                     if memory.read(len(old)) == old:
                         memory.seek(place)

@@ -1,4 +1,4 @@
-"""Whatever goes wrong with an update, every byte on every rank and replica is as it was, and the reply says why."""
+"""After every failed update, all bytes on all ranks and replicas are as before, and the reply says why."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ def test_an_unknown_module(trainer: Trainer) -> None:
         "enormous shape",
     ],
 )
-def test_bytes_that_are_no_safetensors_file(damage: Callable[[bytes], bytes], trainer: Trainer) -> None:
+def test_bytes_that_are_not_a_safetensors_file(damage: Callable[[bytes], bytes], trainer: Trainer) -> None:
     answer = trainer.post("/update_weights_from_tensor", content=damage(save(some(trainer))), headers=SAFETENSORS)
     assert answer.status_code == 400, answer.text
 
@@ -118,7 +118,7 @@ def _head(header: dict[str, Any]) -> bytes:
     return struct.pack("<Q", len(text)) + text
 
 
-def test_a_name_that_is_no_text_ends_no_process(trainer: Trainer) -> None:
+def test_a_name_that_is_not_text_ends_no_process(trainer: Trainer) -> None:
     pids = [replica["pid"] for replica in trainer.replicas()]
     folder = trainer.shared() / "mine"
     folder.mkdir()
@@ -144,13 +144,13 @@ def test_a_length_that_is_announced_and_does_not_come_takes_no_memory(trainer: T
         trainer.server.wait_for(lambda: not list(trainer.shared().glob("upload-*")) or None, 30)
 
 
-def test_a_parameter_that_means_nothing_beside_a_body(trainer: Trainer) -> None:
+def test_a_parameter_that_means_nothing_with_a_body(trainer: Trainer) -> None:
     for name in ("weight_update_mode", "lora_rank", "load_format", "target_modules"):
         assert trainer.send(some(trainer), **{name: "none of them"}).status_code == 422
 
 
 @pytest.mark.parametrize("kind", ["pipe", "index pipe", "link out", "loop"])
-def test_a_checkpoint_of_what_is_no_file(kind: str, trainer: Trainer, checkpoint: Path, tmp_path: Path) -> None:
+def test_a_checkpoint_that_is_not_a_file(kind: str, trainer: Trainer, checkpoint: Path, tmp_path: Path) -> None:
     folder = checkpoint.parent / f"odd-{trainer.tp}-{kind}" / "transformer"  # below a root
     folder.mkdir(parents=True)
     file = folder / "diffusion_pytorch_model.safetensors"
@@ -240,7 +240,7 @@ def test_a_body_with_an_unknown_field_or_a_wrong_type(trainer: Trainer, checkpoi
         assert trainer.post("/update_weights_from_disk", body).status_code == 422
 
 
-def test_a_begun_update_whose_client_vanishes_aborts_by_itself(trainer: Trainer) -> None:
+def test_a_begun_update_whose_client_vanishes_is_aborted(trainer: Trainer) -> None:
     update_id = trainer.done("/begin_weights_update", {"timeout_s": 0.3})["update_id"]
     trainer.update(some(trainer), update_id=update_id)
     trainer.draw()  # waits until it is over

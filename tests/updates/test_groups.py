@@ -1,4 +1,4 @@
-"""A trainer of another process broadcasts into the running model, and whoever dies or errs, nobody hangs."""
+"""A trainer in another process broadcasts into the running model, and no failure of either side hangs the other."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def join(trainer: Trainer, training: TrainingProcess, group: str | None = None, 
 def broadcasting(
     trainer: Trainer, training: TrainingProcess, group: str, tensors: int = 10_000, **changes: Any
 ) -> Iterator[Future[httpx.Response]]:
-    """The server's answer to an update of which the trainer broadcasts the first ``tensors`` at the same time."""
+    """The server's reply to an update, while the trainer broadcasts the first ``tensors`` of it."""
     body = training.do("announced") | {"group_name": group} | changes
     with ThreadPoolExecutor(1) as pool:
         answer = pool.submit(trainer.post, "/update_weights_from_distributed", body)

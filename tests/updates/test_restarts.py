@@ -60,7 +60,7 @@ def test_what_comes_back_has_the_committed_weights_before_it_is_asked_for_anythi
         return two.replicas()[1]["state"] == "ready"
 
     def client() -> tuple[set[str], set[Any]]:
-        """Draws until a while after the replica is there; what was drawn, and by which replica."""
+        """Draw until a while after the replica is back. Returns the outputs, and the replica of each."""
         seen, until = set(), time.monotonic() + 60
         while time.monotonic() < until:
             told = two.draw()
@@ -192,7 +192,7 @@ DAMAGES: list[Callable[[Path, Path], object]] = [
 
 
 def _start(checkpoint: Path, journal: Path) -> str:
-    """What a server says that does not start."""
+    """The message of a server that does not start."""
     command = [sys.executable, "-P", "-m", "safelight.server", str(checkpoint), "--port", "0", "--threads", "1"]
     ended = subprocess.run(
         [*command, "--weights-journal", str(journal)], capture_output=True, text=True, timeout=120, check=False

@@ -1,4 +1,4 @@
-"""Who updates weights: a client of a live server, and the tensors that it sends."""
+"""A trainer: a client of a live server, and the tensors that it sends."""
 
 from __future__ import annotations
 

@@ -127,7 +127,7 @@ class TrainingProcess:
         self.process.stdin.flush()
 
     def answer(self) -> Any:
-        """Of the command that was sent last. Raises ``RuntimeError`` with the trainer's words where it failed."""
+        """The answer to the last command. Raises ``RuntimeError`` with the trainer's words where it failed."""
         told = self._read()
         if "error" in told:
             raise RuntimeError(told["error"])

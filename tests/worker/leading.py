@@ -35,7 +35,7 @@ def lockstep_of(ranks: Ranks, context: Context, rendezvous_path: str) -> Leader 
 
 
 def fails_on_the_leader_alone(mesh: Mesh, checkpoint: str, rendezvous_path: str) -> None:
-    """Of a request's first output, while its others are in progress beside another request."""
+    """A request's first output fails while its others and another request are in progress."""
     ranks = mesh.tp
     model = load_model(Config(model=str(checkpoint), device="cpu", tp=ranks.size), torch.device("cpu"), ranks)
     sent, context = list[FromWorker](), zmq.Context()

@@ -1,4 +1,4 @@
-"""What every rank does in tests of meshes; in a module that other processes can import."""
+"""Each rank's part in tests of meshes; in a module that other processes can import."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from safelight.worker.weights.checkpoint.layout import Entry, Layout
 WHOLE = torch.arange(24.0).view(6, 4)
 
 
-def speaks_along_its_axes(mesh: Mesh) -> None:
-    """Four ranks: two halves of guidance, each of which has its weights on two neighbours."""
+def communicates_along_its_axes(mesh: Mesh) -> None:
+    """Four ranks: two halves of guidance, each with its weights on two neighbours."""
     cfg, tp, rank = mesh.axis("cfg"), mesh.tp, mesh.world.rank
     assert (mesh.world.size, cfg.size, tp.size, mesh.axis("sp").size) == (4, 2, 2, 1)
     assert (cfg.rank, tp.rank) == divmod(rank, 2)
@@ -33,7 +33,7 @@ def divides_weights_along_tp_alone(mesh: Mesh) -> None:
     assert torch.equal(layout.read("w"), WHOLE)
 
 
-def waits_as_long_as_it_is_told(mesh: Mesh) -> None:
+def waits_until_its_timeout(mesh: Mesh) -> None:
     groups = [ranks.group for ranks in (mesh.world, *mesh.axes.values())]
     assert {timeout_s(group) for group in groups} == {TIMEOUT_S}, "the start's, while a rank loads from a slow disk"
     mesh.set_timeout(7.0)

@@ -178,7 +178,7 @@ def test_a_clip_plays_as_fast_as_diffusers_own_example_exports_it(pipeline: type
     assert frame_rate(pipeline, call_arguments(pipeline), {}) == rate
 
 
-def test_a_clip_plays_at_the_rate_that_its_model_was_told(tiny_model: Callable[[str], Model]) -> None:
+def test_a_clip_plays_at_the_rate_that_its_model_was_given(tiny_model: Callable[[str], Model]) -> None:
     model, small = tiny_model("ltx"), {"num_inference_steps": 1, "width": 64, "height": 64, "num_frames": 9}
     told = [
         ({"frame_rate": 7.6}, None, 8),

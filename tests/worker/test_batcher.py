@@ -66,7 +66,7 @@ def test_requests_that_start_later_join_the_forwards_of_those_that_run() -> None
     assert component.forwards == [[1.0], [1.0], [1.0, 5.0], [1.0, 5.0]]
 
 
-def test_an_exclusive_coroutine_shares_the_hub_with_nobody_and_its_time_comes() -> None:
+def test_an_exclusive_coroutine_shares_the_batcher_with_no_other_and_its_time_comes() -> None:
     component, running = Doubler(), batcher()
     before = [request(component, value, 3) for value in (1.0, 2.0)]
     only = Coroutine(request_body(component, 5.0, 3), lambda _: None, exclusive=True)
@@ -102,7 +102,7 @@ def test_more_calls_than_fit_take_turns_so_that_all_advance_alike() -> None:
         assert max(served) - min(served) <= 2, "one for taking turns, one for the start a turn later"
 
 
-def test_a_group_that_comes_to_an_idle_hub_makes_all_its_steps_together() -> None:
+def test_a_group_that_comes_to_an_idle_batcher_makes_all_its_steps_together() -> None:
     """Also where its prompt is encoded first, once, and taken from the cache by the others."""
     component, encoder = Doubler(), Doubler()
     running = Batcher(max_batch=16, max_tokens=10**6, cache=PromptCache(2**20))

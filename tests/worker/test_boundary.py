@@ -45,7 +45,7 @@ def test_walking_through_all_modules_searches_for_the_name_of_none() -> None:
 class Asking:
     """A mixin of a pipeline that uses ``type`` in every way."""
 
-    def told(self, part: Any) -> list[Any]:
+    def types_of(self, part: Any) -> list[Any]:
         table = {Decoder: "found"}
         return [
             type(part) is Decoder,
@@ -67,10 +67,10 @@ class AskingPipeline(Asking, DiffusionPipeline):
         self.register_modules(vae=vae)
 
     def __call__(self) -> list[list[Any]]:
-        return [self.told(part) for part in (self.vae, *self.vae.children(), Decoder, 3)]
+        return [self.types_of(part) for part in (self.vae, *self.vae.children(), Decoder, 3)]
 
 
-def test_a_pipeline_is_told_the_exact_types_of_modules_as_without_a_boundary() -> None:
+def test_a_pipeline_sees_the_exact_types_of_modules_as_without_a_boundary() -> None:
     class Nested(Decoder):
         def __init__(self) -> None:
             super().__init__()

@@ -85,7 +85,7 @@ def test_a_coroutine_that_is_cancelled_between_two_answers_ends_once() -> None:
     assert component.forwards == [[1.0]]
 
 
-def test_a_coroutine_that_is_cancelled_by_an_answer_beside_one_of_its_calls_ends_once() -> None:
+def test_a_coroutine_that_is_cancelled_by_another_calls_answer_ends_once() -> None:
     component, ended = Doubler(), list[Coroutine]()
     batcher = Batcher(max_batch=2, max_tokens=10**6)
     guided = asking(component, Chain([paired(5.0)]), [1.0], ended.append)
@@ -119,7 +119,7 @@ def test_interceptors_stand_around_each_other_in_order() -> None:
     assert coroutine.result == [4.0]
 
 
-def test_an_interceptor_may_answer_by_itself() -> None:
+def test_an_interceptor_may_answer_without_a_forward() -> None:
     component = Doubler()
     coroutine = asking(component, Chain([lambda call, _: call.args[0] * 3]), [1.0, 2.0])
     run(coroutine)

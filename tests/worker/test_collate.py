@@ -106,7 +106,7 @@ def test_a_shared_tensor_that_was_written_to_is_compared_anew() -> None:
     assert before.signature != after.signature
 
 
-def test_methods_whose_rows_may_depend_on_each_other_have_no_anatomy() -> None:
+def test_methods_whose_rows_may_depend_on_each_other_have_no_signature() -> None:
     assert Signatures().read(call(torch.zeros(1, 4), method="generate")) is None
     assert Signatures().read(call("no tensors")) is None
 
@@ -154,7 +154,7 @@ class Checked(BaseOutput):
     ],
 )
 @pytest.mark.parametrize("counts", [(1, 1), (1, 2), (2, 1)], ids=str)
-def test_every_call_gets_its_own_rows_of_an_output_that_is_no_tensor(
+def test_every_call_gets_its_own_rows_of_an_output_that_is_not_a_tensor(
     per_row: Callable[[torch.Tensor], Any], counts: tuple[int, ...]
 ) -> None:
     rows = torch.tensor([[1.0, 2.0, 3.0], [-4.0, 5.0, 6.0], [7.0, -8.0, 9.0]])[: sum(counts)].split(counts)

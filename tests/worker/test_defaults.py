@@ -102,13 +102,15 @@ def test_the_defaults_said_are_those_that_the_pipeline_is_called_with(
             assert value == passed or passed is None or isinstance(passed, dict), argument
 
 
-def test_the_text_length_that_is_said_is_the_one_that_texts_are_padded_to(tiny_model: Callable[[str], Model]) -> None:
+def test_the_reported_text_length_is_the_one_that_texts_are_padded_to(tiny_model: Callable[[str], Model]) -> None:
     info = with_changes(tiny_model("flux")).info()
     assert shown(info)["max_sequence_length"] == LONGEST
     assert info.deterministic_defaults["max_sequence_length"] == 512
 
 
-def test_what_a_pipeline_computes_for_a_missing_argument_is_said(tiny_model: Callable[[str], Model]) -> None:
+def test_values_that_a_pipeline_computes_for_missing_arguments_are_reported(
+    tiny_model: Callable[[str], Model],
+) -> None:
     """The sizes stand in the pipelines' code or in their models' configurations, and nowhere in a signature."""
     sizes = {"zimage": (1024, 1024, None), "cogvideox": (32, 32, 9), "qwenimage": (1024, 1024, None)}
     for name, (width, height, frames) in sizes.items():

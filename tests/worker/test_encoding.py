@@ -130,7 +130,7 @@ def test_encoding_leaves_openmp_alone() -> None:
     assert more == dict.fromkeys(get_args(OutputFormat), 0)
 
 
-def test_a_clip_is_no_png() -> None:
+def test_a_clip_cannot_be_a_png() -> None:
     with pytest.raises(InvalidRequest):
         encode(pixels(2, 3, 8, 8), "png", None)
 

@@ -69,7 +69,7 @@ def test_heartbeats_go_on_while_the_loop_is_in_a_forward_and_say_for_how_long(
     assert first.progress == last.progress < after.progress, "the loop stands still within the forward alone"
 
 
-def test_a_forward_that_raises_is_not_in_hand_any_more() -> None:
+def test_a_forward_that_raises_no_longer_counts_as_running() -> None:
     activity = Activity()
     with contextlib.suppress(ValueError), activity.forward():
         with activity.forward():

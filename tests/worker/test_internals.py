@@ -27,7 +27,7 @@ def test_what_was_checked_is_what_is_installed(library: ModuleType) -> None:
     assert importlib.metadata.version(name).partition("+")[0] == library.CHECKED
 
 
-def test_a_name_that_is_gone_is_said_with_the_releases() -> None:
+def test_a_missing_name_is_reported_with_the_releases() -> None:
     find = lookup("diffusers", "0.1", {"gone": "diffusers:FluxTransformer2DModel._gone"})
     with pytest.raises(MissingInternal, match=r"has no diffusers\.FluxTransformer2DModel\._gone, .* diffusers 0\.1$"):
         find("gone")

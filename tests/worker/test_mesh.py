@@ -16,8 +16,8 @@ from safelight.worker.parallel.ranks import ALONE
 TWO_BY_TWO = {"cfg": 2, "tp": 2}
 
 
-def test_a_rank_speaks_with_those_along_an_axis_and_with_no_others() -> None:
-    on_mesh(TWO_BY_TWO, meshing.speaks_along_its_axes)
+def test_collectives_along_an_axis_reach_no_other_ranks() -> None:
+    on_mesh(TWO_BY_TWO, meshing.communicates_along_its_axes)
 
 
 def test_a_second_axis_does_not_divide_weights() -> None:
@@ -26,7 +26,7 @@ def test_a_second_axis_does_not_divide_weights() -> None:
 
 @pytest.mark.parametrize("sizes", [{"tp": 2}, TWO_BY_TWO], ids=["one axis", "two axes"])
 def test_no_group_of_any_axis_keeps_a_timeout_of_its_own(sizes: dict[str, int]) -> None:
-    on_mesh(sizes, meshing.waits_as_long_as_it_is_told)
+    on_mesh(sizes, meshing.waits_until_its_timeout)
 
 
 def test_a_rank_alone_meets_nobody() -> None:

@@ -15,7 +15,7 @@ from safelight.worker.model.pipeline_task import default_text_length
 from safelight.worker.pipelines.arguments import call_arguments
 
 
-def test_arguments_that_are_no_json_cannot_be_set() -> None:
+def test_arguments_that_are_not_json_cannot_be_set() -> None:
     names = set(call_arguments(diffusers.FluxPipeline))
     assert {"width", "guidance_scale", "max_sequence_length", "sigmas"} <= names
     refused = {"prompt", "generator", "latents", "prompt_embeds", "output_type", "callback_on_step_end", "image"}

@@ -82,7 +82,7 @@ def test_a_cap_rises_again_when_memory_is_back() -> None:
 
 
 @pytest.mark.parametrize("number", [1, 3])
-def test_a_broken_device_is_no_request_s_fault(number: int) -> None:
+def test_a_broken_device_is_not_blamed_on_a_request(number: int) -> None:
     """Every later use of the device fails in this process: the error ends the process's loop."""
 
     def broken(_: torch.Tensor) -> torch.Tensor:

@@ -53,7 +53,7 @@ def _encoders() -> dict[str, tuple[Any, set[str]]]:
     }
 
 
-def test_what_two_ranks_do_not_divide_computes_and_updates_as_on_one_and_is_said(tmp_path: Path) -> None:
+def test_parts_that_two_ranks_do_not_divide_compute_and_update_as_on_one_and_are_reported(tmp_path: Path) -> None:
     torch.manual_seed(0)
     given = {}
     for called, (encoder, whole) in _encoders().items():

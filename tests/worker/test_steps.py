@@ -80,7 +80,7 @@ def test_the_clean_estimate_of_a_flow_is_where_its_straight_line_ends() -> None:
     assert torch.allclose(seen[0].clean_estimate(), clean, atol=1e-6)
 
 
-def test_an_answering_scheduler_arrives_where_it_was_told_in_both_return_forms() -> None:
+def test_an_answering_scheduler_returns_its_sample_in_both_return_forms() -> None:
     scheduler, goal = flow(), torch.full((1, 4), 7.0)
     answer_steps(scheduler, goal)
     sample = torch.zeros(1, 4)

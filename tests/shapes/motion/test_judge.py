@@ -150,7 +150,7 @@ def test_a_wrong_attribute_does_not_match(other: Clip, star: Tensor) -> None:
     assert not verdict.matches(other)
 
 
-def test_something_that_is_no_clip_is_refused(star: Tensor) -> None:
+def test_anything_but_a_clip_is_refused(star: Tensor) -> None:
     with pytest.raises(ValueError, match="two or more, got 1"):
         judge_clip(star[:1])
     with pytest.raises(ValueError, match="expected an RGB picture"):

@@ -48,7 +48,7 @@ def test_a_full_caption_is_not_longer_than_the_shortest_padding(words: T5Tokeniz
     assert max(len(words(caption(clip)).input_ids) for clip in every_clip()[::7]) == 10
 
 
-def test_a_colour_s_role_is_told_by_its_place(words: T5Tokenizer) -> None:
+def test_a_colours_role_follows_from_its_position(words: T5Tokenizer) -> None:
     texts = [caption(Clip("red", "star", "up", "blue")), caption(Clip("blue", "star", "up", "red")), ""]
     told = roles(words, *tokenize(words, texts, 12))
     read = [[ROLES[role] if role >= 0 else "" for role in row] for row in told.tolist()]

@@ -188,7 +188,7 @@ CHOICES: tuple[tuple[tuple[str, float], ...], ...] = (
 
 
 def references(directory: Path) -> None:
-    """What peft draws, for every family and choice of adapters; written to files."""
+    """The outputs of peft, for every family and choice of adapters; written to files."""
     for name in FAMILIES_OF_THE_PROOF:
         checkpoint = save(name, directory)
         model = load_model(Config(model=str(checkpoint), device="cpu"))

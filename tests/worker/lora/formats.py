@@ -40,7 +40,7 @@ def adapter(
 
 
 def some(weights: Weights, *endings: str) -> Weights:
-    """Those layers whose names end so."""
+    """The layers whose names end so."""
     found = {name: shape for name, shape in weights.items() if name.endswith(endings)}
     assert found
     return found
@@ -136,7 +136,7 @@ def kohya_sdxl(ranks: Sequence[int], alphas: Sequence[float]) -> Tensors:
 
 
 def a1111_sd15(weights: Weights, ranks: Sequence[int], alphas: Sequence[float]) -> Tensors:
-    """What the first web UIs load: diffusers' names with underscores, convolutions too, and one text encoder."""
+    """The format of the first web UIs: diffusers' names with underscores, convolutions too, and one text encoder."""
     layers = some(weights, "to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "net.0.proj", "net.2")
     return {
         **adapter(underscores(layers), WORDS, before="lora_unet_", ranks=ranks, alphas=alphas),
@@ -145,7 +145,7 @@ def a1111_sd15(weights: Weights, ranks: Sequence[int], alphas: Sequence[float]) 
 
 
 def old_diffusers(weights: Weights) -> Tensors:
-    """What diffusers wrote when attention processors had the factors: ``….processor.to_q_lora.down.weight``."""
+    """diffusers' format from when attention processors had the factors: ``….processor.to_q_lora.down.weight``."""
     names: dict[str, tuple[int, ...]] = {}
     for name, shape in attention(weights).items():
         owner, _, layer = name.removesuffix(".0").rpartition(".")

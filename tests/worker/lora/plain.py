@@ -1,4 +1,4 @@
-"""What plain diffusers and peft make of an adapter, and what is read of it here."""
+"""An adapter in plain diffusers and peft, and as this runtime reads it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from safelight.worker.lora.files import AdapterFile, load_adapter, weight_shapes
 from safelight.worker.weights.checkpoint.layout import Layout
 
 Deltas = dict[tuple[str, str], torch.Tensor]
-"""What is added to weights, by component and layer."""
+"""The differences of weights, by component and layer."""
 
 
 def modules(pipeline: DiffusionPipeline) -> dict[str, nn.Module]:

@@ -1,4 +1,4 @@
-"""An adapter adds to every layer what plain diffusers and peft would add to it, whoever wrote the file."""
+"""An adapter adds to every layer what plain diffusers and peft would add to it, for every writer of the file."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .plain import Deltas, assert_same, by_diffusers, deltas, read, shapes_of, w
 
 RANKS = (4, 6)
 ALPHAS = (2.0, 16.0, 2.5)
-"""Below and above the ranks, and one that is no integer."""
+"""Below and above the ranks, and one that is not an integer."""
 
 
 def linear(name: str, component: str = "transformer") -> Weights:

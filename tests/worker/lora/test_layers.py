@@ -33,8 +33,8 @@ def adapted(model: Model, component: str = "transformer") -> list[AdaptedLayer]:
     return [part for part in parts if isinstance(part, AdaptedLayer)]
 
 
-def anatomy(model: Model) -> list[tuple[Any, ...]]:
-    """Of every layer: itself, its class, its attributes' names, and its hooks."""
+def described(model: Model) -> list[tuple[Any, ...]]:
+    """Every layer with its class, its attributes' names, and its hooks."""
     modules = [part for part in model.pipeline.components.values() if isinstance(part, nn.Module)]
     return [
         (layer, type(layer), tuple(vars(layer)), len(layer._forward_hooks), len(layer._forward_pre_hooks))
@@ -59,7 +59,7 @@ def named(adapters: RankAdapters, nickname: str, strength: float = 1.0) -> Activ
 
 
 def storages(model: Model) -> list[tuple[int, int]]:
-    """Where the factors are, and which of them the rows of the forward in hand have."""
+    """The addresses of the factors, and the factors of each row of the current forward."""
     factors = [
         (stack.down.data_ptr(), stack.up.data_ptr()) for one in adapted(model) for stack in one.lora.stacks.values()
     ]
@@ -69,10 +69,10 @@ def storages(model: Model) -> list[tuple[int, int]]:
 
 def test_without_adapters_every_module_is_as_its_class_makes_it(flux: Model, tmp_path: Path) -> None:
     plain = draw(flux, new_batcher(None), new_adapters(flux), [request("flux", 0)])[0]
-    before = anatomy(flux)
+    before = described(flux)
     assert not any(hooks or pre_hooks for *_, hooks, pre_hooks in before)
     adapters = new_adapters(flux)
-    assert anatomy(flux) == before
+    assert described(flux) == before
     load(adapters, flux, tmp_path, "first")
     linear = [layer for layer, cls, *_ in before if cls is nn.Linear]
     assert adapted(flux) == [layer for layer in flux.pipeline.transformer.modules() if layer in linear]
@@ -82,7 +82,7 @@ def test_without_adapters_every_module_is_as_its_class_makes_it(flux: Model, tmp
     unload(adapters, "first")
     assert adapted(flux)
     unload(adapters, "second")
-    assert anatomy(flux) == before
+    assert described(flux) == before
 
 
 def test_a_change_of_adapters_replaces_no_module_and_no_memory(flux: Model, tmp_path: Path) -> None:

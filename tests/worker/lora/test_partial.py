@@ -27,7 +27,7 @@ IMAGE_LAYERS = {
     "blocks.0.cross_attn.v_img": (64, 64),
     "img_emb.proj.1": (64, 64),
 }
-"""What a Wan that begins with an image has besides."""
+"""The additional layers of a Wan that begins with an image."""
 
 
 def test_layers_for_images_are_left_out_of_a_model_that_has_none_and_listed(tmp_path: Path) -> None:
@@ -66,7 +66,7 @@ def test_kinds_that_cannot_be_applied_are_left_out_only_where_that_is_asked_for(
     assert read("flux", path, strict=False).left == ["transformer.x.diff_m"]
 
 
-def test_a_layer_of_which_several_changes_are_left_out_is_listed_once(tmp_path: Path) -> None:
+def test_a_layer_with_several_skipped_changes_is_listed_once(tmp_path: Path) -> None:
     own = adapter(attention(shapes_of(FAMILIES["flux"].build())["transformer"]), before="transformer.")
     foreign = adapter({"nowhere": (64, 64)}, before="transformer.")
     bias = {"transformer.nowhere.lora_B.bias": torch.ones(64)}
@@ -81,7 +81,7 @@ def test_a_layer_of_which_several_changes_are_left_out_is_listed_once(tmp_path: 
         {"connectors.x.diff": torch.ones(4)},
     ],
 )
-def test_an_adapter_of_which_nothing_is_left_is_refused(tensors: Tensors, tmp_path: Path) -> None:
+def test_an_adapter_without_any_remaining_layer_is_refused(tensors: Tensors, tmp_path: Path) -> None:
     path = written(tmp_path / "adapter_model.safetensors", tensors)
     with pytest.raises(InvalidRequest, match=r"nothing of it has a place in the model \(connectors\."):
         read("flux", path, strict=False)
@@ -106,14 +106,14 @@ def _copies(by: float = 0.0) -> tuple[Tensors, Tensors]:
     return fused, parts
 
 
-def test_copies_of_a_fused_layer_beside_it_count_once(tmp_path: Path) -> None:
+def test_copies_of_a_fused_layer_count_once_with_it(tmp_path: Path) -> None:
     fused, parts = _copies()
     both = written(tmp_path / "both.safetensors", {**fused, **parts})
     alone = written(tmp_path / "fused.safetensors", fused)
     assert_same(deltas(read("zimage", both)), by_diffusers("zimage", alone))
 
 
-def test_parts_that_are_no_copies_of_the_fused_layer_are_refused_with_both_names(tmp_path: Path) -> None:
+def test_parts_that_differ_from_the_fused_layer_are_refused_with_both_names(tmp_path: Path) -> None:
     fused, parts = _copies(by=0.01)
     path = written(tmp_path / "both.safetensors", {**fused, **parts})
     with pytest.raises(InvalidRequest, match=r"it has a layer twice \(lora_unet_layers_0_attention_\w+, lora_unet"):
@@ -123,7 +123,7 @@ def test_parts_that_are_no_copies_of_the_fused_layer_are_refused_with_both_names
 def test_sd_scripts_names_for_stable_diffusion_3_are_those_of_diffusers_converter_of_checkpoints(
     tmp_path: Path,
 ) -> None:
-    """What is added to the checkpoint's own weights, converted by diffusers, is what is added to the model's."""
+    """The model's weights get the differences that diffusers' conversion of the checkpoint's weights would get."""
     transformer = FAMILIES["sd3"].build().transformer
     config = transformer.config
     width, blocks = config.num_attention_heads * config.attention_head_dim, config.num_layers

@@ -169,7 +169,7 @@ def test_half_a_pair_changes_nothing_until_its_counterpart_comes(flux: Model, tr
     assert is_merged(flux, base, {name: one / 2 for name, one in added_later.items()})
 
 
-def test_what_waits_is_told_of_when_another_version_comes_instead(flux: Model, trainer: Trainer) -> None:
+def test_waiting_factors_are_reported_when_another_version_arrives_instead(flux: Model, trainer: Trainer) -> None:
     base = weights(flux)
     tensors, added = of_peft(flux, seed=1)
     trainer.send(tensors, version="step-1", alpha=ALPHA)
@@ -229,7 +229,7 @@ def test_a_layer_is_the_same_one_whatever_its_prefix(flux: Model, trainer: Train
     assert is_merged(flux, base, added)
 
 
-def test_a_rank_that_is_told_wrongly_is_refused_with_the_layers_rank(flux: Model, trainer: Trainer) -> None:
+def test_a_wrong_rank_is_refused_with_the_layers_rank(flux: Model, trainer: Trainer) -> None:
     tensors, _ = of_peft(flux, seed=1)
     with pytest.raises(InvalidRequest, match="it has rank 4, and not 5"):
         trainer.send(tensors, rank=5)

@@ -1,4 +1,4 @@
-"""What is read is the adapter's own, and fits a model that is divided and fused; reading it leaves nothing behind."""
+"""Factors are the adapter's own and fit a divided and fused model; reading them leaves nothing behind."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ def test_a_model_that_is_divided_and_fused_has_its_whole_shapes(
     assert_same(deltas(load_adapter(tmp_path, pipeline, shapes)), deltas(read(name, path)), 0)
 
 
-def test_the_four_layers_that_flux_has_fused_in_one_are_told_apart(flux: FluxPipeline) -> None:
+def test_the_four_layers_that_flux_has_fused_in_one_are_kept_apart(flux: FluxPipeline) -> None:
     """At the full width, as the converter knows no other."""
     width = 3072
     names = ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp")
@@ -128,7 +128,7 @@ def test_the_four_layers_that_flux_has_fused_in_one_are_told_apart(flux: FluxPip
 
 
 def test_both_denoisers_of_wan_can_be_named(tmp_path: Path) -> None:
-    """What is for "transformer" alone is given so; who applies it chooses."""
+    """Factors for "transformer" alone are returned as such; the caller chooses."""
     layers = {"blocks.0.attn1.to_q": (64, 64)}
     tensors = {**adapter(layers, before="transformer."), **adapter(layers, before="transformer_2.", ranks=(2,))}
     file = read("wan22", written(tmp_path / "adapter_model.safetensors", tensors))

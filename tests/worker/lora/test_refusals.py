@@ -1,4 +1,4 @@
-"""What cannot be applied whole is refused by name, and the model's own words say what is wrong."""
+"""An adapter that cannot be applied as a whole is refused by name, in the model's own terms."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def test_a_tensor_of_no_known_name_is_refused(name: str, flux: DiffusionPipeline
     assert message == f"The adapter cannot be used: 1 of its tensors are no low-rank factors ({name})."
 
 
-def test_integers_are_no_factors(flux: DiffusionPipeline) -> None:
+def test_integers_cannot_be_factors(flux: DiffusionPipeline) -> None:
     message = refusal(lambda: read(flux, good(**{UP: torch.ones(64, 4, dtype=torch.int8)})))
     assert f"1 of its tensors are no low-rank factors ({UP})" in message
 
@@ -272,7 +272,7 @@ def test_what_a_converter_would_leave_out_in_silence_is_refused(
     assert f"{ABSENT} ({lost}" in message
 
 
-def test_what_a_converter_leaves_out_is_no_loss_where_it_adds_nothing(flux: DiffusionPipeline) -> None:
+def test_tensors_that_a_converter_drops_may_be_missing_if_they_add_nothing(flux: DiffusionPipeline) -> None:
     empty = {name: tensor.zero_() for name, tensor in adapter({"lora_te1_text_projection": (32, 32)}, WORDS).items()}
     with_it, without = read(flux, {**kohya_flux((4,), ()), **empty}), read(flux, kohya_flux((4,), ()))
     assert with_it.layers["text_encoder"].keys() == without.layers["text_encoder"].keys()

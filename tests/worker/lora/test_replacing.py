@@ -1,4 +1,4 @@
-"""What becomes of adapters that are replaced, moved to other components, or named where they cannot be."""
+"""Adapters that are replaced, moved to other components, or named for the wrong component."""
 
 from __future__ import annotations
 

@@ -138,10 +138,10 @@ WAN_DIFFERENCES = {
     "head.head.diff_b": "proj_out.bias",
     "patch_embedding.diff_b": "patch_embedding.bias",
 }
-"""What files that distil Wan have besides pairs, and the tensors that diffusers has of it."""
+"""Tensors besides pairs in files that distil Wan, and diffusers' tensors for them."""
 
 
-def test_differences_of_biases_and_norms_are_added_beside_pairs(
+def test_differences_of_biases_and_norms_are_added_together_with_pairs(
     tiny_model: Callable[[str], Model], tmp_path: Path
 ) -> None:
     model = tiny_model("wan")

@@ -26,7 +26,7 @@ MANAGER = b"/tmp/torch-shm-dir-aB3dE6/manager.sock"
 
 
 def unpickle(stream: bytes, *, release: bool = True) -> Any:
-    """What the stream holds; read by the only reader, or by one who leaves it to another to release it."""
+    """The stream's value, for the only reader, or for one that leaves the release to another."""
     segments = Segments()
     try:
         return received.unpickle(stream, segments)
@@ -142,6 +142,6 @@ def refused(stream: bytes, folder: Path) -> str:
 
 
 def owners(folder: Path) -> int:
-    """Of the one segment in ``folder``."""
+    """The owners of the one segment in ``folder``."""
     count: int = struct.unpack("<i", (folder / SEGMENT.decode()[1:]).read_bytes()[:4])[0]
     return count

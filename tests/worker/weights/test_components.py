@@ -1,4 +1,4 @@
-"""What diffusers loads, a replica loads; what diffusers would load and is not whole is refused in one sentence."""
+"""A replica loads every component that diffusers loads; an incomplete one is refused in one sentence."""
 
 from __future__ import annotations
 

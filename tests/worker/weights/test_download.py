@@ -1,4 +1,4 @@
-"""What keeps a repository from coming is one sentence, without a traceback, whatever the libraries make of it."""
+"""A failed download is one sentence, without a traceback, for every error of the libraries."""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from safelight.worker.weights.update import offload as parking
+from safelight.worker.weights.update import offload
 from safelight.worker.weights.update.offload import Offloader
 
 CPU = torch.device("cpu")
@@ -67,7 +67,7 @@ def test_what_is_written_while_it_is_parked_comes_home() -> None:
 
 def _failing(after: int, monkeypatch: pytest.MonkeyPatch, name: str, error: type[Exception]) -> None:
     """Has the function ``name`` of the module fail when it was called so often."""
-    usual: Callable[..., torch.Tensor] = getattr(parking, name)
+    usual: Callable[..., torch.Tensor] = getattr(offload, name)
     calls = 0
 
     def fails(*args: object) -> torch.Tensor:
@@ -77,7 +77,7 @@ def _failing(after: int, monkeypatch: pytest.MonkeyPatch, name: str, error: type
             raise error
         return usual(*args)
 
-    monkeypatch.setattr(parking, name, fails)
+    monkeypatch.setattr(offload, name, fails)
 
 
 def test_a_full_disk_leaves_everything_at_home(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -110,7 +110,7 @@ def test_a_wake_that_fails_midway_is_finished_by_the_next(monkeypatch: pytest.Mo
     assert all(torch.equal(tensor, before[name]) for name, tensor in module.state_dict().items())
 
 
-def test_what_else_is_put_away_may_be_let_go_of_meanwhile() -> None:
+def test_other_offloaded_memory_may_be_released_meanwhile() -> None:
     others = [torch.randn(40, 30), torch.randn(7)]
     before = [other.clone() for other in others]
     homes = {other.data_ptr() for other in others}

@@ -17,7 +17,7 @@ from safelight.protocol.codec import Buffer
 from safelight.protocol.tensor_sources import Pickled
 from safelight.worker.weights.checkpoint.names import Tensors
 from safelight.worker.weights.transport.allowlist import NotAPayload
-from safelight.worker.weights.transport.groups import Groups
+from safelight.worker.weights.transport.groups import ProcessGroups
 from safelight.worker.weights.transport.payload import InvalidTensor, choose, interpret
 from safelight.worker.weights.transport.sources import RankContext, open_source
 
@@ -135,7 +135,7 @@ def test_what_the_sender_keeps_stays_its_own(trainer: Trainer) -> None:
     assert trainer.segments() == before
 
 
-def test_a_payload_that_is_refused_for_its_meaning_is_let_go_too(trainer: Trainer) -> None:
+def test_a_payload_that_is_refused_for_its_meaning_is_released_too(trainer: Trainer) -> None:
     before = trainer.segments()
     for what in ("twice", "one", "expanded"):
         with pytest.raises(NotAPayload):
@@ -165,7 +165,7 @@ def test_what_the_sender_keeps_stays_its_own_however_often_it_lists_one_stream(t
         stream = base64.b64decode(trainer.send("one", keep=True))
         source = Pickled([Buffer(bytes(bytearray(stream))) for _ in range(copies)], ONE)
         ranks = [RankContext(rank, 2, rank, 2, CPU, is_primary=True) for rank in range(2)]
-        for opened in [open_source(source, Groups(0, CPU), rank, lambda: None) for rank in ranks]:
+        for opened in [open_source(source, ProcessGroups(0, CPU), rank, lambda: None) for rank in ranks]:
             assert opened.tensors["transformer"]["a"].tolist() == [1, 1, 1]
             opened.close()
     assert len(trainer.segments() - before) == 2
@@ -225,7 +225,7 @@ def test_a_reader_does_not_keep_the_memory_of_a_sender_that_is_gone(fresh_traine
         ("state dict", "the opcode BUILD at byte .* is applied to a dict"),
     ],
 )
-def test_what_is_no_payload_is_refused_with_its_reason(what: str, reason: str, trainer: Trainer) -> None:
+def test_invalid_payloads_are_refused_with_the_reason(what: str, reason: str, trainer: Trainer) -> None:
     with pytest.raises(NotAPayload, match=reason):
         decode(trainer.send(what), ONE)
 

@@ -25,7 +25,7 @@ HANDLE = b"\2c" + bytes(range(64))
 
 @pytest.fixture
 def opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
-    """Two GPUs, the second of which the trainer names, and the segment with its counters; what torch is asked for."""
+    """Two GPUs (the trainer names the second), the segment with its counters, and the calls of torch."""
     (tmp_path / "torch_7_8_9").write_bytes(bytes(80_064))
     properties = [SimpleNamespace(uuid="other"), SimpleNamespace(uuid=UUID)]
     asked: list[tuple[Any, ...]] = []
@@ -111,7 +111,7 @@ def test_a_segment_of_another_size_holds_no_counters(trainer: Trainer, opened: l
     assert opened == []
 
 
-def test_a_gpu_that_this_process_has_not_is_named_beside_those_that_it_has(trainer: Trainer, opened: list[Any]) -> None:
+def test_a_gpu_that_this_process_lacks_is_named_with_those_that_it_has(trainer: Trainer, opened: list[Any]) -> None:
     with pytest.raises(NotAPayload, match=f"needs the GPU {UUID[:-1]}f; this process has other, {UUID}"):
         decode(altered(trainer.send("cuda by uuid"), UUID.encode(), UUID[:-1].encode() + b"f"), ONE)
     assert opened == []

@@ -188,7 +188,7 @@ def test_the_list_of_globals_is_exact(module: str, name: str, segments: Path) ->
         named("sglang.srt.weight_sync.tensor_bucket", "FlattenedTensorBucket"),
     ],
 )
-def test_a_known_global_is_no_way_to_call_anything_else(known: bytes, segments: Path) -> None:
+def test_a_known_global_cannot_be_used_to_call_anything_else(known: bytes, segments: Path) -> None:
     """Neither as a value, nor called as torch does not call it, nor around another call, nor called twice."""
     for args in (
         [],
@@ -222,7 +222,7 @@ def test_other_opcodes_are_refused_by_name_before_they_are_read(opcode: Any, seg
     assert (refused(stream, segments) == refusal) is (opcode.name not in KNOWN_OPCODES)
 
 
-def test_a_byte_that_is_no_opcode_is_refused(segments: Path) -> None:
+def test_a_byte_that_is_not_an_opcode_is_refused(segments: Path) -> None:
     for code in set(range(256)) - {ord(opcode.code) for opcode in pickletools.opcodes}:
         assert refused(START + bytes([code]) + b".", segments).startswith(
             f"the opcode {code:#04x} at byte 2 does not occur in payloads"

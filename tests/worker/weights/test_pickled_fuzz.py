@@ -60,7 +60,7 @@ def _renamed(stream: bytes, segments: Path) -> bytes:
 
 @pytest.fixture
 def opened(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
-    """What torch is asked to open of two GPUs."""
+    """The handles that torch is asked to open, on two GPUs."""
     asked: list[tuple[Any, ...]] = []
     properties = [SimpleNamespace(uuid="other"), SimpleNamespace(uuid=UUID)]
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -79,7 +79,7 @@ def test_a_changed_stream_is_read_or_refused_and_nothing_else(
     read, refusals = 0, set[str]()
 
     def run(stream: bytes) -> bool:
-        """Whether it reached something new."""
+        """True if it reached new code."""
         nonlocal read
         steps, lines = len(coverage.steps), coverage.lines
         try:

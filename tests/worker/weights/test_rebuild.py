@@ -1,4 +1,4 @@
-"""What a stream may say of a tensor and of the memory that it is in, and what happens to that memory."""
+"""The allowed descriptions of a tensor and its memory in a stream, and the release of that memory."""
 
 from __future__ import annotations
 
@@ -172,7 +172,7 @@ def test_a_manager_may_be_in_any_folder_and_is_not_looked_at(manager: bytes, seg
     assert read(tensor(shared=storage(manager=manager))).shape == (2, 3)
 
 
-def test_a_segment_that_is_no_file_of_this_user_is_refused(segments: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_segment_that_is_not_a_file_of_this_user_is_refused(segments: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for make in (
         lambda path: path.symlink_to(segments / "torch_1_2_3"),
         lambda path: path.mkdir(),
@@ -252,7 +252,7 @@ def test_bytes_and_dictionaries_of_older_protocols_are_read(segments: Path) -> N
     assert found["vae"][0][1].shape == (2, 3)
 
 
-def test_data_is_no_text(segments: Path) -> None:
+def test_bytes_are_not_accepted_as_text(segments: Path) -> None:
     shared = called(reduction("rebuild_storage_filename"), UNTYPED, data(MANAGER), text(SEGMENT.decode()), number(24))
     assert OTHER in refused(pairs(tensor(shared=shared)), segments)
 

@@ -284,7 +284,7 @@ def test_what_is_not_allowed_in_memory_goes_to_files_that_leave_nothing(tmp_path
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_full_disk_is_said_before_anything_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_is_reported_before_anything_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
@@ -412,7 +412,7 @@ def test_a_divided_tensor_of_several_blocks_is_exchanged_piece_by_piece(rank: in
     assert torch.equal(kept, before)
 
 
-def test_what_a_refused_update_would_have_left_out_is_not_told_of_the_next() -> None:
+def test_skipped_tensors_of_a_refused_update_are_not_reported_for_the_next() -> None:
     module = model()
     layout = Layout.whole(module)
     layout.names = Names(buffers=frozenset({"made"}))

@@ -206,14 +206,14 @@ class Trainer:
         return answer
 
     def stream(self, what: str, *, protocol: int = 4) -> bytes:
-        """That payload as the bytes that it is."""
+        """The payload's bytes."""
         return base64.b64decode(self.send(what, protocol=protocol, keep=True))
 
     def forget(self) -> None:
         self._ask(what=None)
 
     def segments(self) -> set[str]:
-        """Those of it that there are in shared memory."""
+        """Its segments that exist in shared memory."""
         return {file.name for file in Path("/dev/shm").glob(f"torch_{self.pid}_*")}
 
     def quit(self) -> None:
@@ -222,7 +222,7 @@ class Trainer:
         assert self._process.wait() == 0
 
     def kill_manager(self) -> None:
-        """Of torch's shared memory, which each process that shares by file has as a child."""
+        """The manager of torch's shared memory, a child of each process that shares by file."""
         (manager,) = psutil.Process(self.pid).children()
         assert "torch_shm" in manager.name()
         manager.kill()
