@@ -53,7 +53,7 @@ def routes(service: Service) -> APIRouter:
         service.unread.make_room()
         if asked.stream:
             return EventStream(service.link, message, finish_event, service.unread)
-        reply = finish(await while_connected(request.receive, _result(service, message)))
+        reply = finish(await while_connected(request.receive, service.link.result(message)))
         service.unread.make_room()
         if asked.as_file:
             return reply.as_file(service.unread)
@@ -85,8 +85,3 @@ async def _read(request: Request, service: Service) -> _Asked:
             f"{len(message.samples)}; accept application/json, or ask for one."
         )
     return _Asked(message, model.model, body.stream, as_file)
-
-
-async def _result(service: Service, message: Generate) -> Result:
-    with service.link.submit(message) as events:
-        return await events.result()

@@ -24,7 +24,7 @@ _REPLICA_COUNTERS = {
 }
 
 
-class Metrics:
+class Metrics(Collector):
     """The metrics of one server, in a registry of their own."""
 
     def __init__(self, link: SchedulerLink) -> None:
@@ -43,7 +43,8 @@ class Metrics:
             registry=self._registry,
         )
         self._outputs = Counter("safelight_outputs", "Outputs sent to clients", registry=self._registry)
-        self._registry.register(_SchedulerCollector(link))
+        self._link = link
+        self._registry.register(self)
 
     def count_request(self, route: str, status: int, seconds: float) -> None:
         self._requests.labels(route, str(status)).inc()
@@ -56,14 +57,8 @@ class Metrics:
         """Everything in Prometheus's text format."""
         return prometheus_client.generate_latest(self._registry)
 
-
-class _SchedulerCollector(Collector):
-    """Reads the scheduler's last status when it is asked, so there is no second copy of it."""
-
-    def __init__(self, link: SchedulerLink) -> None:
-        self._link = link
-
     def collect(self) -> Iterator[Metric]:
+        """Read the scheduler's last status, of which there is no second copy."""
         status = self._link.status
         yield GaugeMetricFamily("safelight_queued_requests", "Requests that wait in the queue", status.queued)
         yield GaugeMetricFamily("safelight_running_requests", "Requests that replicas work on", status.running)

@@ -43,7 +43,7 @@ def routes(service: Service) -> APIRouter:
         message = await _read(request, service)
         unread.make_room()
         try:
-            result = await while_connected(request.receive, _result(service, message))
+            result = await while_connected(request.receive, service.link.result(message))
         finally:
             if message.rollout is not None and message.rollout.shared_memory:
                 asyncio.get_running_loop().call_later(KEPT_S + _LATE_S, unread.sweep)
@@ -76,11 +76,6 @@ async def _read(request: Request, service: Service) -> Generate:
     if rollout.shared_memory:
         _check_near(request)
     return msgspec.structs.replace(message, rollout=rollout)
-
-
-async def _result(service: Service, message: Generate) -> Result:
-    with service.link.submit(message) as events:
-        return await events.result()
 
 
 def _reply(result: Result, unread: Unread) -> Response:

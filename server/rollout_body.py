@@ -62,20 +62,12 @@ async def read_rollout(request: Request) -> RolloutBody:
     refuse_query(request)
     data = await read_body(request)
     if request.headers.get("content-type", "").partition(";")[0].strip().lower() == "application/msgpack":
-        body = await asyncio.to_thread(_from_msgpack, data)
+        body = await asyncio.to_thread(lambda: _validated(read_msgpack(data)))
     else:
-        body = await parse(data, _from_json)
+        body = await parse(data, lambda body: _validated(read_object(body)))
     if body.image is None and body.initial_noise is None and len(data) > MAX_TEXT:
         raise BodyTooLarge(f"A rollout without images and initial_noise may have {MAX_TEXT / 1e6:g} MB.")
     return body
-
-
-def _from_json(body: bytearray) -> RolloutBody:
-    return _validated(read_object(body))
-
-
-def _from_msgpack(body: bytearray) -> RolloutBody:
-    return _validated(read_msgpack(body))
 
 
 def _validated(value: dict[str, Any]) -> RolloutBody:

@@ -273,6 +273,11 @@ class SchedulerLink:
             if not subscription.ended:
                 self.send(Cancel(message.request_id))
 
+    async def result(self, message: Generate) -> Result:
+        """Send ``message``, and wait for its result. Raises the request's own error."""
+        with self.submit(message) as events:
+            return await events.result()
+
     def abandon_all(self, error: SafelightError) -> None:
         """End every request, and each later one, with ``error``."""
         self._refusal = error.info()
