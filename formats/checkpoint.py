@@ -14,10 +14,10 @@ from pathlib import Path
 from ..protocol.errors import StartFailed
 from .model_names import EMBEDDED, resolve_model
 from .pipeline_index import read_index
+from .tensor_files import MAX_HEADER
 
 SAFETENSORS, GGUF = ".safetensors", ".gguf"
 
-_MAX_HEADER = 100_000_000  # the limit of the safetensors format
 _GGUF_MAGIC = b"GGUF"
 _POINTER = b"version https://git-lfs"
 
@@ -104,7 +104,7 @@ def check_tensor_file(file: Path) -> None:
     with file.open("rb") as stream:
         start = stream.read(8)
         length = int.from_bytes(start, "little")
-        header = stream.read(length) if 2 <= length <= min(size - 8, _MAX_HEADER) else b""
+        header = stream.read(length) if 2 <= length <= min(size - 8, MAX_HEADER) else b""
         stream.seek(0)
         begin = stream.read(len(_POINTER))
     try:

@@ -7,7 +7,7 @@ import types
 import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Literal, NoReturn
 
 from ..process.configuration import Option, load_config, options
 from ..protocol.config import Config
@@ -58,7 +58,9 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def _add_flag(group: argparse._ArgumentGroup, option: Option) -> None:
-    annotation = _without_none(option.annotation)
+    annotation = option.annotation
+    if isinstance(annotation, types.UnionType):  # with None
+        annotation = typing.get_args(annotation)[0]
     default = "" if option.default is None else f" (default: {option.default})"
     help_text = (option.description + default).replace("%", "%%")
     if annotation is bool:
@@ -68,11 +70,3 @@ def _add_flag(group: argparse._ArgumentGroup, option: Option) -> None:
     else:
         metavar = {int: "N", float: "X"}.get(annotation, "TEXT")
         group.add_argument(option.flag, dest=option.name, metavar=metavar, help=help_text)
-
-
-def _without_none(annotation: Any) -> Any:
-    """``X`` for ``X | None``."""
-    if typing.get_origin(annotation) in (types.UnionType, typing.Union):
-        members = [member for member in typing.get_args(annotation) if member is not types.NoneType]
-        return members[0] if len(members) == 1 else annotation
-    return annotation

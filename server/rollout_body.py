@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import binascii
+import functools
 import itertools
 import math
 from typing import Annotated, Any, TypeGuard
@@ -51,7 +52,7 @@ class RolloutBody(
         None, description="Fields of this body that stand elsewhere here, and arguments as in `extra`"
     )
 
-    @property
+    @functools.cached_property
     def plan(self) -> Rollout:
         """The sampler and the records, without initial noise and its seeds."""
         return Rollout(**{row.attribute: getattr(self, name) for name, row in ROLLOUT.items()})

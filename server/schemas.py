@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Annotated, Any, TypeVar, get_args, get_origin
 
@@ -87,7 +88,7 @@ class GenerateBody(Body, json_schema_extra={"example": {"prompt": "a red circle"
     output_format: OutputFormat | None = Field(None, description="png for pictures and mp4 for videos when omitted")
     stream: bool = Field(False, description="Answer with server-sent events: queued, progress, preview, result, error")
 
-    @property
+    @functools.cached_property
     def settings(self) -> Settings:
         """The fields that reach a worker as they are."""
         return Settings(**{name: getattr(self, name) for name in TABLE})
