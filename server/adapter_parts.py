@@ -13,8 +13,8 @@ from ..protocol.reports import Operated
 from ..protocol.tensor_sources import Broadcast, Source
 from . import weight_bodies as bodies
 from .operation_client import OperationClient, first_report
-from .scheduler_link import OperationFailed
 from .service import Service
+from .subscription import OperationFailed
 
 
 @dataclass(frozen=True, slots=True)

@@ -32,8 +32,8 @@ from .control_bodies import Nothing
 from .operation_client import OperationClient, active_adapters, first_report
 from .replies import json_reply
 from .routes import Route
-from .scheduler_link import OperationFailed
 from .service import Service
+from .subscription import OperationFailed
 
 Names = Annotated[list[Name], Field(min_length=1, max_length=64)]
 

@@ -17,7 +17,8 @@ from .disconnect import while_connected
 from .generation_response import base64_of
 from .replies import error_object
 from .rollout_reply import in_parts
-from .scheduler_link import SchedulerLink, Subscription
+from .scheduler_link import SchedulerLink
+from .subscription import Subscription
 from .unread import Taker, Unread
 
 KEEP_ALIVE_S = 15.0

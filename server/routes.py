@@ -16,7 +16,7 @@ from .body_limit import media_type
 from .body_validation import Body, decode, refuse_query
 from .bounded import MAX_VALUES, read_body
 from .replies import error_reply, json_reply
-from .scheduler_link import OperationFailed
+from .subscription import OperationFailed
 
 B = TypeVar("B", bound=Body)
 

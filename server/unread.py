@@ -15,7 +15,7 @@ from starlette.types import Receive, Scope, Send
 from ..protocol.errors import ClientGone, QueueFull
 from ..protocol.generation import Failed, Output, Result
 from .rollout_reply import Piece, in_parts
-from .scheduler_link import Subscription
+from .subscription import Subscription
 
 KEPT_S = 120.0
 """Seconds that a file in shared memory is kept for a client that does not fetch it."""

@@ -12,8 +12,8 @@ from ..protocol.tensor_sources import Broadcast
 from . import weight_bodies as bodies
 from .operation_client import OperationClient, success
 from .routes import Route, routes_of
-from .scheduler_link import OperationFailed
 from .service import Service
+from .subscription import OperationFailed
 from .weight_writing import UPDATED, WeightWriting
 
 _TIMEOUT_S = 60.0

@@ -21,8 +21,8 @@ from .body_validation import Body, from_query, validate, without_nulls
 from .control_bodies import Nothing
 from .operation_client import OperationClient, success
 from .routes import Route, routes_of
-from .scheduler_link import OperationFailed
 from .service import Service
+from .subscription import OperationFailed
 from .weight_groups import GroupRoutes
 from .weights import WeightRoutes
 

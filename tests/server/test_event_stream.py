@@ -14,7 +14,7 @@ from safelight.protocol.errors import Unavailable
 from safelight.protocol.generation import Failed, Generate, Preview, Progress, Queued
 from safelight.protocol.messages import FromScheduler
 from safelight.server import event_stream
-from safelight.server.scheduler_link import EVENTS_KEPT, Subscription
+from safelight.server.subscription import EVENTS_KEPT, Subscription
 
 from .played_scheduler import PNG, finished
 from .stage import stage

@@ -11,8 +11,9 @@ from msgspec.structs import replace
 from safelight.protocol.errors import DeadlinePassed, Unavailable
 from safelight.protocol.generation import Cancel, Generate, Sample
 from safelight.protocol.operations import Digests, Operate
-from safelight.server import scheduler_link
-from safelight.server.scheduler_link import OperationFailed, SchedulerLink
+from safelight.server import scheduler_link, subscription
+from safelight.server.scheduler_link import SchedulerLink
+from safelight.server.subscription import OperationFailed
 
 from .played_scheduler import PlayedScheduler, ready
 
@@ -21,7 +22,7 @@ pytestmark = pytest.mark.anyio
 
 @pytest.fixture(autouse=True)
 def _short(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(scheduler_link, "LATE_S", 0.05)
+    monkeypatch.setattr(subscription, "LATE_S", 0.05)
     monkeypatch.setattr(scheduler_link, "_TICK_S", 0.05)
 
 

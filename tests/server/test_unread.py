@@ -18,7 +18,7 @@ from safelight.protocol.errors import ClientGone, QueueFull
 from safelight.protocol.generation import Generate, Output, Preview, Progress, Result
 from safelight.protocol.messages import FromScheduler
 from safelight.server import unread
-from safelight.server.scheduler_link import PREVIEWS_KEPT, Subscription
+from safelight.server.subscription import PREVIEWS_KEPT, Subscription
 from safelight.server.unread import KEPT_S, PATIENCE_S, Taker, Unread, UnreadReply
 
 from .played_scheduler import finished
