@@ -58,7 +58,7 @@ class Metrics(Collector):
         return prometheus_client.generate_latest(self._registry)
 
     def collect(self) -> Iterator[Metric]:
-        """Read the scheduler's last status, of which there is no second copy."""
+        """Read the scheduler's last status, so there is no second copy of it."""
         status = self._link.status
         yield GaugeMetricFamily("safelight_queued_requests", "Requests that wait in the queue", status.queued)
         yield GaugeMetricFamily("safelight_running_requests", "Requests that replicas work on", status.running)
