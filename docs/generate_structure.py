@@ -10,7 +10,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "structure.md"
 WORKER = ROOT / "worker"
-ROOMS = (
+PACKAGES = (
     "protocol", "formats", "process", "server", "scheduler", "worker", "client",
     "rollout", "shapes", "assets", "benchmarks", "examples",
 )  # fmt: skip
@@ -26,10 +26,13 @@ def document() -> str:
 
 def table() -> str:
     lines = []
-    for room in ROOMS:
-        modules = sorted(path for path in (ROOT / room).rglob("*.py") if path.name != "__init__.py")
-        lines += [f"\n### `{room}/`\n", *([_summary(ROOT / room / "__init__.py"), ""] if _has_summary(room) else [])]
-        lines += worker_table() if room == "worker" else []
+    for package in PACKAGES:
+        modules = sorted(path for path in (ROOT / package).rglob("*.py") if path.name != "__init__.py")
+        lines += [
+            f"\n### `{package}/`\n",
+            *([_summary(ROOT / package / "__init__.py"), ""] if _has_summary(package) else []),
+        ]
+        lines += worker_table() if package == "worker" else []
         lines += ["| module | |", "|---|---|"] if modules else []
         lines += [f"| `{path.relative_to(ROOT)}` | {_summary(path)} |" for path in modules]
     return "\n".join(lines) + "\n\n"
@@ -37,34 +40,34 @@ def table() -> str:
 
 def worker_table() -> list[str]:
     arrows = worker_arrows()
-    of = floors(arrows)
-    lines = ["| floor | room | | imports |", "|---|---|---|---|"]
-    for room in sorted(arrows, key=lambda room: (-of[room], room)):
-        below = ", ".join(f"`{other}`" for other in sorted(arrows[room], key=lambda other: (-of[other], other)))
-        lines.append(f"| {of[room]} | `{room}` | {_summary(WORKER / room / '__init__.py')} | {below} |")
+    of = layers(arrows)
+    lines = ["| layer | package | | imports |", "|---|---|---|---|"]
+    for package in sorted(arrows, key=lambda package: (-of[package], package)):
+        below = ", ".join(f"`{other}`" for other in sorted(arrows[package], key=lambda other: (-of[other], other)))
+        lines.append(f"| {of[package]} | `{package}` | {_summary(WORKER / package / '__init__.py')} | {below} |")
     return [*lines, ""]
 
 
 def worker_arrows() -> dict[str, set[str]]:
-    """Each room of ``worker``, and the other rooms of it that any of its files imports, at any place in the file."""
+    """Each package of ``worker``, and its other packages that any of the files imports, anywhere in the file."""
     arrows: dict[str, set[str]] = {path.parent.name: set() for path in WORKER.glob("*/__init__.py")}
     for path in WORKER.rglob("*.py"):
-        room = path.relative_to(WORKER).parts[0]
+        package = path.relative_to(WORKER).parts[0]
         if path.parent == WORKER and path.name == "__init__.py":
             continue
-        arrows.setdefault(room, set()).update(set(_imported_rooms(path)) - {room})
+        arrows.setdefault(package, set()).update(set(_imported_packages(path)) - {package})
     return arrows
 
 
-def floors(arrows: Mapping[str, set[str]]) -> dict[str, int]:
-    """The floor of each room: one above the highest that it imports. Raises ``CycleError`` for a circle."""
+def layers(arrows: Mapping[str, set[str]]) -> dict[str, int]:
+    """The layer of each package: one above the highest that it imports. Raises ``CycleError`` for a circle."""
     of: dict[str, int] = {}
-    for room in TopologicalSorter(arrows).static_order():
-        of[room] = 1 + max((of[other] for other in arrows[room]), default=0)
+    for package in TopologicalSorter(arrows).static_order():
+        of[package] = 1 + max((of[other] for other in arrows[package]), default=0)
     return of
 
 
-def _imported_rooms(path: Path) -> Iterator[str]:
+def _imported_packages(path: Path) -> Iterator[str]:
     package = path.relative_to(ROOT).parent.parts
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.ImportFrom) and node.level:
@@ -75,8 +78,8 @@ def _imported_rooms(path: Path) -> Iterator[str]:
                     yield parts[1]
 
 
-def _has_summary(room: str) -> bool:
-    init = ROOT / room / "__init__.py"
+def _has_summary(package: str) -> bool:
+    init = ROOT / package / "__init__.py"
     return init.exists() and ast.get_docstring(ast.parse(init.read_text(encoding="utf-8"))) is not None
 
 

@@ -115,10 +115,10 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         Literal["auto", "merged", "interleaved", "serial"],
         _queue("How requests share forwards; auto lets the self-test at load decide"),
     ] = "auto"
-    max_batch: Annotated[int, _queue("Calls that may meet in one forward", ge=1, le=4096)] = 16
-    max_batch_tokens: Annotated[
-        int, _queue("Positions (tokens or latent pixels) that may meet in one forward", ge=1)
-    ] = 65536
+    max_batch: Annotated[int, _queue("Calls that may share one forward", ge=1, le=4096)] = 16
+    max_batch_tokens: Annotated[int, _queue("Positions (tokens or latent pixels) that may share one forward", ge=1)] = (
+        65536
+    )
     prompt_cache_mb: Annotated[
         int, _queue("Megabytes of prompt embeddings that each replica keeps; 0 keeps none", ge=0)
     ] = 256

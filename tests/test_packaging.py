@@ -14,8 +14,10 @@ TRAINING = {"safelight.shapes.train", "safelight.shapes.motion.train"}
 
 def test_every_package_is_in_the_distribution() -> None:
     listed = set(tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"])
-    rooms = (folder for folder in ROOT.iterdir() if folder.is_dir() and folder.name not in NOT_INSTALLED)
-    found = {file.parent for room in rooms if not room.name.startswith(".") for file in room.rglob("__init__.py")}
+    packages = (folder for folder in ROOT.iterdir() if folder.is_dir() and folder.name not in NOT_INSTALLED)
+    found = {
+        file.parent for package in packages if not package.name.startswith(".") for file in package.rglob("__init__.py")
+    }
     names = {".".join(("safelight", *folder.relative_to(ROOT).parts)) for folder in found}
     assert listed == (names | {"safelight"}) - TRAINING
 

@@ -32,28 +32,28 @@ def test_the_page_is_what_the_modules_are_now() -> None:
 def test_the_worker_s_rooms_form_no_circle_and_stay_low_and_loosely_bound() -> None:
     page = runpy.run_path(str(ROOT / "docs" / "generate_structure.py"))
     arrows: dict[str, set[str]] = page["worker_arrows"]()
-    floors: dict[str, int] = page["floors"](arrows)  # raises for a circle
-    assert max(floors.values()) <= 7
+    layers: dict[str, int] = page["layers"](arrows)  # raises for a circle
+    assert max(layers.values()) <= 7
     assert sum(map(len, arrows.values())) <= 85
 
 
-def test_every_file_of_the_worker_lies_in_a_room_that_says_what_it_is() -> None:
+def test_every_file_of_the_worker_lies_in_a_package_that_says_what_it_is() -> None:
     assert [path.name for path in (ROOT / "worker").glob("*.py")] == ["__init__.py"]
-    for room in (ROOT / "worker").rglob("*/"):
-        if any(room.glob("*.py")):
-            text = ast.get_docstring(ast.parse((room / "__init__.py").read_text(encoding="utf-8")))
-            assert text, room
-            assert "\n" not in text.split("\n\n")[0], room
+    for package in (ROOT / "worker").rglob("*/"):
+        if any(package.glob("*.py")):
+            text = ast.get_docstring(ast.parse((package / "__init__.py").read_text(encoding="utf-8")))
+            assert text, package
+            assert "\n" not in text.split("\n\n")[0], package
 
 
-@pytest.mark.parametrize("room", MAY_IMPORT)
-def test_a_room_imports_only_what_the_design_allows(room: str) -> None:
-    for path in (ROOT / room).rglob("*.py"):
+@pytest.mark.parametrize("package", MAY_IMPORT)
+def test_a_package_imports_only_what_the_design_allows(package: str) -> None:
+    for path in (ROOT / package).rglob("*.py"):
         depth = len(path.relative_to(ROOT).parts) - 1
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.ImportFrom) and node.level > depth:
                 other = (node.module or "").split(".")[0]
-                assert other in {"", *MAY_IMPORT[room]}, f"{path} imports {other}"
+                assert other in {"", *MAY_IMPORT[package]}, f"{path} imports {other}"
             if isinstance(node, ast.Import | ast.ImportFrom):
                 names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else [node.module or ""]
                 assert not any(
@@ -61,18 +61,18 @@ def test_a_room_imports_only_what_the_design_allows(room: str) -> None:
                 )
 
 
-@pytest.mark.parametrize("room", ["protocol", "formats", "process", "server", "scheduler", "client"])
-def test_only_the_worker_imports_torch(room: str) -> None:
+@pytest.mark.parametrize("package", ["protocol", "formats", "process", "server", "scheduler", "client"])
+def test_only_the_worker_imports_torch(package: str) -> None:
     """The client does so within functions too, which are given a trainer's tensors."""
-    for path in (ROOT / room).rglob("*.py"):
+    for path in (ROOT / package).rglob("*.py"):
         for line in path.read_text(encoding="utf-8").splitlines():
-            statement = line if room == "client" else line.strip()
+            statement = line if package == "client" else line.strip()
             assert not statement.startswith(("import torch", "from torch", "import diffusers")), path
 
 
 def test_nothing_is_unpickled() -> None:
-    for room in MAY_IMPORT:
-        for path in (ROOT / room).rglob("*.py"):
+    for package in MAY_IMPORT:
+        for path in (ROOT / package).rglob("*.py"):
             for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
                 if isinstance(node, ast.Import | ast.ImportFrom):
                     names = {alias.name for alias in node.names} | {getattr(node, "module", None) or ""}
@@ -88,9 +88,9 @@ def test_a_page_names_no_file_that_is_gone(page: str) -> None:
     assert [path for path in named if not (ROOT / path).exists()] == []
 
 
-@pytest.mark.parametrize("room", MAY_IMPORT)
-def test_no_file_and_no_function_outgrows_its_reader(room: str) -> None:
-    for path in (ROOT / room).rglob("*.py"):
+@pytest.mark.parametrize("package", MAY_IMPORT)
+def test_no_file_and_no_function_outgrows_its_reader(package: str) -> None:
+    for path in (ROOT / package).rglob("*.py"):
         text = path.read_text(encoding="utf-8")
         assert len(text.splitlines()) <= 300, path
         for node in ast.walk(ast.parse(text)):

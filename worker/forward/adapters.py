@@ -1,4 +1,4 @@
-"""Adapters, as forwards see them: which a call has, and what applies them. The room ``lora`` implements them."""
+"""Adapters, as forwards see them: which a call has, and what applies them. The package ``lora`` implements them."""
 
 from __future__ import annotations
 
