@@ -10,15 +10,14 @@ import torch
 
 from safelight.tests.live import LiveServer
 from safelight.tests.serving import Servers, by_family
+from safelight.tests.tiny import LIVE_FAMILIES
 
 from .asking import ask, ask_together, body, load_plain, picture, plain, stats
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-FAMILIES = ["flux", "sd3", "zimage", "qwenimage", "wan", "ltx", "sdxl", "pixart", "sana"]
 
-
-@pytest.mark.parametrize("family", by_family(*FAMILIES))
+@pytest.mark.parametrize("family", by_family(*LIVE_FAMILIES))
 def test_solo_requests_are_bitwise_diffusers_and_merged_ones_are_close(
     family: str, checkpoint: Callable[[str], Path], servers: Servers
 ) -> None:

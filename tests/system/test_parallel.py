@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import signal
-import subprocess
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -14,8 +13,8 @@ import psutil
 import pytest
 
 from safelight.formats.model_names import resolve_model
-from safelight.process.programs import SERVER
 from safelight.tests.effort import chosen
+from safelight.tests.forked import run
 from safelight.tests.live import LiveServer
 from safelight.tests.serving import Servers
 
@@ -139,7 +138,6 @@ def test_sigterm_leaves_no_rank_behind(checkpoint: Callable[[str], Path], tmp_pa
 def test_a_degree_that_cannot_be_is_one_sentence(
     family: str, degree: str, sentence: str, checkpoint: Callable[[str], Path]
 ) -> None:
-    command = [*SERVER, str(checkpoint(family)), "--port", "0", "--threads", "1", "--tp", degree]
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    ended = run("safelight.server.launch:main", [checkpoint(family), "--port", "0", "--threads", "1", "--tp", degree])
     assert ended.returncode == 1
     assert ended.stderr.strip().splitlines()[-1].endswith(sentence)

@@ -33,7 +33,7 @@ from .stable_diffusion import SD15, SD15_PAG, SDXL
 from .wan import WAN, WAN22
 from .zimage import ZIMAGE
 
-__all__ = ["FAMILIES", "Family", "save"]
+__all__ = ["FAMILIES", "LIVE_FAMILIES", "Family", "save"]
 
 _IMAGE = (FLUX, SD3, ZIMAGE, QWENIMAGE, SDXL, SD15, PIXART, SANA, FLUX2, CHROMA, AURAFLOW, LUMINA2, QWENIMAGE_EDIT)
 _VIDEO = (WAN, WAN22, LTX, COGVIDEOX, HUNYUAN_VIDEO, HUNYUAN_VIDEO15)
@@ -41,6 +41,9 @@ _TROUBLESOME = (SD15_PAG, SD3_PAG, HUNYUAN_IMAGE, FLUX2_KV, ANIMATEDIFF)
 
 FAMILIES: dict[str, Family] = {family.name: family for family in (*_IMAGE, *_VIDEO, *_TROUBLESOME)}
 """All tiny families by name."""
+
+LIVE_FAMILIES = ("flux", "sd3", "zimage", "qwenimage", "wan", "ltx", "sdxl", "pixart", "sana")
+"""Families that live servers draw beside plain diffusers in every run."""
 
 
 def save(name: str, directory: Path) -> Path:

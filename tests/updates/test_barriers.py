@@ -14,6 +14,8 @@ from typing import Any
 import httpx
 import pytest
 
+from safelight.tests.effort import chosen
+
 from .trainer import DRAWING, Trainer, changed, transformer
 
 LONG_STEPS = {1: 400, 2: 150}
@@ -210,8 +212,16 @@ def test_asleep_nothing_is_generated_and_weights_are_as_they_were_afterwards(tra
     assert (trainer.checksum(), trainer.picture()) == (before, picture)
 
 
-@pytest.mark.parametrize("tags", [["weights"], ["weights", "caches"]])
-@pytest.mark.parametrize("how", ["update", "begun", "aborted"])
+WEIGHTS, ALL = ["weights"], ["weights", "caches"]
+
+
+@pytest.mark.parametrize(
+    ("how", "tags"),
+    chosen(
+        ("update", WEIGHTS), ("begun", WEIGHTS), ("aborted", WEIGHTS), ("aborted", ALL),
+        nightly=[("update", ALL), ("begun", ALL)],
+    ),
+)  # fmt: skip
 def test_an_update_of_sleeping_weights_is_there_when_they_wake(how: str, tags: list[str], trainer: Trainer) -> None:
     new = changed(transformer(trainer.directory))
     trainer.update(new)

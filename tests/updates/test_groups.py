@@ -16,6 +16,8 @@ from typing import Any
 import httpx
 import pytest
 
+from safelight.tests.effort import NIGHTLY
+
 from .trainer import Trainer
 from .training import TrainingProcess
 
@@ -164,7 +166,10 @@ MISTAKES: dict[str, Callable[[dict[str, Any]], tuple[dict[str, Any], int, str]]]
 }
 
 
-@pytest.mark.parametrize("mistake", MISTAKES)
+IN_EVERY_RUN = ("a name", "a shape", "no dtype", "lists of other lengths", "a module")
+
+
+@pytest.mark.parametrize("mistake", MISTAKES if NIGHTLY else IN_EVERY_RUN)
 def test_what_does_not_fit_is_refused_by_name_and_the_trainer_does_not_wait_for_ever(
     mistake: str, trainer: Trainer, training: TrainingProcess
 ) -> None:

@@ -13,7 +13,8 @@ from diffusers import CogVideoXDPMScheduler
 from safelight.protocol.config import Config
 from safelight.protocol.generation import Generate, Sample
 from safelight.protocol.replicas import BatchingMode
-from safelight.tests.tiny import FAMILIES
+from safelight.tests.effort import NIGHTLY
+from safelight.tests.tiny import FAMILIES, LIVE_FAMILIES
 from safelight.worker.forward.batcher import Batcher
 from safelight.worker.forward.prompt_cache import PromptCache
 from safelight.worker.model.model import Model
@@ -26,6 +27,9 @@ SWAPPING = {"sd15_pag", "sd3_pag"}
 
 JSON_FAMILIES = [name for name, family in FAMILIES.items() if "image" not in family.call]
 """Families whose pipelines take a prompt alone."""
+
+NOT_LIVE = [name for name in JSON_FAMILIES if NIGHTLY or name not in LIVE_FAMILIES]
+"""Families whose pipelines no live server runs in the same comparison (``tests/system/test_bitwise.py``)."""
 
 
 def request(name: str, index: int, **changes: Any) -> Generate:
@@ -60,7 +64,7 @@ def new_batcher(mode: BatchingMode = "merged", cache: PromptCache | None = None)
     return Batcher(max_batch=16, max_tokens=10**6, mode=mode, cache=cache)
 
 
-@pytest.mark.parametrize("name", JSON_FAMILIES)
+@pytest.mark.parametrize("name", NOT_LIVE)
 def test_a_request_through_the_boundary_is_bitwise_what_diffusers_gives(
     name: str, tiny_model: Callable[[str], Model]
 ) -> None:
@@ -92,7 +96,7 @@ def test_a_scheduler_whose_step_takes_the_last_step_s_estimate_too_is_served(
     assert steps == [(1, 3, 0), (2, 3, 1), (3, 3, 2)]
 
 
-@pytest.mark.parametrize("name", JSON_FAMILIES)
+@pytest.mark.parametrize("name", NOT_LIVE)
 def test_six_mixed_requests_together_are_what_each_is_alone(name: str, tiny_model: Callable[[str], Model]) -> None:
     model = tiny_model(name)
     verdict = SelfTest(model, Config()).run()

@@ -12,7 +12,7 @@ from diffusers import WanPipeline
 
 from safelight.shapes.motion import caption, judge_clip, sample_clips
 from safelight.shapes.motion.train.text import tokenizer
-from safelight.tests.effort import examples
+from safelight.tests.effort import chosen, examples
 
 CHECKPOINT = Path(__file__).resolve().parents[3] / "assets" / "shapes-video"
 MEGABYTE = 1_000_000
@@ -46,7 +46,7 @@ def test_the_kept_defaults_are_those_of_the_training_clips(defaults: dict[str, A
     assert defaults == {"width": 64, "height": 64, "num_frames": 17, "max_sequence_length": 32}
 
 
-@pytest.mark.parametrize("length", [32, 512])
+@pytest.mark.parametrize("length", chosen(32, nightly=[512]))
 def test_clips_do_not_show_something_else_than_was_asked(
     pipeline: WanPipeline, defaults: dict[str, Any], length: int
 ) -> None:

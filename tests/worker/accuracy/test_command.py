@@ -15,6 +15,8 @@ from pathlib import Path
 import psutil
 import pytest
 
+from safelight.tests.effort import chosen
+
 PROGRAM = (sys.executable, "-P", "-c", "from safelight.client.cli import main; main()", "verify")
 TIMEOUT_S = 280
 LIMITS = "[float32]\nrelative_l2 = 1e-5\n[low_precision]\nerror_ratio = 1.5\nbias = 0.25\n"
@@ -25,8 +27,8 @@ def verify(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
 
 
 def test_the_report_is_json_on_standard_output_and_both_files(flux: Path, tmp_path: Path) -> None:
-    chosen = ("--component", "transformer", "--component", "vae", "--dtype", "float32")
-    run = verify(flux, "--tp", "2", *chosen, "--json", "--report", tmp_path / "report")
+    wanted = ("--component", "transformer", "--component", "vae", "--dtype", "float32")
+    run = verify(flux, "--tp", "2", *wanted, "--json", "--report", tmp_path / "report")
     assert run.returncode == 0, run.stderr
     report = json.loads(run.stdout)
     assert (report["passed"], report["tp"], report["pipeline"]) == (True, 2, "FluxPipeline")
@@ -43,8 +45,8 @@ def test_a_fault_is_status_1_and_in_the_table(flux: Path, tmp_path: Path) -> Non
     policy = tmp_path / "policy.toml"
     skip = '[[skips]]\ncomponent = "vae"\nreason = "only the encoders count here"\nuntil = "torch>=99"\n'
     policy.write_text(LIMITS.replace("1e-5", "1e-30") + skip)
-    chosen = ("--component", "text_encoder_2", "--component", "vae", "--dtype", "float32")
-    run = verify(flux, "--fuse-projections", "--tp", "2", *chosen, "--policy", policy)
+    wanted = ("--component", "text_encoder_2", "--component", "vae", "--dtype", "float32")
+    run = verify(flux, "--fuse-projections", "--tp", "2", *wanted, "--policy", policy)
     assert run.returncode == 1, run.stderr
     assert "failed: relative L2" in run.stdout
     assert "skipped: only the encoders count here, until torch>=99" in run.stdout
@@ -52,17 +54,19 @@ def test_a_fault_is_status_1_and_in_the_table(flux: Path, tmp_path: Path) -> Non
 
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
-    [
-        (
-            ("--tp", "3", "--component", "transformer"),
-            "among 3 ranks, because its num_attention_heads is 4; --tp can be 1, 2, 4",
-        ),
+    chosen(
         (("--component", "unet"), "There is no component 'unet' with weights; there are"),
         (("--policy", "nothing.toml"), "The policy nothing.toml cannot be used"),
         (("--dtype", "int8"), "invalid choice: 'int8'"),
         (("--tp", "0"), "'0' is not a number from 1 to 64"),
         (("--dtype", "float32", "--policy", "SKIPS"), "Nothing was compared: the policy skips all of it."),
-    ],
+        nightly=[
+            (
+                ("--tp", "3", "--component", "transformer"),
+                "among 3 ranks, because its num_attention_heads is 4; --tp can be 1, 2, 4",
+            ),
+        ],
+    ),
 )
 def test_what_cannot_be_compared_is_status_2_and_one_sentence(
     arguments: tuple[str, ...], sentence: str, flux: Path, tmp_path: Path
