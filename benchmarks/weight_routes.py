@@ -41,8 +41,8 @@ class Routes:
             Path(httpx.get(f"{client.base_url}/server_info").json()["shared_memory"]) / "benchmark.safetensors"
         )
         self._shared.write_bytes(self._body)
-        told = client.weights.checksum(["transformer"], detail=True)
-        self._expected = {name: tensor.sha256 for name, tensor in told["transformer"].tensors.items()}
+        checksums = client.weights.checksum(["transformer"], detail=True)
+        self._expected = {name: tensor.sha256 for name, tensor in checksums["transformer"].tensors.items()}
         self._base64 = base64.b64encode(self._body)
         self._trainer = subprocess.Popen(
             [sys.executable, "-m", "safelight.benchmarks.sharing_trainer", str(self._file)],

@@ -144,8 +144,8 @@ def measure_steady(url: str, seconds: int) -> dict[str, Any]:
             given.append(f"step-{number}")
             changed = {name: tensor * (1 + 0.001 * number) for name, tensor in tensors.items()}
             client.weights.update(changed, version=given[-1], mode=("wait", "in_place")[number % 2])
-            told = httpx.post(f"{url}/generate", json=DRAWING | {"num_inference_steps": 1}, timeout=60).json()
-            stale += told["weight_versions"] != [given[-1]]
+            reply = httpx.post(f"{url}/generate", json=DRAWING | {"num_inference_steps": 1}, timeout=60).json()
+            stale += reply["weight_versions"] != [given[-1]]
             time.sleep(max(0.0, 1 - (time.monotonic() - began)))
         took = time.monotonic() - started
         stop.set()

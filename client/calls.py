@@ -156,10 +156,10 @@ def method(build: Callable[P, Call[R]], send: Callable[[S, Call[R]], T]) -> Call
     def call(self: S, /, *args: P.args, **kwargs: P.kwargs) -> T:
         return send(self, build(*args, **kwargs))
 
-    told, sent = inspect.signature(build), inspect.signature(send)
+    built, sent = inspect.signature(build), inspect.signature(send)
     owner = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
-    returns = told.return_annotation[len("Call[") : -1] if sent.return_annotation == "R" else sent.return_annotation
-    shown = told.replace(parameters=[owner, *told.parameters.values()], return_annotation=returns)
+    returns = built.return_annotation[len("Call[") : -1] if sent.return_annotation == "R" else sent.return_annotation
+    shown = built.replace(parameters=[owner, *built.parameters.values()], return_annotation=returns)
     vars(call)["__signature__"] = shown
     named = send if send.__doc__ else build
     call.__name__, call.__doc__ = named.__name__.removeprefix("_"), named.__doc__

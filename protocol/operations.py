@@ -215,13 +215,13 @@ class ListAdapters(msgspec.Struct, tag=True, frozen=True):
 class Perform(msgspec.Struct, tag=True, frozen=True, kw_only=True):
     """The scheduler's order to one replica: ``step`` of the operation ``number``.
 
-    ``operation`` comes with its first step, and ``weight_version`` with *journal* and *commit*. One of the replicas
-    ``leads``: it does the work that is done once.
+    ``operation`` comes with its first step, and ``weight_version`` with *journal* and *commit*. Exactly one replica
+    ``is_primary``: it does the work that must happen once.
     """
 
     number: int
     step: OperationStep
-    leads: bool
+    is_primary: bool
     operation: Operation | None = None
     weight_version: str | None = None
 

@@ -42,12 +42,12 @@ def _of(help: str, wire: str, *, short: str | None = None) -> Field:
     return Field(help, wire=f"rollout_{wire}", short=short)
 
 
-_PLAIN = Field("False for a plain generation in the same form of reply, without noise", wire="rollout")
-_DEBUG = _of("Tell noises, means, model outputs and standard deviations", "debug_mode", short="debug")
-_ENVIRONMENT = _of("Tell what the denoiser was given", "return_denoising_env", short="environment")
-_TRAJECTORY = _of("Tell latents, timesteps and sigmas", "return_dit_trajectory", short="trajectory")
+_PLAIN = Field("False for a plain generation in the same reply format, without noise", wire="rollout")
+_DEBUG = _of("Return noises, means, model outputs and standard deviations", "debug_mode", short="debug")
+_ENVIRONMENT = _of("Return the denoiser's inputs", "return_denoising_env", short="environment")
+_TRAJECTORY = _of("Return latents, timesteps and sigmas", "return_dit_trajectory", short="trajectory")
 _INDICES = "Indices of the latents to return: 0 before the first step, T after the last"
-_PLACES = _of(_INDICES, "return_step_indices", short="return_steps")
+_STEP_INDICES = _of(_INDICES, "return_step_indices", short="return_steps")
 _DTYPE = _of("The dtype of generated_output; uint8 has [0, 255] for [0, 1]", "video_dtype")
 
 
@@ -59,14 +59,14 @@ class Rollout(msgspec.Struct, frozen=True, kw_only=True):
     """
 
     recorded: Annotated[bool, _PLAIN] = True
-    sampler: Annotated[SamplerName, _of("How steps are made stochastic, or ode for not at all", "sde_type")] = "sde"
+    sampler: Annotated[SamplerName, _of("The sampler that makes steps stochastic, or ode for none", "sde_type")] = "sde"
     noise_level: Annotated[float, _of("η: from 0, with cps to 1", "noise_level")] = 0.7
     no_const: Annotated[bool, _of("Give −(x′ − mean)² in place of log-probabilities", "log_prob_no_const")] = False
     returns_debug: Annotated[bool, _DEBUG] = False
     returns_environment: Annotated[bool, _ENVIRONMENT] = False
     returns_trajectory: Annotated[bool, _TRAJECTORY] = False
     sde_steps: Annotated[list[int] | None, _of("The steps that have noise; all by default", "sde_step_indices")] = None
-    places: Annotated[list[int] | None, _PLACES] = None
+    step_indices: Annotated[list[int] | None, _STEP_INDICES] = None
     sigmas: Annotated[list[float] | None, Field("The schedule, exactly, in fp32; 0 may be left out at its end")] = None
     flow_shift: Annotated[float | None, Field("Replaces the schedule's shift", 1e-6, 1000)] = None
     output_dtype: Annotated[FloatName | Literal["uint8"], _DTYPE] = "float32"

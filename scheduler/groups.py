@@ -122,7 +122,7 @@ class GroupOperations:
         self._send(asked, "prepare")
 
     def _send(self, asked: _Asked, step: OperationStep) -> None:
-        order = Perform(number=asked.number, step=step, leads=False, operation=asked.operation)
+        order = Perform(number=asked.number, step=step, is_primary=False, operation=asked.operation)
         self._outbox.order_each(asked.replicas, order)
 
     def _end_if_complete(self, asked: _Asked) -> None:

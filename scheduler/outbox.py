@@ -43,4 +43,4 @@ class Outbox:
 
     def undo(self, replicas: Iterable[int], step: OperationStep, operation: Operation | None = None) -> None:
         """Order an undo without waiting for it; replicas execute orders in sequence."""
-        self.order_each(replicas, Perform(number=self.next_number(), step=step, leads=False, operation=operation))
+        self.order_each(replicas, Perform(number=self.next_number(), step=step, is_primary=False, operation=operation))

@@ -44,8 +44,8 @@ class Running:
         first, version = min(self.replicas), self.version or None
         self.step, self.expected = step, {first} if step == "journal" else set(self.replicas)
         self.reports.clear()
-        order = Perform(number=self.number, step=step, leads=False, operation=operation, weight_version=version)
-        return [(number, replace(order, leads=number == first)) for number in sorted(self.expected)]
+        order = Perform(number=self.number, step=step, is_primary=False, operation=operation, weight_version=version)
+        return [(number, replace(order, is_primary=number == first)) for number in sorted(self.expected)]
 
     def takes(self, replica: int, message: Performed) -> bool:
         """Record an answer. Return whether it is one to this step, and not the last message of a lost process."""

@@ -109,7 +109,7 @@ def check_rollout(body: RolloutBody, model: ModelInfo, config: Config) -> None:
     Range(0, 1 if plan.sampler == "cps" else _MOST_NOISE).check("rollout_noise_level", plan.noise_level)
     check_table(body, ROLLOUT, config)
     _check_indices("rollout_sde_step_indices", plan.sde_steps, config.max_steps - 1)
-    _check_indices("rollout_return_step_indices", plan.places, config.max_steps)
+    _check_indices("rollout_return_step_indices", plan.step_indices, config.max_steps)
     if body.image is not None and body.image_path is not None:
         raise InvalidRequest("Give either image or image_path.", field="image_path")
     if plan.generator_device == "cuda" and not model.device.startswith("cuda"):

@@ -98,5 +98,5 @@ def listed(trainer: Trainer) -> dict[str, Any]:
 
     answer = httpx.get(f"{trainer.server.url}/v1/list_loras", timeout=60)
     assert answer.status_code == 200, answer.text
-    told: dict[str, Any] = answer.json()
-    return told
+    reported: dict[str, Any] = answer.json()
+    return reported

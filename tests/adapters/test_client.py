@@ -22,13 +22,13 @@ CALL = {name: value for name, value in DRAWING.items() if name not in ("prompt",
 def test_a_life_by_the_client(alone: Trainer, adapters: Adapters) -> None:
     with Client(alone.server.url) as client:
         plain = client.generate(PROMPT, **CALL).outputs[0].data
-        told = client.set_lora("first", Path(adapters.path("first")), mode="request")
-        assert [one.nickname for one in told.loaded] == ["first"]
+        reported = client.set_lora("first", Path(adapters.path("first")), mode="request")
+        assert [one.nickname for one in reported.loaded] == ["first"]
         own = client.generate(PROMPT, lora=[{"name": "first", "scale": 0.5}], **CALL).outputs[0].data
         assert own != plain
-        told = client.set_lora("first", strength=0.5)
-        assert "transformer: merge, as a merge would round away" in told.message
-        assert told.active["transformer"][0].strength == 0.5
+        reported = client.set_lora("first", strength=0.5)
+        assert "transformer: merge, as a merge would round away" in reported.message
+        assert reported.active["transformer"][0].strength == 0.5
         client.set_lora(["first", "second"], [None, adapters.path("second")], strength=[1.0, 2.0], mode="dynamic")
         merged = client.merge_lora(0.25)
         assert [(one.merged, one.strength) for one in merged.active["transformer"]] == [(True, 0.25)] * 2
@@ -86,6 +86,6 @@ def test_the_async_client_does_the_same(alone: Trainer, adapters: Adapters) -> N
                 await client.unload_lora("first"),
             ]
 
-    told = asyncio.run(live())
-    merged = [[(one.mode, one.merged) for ones in each.active.values() for one in ones] for each in told]
+    reported = asyncio.run(live())
+    merged = [[(one.mode, one.merged) for ones in each.active.values() for one in ones] for each in reported]
     assert merged == [[("dynamic", False)], [("merge", True)], [("merge", False)], [("merge", False)], []]

@@ -45,12 +45,12 @@ def test_a_life(server: Trainer, adapters: Adapters) -> None:
         assert is_drawn(server, adapters, *uses), uses
         assert server.checksum() == base, uses
 
-    told = set_lora(server, "first", lora_path=path("first"), merge_mode="merge")
-    assert told["status"] == "ok"
-    assert told["active"]["transformer"] == [
+    reported = set_lora(server, "first", lora_path=path("first"), merge_mode="merge")
+    assert reported["status"] == "ok"
+    assert reported["active"]["transformer"] == [
         {"nickname": "first", "path": path("first"), "merged": True, "mode": "merge", "strength": 1.0}
     ]
-    (loaded,) = told["loaded_adapters"]
+    (loaded,) = reported["loaded_adapters"]
     assert (loaded["rank"], loaded["alpha"], loaded["path"]) == (4, 2.0, path("first"))
     station(("first", 1.0))
     set_lora(server, "first", strength=0.3, merge_mode="merge")
@@ -137,8 +137,8 @@ def test_adapters_outlive_a_change_of_the_base(server: Trainer, adapters: Adapte
     for mode in ("merge", "dynamic"):
         set_lora(server, "first", lora_path=adapters.path("first"), merge_mode=mode)
         before = server.picture()
-        told = server.update({name: own[name] + 0.05})
-        assert ("merged_adapters" in told["invalidated"]) == (mode == "merge")
+        reported = server.update({name: own[name] + 0.05})
+        assert ("merged_adapters" in reported["invalidated"]) == (mode == "merge")
         assert server.checksum()["transformer"] != base["transformer"]
         assert server.picture() != before
         server.update({name: own[name]})

@@ -61,7 +61,7 @@ def spoil(folder: Path, kind: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "told"),
+    ("kind", "reported"),
     [
         ("of another model", "layers that the model does not have"),
         ("half", "have no counterpart"),
@@ -73,11 +73,11 @@ def spoil(folder: Path, kind: str) -> None:
         ("DoRA", "DoRA"),
     ],
 )
-def test_adapters_that_cannot_be_used(kind: str, told: str, server: Trainer, altered: Path) -> None:
+def test_adapters_that_cannot_be_used(kind: str, reported: str, server: Trainer, altered: Path) -> None:
     spoil(altered, kind)
     status = 404 if kind == "pickled" else 400
     message = refused(server, status, "/v1/set_lora", {"lora_nickname": "bad", "lora_path": str(altered)})
-    assert told.lower() in message.lower(), message
+    assert reported.lower() in message.lower(), message
     assert list(server.shared().glob("adapter-*")) == []
 
 
@@ -141,9 +141,9 @@ def test_adapters_that_were_not_used_for_longest_make_room(serve: Serve, adapter
         for name in ("first", "second"):
             set_lora(server, name, lora_path=adapters.path(name), merge_mode="request")
         server.draw(lora=[{"name": "first"}])
-        told = set_lora(server, "third", lora_path=adapters.path("third"), merge_mode="request")
-        assert [one["nickname"] for one in told["loaded_adapters"]] == ["first", "third"]
-        assert "second was unloaded" in told["message"]
+        reported = set_lora(server, "third", lora_path=adapters.path("third"), merge_mode="request")
+        assert [one["nickname"] for one in reported["loaded_adapters"]] == ["first", "third"]
+        assert "second was unloaded" in reported["message"]
         set_lora(server, ["first", "third"], merge_mode="dynamic")
         body = {"lora_nickname": "second", "lora_path": adapters.path("second"), "merge_mode": "request"}
         assert "room for 2 adapters" in refused(server, 409, "/v1/set_lora", body)
@@ -151,8 +151,8 @@ def test_adapters_that_were_not_used_for_longest_make_room(serve: Serve, adapter
 
 
 def test_a_server_that_cannot_start_with_its_adapters_says_so(adapters: Adapters, tmp_path: Path) -> None:
-    for given, told in ((f"a={tmp_path}", "no safetensors file"), ("nonsense", "name=path")):
+    for given, reported in ((f"a={tmp_path}", "no safetensors file"), ("nonsense", "name=path")):
         server = LiveServer(adapters.checkpoint, ["--lora", given, "--weights-roots", "/"])
         with pytest.raises(AssertionError), server:
             server.wait_ready()
-        assert told in server.log
+        assert reported in server.log

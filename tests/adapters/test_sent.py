@@ -41,15 +41,15 @@ def send(server: Trainer, adapters: Adapters, nickname: str, **parameters: Any) 
     given = {"weight_update_mode": "lora_merge", "lora_complete": "true", **parameters}
     answer = server.post(ROUTE, content=content, headers=SAFETENSORS, params=given)
     assert answer.status_code == 200, answer.text
-    told: dict[str, Any] = answer.json()
-    return told
+    reported: dict[str, Any] = answer.json()
+    return reported
 
 
 def test_an_adapter_is_merged_published_listed_replaced_and_taken_out(server: Trainer, adapters: Adapters) -> None:
     base, plain = server.checksum(), server.picture()
-    told = send(server, adapters, "first", lora_alpha=2.0, lora_rank=4, weight_version="step-1")
-    assert (told["success"], told["weight_version"]) == (True, "step-1")
-    assert told["updated"]["transformer"] == told["applied"] > 0
+    reported = send(server, adapters, "first", lora_alpha=2.0, lora_rank=4, weight_version="step-1")
+    assert (reported["success"], reported["weight_version"]) == (True, "step-1")
+    assert reported["updated"]["transformer"] == reported["applied"] > 0
     assert is_drawn(server, adapters, ("first", 1.0))
     assert server.draw()["weight_version"] == "step-1"
     assert server.checksum() == base
@@ -154,8 +154,8 @@ def test_an_adapter_comes_over_a_process_group(server: Trainer, adapters: Adapte
     fields = {"weight_update_mode": "lora_merge", "lora_alpha": 2.0, "load_format": None, "weight_version": "received"}
 
     def announced(names: list[str]) -> dict[str, Any]:
-        told = {"names": names, "shapes": [list(tensors[name].shape) for name in names]}
-        return {**told, "dtypes": [str(tensors[name].dtype) for name in names], **named, **fields}
+        reported = {"names": names, "shapes": [list(tensors[name].shape) for name in names]}
+        return {**reported, "dtypes": [str(tensors[name].dtype) for name in names], **named, **fields}
 
     with ThreadPoolExecutor(1) as pool:
         joining = pool.submit(

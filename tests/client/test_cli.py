@@ -199,11 +199,11 @@ def test_the_key_comes_from_the_environment(tmp_path: Path) -> None:
 def test_info_shows_model_replicas_batching_and_queue() -> None:
     with PlayedServer(json_reply(INFO)) as server:
         text = safelight("info", "--url", server.url).stdout
-    for told in (
+    for reported in (
         server.url, "FluxPipeline, 5.0 M parameters", "merged: apart and together", "1 waiting, 2 running",
         "2.5 calls a forward", "transformer: style (merged, strength 0.5)",
     ):  # fmt: skip
-        assert told in text
+        assert reported in text
 
 
 def test_info_is_json_for_programs() -> None:

@@ -36,8 +36,8 @@ def server(*gpus: str) -> Server:
 
 
 def test_the_server_reads_what_is_sent_with_a_handle_for_each_rank() -> None:
-    told: list[int] = []
-    encoded = CudaIpc(server(UUID), None).encode([on_gpu()], {"target_module": "transformer"}, told.append)
+    reported: list[int] = []
+    encoded = CudaIpc(server(UUID), None).encode([on_gpu()], {"target_module": "transformer"}, reported.append)
     body = validate(json.loads(json.dumps(encoded.call.body)), FromTensor)
     assert body.shared is not None
     assert body.shared.cuda_ipc is not None
@@ -47,7 +47,7 @@ def test_the_server_reads_what_is_sent_with_a_handle_for_each_rank() -> None:
         "memory": SHARED[1], "storage_bytes": 96, "storage_offset": 512, "counters": SHARED[4], "counter": 3,
         "event": SHARED[6], "event_sync": True,
     }  # fmt: skip
-    assert told == [48]
+    assert reported == [48]
 
 
 def test_what_the_server_does_not_see_goes_otherwise_or_is_refused(tmp_path: Path) -> None:

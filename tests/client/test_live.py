@@ -100,9 +100,9 @@ def cancelled(client: Client) -> int:
 
 
 def test_info_reads_what_the_server_really_says(client: Client) -> None:
-    told = run("safelight.client.cli:main", ["info", "--url", client.base_url])
-    assert told.returncode == 0, told.stderr
-    assert "FluxPipeline" in told.stdout
+    reported = run("safelight.client.cli:main", ["info", "--url", client.base_url])
+    assert reported.returncode == 0, reported.stderr
+    assert "FluxPipeline" in reported.stdout
     assert client.model_info()["pipeline"] == "FluxPipeline"
 
 

@@ -29,8 +29,8 @@ def test_a_reply_becomes_typed_values() -> None:
 
 def test_a_result_that_spans_updates_has_all_versions_and_the_adapters_that_drew_it() -> None:
     own = {"nickname": "style", "component": "transformer", "strength": 0.5, "mode": "merge"}
-    told = {**generation(), "weight_version": "2", "weight_versions": ["1", "2"], "adapters": [own]}
-    result = Endpoint().generation(json.dumps(told))
+    reported = {**generation(), "weight_version": "2", "weight_versions": ["1", "2"], "adapters": [own]}
+    result = Endpoint().generation(json.dumps(reported))
     assert (result.weight_version, result.weight_versions) == ("2", ("1", "2"))
     assert [(one.nickname, one.component, one.strength, one.mode) for one in result.adapters] == [tuple(own.values())]
 

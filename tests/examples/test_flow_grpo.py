@@ -120,5 +120,5 @@ def test_the_trainer_s_threads_do_not_spin_on_the_cores_that_it_shares_with_the_
     code = "import os, sys, safelight.examples.flow_grpo; print('torch' in sys.modules, os.environ['GOMP_SPINCOUNT'])"
     clean = {name: value for name, value in os.environ.items() if "OMP" not in name}
     for chosen, spins in (({}, "2000"), ({"GOMP_SPINCOUNT": "7"}, "7")):
-        told = subprocess.run([sys.executable, "-c", code], env=clean | chosen, capture_output=True, text=True)
-        assert told.stdout.split() == ["False", spins], told.stderr
+        reported = subprocess.run([sys.executable, "-c", code], env=clean | chosen, capture_output=True, text=True)
+        assert reported.stdout.split() == ["False", spins], reported.stderr

@@ -52,7 +52,7 @@ def test_a_field_of_a_rollout_is_missing_nowhere() -> None:
     sent = rollout_calls.rollout("a", sampler="cps", debug=True, return_steps=range(2), extra={"eta": 1}).body
     assert sent is not None
     assert RolloutBody(**{**sent, "prompt": ["a"]}).plan == Rollout(
-        sampler="cps", returns_debug=True, returns_trajectory=True, places=[0, 1]
+        sampler="cps", returns_debug=True, returns_trajectory=True, step_indices=[0, 1]
     )
 
 

@@ -81,9 +81,9 @@ def test_the_reply_is_what_the_contract_says(server: LiveServer) -> None:
     }
     answer = httpx.post(f"{server.url}/rollout/generate", json=body, timeout=60)
     assert answer.headers["content-type"] == "application/msgpack"
-    told = msgspec.msgpack.decode(answer.content)
-    assert [one["seed"] for one in told] == [5, 6]
-    for sample in told:
+    reported = msgspec.msgpack.decode(answer.content)
+    assert [one["seed"] for one in reported] == [5, 6]
+    for sample in reported:
         tensor = sample["generated_output"]
         assert (tensor["__tensor__"], tensor["dtype"], tensor["shape"]) == (True, "torch.float32", [3, 64, 64])
         assert list(load(tensor["data"])["t"].shape) == [3, 64, 64]
@@ -127,8 +127,8 @@ def test_a_sample_is_the_same_alone_and_in_company(client: Client) -> None:
 def test_a_group_encodes_its_prompt_once(server: LiveServer, client: Client) -> None:
     def stats() -> dict[str, int]:
         (replica,) = client.info()["replicas"]
-        told: dict[str, int] = replica["stats"]
-        return told
+        reported: dict[str, int] = replica["stats"]
+        return reported
 
     def settled() -> dict[str, int]:
         """The contents of several heartbeats in a row."""
@@ -142,7 +142,7 @@ def test_a_group_encodes_its_prompt_once(server: LiveServer, client: Client) -> 
         before = settled()
         client.rollout(**asked("flux", deterministic=True, n=outputs, **changes))
         wanted = before["outputs"] + outputs
-        after = server.wait_for(lambda: told if (told := stats())["outputs"] == wanted else None, 60)
+        after = server.wait_for(lambda: reported if (reported := stats())["outputs"] == wanted else None, 60)
         return after["forwards"] - before["forwards"]
 
     client.rollout(**asked("flux", deterministic=True, prompt="something"))
@@ -228,8 +228,8 @@ def test_a_client_that_goes_away_leaves_nothing_in_shared_memory(checkpoint: Cal
     body = asked("flux", n=16, steps=8, shared_memory=True)
     with LiveServer(checkpoint("flux"), ["--threads", "1", "--batching", "serial"]) as server:
         server.wait_ready()
-        told = httpx.get(f"{server.url}/server_info").json()
-        folder = Path(told["shared_memory"])
+        reported = httpx.get(f"{server.url}/server_info").json()
+        folder = Path(reported["shared_memory"])
         call, place = rollout(**body), urlsplit(server.url)
         with socket.create_connection((place.hostname, place.port)) as connection:
             content = json.dumps(call.body).encode()
@@ -279,9 +279,9 @@ def test_a_rollout_names_the_versions_that_it_spans(
     with ThreadPoolExecutor() as pool:
         running = pool.submit(lambda: one(client, steps=400))
         server.wait_for(lambda: client.info()["replicas"][0]["stats"]["running"] == 1 or None, 20)
-        told = trainer.update(changed(own), mode="in_place")
+        reported = trainer.update(changed(own), mode="in_place")
         spanning = running.result()
-    new = told["weight_version"]
+    new = reported["weight_version"]
     assert spanning.weight_versions == [before, new]
     assert spanning.weight_version == new
     steps = spanning.step_weight_versions
@@ -299,13 +299,13 @@ def test_a_generation_without_a_rollout_is_what_generate_draws_in_a_rollout_s_re
     body = {"prompt": "a red circle", "num_inference_steps": STEPS, "width": 64, "height": 64, "seed": 5,
             "deterministic": True, "rollout": False, "rollout_return_dit_trajectory": True}  # fmt: skip
     answer = httpx.post(f"{server.url}/rollout/generate", json=body, timeout=60)
-    (told,) = msgspec.msgpack.decode(answer.content)
+    (reported,) = msgspec.msgpack.decode(answer.content)
     plain = client.generate(
         "a red circle", steps=STEPS, seed=5, width=64, height=64, output_format="pt", deterministic=True
     )
-    assert torch.equal(load(told["generated_output"]["data"])["t"], load(plain.outputs[0].data)["t"])
+    assert torch.equal(load(reported["generated_output"]["data"])["t"], load(plain.outputs[0].data)["t"])
     names = ("rollout_log_probs", "rollout_debug_tensors", "denoising_env", "dit_trajectory")
-    assert [told[name] for name in names] == [None] * 4
+    assert [reported[name] for name in names] == [None] * 4
     assert torch.equal(one(client, deterministic=True, recorded=False).output, load(plain.outputs[0].data)["t"])
 
 

@@ -59,10 +59,10 @@ def difference(*rollouts: Rollout, modules: dict[str, Any], sampler: Any = "sde"
     environments = [one.environment for one in rollouts]
     trajectories = [one.trajectory for one in rollouts]
     noisy = range(STEPS - 1) if sampler == "cps" else range(STEPS)
-    told = torch.stack([one.log_probs[: len(noisy)] for one in rollouts])
+    reported = torch.stack([one.log_probs[: len(noisy)] for one in rollouts])
     got = log_probs(modules, environments, trajectories, noisy, sampler, noise_level)
-    assert told.abs().min() > 0
-    return float((got - told).abs().max())
+    assert reported.abs().min() > 0
+    return float((got - reported).abs().max())
 
 
 @pytest.mark.parametrize("name", by_family(*NAMES))

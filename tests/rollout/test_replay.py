@@ -37,8 +37,8 @@ def environment(own: float, *, length: int = 2, **changes: Any) -> dict[str, Any
     }
     conditions = {"own": torch.full((1, length, 4), own), "ids": torch.arange(length)}
     guidance = {"rule": "none", "scale": [1.0, 1.0], "sign": 1, "widened": False}
-    told = {"image_kwargs": {}, "pos_cond_kwargs": conditions, "neg_cond_kwargs": None, "guidance": guidance}
-    return told | {"replay": replay} | changes
+    reported = {"image_kwargs": {}, "pos_cond_kwargs": conditions, "neg_cond_kwargs": None, "guidance": guidance}
+    return reported | {"replay": replay} | changes
 
 
 def trajectory(sigmas: tuple[float, ...] = (1.0, 0.5, 0.0)) -> Trajectory:
@@ -57,10 +57,10 @@ def test_negative_answers_stay_with_their_samples() -> None:
     guidance = {"rule": "from_negative", "scale": [4.0, 4.0], "sign": -1, "widened": False}
     x = torch.randn(2, 3)
     for joined in (None, "positive_first", "negative_first"):
-        told = [environment(own, neg_cond_kwargs=negative, guidance=guidance) for own in (2.0, 3.0)]
+        reported = [environment(own, neg_cond_kwargs=negative, guidance=guidance) for own in (2.0, 3.0)]
         shared = [] if joined is None else ["ids"]
-        told = [one | {"replay": one["replay"] | {"joined": joined, "shared": shared}} for one in told]
-        got = velocity(MODULES, told, x, 0)
+        reported = [one | {"replay": one["replay"] | {"joined": joined, "shared": shared}} for one in reported]
+        got = velocity(MODULES, reported, x, 0)
         wanted = torch.stack([-(row + 1 + 4 * (row * own - row)) for row, own in zip(x, (2.0, 3.0), strict=True)])
         assert torch.allclose(got, wanted, atol=1e-6), joined
 
@@ -76,10 +76,10 @@ def test_what_all_rows_of_a_joined_call_share_is_given_once() -> None:
     ids = torch.zeros(1, 5)
     guidance = {"rule": "from_negative", "scale": [4.0, 4.0], "sign": 1, "widened": False}
     own = [{"own": torch.full((1, 2, 4), value), "ids": ids} for value in (2.0, 1.0)]
-    told = environment(2.0, pos_cond_kwargs=own[0], neg_cond_kwargs=own[1], guidance=guidance)
-    told |= {"replay": told["replay"] | {"joined": "negative_first", "shared": ["ids"]}}
+    reported = environment(2.0, pos_cond_kwargs=own[0], neg_cond_kwargs=own[1], guidance=guidance)
+    reported |= {"replay": reported["replay"] | {"joined": "negative_first", "shared": ["ids"]}}
     x = torch.randn(1, 3)
-    assert torch.allclose(velocity({"transformer": Once()}, [told], x, 0), x + 1 + 4 * x, atol=1e-6)
+    assert torch.allclose(velocity({"transformer": Once()}, [reported], x, 0), x + 1 + 4 * x, atol=1e-6)
 
 
 def test_a_cut_trajectory_has_the_log_probabilities_of_the_steps_that_it_holds() -> None:
@@ -111,13 +111,13 @@ def test_samples_that_cannot_be_in_one_call_are_refused(case: str) -> None:
 
 
 def test_what_does_not_belong_together_is_refused() -> None:
-    told = environment(1.0)
+    reported = environment(1.0)
     with pytest.raises(ValueError, match="2 states have 1 environments"):
-        log_probs(MODULES, [told], [trajectory(), trajectory()], [0], "sde", 0.7)
+        log_probs(MODULES, [reported], [trajectory(), trajectory()], [0], "sde", 0.7)
     with pytest.raises(ValueError, match="several schedules"):
-        log_probs(MODULES, [told, told], [trajectory(), trajectory((1.0, 0.4, 0.0))], [0], "sde", 0.7)
+        log_probs(MODULES, [reported, reported], [trajectory(), trajectory((1.0, 0.4, 0.0))], [0], "sde", 0.7)
     with pytest.raises(ValueError, match="cannot be made again"):
-        velocity(MODULES, [told | {"replay": None}], torch.randn(1, 3), 0)
+        velocity(MODULES, [reported | {"replay": None}], torch.randn(1, 3), 0)
 
 
 def test_steps_of_a_version_are_those_that_it_made_alone_in_every_sample() -> None:
@@ -151,12 +151,12 @@ def test_no_trainer_meets_an_error_that_does_not_say_what_its_rollouts_lack(case
 
 
 def test_a_denoiser_of_another_dtype_is_refused_by_both_names_unless_autocast_casts() -> None:
-    told = environment(1.0)
-    told["replay"]["dtype"] = "bfloat16"
+    reported = environment(1.0)
+    reported["replay"]["dtype"] = "bfloat16"
     with pytest.raises(ValueError, match="transformer computes in bfloat16, and the one given is in float32"):
-        velocity(MODULES, [told], torch.randn(1, 3), 0)
+        velocity(MODULES, [reported], torch.randn(1, 3), 0)
     with torch.autocast("cpu", torch.bfloat16):
-        velocity(MODULES, [told], torch.randn(1, 3), 0)
+        velocity(MODULES, [reported], torch.randn(1, 3), 0)
 
 
 def test_an_adapter_of_the_server_s_denoiser_makes_no_wrong_ratios() -> None:
@@ -164,8 +164,8 @@ def test_an_adapter_of_the_server_s_denoiser_makes_no_wrong_ratios() -> None:
         drawn = {"nickname": nickname, "component": component, "strength": strength, "mode": "merge"}
         return environment(1.0) | {"adapters": [drawn]}
 
-    def replayed(told: dict[str, Any], **more: Any) -> torch.Tensor:
-        return log_probs(MODULES, [told], [trajectory()], [0], "sde", 0.7, **more)
+    def replayed(reported: dict[str, Any], **more: Any) -> torch.Tensor:
+        return log_probs(MODULES, [reported], [trajectory()], [0], "sde", 0.7, **more)
 
     with pytest.raises(
         ValueError, match=r"adapter 'style' \(merge, strength 0.8\) in transformer.*adapters=\['style'\]"
@@ -178,8 +178,8 @@ def test_an_adapter_of_the_server_s_denoiser_makes_no_wrong_ratios() -> None:
 
 
 def test_the_reason_why_calls_cannot_be_replayed_is_reported() -> None:
-    told = environment(1.0) | {"replay": None}
+    reported = environment(1.0) | {"replay": None}
     with pytest.raises(ValueError, match="arguments change between steps"):
-        velocity(MODULES, [told], torch.randn(1, 3), 0)
+        velocity(MODULES, [reported], torch.randn(1, 3), 0)
     with pytest.raises(ValueError, match="combines the denoiser's predictions"):
-        velocity(MODULES, [told | {"guidance": {"rule": None}}], torch.randn(1, 3), 0)
+        velocity(MODULES, [reported | {"guidance": {"rule": None}}], torch.randn(1, 3), 0)

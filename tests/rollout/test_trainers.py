@@ -40,19 +40,19 @@ def trainer(server: LiveServer, checkpoint: Callable[[str], Path]) -> Iterator[T
 def get(trainer: Trainer, path: str) -> dict[str, Any]:
     answer = httpx.get(f"{trainer.server.url}{path}", timeout=60)
     assert answer.status_code == 200, answer.text
-    told: dict[str, Any] = answer.json()
-    return told
+    reported: dict[str, Any] = answer.json()
+    return reported
 
 
 def rolled(trainer: Trainer, body: dict[str, Any]) -> list[dict[str, Any]]:
     answer = trainer.post("/rollout/generate", body)
     assert answer.status_code == 200, answer.text
-    told: list[dict[str, Any]] = msgspec.msgpack.decode(answer.content)
-    return told
+    reported: list[dict[str, Any]] = msgspec.msgpack.decode(answer.content)
+    return reported
 
 
-def tensor(told: dict[str, Any]) -> torch.Tensor:
-    return load(told["data"])["t"]
+def tensor(reported: dict[str, Any]) -> torch.Tensor:
+    return load(reported["data"])["t"]
 
 
 def digest(one: torch.Tensor) -> str:
@@ -220,8 +220,8 @@ def test_the_four_phases_of_vllm_are_one_transaction(trainer: Trainer, checkpoin
             answer.result()
             training.answer()
         assert get(trainer, "/get_weight_version")["weight_version"] != "9", "it is not committed"
-        told = trainer.done("/finish_weight_update", {"weight_version": "9"})
-        assert told["weight_version"] == "9"
+        reported = trainer.done("/finish_weight_update", {"weight_version": "9"})
+        assert reported["weight_version"] == "9"
         trainer.done("/resume")
         assert trainer.draw()["weight_version"] == "9"
         trainer.done("/update_weights_from_tensor_checker", {"expected_named_tensors_sha256": training.do("digests")})
@@ -233,8 +233,8 @@ def test_the_four_phases_of_vllm_are_one_transaction(trainer: Trainer, checkpoin
 
 def test_a_tag_is_a_module_or_a_cache_and_another_is_named(trainer: Trainer) -> None:
     before = trainer.checksum()
-    told = trainer.done("/release_memory_occupation", {"tags": ["vae", "text_encoder"]})
-    assert told["sleeping"]
+    reported = trainer.done("/release_memory_occupation", {"tags": ["vae", "text_encoder"]})
+    assert reported["sleeping"]
     assert trainer.done("/resume_memory_occupation", {"tags": ["vae"]})["sleeping"], "the other one still does"
     assert not trainer.done("/resume_memory_occupation", {"tags": ["weights"]})["sleeping"]
     assert trainer.checksum() == before

@@ -54,8 +54,8 @@ class Account:
             case Adapt():
                 self.adapt(operation, operated)
             case ListAdapters():
-                told = operated.adapters
-                assert told == self.adapters or (told == AdapterState() and not self.serves)
+                reported = operated.adapters
+                assert reported == self.adapters or (reported == AdapterState() and not self.serves)
             case Update(update_id=None):
                 assert operation.weight_version is not None
                 self.commit(operation.weight_version, [operation], operated)
@@ -123,6 +123,6 @@ def _after(weights: Weights, updates: list[Update]) -> Weights:
     """``weights`` after ``updates``, as :class:`Process` writes them."""
     process = Process(0, 0, weights=dict(weights))
     for number, one in enumerate(updates):
-        process.perform(Perform(number=number, step="prepare", leads=True, operation=one))
-        process.perform(Perform(number=number, step="write", leads=True))
+        process.perform(Perform(number=number, step="prepare", is_primary=True, operation=one))
+        process.perform(Perform(number=number, step="write", is_primary=True))
     return process.weights

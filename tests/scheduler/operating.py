@@ -155,7 +155,7 @@ class Operating(Stage):
     ) -> None:
         super().__init__(ready=(), config=config or Config(replicas=replicas), adapters=adapters)
         self.processes: dict[int, Process] = {}
-        self.told: list[tuple[int, Perform]] = []
+        self.ordered: list[tuple[int, Perform]] = []
         """Every order to do a step, in order, with its replica."""
         self._pids = 100
         for number in range(replicas if ready is None else ready):
@@ -195,7 +195,7 @@ class Operating(Stage):
             self.do(busy[0])
 
     def steps(self, number: int) -> list[str]:
-        return [order.step for to, order in self.told if to == number]
+        return [order.step for to, order in self.ordered if to == number]
 
     def begin(self, name: str = "u", *, timeout_s: float = 10.0, modules: list[str] | None = None) -> None:
         self.operate(f"begin {name}", Begin(update_id=name, timeout_s=timeout_s, modules=modules))
@@ -236,7 +236,7 @@ class Operating(Stage):
         for number, order in self.to_replicas[before:]:
             assert number in self.processes, f"replica {number} is lost, and was ordered: {order}"
             if isinstance(order, Perform):
-                self.told.append((number, order))
+                self.ordered.append((number, order))
                 self.processes[number].orders.append(order)
 
 

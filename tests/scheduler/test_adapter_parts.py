@@ -36,10 +36,10 @@ def test_an_adapter_is_merged_with_the_commit_and_not_before() -> None:
     assert stage.adapters() == {0: {}, 1: {}}
     stage.commit()
     stage.do_all()
-    told = stage.done("commit u")
+    reported = stage.done("commit u")
     assert stage.adapters() == {0: {"lora_merge:transformer": "second"}, 1: {"lora_merge:transformer": "second"}}
-    assert words(told.adapters) == {"lora_merge:transformer": "second"}
-    assert (told.weight_version, {process.version for process in stage.processes.values()}) == ("1", {"1"})
+    assert words(reported.adapters) == {"lora_merge:transformer": "second"}
+    assert (reported.weight_version, {process.version for process in stage.processes.values()}) == ("1", {"1"})
     assert stage.steps(0)[-3:] == ["prepare", "write", "commit"]
 
 

@@ -51,7 +51,7 @@ def alike(stage: Operating) -> bool:
 
 def restored(stage: Operating, number: int) -> list[AdapterState]:
     """With which adapters a replica was brought to those of the others, each time."""
-    operations = [order.operation for to, order in stage.told if to == number and order.operation is not None]
+    operations = [order.operation for to, order in stage.ordered if to == number and order.operation is not None]
     changes = [operation.change for operation in operations if isinstance(operation, Adapt)]
     return [one.state for one in changes if isinstance(one, RestoreAdapters)]
 
@@ -66,9 +66,9 @@ def test_a_change_has_the_steps_of_an_update_and_each_waits_for_all() -> None:
         stage.do(1)
         assert not stage.processes[1].orders, "the other has not done it"
     stage.do_all()
-    told = stage.done("set")
-    assert words(told.adapters) == {"ink": "black"}
-    assert (listed(stage), told.weight_version, sorted(told.reports)) == (told.adapters, "0", [0, 1])
+    reported = stage.done("set")
+    assert words(reported.adapters) == {"ink": "black"}
+    assert (listed(stage), reported.weight_version, sorted(reported.reports)) == (reported.adapters, "0", [0, 1])
     assert stage.steps(0) == stage.steps(1) == ["prepare", "write", "commit"]
     assert alike(stage)
 
@@ -356,7 +356,7 @@ def test_a_change_that_publishes_makes_the_next_version_or_the_one_that_it_names
     assert stage.done("merge").weight_version == "1", "it publishes nothing"
     change(stage, "again", INK, publishes=True, version="blue")
     assert stage.done("again").weight_version == "blue"
-    assert stage.told[-6][1].operation == Adapt(replace(INK, recent=["ink"]), True, "blue")
+    assert stage.ordered[-6][1].operation == Adapt(replace(INK, recent=["ink"]), True, "blue")
     assert {process.version for process in stage.processes.values()} == {"blue"}
     assert {model.weight_version for n in (0, 1) if (model := stage.replica(n).model)} == {"blue"}
 
@@ -389,11 +389,11 @@ def test_who_comes_back_has_the_published_version_though_its_weights_are_of_the_
     if unloaded:
         change(stage, "unload", UnloadAdapter("ink"))
     stage.kill(1)
-    told = len(stage.steps(0))
+    reported = len(stage.steps(0))
     stage.start(1, Process(1, 0, **read))
     assert alike(stage)
     assert stage.processes[1].version == "published"
-    assert len(stage.steps(0)) == told, "it has the weights, and nobody is asked for them"
+    assert len(stage.steps(0)) == reported, "it has the weights, and nobody is asked for them"
 
 
 def test_with_a_journal_published_weights_outlive_all_replicas() -> None:
@@ -419,7 +419,7 @@ def test_a_replica_that_is_brought_up_does_not_journal_the_weights_as_those_with
     stage.kill(1)
     stage.start(1)  # with a journal that had missed the update
     stage.do_all()
-    journalled = [order.weight_version for _, order in stage.told if order.step == "journal"]
+    journalled = [order.weight_version for _, order in stage.ordered if order.step == "journal"]
     assert journalled == ["base", "base"]
     assert alike(stage)
     assert stage.processes[1].version == "published"
@@ -495,7 +495,7 @@ def test_the_least_recently_used_adapters_are_evicted_first() -> None:
         stage.server(generate(str(number), lora=names))
         stage.worker(stage.started()[-1][1], result(str(number)))
     change(stage, "chalk", set_adapters("chalk", words=["chalk"], mode="request"))
-    (order, _) = [order for _, order in stage.told if order.operation][-2:]
+    (order, _) = [order for _, order in stage.ordered if order.operation][-2:]
     assert isinstance(order.operation, Adapt)
     assert isinstance(order.operation.change, SetAdapters)
     assert order.operation.change.recent == ["oil", "wax", "ink"]
@@ -514,7 +514,7 @@ def test_an_adapter_that_is_loaded_again_was_not_used_before() -> None:
     change(stage, "wax", set_adapters("wax", words=["wax"], mode="request"))
     recent = [
         order.operation.change.recent
-        for to, order in stage.told
+        for to, order in stage.ordered
         if to == 0 and isinstance(order.operation, Adapt) and isinstance(order.operation.change, SetAdapters)
     ]
     assert recent == [[], ["ink"], ["oil"], ["oil", "ink"], ["ink", "oil"]]

@@ -14,7 +14,7 @@ def test_operations_are_done_in_the_order_in_which_they_came() -> None:
     for name in "abc":
         stage.operate(name, update(name))
     stage.do_all()
-    first_steps = [order.operation for to, order in stage.told if to == 1 and order.operation is not None]
+    first_steps = [order.operation for to, order in stage.ordered if to == 1 and order.operation is not None]
     assert first_steps == [update(name) for name in "abc"]
     assert [stage.done(name).weight_version for name in "abc"] == ["1", "2", "3"]
 
@@ -24,9 +24,9 @@ def test_waiting_lets_all_that_came_before_end_and_none_that_came_after_begin() 
     stage.server(generate("runs"), generate("waits"))
     stage.operate("u", update(), "wait")
     stage.server(generate("after"))
-    assert stage.told == []
+    assert stage.ordered == []
     stage.worker(0, result("runs"))
-    assert (stage.given(0), stage.told) == (["runs", "waits"], [])
+    assert (stage.given(0), stage.ordered) == (["runs", "waits"], [])
     stage.worker(0, result("waits"))
     assert stage.steps(0) == ["prepare"]
     stage.do_all()
@@ -40,7 +40,7 @@ def test_aborting_ends_earlier_requests_and_waits_until_the_workers_have_dropped
     stage.operate("u", update(), "abort")
     stage.server(generate("after"))
     assert (stage.error("runs"), stage.error("waits")) == ("conflict", "conflict")
-    assert (stage.cancelled(0), stage.told) == (["runs"], [])
+    assert (stage.cancelled(0), stage.ordered) == (["runs"], [])
     stage.worker(0, result("runs"))
     stage.do_all()
     assert stage.given(0) == ["runs", "after"]
@@ -153,7 +153,7 @@ def test_an_operation_whose_client_goes_away_while_it_waits_for_requests_to_end_
     stage.server(generate("behind"))
     stage.server(Cancel("gone"))
     assert stage.given(0) == ["runs", "behind"], "nothing is to be waited for"
-    assert stage.told == []
+    assert stage.ordered == []
     stage.operate("next", Digests())
     stage.do_all()
     stage.done("next")

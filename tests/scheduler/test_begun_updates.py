@@ -80,7 +80,7 @@ def test_a_journal_that_fails_ends_the_update_with_every_part_of_it_undone() -> 
     stage.operate("1", update(part_of="u"))
     stage.do_all()
     stage.operate("commit", Commit("u"))
-    assert [(to, order.step) for to, order in stage.told][-1] == (0, "journal")
+    assert [(to, order.step) for to, order in stage.ordered][-1] == (0, "journal")
     stage.do(0, Internal("The journal could not be written."))
     stage.do_all()
     assert "journal" in stage.refusal("commit")
@@ -142,7 +142,7 @@ def test_a_part_for_a_module_that_the_update_was_not_begun_for_reaches_no_replic
     stage.operate("other", Update(source=source, update_id="u"))
     assert "vae" in stage.refusal("other")
     left = [Leave("group")] * 2 if isinstance(source, Broadcast) else []
-    assert [order.operation for _, order in stage.told] == left
+    assert [order.operation for _, order in stage.ordered] == left
     stage.operate("own", update(part_of="u"))
     stage.do_all()
     stage.commit()
@@ -266,7 +266,7 @@ def test_a_broadcast_that_nobody_will_receive_ends_its_group(why: str) -> None:
         stage.commit()
         stage.operate("it", broadcast("u"))
     stage.do_all()
-    assert [order.operation for _, order in stage.told if isinstance(order.operation, Leave)] == [Leave("group")] * 2
+    assert [order.operation for _, order in stage.ordered if isinstance(order.operation, Leave)] == [Leave("group")] * 2
     stage.operate("after", update())
     stage.do_all()
     stage.done("after")

@@ -31,7 +31,7 @@ class Joining(Operating):
 
     def joins(self, step: str = "prepare") -> list[tuple[int, int]]:
         """Orders to join or to abandon a join: the replica's number, and the order's."""
-        found = [(to, order) for to, order in self.told if isinstance(order.operation, Join) and order.step == step]
+        found = [(to, order) for to, order in self.ordered if isinstance(order.operation, Join) and order.step == step]
         return [(to, order.number) for to, order in found]
 
     def answer(self, replica: int, number: int, error: Unavailable | None = None) -> None:
@@ -110,4 +110,4 @@ def test_a_group_that_nobody_has_is_left_already_without_a_replica() -> None:
     stage = Joining(ready=0)
     stage.operate("destroy", Leave("g"))
     assert stage.done("destroy").reports == {}
-    assert not [order for _, order in stage.told if isinstance(order, Perform)]
+    assert not [order for _, order in stage.ordered if isinstance(order, Perform)]

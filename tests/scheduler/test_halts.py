@@ -39,7 +39,7 @@ def test_a_sleep_that_one_could_not_do_leaves_none_asleep(how: str) -> None:
     assert stage.refusal("sleep")
     stage.do_all()
     assert stage.processes[0].asleep == set()
-    assert [to for to, order in stage.told if isinstance(order.operation, Wake)][:1] == [0]
+    assert [to for to, order in stage.ordered if isinstance(order.operation, Wake)][:1] == [0]
     assert stage.started() == [("served", 0)]
 
 
@@ -56,8 +56,8 @@ def test_a_deeper_sleep_that_fails_leaves_the_sleep_that_was() -> None:
 
 def paused(stage: Operating, number: int) -> bool | None:
     """The last order to a replica."""
-    told = [order.paused for to, order in stage.to_replicas if to == number and isinstance(order, SetPaused)]
-    return told[-1] if told else None
+    reported = [order.paused for to, order in stage.to_replicas if to == number and isinstance(order, SetPaused)]
+    return reported[-1] if reported else None
 
 
 @pytest.mark.parametrize("mode", ["wait", "abort"])

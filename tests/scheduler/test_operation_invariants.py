@@ -467,16 +467,16 @@ class OperationsMachine(RuleBasedStateMachine):
                 worker.paused = paused
 
     def check_leaders(self, orders: list[tuple[int, Perform]]) -> None:
-        """One of those that do a step leads; of what is only put back, nobody does."""
-        leads = Counter((order.number, order.step) for _, order in orders if order.leads)
+        """Exactly one replica of a step is primary; steps that only undo have none."""
+        primaries = Counter((order.number, order.step) for _, order in orders if order.is_primary)
         for key in {(order.number, order.step) for _, order in orders}:
             put_back = key[1] in ("rollback", "release") or all(
                 isinstance(order.operation, Wake) for _, order in orders if (order.number, order.step) == key
             )
-            assert leads[key] == 1 or (put_back and not leads[key])
+            assert primaries[key] == 1 or (put_back and not primaries[key])
             if key[1] == "journal":
                 assert len([order for _, order in orders if (order.number, order.step) == key]) == 1
-            if leads[key]:
+            if primaries[key]:
                 self.steps_asked.add(key)
 
     def check_nothing_is_being_done(self) -> None:

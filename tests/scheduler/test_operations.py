@@ -30,7 +30,7 @@ def test_no_replica_goes_a_step_further_before_all_have_done_the_one_before() ->
     stage = Operating()
     stage.operate("u", update(version="named"))
     for step in ("prepare", "write", "commit"):
-        assert [order.step for _, order in stage.told[-2:]] == [step, step]
+        assert [order.step for _, order in stage.ordered[-2:]] == [step, step]
         stage.do(1)
         assert stage.unanswered("u")
         assert stage.steps(1)[-1] == step, "it waits for the other"
@@ -61,7 +61,7 @@ def test_the_operation_comes_with_the_first_step_and_the_version_with_those_that
     stage = Operating(config=JOURNAL)
     stage.operate("u", update())
     stage.do_all()
-    orders = [order for to, order in stage.told if to == 0]
+    orders = [order for to, order in stage.ordered if to == 0]
     assert [(order.step, order.operation is not None, order.weight_version) for order in orders] == [
         ("prepare", True, None), ("write", False, None), ("journal", False, "1"), ("commit", False, "1"),
     ]  # fmt: skip
@@ -76,12 +76,12 @@ def test_steps_for_one_replica_are_done_exactly_once() -> None:
         stage.operate(f"{number}", operation)
         stage.do_all()
         stage.done(f"{number}")
-    told: dict[tuple[int, str], list[bool]] = {}
-    for _, order in stage.told:
-        told.setdefault((order.number, order.step), []).append(order.leads)
-    assert len(told) == 2 + 2 + 1 + 1 + 4 + 1
-    assert all(leads.count(True) == 1 for leads in told.values())
-    assert all(len(leads) == (1 if step == "journal" else 3) for (_, step), leads in told.items())
+    reported: dict[tuple[int, str], list[bool]] = {}
+    for _, order in stage.ordered:
+        reported.setdefault((order.number, order.step), []).append(order.is_primary)
+    assert len(reported) == 2 + 2 + 1 + 1 + 4 + 1
+    assert all(primaries.count(True) == 1 for primaries in reported.values())
+    assert all(len(primaries) == (1 if step == "journal" else 3) for (_, step), primaries in reported.items())
 
 
 @pytest.mark.parametrize("refuses", [0, 1])
@@ -170,7 +170,7 @@ def test_a_part_of_an_update_that_never_was_is_refused() -> None:
     for name, operation in operations.items():
         stage.operate(name, operation)
         assert "'x'" in stage.refusal(name)
-    assert stage.told == []
+    assert stage.ordered == []
 
 
 class Turning(Operating):
@@ -203,8 +203,8 @@ def test_the_reply_to_sleep_wake_or_pause_has_the_state_that_it_made(
         else:
             stage.server(change(f"{number}"))
     answer = next(message for message in stage.sent(Operated) if message.request_id == f"{len(changes) - 1}")
-    told = [message for message in stage.to_server if isinstance(message, Status) or message is answer]
-    statuses = told[: told.index(answer)]
+    reported = [message for message in stage.to_server if isinstance(message, Status) or message is answer]
+    statuses = reported[: reported.index(answer)]
     assert isinstance(statuses[-1], Status)
     assert statuses[-1].halted == halted
 

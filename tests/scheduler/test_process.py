@@ -195,10 +195,10 @@ def test_messages_for_a_server_that_is_gone_do_no_harm_and_the_next_server_is_se
     server.send(generate("b"))
     assert worker.expect(Generate).request_id == "b"
     worker.send(result("b"))
-    told = [server.expect(Result).request_id]
-    if told == ["a"]:  # which the scheduler heard when it had a new server already; that knows no such request
-        told.append(server.expect(Result).request_id)
-    assert told[-1] == "b"
+    reported = [server.expect(Result).request_id]
+    if reported == ["a"]:  # which the scheduler heard when it had a new server already; that knows no such request
+        reported.append(server.expect(Result).request_id)
+    assert reported[-1] == "b"
 
 
 def test_sigterm_ends_it_with_status_0_even_with_requests_in_flight(scheduler: Scheduler) -> None:

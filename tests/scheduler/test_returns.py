@@ -48,7 +48,7 @@ def test_a_replica_that_comes_back_reads_what_another_wrote_out_before_it_serves
 def test_before_the_first_update_a_returning_replica_serves_at_once() -> None:
     stage = Operating(ready=1)
     stage.start(1)
-    assert (stage.serving(), stage.told) == ([0, 1], [])
+    assert (stage.serving(), stage.ordered) == ([0, 1], [])
 
 
 @pytest.mark.parametrize("before", [False, True])
@@ -261,7 +261,7 @@ def test_a_replica_that_dies_again_and_again_before_it_has_read_its_snapshot_doe
         stage.kill(1)
         stage.start(1)
         stage.do(0)
-    folders = [order.operation.folder for _, order in stage.told if isinstance(order.operation, TakeSnapshot)]
+    folders = [order.operation.folder for _, order in stage.ordered if isinstance(order.operation, TakeSnapshot)]
     assert folders == ["replica-1"] * 3, "each snapshot takes the place of the one before"
 
 
@@ -288,9 +288,9 @@ def test_a_replica_that_has_read_the_journal_serves_at_once() -> None:
     stage.kill(1)
     stage.kill(0)
     read = Process(0, 0, "1", {"transformer": "new", "vae": "checkpoint"})
-    told = len(stage.told)
+    reported = len(stage.ordered)
     stage.start(0, read)
-    assert (stage.serving(), len(stage.told)) == ([0], told)
+    assert (stage.serving(), len(stage.ordered)) == ([0], reported)
     stage.start(1)  # with a journal that had missed it
     assert all_alike(stage, "new")
     assert "journal" in stage.steps(1)[-4:]
@@ -306,7 +306,7 @@ def test_a_journal_never_has_less_than_was_committed_when_lost_weights_are_sent_
     stage.operate("one", update("again"))
     stage.do_all()
     assert "every tensor of transformer, vae at once" in stage.refusal("one")
-    assert [order.step for _, order in stage.told].count("journal") == 1
+    assert [order.step for _, order in stage.ordered].count("journal") == 1
     stage.begin()
     stage.operate("1", update("again", part_of="u"))
     stage.do_all()

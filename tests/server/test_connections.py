@@ -164,5 +164,5 @@ async def test_a_lack_of_descriptors_is_logged_once_and_waited_out(
 def test_the_server_has_all_descriptors_that_the_system_allows() -> None:
     asked = "from safelight.server.descriptors import *; print(raise_descriptor_limit(), room_for_connections(4096))"
     command = f"ulimit -Sn 300; ulimit -Hn 1024; exec {sys.executable} -c '{asked}'"
-    told = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=True).stdout
-    assert told.split() == ["1024", "768"]
+    reported = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=True).stdout
+    assert reported.split() == ["1024", "768"]

@@ -49,7 +49,7 @@ def test_the_positional_model_is_the_model() -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "reported"),
     [
         (["--port", "70000"], "port"),
         (["--port", "many"], "port"),
@@ -64,10 +64,10 @@ def test_the_positional_model_is_the_model() -> None:
         (["--request-timeout-s", "1e999"], "request_timeout_s"),
     ],
 )
-def test_a_wrong_flag_is_reported_in_one_sentence(arguments: list[str], told: str) -> None:
+def test_a_wrong_flag_is_reported_in_one_sentence(arguments: list[str], reported: str) -> None:
     with pytest.raises(StartFailed) as raised:
         read_config(arguments, {})
-    assert told in raised.value.message
+    assert reported in raised.value.message
     assert "\n" not in raised.value.message
 
 

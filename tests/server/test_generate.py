@@ -83,10 +83,10 @@ async def test_accepting_a_picture_gives_the_file_and_puts_the_rest_into_headers
     assert generate.output_format == "webp"
     assert reply.headers["content-type"] == "image/webp"
     assert reply.content == PNG
-    told = {name: value for name, value in reply.headers.items() if name.startswith("x-safelight-")}
-    assert told.pop("x-safelight-id") == reply.headers["x-request-id"]
-    assert float(told.pop("x-safelight-total-s")) > 0
-    assert told == {
+    reported = {name: value for name, value in reply.headers.items() if name.startswith("x-safelight-")}
+    assert reported.pop("x-safelight-id") == reply.headers["x-request-id"]
+    assert float(reported.pop("x-safelight-total-s")) > 0
+    assert reported == {
         "x-safelight-model": "tiny",
         "x-safelight-weight-version": "7",
         "x-safelight-weight-versions": "7",

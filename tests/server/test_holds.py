@@ -25,11 +25,11 @@ HOLD = Hold(operation="Begin", phase="open", held_s=12.5, update_id="abc", ends_
 
 async def test_health_information_and_metrics_say_what_holds_back_generation_and_since_when() -> None:
     status = replace(ready(), hold=HOLD, halted="paused", halted_s=3.0, queued_operations=7, queued_bytes=1000)
-    told = {"operation": "Begin", "phase": "open", "held_s": 12.5, "update_id": "abc", "ends_in_s": 287.5}
+    reported = {"operation": "Begin", "phase": "open", "held_s": 12.5, "update_id": "abc", "ends_in_s": 287.5}
     async with stage(status=status) as at:
         health = (await at.client.get("/health")).json()
         info = (await at.client.get("/server_info")).json()
-        assert health["hold"] == info["hold"] == told
+        assert health["hold"] == info["hold"] == reported
         assert (health["halted"], health["halted_s"], info["halted_s"]) == ("paused", 3.0, 3.0)
         assert (info["queued_operations"], info["queued_bytes"]) == (7, 1000)
         assert await at.metric('safelight_hold_seconds{operation="Begin"}') == 12.5

@@ -85,7 +85,7 @@ def start(*arguments: object) -> tuple[subprocess.CompletedProcess[str], float]:
 def test_a_wrong_start_is_one_sentence_on_standard_error_and_status_2(tmp_path: Path) -> None:
     pickled = tmp_path / "model.ckpt"
     pickled.write_bytes(b"")
-    for arguments, told in [
+    for arguments, reported in [
         ((tmp_path / "nothing",), "does not exist"),
         ((tmp_path,), "model_index.json"),
         ((pickled,), "pickled weights"),
@@ -96,7 +96,7 @@ def test_a_wrong_start_is_one_sentence_on_standard_error_and_status_2(tmp_path: 
     ]:
         done, seconds = start(*arguments)
         assert done.returncode == 2
-        assert told in done.stderr
+        assert reported in done.stderr
         assert done.stderr.count("\n") == 1
         assert done.stdout == ""
         assert seconds < 5

@@ -94,8 +94,8 @@ async def test_vllms_fields_for_packing_are_accepted_where_nothing_is_packed() -
     info |= {"packed_buffer_size_bytes": 1 << 30, "packed_num_buffers": 2}
     async with stage() as played:
         played.scheduler.operated = operated
-        told = await operation(played, "/update_weights", {"update_info": info})
-        assert told == await operation(played, "/update_weights_from_distributed", BROADCAST | {"group_name": GROUP})
+        reply = await operation(played, "/update_weights", {"update_info": info})
+        assert reply == await operation(played, "/update_weights_from_distributed", BROADCAST | {"group_name": GROUP})
 
 
 @pytest.mark.parametrize("params", [{1: 2}, {1: 2, "a": 3}, {None: 2}])

@@ -49,8 +49,8 @@ def test_no_example_of_a_page_fails_for_who_copies_it(
         assert (tmp_path / "out.png").exists()
         assert [(one.nickname, one.strength) for one in names["generation"].adapters] == [("style", 0.8)]
     if page == "docs/rollouts.md":
-        told = torch.stack([sample.log_probs for sample in names["group"]])
-        assert torch.allclose(names["recomputed"], told, rtol=0, atol=1e-5)
+        reported = torch.stack([sample.log_probs for sample in names["group"]])
+        assert torch.allclose(names["recomputed"], reported, rtol=0, atol=1e-5)
 
 
 def run(page: str, url: str) -> dict[str, Any]:

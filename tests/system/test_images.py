@@ -167,8 +167,8 @@ def progress(url: str, asked: dict[str, Any]) -> list[tuple[int, int]]:
         for line in answer.iter_lines():
             event = line.removeprefix("event: ") if line.startswith("event: ") else event
             if line.startswith("data: ") and event == "progress":
-                told = json.loads(line.removeprefix("data: "))
-                steps.append((told["step"], told["steps"]))
+                reported = json.loads(line.removeprefix("data: "))
+                steps.append((reported["step"], reported["steps"]))
     return steps
 
 

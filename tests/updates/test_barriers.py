@@ -81,16 +81,16 @@ def test_waiting_lets_what_came_before_end_with_the_weights_that_it_began_with(t
     version = trainer.draw()["weight_version"]
     with one_that_runs(trainer) as request:
         trainer.update(changed(transformer(trainer.directory)), weight_version="after", mode="wait")
-        name, told = request.result()
-        assert (name, told["weight_versions"]) == ("result", [version])
+        name, reported = request.result()
+        assert (name, reported["weight_versions"]) == ("result", [version])
     assert trainer.draw()["weight_versions"] == ["after"]
 
 
 def test_aborting_ends_what_came_before(trainer: Trainer) -> None:
     with one_that_runs(trainer) as request:
         trainer.update(changed(transformer(trainer.directory)), weight_version="after", mode="abort")
-        name, told = request.result()
-        assert (name, told["error"]["code"]) == ("error", "conflict")
+        name, reported = request.result()
+        assert (name, reported["error"]["code"]) == ("error", "conflict")
     assert trainer.draw()["weight_versions"] == ["after"]
 
 
@@ -99,8 +99,8 @@ def test_in_place_goes_on_and_says_which_weights_it_saw(trainer: Trainer) -> Non
     with one_that_runs(trainer) as request:
         trainer.update(changed(transformer(trainer.directory)), weight_version="during", mode="in_place")
         assert not request.done()
-        _, told = request.result()
-    assert (told["weight_versions"], told["weight_version"]) == ([version, "during"], "during")
+        _, reported = request.result()
+    assert (reported["weight_versions"], reported["weight_version"]) == ([version, "during"], "during")
 
 
 def test_in_place_computes_nothing_with_weights_that_are_not_committed(trainer: Trainer) -> None:
@@ -153,8 +153,8 @@ def test_updates_under_steady_generation_fail_no_request_and_no_version_is_made_
         for number in range(12):
             mode = ("wait", "in_place")[number % 2]
             trainer.update(changed(own, 0.01 * number), weight_version=f"step-{number}", mode=mode)
-            told = trainer.draw()
-            assert told["weight_versions"] == [f"step-{number}"], "nothing submitted after the reply is older"
+            reported = trainer.draw()
+            assert reported["weight_versions"] == [f"step-{number}"], "nothing submitted after the reply is older"
         stop.set()
         seen = [client.result() for client in clients]
     assert set(itertools.chain(*seen)) <= given

@@ -59,9 +59,9 @@ def refused(trainer: Trainer, body: dict[str, Any]) -> dict[str, Any]:
     answer = trainer.post(ROUTE, body)
     assert answer.status_code == 400, answer.text
     assert trainer.checksum() == before
-    told: dict[str, Any] = answer.json()
-    assert told["success"] is False
-    return told
+    reported: dict[str, Any] = answer.json()
+    assert reported["success"] is False
+    return reported
 
 
 @pytest.mark.parametrize("form", sending.FORMS)
@@ -73,11 +73,11 @@ def test_every_form_writes_what_it_holds_and_the_senders_memory_is_free(
     payload = sender.checkpoint(weights(trainer), form, by=0.25)
     assert sender.segments() > before
     load_format = None if form in ("pairs", "modules") else "flattened_bucket"
-    told = trainer.done(
+    reported = trainer.done(
         ROUTE, {"serialized_named_tensors": [payload], "load_format": load_format, "weight_version": form}
     )
     assert sender.segments() == before, "nothing of it is left when the reply has come"
-    assert (told["applied"], told["weight_version"]) == (len(transformer(trainer.directory)), form)
+    assert (reported["applied"], reported["weight_version"]) == (len(transformer(trainer.directory)), form)
     assert trainer.checksum()["transformer"] == wanted
 
 
@@ -121,10 +121,10 @@ def test_ranks_that_are_sent_different_tensors_write_none_of_them(
         "names": f"only rank {whole} was given it, not rank {odd_rank}",
         "empty": f"only rank {whole} was given it, not rank {odd_rank}",
     }.get(torn)
-    told = answer.json()["invalid"]
-    assert reason is None or told[0]["reason"] == reason
+    reported = answer.json()["invalid"]
+    assert reason is None or reported[0]["reason"] == reason
     if torn == "names":
-        assert told == [{"name": last, "reason": reason}]
+        assert reported == [{"name": last, "reason": reason}]
     assert divided.checksum() == checksum_of_files(divided.directory)
     assert sender.segments() == before, "the sender has its memory back"
 
@@ -142,29 +142,29 @@ def test_an_adapter_that_is_sent_to_each_rank_is_the_same_for_all(
         }
         save_file(factors, file := tmp_path / f"{number}.safetensors")
         payloads.append(sender.checkpoint(file, "pairs", by=0.0))
-    told = refused(divided, {"serialized_named_tensors": payloads, "weight_update_mode": "lora_merge"})
-    assert told["invalid"][0]["reason"] == "rank 1 was given other values than rank 0"
+    reported = refused(divided, {"serialized_named_tensors": payloads, "weight_update_mode": "lora_merge"})
+    assert reported["invalid"][0]["reason"] == "rank 1 was given other values than rank 0"
 
 
 def test_another_number_of_payloads_than_of_ranks(sender: sending.Trainer, trainer: Trainer) -> None:
     payloads = [sender.checkpoint(weights(trainer), "pairs", by=0.5, keep=True) for _ in range(3)]
-    told = refused(trainer, {"serialized_named_tensors": payloads})
-    assert f"there are 3 payloads for {trainer.tp} ranks" in told["message"]
+    reported = refused(trainer, {"serialized_named_tensors": payloads})
+    assert f"there are 3 payloads for {trainer.tp} ranks" in reported["message"]
     sender.forget()
 
 
 def test_gpus_that_no_rank_has(sender: sending.Trainer, trainer: Trainer) -> None:
     payload = sender.send("one", keep=True)
-    told = refused(trainer, {"serialized_named_tensors": [payload], "payload_gpu_uuids": [f"GPU-{sending.UUID}"]})
-    assert f"the payloads come from the GPUs GPU-{sending.UUID}, and rank 0 has None" in told["message"]
+    reported = refused(trainer, {"serialized_named_tensors": [payload], "payload_gpu_uuids": [f"GPU-{sending.UUID}"]})
+    assert f"the payloads come from the GPUs GPU-{sending.UUID}, and rank 0 has None" in reported["message"]
     sender.forget()
 
 
 def test_an_empty_bucket_changes_nothing_and_is_accepted(sender: sending.Trainer, trainer: Trainer) -> None:
     before, version = trainer.checksum(), trainer.draw()["weight_version"]
     payload = sender.send("no tensors")
-    told = trainer.done(ROUTE, {"serialized_named_tensors": [payload], "load_format": "flattened_bucket"})
-    assert (told["applied"], told["weight_version"]) == (0, version)
+    reported = trainer.done(ROUTE, {"serialized_named_tensors": [payload], "load_format": "flattened_bucket"})
+    assert (reported["applied"], reported["weight_version"]) == (0, version)
     assert trainer.checksum() == before
 
 
@@ -182,15 +182,15 @@ def test_names_that_the_model_does_not_have_and_the_senders_memory_is_free(
     sender: sending.Trainer, trainer: Trainer
 ) -> None:
     before = sender.segments()
-    told = refused(trainer, {"serialized_named_tensors": [sender.send("pairs")]})
-    assert "plain" in told["unknown"]
+    reported = refused(trainer, {"serialized_named_tensors": [sender.send("pairs")]})
+    assert "plain" in reported["unknown"]
     trainer.checksum()  # behind the update that was refused
     assert sender.segments() == before
 
 
 def test_one_tensor_twice_is_named(sender: sending.Trainer, trainer: Trainer) -> None:
-    told = refused(trainer, {"serialized_named_tensors": [sender.send("twice", keep=True)]})
-    assert told["invalid"] == [{"name": "a", "reason": "is there twice"}]
+    reported = refused(trainer, {"serialized_named_tensors": [sender.send("twice", keep=True)]})
+    assert reported["invalid"] == [{"name": "a", "reason": "occurs twice"}]
     sender.forget()
 
 
@@ -202,8 +202,8 @@ def test_modules_other_than_those_that_are_named(sender: sending.Trainer, traine
 
 def test_shared_file_descriptors_are_refused_with_what_to_do(sender: sending.Trainer, trainer: Trainer) -> None:
     payload = sender.send("one", strategy="file_descriptor")
-    told = refused(trainer, {"serialized_named_tensors": [payload]})
-    assert 'torch.multiprocessing.set_sharing_strategy("file_system")' in told["message"]
+    reported = refused(trainer, {"serialized_named_tensors": [payload]})
+    assert 'torch.multiprocessing.set_sharing_strategy("file_system")' in reported["message"]
 
 
 def test_segments_that_are_gone(sender: sending.Trainer, trainer: Trainer) -> None:
@@ -236,9 +236,10 @@ def test_cuda_handles_where_there_is_no_gpu(trainer: Trainer) -> None:
 
 
 def test_cuda_handles_for_another_number_of_ranks(trainer: Trainer) -> None:
-    told = refused(trainer, handles(3))
+    reported = refused(trainer, handles(3))
     assert (
-        f"There are 3 lists of handles; {len(trainer.replicas()) * trainer.tp} ranks need one each" in told["message"]
+        f"There are 3 lists of handles; {len(trainer.replicas()) * trainer.tp} ranks need one each"
+        in reported["message"]
     )
 
 
@@ -257,8 +258,8 @@ def test_a_stream_that_would_run_something_runs_nothing(tmp_path: Path, trainer:
     hidden = called(named("functools", "partial"), named("os", "system"), text(f"touch {made}"))
     for stream in (pickle.dumps([("w", Runs())]), START + b"](" + several(text("w"), called(hidden)) + b"e."):
         payload = base64.b64encode(stream).decode()
-        told = refused(trainer, {"serialized_named_tensors": [payload]})
-        assert "which no payload needs" in told["message"]
+        reported = refused(trainer, {"serialized_named_tensors": [payload]})
+        assert "which no payload needs" in reported["message"]
     assert not made.exists()
 
 

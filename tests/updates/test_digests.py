@@ -55,8 +55,8 @@ def checked(trainer: Trainer) -> None:
         check(trainer, load_file(trainer.directory / file), module)
     modules = trainer.done("/get_weights_checksum", {"detail": True})["modules"]
     for name, module in files.items():
-        told = {name: tensor["sha256"] for name, tensor in modules[name]["tensors"].items()}
-        assert told == {name: tensor.sha256 for name, tensor in module.tensors.items()}
+        reported = {name: tensor["sha256"] for name, tensor in modules[name]["tensors"].items()}
+        assert reported == {name: tensor.sha256 for name, tensor in module.tensors.items()}
 
 
 def test_no_degree_fusing_or_sleep_changes_a_digest(any_degree: Trainer) -> None:
@@ -81,8 +81,8 @@ def test_a_tensor_that_an_update_leaves_out_after_a_reset_does_not_compare_equal
     lost = "proj_out.bias"
     any_degree.done("/weights_checker", {"action": "snapshot", "allow_quant_error": False, "selector": "all"})
     reset = {"action": "reset_tensors", "allow_quant_error": False, "selector": "all"}
-    told = any_degree.done("/weights_checker", reset | {"skip_tensor_list": ["norm_out."]})
-    assert told["applied"] == told["expected"] - sum("norm_out." in name for name in own) < len(own)
+    reported = any_degree.done("/weights_checker", reset | {"skip_tensor_list": ["norm_out."]})
+    assert reported["applied"] == reported["expected"] - sum("norm_out." in name for name in own) < len(own)
     noise = any_degree.done("/get_weights_checksum", {"detail": True})["modules"]
     unchanged = {
         name for name, digest in digests(own).items() if noise["transformer"]["tensors"][name]["sha256"] == digest

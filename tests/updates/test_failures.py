@@ -305,6 +305,6 @@ def test_a_rank_that_dies_while_an_update_is_open(serve: Serve) -> None:
         os.kill(trainer.rank_processes(1)[0].pid, signal.SIGKILL)
         trainer.done("/commit_weights_update", {"update_id": update_id})
         trainer.wait_all_ready()
-        told = trainer.done("/get_weights_checksum", {"detail": True})  # a difference between replicas is a 500
-        assert told["weight_version"] == "open"
+        reported = trainer.done("/get_weights_checksum", {"detail": True})  # a difference between replicas is a 500
+        assert reported["weight_version"] == "open"
         assert {replica["state"] for replica in trainer.replicas()} == {"ready"}

@@ -94,8 +94,8 @@ def update(trainer: Trainer, training: TrainingProcess, group: str, **changes: A
     with broadcasting(trainer, training, group, **changes) as answer:
         assert answer.result().status_code == 200, answer.result().text
         training.answer()
-    told: dict[str, Any] = answer.result().json()
-    return told
+    reported: dict[str, Any] = answer.result().json()
+    return reported
 
 
 def check(trainer: Trainer, training: TrainingProcess) -> None:
@@ -120,9 +120,9 @@ def test_after_every_step_the_server_has_what_the_trainer_has(trainer: Trainer, 
     group = join(trainer, training)
     for number in range(3):
         training.do("step")
-        told = update(trainer, training, group, weight_version=f"step-{number}")
-        assert (told["applied"], told["applied"], told["ranks"]) == (
-            told["expected"],
+        reported = update(trainer, training, group, weight_version=f"step-{number}")
+        assert (reported["applied"], reported["applied"], reported["ranks"]) == (
+            reported["expected"],
             len(training.do("announced")["names"]),
             members(trainer),
         )

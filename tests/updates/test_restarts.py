@@ -63,8 +63,8 @@ def test_what_comes_back_has_the_committed_weights_before_it_is_asked_for_anythi
         """Draw until a while after the replica is back. Returns the outputs, and the replica of each."""
         seen, until = set(), time.monotonic() + 60
         while time.monotonic() < until:
-            told = two.draw()
-            seen.add((told["weight_version"], told["outputs"][0]["b64"]))
+            reported = two.draw()
+            seen.add((reported["weight_version"], reported["outputs"][0]["b64"]))
             until = min(until, time.monotonic() + 1) if back() else until
         return {found for found, _ in seen}, {drawn for _, drawn in seen}
 
@@ -123,10 +123,10 @@ def test_weights_that_nobody_has_any_more_are_read_again_from_disk_or_not_replac
         assert (partly.status_code, "every tensor of transformer" in partly.json()["message"]) == (409, True)
         assert trainer.post("/generate", DRAWING).status_code == 503
         vae = load_file(trainer.directory / "vae" / "diffusion_pytorch_model.safetensors")
-        told = trainer.update(vae, target_module="vae")
-        assert not told["serving"]
-        assert "cannot serve yet" in told["message"]
-        assert "update transformer again" in told["message"]
+        reported = trainer.update(vae, target_module="vae")
+        assert not reported["serving"]
+        assert "cannot serve yet" in reported["message"]
+        assert "update transformer again" in reported["message"]
         update_id = trainer.done("/begin_weights_update", {"weight_version": "sent again"})["update_id"]
         for part in (dict(list(new.items())[::2]), dict(list(new.items())[1::2])):
             trainer.update(part, update_id=update_id)

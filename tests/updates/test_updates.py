@@ -30,9 +30,9 @@ def test_an_update_changes_checker_checksum_and_picture_and_all_of_them_back(tra
     before, picture = trainer.checksum(), trainer.picture()
     own = transformer(trainer.directory)
     new = changed(own)
-    told = trainer.update(new, weight_version="step-1")
-    assert (told["applied"], told["expected"], told["weight_version"]) == (len(new), len(new), "step-1")
-    assert told["ranks"] == sum(len(trainer.rank_processes(replica)) for replica in range(len(trainer.replicas())))
+    reported = trainer.update(new, weight_version="step-1")
+    assert (reported["applied"], reported["expected"], reported["weight_version"]) == (len(new), len(new), "step-1")
+    assert reported["ranks"] == sum(len(trainer.rank_processes(replica)) for replica in range(len(trainer.replicas())))
     trainer.done("/update_weights_from_tensor_checker", {"expected_named_tensors_sha256": digests(new)})
     refused = trainer.post("/update_weights_from_tensor_checker", {"expected_named_tensors_sha256": digests(own)})
     assert refused.status_code == 400
@@ -60,17 +60,17 @@ def test_a_file_in_shared_memory_is_an_update(trainer: Trainer) -> None:
     new = changed(transformer(trainer.directory), 0.25)
     file = trainer.shared() / "mine.safetensors"
     save_file(new, file)
-    told = trainer.done("/update_weights_from_tensor", {"shared": {"path": str(file)}, "weight_version": "shared"})
-    assert told["applied"] == len(new)
+    reported = trainer.done("/update_weights_from_tensor", {"shared": {"path": str(file)}, "weight_version": "shared"})
+    assert reported["applied"] == len(new)
     file.unlink()
     trainer.done("/update_weights_from_tensor_checker", {"expected_named_tensors_sha256": digests(new)})
     trainer.restore()
 
 
 def test_details_name_every_tensor_with_dtype_and_shape(trainer: Trainer) -> None:
-    told = trainer.done("/get_weights_checksum", {"module_names": ["transformer"], "detail": True})
+    reported = trainer.done("/get_weights_checksum", {"module_names": ["transformer"], "detail": True})
     own = transformer(trainer.directory)
-    tensors = told["modules"]["transformer"]["tensors"]
+    tensors = reported["modules"]["transformer"]["tensors"]
     assert {name: tensor["sha256"] for name, tensor in tensors.items()} == digests(own)
     assert {name: tensor["shape"] for name, tensor in tensors.items()} == {n: list(t.shape) for n, t in own.items()}
     assert trainer.done("/get_weights_checksum", {"module_names": ["nothing"]}) == {"nothing": "not_found"}
@@ -85,8 +85,8 @@ def test_parts_are_one_update_and_nothing_is_drawn_between_them(trainer: Trainer
     early = trainer.post("/commit_weights_update", {"update_id": update_id, "require_complete": True})
     assert early.status_code == 400
     trainer.update({name: new[name] for name in names[5:]}, update_id=update_id)
-    told = trainer.done("/commit_weights_update", {"update_id": update_id, "require_complete": True})
-    assert (told["applied"], told["weight_version"]) == (len(new), "parts")
+    reported = trainer.done("/commit_weights_update", {"update_id": update_id, "require_complete": True})
+    assert (reported["applied"], reported["weight_version"]) == (len(new), "parts")
     assert trainer.checksum() != before
     trainer.restore()
     assert trainer.checksum() == before
@@ -104,8 +104,8 @@ def test_an_update_that_is_aborted_leaves_every_byte(trainer: Trainer) -> None:
 
 def test_an_empty_part_is_legal_and_changes_nothing(trainer: Trainer) -> None:
     before = trainer.done("/get_weights_checksum", {"detail": True})
-    told = trainer.update({}, weight_version="nothing")
-    assert told["applied"] == 0
+    reported = trainer.update({}, weight_version="nothing")
+    assert reported["applied"] == 0
     assert trainer.done("/get_weights_checksum", {"detail": True}) == before
 
 
@@ -120,8 +120,8 @@ def test_versions_count_up_where_none_is_given(trainer: Trainer) -> None:
 def test_only_the_modules_that_are_asked_for_come_from_disk(
     wanted: list[str], trainer: Trainer, checkpoint: Path
 ) -> None:
-    told = trainer.done("/update_weights_from_disk", {"model_path": str(checkpoint), "target_modules": wanted})
-    assert set(told["updated"]) == set(wanted)
+    reported = trainer.done("/update_weights_from_disk", {"model_path": str(checkpoint), "target_modules": wanted})
+    assert set(reported["updated"]) == set(wanted)
 
 
 def test_half_of_a_checkpoint_says_so_unless_it_is_asked_for(alone: Trainer, checkpoint: Path, tmp_path: Path) -> None:
@@ -153,8 +153,8 @@ def test_a_prompt_is_encoded_anew_when_its_encoder_has_changed(trainer: Trainer)
     own = load_file(folder / "model.safetensors")
     generator = torch.Generator().manual_seed(0)
     new = {name: tensor + 0.5 * torch.randn(tensor.shape, generator=generator) for name, tensor in own.items()}
-    told = trainer.update(new, target_module="text_encoder_2", flush_cache=False)
-    assert told["invalidated"] == ["prompt_embeddings"]
+    reported = trainer.update(new, target_module="text_encoder_2", flush_cache=False)
+    assert reported["invalidated"] == ["prompt_embeddings"]
     assert trainer.picture() != picture
     trainer.restore()
     assert trainer.picture() == picture
@@ -164,12 +164,12 @@ def test_one_component_s_files_are_for_the_module_that_their_folder_is_called_by
     alone: Trainer, checkpoint: Path
 ) -> None:
     for path in (checkpoint / "vae", checkpoint / "vae" / "diffusion_pytorch_model.safetensors"):
-        told = alone.done("/update_weights_from_disk", {"model_path": str(path)})
-        assert list(told["updated"]) == ["vae"]
+        reported = alone.done("/update_weights_from_disk", {"model_path": str(path)})
+        assert list(reported["updated"]) == ["vae"]
     folder = checkpoint.parent / "unnamed"
     folder.mkdir()
     save_file(transformer(checkpoint), folder / "diffusion_pytorch_model.safetensors")
     answer = alone.post("/update_weights_from_disk", {"model_path": str(folder)})
     assert (answer.status_code, "target_modules" in answer.json()["message"]) == (400, True)
-    told = alone.done("/update_weights_from_disk", {"model_path": str(folder), "target_modules": ["transformer"]})
-    assert list(told["updated"]) == ["transformer"]
+    reported = alone.done("/update_weights_from_disk", {"model_path": str(folder), "target_modules": ["transformer"]})
+    assert list(reported["updated"]) == ["transformer"]

@@ -39,8 +39,8 @@ class Trainer:
         """The JSON of a 200. Raises ``AssertionError`` with the body of any other answer."""
         answer = self.post(path, body, **options)
         assert answer.status_code == 200, answer.text
-        told: dict[str, Any] = answer.json()
-        return told
+        reported: dict[str, Any] = answer.json()
+        return reported
 
     def send(self, tensors: Tensors, **parameters: Any) -> httpx.Response:
         return self.post(
@@ -50,8 +50,8 @@ class Trainer:
     def update(self, tensors: Tensors, **parameters: Any) -> dict[str, Any]:
         answer = self.send(tensors, **parameters)
         assert answer.status_code == 200, answer.text
-        told: dict[str, Any] = answer.json()
-        return told
+        reported: dict[str, Any] = answer.json()
+        return reported
 
     def restore(self) -> dict[str, Any]:
         """The checkpoint's own weights again."""

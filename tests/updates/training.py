@@ -99,10 +99,10 @@ def main() -> None:
     for line in sys.stdin:
         name, arguments = json.loads(line)
         try:
-            told = {"told": getattr(training, name)(**arguments)}
+            reported = {"reported": getattr(training, name)(**arguments)}
         except RuntimeError as error:
-            told = {"error": str(error)}
-        print(json.dumps(told), flush=True)
+            reported = {"error": str(error)}
+        print(json.dumps(reported), flush=True)
 
 
 class TrainingProcess:
@@ -128,10 +128,10 @@ class TrainingProcess:
 
     def answer(self) -> Any:
         """The answer to the last command. Raises ``RuntimeError`` with the trainer's words where it failed."""
-        told = self._read()
-        if "error" in told:
-            raise RuntimeError(told["error"])
-        return told["told"]
+        reported = self._read()
+        if "error" in reported:
+            raise RuntimeError(reported["error"])
+        return reported["reported"]
 
     def do(self, name: str, **arguments: Any) -> Any:
         self.send(name, **arguments)

@@ -67,8 +67,8 @@ def is_short_of_memory_on_one(mesh: Mesh, short: int) -> None:
     component = Bounded(ranks, 4 if ranks.rank == short else 8)
     with pytest.raises(RankLost) as lost:
         drawn(batcher, component, 8)
-    told = "OutOfMemoryError, on this rank and not on all others" if ranks.rank == short else "onnection"
-    assert told in str(lost.value)
+    reported = "OutOfMemoryError, on this rank and not on all others" if ranks.rank == short else "onnection"
+    assert reported in str(lost.value)
     assert component.forwards == [8], "no smaller one has met the others' collective"
     assert batcher.policy.caps == {}
     os._exit(0)  # as a replica's rank does, whose connections close by it

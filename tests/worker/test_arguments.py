@@ -180,7 +180,7 @@ def test_a_clip_plays_as_fast_as_diffusers_own_example_exports_it(pipeline: type
 
 def test_a_clip_plays_at_the_rate_that_its_model_was_given(tiny_model: Callable[[str], Model]) -> None:
     model, small = tiny_model("ltx"), {"num_inference_steps": 1, "width": 64, "height": 64, "num_frames": 9}
-    told = [
+    reported = [
         ({"frame_rate": 7.6}, None, 8),
         ({"frame_rate": 1e9}, None, 240),
         ({"frame_rate": 12}, 10, 10),
@@ -188,10 +188,10 @@ def test_a_clip_plays_at_the_rate_that_its_model_was_given(tiny_model: Callable[
     ]
     requests = [
         Generate(request_id=f"{rate}", samples=[Sample("a", 1)], extra=extra, fps=fps, output_format="mp4", **small)  # type: ignore[arg-type]
-        for extra, fps, rate in told
+        for extra, fps, rate in reported
     ]
     results = finished(model, *requests)
-    assert len(results) == len(told)
+    assert len(results) == len(reported)
     for result in results:
         assert isinstance(result, Result)
         assert result.outputs[0].fps == int(result.request_id)

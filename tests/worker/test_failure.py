@@ -155,16 +155,16 @@ def asked(**given: Any) -> Generate:
     "text", ["/home/me/model.bin is missing", "no C:\\model", "<Module at 0x7f00deadbeef>", "a\x1b[31mb"]
 )
 def test_a_server_s_paths_and_addresses_stay_its_own(text: str) -> None:
-    told = explain(raised_in("diffusers.pipelines", text), asked(guidance_scale=2.0), weights_are_sound=True)
-    assert told.status == 400
-    assert told.message.endswith("(ValueError)")
+    reported = explain(raised_in("diffusers.pipelines", text), asked(guidance_scale=2.0), weights_are_sound=True)
+    assert reported.status == 400
+    assert reported.message.endswith("(ValueError)")
 
 
 def test_the_argument_that_the_pipeline_speaks_of_is_the_one_that_is_named() -> None:
     error = raised_in("diffusers.pipelines", "`eta` must be below 1, but is 7")
-    told = explain(error, asked(guidance_scale=2.0, extra={"clip_skip": 1, "eta": 7}), weights_are_sound=True)
-    assert told.message == "the pipeline could not use extra.eta = 7 (ValueError: `eta` must be below 1, but is 7)"
-    assert told.field == "extra.eta"
+    reported = explain(error, asked(guidance_scale=2.0, extra={"clip_skip": 1, "eta": 7}), weights_are_sound=True)
+    assert reported.message == "the pipeline could not use extra.eta = 7 (ValueError: `eta` must be below 1, but is 7)"
+    assert reported.field == "extra.eta"
 
 
 @pytest.mark.parametrize(

@@ -93,7 +93,7 @@ class Coordinator:
             if self._model.device.type == "cuda":
                 torch.cuda.synchronize(self._model.device)
             return Prepared(report)
-        return participant.prepare(self._operation, is_primary=order.leads)
+        return participant.prepare(self._operation, is_primary=order.is_primary)
 
     @property
     def _participant(self) -> Participant[Any] | None:

@@ -138,7 +138,7 @@ class RolloutSampler:
     def _check_indices(self, steps: int) -> None:
         if max(self._rollout.sde_steps or [0]) >= steps:
             raise InvalidRequest(f"There are {steps} steps, from 0 on.", field="rollout_sde_step_indices")
-        if max(self._rollout.places or [0]) > steps:
+        if max(self._rollout.step_indices or [0]) > steps:
             raise InvalidRequest(
                 f"{steps} steps have the latents 0 to {steps}, the last of them the final one.",
                 field="rollout_return_step_indices",
@@ -146,7 +146,7 @@ class RolloutSampler:
 
     def _check_bytes(self, sample: torch.Tensor) -> None:
         rollout, steps = self._rollout, len(self.recorded.timesteps)
-        states = steps + 1 if rollout.places is None else len(rollout.places)
+        states = steps + 1 if rollout.step_indices is None else len(rollout.step_indices)
         tensors = states * rollout.returns_trajectory + 3 * steps * rollout.returns_debug
         if 4 * sample.numel() * tensors > MAX_BYTES:
             raise InvalidRequest(
@@ -181,7 +181,7 @@ class RolloutSampler:
         return self._rollout.sde_steps is None or number in self._rollout.sde_steps
 
     def _is_requested(self, index: int) -> bool:
-        return self._rollout.places is None or index in self._rollout.places
+        return self._rollout.step_indices is None or index in self._rollout.step_indices
 
     def _noise(self, x: torch.Tensor, number: int) -> torch.Tensor:
         generator = self._generators(number)

@@ -66,8 +66,8 @@ def weights(batch: Batch) -> Tensor:
     """
     shown = batch.shown.float()
     share = shown.mean(dim=(1, 2, 3), keepdim=True)
-    told = torch.tensor([float(caption != "") for caption in batch.captions])
-    return 1.0 + told[:, None, None, None] * shown / share
+    captioned = torch.tensor([float(caption != "") for caption in batch.captions])
+    return 1.0 + captioned[:, None, None, None] * shown / share
 
 
 class FlowTraining:

@@ -50,8 +50,8 @@ def test_a_full_caption_is_not_longer_than_the_shortest_padding(words: T5Tokeniz
 
 def test_a_colours_role_follows_from_its_position(words: T5Tokenizer) -> None:
     texts = [caption(Clip("red", "star", "up", "blue")), caption(Clip("blue", "star", "up", "red")), ""]
-    told = roles(words, *tokenize(words, texts, 12))
-    read = [[ROLES[role] if role >= 0 else "" for role in row] for row in told.tolist()]
+    reported = roles(words, *tokenize(words, texts, 12))
+    read = [[ROLES[role] if role >= 0 else "" for role in row] for row in reported.tolist()]
     full = ["other", "colour", "shape", "other", "direction", "other", "other", "background", "other", "other", "", ""]
     assert read == [full, full, ["other", *[""] * 11]]
 

@@ -137,9 +137,9 @@ def test_a_long_text_does_not_make_a_step_larger() -> None:
 def test_weights_favour_no_outcome_where_there_is_no_caption() -> None:
     shown = torch.zeros(2, 5, 8, 8, dtype=torch.bool)
     shown[:, :, :2, :2] = True
-    told, left_open = weights(Batch(torch.zeros(2, 16, 5, 8, 8), shown, ("a red circle moving up", ""), 16))
-    assert float(told.mean()) == pytest.approx(2.0)
-    assert float(told[:, :2, :2].sum()) == pytest.approx(20 + 320)
+    reported, left_open = weights(Batch(torch.zeros(2, 16, 5, 8, 8), shown, ("a red circle moving up", ""), 16))
+    assert float(reported.mean()) == pytest.approx(2.0)
+    assert float(reported[:, :2, :2].sum()) == pytest.approx(20 + 320)
     assert left_open.unique().tolist() == [1.0]
 
 

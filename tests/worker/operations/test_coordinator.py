@@ -73,7 +73,7 @@ def resources(model: Model, tmp_path: Path) -> Resources:
 def perform(
     coordinator: Coordinator, step: OperationStep, operation: Operation | None = None, version: str | None = None
 ) -> Performed:
-    order = Perform(number=1, step=step, leads=True, operation=operation, weight_version=version)
+    order = Perform(number=1, step=step, is_primary=True, operation=operation, weight_version=version)
     return coordinator.perform(order)
 
 

@@ -45,7 +45,7 @@ def order(port: int, timeout_s: float, number: int = 1) -> Perform:
     join = Join(
         address="127.0.0.1", port=port, rank_offset=1, world_size=2, group="g", backend="gloo", timeout_s=timeout_s
     )
-    return Perform(number=number, step="prepare", leads=True, operation=join)
+    return Perform(number=number, step="prepare", is_primary=True, operation=join)
 
 
 def until(find: Callable[[], object]) -> None:
@@ -83,14 +83,14 @@ def test_a_group_can_be_left_while_it_is_joined_and_its_name_is_free_again(silen
     assert again is not None
     assert again.error is not None
     assert again.error.status == 409
-    left = orders.perform(Perform(number=3, step="prepare", leads=True, operation=Leave("g")))
+    left = orders.perform(Perform(number=3, step="prepare", is_primary=True, operation=Leave("g")))
     assert left is not None
     assert left.report.left
     until(lambda: not joining_threads())
     assert orders.due() == []
     assert orders.perform(order(silent, timeout_s=600, number=4)) is None
     until(joining_threads)
-    orders.perform(Perform(number=5, step="prepare", leads=True, operation=Leave("g")))
+    orders.perform(Perform(number=5, step="prepare", is_primary=True, operation=Leave("g")))
     until(lambda: not joining_threads())
 
 
@@ -99,10 +99,10 @@ def test_a_release_of_one_join_leaves_another_of_the_same_name_alone(silent: int
     orders.perform(order(silent, timeout_s=600))
     refused = order(silent, timeout_s=600, number=2)
     orders.perform(refused)
-    orders.perform(Perform(number=2, step="release", leads=True, operation=refused.operation))
+    orders.perform(Perform(number=2, step="release", is_primary=True, operation=refused.operation))
     assert joining_threads()
     first = order(silent, timeout_s=600)
-    orders.perform(Perform(number=1, step="release", leads=True, operation=first.operation))
+    orders.perform(Perform(number=1, step="release", is_primary=True, operation=first.operation))
     until(lambda: not joining_threads())
 
 
@@ -116,7 +116,7 @@ def test_groups_are_bounded_in_number(silent: int, monkeypatch: pytest.MonkeyPat
     assert refused is not None
     assert refused.error is not None
     assert (refused.error.status, "destroy one" in refused.error.message) == (409, True)
-    orders.perform(Perform(number=3, step="prepare", leads=True, operation=Leave("g")))
+    orders.perform(Perform(number=3, step="prepare", is_primary=True, operation=Leave("g")))
     until(lambda: not joining_threads())
 
 
@@ -138,10 +138,10 @@ def test_all_groups_are_left_where_no_name_is_given(silent: int) -> None:
     orders = GroupOrders(ProcessGroups(0, torch.device("cpu")), ALONE)
     orders.perform(order(silent, timeout_s=600))
     until(joining_threads)
-    left = orders.perform(Perform(number=2, step="prepare", leads=True, operation=Leave(None)))
+    left = orders.perform(Perform(number=2, step="prepare", is_primary=True, operation=Leave(None)))
     assert left is not None
     assert left.report.left
     until(lambda: not joining_threads())
-    again = orders.perform(Perform(number=3, step="prepare", leads=True, operation=Leave(None)))
+    again = orders.perform(Perform(number=3, step="prepare", is_primary=True, operation=Leave(None)))
     assert again is not None
     assert not again.report.left
