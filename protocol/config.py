@@ -230,7 +230,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     max_loras: Annotated[
         int, _adapters("Adapters that may be loaded; one more evicts the least recently used", ge=0)
     ] = 64
-    max_lora_mb: Annotated[int, _adapters("Megabytes that all loaded adapters may have", ge=1)] = 8192
+    max_lora_mb: Annotated[int, _adapters("Megabytes of all loaded and gathered adapters", ge=1)] = 8192
     request_timeout_s: Annotated[
         float, _queue("Seconds after which a request without a `timeout_s` of its own gets a 504", gt=0)
     ] = 600.0

@@ -20,7 +20,7 @@ ActiveAdapters = tuple[tuple[Adapter, float], ...]
 
 
 class CannotMix(Exception):
-    """A layer's input is not in rows, so that rows cannot have different adapters in it."""
+    """Rows cannot have different adapters: a layer's input is not in rows, or their factors are too large together."""
 
 
 class Adapters(Protocol):
@@ -35,5 +35,5 @@ class Adapters(Protocol):
         ``rows`` are numbers of rows, each with their :data:`ActiveAdapters`.
         """
 
-    def forget_stacks(self) -> None:
+    def forget_gathered(self) -> None:
         """Release the memory that forwards need for adapters; the next one allocates it again."""

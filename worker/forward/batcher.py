@@ -178,6 +178,6 @@ class Batcher:
     def _free_memory(self) -> None:
         """Release caches after a forward ran out of memory."""
         if self._adapters is not None:
-            self._adapters.forget_stacks()
+            self._adapters.forget_gathered()
         if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
             torch.cuda.empty_cache()

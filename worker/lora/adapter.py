@@ -39,10 +39,17 @@ class Adapter:
     only_merged: list[str] = field(default_factory=list)
     only_dynamic: list[str] = field(default_factory=list)
     number: int = field(default_factory=lambda: next(_numbers))
+    _ranks: dict[str, int] = field(default_factory=dict)
 
     @property
     def components(self) -> list[str]:
         return list(dict.fromkeys([*self.factors, *self.changes]))
+
+    def rank(self, component: str) -> int:
+        """The largest rank of its factors in ``component``."""
+        if component not in self._ranks:
+            self._ranks[component] = max(one.rank for one in self.factors[component].values())
+        return self._ranks[component]
 
     def layers(self, component: str) -> set[str]:
         return {*self.factors.get(component, ()), *(change.layer for change in self.changes.get(component, ()))}

@@ -91,9 +91,10 @@ class RankAdapters:
             name: pipeline.components[name] for name in layouts if name in DENOISERS or name.startswith("text_encoder")
         }
         self._reader = AdapterReader(pipeline, self._components, layouts, device)
-        self._dynamic = {name: DynamicLora(name, module, device) for name, module in self._components.items()}
+        self._dynamic = {name: DynamicLora(name, module) for name, module in self._components.items()}
         self._adapters: Adapters = {}
         self._next: _Next | None = None
+        self._room = most_bytes  # for the factors of rows with different adapters
 
     # --- in forwards
 
@@ -132,7 +133,10 @@ class RankAdapters:
     def applied(self, component: str, rows: AdapterRows, *, listed: bool = False) -> AbstractContextManager[None]:
         """Around a forward of ``component``, whose rows have these adapters. Raises ``CannotMix`` in it."""
         dynamic = self._dynamic.get(component.split(".")[0])
-        return nullcontext() if dynamic is None else dynamic.applied(rows, listed=listed)
+        if dynamic is None:
+            return nullcontext()
+        others = sum(other.per_row_nbytes for other in self._dynamic.values() if other is not dynamic)
+        return dynamic.applied(rows, listed=listed, room=self._room - others)
 
     # --- in memory
 
@@ -143,8 +147,8 @@ class RankAdapters:
         for layout in self._layouts.values():
             yield from (base for base in layout.bases.values() if base.device.type == self._device.type)
 
-    def forget_stacks(self) -> None:
-        """Let go of what forwards make of factors, and will make again."""
+    def forget_gathered(self) -> None:
+        """Free the memory of the factors that forwards gather, and will gather again."""
         for dynamic in self._dynamic.values():
             dynamic.forget()
 
@@ -161,7 +165,8 @@ class RankAdapters:
         match change:
             case SetAdapters():
                 state = Setting(change, self.state, adapters, self._reader, told).decide(self._ranks)
-                state = planning.within_limits(state, change, self._most, self._most_bytes, told)
+                limits = self._most, self._most_bytes
+                state = planning.within_limits(state, change, *limits, lambda one: self._nbytes(one, adapters), told)
             case MergeAdapters():
                 state = planning.merged(self.state, change, components)
             case UnmergeAdapters(target=target):
@@ -189,6 +194,9 @@ class RankAdapters:
         self.state, self._adapters, self.told = self._next.state, self._next.adapters, self._next.told
         for dynamic in self._dynamic.values():
             dynamic.retain(self._adapters.values())
+        self._room = self._most_bytes - self._nbytes(self.state, self._adapters)
+        if sum(dynamic.per_row_nbytes for dynamic in self._dynamic.values()) > self._room:
+            self.forget_gathered()
         self._next, self.written = None, False
         return before != planning.effect(self.state)
 
@@ -228,6 +236,15 @@ class RankAdapters:
                 merge(layout, _merged(component, self.state, self._adapters), merged)
 
     # --- what will be
+
+    def _nbytes(self, state: AdapterState, adapters: Adapters) -> int:
+        """Bytes of the loaded factors, and of those that forwards gather for rows that have all dynamic adapters."""
+        total = sum(loaded.nbytes for loaded in state.loaded.values())
+        for component, dynamic in self._dynamic.items():
+            merged = {one.nickname for one in state.active.get(component, ()) if one.mode == "merge"}
+            names = (name for name in state.loaded if name not in merged and not adapters[name].only_merged)
+            total += dynamic.uniform_nbytes([adapters[name] for name in names])
+        return total
 
     def _check(self, state: AdapterState, adapters: Adapters) -> None:
         """Raises ``InvalidRequest`` for a layer that an adapter cannot change in the mode that it would have there."""

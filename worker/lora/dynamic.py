@@ -1,23 +1,25 @@
-"""Dynamic LoRA: adapters that are computed beside the weights of a component, for each row of a forward its own.
+"""Dynamic LoRA: adapters that are applied beside the weights of a component, for each row of a forward its own.
 
-While adapters are loaded, the component's layers are adapted ones. Before a forward, the adapters of its rows are given
-slots in stacks of factors, and the rows' slots and strengths are written into tensors that keep their memory. So a
-change of adapters changes numbers alone, and whatever was compiled or captured of the layers stays valid: only a layer,
-a rank, or a number of adapters that was not there before takes other memory.
+While adapters are loaded, the component's layers are adapted ones. Before a forward, the factors that its rows have are
+written into memory that the layers read, unless they are there already. So a change of adapters changes numbers alone,
+and compiled or captured code of the layers stays valid: only a layer, a rank or a number of rows or adapters that was
+not there before takes other memory.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
 from torch import nn
 
+from ..forward.adapters import CannotMix
 from .adapter import Adapter
 from .bank import ActiveAdapters, FactorBank
+from .gathered import entry_nbytes
 from .layers import LayerLora, adaptable_layers, swap_in, swap_out
-from .rows import ActiveRows, Rows
+from .rows import ActiveRows, Kind, PerRow, Uniform
 
 RANKS = (4, 8, 16, 32, 64, 128, 256)
 """The sizes that ranks are padded to; larger ones to multiples of the last.
@@ -30,38 +32,53 @@ AdapterRows = Sequence[tuple[int, ActiveAdapters]]
 
 
 class DynamicLora:
-    """Of the component ``name``; ``device`` is where its adapters are."""
+    """Applies adapters to the component ``name``."""
 
-    def __init__(self, name: str, component: nn.Module, device: torch.device) -> None:
+    def __init__(self, name: str, component: nn.Module) -> None:
         self._name = name
         self._component = component
-        self._device = device
         self._rows = ActiveRows()
         self._layers: dict[str, tuple[nn.Module, LayerLora]] = {}  # all that can be adapted, while they are
-        self._banks: dict[int, FactorBank] = {}
+        self._banks: dict[Kind, FactorBank] = {}
         self._entered: tuple[AdapterRows, bool] = ((), False)
+        self._loaded: frozenset[Adapter] = frozenset()
+        self._unloaded_used = False
+
+    @property
+    def per_row_nbytes(self) -> int:
+        """Bytes of factors that are gathered for each row."""
+        return sum(bank.nbytes for (_, per_row), bank in self._banks.items() if per_row)
+
+    def uniform_nbytes(self, adapters: Collection[Adapter]) -> int:
+        """Bytes of the factors that are gathered if all rows have all of ``adapters``."""
+        total = 0
+        for rank, ones in self._by_rank(adapters).items():
+            layers = {path: factors for adapter in ones for path, factors in adapter.factors[self._name].items()}
+            modules = ((self._component.get_submodule(path), factors) for path, factors in layers.items())
+            total += len(ones) * sum(entry_nbytes(module, factors, rank) for module, factors in modules)
+        return total
 
     def retain(self, loaded: Collection[Adapter]) -> None:
         """These adapters are loaded, and no others. Without any, the component is as its class makes it."""
-        own = [adapter for adapter in loaded if adapter.factors.get(self._name)]
-        if own:
+        self._loaded = frozenset(adapter for adapter in loaded if adapter.factors.get(self._name))
+        if self._loaded:
             self._swap_in()
-            for bank in self._banks.values():
-                bank.retain(own)
+            self._trim()
         else:
             self._swap_out()
 
     def forget(self) -> None:
-        """Give the stacks' memory back; what is used is written anew."""
+        """Free the memory of gathered factors; the next forward writes what it needs."""
         self._banks.clear()
         for _, lora in self._layers.values():
-            lora.stacks.clear()
+            lora.gathered.clear()
 
     @contextmanager
-    def applied(self, rows: AdapterRows, *, listed: bool = False) -> Iterator[None]:
-        """Around a forward of the component, whose rows have these adapters. Raises ``CannotMix`` in it.
+    def applied(self, rows: AdapterRows, *, listed: bool = False, room: int | None = None) -> Iterator[None]:
+        """Around a forward of the component, whose rows have these adapters. Raises ``CannotMix``, also in it.
 
-        ``listed`` says that a row is an element of a list, and not of a tensor's first dimension.
+        ``listed`` says that a row is an element of a list, and not of a tensor's first dimension. Factors that are
+        gathered for each row may have ``room`` bytes.
         """
         touching = [(count, self._touching(active)) for count, active in rows]
         # a request may have begun before its adapter was unloaded
@@ -70,13 +87,15 @@ class DynamicLora:
             self._swap_in()
         before, self._entered = self._entered, (touching, listed)
         try:
-            self._activate(*self._entered)
+            self._activate(*self._entered, room)
             yield
         finally:
             self._entered = before
             self._activate(*before)
             if for_now:
                 self._swap_out()
+            elif self._unloaded_used and not before[0]:
+                self._trim()
 
     def _touching(self, active: ActiveAdapters) -> ActiveAdapters:
         """Those with layers there, in an order of their own: the same adapters are the same, however they are named."""
@@ -84,28 +103,53 @@ class DynamicLora:
         return tuple(sorted(touching, key=lambda one: one[0].number))
 
     @torch.inference_mode(mode=False)  # a request may use that mode, and the tensors must stay writable outside it
-    def _activate(self, rows: AdapterRows, listed: bool) -> None:
-        used = dict.fromkeys(adapter for _, active in rows for adapter, _ in active)
-        ranks = {adapter: self._rank(adapter) for adapter in used}
-        uniform, active_rows = all(active == rows[0][1] for _, active in rows), list[Rows]()
-        for rank in sorted(set(ranks.values())):
-            bank = self._bank(rank)
-            bank.place([adapter for adapter in used if ranks[adapter] == rank])
-            own = [
-                tuple(one for one in active if ranks[one[0]] == rank) for count, active in rows for _ in range(count)
-            ]
-            active_rows.append(bank.uniform(own[0]) if uniform else bank.per_row(own, listed=listed))
-        self._rows.now = tuple(active_rows)
+    def _activate(self, rows: AdapterRows, listed: bool, room: int | None = None) -> None:
+        per_row = any(active != rows[0][1] for _, active in rows)
+        own = [active for count, active in rows for _ in range(count)] if per_row else [rows[0][1]] if rows else []
+        used = frozenset(adapter for active in own for adapter, _ in active)
+        self._unloaded_used |= not used <= self._loaded
+        kinds = {
+            (rank, per_row): [tuple(one for one in active if one[0] in ones) for active in own]
+            for rank, ones in sorted(self._by_rank(used).items())
+        }
+        if per_row and room is not None:
+            self._check_room(kinds, room)
+        for kind, of_rank in kinds.items():
+            self._bank(kind).write(of_rank)
+        self._rows.now = tuple(PerRow(kind, len(own), listed) if per_row else Uniform(kind) for kind in kinds)
 
-    def _rank(self, adapter: Adapter) -> int:
-        """That of the adapter's bank."""
-        found = next((rank for rank, bank in self._banks.items() if adapter in bank), None)
-        return _padded(max(one.rank for one in adapter.factors[self._name].values())) if found is None else found
+    def _check_room(self, kinds: Mapping[Kind, Sequence[ActiveAdapters]], room: int) -> None:
+        needed = sum(self._bank(kind).needed(rows) for kind, rows in kinds.items())
+        needed += sum(bank.nbytes for kind, bank in self._banks.items() if kind[1] and kind not in kinds)
+        if needed > room:
+            raise CannotMix(
+                f"the factors of their rows need {needed / 1e6:.1f} MB, and the loaded adapters leave "
+                f"{max(0, room) / 1e6:.1f} MB of --max-lora-mb"
+            )
 
-    def _bank(self, rank: int) -> FactorBank:
-        if rank not in self._banks:
-            self._banks[rank] = FactorBank(self._name, self._layers, rank, self._device)
-        return self._banks[rank]
+    def _by_rank(self, adapters: Iterable[Adapter]) -> dict[int, list[Adapter]]:
+        """Those with layers in the component, by their padded rank."""
+        found: dict[int, list[Adapter]] = {}
+        for adapter in adapters:
+            if adapter.factors.get(self._name):
+                found.setdefault(padded(adapter.rank(self._name)), []).append(adapter)
+        return found
+
+    def _bank(self, kind: Kind) -> FactorBank:
+        if kind not in self._banks:
+            self._banks[kind] = FactorBank(self._name, self._layers, kind)
+        return self._banks[kind]
+
+    def _trim(self) -> None:
+        """Free the memory that the loaded adapters cannot need."""
+        self._unloaded_used = False
+        by_rank = self._by_rank(self._loaded)
+        for kind, bank in list(self._banks.items()):
+            adapters = by_rank.get(kind[0], [])
+            is_too_large = not kind[1] and bank.capacity > len(adapters)
+            bank.retain([] if is_too_large else adapters)
+            if is_too_large or not adapters:
+                del self._banks[kind]
 
     def _swap_in(self) -> None:
         if self._layers:
@@ -121,7 +165,8 @@ class DynamicLora:
             swap_out(layer)
         self._layers.clear()
         self._banks.clear()
+        self._unloaded_used = False
 
 
-def _padded(rank: int) -> int:
+def padded(rank: int) -> int:
     return next((size for size in RANKS if size >= rank), -(-rank // RANKS[-1]) * RANKS[-1])

@@ -15,8 +15,8 @@ from torch import nn
 from ..crossing.overlay import Overlay, base_class
 from ..parallel.layers import GatheredColumnLinear, RowParallelLinear
 from ..weights.checkpoint.fuse import FusedPart
-from .rows import ActiveRows
-from .stack import FactorStack
+from .gathered import GatheredFactors
+from .rows import ActiveRows, Kind
 
 LORA = "lora"
 """The one attribute that an adapted layer has and its base has not."""
@@ -24,13 +24,10 @@ LORA = "lora"
 
 @dataclass(slots=True, eq=False)
 class LayerLora:
-    """What an adapted layer reads: its ``stacks`` of factors by their rank, and what the rows in hand have of them.
-
-    ``active`` is one for all layers of a component.
-    """
+    """An adapted layer reads the ``gathered`` factors of the active rows. A component's layers share ``active``."""
 
     active: ActiveRows
-    stacks: dict[int, FactorStack] = field(default_factory=dict)
+    gathered: dict[Kind, GatheredFactors] = field(default_factory=dict)
 
 
 class AdaptedLayer(Overlay):
@@ -42,8 +39,8 @@ class AdaptedLayer(Overlay):
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         output: torch.Tensor = super().forward(input)
         for rows in self.lora.active.now:
-            if (stack := self.lora.stacks.get(rows.rank)) is not None:
-                rows.add(self, stack, input, output)
+            if (factors := self.lora.gathered.get(rows.kind)) is not None:
+                rows.add(self, factors, input, output)
         return output
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from msgspec.structs import replace
 
@@ -99,16 +99,24 @@ def activated(
 
 
 def within_limits(
-    state: AdapterState, change: SetAdapters, most: int, most_bytes: int, told: list[str]
+    state: AdapterState,
+    change: SetAdapters,
+    max_adapters: int,
+    max_bytes: int,
+    nbytes: Callable[[AdapterState], int],
+    told: list[str],
 ) -> AdapterState:
-    """Without those that were not used for longest, while there are too many, or too large ones."""
+    """Evict adapters in LRU order while there are too many, or their ``nbytes`` are too many. Raises ``Conflict``."""
     active = {one.nickname for ones in state.active.values() for one in ones}
     order = dict.fromkeys([*(name for name in change.recent if name in state.loaded), *state.loaded])
     idle = [name for name in order if name not in active | set(change.nicknames) | set(change.busy)]
-    while len(state.loaded) > most or sum(one.nbytes for one in state.loaded.values()) > most_bytes:
+    while len(state.loaded) > max_adapters or nbytes(state) > max_bytes:
         if not idle:
-            room = f"{most} adapters and {most_bytes // 1_000_000} MB of them"
-            raise Conflict(f"There is room for {room}, and it is full of such as are in use; unload one.")
+            raise Conflict(
+                f"There is room for {max_adapters} adapters and {max_bytes / 1e6:.1f} MB of them, and these would be "
+                f"{len(state.loaded)} of {nbytes(state) / 1e6:.1f} MB, all in use; unload one, or start the server "
+                "with a larger --max-loras or --max-lora-mb."
+            )
         name = idle.pop(0)
         state = without(state, name)
         told.append(f"{name} was unloaded to make room.")

@@ -41,7 +41,7 @@ class Offload(OneStep):
 
     def prepare(self, operation: Sleep, *, is_primary: bool) -> Prepared:
         if tagged := self._offloaded.tagged(operation.tags):
-            self._resources.adapters.forget_stacks()
+            self._resources.adapters.forget_gathered()
             try:
                 self._offloaded.offloader.offload(self._resources.on_progress, tagged)
             except OSError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,11 @@ import torch
 from torch import nn
 
 from safelight.protocol.adapters import SetAdapters, UnloadAdapter, Use
+from safelight.protocol.errors import Conflict
+from safelight.worker.forward.adapters import CannotMix
 from safelight.worker.forward.at_rest import AtRest
 from safelight.worker.lora.adapters import RankAdapters
-from safelight.worker.lora.bank import FIRST_SLOTS, MAX_IDLE_SLOTS, ActiveAdapters
+from safelight.worker.lora.bank import ActiveAdapters
 from safelight.worker.lora.layers import AdaptedLayer, LayerLora
 from safelight.worker.model.model import Model
 
@@ -59,12 +62,11 @@ def named(adapters: RankAdapters, nickname: str, strength: float = 1.0) -> Activ
 
 
 def storages(model: Model) -> list[tuple[int, int]]:
-    """The addresses of the factors, and the factors of each row of the current forward."""
-    factors = [
-        (stack.down.data_ptr(), stack.up.data_ptr()) for one in adapted(model) for stack in one.lora.stacks.values()
-    ]
-    rows = [(one.slots.data_ptr(), one.strengths.data_ptr()) for one in adapted(model)[0].lora.active.now]
-    return factors + rows
+    """The addresses of everything that the layers read of adapters in the running forward."""
+    lora = [layer.lora for layer in adapted(model)]
+    factors = [one.gathered[rows.kind] for one in lora for rows in one.active.now if rows.kind in one.gathered]
+    assert factors
+    return [(one.down.data_ptr(), one.up.data_ptr()) for one in factors]
 
 
 def test_without_adapters_every_module_is_as_its_class_makes_it(flux: Model, tmp_path: Path) -> None:
@@ -90,13 +92,15 @@ def test_a_change_of_adapters_replaces_no_module_and_no_memory(flux: Model, tmp_
     load(adapters, flux, tmp_path, "first")
     with adapters.applied("transformer", [(2, named(adapters, "first"))]):
         layers, memory = adapted(flux), storages(flux)
+    with adapters.applied("transformer", [(1, named(adapters, "first")), (1, ())]):
+        of_each = storages(flux)
     for nickname in ("second", "third", "first"):
         load(adapters, flux, tmp_path, nickname, rank=4, seed=7)
         with adapters.applied("transformer", [(2, named(adapters, nickname, 0.5))]):
             assert (adapted(flux), storages(flux)) == (layers, memory)
     unload(adapters, "first", "second")
     with adapters.applied("transformer", [(1, named(adapters, "third")), (1, ())]):
-        assert (adapted(flux), storages(flux)) == (layers, memory)
+        assert (adapted(flux), storages(flux)) == (layers, of_each)
     unload(adapters, "third")
 
 
@@ -108,8 +112,10 @@ def test_adapters_that_a_request_in_inference_mode_used_first_can_be_used_withou
     with torch.inference_mode(), adapters.applied("transformer", [(2, named(adapters, "first"))]):
         memory = storages(flux)
     load(adapters, flux, tmp_path, "second")
-    with adapters.applied("transformer", [(1, named(adapters, "first")), (1, named(adapters, "second"))]):
+    with adapters.applied("transformer", [(2, named(adapters, "second"))]):
         assert storages(flux) == memory
+    with adapters.applied("transformer", [(1, named(adapters, "first")), (1, named(adapters, "second"))]):
+        pass
     unload(adapters, "first", "second")
 
 
@@ -159,12 +165,12 @@ def test_what_an_adapter_computes_does_not_depend_on_those_that_were_there_befor
         return draw(flux, new_batcher(adapters), adapters, [request("flux", 0, [Use("first")])])[0]
 
     alone = drawn()
-    others = [f"other-{number}" for number in range(MAX_IDLE_SLOTS + 1)]
+    others = [f"other-{number}" for number in range(17)]
     for number, nickname in enumerate(others):
-        load(adapters, flux, tmp_path, nickname, rank=(3, 40)[number == FIRST_SLOTS])
+        load(adapters, flux, tmp_path, nickname, rank=(3, 40)[number == 4])
         with adapters.applied("transformer", [(1, named(adapters, "first")), (1, named(adapters, nickname))]):
             pass
-    for nickname in others:  # each takes the place of the one that was not used for longest
+    for nickname in others:
         with adapters.applied("transformer", [(1, named(adapters, nickname))]):
             pass
     assert torch.equal(drawn(), alone)
@@ -224,4 +230,76 @@ def test_code_that_asks_for_a_layer_s_class_hears_of_its_own(flux: Model, tmp_pa
         assert TypeThroughBoundaries(layer) is nn.Linear
         assert isinstance(layer, nn.Linear)
         assert type(flux.pipeline.transformer.x_embedder) is not nn.Linear
+    unload(adapters, "first")
+
+
+def gathered_bytes(model: Model) -> int:
+    """Counted by storage, whatever the adapters' own count says."""
+    factors = [one for layer in adapted(model) for one in layer.lora.gathered.values()]
+    found = {
+        part.untyped_storage().data_ptr(): part.untyped_storage().nbytes()
+        for one in factors
+        for part in (one.down, one.up)
+    }
+    return sum(found.values())
+
+
+def test_the_first_adapter_takes_the_memory_of_one(flux: Model, tmp_path: Path) -> None:
+    adapters = new_adapters(flux)
+    load(adapters, flux, tmp_path, "first", rank=8)
+    load(adapters, flux, tmp_path, "second", rank=8)
+    ((adapter, _),) = first = named(adapters, "first")
+    one = sum(factors.down.nbytes + factors.up.nbytes for factors in adapter.factors["transformer"].values())
+    with adapters.applied("transformer", [(2, first)]):
+        assert gathered_bytes(flux) == one
+    with adapters.applied("transformer", [(3, first + named(adapters, "second"))]):
+        assert gathered_bytes(flux) == 2 * one
+    with adapters.applied("transformer", [(1, first), (2, ())]):
+        assert gathered_bytes(flux) == 2 * one + 3 * one
+    unload(adapters, "second")
+    assert gathered_bytes(flux) == 3 * one, "no loaded adapters can need room for two"
+    unload(adapters, "first")
+
+
+def test_gathered_factors_count_in_the_limit_of_adapters(flux: Model, tmp_path: Path) -> None:
+    adapters = new_adapters(flux)
+    load(adapters, flux, tmp_path, "first", rank=8)
+    one = adapters.state.loaded["first"].nbytes
+    unload(adapters, "first")
+    adapters = new_adapters(flux, most_bytes=4 * one - 1)
+    load(adapters, flux, tmp_path, "first", rank=8)
+    first = named(adapters, "first")
+    mixed = adapters.applied("transformer", [(1, first), (1, ())])
+    with pytest.raises(CannotMix, match="the factors of their rows need"), mixed:
+        pass
+    with adapters.applied("transformer", [(2, first)]):
+        assert gathered_bytes(flux) == one
+    written = write_adapter(Made("second", 8, 8.0, seed=2), flux.pipeline.transformer, tmp_path / "second")
+    second = SetAdapters(
+        nicknames=["second"], strengths=[1.0], mode="request", sources=[source(written)], busy=["first"]
+    )
+    sizes = f"{(4 * one - 1) / 1e6:.1f} MB of them, and these would be 2 of {4 * one / 1e6:.1f} MB"
+    with pytest.raises(Conflict, match=sizes):
+        adapters.prepare(second)
+    unload(adapters, "first")
+
+
+def test_factors_of_an_unloaded_adapter_are_freed_after_the_forward_that_uses_it(flux: Model, tmp_path: Path) -> None:
+    adapters = new_adapters(flux)
+    load(adapters, flux, tmp_path, "first", rank=8)
+    load(adapters, flux, tmp_path, "large", rank=64)
+    running = named(adapters, "large")
+    with adapters.applied("transformer", [(2, named(adapters, "first"))]):
+        pass
+    before = gathered_bytes(flux)
+    with adapters.applied("transformer", [(1, running), (1, ())]):
+        assert gathered_bytes(flux) > 2 * before
+    factors = weakref.ref(next(running[0][0].tensors()))
+    unload(adapters, "large")
+    assert gathered_bytes(flux) == before
+    with adapters.applied("transformer", [(1, running), (1, ())]):
+        assert gathered_bytes(flux) > 2 * before
+    assert gathered_bytes(flux) == before
+    del running
+    assert factors() is None, "the adapter's own factors live as long as requests that name it"
     unload(adapters, "first")

@@ -103,7 +103,7 @@ def test_a_layer_whose_rows_are_not_those_of_requests_is_not_mixed() -> None:
     layer = nn.Linear(6, 5)
     down, up = torch.randn(2, 6), torch.randn(5, 2)
     adapter = Adapter("a", {"transformer": {"0": LoraFactors("0.weight", down, 0.5 * up, 0.5 * up)}})
-    dynamic = DynamicLora("transformer", nn.Sequential(layer), torch.device("cpu"))
+    dynamic = DynamicLora("transformer", nn.Sequential(layer))
     dynamic.retain([adapter])
     rows = [(1, ((adapter, 1.0),)), (2, ())]
     for shape in ((3, 6), (3, 4, 6), (6, 4, 6)):

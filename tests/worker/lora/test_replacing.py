@@ -222,7 +222,7 @@ def test_a_request_keeps_the_components_of_its_adapter(flux: Model, tmp_path: Pa
     assert [len(adapters.uses(name, adapters.wanted([Use("x")]))) for name in parts] == [0, 1]
 
 
-def test_a_large_adapter_that_is_not_used_makes_no_stack_larger(flux: Model, tmp_path: Path) -> None:
+def test_a_large_adapter_that_is_not_used_makes_no_other_larger(flux: Model, tmp_path: Path) -> None:
     made = [Made(f"small-{number}", 2, 2.0, seed=number) for number in range(3)] + [Made("large", 64, 2.0, seed=9)]
     adapters = new_adapters(flux)
     for one in made:
@@ -236,8 +236,7 @@ def test_a_large_adapter_that_is_not_used_makes_no_stack_larger(flux: Model, tmp
         with adapters.applied("transformer", rows):
             path = next(iter(rows[0][1][0][0].factors["transformer"]))
             layer = flux.pipeline.transformer.get_submodule(path)
-            stacks = [layer.lora.stacks[used.rank] for used in layer.lora.active.now]
-        return sum(stack.nbytes // len(stack.down) for stack in stacks)
+            return sum(layer.lora.gathered[used.kind].entry_nbytes for used in layer.lora.active.now)
 
     small = bytes_for("small-0", "small-1")
     assert bytes_for("small-0", "large") > 4 * small
@@ -256,5 +255,5 @@ def test_the_same_adapters_in_another_order_are_the_same(flux: Model, tmp_path: 
         uses = adapters.uses("transformer", adapters.wanted([Use(name) for name in names]))
         with adapters.applied("transformer", [(2, uses)]):
             layer = next(part for part in flux.pipeline.transformer.modules() if isinstance(part, AdaptedLayer))
-            found.append([(used.rank, used.slots.tolist()) for used in layer.lora.active.now])
+            found.append([(used.kind, layer.lora.gathered[used.kind].up.tolist()) for used in layer.lora.active.now])
     assert found[0] == found[1]
