@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
@@ -108,7 +107,7 @@ def _changes(component: str, changes: list[WholeChange], layout: Layout, device:
     for change in changes:
         name = layout.checkpoint_name(f"{change.layer}.{change.whole.parameter}")
         if name is None or name in shared:
-            why = "it has none" if name is None else "which shares its memory with another"
+            why = "it has none" if name is None else f"which shares its memory with {shared[name]}"
             raise InvalidRequest(
                 f"The adapter cannot be used: it changes the {change.whole.parameter} of {component}.{change.layer}, "
                 f"and {why}.",
@@ -125,10 +124,12 @@ def _changes(component: str, changes: list[WholeChange], layout: Layout, device:
     return found
 
 
-def _shared(layout: Layout) -> set[str]:
-    """The tensors that are in the memory of others too."""
-    places = Counter(layout.live(entry.name).data_ptr() for entry in layout)
-    return {entry.name for entry in layout if places[layout.live(entry.name).data_ptr()] > 1}
+def _shared(layout: Layout) -> dict[str, str]:
+    """The tensors that are in the memory of another, with the other's name."""
+    names: dict[int, list[str]] = {}
+    for entry in layout:
+        names.setdefault(layout.live(entry.name).data_ptr(), []).append(entry.name)
+    return {name: next(n for n in ones if n != name) for ones in names.values() if len(ones) > 1 for name in ones}
 
 
 def _terms(
@@ -141,7 +142,12 @@ def _terms(
         if name is None or layout[name].shape[:2] != (pair.up.shape[0], pair.down.shape[1]):
             raise InvalidRequest(f"{component} has no such layer as {path}, or of another shape.", field=_FIELD)
         if name in shared:
-            raise InvalidRequest(f"{component}.{path} shares its memory with another layer.", field=_FIELD)
+            other = shared[name].rpartition(".")[0]
+            raise InvalidRequest(
+                f"The adapter cannot be used: {component}.{path} shares its weight with {component}.{other}, so that a "
+                "change of one would change both.",
+                field=_FIELD,
+            )
         scaled = pair.scale * pair.up
         down, up = (factor.to(device) for factor in layout.factors(name, pair.down, scaled))
         whole = scaled.to(device) if isinstance(module.get_submodule(path), GatheredColumnLinear) else up

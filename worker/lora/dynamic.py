@@ -156,7 +156,9 @@ class DynamicLora:
             return
         loras: dict[nn.Module, LayerLora] = {}  # a layer may have several names
         for path, layer in adaptable_layers(self._component):
-            self._layers[path] = layer, loras.setdefault(layer, LayerLora(self._rows))
+            lora = loras.setdefault(layer, LayerLora(self._rows))
+            lora.paths.append(path)
+            self._layers[path] = layer, lora
         for layer, lora in loras.items():
             swap_in(layer, lora)
 

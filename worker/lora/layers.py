@@ -24,9 +24,13 @@ LORA = "lora"
 
 @dataclass(slots=True, eq=False)
 class LayerLora:
-    """An adapted layer reads the ``gathered`` factors of the active rows. A component's layers share ``active``."""
+    """An adapted layer reads the ``gathered`` factors of the active rows.
+
+    A component's layers share ``active``. ``paths`` are the layer's names in the component.
+    """
 
     active: ActiveRows
+    paths: list[str] = field(default_factory=list)
     gathered: dict[Kind, GatheredFactors] = field(default_factory=dict)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -9,18 +10,24 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import FluxTransformer2DModel
 from torch import nn
 
 from safelight.protocol.adapters import SetAdapters, UnloadAdapter, Use
-from safelight.protocol.errors import Conflict
+from safelight.protocol.errors import Conflict, InvalidRequest
 from safelight.worker.forward.adapters import CannotMix
 from safelight.worker.forward.at_rest import AtRest
+from safelight.worker.lora.adapter import Adapter, placed
 from safelight.worker.lora.adapters import RankAdapters
 from safelight.worker.lora.bank import ActiveAdapters
+from safelight.worker.lora.dynamic import DynamicLora
+from safelight.worker.lora.factors import LoraFactors
+from safelight.worker.lora.files import AdapterFile, LowRank
 from safelight.worker.lora.layers import AdaptedLayer, LayerLora
 from safelight.worker.model.model import Model
+from safelight.worker.weights.checkpoint.layout import Layout
 
-from .agreement import Made, change, distance, draw, new_adapters, new_batcher, request, source, write_adapter
+from .agreement import CPU, Made, change, distance, draw, new_adapters, new_batcher, request, source, write_adapter
 
 NAMES = ("first", "second", "third")
 
@@ -303,3 +310,49 @@ def test_factors_of_an_unloaded_adapter_are_freed_after_the_forward_that_uses_it
     del running
     assert factors() is None, "the adapter's own factors live as long as requests that name it"
     unload(adapters, "first")
+
+
+def test_adapters_that_name_one_layer_by_two_paths_add_up() -> None:
+    layer = nn.Linear(6, 5)
+    component = nn.Sequential(layer, layer)
+    factors = [LoraFactors("0.weight", torch.randn(2, 6), up, up) for up in torch.randn(2, 5, 2)]
+    first, second = (Adapter("a", {"transformer": {str(number): one}}) for number, one in enumerate(factors))
+    dynamic = DynamicLora("transformer", component)
+    dynamic.retain([first, second])
+    x = torch.randn(2, 6)
+    plain, one, other = layer(x), *(x @ one.down.T @ one.up.T for one in factors)
+    with dynamic.applied([(2, ((first, 0.5), (second, -2.0)))]):
+        torch.testing.assert_close(layer(x), plain + 0.5 * one - 2 * other)
+    with dynamic.applied([(1, ((first, 1.0),)), (1, ((second, 1.0),))]):
+        torch.testing.assert_close(layer(x), plain + torch.stack([one[0], other[1]]))
+
+
+def test_an_adapter_with_two_names_of_one_layer_is_refused_with_both() -> None:
+    layer = nn.Linear(6, 5)
+    component = nn.Sequential(layer, layer)
+    pair = LowRank(torch.randn(2, 6), torch.randn(5, 2), 2.0, 1.0)
+    for paths in ("01", "0", "1"):
+        file = AdapterFile({"transformer": dict.fromkeys(paths, pair)}, rank=2, alpha=2.0, nbytes=88)
+        with pytest.raises(InvalidRequest, match=r"transformer\.[01] shares its weight with transformer\.[01],"):
+            placed(file, "a", "all", {"transformer": component}, {"transformer": Layout.whole(component)}, CPU)
+
+
+@pytest.mark.parametrize("low_cpu_mem_usage", [True, False])
+def test_in_bfloat16_factors_are_those_that_diffusers_loads(flux: Model, low_cpu_mem_usage: bool) -> None:
+    theirs = FluxTransformer2DModel.from_config(flux.pipeline.transformer.config).to(torch.bfloat16)
+    path = "transformer_blocks.0.attn.to_q"
+    ours = copy.deepcopy(theirs.get_submodule(path))
+    down, up = torch.randn(4, ours.in_features), torch.randn(ours.out_features, 4)
+    factors = {f"{path}.lora_A.weight": down, f"{path}.lora_B.weight": up}
+    theirs.load_lora_adapter(factors, prefix=None, adapter_name="a", low_cpu_mem_usage=low_cpu_mem_usage)
+    layer, dynamic = theirs.get_submodule(path), DynamicLora("transformer", nn.Sequential(ours))
+    adapter = Adapter("a", {"transformer": {"0": LoraFactors("0.weight", down, up, up)}})
+    x = torch.randn(2, 7, ours.in_features).bfloat16()
+    with dynamic.applied([(2, ((adapter, 1.0),))]):
+        (gathered,) = ours.lora.gathered.values()
+        assert torch.equal(gathered.down, layer.lora_A["a"].weight)
+        assert torch.equal(gathered.up, layer.lora_B["a"].weight.T)
+        drawn = ours(x)
+    x, weight, bias, down, up = (one.double() for one in (x, ours.weight, ours.bias, down.bfloat16(), up.bfloat16()))
+    exact = x @ weight.T + bias + x @ down.T @ up.T
+    assert distance(drawn, exact) <= distance(layer(x.bfloat16()), exact)
