@@ -36,6 +36,7 @@ PLAIN = (
     "worker/crossing",
     "worker/forward",
     "worker/internals",
+    "worker/lora",
     "worker/media",
     "worker/model",
     "worker/operations",

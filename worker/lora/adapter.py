@@ -1,4 +1,4 @@
-"""An adapter on this rank: of every layer that it changes, this rank's part of the two factors."""
+"""An adapter on this rank: this rank's part of the factors of every layer that it changes."""
 
 from __future__ import annotations
 
@@ -27,9 +27,8 @@ _numbers = itertools.count(1)
 class Adapter:
     """``factors`` by component and layer, and ``changes`` of whole weights by component.
 
-    ``only_merged`` are layers for which it cannot be computed dynamically, ``only_dynamic`` those that it cannot be
-    merged into.
-    ``number`` is no other's in this process.
+    In ``only_merged`` layers it cannot be dynamic, in ``only_dynamic`` ones it cannot be merged. ``number`` is unique
+    in this process.
     """
 
     nickname: str
@@ -54,7 +53,7 @@ class Adapter:
         return {*self.factors.get(component, ()), *(change.layer for change in self.changes.get(component, ()))}
 
     def tensors(self) -> Iterator[torch.Tensor]:
-        """What it holds on the device."""
+        """The tensors that it holds on the device."""
         for factors in self.factors.values():
             yield from itertools.chain.from_iterable(one.tensors() for one in factors.values())
         for changes in self.changes.values():
@@ -71,7 +70,7 @@ def placed(
 ) -> Adapter:
     """The adapter of ``file`` on this rank.
 
-    What a file has for one denoiser is for the denoiser ``target``, if that is one. Raises ``InvalidRequest`` for
+    If ``target`` is a denoiser, a file's layers of a single denoiser apply to it. Raises ``InvalidRequest`` for
     components and layers that adapters cannot change.
     """
     denoisers = [name for name in file.components if name in DENOISERS]
@@ -80,7 +79,7 @@ def placed(
     for component in file.components:
         own = moved.get(component, component)
         if own not in components:
-            raise InvalidRequest(f"The adapter {nickname!r} has layers of {own}, which takes none.", field=_FIELD)
+            raise InvalidRequest(f"The adapter {nickname!r} has layers of {own}, which cannot have any.", field=_FIELD)
         if changes := [change for change in file.changes if change.component == component]:
             adapter.changes[own] = _changes(own, changes, layouts[own], device)
             adapter.only_merged += [f"{own}.{change.layer} ({change.kind})" for change in adapter.changes[own]]

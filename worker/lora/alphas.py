@@ -1,4 +1,4 @@
-"""What is said of an adapter's alphas beside its tensors: in ``adapter_config.json``, or in the file's header.
+"""An adapter's alphas as written beside its tensors: in ``adapter_config.json``, or in the file's header.
 
 Both are peft's ``LoraConfig`` as a dictionary; in the header, where diffusers writes it, every component has its own.
 """
@@ -24,7 +24,7 @@ _NOT_APPLIED = (
 """Options under which an adapter is more than what its tensors say."""
 
 _KINDS: dict[str, str | None] = {"LORA": None, "LOKR": "LoKr", "LOHA": "LoHa"}
-"""What can be applied, by peft's type."""
+"""The kinds that can be applied, by peft's type."""
 
 _OTHER_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 """Initialisations that change the weights beside which the adapter was trained."""
@@ -35,10 +35,10 @@ _SLOW_PATTERN = re.compile(r"[()]|([*+{?].*){3}")
 """Groups, and more repetitions than two: a match could take for ever."""
 
 _MOST_PATTERNS = 64
-"""That are more than a name; peft writes one for each kind of layers."""
+"""Patterns that are more than a name; peft writes one for each kind of layers."""
 
 _LARGEST = 1e6
-"""Of any alpha or rank."""
+"""The limit of any alpha or rank."""
 
 _NAME = re.compile(r"[\w.]+")
 
@@ -46,7 +46,7 @@ Patterns = list[tuple[re.Pattern[str], float]]
 
 
 @dataclass(frozen=True, slots=True)
-class Told:
+class AlphaConfig:
     """``alpha`` and ``rank`` of the layers whose names match no pattern; ``where`` it is written."""
 
     where: str
@@ -65,14 +65,14 @@ class Told:
         return _first(self.ranks, layer, self.rank)
 
 
-def scaled(rank: int, alpha: float, told: Told | None) -> float:
-    """By what the product of a pair is multiplied. With rank-stabilised LoRA (https://arxiv.org/abs/2312.03732),
-    alpha / sqrt(rank)."""
-    return alpha / (math.sqrt(rank) if told is not None and told.rslora else rank)
+def scaled(rank: int, alpha: float, config: AlphaConfig | None) -> float:
+    """The factor of a pair's product: alpha / rank, or alpha / sqrt(rank) with rank-stabilised LoRA
+    (https://arxiv.org/abs/2312.03732)."""
+    return alpha / (math.sqrt(rank) if config is not None and config.rslora else rank)
 
 
-def read_config(config: Mapping[str, Any], where: str = "adapter_config.json") -> Told:
-    """Raises ``InvalidRequest`` where it is not what peft writes, or asks for more than LoRA."""
+def read_config(config: Mapping[str, Any], where: str = "adapter_config.json") -> AlphaConfig:
+    """Raises ``InvalidRequest`` if peft does not write such a configuration, or if it asks for more than LoRA."""
     kind = str(config.get("peft_type", "LORA"))
     if kind not in _KINDS:
         raise refused(f"{where} is of {kind[:50]!r}, not of {', '.join(_KINDS)}")
@@ -86,7 +86,7 @@ def read_config(config: Mapping[str, Any], where: str = "adapter_config.json") -
     rank, rslora = config.get("r"), config.get("use_rslora") or False
     if type(rank) is not int or not 0 < rank <= _LARGEST or type(rslora) is not bool:
         raise refused(f"{where} does not say r as a positive integer, or use_rslora as a boolean")
-    return Told(
+    return AlphaConfig(
         where=where,
         alpha=_positive(config.get(name := "lora_alpha" if kind == "LORA" else "alpha"), name, where),
         rank=rank,
@@ -97,8 +97,8 @@ def read_config(config: Mapping[str, Any], where: str = "adapter_config.json") -
     )
 
 
-def read_header(metadata: Mapping[str, str]) -> dict[str, Told]:
-    """What diffusers wrote into a file's header, by component. Raises ``InvalidRequest``."""
+def read_header(metadata: Mapping[str, str]) -> dict[str, AlphaConfig]:
+    """The configurations that diffusers wrote into a file's header, by component. Raises ``InvalidRequest``."""
     if _HEADER not in metadata:
         return {}
     where = f"{_HEADER} in the file's header"
@@ -115,9 +115,9 @@ def parse_object(text: str | bytes, where: str) -> dict[str, Any]:
     try:
         found = json.loads(text)
     except (ValueError, RecursionError):
-        raise refused(f"{where} is no JSON") from None
+        raise refused(f"{where} is not JSON") from None
     if not isinstance(found, dict):
-        raise refused(f"{where} is no JSON object")
+        raise refused(f"{where} is not a JSON object")
     return found
 
 
@@ -134,7 +134,7 @@ def _patterns(given: object, name: str, where: str) -> Patterns:
     if not isinstance(given, dict):
         raise refused(f"{where} does not say {name} as an object")
     if sum(not _NAME.fullmatch(key) for key in given) > _MOST_PATTERNS:
-        raise refused(f"{where} has more than {_MOST_PATTERNS} patterns in its {name} that are no names")
+        raise refused(f"{where} has more than {_MOST_PATTERNS} patterns in its {name} other than names")
     try:
         return [
             (re.compile(rf"(.*\.)?({_quick(key)})$"), _positive(value, f"{name} of {key[:100]}", where))

@@ -81,11 +81,12 @@ class FactorBank:
                 layer, lora = self._layers[path]
                 if self._kind[1] and isinstance(layer, Convolution):
                     raise CannotMix(f"{path} is a convolution")
+                self._written = []
                 self._gathered[path] = GatheredFactors(path, layer, factors[path], self._kind[0])
                 lora.gathered[self._kind] = self._gathered[path]
 
     def _factors(self, adapter: Adapter) -> dict[str, LoraFactors]:
-        """By the first of each layer's paths, as adapters can name a layer by different ones."""
+        """Its factors by the first of each layer's paths, as adapters can name a layer by different ones."""
         found: dict[str, LoraFactors] = {}
         for path, factors in adapter.factors[self._component].items():
             if path in self._layers:

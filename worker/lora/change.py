@@ -1,4 +1,4 @@
-"""What an adapter changes in a whole weight or bias, of which this rank adds its part when the adapter is merged."""
+"""Changes of whole weights and biases; this rank adds its part when the adapter is merged."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ class Change(Protocol):
     def kind(self) -> str: ...
 
     def added(self, base: torch.Tensor, strength: float) -> torch.Tensor:
-        """What is added to this rank's part of the tensor, which is ``base`` without adapters; float32."""
+        """The change of this rank's part of the tensor, which is ``base`` without adapters; float32."""
 
     def tensors(self) -> Iterator[torch.Tensor]:
-        """What it holds on the device."""
+        """The tensors that it holds on the device."""
 
 
 def change_of(change: WholeChange, weight: str, layout: Layout, device: torch.device) -> Change:

@@ -1,4 +1,4 @@
-"""Diffusers' own converters of adapters, asked so that nothing is lost in them.
+"""Calls diffusers' own converters of adapters, and finds out if they lose anything.
 
 A converter takes and gives a dictionary of tensors; what it leaves out, it says in a log at best, and some multiply the
 alphas into the factors. So every tensor that goes in knows its name, which passes to what is made of it, and every
@@ -33,7 +33,7 @@ FAILURES = (
     RuntimeError,
     ArithmeticError,
 )
-"""What converters fail with where a file is not as they expect."""
+"""The exceptions of converters for files that are not as they expect."""
 
 
 class NotConverted(Exception):
@@ -100,7 +100,7 @@ def convert(pairs: Mapping[str, Pair], pipeline: DiffusionPipeline) -> dict[str,
 
 
 def _converted(pairs: Mapping[str, Pair], pipeline: DiffusionPipeline) -> dict[str, torch.Tensor]:
-    """What diffusers reads from the pairs. Some converters need alphas, and some do not know them for every layer."""
+    """The tensors that diffusers reads from the pairs. Some converters need alphas, others refuse some."""
     if not isinstance(pipeline, internals.LoraBaseMixin):
         raise NotConverted([])
     alphas = {pair.alpha_name: torch.tensor(float(pair.rank)) for pair in pairs.values() if pair.alpha_name is not None}
@@ -122,7 +122,7 @@ def traced(tensor: torch.Tensor, name: str) -> Traced:
 
 
 def _asked(given: dict[str, torch.Tensor], pipeline: DiffusionPipeline) -> dict[str, torch.Tensor]:
-    """What the pipeline's class makes of these tensors, under peft's names, without the alphas."""
+    """The tensors as the pipeline's class converts them, under peft's names, without the alphas."""
     unet = pipeline.components.get("unet")
     options = {} if unet is None else {"unet_config": unet.config}  # which SDXL's blocks are numbered by
     try:
@@ -153,8 +153,10 @@ def _pair(down: Traced, up: Traced, owners: Mapping[str, str]) -> Converted:
 
 
 def _is_turned(pair: Converted, source: Pair) -> bool:
-    """Whether the halves of the rank have changed places in one factor alone: where scale and shift are to change
-    places, HunyuanVideo's converter does that with both factors, which is another adapter."""
+    """True if the halves of the rank have changed places in one factor alone.
+
+    HunyuanVideo's converter swaps scale and shift in both factors, which makes another adapter.
+    """
     if pair.down.shape != source.down.shape or torch.equal(pair.down, source.down):
         return False
     return torch.equal(pair.down, torch.cat(source.down.chunk(2)[::-1]))
@@ -162,7 +164,7 @@ def _is_turned(pair: Converted, source: Pair) -> bool:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Nothing of what converters log or warn is news: what they leave out is an error here."""
+    """Silence converters: whatever they leave out, and log, is an error here."""
     before = diffusers_logging.get_verbosity()
     diffusers_logging.set_verbosity(logging.CRITICAL)
     try:

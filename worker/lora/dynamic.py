@@ -98,7 +98,7 @@ class DynamicLora:
                 self._trim()
 
     def _touching(self, active: ActiveAdapters) -> ActiveAdapters:
-        """Those with layers there, in an order of their own: the same adapters are the same, however they are named."""
+        """The adapters with layers there, sorted: a request may name the same ones in any order."""
         touching = ((adapter, strength) for adapter, strength in active if strength and adapter.factors.get(self._name))
         return tuple(sorted(touching, key=lambda one: one[0].number))
 
@@ -128,7 +128,7 @@ class DynamicLora:
             )
 
     def _by_rank(self, adapters: Iterable[Adapter]) -> dict[int, list[Adapter]]:
-        """Those with layers in the component, by their padded rank."""
+        """The adapters with layers in the component, by their padded rank."""
         found: dict[int, list[Adapter]] = {}
         for adapter in adapters:
             if adapter.factors.get(self._name):

@@ -10,7 +10,7 @@ import torch
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LoraFactors:
-    """What an adapter adds to one layer, ``up @ down``, in fp32.
+    """The change of one layer by an adapter, ``up @ down``, in fp32.
 
     ``weight`` is the name of the layer's weight in the checkpoint. ``down`` and ``up`` are this rank's: their product
     is this rank's part of the weight's change. ``full_up`` is of all output features, where the layer gives every rank
@@ -27,7 +27,7 @@ class LoraFactors:
         return self.down.shape[0]
 
     def added(self, base: torch.Tensor, strength: float) -> torch.Tensor:
-        """What is added to this rank's part of the weight, in fp32; of a convolution, kernels and all."""
+        """The change of this rank's part of the weight, in fp32, in the weight's shape."""
         product = self.up.flatten(1) @ self.down.flatten(1)
         return product.mul_(strength).view(self.up.shape[0], *self.down.shape[1:])
 

@@ -17,10 +17,10 @@ from ...formats.tensor_files import BadTensorFile, read_metadata
 from ...protocol.adapters import ADAPTER_CONFIG, ADAPTER_FILE
 from ...protocol.errors import InvalidRequest
 from ..weights.checkpoint.mapped_files import map_file
-from .alphas import Told, parse_object, read_config, read_header, scaled
+from .alphas import AlphaConfig, parse_object, read_config, read_header, scaled
 from .convert import Converted
-from .matching import ABSENT, fault_of, place
-from .names import Shapes, split_name, weight_shapes
+from .matching import ABSENT, fault_of, match_layers
+from .names import LayerRef, Shapes, split_name, weight_shapes
 from .pairs import ALPHA, LeftOut, Pair, find_pairs, refused
 from .parts import layer_of, read_notes
 from .targets import find_targets
@@ -30,12 +30,12 @@ __all__ = ["AdapterFile", "LowRank", "load_adapter", "read_adapter", "weight_sha
 
 
 _COPIED_WITHIN = 1e-3
-"""By how much, in the norm, a copy of a layer may differ: those of a file are rounded apart."""
+"""The largest difference of a layer's copies, in the relative norm: a file rounds each of them."""
 
 
 @dataclass(frozen=True, slots=True)
 class LowRank:
-    """What an adapter adds to one layer: ``scale * up @ down``, float32.
+    """The change of one layer: ``scale * up @ down``, float32.
 
     ``down`` is [rank, in], of a convolution [rank, in, *kernel]; ``up`` is [out, rank], or [out, rank, 1, ...].
     ``alpha`` is the one that applies, and ``scale`` is alpha / rank, or with rank-stabilised LoRA alpha / sqrt(rank);
@@ -54,7 +54,7 @@ class LowRank:
 
 @dataclass(frozen=True, slots=True)
 class WholeChange:
-    """What an adapter changes in one weight or bias of the model, which can only be merged: ``scale`` times ``whole``.
+    """A change of one weight or bias of the model, ``scale`` times ``whole``, which can only be merged.
 
     ``rows`` are those of the file's layer that this one has; all of them where ``None``.
     """
@@ -68,15 +68,22 @@ class WholeChange:
 
 @dataclass(frozen=True, slots=True)
 class AdapterFile:
-    """The pairs by component and layer, and other changes. ``rank`` is the largest, ``alpha`` that of most layers,
-    ``nbytes`` the size of all factors. ``left`` names what has no place in the model and is left out."""
+    """The pairs by component and layer, and other changes.
+
+    ``rank`` is the largest, and ``alpha`` that of most layers. ``left`` names layers that the model lacks.
+    """
 
     layers: dict[str, dict[str, LowRank]]
     rank: int
     alpha: float
-    nbytes: int
     changes: list[WholeChange] = field(default_factory=list)
     left: list[str] = field(default_factory=list)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all factors."""
+        pairs = sum(pair.down.nbytes + pair.up.nbytes for named in self.layers.values() for pair in named.values())
+        return pairs + sum(change.whole.nbytes for change in self.changes)
 
     @property
     def components(self) -> list[str]:
@@ -114,35 +121,48 @@ def read_adapter(
     metadata: Mapping[str, str] | None = None,
     strict: bool = True,
 ) -> AdapterFile:
-    """The adapter of these tensors, with ``config`` that lay beside them and the ``metadata`` of their header.
+    """The adapter of these tensors, with the ``config`` beside them and the ``metadata`` of their header.
 
     ``alpha`` is for all layers, and ``alphas`` are for some, whatever the file says. Otherwise a layer's own applies,
-    else the configuration's, else the header's, else the rank. What the model has no place for is refused
-    when ``strict``, else left out. Raises ``InvalidRequest``.
+    else the configuration's, else the header's, else the rank. Layers that the model lacks are refused if
+    ``strict``, else left out. Raises ``InvalidRequest``.
     """
     if alpha is not None and not 0 < alpha < float("inf"):
-        raise refused(f"an alpha of {alpha} is no positive number", field="lora_alpha")
-    configured = None if config is None else read_config(config)
-    scaling = _Scaling(configured, read_header(metadata or {}), alpha, alphas, shapes)
-    pairs, wholes = _read(tensors, left := LeftOut(strict))
+        raise refused(f"an alpha of {alpha} is not a positive number", field="lora_alpha")
+    scaling = _Scaling(
+        None if config is None else read_config(config), read_header(metadata or {}), alpha, alphas, shapes
+    )
+    left = LeftOut(strict)
+    pairs, wholes = _read(tensors, left)
     scaling.check_kinds(wholes)
-    placed = place(pairs, pipeline, shapes, left)  # before patterns meet names, so that these are a model's
+    matched = match_layers(pairs, pipeline, shapes, left)  # before patterns meet names, so that these are a model's
     changes = _changes(wholes, pairs, pipeline, shapes, left)
-    for name in dict.fromkeys(name for _, pair in placed for name in pair.layers):
+    for name in dict.fromkeys(name for _, pair in matched for name in pair.layers):
         scaling.add(name, pairs[name].rank, pairs[name].alpha)
-    layers = _layers(placed, scaling)
-    scaled = [(where, target, whole, scaling.of_whole(whole)) for where, target, whole in changes]
+    layers = _layers(matched, scaling)
+    scaled = [(where, rows, whole, *scaling.of_whole(whole)) for where, rows, whole in changes]
     scaling.check_ranks()
-    found = [WholeChange(*where, whole, scale, rows) for where, rows, whole, (_, scale) in scaled]
-    every = [pair for named in layers.values() for pair in named.values()]
-    if not every and not found:
-        raise refused("nothing of it has a place in the model", left.names)
-    ranks = [(pair.alpha, pair.rank) for pair in every]
-    ranks += [(said, whole.rank) for _, _, whole, (said, _) in scaled if whole.rank is not None]
-    nbytes = sum(pair.down.nbytes + pair.up.nbytes for pair in every) + sum(one.whole.nbytes for one in found)
-    usual = Counter(one for one, _ in ranks).most_common(1)[0][0] if ranks else 0.0
-    rank = max((rank for _, rank in ranks), default=0)
-    return AdapterFile(layers, rank, usual, nbytes, found, sorted(set(left.names)))
+    file = _adapter_file(layers, scaled, left)
+    if not file.components:
+        raise refused("the model has none of its layers", left.names)
+    return file
+
+
+def _adapter_file(
+    layers: dict[str, dict[str, LowRank]],
+    scaled: list[tuple[LayerRef, torch.Tensor | None, Whole, float, float]],
+    left: LeftOut,
+) -> AdapterFile:
+    """``scaled`` are changes with their layers, rows, alphas and scales."""
+    used = [(pair.alpha, pair.rank) for named in layers.values() for pair in named.values()]
+    used += [(alpha, whole.rank) for _, _, whole, alpha, _ in scaled if whole.rank is not None]
+    return AdapterFile(
+        layers=layers,
+        rank=max((rank for _, rank in used), default=0),
+        alpha=Counter(alpha for alpha, _ in used).most_common(1)[0][0] if used else 0.0,
+        changes=[WholeChange(*where, whole, scale, rows) for where, rows, whole, _, scale in scaled],
+        left=sorted(set(left.names)),
+    )
 
 
 def _read(tensors: Mapping[str, torch.Tensor], left: LeftOut) -> tuple[dict[str, Pair], list[Whole]]:
@@ -161,7 +181,7 @@ def _read(tensors: Mapping[str, torch.Tensor], left: LeftOut) -> tuple[dict[str,
 
 def _changes(
     wholes: list[Whole], pairs: Mapping[str, Pair], pipeline: DiffusionPipeline, shapes: Shapes, left: LeftOut
-) -> list[tuple[tuple[str, str], torch.Tensor | None, Whole]]:
+) -> list[tuple[LayerRef, torch.Tensor | None, Whole]]:
     if not wholes:
         return []
     targets = find_targets({one.layer: one.shape[0] for one in wholes}, pairs, pipeline, shapes)
@@ -177,11 +197,11 @@ def _changes(
     return found
 
 
-def _layers(placed: list[tuple[tuple[str, str], Converted]], scaling: _Scaling) -> dict[str, dict[str, LowRank]]:
-    """The pairs by place. A copy of a layer under another name, as of a fused one and its parts, is the same once."""
+def _layers(matched: list[tuple[LayerRef, Converted]], scaling: _Scaling) -> dict[str, dict[str, LowRank]]:
+    """The pairs by the model's layers. Copies of a layer, as in a fused one and its parts, count once."""
     layers: dict[str, dict[str, LowRank]] = {}
-    names: dict[tuple[str, str], frozenset[str]] = {}
-    for where, found in placed:
+    names: dict[LayerRef, frozenset[str]] = {}
+    for where, found in matched:
         pair = LowRank(found.down, found.up, *scaling.of_pairs(found.layers))
         named = layers.setdefault(where[0], {})
         if where[1] in named and not _is_copy(named[where[1]], pair):
@@ -198,10 +218,10 @@ def _is_copy(one: LowRank, other: LowRank) -> bool:
 
 @dataclass(slots=True)
 class _Scaling:
-    """By what each layer's change is multiplied: what the request says, the layer, the configuration or the header."""
+    """The scale of each layer's change, by the request, the layer, the configuration or the header."""
 
-    told: Told | None
-    by_component: Mapping[str, Told]
+    config: AlphaConfig | None
+    by_component: Mapping[str, AlphaConfig]
     alpha: float | None
     alphas: Mapping[str, float]
     shapes: Shapes
@@ -209,26 +229,26 @@ class _Scaling:
     _other: list[str] = field(default_factory=list)
 
     def check_kinds(self, wholes: list[Whole]) -> None:
-        """Raises ``InvalidRequest`` where the configuration is of something else than the file."""
+        """Raises ``InvalidRequest`` if the configuration is for another kind of changes than the file has."""
         kinds = {one.kind for one in wholes}
-        for told in (self.told, *self.by_component.values()):
-            if told is not None and told.kind is not None and told.kind not in kinds:
-                raise refused(f"{told.where} is of {told.kind}, and the file has none")
+        for config in (self.config, *self.by_component.values()):
+            if config is not None and config.kind is not None and config.kind not in kinds:
+                raise refused(f"{config.where} is of {config.kind}, and the file has none")
 
     def add(self, layer: str, rank: int, own: float | None) -> tuple[float, float]:
         """The alpha that applies to a layer of the file, and the scale that follows."""
         component, name = split_name(layer, self.shapes)
-        told = self.told or self.by_component.get(component)
-        if told is not None and told.rank_of(name) != rank:
-            self._other.append(f"{name}: {told.rank_of(name):g}, not {rank}")
+        config = self.config or self.by_component.get(component)
+        if config is not None and config.rank_of(name) != rank:
+            self._other.append(f"{name}: {config.rank_of(name):g}, not {rank}")
         given = self.alpha if self.alpha is not None else self.alphas.get(layer_of(f"{layer}{ALPHA}"), own)
         if given is None:
-            given = float(rank) if told is None else told.alpha_of(name)
-        self._scales[layer] = float(given), scaled(rank, given, told)
+            given = float(rank) if config is None else config.alpha_of(name)
+        self._scales[layer] = float(given), scaled(rank, given, config)
         return self._scales[layer]
 
     def of_pairs(self, layers: frozenset[str]) -> tuple[float, float]:
-        """Of what is made of several layers of the file."""
+        """The alpha and scale of a model's layer that several layers of the file make."""
         applies = {self._scales[name] for name in layers}
         if len(applies) != 1:
             raise refused("layers of different alphas or ranks are one in the model", sorted(layers))
@@ -242,11 +262,11 @@ class _Scaling:
         if self.alpha is not None or layer_of(f"{whole.layer}{ALPHA}") in self.alphas:
             raise refused("an alpha is given for layers without a rank", [whole.layer], field="lora_alpha")
         _, name = split_name(whole.layer, self.shapes)
-        if self.told is None:
+        if self.config is None:
             return 1.0, 1.0
-        alpha = self.told.alpha_of(name)
-        return alpha, scaled(int(self.told.rank_of(name)), alpha, self.told)
+        alpha = self.config.alpha_of(name)
+        return alpha, scaled(int(self.config.rank_of(name)), alpha, self.config)
 
     def check_ranks(self) -> None:
         if self._other:
-            raise refused(f"of {len(self._other)} layers, another rank is told than they have", self._other)
+            raise refused(f"of {len(self._other)} layers, the configuration has another rank", self._other)

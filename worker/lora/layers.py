@@ -35,7 +35,7 @@ class LayerLora:
 
 
 class AdaptedLayer(Overlay):
-    """Stands before a layer's class, of which it calls the forward."""
+    """Stands before a layer's class, and adds to the output of its forward."""
 
     overlay_attribute = LORA
     lora: LayerLora
@@ -81,7 +81,7 @@ _ADAPTED: dict[type[nn.Module], type[AdaptedLayer]] = {
         AdaptedConv3d,
     )
 }
-"""By exactly the class of the layer: others are not always called, but read by whoever computes with their weights."""
+"""Adapted classes by the exact class of the layer: the weights of other layers are also read without a call."""
 
 
 def is_adaptable(layer: nn.Module) -> bool:

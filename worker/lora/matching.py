@@ -1,4 +1,4 @@
-"""Which layers of the model the pairs of a file are of, and whether they fit there."""
+"""Finds the model's layers for the pairs of a file, and checks that the pairs fit."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import nn
 
 from ..weights.checkpoint.fuse import FusedPart
 from .convert import Converted, NotConverted, convert
-from .names import Place, Shapes, locate
+from .names import LayerRef, Shapes, locate
 from .pairs import LeftOut, Pair, refused
 from .targets import Targets, by_sd3, underscored
 from .whole import Whole
@@ -22,24 +22,24 @@ _FUSED = re.compile(r"(qkv|linear1|to_kv|to_added_qkv)$")
 ABSENT = "layers that the model does not have, or that cannot be converted to its names"
 
 
-def place(
+def match_layers(
     pairs: Mapping[str, Pair], pipeline: DiffusionPipeline, shapes: Shapes, left: LeftOut
-) -> list[tuple[Place, Converted]]:
-    """The pairs by their places; a place comes twice where a file has a layer under two names.
+) -> list[tuple[LayerRef, Converted]]:
+    """The pairs with the layers of the model that they change; a layer comes twice if a file names it twice.
 
     Raises ``InvalidRequest`` for layers that the model does not have, unless these may be left out, or that do not fit.
     Names that are the model's own need no converter, and some converters do not know them.
     """
     named = _in_model_names(pairs, pipeline, shapes, left)
-    placed = [(where, pair) for name, pair in named if (where := locate(name, shapes)) is not None]
+    matched = [(where, pair) for name, pair in named if (where := locate(name, shapes)) is not None]
     if absent := [(name, pair) for name, pair in named if locate(name, shapes) is None]:
         own = dict.fromkeys(layer for _, pair in absent for layer in sorted(pair.layers))
         left.out(_absent(len(absent)), [name for name, _ in absent] if left.strict else own)
     modules = pipeline.components
-    unfit = [fault for where, pair in placed if (fault := _fault(where, pair, modules[where[0]], shapes))]
+    unfit = [fault for where, pair in matched if (fault := _fault(where, pair, modules[where[0]], shapes))]
     if unfit:
         raise refused(f"{len(unfit)} of its layers do not fit the model's", unfit)
-    return placed
+    return matched
 
 
 def _in_model_names(
@@ -98,13 +98,13 @@ def _absent(number: int) -> str:
 
 
 def _is_known(module: nn.Module) -> bool:
-    """Whether a product added to the weight is what the factors beside it would compute; with groups, it is not."""
+    """True if merging equals dynamic application for this layer; false for grouped convolutions."""
     if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
         return module.groups == 1
     return isinstance(module, nn.Linear | FusedPart)
 
 
-def _fault(where: Place, pair: Converted, module: nn.Module, shapes: Shapes) -> str | None:
+def _fault(where: LayerRef, pair: Converted, module: nn.Module, shapes: Shapes) -> str | None:
     component, layer = where
     shape, rank = shapes[component][layer], pair.down.shape[0]
     if not _is_known(module.get_submodule(layer)):
@@ -119,7 +119,7 @@ def _fault(where: Place, pair: Converted, module: nn.Module, shapes: Shapes) -> 
     return None
 
 
-def fault_of(whole: Whole, where: Place, rows: int, shapes: Shapes) -> str | None:
+def fault_of(whole: Whole, where: LayerRef, rows: int, shapes: Shapes) -> str | None:
     """Why a change of ``rows`` rows of a whole weight or bias is not one of the model's layer there, if it is not."""
     component, layer = where
     shape = shapes[component][layer]

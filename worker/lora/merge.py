@@ -1,7 +1,7 @@
-"""Adapters in the weights themselves: summed in fp32 and rounded once, and taken out without a trace.
+"""Merges adapters into the weights: summed in fp32 and rounded once, and removed without a trace.
 
-A tensor that an adapter is merged into keeps what it was in its layout's ``bases``; from that every other sum is made,
-and it is what comes back in the end. So nothing is ever subtracted, and whatever speaks of weights speaks of the base.
+The base of a tensor that adapters are merged into is kept in its layout's ``bases``. Every sum starts from it, and it
+is restored in the end, so nothing is ever subtracted. All other code that speaks of weights means the base.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from .change import Change
 from .factors import LoraFactors
 
 Delta = Sequence[tuple[LoraFactors | Change, float]]
-"""What is added to a tensor, with strengths."""
+"""The changes of a tensor, with strengths."""
 
 Deltas = Mapping[str, Delta]
-"""Of each tensor, by its name in the checkpoint."""
+"""The changes of each tensor, by its name in the checkpoint."""
 
 
 def deltas(component: str, adapters: Iterable[tuple[Adapter, float]]) -> Deltas:
-    """What they add to each tensor of ``component``, in this order."""
+    """The changes of each tensor of ``component``, in the order of the adapters."""
     found: dict[str, list[tuple[LoraFactors | Change, float]]] = {}
     for adapter, strength in adapters:
         factors = adapter.factors.get(component, {}).values()

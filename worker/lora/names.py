@@ -1,4 +1,4 @@
-"""What the names of layers in files mean, where they are the model's own."""
+"""Finds the layers that a file names as the model does."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from ..pipelines.components import DENOISERS
 from ..weights.checkpoint.layout import Layout
 
 Shapes = Mapping[str, Mapping[str, tuple[int, ...]]]
-"""Of the whole weights, by component and layer."""
+"""Shapes of the whole weights, by component and layer."""
 
-Place = tuple[str, str]
+LayerRef = tuple[str, str]
 """A component and the name of a layer in it."""
 
 FOREIGN = "diffusion_model."
@@ -27,12 +27,12 @@ def weight_shapes(layouts: Mapping[str, Layout]) -> dict[str, dict[str, tuple[in
 
 def _weights(layout: Layout) -> Iterator[tuple[str, tuple[int, ...]]]:
     for entry in layout:
-        layer, _, kind = (entry.own or entry.tensor).rpartition(".")  # a fused tensor is no layer's own
+        layer, _, kind = (entry.own or entry.tensor).rpartition(".")  # a fused tensor belongs to several layers
         if kind == "weight":
             yield layer, entry.shape
 
 
-def split_name(name: str, shapes: Shapes) -> Place:
+def split_name(name: str, shapes: Shapes) -> LayerRef:
     """The component and the layer that a name in a file means, if it is one that diffusers or peft gives."""
     path = name.removeprefix(_PEFT_MODEL)
     component, _, rest = path.partition(".")
@@ -51,14 +51,14 @@ _ENCODERS = {
 }
 
 
-def locate_underscored(names: Iterable[str], shapes: Shapes) -> dict[str, Place]:
+def locate_underscored(names: Iterable[str], shapes: Shapes) -> dict[str, LayerRef]:
     """The model's layers whose names are in ``names`` with underscores for dots, as sd-scripts and LyCORIS write them.
 
     Those that mean no layer are not in it, nor those that would mean several.
     """
     denoiser = next((found for found in DENOISERS if found in shapes), "")
     tables: dict[str, dict[str, list[str]]] = {}
-    found: dict[str, Place] = {}
+    found: dict[str, LayerRef] = {}
     for name in names:
         for before, components in {**dict.fromkeys(_DENOISER, (denoiser,)), **_ENCODERS}.items():
             component = next((one for one in components if one in shapes), None)
@@ -79,7 +79,7 @@ def _by_underscored(layers: Iterable[str]) -> dict[str, list[str]]:
     return found
 
 
-def locate(name: str, shapes: Shapes) -> Place | None:
+def locate(name: str, shapes: Shapes) -> LayerRef | None:
     """The model's layer of that name."""
     component, layer = split_name(name, shapes)
     layers = shapes.get(component, {})

@@ -12,7 +12,7 @@ import torch
 from ...protocol.errors import InvalidRequest
 
 ADAPTER_NAME = r"(?:\.(?!(?:weight|bias)$)[\w-]+)?"
-"""What a module of peft's has in its names, which a file of peft's has not: the adapter's own, mostly ``default``."""
+"""The adapter's name, mostly ``default``, which names in peft's modules contain, and names in its files do not."""
 
 _FACTOR = re.compile(
     rf"(?P<layer>.+?)\.(?:lora_(?P<letter>[AB]){ADAPTER_NAME}(?:\.weight)?"
@@ -27,7 +27,7 @@ _NOT_LOW_RANK = {
     "differences of modulations (diff_m)": re.compile(r"\.diff_m$"),
     "biases of what is narrow": re.compile(rf"\.(lora_A|lora_down|down){ADAPTER_NAME}\.bias$"),
 }
-"""What adapters may hold besides pairs, by what their tensors' names contain."""
+"""Changes that cannot be applied, by a pattern of their tensors' names."""
 
 _LONG_NUMBER = re.compile(r"\d{5}")
 """No model has so many blocks, and there are converters that count up to the number."""
@@ -37,14 +37,14 @@ _SHOWN_CHARACTERS = 120
 
 
 def refused(reason: str, names: Iterable[str] = (), *, field: str = "lora_path") -> InvalidRequest:
-    """What whoever sent an adapter is told, with a few of the ``names`` that it is about."""
+    """The error for the client that sent the adapter, with the first of the ``names`` concerned."""
     shown = ", ".join(name[:_SHOWN_CHARACTERS] for name in islice(names, _SHOWN))
     return InvalidRequest(f"The adapter cannot be used: {reason}{f' ({shown})' if shown else ''}.", field=field)
 
 
 @dataclass(slots=True)
 class LeftOut:
-    """What of a file has no place in the model: refused when ``strict``, else left out, and its ``names`` told."""
+    """Layers of a file that the model lacks: refused if ``strict``, else left out and listed in ``names``."""
 
     strict: bool = True
     names: list[str] = field(default_factory=list)
@@ -127,14 +127,14 @@ def _sort(tensors: Mapping[str, torch.Tensor], left: LeftOut) -> _Found:
         else:
             strange.append(name)
     if strange:
-        raise refused(f"{len(strange)} of its tensors are no low-rank factors", strange)
+        raise refused(f"{len(strange)} of its tensors are not low-rank factors", strange)
     return found
 
 
 def _pair(tensors: Mapping[str, torch.Tensor], down: str, up: str, alpha: str | None) -> Pair:
-    told = None if alpha is None else one_alpha(alpha, tensors[alpha])
+    own = None if alpha is None else one_alpha(alpha, tensors[alpha])
     full_names = tuple(name if name.endswith(".weight") else f"{name}.weight" for name in (down, up))
-    return Pair(float32(tensors[down]), float32(tensors[up]), told, (full_names[0], full_names[1]), alpha)
+    return Pair(float32(tensors[down]), float32(tensors[up]), own, (full_names[0], full_names[1]), alpha)
 
 
 def float32(tensor: torch.Tensor) -> torch.Tensor:
@@ -144,7 +144,7 @@ def float32(tensor: torch.Tensor) -> torch.Tensor:
 
 def one_alpha(name: str, tensor: torch.Tensor) -> float:
     if tensor.numel() != 1 or tensor.is_complex() or not 0 < float(tensor) < float("inf"):
-        raise refused("an alpha is no positive number", [name])
+        raise refused("an alpha is not a positive number", [name])
     return float(tensor)
 
 

@@ -6,7 +6,7 @@ that is being sent, the alpha that was given with each, and factors whose counte
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -29,7 +29,7 @@ Tensors = Mapping[str, torch.Tensor]
 class Notes(msgspec.Struct, frozen=True):
     """``named`` are the layers that came for ``version``; ``alphas`` those that were given, by layer.
 
-    ``waiting_alphas`` are for layers of which something is waiting: what is used of these may be older.
+    ``waiting_alphas`` are for layers with waiting factors; the factors in use may be older.
     """
 
     version: str | None = None
@@ -63,12 +63,12 @@ class Part:
 
     @property
     def is_last(self) -> bool:
-        """Whether no other part can follow."""
+        """True if no other part can follow."""
         return self.complete or not (self.begun or self.version is not None)
 
 
 def layer_of(name: str) -> str:
-    """The layer that a tensor belongs to, without the prefixes by which one layer has several names."""
+    """The layer that a tensor belongs to, without prefixes, which differ among names of one layer."""
     factor = parse_factor(name)
     layer = factor[0] if factor is not None else changed_layer(name) or name.rpartition(".")[0]
     for prefix in ("base_model.model.", "diffusion_model.", *(f"{denoiser}." for denoiser in DENOISERS)):
@@ -90,14 +90,11 @@ def joined(before: Parts, part: Part) -> tuple[Parts, list[str]]:
         for layer, tensors in _by_layer({**held, **part.tensors}).items()
     }
     whole = {layer: tensors for layer, tensors in came.items() if _is_whole(tensors)}
-    waiting = {
-        name: tensor for layer, tensors in came.items() if layer not in whole for name, tensor in tensors.items()
-    }
-    if waiting and part.is_last:
-        raise refused(f"{len(waiting)} factors have no counterpart", sorted(waiting))
+    waiting = _flat(tensors for layer, tensors in came.items() if layer not in whole)
     named = sorted({*named, *whole})
-    stays = named if part.complete else older
-    kept = {layer: tensors for layer, tensors in older.items() if layer in stays and layer not in whole}
+    kept = {layer: one for layer, one in older.items() if layer not in whole and (layer in named or not part.complete)}
+    layers = kept | whole
+    _check(part, waiting, layers, named)
     if part.alpha is not None:
         alphas = alphas | {layer_of(name): part.alpha for name in part.tensors}
     notes = Notes(
@@ -107,18 +104,25 @@ def joined(before: Parts, part: Part) -> tuple[Parts, list[str]]:
         | {layer: a for layer, a in alphas.items() if layer in whole},
         waiting_alphas={layer: a for layer, a in alphas.items() if layer not in whole},
     )
-    layers = kept | whole
+    lost = [] if goes_on else sorted(before.waiting)
+    sentences = [f"The counterparts of {', '.join(lost[:3])} never came, so these are left out."] if lost else []
+    return Parts(_flat(layers.values()), waiting, notes), sentences
+
+
+def _check(part: Part, waiting: Tensors, layers: Mapping[str, Tensors], named: Sequence[str]) -> None:
+    if waiting and part.is_last:
+        raise refused(f"{len(waiting)} factors have no counterpart", sorted(waiting))
     if part.is_last and not layers:
         raise refused("it has no layers")
-    _check_rank(part, [name_and_tensor for layer in named for name_and_tensor in layers[layer].items()])
-    tensors = {name: tensor for one in layers.values() for name, tensor in one.items()}
-    left = [] if goes_on else sorted(before.waiting)
-    told = [f"What belongs to {', '.join(left[:3])} never came, so that it is left out."] if left else []
-    return Parts(tensors, waiting, notes), told
+    _check_rank(part, _flat(layers[layer] for layer in named))
+
+
+def _flat(layers: Iterable[Tensors]) -> dict[str, torch.Tensor]:
+    return {name: tensor for tensors in layers for name, tensor in tensors.items()}
 
 
 def read_parts(folder: Path) -> Parts:
-    """What :func:`write_parts` has written."""
+    """Read the output of :func:`write_parts`."""
     waiting = folder / _WAITING
     return Parts(
         map_file(folder / ADAPTER_FILE), map_file(waiting) if waiting.exists() else {}, read_notes(folder) or Notes()
@@ -132,7 +136,7 @@ def read_notes(folder: Path) -> Notes | None:
 
 
 def has_whole_layers(folder: Path) -> bool:
-    """Whether an adapter has a layer yet. While a version is sent, all that came of it may wait for its counterpart."""
+    """True if an adapter has a layer yet: of a version that is being sent, all factors may still be waiting."""
     notes = read_notes(folder)
     return notes is None or notes.version is None or bool(map_file(folder / ADAPTER_FILE))
 
@@ -160,7 +164,7 @@ def _by_layer(tensors: Tensors) -> dict[str, dict[str, torch.Tensor]]:
 
 
 def _is_whole(names: Collection[str]) -> bool:
-    """Whether a layer's tensors have all factors that they need. An alpha alone is not a layer."""
+    """True if a layer's tensors have all factors that they need. An alpha alone is not a layer."""
     factors = [factor[1] for name in names if (factor := parse_factor(name)) is not None]
     return (
         factors.count(True) == factors.count(False)
@@ -173,9 +177,9 @@ def _is_factor(name: str) -> bool:
     return parse_factor(name) is not None or is_factor(name)
 
 
-def _check_rank(part: Part, came: Sequence[tuple[str, torch.Tensor]]) -> None:
+def _check_rank(part: Part, came: Tensors) -> None:
     """The largest rank must be the one that is given; before the last part it may be smaller."""
-    downs = [one for name, one in came if (factor := parse_factor(name)) is not None and not factor[1]]
+    downs = [one for name, one in came.items() if (factor := parse_factor(name)) is not None and not factor[1]]
     largest = max((one.shape[0] for one in downs if one.ndim), default=None)
     if part.rank is None or largest is None or largest == part.rank:
         return

@@ -1,4 +1,4 @@
-"""What a change makes of the adapters that there are, decided by their names alone: the same on every rank."""
+"""Applies a change to the state of the adapters. Only names and sizes decide, so every rank finds the same."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def unknown(nickname: str, known: AdapterState, field: str) -> NotFound:
 
 
 def with_loaded(
-    state: AdapterState, fresh: Mapping[str, Loaded], change: SetAdapters, has: Has, told: list[str]
+    state: AdapterState, fresh: Mapping[str, Loaded], change: SetAdapters, has: Has, notes: list[str]
 ) -> AdapterState:
     """``fresh`` ones in place of those of their nicknames. Where those are active, the fresh ones are."""
     active_names = {one.nickname for ones in state.active.values() for one in ones}
@@ -35,7 +35,7 @@ def with_loaded(
     active: dict[str, list[Active]] = {}
     for component, ones in state.active.items():
         kept = [one for one in ones if one.nickname not in fresh or component in has[one.nickname]]
-        told += [
+        notes += [
             f"{one.nickname} is no longer active in {component}: its new file has no layers there."
             for one in ones
             if one not in kept
@@ -104,7 +104,7 @@ def within_limits(
     max_adapters: int,
     max_bytes: int,
     nbytes: Callable[[AdapterState], int],
-    told: list[str],
+    notes: list[str],
 ) -> AdapterState:
     """Evict adapters in LRU order while there are too many, or their ``nbytes`` are too many. Raises ``Conflict``."""
     active = {one.nickname for ones in state.active.values() for one in ones}
@@ -119,12 +119,12 @@ def within_limits(
             )
         name = idle.pop(0)
         state = without(state, name)
-        told.append(f"{name} was unloaded to make room.")
+        notes.append(f"{name} was unloaded to make room.")
     return state
 
 
 def merged(state: AdapterState, change: MergeAdapters, components: Sequence[str]) -> AdapterState:
-    """What is active in the target is merged, with other strengths if there are any."""
+    """Merge the active adapters of the target, with the change's strengths if it has any."""
     check_target(change.target, components)
     there = {name: ones for name, ones in state.active.items() if change.target in (ALL, name)}
     if not there:
@@ -143,14 +143,14 @@ def merged(state: AdapterState, change: MergeAdapters, components: Sequence[str]
     return replace(state, active=active)
 
 
-def unmerged(state: AdapterState, target: str, components: Sequence[str], told: list[str]) -> AdapterState:
-    """What is merged has no effect, and stays listed."""
+def unmerged(state: AdapterState, target: str, components: Sequence[str], notes: list[str]) -> AdapterState:
+    """Unmerge the adapters of the target; they stay listed."""
     check_target(target, components)
     there = [one for component, ones in state.active.items() if target in (ALL, component) for one in ones]
     if not any(one.merged for one in there):
-        told.append("Nothing was merged.")
+        notes.append("Nothing was merged.")
     if beside := sorted({one.nickname for one in there if one.mode == "dynamic"}):
-        told.append(f"{', '.join(beside)} stays active beside the weights.")
+        notes.append(f"{', '.join(beside)} stays active beside the weights.")
     active = {
         component: [replace(one, merged=False) for one in ones] if target in (ALL, component) else ones
         for component, ones in state.active.items()
@@ -167,7 +167,7 @@ def without(state: AdapterState, nickname: str) -> AdapterState:
 
 
 def effect(state: AdapterState) -> dict[str, list[tuple[Active, str]]]:
-    """What decides what is drawn for requests that name no adapter: those that are active, and of which bytes."""
+    """Everything that affects outputs of requests that name no adapter: the active adapters and their digests."""
     return {
         component: [(one, state.loaded[one.nickname].source.digest) for one in ones]
         for component, ones in state.active.items()

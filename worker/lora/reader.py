@@ -70,7 +70,7 @@ class AdapterReader:
     def _file(self, source: AdapterSource) -> AdapterFile:
         folder = Path(source.folder)
         if not has_whole_layers(folder):
-            return AdapterFile({source.target: {}}, rank=0, alpha=0.0, nbytes=0)
+            return AdapterFile({source.target: {}}, rank=0, alpha=0.0)
         return load_adapter(folder, self.pipeline, self._shapes(), alpha=source.alpha, strict=source.strict)
 
     def _shapes(self) -> Shapes:

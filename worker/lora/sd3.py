@@ -1,4 +1,4 @@
-"""sd-scripts' names for Stable Diffusion 3, of which diffusers has no converter for adapters.
+"""sd-scripts' names for Stable Diffusion 3, whose adapters diffusers has no converter for.
 
 The layers are those of diffusers' converter of checkpoints (``convert_sd3_transformer_checkpoint_to_diffusers``), with
 underscores for dots and ``lora_unet_`` before them: fused projections are q, k and v in thirds of the outputs, and

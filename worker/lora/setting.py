@@ -1,6 +1,6 @@
-"""What setting adapters comes to: which are loaded, what they are active in, and whether they are merged.
+"""Decides a :class:`SetAdapters`: which adapters are loaded, where they are active, and whether they are merged.
 
-Each rank finds out what it can by itself; then the ranks hear of each other's errors, and choose together.
+Each rank reads and measures its part; then the ranks exchange errors and measurements, and choose alike.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from .merge import deltas, rounded_away
 from .reader import AdapterReader
 
 MOST_ROUNDED_AWAY = 0.1
-"""Of an adapter's change, in the norm: from that on ``auto`` computes beside the weights."""
+"""The share of an adapter's change, in the norm, from which ``auto`` chooses dynamic."""
 
 
 @dataclass(slots=True)
 class Setting:
     """``change`` on this rank, from the state ``before``; what it loads joins ``adapters``, by their nicknames.
 
-    ``told`` are sentences about it. By component, ``here`` are the nicknames, and ``sums`` are what a merge would lose
+    ``notes`` are sentences about it. By component, ``here`` are the nicknames, and ``sums`` are what a merge would lose
     and add.
     """
 
@@ -34,14 +34,14 @@ class Setting:
     before: AdapterState
     adapters: dict[str, Adapter]
     reader: AdapterReader
-    told: list[str]
+    notes: list[str]
     state: AdapterState = field(default_factory=AdapterState)
     targets: dict[str, list[str]] = field(default_factory=dict)
     here: dict[str, list[str]] = field(default_factory=dict)
     sums: dict[str, tuple[float, float]] = field(default_factory=dict)
 
     def decide(self, ranks: Ranks) -> AdapterState:
-        """What will be. All ranks must call this together. Raises the error of this rank, or that another has one."""
+        """The next state. All ranks must call this together. Raises this rank's error, or ``Unavailable``."""
         failed: Exception | None = None
         try:
             self._look()
@@ -53,14 +53,14 @@ class Setting:
             modes[component] = "merge" if self.change.mode == "merge" else "dynamic"
             if self.change.mode == "auto":
                 modes[component], why = _chosen([self.adapters[name] for name in nicknames], lost.get(component))
-                self.told.append(f"{component}: {modes[component]}, as {why}.")
+                self.notes.append(f"{component}: {modes[component]}, as {why}.")
         return planning.activated(self.state, self.change, self.targets, modes)
 
     def _look(self) -> None:
-        """Load what is to be loaded, and find out what the change is about."""
+        """Load the adapters that are new, and find the components that the change is for."""
         fresh = self._load()
         has = {nickname: adapter.components for nickname, adapter in self.adapters.items()}
-        self.state = planning.with_loaded(self.before, fresh, self.change, has, self.told)
+        self.state = planning.with_loaded(self.before, fresh, self.change, has, self.notes)
         self.targets = planning.targets_of(self.change, self.state, has, sorted(self.reader.components))
         for component in sorted({name for components in self.targets.values() for name in components}):
             self.here[component] = [name for name in self.change.nicknames if component in self.targets[name]]
@@ -77,7 +77,7 @@ class Setting:
             file, self.adapters[source.nickname] = self.reader.load(source)
             fresh[source.nickname] = Loaded(source, [], file.rank, file.alpha, file.nbytes, file.left)
             if file.left:
-                self.told.append(
+                self.notes.append(
                     f"{source.nickname}: {len(file.left)} layers have no place in the model, and are left out."
                 )
         return fresh
@@ -105,7 +105,7 @@ class Setting:
             self.sums[component] = (0.0, 0.0) if only else rounded_away(self.reader.layouts[component], wanted)
 
     def _together(self, ranks: Ranks, failed: Exception | None) -> dict[str, float]:
-        """What share of the change the ranks together would round away, by component."""
+        """The share of the change that a merge would round away on all ranks together, by component."""
         said = ranks.all_gather_bytes(msgspec.msgpack.encode(self.sums if failed is None else None))
         if failed is not None:
             raise failed
@@ -122,7 +122,7 @@ class Setting:
 
 
 def _chosen(adapters: Sequence[Adapter], lost: float | None) -> tuple[Mode, str]:
-    """What ``auto`` chooses for adapters of which a merge would round away such a share, and why."""
+    """The choice of ``auto`` if a merge would round away the share ``lost``, and why."""
     if lost is None:
         return "dynamic", "the weights are quantized"
     if only := [layer for adapter in adapters for layer in adapter.only_merged]:

@@ -14,7 +14,7 @@ from diffusers import DiffusionPipeline
 from ..internals import diffusers as internals
 from ..pipelines.components import DENOISERS
 from .convert import FAILURES, NotConverted, Traced, convert, traced
-from .names import FOREIGN, Place, Shapes, locate, locate_underscored
+from .names import FOREIGN, LayerRef, Shapes, locate, locate_underscored
 from .pairs import ALPHA, Pair
 from .sd3 import is_sd3, sd3_targets
 
@@ -25,12 +25,12 @@ _WORDS, _LETTERS = ("lora_down.weight", "lora_up.weight"), ("lora_A.weight", "lo
 class Target:
     """A layer of the model, and the rows of the file's layer that it has; all of them where ``None``."""
 
-    where: Place
+    where: LayerRef
     rows: torch.Tensor | None = None
 
 
 Targets = dict[str, list[Target]]
-"""By the file's layer."""
+"""Targets by the file's layer."""
 
 Outs = Mapping[str, int]
 """How many outputs each of the file's layers has."""
@@ -72,7 +72,7 @@ def by_sd3(outs: Outs, every: Mapping[str, object], shapes: Shapes) -> Targets:
 
 
 def _by_checkpoint(outs: Outs, pipeline: DiffusionPipeline, shapes: Shapes) -> Targets:
-    """By diffusers' converter of single-file checkpoints, where it takes some layers alone (Wan's does)."""
+    """Ask diffusers' converter of single-file checkpoints, where it takes some layers alone (Wan's does)."""
     denoiser = next((name for name in DENOISERS if name in shapes), None)
     known = internals.SINGLE_FILE_LOADABLE_CLASSES.get(type(pipeline.components.get(denoiser)).__name__, {})
     own = {layer: out for layer, out in outs.items() if layer.startswith(FOREIGN)}
@@ -93,7 +93,7 @@ def _by_checkpoint(outs: Outs, pipeline: DiffusionPipeline, shapes: Shapes) -> T
 
 
 def _by_converter(outs: Outs, pairs: Mapping[str, Pair], pipeline: DiffusionPipeline, shapes: Shapes) -> Targets:
-    """By the pipeline's converter of adapters, which is asked for the file's other layers too: some need them."""
+    """Ask the pipeline's converter of adapters, with the file's other layers too, as some converters need them."""
     style = next((_style(pair) for pair in pairs.values()), None)
     every = {**{layer: pair.up.shape[0] for layer, pair in pairs.items()}, **outs}
     probes = {layer: _probe(layer, out, style) for layer, out in every.items()}

@@ -1,4 +1,4 @@
-"""Changes of whole weights that are no pair of factors: differences, LoKr, LoHa and DoRA.
+"""Changes of whole weights other than pairs of factors: differences, LoKr, LoHa and DoRA.
 
 Formulas: LoKr and LoHa are LyCORIS' (https://arxiv.org/abs/2309.14859) as peft computes them
 (``peft.tuners.lokr.layer.LoKrLayer.get_delta_weight``, ``peft.tuners.loha.layer.LoHaLayer.get_delta_weight``); DoRA
@@ -50,16 +50,16 @@ class Whole:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the change; that of a convolution's may be of two dimensions."""
+        """The change's shape; that of a convolution may have two dimensions."""
         if self.kind == "DoRA":
             return (self.factors["up"].shape[0], *self.factors["down"].shape[1:])
         meta = {name: factor.to("meta") for name, factor in self.factors.items()}
         return tuple(_ADDED[self.kind](meta).shape)
 
     def added(self, factors: Factors) -> torch.Tensor:
-        """What is added at strength and scale 1, of its ``factors`` on any device.
+        """The change at strength and scale 1, from its ``factors`` on any device.
 
-        Not of DoRA, where that depends on the weight.
+        Not for DoRA, whose change depends on the weight.
         """
         return _ADDED[self.kind](factors)
 
@@ -74,13 +74,13 @@ def changed_layer(name: str) -> str | None:
 
 
 def is_factor(name: str) -> bool:
-    """Whether a tensor of this name is a factor of LoKr or LoHa."""
+    """True if a tensor of this name is a factor of LoKr or LoHa."""
     match = _NAMED.fullmatch(name)
     return match is not None and bool(match["LoKr"] or match["LoHa"])
 
 
 def has_all_factors(names: Iterable[str], *, with_pair: bool) -> bool:
-    """Whether nothing is missing that the changes of a layer by these names need; ``with_pair`` it has one."""
+    """True if nothing is missing that the changes of a layer by these names need; ``with_pair`` it has one."""
     found: dict[Kind, set[str]] = {}
     for match in filter(None, map(_NAMED.fullmatch, names)):
         kind = next(kind for kind in _KINDS if match[kind])

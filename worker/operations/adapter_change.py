@@ -39,8 +39,8 @@ class AdaptersChange:
         self._resources.batcher.policy.adapters_changed()
         change = self._change
         updated = self._adapters.layers_of(change.nicknames) if isinstance(change, SetAdapters) else {}
-        state, told = self._adapters.state, self._adapters.told
-        return Report(updated=updated, expected=updated, adapters=state, notes=told, invalidated=invalidated)
+        state, notes = self._adapters.state, self._adapters.notes
+        return Report(updated=updated, expected=updated, adapters=state, notes=notes, invalidated=invalidated)
 
     def rollback(self) -> None:
         self._adapters.rollback()

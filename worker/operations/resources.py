@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ...protocol.tensor_sources import Noise, Source
 from ..forward.batcher import Batcher
-from ..lora.adapters import RankAdapters
+from ..lora.rank_adapters import RankAdapters
 from ..model.model import Model
 from ..parallel.ranks import Ranks
 from ..weights.progress import OnProgress

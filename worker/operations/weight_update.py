@@ -7,7 +7,7 @@ import msgspec
 from ...protocol.operations import Update
 from ...protocol.reports import Report
 from ...protocol.tensor_sources import Broadcast, Source
-from ..lora.adapters import MERGED
+from ..lora.rank_adapters import MERGED
 from ..pipelines.components import DENOISERS
 from ..weights.checkpoint.aliases import by_checkpoint_names
 from ..weights.update.checks import check_tensors

@@ -17,7 +17,7 @@ from ..forward.activity import Activity
 from ..forward.at_rest import AtRest
 from ..forward.batcher import Batcher
 from ..forward.prompt_cache import PromptCache
-from ..lora.adapters import RankAdapters
+from ..lora.rank_adapters import RankAdapters
 from ..model.model import Model
 from ..model.modules import modules
 from ..operations.coordinator import Coordinator
@@ -124,8 +124,8 @@ def _new_adapters(model: Model, mesh: Mesh, config: Config) -> RankAdapters:
         model.layouts,
         mesh.world,
         model.device,
-        most=config.max_loras,
-        most_bytes=config.max_lora_mb * 1_000_000,
+        max_adapters=config.max_loras,
+        max_bytes=config.max_lora_mb * 1_000_000,
     )
 
 

@@ -15,7 +15,7 @@ from ...protocol.messages import FromWorker
 from ...protocol.replicas import ReplicaStats
 from ..crossing.steps import DenoisingStep
 from ..forward.batcher import Batcher
-from ..lora.adapters import RankAdapters
+from ..lora.rank_adapters import RankAdapters
 from ..model.model import Model
 from ..rollout import record
 from .encoding_threads import Encoded, EncodingThreads

@@ -26,7 +26,7 @@ from ..crossing.fork import Fork, schedulers
 from ..crossing.interceptors import Clock, NoiseCheck, Recorder, is_of_denoiser
 from ..crossing.random_state import kept_random_state, seeded
 from ..crossing.steps import DenoisingStep, watch_steps
-from ..lora.adapters import RequestedAdapters
+from ..lora.rank_adapters import RequestedAdapters
 from ..media.sound import Sound, first_sound
 from ..model.model import Model
 from ..model.pipeline_task import PipelineTask

@@ -20,7 +20,7 @@ from safelight.protocol.config import Config
 from safelight.protocol.generation import Generate, Sample
 from safelight.tests.tiny import FAMILIES, save
 from safelight.worker.forward.batcher import Batcher
-from safelight.worker.lora.adapters import RankAdapters
+from safelight.worker.lora.rank_adapters import RankAdapters
 from safelight.worker.model.model import Model, load_model
 from safelight.worker.parallel.ranks import ALONE, Ranks
 from safelight.worker.requests.sample import SampleRun, first_output
@@ -98,7 +98,7 @@ def request(name: str, index: int, lora: list[Use] | None = None) -> Generate:
 
 
 def new_adapters(model: Model, ranks: Ranks = ALONE, most: int = 64, most_bytes: int = 1 << 40) -> RankAdapters:
-    return RankAdapters(model.pipeline, model.layouts, ranks, model.device, most=most, most_bytes=most_bytes)
+    return RankAdapters(model.pipeline, model.layouts, ranks, model.device, max_adapters=most, max_bytes=most_bytes)
 
 
 def change(adapters: RankAdapters, wanted: AdapterChange) -> None:

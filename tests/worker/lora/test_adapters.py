@@ -19,7 +19,7 @@ from safelight.protocol.adapters import (
 )
 from safelight.protocol.errors import Conflict, InvalidRequest, NotFound
 from safelight.worker.lora import merge as merging
-from safelight.worker.lora.adapters import RankAdapters
+from safelight.worker.lora.rank_adapters import RankAdapters
 from safelight.worker.model.model import Model
 
 from .agreement import Made, change, new_adapters, source, write_adapter
@@ -133,7 +133,7 @@ def test_auto_merges_in_full_precision_and_not_where_rounding_takes_too_much(
     adapters = new_adapters(model)
     change(adapters, setting(folders, "first", mode="auto"))
     assert [one.mode for one in adapters.state.active["transformer"]] == ["merge"]
-    assert "merge, as a merge would round away" in adapters.told[0]
+    assert "merge, as a merge would round away" in adapters.notes[0]
     change(adapters, UnloadAdapter("first"))
     model.pipeline.transformer.to(torch.bfloat16)
     faint = new_adapters(model)
@@ -143,7 +143,7 @@ def test_auto_merges_in_full_precision_and_not_where_rounding_takes_too_much(
     model.pipeline.transformer.to(torch.bfloat16)
     change(faint, SetAdapters(nicknames=["faint"], strengths=[1.0], sources=[source(folder)]))
     assert [one.mode for one in faint.state.active["transformer"]] == ["dynamic"]
-    assert "dynamic, as a merge would round away" in faint.told[0]
+    assert "dynamic, as a merge would round away" in faint.notes[0]
 
 
 def test_a_merge_in_bfloat16_rounds_once(model: Model, folders: dict[str, Path]) -> None:
@@ -169,7 +169,7 @@ def test_limits(most: int, most_bytes: int, room: bool, model: Model, folders: d
     change(adapters, setting(folders, "first", mode="request"))
     change(adapters, setting(folders, "second", mode="request"))
     assert list(adapters.state.loaded) == ["second"]
-    assert adapters.told == ["first was unloaded to make room."]
+    assert adapters.notes == ["first was unloaded to make room."]
 
 
 def test_strengths_that_are_not_as_many_as_adapters(model: Model, folders: dict[str, Path]) -> None:

@@ -18,12 +18,12 @@ from safelight.protocol.errors import Conflict, InvalidRequest
 from safelight.worker.forward.adapters import CannotMix
 from safelight.worker.forward.at_rest import AtRest
 from safelight.worker.lora.adapter import Adapter, placed
-from safelight.worker.lora.adapters import RankAdapters
 from safelight.worker.lora.bank import ActiveAdapters
 from safelight.worker.lora.dynamic import DynamicLora
 from safelight.worker.lora.factors import LoraFactors
 from safelight.worker.lora.files import AdapterFile, LowRank
 from safelight.worker.lora.layers import AdaptedLayer, LayerLora
+from safelight.worker.lora.rank_adapters import RankAdapters
 from safelight.worker.model.model import Model
 from safelight.worker.weights.checkpoint.layout import Layout
 
@@ -332,7 +332,7 @@ def test_an_adapter_with_two_names_of_one_layer_is_refused_with_both() -> None:
     component = nn.Sequential(layer, layer)
     pair = LowRank(torch.randn(2, 6), torch.randn(5, 2), 2.0, 1.0)
     for paths in ("01", "0", "1"):
-        file = AdapterFile({"transformer": dict.fromkeys(paths, pair)}, rank=2, alpha=2.0, nbytes=88)
+        file = AdapterFile({"transformer": dict.fromkeys(paths, pair)}, rank=2, alpha=2.0)
         with pytest.raises(InvalidRequest, match=r"transformer\.[01] shares its weight with transformer\.[01],"):
             placed(file, "a", "all", {"transformer": component}, {"transformer": Layout.whole(component)}, CPU)
 
@@ -356,3 +356,19 @@ def test_in_bfloat16_factors_are_those_that_diffusers_loads(flux: Model, low_cpu
     x, weight, bias, down, up = (one.double() for one in (x, ours.weight, ours.bias, down.bfloat16(), up.bfloat16()))
     exact = x @ weight.T + bias + x @ down.T @ up.T
     assert distance(drawn, exact) <= distance(layer(x.bfloat16()), exact)
+
+
+def test_rows_that_cannot_mix_leave_those_of_before_what_they_read() -> None:
+    component = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6))
+    down, up = torch.randn(4, 6), torch.randn(6, 4)
+    small, other = (Adapter("a", {"transformer": {path: LoraFactors(path, down, up, up)}}) for path in "01")
+    dynamic = DynamicLora("transformer", component)
+    dynamic.retain([small, other])
+    x = torch.randn(2, 6)
+    rows = [(1, ((small, 1.0),)), (1, ())]
+    with dynamic.applied(rows, room=500):
+        expected = component(x)
+    with pytest.raises(CannotMix, match="need 0"), dynamic.applied([(1, ((other, 1.0),)), (1, ())], room=500):
+        pass
+    with dynamic.applied(rows):
+        assert torch.equal(component(x), expected)

@@ -54,7 +54,7 @@ def test_a_component_without_adapters_is_left_out_and_the_reply_lists_its_layers
         adapters.prepare(setting(tmp_path / "x"))
     change(adapters, replace(setting(tmp_path / "x"), sources=[replace(source(tmp_path / "x", "x"), strict=False)]))
     assert adapters.state.loaded["x"].left == ["connectors.audio_connector.to_q", "connectors.video_connector.to_q"]
-    assert "x: 2 layers have no place in the model" in adapters.told[0]
+    assert "x: 2 layers have no place in the model" in adapters.notes[0]
 
 
 def test_kinds_that_cannot_be_applied_are_left_out_only_where_that_is_asked_for(tmp_path: Path) -> None:
@@ -83,7 +83,7 @@ def test_a_layer_with_several_skipped_changes_is_listed_once(tmp_path: Path) -> 
 )
 def test_an_adapter_without_any_remaining_layer_is_refused(tensors: Tensors, tmp_path: Path) -> None:
     path = written(tmp_path / "adapter_model.safetensors", tensors)
-    with pytest.raises(InvalidRequest, match=r"nothing of it has a place in the model \(connectors\."):
+    with pytest.raises(InvalidRequest, match=r"the model has none of its layers \(connectors\."):
         read("flux", path, strict=False)
 
 

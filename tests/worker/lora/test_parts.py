@@ -17,8 +17,8 @@ from safelight.protocol.errors import InvalidRequest
 from safelight.protocol.operations import Save
 from safelight.protocol.reports import Report
 from safelight.protocol.tensor_sources import Files
-from safelight.worker.lora.adapters import RankAdapters
 from safelight.worker.lora.parts import read_parts
+from safelight.worker.lora.rank_adapters import RankAdapters
 from safelight.worker.model.model import Model
 from safelight.worker.parallel.ranks import ALONE
 from safelight.worker.weights.checkpoint.layout import Layout

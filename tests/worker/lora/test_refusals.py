@@ -89,12 +89,12 @@ def test_what_cannot_be_applied_is_refused_by_its_kind(name: str, flux: Diffusio
 )
 def test_a_tensor_of_no_known_name_is_refused(name: str, flux: DiffusionPipeline) -> None:
     message = refusal(lambda: read(flux, good(**{name: torch.ones(4, 4)})))
-    assert message == f"The adapter cannot be used: 1 of its tensors are no low-rank factors ({name})."
+    assert message == f"The adapter cannot be used: 1 of its tensors are not low-rank factors ({name})."
 
 
 def test_integers_cannot_be_factors(flux: DiffusionPipeline) -> None:
     message = refusal(lambda: read(flux, good(**{UP: torch.ones(64, 4, dtype=torch.int8)})))
-    assert f"1 of its tensors are no low-rank factors ({UP})" in message
+    assert f"1 of its tensors are not low-rank factors ({UP})" in message
 
 
 BROKEN: dict[str, tuple[Tensors, str]] = {
@@ -106,10 +106,10 @@ BROKEN: dict[str, tuple[Tensors, str]] = {
         good(**{"transformer.x.alpha": torch.tensor(1.0)}),
         "1 alphas are of no layer (transformer.x.alpha)",
     ),
-    "an alpha of nought": (good(**{ALPHA: torch.tensor(0.0)}), f"an alpha is no positive number ({ALPHA})"),
-    "an alpha below nought": (good(**{ALPHA: torch.tensor(-1)}), "an alpha is no positive number"),
-    "an alpha that is nan": (good(**{ALPHA: torch.tensor(float("nan"))}), "an alpha is no positive number"),
-    "two alphas": (good(**{ALPHA: torch.ones(2)}), "an alpha is no positive number"),
+    "an alpha of nought": (good(**{ALPHA: torch.tensor(0.0)}), f"an alpha is not a positive number ({ALPHA})"),
+    "an alpha below nought": (good(**{ALPHA: torch.tensor(-1)}), "an alpha is not a positive number"),
+    "an alpha that is nan": (good(**{ALPHA: torch.tensor(float("nan"))}), "an alpha is not a positive number"),
+    "two alphas": (good(**{ALPHA: torch.ones(2)}), "an alpha is not a positive number"),
     "other ranks": (
         good(**{UP: torch.ones(64, 5)}),
         f"1 pairs do not fit each other (transformer.{Q}: [64, 5] and [4, 64])",
@@ -153,7 +153,7 @@ BROKEN: dict[str, tuple[Tensors, str]] = {
     ),
     "a block of a high number": (
         adapter({"blocks.99999999999.self_attn.q": (64, 64)}, before="diffusion_model."),
-        "2 of its tensors are no low-rank factors",
+        "2 of its tensors are not low-rank factors",
     ),
 }
 
@@ -313,10 +313,10 @@ CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
     "an alpha of nought": (config(lora_alpha=0), "does not say lora_alpha as a positive number"),
     "an infinite alpha": (config(lora_alpha=float("inf")), "does not say lora_alpha as a positive number"),
     "rslora in words": (config(use_rslora="no"), "use_rslora as a boolean"),
-    "another rank": (config(r=8), f"of 2 layers, another rank is told than they have ({Q}: 8, not 4, {K}: 8, not 4)"),
+    "another rank": (config(r=8), f"of 2 layers, the configuration has another rank ({Q}: 8, not 4, {K}: 8, not 4)"),
     "another rank of one": (
         config(rank_pattern={"to_k": 2}),
-        f"of 1 layers, another rank is told than they have ({K}: 2, not 4)",
+        f"of 1 layers, the configuration has another rank ({K}: 2, not 4)",
     ),
     "half a rank": (config(rank_pattern={"to_k": 4.5}), f"({K}: 4.5, not 4)"),
     "a list of patterns": (config(alpha_pattern=["to_q"]), "does not say alpha_pattern as an object"),
@@ -348,8 +348,8 @@ def test_a_configuration_that_asks_for_something_else_is_refused(case: str, flux
 @pytest.mark.parametrize(
     ("header", "expected"),
     [
-        ("{", "lora_adapter_metadata in the file's header is no JSON"),
-        ("[]", "lora_adapter_metadata in the file's header is no JSON object"),
+        ("{", "lora_adapter_metadata in the file's header is not JSON"),
+        ("[]", "lora_adapter_metadata in the file's header is not a JSON object"),
         ('{"transformer.r": 4}', "lora_adapter_metadata in the file's header does not say lora_alpha"),
         ('{"transformer.r": 3, "transformer.lora_alpha": 3}', f"({Q}: 3, not 4, {K}: 3, not 4)"),
         (
@@ -365,7 +365,7 @@ def test_a_header_that_says_something_else_is_refused(header: str, expected: str
 
 @pytest.mark.parametrize("alpha", [0.0, -1.0, float("nan"), float("inf")])
 def test_an_alpha_that_is_given_is_a_positive_number(alpha: float, flux: DiffusionPipeline) -> None:
-    with pytest.raises(InvalidRequest, match="is no positive number") as caught:
+    with pytest.raises(InvalidRequest, match="is not a positive number") as caught:
         read(flux, good(), alpha=alpha)
     assert caught.value.field == "lora_alpha"
 
@@ -393,10 +393,10 @@ FOLDERS: dict[str, tuple[Callable[[Path], None], str]] = {
     "truncated": (_truncated, "The file adapter_model.safetensors cannot be used: its header describes"),
     "metadata that is a list": (lambda folder: _with_metadata(folder, "[]"), "its metadata is not a map of strings"),
     "metadata of numbers": (lambda folder: _with_metadata(folder, '{"a": 1}'), "its metadata is not a map of strings"),
-    "no JSON": (_with_config("{'r': 4}"), "adapter_config.json is no JSON"),
-    "no JSON object": (_with_config("4"), "adapter_config.json is no JSON object"),
-    "deep JSON": (_with_config("[" * 100_000), "adapter_config.json is no JSON"),
-    "another rank": (_with_config(json.dumps(config(r=2))), "of 2 layers, another rank is told than they have"),
+    "no JSON": (_with_config("{'r': 4}"), "adapter_config.json is not JSON"),
+    "no JSON object": (_with_config("4"), "adapter_config.json is not a JSON object"),
+    "deep JSON": (_with_config("[" * 100_000), "adapter_config.json is not JSON"),
+    "another rank": (_with_config(json.dumps(config(r=2))), "of 2 layers, the configuration has another rank"),
 }
 
 

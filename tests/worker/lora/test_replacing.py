@@ -56,7 +56,7 @@ def test_an_adapter_is_no_longer_active_where_its_new_file_has_nothing(flux: Mod
     assert sorted(adapters.state.active) == ["text_encoder_2", "transformer"]
     change(adapters, setting(one, target="transformer"))
     assert list(adapters.state.active) == ["transformer"]
-    assert "no longer active in text_encoder_2" in adapters.told[0]
+    assert "no longer active in text_encoder_2" in adapters.notes[0]
     assert not flux.layouts["text_encoder_2"].bases
     with pytest.raises(Conflict, match="active for all requests"):
         adapters.prepare(setting(both, mode="request"))
@@ -138,7 +138,7 @@ def test_layers_that_can_only_be_merged_are_not_left_out_in_silence(flux: Model,
             adapters.prepare(setting(folder, mode=mode))
     change(adapters, setting(folder, mode="auto"))
     assert adapters.state.active["transformer"][0].merged
-    assert "can only be merged into" in adapters.told[0]
+    assert "can only be merged into" in adapters.notes[0]
 
 
 def test_a_sent_adapter_leaves_others_active(flux: Model, tmp_path: Path) -> None:
@@ -162,7 +162,7 @@ def test_what_waiting_requests_name_is_not_evicted(flux: Model, tmp_path: Path) 
 
 
 def test_unrelated_changes_merge_nothing_anew(flux: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from safelight.worker.lora import adapters as module
+    from safelight.worker.lora import rank_adapters as module
 
     first, second = (write_adapter(one, flux.pipeline.transformer, tmp_path) for one in (SMALL, OTHER))
     adapters = new_adapters(flux)

@@ -90,7 +90,7 @@ def test_auto_merges_what_can_only_be_merged_and_other_ways_are_refused(
         with pytest.raises(InvalidRequest, match=r"transformer\.\S+ \(LoKr\).* can only be merged"):
             adapters.prepare(setting(tmp_path / "x", mode=mode))
     change(adapters, setting(tmp_path / "x", mode="auto"))
-    assert "can only be merged" in adapters.told[0]
+    assert "can only be merged" in adapters.notes[0]
     assert adapters.state.active["transformer"][0].merged
     change(adapters, UnmergeAdapters())
     with pytest.raises(InvalidRequest, match=r"\(LoKr\)"):

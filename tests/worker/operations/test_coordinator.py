@@ -30,7 +30,7 @@ from safelight.protocol.operations import (
 from safelight.protocol.reports import Performed, Report
 from safelight.protocol.tensor_sources import Files
 from safelight.worker.forward.batcher import Batcher
-from safelight.worker.lora.adapters import RankAdapters
+from safelight.worker.lora.rank_adapters import RankAdapters
 from safelight.worker.model.model import Model
 from safelight.worker.operations.coordinator import Coordinator
 from safelight.worker.operations.journal_step import JournalStep
@@ -64,7 +64,7 @@ def resources(model: Model, tmp_path: Path) -> Resources:
         shared=tmp_path,
         journal=Journal(tmp_path),
         undo_log=UndoLog(CPU, 1 << 30, None),
-        adapters=RankAdapters(model.pipeline, model.layouts, ALONE, CPU, most=4, most_bytes=1 << 30),
+        adapters=RankAdapters(model.pipeline, model.layouts, ALONE, CPU, max_adapters=4, max_bytes=1 << 30),
         groups=ProcessGroups(0, CPU),
         on_progress=lambda: None,
     )

@@ -1,4 +1,4 @@
-"""The adapters of this rank, and their changes, each of which is made everywhere or nowhere."""
+"""The adapters of this rank, and changes of them, which all ranks make or none."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from .reader import AdapterReader
 from .setting import Setting
 
 MERGED = "merged_adapters"
-"""What is merged anew when weights change, as replies name it."""
+"""The name in replies of the adapters that were merged again into changed weights."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,20 +52,20 @@ RequestedAdapters = tuple[BoundAdapter, ...] | None
 """A request's own adapters; ``None`` for those that are active for all."""
 
 Adapters = dict[str, Adapter]
-"""By nickname."""
+"""Adapters by nickname."""
 
 
 @dataclass(slots=True)
 class _Next:
-    """A change in hand: what will be, and sentences about it."""
+    """A prepared change: the next state, and ``notes`` for the reply."""
 
     state: AdapterState
     adapters: Adapters
-    told: list[str]
+    notes: list[str]
 
 
 class RankAdapters:
-    """Loads, applies and lets go of adapters; at most ``most`` of them, of ``most_bytes`` in all."""
+    """Loads, applies and unloads adapters: at most ``max_adapters``, of at most ``max_bytes`` together."""
 
     def __init__(
         self,
@@ -74,19 +74,19 @@ class RankAdapters:
         ranks: Ranks,
         device: torch.device,
         *,
-        most: int,
-        most_bytes: int,
+        max_adapters: int,
+        max_bytes: int,
     ) -> None:
         self.state = AdapterState()
-        self.told: list[str] = []
-        """Of the last change."""
+        self.notes: list[str] = []
+        """Notes of the last change, for its reply."""
         self.written = False
-        """Whether the weights are of a state that is not committed, of which nothing may be computed."""
+        """True while the weights are of a state that is not committed; no forward may run."""
         self._layouts = layouts
         self._ranks = ranks
         self._device = device
-        self._most = most
-        self._most_bytes = most_bytes
+        self._max_adapters = max_adapters
+        self._max_bytes = max_bytes
         self._components: dict[str, nn.Module] = {
             name: pipeline.components[name] for name in layouts if name in DENOISERS or name.startswith("text_encoder")
         }
@@ -94,7 +94,7 @@ class RankAdapters:
         self._dynamic = {name: DynamicLora(name, module) for name, module in self._components.items()}
         self._adapters: Adapters = {}
         self._next: _Next | None = None
-        self._room = most_bytes  # for the factors of rows with different adapters
+        self._room = max_bytes  # for the factors of rows with different adapters
 
     # --- in forwards
 
@@ -120,7 +120,7 @@ class RankAdapters:
         return tuple(BoundAdapter(adapter, scale, frozenset(components)) for adapter, scale, components in named)
 
     def uses(self, component: str, requested: RequestedAdapters) -> ActiveAdapters:
-        """What is computed beside the component's weights for a request: nothing that is in them by now."""
+        """The adapters to apply dynamically for a request; those that are merged by now are left out."""
         root = component.split(".")[0]
         active = self.state.active.get(root, ())
         if requested is None:
@@ -141,7 +141,7 @@ class RankAdapters:
     # --- in memory
 
     def tensors(self) -> Iterator[torch.Tensor]:
-        """What they hold on the device: factors, and on a CPU the bases of what is merged."""
+        """The tensors on the device: factors, and on a CPU the bases of merged tensors."""
         for adapter in self._adapters.values():
             yield from adapter.tensors()
         for layout in self._layouts.values():
@@ -155,22 +155,22 @@ class RankAdapters:
     # --- changes
 
     def prepare(self, change: AdapterChange) -> None:
-        """Read, check and decide; nothing is changed. Raises ``InvalidRequest``, ``NotFound`` or ``Conflict``.
+        """Read, check and decide, without changing anything. Raises ``InvalidRequest``, ``NotFound`` or ``Conflict``.
 
         All ranks must call this together.
         """
         self._next = None
-        told, components = list[str](), sorted(self._components)
+        notes, components = list[str](), sorted(self._components)
         adapters = dict(self._adapters)
         match change:
             case SetAdapters():
-                state = Setting(change, self.state, adapters, self._reader, told).decide(self._ranks)
-                limits = self._most, self._most_bytes
-                state = planning.within_limits(state, change, *limits, lambda one: self._nbytes(one, adapters), told)
+                state = Setting(change, self.state, adapters, self._reader, notes).decide(self._ranks)
+                limits = self._max_adapters, self._max_bytes
+                state = planning.within_limits(state, change, *limits, lambda one: self._nbytes(one, adapters), notes)
             case MergeAdapters():
                 state = planning.merged(self.state, change, components)
             case UnmergeAdapters(target=target):
-                state = planning.unmerged(self.state, target, components, told)
+                state = planning.unmerged(self.state, target, components, notes)
             case UnloadAdapter(nickname=nickname):
                 state = planning.without(self.state, nickname)
             case KeepAdapters():
@@ -179,22 +179,22 @@ class RankAdapters:
                 for loaded in state.loaded.values():
                     _, adapters[loaded.source.nickname] = self._reader.load(loaded.source)
         self._check(state, adapters)
-        self._next = _Next(state, {name: adapters[name] for name in state.loaded}, told)
+        self._next = _Next(state, {name: adapters[name] for name in state.loaded}, notes)
 
     def write(self) -> None:
-        """Bring the weights into the next state. What it raises leaves them to :meth:`rollback`."""
+        """Bring the weights into the next state. If it raises, :meth:`rollback` restores them."""
         assert self._next is not None, "prepared before"
         self.written = True
         self._merge_all(self._next.state, self._next.adapters, unlike=self.state)
 
     def commit(self) -> bool:
-        """Be in the next state from now on; says whether anything that is drawn can be another by it."""
+        """Adopt the next state. Returns true if outputs may differ from now on."""
         assert self._next is not None, "written before"
         before = planning.effect(self.state)
-        self.state, self._adapters, self.told = self._next.state, self._next.adapters, self._next.told
+        self.state, self._adapters, self.notes = self._next.state, self._next.adapters, self._next.notes
         for dynamic in self._dynamic.values():
             dynamic.retain(self._adapters.values())
-        self._room = self._most_bytes - self._nbytes(self.state, self._adapters)
+        self._room = self._max_bytes - self._nbytes(self.state, self._adapters)
         if sum(dynamic.per_row_nbytes for dynamic in self._dynamic.values()) > self._room:
             self.forget_gathered()
         self._next, self.written = None, False
@@ -207,11 +207,11 @@ class RankAdapters:
         self.release()
 
     def release(self) -> None:
-        """Let go of what was prepared."""
+        """Drop the prepared change."""
         self._next, self.written = None, False
 
     def keep(self, save: Save, tensors: Mapping[str, torch.Tensor]) -> Report:
-        """Write an adapter that comes in parts, with one more. Raises ``InvalidRequest``, and ``Unavailable``."""
+        """Write an adapter that comes in parts, with one more part. Raises ``InvalidRequest`` and ``Unavailable``."""
         return self._reader.keep(save, tensors, self.state)
 
     def layers_of(self, nicknames: Sequence[str]) -> dict[str, int]:
@@ -224,18 +224,18 @@ class RankAdapters:
         return {component: len(layers) for component, layers in found.items()}
 
     def are_in(self, written: Mapping[str, Iterable[str]]) -> bool:
-        """Whether any of these tensors has adapters merged into it."""
+        """True if adapters are merged into any of these tensors."""
         return any(name in self._layouts[component].bases for component, names in written.items() for name in names)
 
     def rebuild(self, written: Mapping[str, Iterable[str]]) -> None:
-        """After base weights have changed: what is merged into them is merged anew, in the same order on all ranks,
-        which may speak with each other in it."""
+        """Merge the adapters again into changed base weights, in the same order on all ranks, because a merge may
+        communicate."""
         for component, names in sorted(written.items()):
             layout = self._layouts[component]
             if merged := sorted(name for name in names if name in layout.bases):
                 merge(layout, _merged(component, self.state, self._adapters), merged)
 
-    # --- what will be
+    # --- the next state
 
     def _nbytes(self, state: AdapterState, adapters: Adapters) -> int:
         """Bytes of the loaded factors, and of those that forwards gather for rows that have all dynamic adapters."""
@@ -253,11 +253,11 @@ class RankAdapters:
                 adapter = adapters[one.nickname]
                 impossible = adapter.only_dynamic if one.mode == "merge" else adapter.only_merged
                 if layer := next((layer for layer in impossible if layer.startswith(f"{component}.")), None):
-                    way = "merged into" if one.mode == "merge" else "computed beside"
-                    raise InvalidRequest(f"{one.nickname}: {layer} cannot be {way}.", field="merge_mode")
+                    way = "be merged into" if one.mode == "merge" else "have dynamic adapters"
+                    raise InvalidRequest(f"{one.nickname}: {layer} cannot {way}.", field="merge_mode")
 
     def _merge_all(self, state: AdapterState, adapters: Adapters, unlike: AdapterState | None = None) -> None:
-        """Every component's weights as ``state`` has them; only those that it has otherwise than ``unlike``."""
+        """Bring every component's weights into ``state``, except those for which ``unlike`` is the same."""
         before = {} if unlike is None else planning.effect(unlike)
         for component, ones in {name: planning.effect(state).get(name, []) for name in self._components}.items():
             if unlike is not None and ones == before.get(component, []):
