@@ -10,7 +10,7 @@ from typing import Any
 from fastapi import APIRouter, Request
 
 from ..protocol.adapters import KeepAdapters
-from ..protocol.errors import Conflict
+from ..protocol.errors import Conflict, InvalidRequest
 from ..protocol.operations import Adapt, CheckTensors, Digests, Update
 from ..protocol.reports import Operated
 from ..protocol.tensor_sources import Noise
@@ -89,9 +89,10 @@ class _Routes:
         """Raises ``OperationFailed`` with the names of tensors that differ on any replica."""
         operated: Operated | None = None
         for module, digests in kept.items():
-            expected = {name: digest for name, digest in digests.items() if not body.skips(name)}
-            operated = await self._operations.operate(request, CheckTensors(module, expected))
-        assert operated is not None, "a model has modules"
+            if expected := {name: digest for name, digest in digests.items() if not body.skips(name)}:
+                operated = await self._operations.operate(request, CheckTensors(module, expected))
+        if operated is None:
+            raise InvalidRequest("No tensor is left to compare.", field="skip_tensor_list")
         return {**success("All tensors are as they were."), **self._operations.version(operated)}
 
     async def post_process(self, request: Request, body: bodies.PostProcess) -> dict[str, Any]:

@@ -303,6 +303,9 @@ def test_a_field_that_would_be_without_effect_is_refused_by_its_name(
 def test_weights_are_not_reset_without_a_snapshot_to_compare_with(client: httpx.Client) -> None:
     reply = client.post("/weights_checker", json={"action": "reset_tensors"})
     assert (reply.status_code, reply.json()["error"]["field"]) == (409, "action"), reply.text
+    assert client.post("/weights_checker", json={"action": "snapshot"}).status_code == 200
+    reply = client.post("/weights_checker", json={"action": "compare"})
+    assert (reply.status_code, reply.json()["error"]["field"]) == (400, "skip_tensor_list"), reply.text
 
 
 @pytest.mark.parametrize("route", ["/generate", "/update_weights_from_tensor", "/pause_generation"])

@@ -13,7 +13,8 @@ import torch
 from torch import nn
 
 from safelight.formats.tensor_files import write_header
-from safelight.protocol.errors import InvalidRequest, Unavailable
+from safelight.protocol.errors import InvalidRequest, NotFound, Unavailable
+from safelight.protocol.tensor_sources import Noise
 from safelight.worker.parallel.plan import Shard
 from safelight.worker.parallel.ranks import Ranks
 from safelight.worker.weights.checkpoint.layout import Entry, Layout
@@ -22,6 +23,7 @@ from safelight.worker.weights.checkpoint.names import Names
 from safelight.worker.weights.snapshot.digests import raw_bytes
 from safelight.worker.weights.transport.sources import Rejected, TensorSource
 from safelight.worker.weights.update import undo_log as undo
+from safelight.worker.weights.update.noise import noise
 from safelight.worker.weights.update.offload import Offloader
 from safelight.worker.weights.update.page_swap import give_own_pages, owns_pages
 from safelight.worker.weights.update.rank_update import RankUpdate
@@ -437,3 +439,20 @@ def test_names_of_the_same_memory_are_whole_by_one_of_them() -> None:
     update.write()
     assert update.report().complete == ["transformer"]
     assert torch.equal(module.get_buffer("tied"), new["large"])
+
+
+def test_a_reset_leaves_no_floating_tensor_as_it_was_but_those_that_are_kept() -> None:
+    module = model()
+    module.register_buffer("ids", torch.arange(4))
+    before, layouts = state(module), {"transformer": Layout.whole(module)}
+    source = TensorSource(noise(Noise(["transformer"], 7, ["wi", "row"]), layouts))
+    update = RankUpdate(layouts, UndoLog(CPU, PLENTY, None))
+    update.prepare(source)
+    update.write()
+    same_as_before = {name for name, tensor in state(module).items() if torch.equal(tensor, before[name])}
+    assert same_as_before == {"wide", "row", "ids", "empty"}
+    update.rollback()
+    assert same(before, state(module))
+    for error, asked in ((InvalidRequest, Noise(["transformer"], 7, [""])), (NotFound, Noise(["vae"], 7))):
+        with pytest.raises(error):
+            noise(asked, layouts)

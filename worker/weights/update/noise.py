@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import torch
 
-from ....protocol.errors import NotFound
+from ....protocol.errors import InvalidRequest, NotFound
 from ....protocol.tensor_sources import Noise
 from ..checkpoint.layout import Layout
 from ..checkpoint.names import Tensors, memory_of
@@ -15,13 +15,17 @@ from ..checkpoint.names import Tensors, memory_of
 def noise(asked: Noise, layouts: Mapping[str, Layout]) -> Tensors:
     """Draw one value for each floating-point tensor: a tensor full of it needs no memory.
 
-    Integers stay, as they may be indices. Raises ``NotFound`` for a module that the model does not have.
+    Integers stay, as they may be indices. Raises ``NotFound`` for a module that the model does not have, and
+    ``InvalidRequest`` if there is nothing to reset.
     """
     absent = [module for module in asked.modules if module not in layouts]
     if absent:
         raise NotFound(f"The model has no module {absent[0]!r}; it has {', '.join(layouts)}.", field="target_modules")
     generator = torch.Generator().manual_seed(asked.seed)
-    return {module: _drawn(layouts[module], asked.kept, generator) for module in asked.modules}
+    found = {module: _drawn(layouts[module], asked.kept, generator) for module in asked.modules}
+    if not any(found.values()):
+        raise InvalidRequest("No tensor is left to reset.", field="skip_tensor_list")
+    return found
 
 
 def _drawn(layout: Layout, kept: list[str], generator: torch.Generator) -> dict[str, torch.Tensor]:
