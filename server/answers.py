@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable
 from typing import Any, Literal
 
@@ -62,12 +63,26 @@ def answers(
     reply: type[BaseModel] | None = None,
     refusal: type[BaseModel] = Refusal,
 ) -> Answers:
-    """``answer`` of the type ``reply``, and the errors ``statuses``."""
-    found: Answers = {200: {"description": answer} | ({} if reply is None else {"model": reply})}
+    """``answer`` of the type ``reply``, and the errors ``statuses``.
+
+    Bodies are given as schemas, those of errors in :func:`error_schemas`: FastAPI would prepare each model for
+    validation, route by route, which takes longer than all else that an application is made of.
+    """
+    found: Answers = {200: {"description": answer} | ({} if reply is None else _content(body_schema(reply)))}
     for status in sorted(statuses):
         said = (BY_STATUS[status].__doc__ or "").partition("\n")[0]
-        found[status] = {"description": said, "model": Refusal if status in _BEFORE_THE_ROUTE else refusal}
+        model = Refusal if status in _BEFORE_THE_ROUTE else refusal
+        found[status] = {"description": said, **_content({"$ref": f"#/components/schemas/{model.__name__}"})}
     return found
+
+
+def error_schemas() -> dict[str, Any]:
+    """The bodies of errors by the names that :func:`answers` gives them, for OpenAPI."""
+    return {model.__name__: body_schema(model) for model in (Refusal, TrainingRefusal)}
+
+
+def _content(schema: dict[str, Any]) -> dict[str, Any]:
+    return {"content": {"application/json": {"schema": schema}}}
 
 
 def request_body(form: type[Body], *media_types: str) -> dict[str, Any]:
@@ -85,6 +100,7 @@ def query(form: type[Body]) -> list[dict[str, Any]]:
     ]
 
 
+@functools.cache
 def body_schema(form: type[BaseModel]) -> dict[str, Any]:
     """The JSON schema of ``form`` for OpenAPI, where ``#/$defs`` would point to nothing: definitions are inline."""
     schema = form.model_json_schema()

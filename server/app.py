@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from fastapi import FastAPI, Request, Response
 from starlette.exceptions import HTTPException
 
@@ -23,6 +25,7 @@ from . import (
     weight_transfer,
     weights,
 )
+from .answers import error_schemas
 from .auth import ApiKeyMiddleware
 from .body import FORM
 from .body_limit import BodyLimitMiddleware, BodyLimits, BodyMemory
@@ -51,10 +54,17 @@ _LISTS = ("/update_weights_from_tensor_checker", "/update_weights_from_distribut
 _CODES = {404: "not_found", 405: "method_not_allowed"}
 
 
+class _Application(FastAPI):
+    def openapi(self) -> dict[str, Any]:
+        found = super().openapi()
+        found.setdefault("components", {}).setdefault("schemas", {}).update(error_schemas())
+        return found
+
+
 def create_app(service: Service) -> FastAPI:
     """The application of ``service``. A request passes the middlewares from the last one added to the first."""
     callers = Callers.of(service.config, OWN_TYPES, CHANGING_GETS)
-    app = FastAPI(title="Safelight", version=__version__, redirect_slashes=False, docs_url=None, redoc_url=None)
+    app = _Application(title="Safelight", version=__version__, redirect_slashes=False, docs_url=None, redoc_url=None)
     app.add_exception_handler(HTTPException, _http_error)
     app.add_middleware(
         BodyLimitMiddleware,
