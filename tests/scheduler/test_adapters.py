@@ -376,7 +376,7 @@ def test_no_two_versions_have_the_same_name_unless_the_trainer_gave_it() -> None
 
 @pytest.mark.parametrize("journal", [False, True])
 @pytest.mark.parametrize("unloaded", [False, True])
-def test_who_comes_back_has_the_published_version_though_its_weights_are_of_the_one_before(
+def test_a_returning_replica_has_the_published_version_though_its_weights_are_of_the_previous_one(
     journal: bool, unloaded: bool
 ) -> None:
     stage = Operating(config=JOURNAL if journal else None)
@@ -462,7 +462,7 @@ def test_an_adapter_waits_for_a_begun_update_to_end() -> None:
     assert words(stage.done("set").adapters) == {"ink": "black"}
 
 
-def test_who_comes_back_sleeps_with_the_adapters_of_the_others() -> None:
+def test_a_returning_replica_sleeps_with_the_adapters_of_the_others() -> None:
     stage = Operating()
     change(stage, "set", INK)
     stage.operate("sleep", Sleep(["weights"]))
@@ -473,7 +473,7 @@ def test_who_comes_back_sleeps_with_the_adapters_of_the_others() -> None:
     assert stage.processes[1].asleep == {"weights"}
 
 
-def test_who_was_put_to_sleep_while_it_waited_for_its_adapters_is_woken_with_the_others() -> None:
+def test_a_replica_put_to_sleep_while_it_waits_for_adapters_is_woken_with_the_others() -> None:
     stage = Operating(replicas=3, ready=0, adapters=INK)
     stage.start(0)
     stage.operate("sleep", Sleep(["weights"]))

@@ -73,7 +73,7 @@ def test_a_pause_of_another_kind_does_not_leave_what_runs_stopped_for_ever(mode:
     assert stage.started()[-1] == ("held", 0)
 
 
-def test_who_comes_during_a_pause_goes_on_with_the_others() -> None:
+def test_a_replica_that_joins_during_a_pause_continues_with_the_others() -> None:
     stage = Operating()
     stage.operate("u", update())
     stage.do_all()

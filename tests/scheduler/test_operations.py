@@ -42,7 +42,7 @@ def test_no_replica_goes_a_step_further_before_all_have_done_the_one_before() ->
     assert stage.weights() == {0: "new", 1: "new"}
 
 
-def test_who_hears_that_an_update_is_done_has_heard_of_its_version() -> None:
+def test_the_version_is_published_before_the_reply_to_its_update() -> None:
     """Otherwise a client that asks for the version at once could get the previous one."""
     stage = Operating()
     stage.wait(0.0)

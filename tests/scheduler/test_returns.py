@@ -331,7 +331,7 @@ def test_the_journal_knows_what_became_of_a_commit_that_all_were_lost_in() -> No
     assert all_alike(stage, "new")
 
 
-def test_who_comes_back_sleeps_as_the_others_do() -> None:
+def test_a_returning_replica_sleeps_as_the_others_do() -> None:
     stage = Operating()
     stage.operate("sleep", Sleep(["weights"]))
     stage.do_all()
@@ -344,7 +344,7 @@ def test_who_comes_back_sleeps_as_the_others_do() -> None:
 
 @pytest.mark.parametrize("changed", [False, True])
 @pytest.mark.parametrize("tags", [["weights"], ["weights", "caches"]])
-def test_who_comes_back_while_the_others_are_woken_is_not_put_to_sleep_after_them(
+def test_a_replica_that_returns_while_the_others_wake_is_not_put_to_sleep_after_them(
     tags: list[str], changed: bool
 ) -> None:
     stage = Operating()
@@ -360,7 +360,7 @@ def test_who_comes_back_while_the_others_are_woken_is_not_put_to_sleep_after_the
     assert stage.serving() == [0, 1]
 
 
-def test_who_comes_while_the_others_are_put_to_sleep_sleeps_too() -> None:
+def test_a_replica_that_joins_while_the_others_are_put_to_sleep_sleeps_too() -> None:
     stage = Operating(ready=1)
     stage.operate("sleep", Sleep(["weights"]))
     stage.start(1)

@@ -120,7 +120,7 @@ def test_a_path_that_leads_to_no_adapter_is_refused_and_nothing_is_left(case: st
         (["pytorch_lora_weights.safetensors", "optimizer.safetensors"], "pytorch_lora_weights.safetensors"),
     ],
 )
-def test_of_a_folder_the_adapter_is_copied(names: list[str], meant: str, folder: Path) -> None:
+def test_only_the_adapters_files_of_a_folder_are_copied(names: list[str], meant: str, folder: Path) -> None:
     copied = copy(_holding(*names)(folder), folder)
     assert (copied / "adapter_model.safetensors").read_bytes() == (folder / meant).read_bytes()
 

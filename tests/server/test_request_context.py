@@ -180,7 +180,7 @@ async def test_a_name_that_a_client_chose_ends_no_other_s_request() -> None:
         assert [(message.name, message.exact) for message in _aborts(played)] == [(own[0], True)]
 
 
-async def test_who_has_the_key_ends_a_request_by_its_name() -> None:
+async def test_with_the_key_a_client_aborts_a_request_by_its_name() -> None:
     async with stage(Config(api_key="k")) as played:
         played.client.headers["Authorization"] = "Bearer k"
         await _abort(played, "job")

@@ -37,7 +37,7 @@ def test_a_pipeline_may_write_to_what_it_was_given() -> None:
     assert cache.get("key", exact=True)[0].tolist() == [1.0] * 4
 
 
-def test_who_asks_for_exact_values_gets_none_from_a_merged_forward() -> None:
+def test_a_deterministic_request_gets_no_cached_values_from_a_merged_forward() -> None:
     cache = PromptCache(2**20)
     cache.put("key", torch.ones(4), exact=False)
     assert cache.get("key", exact=True) is None
