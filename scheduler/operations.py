@@ -96,7 +96,7 @@ class Operations:
         if (refusal := self._refusal_of(transaction, part, update_id)) is not None:
             self._groups.refuse(part, refusal)
         elif transaction is not None and not isinstance(part.operation, Abort):
-            transaction.add(part)
+            transaction.parts.append(part)
         elif transaction is not None and self._driver.abort(transaction, part):
             self._replies.done(part)
 

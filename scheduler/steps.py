@@ -171,7 +171,7 @@ class Steps:
                 self._commit(transaction, running)
 
     def _part_written(self, transaction: Transaction, running: Running, update: Update) -> None:
-        transaction.writes.add(update.source, running.reports.values())
+        transaction.written(update, running.reports.values())
         if (
             transaction.session is not None or not transaction.writes.counts
         ):  # an empty part is legal, and changes nothing
@@ -222,8 +222,8 @@ class Steps:
                 self._sync.asleep.update(tags)
             case Wake(tags=tags):
                 self._sync.asleep.difference_update(tags)
-            case Save(adapter=adapter) if transaction.session is not None:
-                transaction.saved(adapter, running.reports.values())
+            case Save() as part if transaction.session is not None:
+                transaction.saved(part, running.reports.values())
             case TakeSnapshot():
                 (snapshot,) = running.reports.values()
                 transaction.parts.append(self._catch_up.read_snapshot(snapshot))

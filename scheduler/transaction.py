@@ -109,12 +109,7 @@ class Transaction:
     adapters: dict[str, AdapterSource] = field(default_factory=dict)
     unpaired: dict[str, list[str]] = field(default_factory=dict)
     weight_version: str | None = None
-    """The version that the begin of a session gives the weights, or else a part of it."""
-
-    def add(self, part: Operate) -> None:
-        """Take up a part of the session, or its end."""
-        self.parts.append(part)
-        self.weight_version = self.weight_version or _version_of(part.operation)
+    """The version that the begin of a session gives the weights, or else the first part of it that was written."""
 
     def hold(self, now: float) -> Hold:
         """Describe it for a status, while it holds back everything behind it."""
@@ -133,8 +128,14 @@ class Transaction:
         if self.session is not None:
             self.deadline = min(now + self.session.timeout_s, self.ceiling)
 
-    def saved(self, adapter: AdapterSource, reports: Iterable[Report]) -> None:
+    def written(self, update: Update, reports: Iterable[Report]) -> None:
+        """Replicas have written a part."""
+        self.writes.add(update.source, reports)
+        self.weight_version = self.weight_version or update.weight_version
+
+    def saved(self, part: Save, reports: Iterable[Report]) -> None:
         """Replicas have saved a part of an adapter, with those before."""
+        self.weight_version, adapter = self.weight_version or part.version, part.adapter
         self.adapters[adapter.nickname] = adapter
         self.unpaired[adapter.nickname] = [name for report in reports for name in report.waiting]
 
@@ -175,13 +176,6 @@ class Transaction:
                 field="require_complete",
             )
         return None
-
-
-def _version_of(operation: Operation) -> str | None:
-    match operation:
-        case Update(weight_version=version) | Save(version=version):
-            return version
-    return None
 
 
 def internal(operation: Operation, target: Replica) -> Transaction:

@@ -204,16 +204,15 @@ class Checker(Body, json_schema_extra={"example": {"expected_named_tensors_sha25
     @property
     def digests(self) -> dict[str, str]:
         """The union of all maps. Raises ``InvalidRequest`` if two maps differ, or are of two modules."""
-        older = self.expected_transformer_sha256
-        if older and (self.expected_named_tensors_sha256 or self.target_module != "transformer"):
+        older = self.expected_transformer_sha256 or []
+        if older and self.target_module != "transformer":
             raise InvalidRequest(
-                "expected_transformer_sha256 is of the transformer, and stands alone; give "
-                "expected_named_tensors_sha256 with target_module.",
+                "expected_transformer_sha256 is of the transformer; for others, give expected_named_tensors_sha256.",
                 field="expected_transformer_sha256",
             )
-        given = self.expected_named_tensors_sha256 or older or {}
+        maps = [self.expected_named_tensors_sha256 or {}, *(older if isinstance(older, list) else [older])]
         found: dict[str, str] = {}
-        for name, digest in (pair for one in (given if isinstance(given, list) else [given]) for pair in one.items()):
+        for name, digest in (pair for one in maps for pair in one.items()):
             if found.setdefault(name, digest).lower() != digest.lower():
                 raise InvalidRequest(
                     f"{name[:100]!r} is expected to have two digests; the full tensor has one on every rank.",

@@ -159,6 +159,20 @@ def test_the_version_that_a_part_names_is_the_update_s_where_its_begin_names_non
     assert stage.done("commit u").weight_version == "41"
 
 
+def test_a_part_that_is_refused_does_not_name_the_update() -> None:
+    stage = Operating()
+    stage.begin()
+    stage.operate("refused", update(part_of="u", version="41"))
+    for replica in (0, 1):
+        stage.do(replica, REFUSED)
+    stage.do_all()
+    assert stage.refusal("refused")
+    stage.operate("written", update("new", part_of="u", version="42"))
+    stage.do_all()
+    stage.commit()
+    assert stage.done("commit u").weight_version == "42"
+
+
 def test_a_part_of_an_update_that_has_ended_is_refused() -> None:
     stage = Operating()
     stage.begin()

@@ -275,7 +275,7 @@ WITHOUT_EFFECT: list[tuple[str, dict[str, Any], str]] = [
     ),
     (
         "/update_weights_from_tensor_checker",
-        {"expected_named_tensors_sha256": {"a": "0"}, "expected_transformer_sha256": {"b": "0"}},
+        {"expected_named_tensors_sha256": {"a": "0"}, "expected_transformer_sha256": {"a": "1"}},
         "expected_transformer_sha256",
     ),
     (
