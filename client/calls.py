@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from numbers import Integral, Real
 from typing import Any, Concatenate, Generic, ParamSpec, Protocol, TypeVar
 
 from ..protocol.errors import InvalidRequest
@@ -26,6 +27,9 @@ GRACE_S = 30.0
 
 LOOK_S = 10.0
 """Seconds that a GET may take: the server has its answer at hand."""
+
+_WHOLE = (str, bytes, bytearray, Mapping)
+"""Iterables that are no lists of values."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +61,7 @@ class Call(Generic[R]):
         if self.body is None:
             return None
         try:
-            return json.dumps(self.body, allow_nan=False).encode()
+            return json.dumps(self.body, allow_nan=False, default=_number).encode()
         except (TypeError, ValueError) as error:
             raise InvalidRequest(f"The request cannot be written as JSON: {error}.") from None
 
@@ -141,21 +145,28 @@ def by_table(arguments: Mapping[str, Any], table: Table = TABLE) -> dict[str, An
 def given(fields: Mapping[str, Any]) -> dict[str, Any]:
     """``fields`` as JSON has them, without those that are ``None``, whose values the server chooses."""
     return {
-        name: list(value) if isinstance(value, Sequence) and not isinstance(value, str) else value
+        name: list(value) if isinstance(value, Iterable) and not isinstance(value, _WHOLE) else value
         for name, value in fields.items()
         if value is not None
     }
 
 
+def _number(value: object) -> int | float:
+    """A number of another library, such as numpy's, as JSON has it."""
+    if isinstance(value, Integral):
+        return int(value)
+    if isinstance(value, Real):
+        return float(value)
+    raise TypeError(f"{type(value).__name__} is no type of JSON's")
+
+
 def method(build: Callable[P, Call[R]], send: Callable[[S, Call[R]], T]) -> Callable[Concatenate[S, P], T]:
     """A client's method with the arguments of ``build`` that passes the call to ``send``.
 
-    It has the name and the docstring of ``send``, if that has one, else of ``build``.
+    It belongs to the class of ``send``, and has the name and the docstring of ``send``, if that has one, else of
+    ``build``; a traceback shows the name too.
     """
-
-    def call(self: S, /, *args: P.args, **kwargs: P.kwargs) -> T:
-        return send(self, build(*args, **kwargs))
-
+    call = _awaiting(build, send) if inspect.iscoroutinefunction(send) else _sending(build, send)
     built, sent = inspect.signature(build), inspect.signature(send)
     owner = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
     returns = built.return_annotation[len("Call[") : -1] if sent.return_annotation == "R" else sent.return_annotation
@@ -163,4 +174,23 @@ def method(build: Callable[P, Call[R]], send: Callable[[S, Call[R]], T]) -> Call
     vars(call)["__signature__"] = shown
     named = send if send.__doc__ else build
     call.__name__, call.__doc__ = named.__name__.removeprefix("_"), named.__doc__
+    call.__qualname__ = f"{send.__qualname__.rpartition('.')[0]}.{call.__name__}"
+    call.__module__ = send.__module__
+    call.__code__ = call.__code__.replace(co_name=call.__name__, co_qualname=call.__qualname__)
+    return call
+
+
+def _sending(build: Callable[P, Call[R]], send: Callable[[S, Call[R]], T]) -> Callable[Concatenate[S, P], T]:
+    def call(self: S, /, *args: P.args, **kwargs: P.kwargs) -> T:
+        return send(self, build(*args, **kwargs))
+
+    return call
+
+
+def _awaiting(
+    build: Callable[P, Call[R]], send: Callable[[S, Call[R]], Awaitable[Any]]
+) -> Callable[Concatenate[S, P], Any]:
+    async def call(self: S, /, *args: P.args, **kwargs: P.kwargs) -> Any:
+        return await send(self, build(*args, **kwargs))
+
     return call

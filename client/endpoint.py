@@ -40,12 +40,14 @@ class Endpoint:
 
     def settings(self) -> dict[str, Any]:
         """Arguments for the constructor of httpx's clients."""
+        trust_env = not self.on_this_machine  # a proxy of the environment cannot reach this machine's loopback
+        certificates = trust_env or self.base_url.startswith("https:")
         return {
             "base_url": self.base_url,
             "headers": {"authorization": f"Bearer {self.api_key}"} if self.api_key else {},
             "limits": httpx.Limits(max_connections=None, max_keepalive_connections=32),  # the server queues
-            "trust_env": not self.on_this_machine,  # a proxy of the environment cannot reach this machine's loopback
-            "verify": _tls_context(not self.on_this_machine),
+            "trust_env": trust_env,
+            "verify": _tls_context(trust_env) if certificates else ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT),
         }
 
     @property
@@ -87,7 +89,10 @@ class Endpoint:
 
 @functools.cache
 def _tls_context(trust_env: bool) -> ssl.SSLContext:
-    """Shared by the clients of a process: httpx would read the certificates for each of them, which takes 30 ms."""
+    """Shared by the clients of a process: httpx would read the certificates for each of them, which takes 30 ms.
+
+    ``SSL_CERT_FILE`` and ``SSL_CERT_DIR`` have an effect up to the first client only.
+    """
     return httpx.create_ssl_context(trust_env=trust_env)
 
 
