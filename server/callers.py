@@ -25,7 +25,8 @@ ANY = "*"
 """In ``--allowed-hosts``: every host is right."""
 
 _JSON = "application/json"
-_OF_BROWSERS = ("origin", "referer", "accept-language", "sec-fetch-site", "sec-fetch-mode", "sec-fetch-dest")
+_OF_BROWSERS = ("origin", "referer", "sec-fetch-site", "sec-fetch-dest")
+"""Programs send none of them. Node's ``fetch`` sends ``Accept-Language`` and ``Sec-Fetch-Mode``, as browsers do."""
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,8 @@ def read_config(arguments: Sequence[str], environment: Mapping[str, str]) -> Con
             raise StartFailed(f"The model is given twice, as {positional!r} and with --model; leave one of them out.")
         given["model"] = positional
     config = load_config(given, environment, file)
-    allowed_hosts(config), allowed_origins(config)  # report invalid ones now, at the start
+    allowed_hosts(config)  # report invalid ones now, at the start
+    allowed_origins(config)
     return with_key(config)
 
 
@@ -59,7 +60,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 def _add_flag(group: argparse._ArgumentGroup, option: Option) -> None:
     annotation = option.annotation
-    if isinstance(annotation, types.UnionType):  # with None
+    if typing.get_origin(annotation) in (types.UnionType, typing.Union):  # with None
         annotation = typing.get_args(annotation)[0]
     default = "" if option.default is None else f" (default: {option.default})"
     help_text = (option.description + default).replace("%", "%%")

@@ -80,10 +80,18 @@ CHROMIUM = "Mozilla/5.0 (X11; Linux x86_64) AppleWebKit/537.36 (KHTML, like Geck
 EMBEDDED = [
     {"User-Agent": CHROMIUM, "Accept": "image/avif,image/webp,*/*;q=0.8", "Referer": "http://192.0.2.7:8000/"},
     {"User-Agent": CHROMIUM, "Accept": "*/*"},
-    {"User-Agent": "curl/8", "Accept-Language": "en"},
+    {"User-Agent": "curl/8", "Sec-Fetch-Dest": "image"},
     {"User-Agent": "curl/8", "Referer": ""},
     {"User-Agent": CHROMIUM, "Sec-Fetch-Site": "none", "Sec-Fetch-Mode": "navigate", "Sec-Fetch-Dest": "document"},
     {"User-Agent": CHROMIUM, "Sec-Fetch-Site": "same-origin", "Sec-Fetch-Dest": "image"},
+]
+
+
+PROGRAMS = [
+    {"User-Agent": "curl/8.5.0"},
+    {"User-Agent": "python-requests/2.32"},
+    {"User-Agent": ""},
+    {"User-Agent": "node", "Accept": "*/*", "Accept-Language": "*", "Sec-Fetch-Mode": "cors"},
 ]
 
 
@@ -98,8 +106,8 @@ async def test_a_get_that_a_page_embeds_changes_nothing() -> None:
                 reply = await played.client.get(path, headers=headers)
                 assert (reply.status_code, "POST" in reply.text) == (403, True)
         assert not any(isinstance(message, Operate) for message in played.scheduler.received)
-        for program in ("curl/8.5.0", "python-requests/2.32", "", "sglang"):
-            assert (await played.client.get("/flush_cache", headers={"User-Agent": program})).status_code == 200
+        for program in PROGRAMS:
+            assert (await played.client.get("/flush_cache", headers=program)).status_code == 200
 
 
 def api_routes(routes: Iterable[BaseRoute]) -> Iterator[APIRoute]:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from typing import Literal
 
 import pytest
 
-from safelight.process.configuration import options
+from safelight.process.configuration import Option, options
 from safelight.protocol.errors import StartFailed
+from safelight.server import flags
 from safelight.server.flags import make_parser, read_config
 from safelight.server.launch import WRONG_START
 from safelight.server.listener import listen
@@ -19,6 +21,15 @@ def test_every_option_has_a_flag_and_a_place_in_the_help() -> None:
     text = " ".join(make_parser().format_help().split())
     assert all(option.flag in text and f"{option.group}: " in text for option in options())
     assert all(option.description in text for option in options())
+
+
+def test_an_option_with_choices_keeps_them_where_it_may_be_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """``Literal[...] | None`` is a ``typing.Union``, where ``str | None`` is a ``types.UnionType``."""
+    option = Option("colour", Literal["red", "blue"] | None, None, "A colour", "Looks")
+    monkeypatch.setattr(flags, "options", lambda: [option])
+    assert make_parser().parse_args(["--colour", "red"]).colour == "red"
+    with pytest.raises(StartFailed, match="green"):
+        make_parser().parse_args(["--colour", "green"])
 
 
 def test_a_flag_wins_over_the_environment_and_that_over_the_file(tmp_path: Path) -> None:
