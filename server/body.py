@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from encodings import normalize_encoding
+from encodings.aliases import aliases
 from typing import Any, Literal, get_args, get_origin
 
 import orjson
@@ -30,7 +33,8 @@ _TEXTS = frozenset(name for name, field in GenerateBody.model_fields.items() if 
 """Fields of a form that are text as it stands; every other one is JSON: ``-F seed=4 -F stream=true``."""
 
 _AS_THEY_STAND = (b"7bit", b"8bit", b"binary")
-_ASCII_OR_UTF8 = (b"utf-8", b"us-ascii")
+_READ_AS_UTF8 = ("utf_8", "ascii", "latin_1")
+"""Charsets of a part; text in the last, which some programs name always, must be ASCII."""
 _MOST_FIELDS = 256
 _LONGEST_FIELD = 2**20
 """Bytes of a field that is text, so also of an image in base64."""
@@ -46,8 +50,8 @@ async def read_generate(request: Request) -> tuple[GenerateBody, list[str | byte
         if body.image is None and len(data) > MAX_TEXT:
             raise BodyTooLarge(f"A request without images may have {MAX_TEXT / 1e6:g} MB.")
         return body, [*(body.image or ())]
-    if options.get(b"charset", b"utf-8").lower() != b"utf-8":
-        raise Malformed("A form is read as UTF-8; leave out the charset.")
+    if _charset(options) != "utf_8":
+        raise Malformed(f"A form is read as UTF-8, not {_shown(options[b'charset'])}; leave out the charset.")
     return await _read_form(request)
 
 
@@ -55,19 +59,44 @@ class _WholeForm(MultiPartParser):
     """A parser that knows whether the form came to its end. Files stay in memory, where bodies are bounded."""
 
     ended = False
+    _part_charset = ""
     spool_max_size = 2**40
 
     def on_headers_finished(self) -> None:
         """Raises ``MultiPartException`` for a part whose text would be read as something else than it is."""
-        headers = dict(self._current_part.item_headers)
-        encoding = headers.get(b"content-transfer-encoding", b"binary").strip().lower()
-        _, options = parse_options_header(headers.get(b"content-type", b""))
-        if encoding not in _AS_THEY_STAND or options.get(b"charset", b"utf-8").lower() not in _ASCII_OR_UTF8:
-            raise MultiPartException("Parts are read as they stand, and their text as UTF-8.")
         super().on_headers_finished()
+        part = f"The part {self._current_part.field_name[:100]!r}"
+        headers = dict(self._current_part.item_headers)
+        encoding = headers.get(b"content-transfer-encoding", b"binary").strip()
+        if encoding.lower() not in _AS_THEY_STAND:
+            raise MultiPartException(f"{part} has the transfer encoding {_shown(encoding)}; send it as it stands.")
+        _, options = parse_options_header(headers.get(b"content-type", b""))
+        self._part_charset = _charset(options)
+        if self._part_charset not in _READ_AS_UTF8:
+            raise MultiPartException(f"{part} has the charset {_shown(options[b'charset'])}; send UTF-8.")
+
+    def on_part_end(self) -> None:
+        """Raises ``MultiPartException`` for text in Latin-1 that is not ASCII."""
+        part = self._current_part
+        if self._part_charset == "latin_1" and not part.data.isascii():
+            raise MultiPartException(f"The part {part.field_name[:100]!r} has text in Latin-1; send UTF-8.")
+        super().on_part_end()
 
     def on_end(self) -> None:
         self.ended = True
+
+
+def _charset(options: Mapping[bytes, bytes]) -> str:
+    """Python's name of the charset in a header's ``options``; UTF-8's if there is none.
+
+    ``codecs.lookup`` would keep every name that it does not know.
+    """
+    name = normalize_encoding(options.get(b"charset", b"utf-8").decode("latin-1")).lower()
+    return aliases.get(name, name)
+
+
+def _shown(value: bytes) -> str:
+    return repr(value[:100].decode("latin-1"))
 
 
 async def _read_form(request: Request) -> tuple[GenerateBody, list[str | bytes]]:

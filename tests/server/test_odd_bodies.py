@@ -324,9 +324,14 @@ def test_a_body_that_is_called_compressed_is_refused_in_words(client: httpx.Clie
         ("Content-Transfer-Encoding: base64", 422),
         ("Content-Transfer-Encoding: quoted-printable", 422),
         ("Content-Type: text/plain; charset=utf-7", 422),
-        ("Content-Type: text/plain; charset=iso-8859-1", 422),
+        ("Content-Type: text/plain; charset=", 422),
+        ("Content-Type: text/plain; charset=nowhere", 422),
         ("Content-Transfer-Encoding: 8bit", 200),
         ("Content-Type: text/plain; charset=UTF-8", 200),
+        ("Content-Type: text/plain; charset=utf8", 200),
+        ("Content-Type: text/plain; charset=ascii", 200),
+        ("Content-Type: text/plain; charset=US-ASCII", 200),
+        ("Content-Type: text/plain; charset=iso-8859-1", 200),
     ],
 )
 def test_no_prompt_is_drawn_from_the_letters_of_its_encoding(client: httpx.Client, header: str, status: int) -> None:
@@ -334,3 +339,11 @@ def test_no_prompt_is_drawn_from_the_letters_of_its_encoding(client: httpx.Clien
     headers = {"Content-Type": "multipart/form-data; boundary=B", "Accept": "application/json"}
     reply = client.post("/generate", content=form.encode(), headers=headers)
     assert reply.status_code == status, reply.text
+
+
+def test_a_part_whose_text_is_not_utf_8_is_named(client: httpx.Client) -> None:
+    for kind, text, named in (("utf-7", "a star", "'utf-7'"), ("ISO-8859-1", "étoile", "Latin-1")):
+        head = f'Content-Disposition: form-data; name="prompt"\r\nContent-Type: text/plain; charset={kind}'
+        content = f"--B\r\n{head}\r\n\r\n{text}\r\n--B--\r\n".encode("latin-1")
+        reply = client.post("/generate", content=content, headers={"Content-Type": "multipart/form-data; boundary=B"})
+        assert (reply.status_code, "'prompt'" in reply.text, named in reply.text) == (422, True, True), reply.text
