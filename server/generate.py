@@ -48,7 +48,7 @@ def routes(service: Service) -> APIRouter:
             return Reply(request_id_var.get(), asked.model, message, result, time.perf_counter() - started_at)
 
         async def finish_event(result: Result) -> bytes:
-            return await finish(result).as_json()
+            return await finish(result).as_json(service.unread)
 
         service.unread.make_room()
         if asked.stream:
@@ -57,7 +57,7 @@ def routes(service: Service) -> APIRouter:
         service.unread.make_room()
         if asked.as_file:
             return reply.as_file(service.unread)
-        return UnreadReply([await reply.as_json()], service.unread, "application/json")
+        return UnreadReply([await reply.as_json(service.unread)], service.unread, "application/json")
 
     return router
 

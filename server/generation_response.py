@@ -33,10 +33,13 @@ class Reply:
         self._result = result
         self._timings = msgspec.structs.replace(result.timings, total_s=total_s)
 
-    async def as_json(self) -> bytes:
-        if sum(len(output.data) for output in self._result.outputs) > _OFF_THE_LOOP:
+    async def as_json(self, unread: Unread) -> bytes:
+        """``unread`` counts the outputs while they are encoded."""
+        size = sum(len(output.data) for output in self._result.outputs)
+        if size <= _OFF_THE_LOOP:
+            return self._as_json()
+        with unread.sending(size):
             return await asyncio.to_thread(self._as_json)
-        return self._as_json()
 
     def as_file(self, unread: Unread) -> Response:
         """The file of the only output."""

@@ -93,6 +93,8 @@ class Unread:
             self.make_room()
         except QueueFull as error:
             return Failed(result.request_id, error.info())
+        except OSError as error:  # the loop that receives every reply calls this
+            log.error("a result is kept without a look at the room, as the rollouts' files cannot be read: %s", error)
         return result
 
     @contextlib.contextmanager

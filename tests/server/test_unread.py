@@ -18,6 +18,7 @@ from safelight.protocol.errors import ClientGone, QueueFull
 from safelight.protocol.generation import Generate, Output, Preview, Progress, Result
 from safelight.protocol.messages import FromScheduler
 from safelight.server import unread
+from safelight.server.generation_response import Reply
 from safelight.server.subscription import PREVIEWS_KEPT, Subscription
 from safelight.server.unread import KEPT_S, PATIENCE_S, Taker, Unread, UnreadReply
 
@@ -165,6 +166,32 @@ def test_a_result_for_which_there_is_no_room_is_not_kept_for_a_client_that_does_
         assert (first.unread_bytes, second.unread_bytes, second.ended) == (3000, 0, True)
         with pytest.raises(QueueFull):
             bound.make_room()
+    bound.make_room()
+
+
+def test_a_file_that_cannot_be_removed_stops_no_reply(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A link's loop delivers the replies of all requests, and an error of the file system would end it."""
+    old = tmp_path / "rollout-a.safetensors"
+    old.mkdir()
+    os.utime(old, (0, 0))
+    events, result = Subscription("a"), finished(Generate(request_id="a", samples=[]))[-1]
+    assert isinstance(result, Result)
+    with Unread(tmp_path, 2000).counting(events):
+        events.deliver(result)
+    assert events.ended
+    assert old.name in caplog.text
+
+
+async def test_a_reply_is_counted_also_while_a_thread_encodes_it(tmp_path: Path) -> None:
+    bound, generate = Unread(tmp_path, 2000), Generate(request_id="a", samples=[])
+    result = finished(generate)[-1]
+    assert isinstance(result, Result)
+    result = msgspec.structs.replace(result, outputs=[Output(Buffer(bytes(1_000_000)), "png", 1, 8, 8)])
+    encoding = asyncio.create_task(Reply("a", "model", generate, result, 1.0).as_json(bound))
+    await asyncio.sleep(0)
+    with pytest.raises(QueueFull):
+        bound.make_room()
+    await encoding
     bound.make_room()
 
 
