@@ -29,7 +29,7 @@ LOOK_S = 10.0
 """Seconds that a GET may take: the server has its answer at hand."""
 
 _WHOLE = (str, bytes, bytearray, Mapping)
-"""Iterables that are no lists of values."""
+"""Iterables that are values of their own, not lists of values."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,7 +157,7 @@ def _number(value: object) -> int | float:
         return int(value)
     if isinstance(value, Real):
         return float(value)
-    raise TypeError(f"{type(value).__name__} is no type of JSON's")
+    raise TypeError(f"{type(value).__name__} is not a type that JSON has")
 
 
 def method(build: Callable[P, Call[R]], send: Callable[[S, Call[R]], T]) -> Callable[Concatenate[S, P], T]:

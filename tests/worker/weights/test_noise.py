@@ -1,4 +1,4 @@
-"""Noise in place of weights, of which tensors that share memory have the same."""
+"""Noise in place of weights. Tensors that share memory have the same."""
 
 import torch
 from torch import nn
