@@ -14,6 +14,7 @@ from safelight.protocol.codec import Buffer
 from safelight.protocol.generation import Cancel, Generate, Output, Queued, Result, Started, Timings
 from safelight.protocol.messages import FROM_SCHEDULER, TO_SCHEDULER, FromScheduler, ToScheduler
 from safelight.protocol.replicas import Batching, ModelInfo, Parameter, ReplicaStatus, Status
+from safelight.protocol.rollouts import RolledOut
 
 PNG = b"\x89PNG\r\n\x1a\n" + bytes(100)
 
@@ -55,7 +56,11 @@ def ready(model: ModelInfo = IMAGE_MODEL) -> Status:
 def finished(generate: Generate, data: bytes = PNG) -> list[FromScheduler]:
     """Everything that a request which goes well brings about."""
     request_id = generate.request_id
-    outputs = [Output(Buffer(data), generate.output_format, sample.seed, 64, 48) for sample in generate.samples]
+    rolled_out = None if generate.rollout is None else RolledOut(reply={}, tensors=[])
+    outputs = [
+        Output(Buffer(data), generate.output_format, sample.seed, 64, 48, rolled_out=rolled_out)
+        for sample in generate.samples
+    ]
     result = Result(request_id, outputs, Timings(0.1, 0.2, 0.3, 0.4, 1.0), 4, "7", weight_versions=["7"])
     return [Queued(request_id, 0), Started(request_id, 0, 0.1), result]
 
