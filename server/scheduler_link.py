@@ -49,12 +49,6 @@ class SchedulerLink:
         self._address = address
         self._request_timeout_s = request_timeout_s
         self._heard = 0
-        self._context = zmq.asyncio.Context()
-        self._socket = self._context.socket(zmq.DEALER)
-        # Without marks neither side drops or waits. What can pile up is bounded here, and by the scheduler's own queue.
-        self._socket.set_hwm(0)
-        self._socket.setsockopt(zmq.LINGER, 0)
-        self._socket.setsockopt(zmq.RECONNECT_IVL, 20)
         self._on_the_way = OnTheWay(most_unheard)
         self._subscriptions: dict[str, Subscription] = {}
         self._status = Status(0, 0, [])
@@ -65,6 +59,13 @@ class SchedulerLink:
         """The scheduler's last adapter list."""
 
     async def __aenter__(self) -> Self:
+        # not before: a context that is collected with its socket still open blocks its thread for ever
+        self._context = zmq.asyncio.Context()
+        self._socket = self._context.socket(zmq.DEALER)
+        # Without marks neither side drops or waits. What can pile up is bounded here, and by the scheduler's own queue.
+        self._socket.set_hwm(0)
+        self._socket.setsockopt(zmq.LINGER, 0)
+        self._socket.setsockopt(zmq.RECONNECT_IVL, 20)
         self._socket.connect(self._address)
         self.send(Cancel(""))  # a hello: the scheduler now knows where to send its status
         self._tasks = [asyncio.create_task(self._receive()), asyncio.create_task(self._keep_in_touch())]

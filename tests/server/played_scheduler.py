@@ -76,12 +76,12 @@ class PlayedScheduler:
         self.answer = answer
         self.operated: Callable[[ToScheduler], list[FromScheduler]] = lambda _: []
         self.received: list[ToScheduler] = []
-        self._context = zmq.asyncio.Context()
-        self._socket = self._context.socket(zmq.ROUTER)
-        self._socket.bind(self.address)
         self._server = b""
 
     async def __aenter__(self) -> Self:
+        self._context = zmq.asyncio.Context()
+        self._socket = self._context.socket(zmq.ROUTER)
+        self._socket.bind(self.address)
         self._task = asyncio.create_task(self._run())
         return self
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import gc
+import threading
 from pathlib import Path
 
 import pytest
@@ -103,3 +105,19 @@ async def test_what_is_sent_to_a_stopped_scheduler_is_bounded_until_it_has_taken
         await scheduler.say(replace(ready(), heard=1000))
         await link.status_where(lambda status: status.heard or None)
         ask("2")
+
+
+def test_a_link_that_was_never_entered_is_collected_without_waiting(tmp_path: Path) -> None:
+    """A context that is collected in a cycle with its open socket waits for the socket for ever."""
+
+    def collect() -> None:
+        link = SchedulerLink(f"ipc://{tmp_path}/none")
+        cycle: list[object] = [link]
+        cycle.append(cycle)
+        del link, cycle
+        gc.collect()
+
+    thread = threading.Thread(target=collect, daemon=True)
+    thread.start()
+    thread.join(30)
+    assert not thread.is_alive()
