@@ -138,7 +138,7 @@ def test_a_model_that_cannot_be_loaded_ends_the_server_with_the_worker_s_sentenc
 
 
 def test_a_worker_that_is_not_ready_in_time_ends_the_server(tiny_flux: Path, scratch: Path) -> None:
-    with LiveServer(tiny_flux, [*FLAGS, "--start-timeout-s", "0.5"], temporary=scratch) as server:
+    with LiveServer(tiny_flux, [*FLAGS, "--start-timeout-s", "0.01"], temporary=scratch) as server:
         assert server.wait_exit(30) == 1
         assert "--start-timeout-s" in server.log.splitlines()[-1]
         wait_until_gone(server, 5)
