@@ -20,6 +20,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, astuple, dataclass
@@ -88,6 +89,7 @@ def measure(variant: Variant, caches: str) -> Times:
             log = _Log(server.stderr)
             url = log.find(_URL)
             worker = int(log.find(_WORKER))
+            threading.Thread(target=server.stderr.read, daemon=True).start()  # a server whose pipe is full waits
             with httpx.Client(base_url=url, timeout=60, trust_env=False) as client:  # one: each reads certificates
                 _until(lambda: _answers(client, "GET"))
                 ready, cpu = time.perf_counter() - started, _cpu_of(psutil.Process(server.pid))
@@ -99,7 +101,7 @@ def measure(variant: Variant, caches: str) -> Times:
                 return Times(ready, cpu, time.perf_counter() - killed)
         finally:
             server.send_signal(signal.SIGTERM)
-            server.communicate()
+            server.wait()
 
 
 def _cpu_of(server: psutil.Process) -> float:
