@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 import msgspec
@@ -11,6 +12,10 @@ from .codec import Buffer
 from .fields import Field, table_of
 
 SamplerName = Literal["sde", "dance", "cps", "ode"]
+"""The samplers of ``rollout/transitions.py``."""
+
+MAX_NOISE: Mapping[SamplerName, float] = {"sde": 100.0, "dance": 100.0, "cps": 1.0, "ode": 100.0}
+"""The largest η of each sampler."""
 
 FloatName = Literal["float32", "float16", "bfloat16"]
 """The dtypes of an output, beside uint8."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
@@ -57,9 +57,8 @@ def check_steps(steps: Sequence[int], total: int, sampler: Sampler, noise_level:
     """Raises ``ValueError`` for steps outside the schedule, and for samplers without noise."""
     if sampler == "ode" or not noise_level:
         how = "sampler is 'ode'" if sampler == "ode" else "noise_level is 0"
-        raise ValueError(
-            f"{how}: steps without noise have no log-probability to learn from; use 'sde', 'dance' or 'cps'"
-        )
+        noisy = ", ".join(repr(name) for name in get_args(Sampler) if name != "ode")
+        raise ValueError(f"{how}: steps without noise have no log-probability to learn from; use one of {noisy}")
     for step in steps:
         if not 0 <= step < total:
             raise ValueError(f"there is no step {step}; the rollouts have steps 0 to {total - 1}")

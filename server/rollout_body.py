@@ -20,13 +20,12 @@ from ..protocol.codec import Buffer
 from ..protocol.config import Config
 from ..protocol.errors import BodyTooLarge, InvalidRequest, Malformed
 from ..protocol.replicas import ModelInfo
-from ..protocol.rollouts import ROLLOUT, TENSOR, Rollout, StepNoise, Tensor
+from ..protocol.rollouts import MAX_NOISE, ROLLOUT, TENSOR, Rollout, StepNoise, Tensor
 from .body_validation import read_object, refuse_query, validate, without_nulls
 from .bounded import MAX_TEXT, parse, read_body, read_msgpack
 from .request_validation import Range, check_table
 from .schemas import LIST, GenerateBody, with_fields
 
-_MOST_NOISE = 100.0
 _LEAST = 1e-6  # of a sigma, and between two
 _FARTHEST = 1e4  # of a number in initial noise
 
@@ -106,7 +105,7 @@ def check_rollout(body: RolloutBody, model: ModelInfo, config: Config) -> None:
     for name in ("sigmas", "timesteps"):
         if name in body.settings.extra:
             raise InvalidRequest(f"A rollout takes its schedule as sigmas, not in extra.{name}.", field=f"extra.{name}")
-    Range(0, 1 if plan.sampler == "cps" else _MOST_NOISE).check("rollout_noise_level", plan.noise_level)
+    Range(0, MAX_NOISE[plan.sampler]).check("rollout_noise_level", plan.noise_level)
     check_table(body, ROLLOUT, config)
     _check_indices("rollout_sde_step_indices", plan.sde_steps, config.max_steps - 1)
     _check_indices("rollout_return_step_indices", plan.step_indices, config.max_steps)
