@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import signal
 import socket
@@ -131,9 +132,11 @@ def test_a_model_that_cannot_be_loaded_ends_the_server_with_the_worker_s_sentenc
     index = json.loads((broken / "model_index.json").read_text())
     (broken / "model_index.json").write_text(json.dumps({**index, "_class_name": "NoSuchPipeline"}))
     with LiveServer(broken, FLAGS, temporary=scratch) as server:
-        server.wait_for(lambda: server.children().get("worker"), 10)
         assert server.wait_exit(60) == 1
         assert str(broken) in server.log.splitlines()[-1]
+        worker = re.search(r"started worker 0 with process id (\d+)", server.log)
+        assert worker is not None, server.log
+        assert not psutil.pid_exists(int(worker[1]))
         wait_until_gone(server, 5)
 
 
