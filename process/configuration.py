@@ -16,6 +16,7 @@ import msgspec
 
 from ..protocol.config import Config
 from ..protocol.errors import StartFailed
+from ..protocol.option import GROUPS
 
 ENVIRONMENT_PREFIX = "SAFELIGHT_"
 
@@ -44,12 +45,12 @@ class Option(msgspec.Struct, frozen=True):
 
 
 def options() -> list[Option]:
-    """Every option, in the order of the fields."""
+    """Every option, group by group."""
     found = []
     for field in msgspec.structs.fields(Config):
         base, meta = field.type.__origin__, field.type.__metadata__[0]
         found.append(Option(field.name, base, field.default, meta.description, meta.extra["group"]))
-    return found
+    return sorted(found, key=lambda option: GROUPS.index(option.group))
 
 
 def load_config(
