@@ -20,10 +20,10 @@ FAST := tests/protocol tests/formats tests/process tests/scheduler tests/server 
 export PROMPT
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-cuda test-fast test-nightly test-newest lint format serve clean
+.PHONY: help demo test test-cuda test-played-cuda test-fast test-nightly test-newest lint format serve clean
 
 help: ## list these commands
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-16s %s\n", $$1, $$2}' Makefile
 
 demo: $(ENVIRONMENT) ## draw a picture: PROMPT="…" for another one, PORT=… for a port of your choice
 	@$(BIN)/python examples/demo.py "$$PROMPT" $(if $(PORT),--port $(PORT))
@@ -31,16 +31,21 @@ demo: $(ENVIRONMENT) ## draw a picture: PROMPT="…" for another one, PORT=… f
 # The tests of attacks by web pages need a Chromium on the PATH (apt install chromium); without one they are skipped.
 test: $(ENVIRONMENT) ## run the tests: ARGS="tests/client -q" for some of them, JOBS=4 for more files at once
 	$(PYTEST) $(ARGS)
+	@if [ -z "$(ARGS)" ]; then $(MAKE) test-played-cuda; fi
 	@if nvidia-smi -L >/dev/null 2>&1; then $(MAKE) test-cuda; fi
 
-test-cuda: $(ENVIRONMENT) ## run the tests that compare with plain diffusers on a GPU
-	TEST_DEVICE=cuda $(BIN)/python -m pytest tests/cuda
+test-cuda: $(ENVIRONMENT) ## run the tests of tests/cuda on a GPU, beside plain diffusers there
+	TEST_DEVICE=cuda $(BIN)/python -m pytest tests/cuda $(ARGS)
+
+test-played-cuda: $(ENVIRONMENT) ## run the same tests on CUDA devices that are played on the CPU
+	TEST_DEVICE=played $(PYTEST) tests/cuda $(ARGS)
 
 test-fast: $(ENVIRONMENT) ## run the tests that need few live servers and models, in two minutes
 	$(PYTEST) $(FAST) $(ARGS)
 
 test-nightly: $(ENVIRONMENT) ## run the tests with far more random examples, and those that take hours
 	TEST_EFFORT=nightly $(PYTEST) $(ARGS)
+	TEST_EFFORT=nightly TEST_DEVICE=played $(PYTEST) tests/cuda
 
 NEWEST := build/newest
 test-newest: $(ENVIRONMENT) ## check that the newest diffusers and transformers have the undocumented names that workers use

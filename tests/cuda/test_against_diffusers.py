@@ -1,11 +1,11 @@
 """A live server on a GPU beside plain diffusers on the same GPU.
 
-``make test`` runs these tests where there is a GPU. ``TEST_DEVICE=cpu`` runs them on a CPU, which tries the tests.
+``make test`` runs these tests where there is a GPU. ``TEST_DEVICE=cpu`` runs them on a CPU, which tries the tests, and
+the nightly tests run them on a played GPU.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,24 +16,21 @@ from safetensors.torch import load_file
 
 from safelight.client import Client
 from safelight.client.checksum import checksum
+from safelight.tests.effort import NIGHTLY
 from safelight.tests.live import LiveServer
 from safelight.tests.system.asking import ask, ask_together, body, load_plain, picture, plain
-from safelight.tests.tiny import save
 
-DEVICE = os.environ["TEST_DEVICE"]
-FLAGS = ("--device", DEVICE, "--dtype", "float32", "--threads", "1")
+from .device import PLAYED, TYPE, device, of_programs
+
+pytestmark = pytest.mark.skipif(PLAYED and not NIGHTLY, reason="test_live is enough of live servers on a played GPU")
+
+FLAGS = ("--device", TYPE, "--dtype", "float32", "--threads", "1")
 CLOSE = 5e-3
 """The largest change of a pixel in [0, 1] by merging: cuDNN rounds to TF32, and batch sizes differ in kernels."""
 
 
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    directory: Path = tmp_path_factory.mktemp("tiny")
-    return lambda name: save(name, directory)
-
-
 def load(directory: Path) -> DiffusionPipeline:
-    return load_plain(directory).to(DEVICE)
+    return load_plain(directory).to(device())
 
 
 @pytest.mark.parametrize("family", ["flux", "sd3", "sdxl", "zimage", "qwenimage", "wan"])
@@ -43,7 +40,7 @@ def test_deterministic_requests_are_bitwise_diffusers_and_merged_ones_are_close(
     pipeline = load(checkpoint(family))
     bodies = [body(family, index) for index in range(6)]
     expected = [plain(pipeline, asked).cpu() for asked in bodies]
-    with LiveServer(checkpoint(family), FLAGS, program=True) as server:
+    with LiveServer(checkpoint(family), FLAGS, program=True, environment=of_programs()) as server:
         server.wait_ready()
         alone = picture(ask(server.url, bodies[0] | {"deterministic": True}))
         together = [picture(answer.json()) for answer in ask_together(server.url, bodies)]
@@ -61,7 +58,10 @@ def test_updates_sleep_and_adapters_leave_the_bytes_that_they_should(checkpoint:
     pipeline = load(directory)
     pipeline.transformer.load_state_dict(new)
     asked = body("flux", deterministic=True)
-    with LiveServer(directory, FLAGS, program=True) as server, Client(server.wait_ready().url) as client:
+    with (
+        LiveServer(directory, FLAGS, program=True, environment=of_programs()) as server,
+        Client(server.wait_ready().url) as client,
+    ):
         assert client.weights.checksum() == files
         client.weights.update(new, version="step-1")
         client.weights.verify(new)

@@ -1,0 +1,129 @@
+"""Streams, events and the current device of ``torch.cuda`` on played devices. Everything happens in order."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from .record import RECORD
+
+
+class _Thread(threading.local):
+    device = 0
+
+
+_thread = _Thread()
+
+
+def current_device() -> int:
+    return _thread.device
+
+
+def set_device(device: int | str | torch.device) -> None:
+    _thread.device = index_of(device)
+
+
+def index_of(device: int | str | torch.device | None = None) -> int:
+    if isinstance(device, int):
+        return device
+    index = None if device is None else torch.device(device).index
+    return current_device() if index is None else index
+
+
+class Device(contextlib.AbstractContextManager[None]):
+    """``torch.cuda.device``."""
+
+    def __init__(self, device: int | str | torch.device | None) -> None:
+        self._index = index_of(device)
+
+    def __enter__(self) -> None:
+        self._before = current_device()
+        set_device(self._index)
+
+    def __exit__(self, *_: object) -> None:
+        set_device(self._before)
+
+
+class Event:
+    """A moment on the device; recorded events are past, as the device never lags behind."""
+
+    def __init__(self, enable_timing: bool = False, blocking: bool = False, interprocess: bool = False) -> None:
+        self._timed = enable_timing
+        self._moment: float | None = None
+
+    def record(self, stream: Stream | None = None) -> None:
+        self._moment = RECORD.clock()
+
+    def wait(self, stream: Stream | None = None) -> None: ...
+
+    def query(self) -> bool:
+        return True
+
+    def synchronize(self) -> None:
+        RECORD.wait("event.synchronize")
+
+    def elapsed_time(self, end: Event) -> float:
+        """Milliseconds. Raises ``ValueError`` for events that were not recorded with timing, as torch does."""
+        if not (self._timed and end._timed) or self._moment is None or end._moment is None:
+            raise ValueError(
+                "Both events must be recorded, with timing enabled, before their elapsed time is asked for"
+            )
+        return (end._moment - self._moment) * 1000
+
+
+class Stream:
+    def __init__(self, device: int | str | torch.device | None = None, priority: int = 0, **_: Any) -> None:
+        self.device = torch.device("cuda", index_of(device))
+        self.cuda_stream = id(self)
+
+    def synchronize(self) -> None:
+        RECORD.wait("stream.synchronize")
+
+    def wait_stream(self, stream: Stream) -> None: ...
+
+    def wait_event(self, event: Event) -> None: ...
+
+    def record_event(self, event: Event | None = None) -> Event:
+        made = event or Event()
+        made.record(self)
+        return made
+
+    def query(self) -> bool:
+        return True
+
+
+_defaults: dict[int, Stream] = {}
+_current: dict[tuple[int, int], Stream] = {}
+"""Streams of ``torch.cuda.stream``, by thread and device."""
+
+
+def default_stream(device: int | str | torch.device | None = None) -> Stream:
+    index = index_of(device)
+    return _defaults.setdefault(index, Stream(index))
+
+
+def current_stream(device: int | str | torch.device | None = None) -> Stream:
+    index = index_of(device)
+    return _current.get((threading.get_ident(), index)) or default_stream(index)
+
+
+@contextlib.contextmanager
+def use_stream(stream: Stream | None) -> Iterator[None]:
+    """``torch.cuda.stream``."""
+    if stream is None:
+        yield
+        return
+    key = (threading.get_ident(), stream.device.index)
+    before = _current.get(key)
+    _current[key] = stream
+    try:
+        yield
+    finally:
+        if before is None:
+            del _current[key]
+        else:
+            _current[key] = before
