@@ -101,7 +101,8 @@ class ReplicaStats(msgspec.Struct, frozen=True):
     """Counters since the replica's start. ``calls / forwards`` is how many calls met in a forward.
 
     ``costs`` are the seconds of one call to each component, by the size of the output. ``unmergeable`` names calls that
-    run alone though others merge, and why: found by the self-test, or since.
+    run alone though others merge, and why: found by the self-test, or since. ``predicted_calls`` were made beside the
+    first call of a step by guidance pairing, and the ``missed_predictions`` among them never came.
     """
 
     running: int = 0
@@ -114,6 +115,8 @@ class ReplicaStats(msgspec.Struct, frozen=True):
     caps: dict[str, int] = {}
     stages: list[str] = []
     costs: dict[str, list[Measured]] = {}
+    predicted_calls: int = 0
+    missed_predictions: int = 0
 
 
 class ReplicaLoading(msgspec.Struct, tag=True, frozen=True):
