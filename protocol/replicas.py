@@ -45,6 +45,14 @@ class Batching(msgspec.Struct, frozen=True):
     reason: str
 
 
+class Attention(msgspec.Struct, frozen=True):
+    """The attention backend, as diffusers names it, and why; ``deterministic`` requests have their own."""
+
+    backend: str
+    reason: str
+    deterministic: str
+
+
 class ImageTask(msgspec.Struct, frozen=True, kw_only=True):
     """The task for requests with images: one for each of ``image_arguments``, in this order.
 
@@ -90,6 +98,7 @@ class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
     no_rollout: str | None = None
     """Why it cannot be rolled out; ``None`` where it can."""
     batching: Batching
+    attention: Attention | None = None
     weight_version: str
     divided: dict[str, str] = {}
     """How tensor-parallel ranks share each component with weights, and why one or a part of it is whole on each."""

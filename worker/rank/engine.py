@@ -150,6 +150,7 @@ def _new_batcher(
         costs=model.costs,
         at_rest=AtRest(modules(model.pipeline)),
         activity=activity,
+        plain_attention=_plain_attention(model),
         agree=mesh.agree,
         before_forward=before_forward,
     )
@@ -159,6 +160,12 @@ def _new_batcher(
 
 def _new_caching(config: Config, batcher: Batcher) -> Caching:
     return Caching(pairs=config.guidance_pairing == "on", unmergeable=batcher.policy.unmergeable)
+
+
+def _plain_attention(model: Model) -> str | None:
+    """The attention backend of deterministic requests, if the others have another."""
+    chosen = model.attention
+    return None if chosen is None or chosen.deterministic == chosen.backend else chosen.deterministic
 
 
 def _undo_spill(config: Config) -> Path | None:

@@ -85,7 +85,13 @@ class SampleRun:
         self.watches_all = watches_all or exclusive
         self._pairing = None if caching is None or alone else caching.pairing(request)
         self.coroutine = Coroutine(
-            self._run, lambda _: on_end(self), alone=alone, exclusive=exclusive, wanted=wanted, random=seeded(self.seed)
+            self._run,
+            lambda _: on_end(self),
+            alone=alone,
+            exclusive=exclusive,
+            plain=request.deterministic,
+            wanted=wanted,
+            random=seeded(self.seed),
         )
         self.coroutine.pixels = model.output_pixels(request)
 
