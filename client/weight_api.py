@@ -73,4 +73,4 @@ class WeightApi:
     def _server(self) -> Server:
         info = self._ask(calls.info())
         gpus = frozenset(gpu for model in info["models"] for gpu in model["gpus"])
-        return Server(Path(info["shared_memory"]), gpus, info["config"]["tp"] * info["config"]["replicas"])
+        return Server(Path(info["shared_memory"]), gpus, info["world_size"])

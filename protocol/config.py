@@ -77,6 +77,15 @@ class Config(ForwardOptions, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     tp: Annotated[
         int, option.replicas("Tensor-parallel ranks of each replica: processes that share the model", ge=1, le=64)
     ] = 1
+    ulysses: Annotated[
+        int,
+        option.replicas(
+            "Sequence-parallel ranks of each replica, which share a denoiser's tokens; each has the weights of --tp, "
+            "so that a replica has the product of both",
+            ge=1,
+            le=64,
+        ),
+    ] = 1
     replicas: Annotated[int, option.replicas("Copies of the model, each in a process of its own", ge=1, le=64)] = 1
     nursery: Annotated[
         bool,
@@ -242,6 +251,11 @@ class Config(ForwardOptions, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         Literal["text", "json"],
         option.log("Log lines for people, or one JSON object a line"),
     ] = "text"
+
+    @property
+    def replica_ranks(self) -> int:
+        """Ranks of each replica, a process each."""
+        return self.tp * self.ulysses
 
 
 MOST_PIXELS = 16_777_216

@@ -29,7 +29,7 @@ class RankProcesses:
         """
         ranks: list[ChildProcess] = []
         try:
-            for rank in range(first.config.tp):
+            for rank in range(first.config.replica_ranks):
                 ranks.append(await start_rank(msgspec.structs.replace(first, rank=rank)))
         except BaseException:
             await cls(ranks).stop(at_once=True)

@@ -148,7 +148,7 @@ def test_the_client_sends_what_is_large_in_buckets_that_are_merged_together(
 
 def test_an_adapter_comes_over_a_process_group(server: Trainer, adapters: Adapters) -> None:
     tensors = load_file(file_of(adapters, "first"))
-    port, members = free_port(), server.tp * len(server.replicas())
+    port, members = free_port(), server.ranks * len(server.replicas())
     asked = {"master_address": "127.0.0.1", "master_port": port, "rank_offset": 1, "world_size": members + 1}
     named = {"group_name": f"adapters of {members}"}
     fields = {"weight_update_mode": "lora_merge", "lora_alpha": 2.0, "load_format": None, "weight_version": "received"}

@@ -12,6 +12,7 @@ import httpx
 import psutil
 import pytest
 
+from safelight.client.checksum import checksum
 from safelight.formats.model_names import resolve_model
 from safelight.tests.effort import chosen
 from safelight.tests.forked import run
@@ -25,18 +26,21 @@ FAMILIES = chosen(
 )
 FOUR_RANKS = chosen("flux", nightly=["zimage", "wan"])
 """Four processes a server; the components of every family, divided by four and fused, are compared elsewhere."""
+SHARED_TOKENS = chosen("flux", nightly=["flux2", "qwenimage", "wan", "wan22"])
 TOLERANCE = 1e-4
 
 
 def on_ranks(family: str, tp: str, *flags: str) -> Any:
     group = pytest.mark.xdist_group(family)
-    return pytest.param(family, ("--tp", tp, *flags), marks=group, id=f"{tp}-{family}")
+    return pytest.param(family, ("--tp", tp, *flags), marks=group, id="-".join((tp, *flags[1:], family)))
 
 
 @pytest.mark.parametrize(
     ("family", "flags"),
     [on_ranks(family, "2") for family in FAMILIES]
-    + [on_ranks(family, "4", "--fuse-projections") for family in FOUR_RANKS],
+    + [on_ranks(family, "4", "--fuse-projections") for family in FOUR_RANKS]
+    + [on_ranks(family, "1", "--ulysses", "2") for family in SHARED_TOKENS]
+    + [on_ranks(family, "2", "--ulysses", "2") for family in chosen(nightly=["flux", "wan"])],
 )
 def test_several_ranks_make_the_picture_of_one(
     family: str, flags: tuple[str, ...], checkpoint: Callable[[str], Path], servers: Servers
@@ -51,6 +55,10 @@ def test_several_ranks_make_the_picture_of_one(
     alone = [picture(ask(url, asked[0] | {"deterministic": True})) for _ in range(2)]
     assert (alone[0] == alone[1]).all()
     assert (alone[0] - expected[0]).abs().max() <= TOLERANCE
+    digests = httpx.post(f"{url}/get_weights_checksum", json={}).json()
+    assert digests == {name: module.sha256 for name, module in checksum(checkpoint(family)).items()}, (
+        "every rank has the files' weights"
+    )
 
 
 @pytest.mark.parametrize(

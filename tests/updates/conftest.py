@@ -27,10 +27,11 @@ def serve(checkpoint: Path) -> Serve:
     """A ready server with such flags, all of its replicas ready."""
 
     @contextmanager
-    def serving(*flags: str, tp: int = 1) -> Iterator[Trainer]:
-        with LiveServer(checkpoint, ["--threads", "1", "--tp", str(tp), *flags]) as server:
+    def serving(*flags: str, tp: int = 1, ulysses: int = 1) -> Iterator[Trainer]:
+        ranks = ["--tp", str(tp), "--ulysses", str(ulysses)]
+        with LiveServer(checkpoint, ["--threads", "1", *ranks, *flags]) as server:
             server.wait_ready()
-            trainer = Trainer(server, checkpoint, tp)
+            trainer = Trainer(server, checkpoint, tp * ulysses)
             trainer.wait_all_ready()
             yield trainer
 
@@ -63,8 +64,21 @@ def divided(_divided: Trainer) -> Trainer:
     return _divided
 
 
-@pytest.fixture(scope="module", params=chosen("divided", nightly=["alone"]))
+@pytest.fixture(scope="session")
+def _split(serve: Serve) -> Iterator[Trainer]:
+    with serve(ulysses=2) as trainer:
+        yield trainer
+
+
+@pytest.fixture(scope="module")
+def split(_split: Trainer) -> Trainer:
+    """One replica of two ranks with the same weights, which share tokens."""
+    _split.restore()
+    return _split
+
+
+@pytest.fixture(scope="module", params=chosen("divided", nightly=["alone", "split"]))
 def trainer(request: pytest.FixtureRequest) -> Trainer:
-    """Either of the two; what holds on ranks and replicas holds on one."""
+    """One of the three; what holds on ranks and replicas holds on one."""
     found: Trainer = request.getfixturevalue(request.param)
     return found

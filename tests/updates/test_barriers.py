@@ -47,7 +47,7 @@ def queued(trainer: Trainer) -> int:
 
 
 def long(trainer: Trainer) -> dict[str, Any]:
-    return {"num_inference_steps": LONG_STEPS[trainer.tp]}
+    return {"num_inference_steps": LONG_STEPS[trainer.ranks]}
 
 
 def drawing(trainer: Trainer, **changes: Any) -> httpx.Response:

@@ -149,7 +149,7 @@ def test_an_adapter_that_is_sent_to_each_rank_is_the_same_for_all(
 def test_another_number_of_payloads_than_of_ranks(sender: sending.Trainer, trainer: Trainer) -> None:
     payloads = [sender.checkpoint(weights(trainer), "pairs", by=0.5, keep=True) for _ in range(3)]
     reported = refused(trainer, {"serialized_named_tensors": payloads})
-    assert f"there are 3 payloads for {trainer.tp} ranks" in reported["message"]
+    assert f"there are 3 payloads for {trainer.ranks} ranks" in reported["message"]
     sender.forget()
 
 
@@ -232,13 +232,15 @@ def handles(ranks: int) -> dict[str, Any]:
 
 
 def test_cuda_handles_where_there_is_no_gpu(trainer: Trainer) -> None:
-    assert "the handle of a needs a GPU" in refused(trainer, handles(len(trainer.replicas()) * trainer.tp))["message"]
+    assert (
+        "the handle of a needs a GPU" in refused(trainer, handles(len(trainer.replicas()) * trainer.ranks))["message"]
+    )
 
 
 def test_cuda_handles_for_another_number_of_ranks(trainer: Trainer) -> None:
     reported = refused(trainer, handles(3))
     assert (
-        f"There are 3 lists of handles; {len(trainer.replicas()) * trainer.tp} ranks need one each"
+        f"There are 3 lists of handles; {len(trainer.replicas()) * trainer.ranks} ranks need one each"
         in reported["message"]
     )
 

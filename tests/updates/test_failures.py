@@ -151,7 +151,7 @@ def test_a_parameter_that_means_nothing_with_a_body(trainer: Trainer) -> None:
 
 @pytest.mark.parametrize("kind", ["pipe", "index pipe", "link out", "loop"])
 def test_a_checkpoint_that_is_not_a_file(kind: str, trainer: Trainer, checkpoint: Path, tmp_path: Path) -> None:
-    folder = checkpoint.parent / f"odd-{trainer.tp}-{kind}" / "transformer"  # below a root
+    folder = checkpoint.parent / f"odd-{trainer.ranks}-{kind}" / "transformer"  # below a root
     folder.mkdir(parents=True)
     file = folder / "diffusion_pytorch_model.safetensors"
     if kind == "link out":

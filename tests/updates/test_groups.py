@@ -46,8 +46,7 @@ def _unmoved(request: pytest.FixtureRequest) -> Iterator[None]:
 
 def members(trainer: Trainer) -> int:
     """The server's ranks."""
-    config = httpx.get(f"{trainer.server.url}/server_info").json()["config"]
-    return int(config["replicas"] * config["tp"])
+    return int(httpx.get(f"{trainer.server.url}/server_info").json()["world_size"])
 
 
 def free_port() -> int:

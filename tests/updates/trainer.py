@@ -24,12 +24,12 @@ Tensors = dict[str, torch.Tensor]
 
 
 class Trainer:
-    """Speaks with ``server``, which serves the checkpoint in ``directory`` with replicas of ``tp`` ranks."""
+    """Speaks with ``server``, which serves the checkpoint in ``directory`` with replicas of ``ranks`` processes."""
 
-    def __init__(self, server: LiveServer, directory: Path, tp: int = 1) -> None:
+    def __init__(self, server: LiveServer, directory: Path, ranks: int = 1) -> None:
         self.server = server
         self.directory = directory
-        self.tp = tp
+        self.ranks = ranks
 
     def post(self, path: str, body: Any = None, **options: Any) -> httpx.Response:
         given = {"json": body} if body is not None else {}

@@ -32,6 +32,12 @@ NAMES = {
     "flux_plan": "diffusers:FluxTransformer2DModel._tp_plan",
     "flux2_plan": "diffusers:Flux2Transformer2DModel._tp_plan",
     "qwen_image_plan": "diffusers:QwenImageTransformer2DModel._tp_plan",
+    # sequence parallelism
+    "Attention": "diffusers.models.attention_processor:Attention",
+    "AttentionModuleMixin": "diffusers.models.attention:AttentionModuleMixin",
+    "ContextParallelConfig": "diffusers.models._modeling_parallel:ContextParallelConfig",
+    "ContextParallelOutput": "diffusers.models._modeling_parallel:ContextParallelOutput",
+    "ParallelConfig": "diffusers.models._modeling_parallel:ParallelConfig",
     # settings of the process
     "AttentionBackendRegistry": "diffusers.models.attention_dispatch:_AttentionBackendRegistry",
 }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from ...protocol.config import Config
 from ...protocol.costs import output_pixels
 from ...protocol.errors import InvalidRequest, StartFailed
 from ...protocol.generation import Generate
-from ...protocol.replicas import Attention, BatchingMode, ImageTask, ModelInfo
+from ...protocol.replicas import BatchingMode, ImageTask, ModelInfo
 from ..forward.costs import Costs
 from ..parallel.device import find_device
 from ..parallel.ranks import ALONE, Ranks
@@ -32,6 +32,7 @@ from ..weights.update.page_swap import give_own_pages
 from .dtype import choose_dtype, most_common_dtype, stored_dtype
 from .modules import are_finite, count_parameters, disable_kv_caches, modules
 from .pipeline_task import PipelineTask, new_task
+from .sequences import split_denoisers
 
 log = logging.getLogger(__name__)
 
@@ -61,7 +62,6 @@ class Model:
     image: PipelineTask | None = None
     no_image: str = "it was not tried"
     weight_version: str = INITIAL_VERSION
-    attention: Attention | None = None
     costs: Costs = field(init=False)
     """Measured durations of the components' calls."""
 
@@ -135,7 +135,6 @@ class Model:
             no_image=self.no_image if self.image is None else None,
             no_rollout=why_no_rollouts(self.pipeline),
             batching=task.batching,
-            attention=self.attention,
             weight_version=self.weight_version,
             divided=self.divided,
             gpus=[str(torch.cuda.get_device_properties(index).uuid) for index in range(torch.cuda.device_count())],
@@ -157,14 +156,17 @@ def _image_task(task: PipelineTask | None) -> ImageTask | None:
     )
 
 
-def load_model(config: Config, device: torch.device | None = None, ranks: Ranks = ALONE) -> Model:
+def load_model(
+    config: Config, device: torch.device | None = None, ranks: Ranks = ALONE, sequence: Ranks = ALONE
+) -> Model:
     """Load the configured pipeline, or this rank's shard, onto ``device`` (by default :func:`find_device`'s).
 
-    Raises ``StartFailed`` with one sentence for the operator when the checkpoint cannot be loaded.
+    The ranks of ``sequence`` have the same weights and share the denoisers' tokens. Raises ``StartFailed`` with one
+    sentence for the operator when the checkpoint cannot be loaded.
     """
     device = device or find_device(config)
     path = str(resolve_model(config.model))
-    directory, dtype, loaded = _load_pipeline(path, config, device, ranks)
+    directory, dtype, loaded, split = _load_pipeline(path, config, device, ranks, sequence)
     pipeline = loaded.pipeline
     give_own_pages(modules(pipeline).values())
     disable_kv_caches(pipeline)
@@ -177,19 +179,22 @@ def load_model(config: Config, device: torch.device | None = None, ranks: Ranks 
         device=device,
         dtype=dtype,
         layouts=loaded.layouts,
-        divided=_describe_division(loaded, ranks),
+        divided=_describe_division(loaded, ranks, split, sequence),
         model_defaults=model_defaults,
         text=new_task(pipeline, config, model_defaults.defaults),
     )
 
 
-def _describe_division(loaded: LoadedPipeline, ranks: Ranks) -> dict[str, str]:
+def _describe_division(loaded: LoadedPipeline, ranks: Ranks, split: Sequence[str], sequence: Ranks) -> dict[str, str]:
     """How the ranks share each component, in words; empty for a single rank."""
-    if ranks.size == 1:
-        return {}
-    words = {name: _describe_component(whole, ranks.size) for name, whole in loaded.whole.items()}
-    for name, division in words.items() if ranks.rank == 0 else ():
-        log.info("%s is %s", name, division)
+    words = {}
+    if ranks.size > 1:
+        words = {name: _describe_component(whole, ranks.size) for name, whole in loaded.whole.items()}
+    for name in split:
+        shared = f"its tokens are divided among {sequence.size} ranks"
+        words[name] = f"{words[name]}; {shared}" if name in words else shared
+    for name, division in words.items() if ranks.rank == sequence.rank == 0 else ():
+        log.info("%s: %s", name, division)
     return words
 
 
@@ -203,8 +208,8 @@ def _describe_component(whole: Mapping[str, str], size: int) -> str:
 
 
 def _load_pipeline(
-    path: str, config: Config, device: torch.device, ranks: Ranks
-) -> tuple[Path, torch.dtype, LoadedPipeline]:
+    path: str, config: Config, device: torch.device, ranks: Ranks, sequence: Ranks
+) -> tuple[Path, torch.dtype, LoadedPipeline, list[str]]:
     try:
         directory, dtype, single_file = _find(path, config, device)
         loaded = load_pipeline(
@@ -216,7 +221,7 @@ def _load_pipeline(
             variant=config.variant,
             single_file=single_file,
         )
-        return directory, dtype, loaded
+        return directory, dtype, loaded, split_denoisers(loaded.pipeline, ranks.size, sequence)
     except StartFailed:
         raise
     except CannotLoad as error:

@@ -1,1 +1,1 @@
-"""Tensor parallelism: the ranks of a replica, and modules that hold their part of a weight."""
+"""Parallelism: the ranks of a replica, modules that hold their part of a weight, and sequences that ranks share."""

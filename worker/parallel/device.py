@@ -18,9 +18,10 @@ def find_device(config: Config, replica: int = 0, rank: int = 0) -> torch.device
         return torch.device("cpu")
     if is_in_bad_fork():
         raise StartFailed("CUDA was opened before this worker was forked, and cannot be used in it; add --no-nursery.")
-    if config.tp > torch.cuda.device_count():
-        raise StartFailed(f"--tp {config.tp} needs a GPU for each rank, and there are {torch.cuda.device_count()}.")
-    return torch.device("cuda", (replica * config.tp + rank) % torch.cuda.device_count())
+    ranks, gpus = config.replica_ranks, torch.cuda.device_count()
+    if ranks > gpus:
+        raise StartFailed(f"A replica of {ranks} ranks needs a GPU for each, and there are {gpus}.")
+    return torch.device("cuda", (replica * ranks + rank) % gpus)
 
 
 def use_device(device: torch.device) -> None:

@@ -29,7 +29,7 @@ def import_rank() -> None:
 def run_rank() -> int:
     """Serve as the rank that standard input says. Returns the process's exit status."""
     child = read_child_config()
-    rank = f".{child.rank}" if child.config.tp > 1 else ""
+    rank = f".{child.rank}" if child.config.replica_ranks > 1 else ""
     name = f"worker-{child.replica}{rank}"
     name_process(name)
     configure_logging(child.config, name)

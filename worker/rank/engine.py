@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
 from ...protocol.child_config import ChildConfig
@@ -14,7 +13,6 @@ from ...protocol.messages import FromWorker
 from ...protocol.operations import Perform, SetPaused
 from ...protocol.reports import Performed
 from ...protocol.self_test import SelfTestResult
-from ..caching.caching import Caching
 from ..forward.activity import Activity
 from ..forward.at_rest import AtRest
 from ..forward.batcher import Batcher
@@ -56,14 +54,13 @@ class Engine:
     ) -> None:
         config, shared = child.config, Path(child.shared)
         assert child.replica is not None
-        global_rank = child.replica * config.tp + child.rank
+        global_rank = child.replica * config.replica_ranks + child.rank
         adapters = _new_adapters(model, mesh, config)
         groups = ProcessGroups(global_rank, model.device, ended=wake, receive_s=config.max_update_hold_s)
         self._model = model
         self._send = send
         self._batcher = _new_batcher(model, self_test, mesh, adapters, activity, config, before_forward)
-        new_jobs = partial(Jobs, model, self._batcher, send, wake, is_primary=child.rank == 0)
-        self.jobs = new_jobs(adapters=adapters, shared=shared, caching=_new_caching(config, self._batcher))
+        self.jobs = Jobs(model, self._batcher, send, wake, is_primary=child.rank == 0, adapters=adapters, shared=shared)
         self.group_orders = GroupOrders(groups, mesh.world)
         self._operations: Coordinator = new_coordinator(
             Resources(
@@ -71,7 +68,7 @@ class Engine:
                 batcher=self._batcher,
                 ranks=mesh.world,
                 global_rank=global_rank,
-                world_size=config.replicas * config.tp,
+                world_size=config.replicas * config.replica_ranks,
                 shared=shared,
                 journal=journal,
                 undo_log=UndoLog(model.device, _undo_bytes(config), _undo_spill(config)),
@@ -150,22 +147,11 @@ def _new_batcher(
         costs=model.costs,
         at_rest=AtRest(modules(model.pipeline)),
         activity=activity,
-        plain_attention=_plain_attention(model),
         agree=mesh.agree,
         before_forward=before_forward,
     )
     batcher.policy.unmergeable.update(self_test.unmergeable)
     return batcher
-
-
-def _new_caching(config: Config, batcher: Batcher) -> Caching:
-    return Caching(pairs=config.guidance_pairing == "on", unmergeable=batcher.policy.unmergeable)
-
-
-def _plain_attention(model: Model) -> str | None:
-    """The attention backend of deterministic requests, if the others have another."""
-    chosen = model.attention
-    return None if chosen is None or chosen.deterministic == chosen.backend else chosen.deterministic
 
 
 def _undo_spill(config: Config) -> Path | None:
@@ -177,4 +163,4 @@ def _undo_bytes(config: Config) -> int:
     if config.undo_mb:
         return config.undo_mb * 1_000_000
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return memory // 2 // (config.replicas * config.tp)
+    return memory // 2 // (config.replicas * config.replica_ranks)

@@ -20,7 +20,6 @@ from ...protocol.messages import FROM_WORKER, TO_WORKER, FromWorker, ToWorker
 from ...protocol.replicas import ReplicaFailed, ReplicaLoading, ReplicaReady
 from ...protocol.self_test import RESULT_FILE, SelfTestResult
 from ..forward.activity import Activity
-from ..model.attention import choose_attention, use_attention
 from ..model.model import Model, load_model
 from ..parallel.device import find_device
 from ..parallel.lockstep import Follower, Leader, RankDesync, Step, Stop
@@ -84,22 +83,24 @@ class RankProcess:
     def _load(self) -> tuple[Model, SelfTestResult]:
         self._report("loading the model")
         device = find_device(self._config, self._number, self._child.rank)
-        threads = self._config.threads or max(1, (os.cpu_count() or 1) // (self._config.replicas * self._config.tp))
+        threads = self._config.threads or max(
+            1, (os.cpu_count() or 1) // (self._config.replicas * self._config.replica_ranks)
+        )
         torch.set_num_threads(threads)
         # gradient mode is thread state: disabled here, so that leaving a pipeline's no_grad cannot enable it
         torch.set_grad_enabled(False)
         self._mesh = join(
             self._child.rank,
-            {"tp": self._config.tp},
+            {"sp": self._config.ulysses, "tp": self._config.tp},
             f"{self._child.rendezvous_path}-store",
             device,
             max(self._config.start_timeout_s, self._config.stall_timeout_s),  # one rank may load from a slower disk
         )
-        model = all_or_none(self._mesh.world, lambda: load_model(self._config, device, self._mesh.tp))
+        model = all_or_none(
+            self._mesh.world, lambda: load_model(self._config, device, self._mesh.tp, self._mesh.axis("sp"))
+        )
         if self._journal is not None and (version := self._journal.replay(model.layouts, self._mesh.world)) is not None:
             model.weight_version = version
-        model.attention = choose_attention(self._config.attention_backend, device, model.dtype)
-        use_attention(model.attention)
         self_test = self._test(model)
         self._mesh.set_timeout(self._config.stall_timeout_s)
         return model, self_test
@@ -159,7 +160,7 @@ class RankProcess:
     def _lockstep(self) -> Leader | Follower:
         path = self._child.rendezvous_path
         if self._is_primary:
-            return Leader(self._context, path, self._config.tp)
+            return Leader(self._context, path, self._config.replica_ranks)
         return Follower(self._context, path, self._child.rank)
 
     def _lead(self, leader: Leader, engine: Engine) -> None:
