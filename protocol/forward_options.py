@@ -19,10 +19,23 @@ class ForwardOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         Literal["auto", "merged", "interleaved", "serial"],
         option.forwards("How requests share forwards; auto lets the self-test at load decide"),
     ] = "auto"
-    max_batch: Annotated[int, option.forwards("Calls that may share one forward", ge=1, le=4096)] = 16
+    attention_backend: Annotated[
+        str,
+        option.forwards(
+            "The attention of diffusers' models, by diffusers' names (native, flash, _flash_3, sage, xformers, …); "
+            "auto takes the fastest exact one that runs on the device; deterministic requests have plain diffusers' own"
+        ),
+    ] = "auto"
+    max_batch: Annotated[int, option.forwards("Outputs whose calls may share one forward", ge=1, le=4096)] = 16
     max_batch_tokens: Annotated[
         int, option.forwards("Positions (tokens or latent pixels) that may share one forward", ge=1)
     ] = 65536
     prompt_cache_mb: Annotated[
         int, option.forwards("Megabytes of prompt embeddings that each replica keeps; 0 keeps none", ge=0)
     ] = 256
+    guidance_pairing: Annotated[
+        Literal["on", "off"],
+        option.forwards(
+            "Make the two calls of guidance as one forward, where a pipeline calls its denoiser twice a step"
+        ),
+    ] = "on"

@@ -45,6 +45,14 @@ class Batching(msgspec.Struct, frozen=True):
     reason: str
 
 
+class Attention(msgspec.Struct, frozen=True):
+    """The attention backend, as diffusers names it, and why; ``deterministic`` requests have their own."""
+
+    backend: str
+    reason: str
+    deterministic: str
+
+
 class ImageTask(msgspec.Struct, frozen=True, kw_only=True):
     """The task for requests with images: one for each of ``image_arguments``, in this order.
 
@@ -90,6 +98,7 @@ class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
     no_rollout: str | None = None
     """Why it cannot be rolled out; ``None`` where it can."""
     batching: Batching
+    attention: Attention | None = None
     weight_version: str
     divided: dict[str, str] = {}
     """How tensor-parallel ranks share each component with weights, and why one or a part of it is whole on each."""
@@ -101,7 +110,8 @@ class ReplicaStats(msgspec.Struct, frozen=True):
     """Counters since the replica's start. ``calls / forwards`` is how many calls met in a forward.
 
     ``costs`` are the seconds of one call to each component, by the size of the output. ``unmergeable`` names calls that
-    run alone though others merge, and why: found by the self-test, or since.
+    run alone though others merge, and why: found by the self-test, or since. ``predicted_calls`` were made beside the
+    first call of a step by guidance pairing, and the ``missed_predictions`` among them never came.
     """
 
     running: int = 0
@@ -114,6 +124,8 @@ class ReplicaStats(msgspec.Struct, frozen=True):
     caps: dict[str, int] = {}
     stages: list[str] = []
     costs: dict[str, list[Measured]] = {}
+    predicted_calls: int = 0
+    missed_predictions: int = 0
 
 
 class ReplicaLoading(msgspec.Struct, tag=True, frozen=True):

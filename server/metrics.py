@@ -21,6 +21,8 @@ _REPLICA_COUNTERS = {
     "outputs": "Outputs that the replica has finished since its start",
     "cancelled": "Requests whose work was cancelled in the replica since its start",
     "failed": "Requests that failed in the replica since its start",
+    "predicted_calls": "Calls that guidance pairing made beside the first call of a step",
+    "missed_predictions": "Calls that guidance pairing made and no pipeline asked for",
 }
 
 

@@ -16,6 +16,9 @@ from .asking import ask, ask_together, body, load_plain, picture, plain, stats
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
+PAIRED = ("wan",)
+"""Families whose two calls a step are one forward, so that a solo request is merged with itself."""
+
 
 @pytest.mark.parametrize("family", by_family(*LIVE_FAMILIES))
 def test_solo_requests_are_bitwise_diffusers_and_merged_ones_are_close(
@@ -26,7 +29,8 @@ def test_solo_requests_are_bitwise_diffusers_and_merged_ones_are_close(
     expected = [plain(pipeline, asked) for asked in bodies]
     server = servers(family)
     before = stats(server.url)
-    assert torch.equal(picture(ask(server.url, bodies[1])), expected[1]), "alone"
+    alone = (picture(ask(server.url, bodies[1])) - expected[1]).abs().max()
+    assert alone <= (1e-4 if family in PAIRED else 0)
     answers = ask_together(server.url, bodies)
     assert torch.equal(picture(ask(server.url, bodies[0] | {"deterministic": True})), expected[0]), "deterministic"
     server.wait_for(lambda: stats(server.url)["outputs"] == before["outputs"] + 8 or None, 10)

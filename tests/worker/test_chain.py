@@ -87,7 +87,7 @@ def test_a_coroutine_that_is_cancelled_between_two_answers_ends_once() -> None:
 
 def test_a_coroutine_that_is_cancelled_by_another_calls_answer_ends_once() -> None:
     component, ended = Doubler(), list[Coroutine]()
-    batcher = Batcher(max_batch=2, max_tokens=10**6)
+    batcher = Batcher(max_batch=16, max_tokens=4)  # two calls
     guided = asking(component, Chain([paired(5.0)]), [1.0], ended.append)
     canceller = asking(component, Chain(), [7.0], lambda _: batcher.cancel(guided))
     batcher.start(canceller)  # first in line: it meets one of the two, and the other waits

@@ -25,8 +25,9 @@ class Coroutine:
     """Runs ``body`` in a greenlet.
 
     ``alone`` keeps its calls out of merged forwards; an ``exclusive`` coroutine has the batcher to itself from start to
-    end. ``wanted`` are the adapters that its request names, in the form that their implementation has chosen.
-    ``random`` is its initial random state, by default the batcher's.
+    end. The calls of a ``plain`` one compute as plain diffusers does, to the bit. ``wanted`` are the adapters that its
+    request names, in the form that their implementation has chosen. ``random`` is its initial random state, by default
+    the batcher's.
     When it ends, ``done`` is called with it in the batcher's greenlet, and one of ``result`` and ``error`` is set.
     """
 
@@ -37,6 +38,7 @@ class Coroutine:
         *,
         alone: bool = False,
         exclusive: bool = False,
+        plain: bool = False,
         wanted: object = None,
         random: RandomState | None = None,
     ) -> None:
@@ -44,6 +46,7 @@ class Coroutine:
         self._done = done
         self.alone = alone
         self.exclusive = exclusive
+        self.plain = plain
         self.wanted = wanted
         self.pixels = 0
         """Pixels of the output, all frames together; 0 if unknown."""

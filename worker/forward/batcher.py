@@ -49,13 +49,17 @@ class Batcher:
         costs: Costs | None = None,
         at_rest: AtRest | None = None,
         activity: Activity | None = None,
+        plain_attention: str | None = None,
         agree: Agree = lambda _: None,
         before_forward: Callable[[int], None] = lambda _: None,
     ) -> None:
-        """``before_forward`` receives the :attr:`schedule_digest` before each forward, and may raise to prevent it."""
+        """``before_forward`` receives the :attr:`schedule_digest` before each forward, and may raise to prevent it.
+
+        ``plain_attention`` is the attention backend of deterministic requests, if the others have another.
+        """
         self.mode: BatchingMode = mode
         self.policy = MergePolicy(max_batch, max_tokens)
-        self.runner = Runner(stages(cache, adapters, costs, at_rest, activity))
+        self.runner = Runner(stages(cache, adapters, costs, at_rest, activity, plain_attention))
         self.recovery = Recovery(self.runner, self.policy, self._free_memory, agree)
         self.schedule_digest = 0
         """A running CRC of the forwards and their coroutines, equal on all ranks of a replica."""

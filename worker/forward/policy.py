@@ -18,7 +18,7 @@ FORWARDS_TO_RECOVER = 16
 
 
 class MergePolicy:
-    """At most ``max_batch`` calls and ``max_tokens`` positions merge into a forward, fewer where that failed."""
+    """A forward has calls of at most ``max_batch`` outputs and ``max_tokens`` positions, fewer where that failed."""
 
     def __init__(self, max_batch: int, max_tokens: int) -> None:
         self.max_batch = max_batch

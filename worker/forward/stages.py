@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from diffusers.models.attention_dispatch import attention_backend
+
 from ..crossing.random_state import has_drawn, kept_random_state, random_state
 from ..crossing.thread_state import within
 from .activity import Activity
@@ -28,6 +30,7 @@ def stages(
     costs: Costs | None,
     at_rest: AtRest | None,
     activity: Activity | None,
+    plain_attention: str | None = None,
 ) -> list[Stage]:
     """The stages whose state is given, the outermost first."""
     return [
@@ -36,6 +39,7 @@ def stages(
         *([] if cache is None else [PromptCaching(cache)]),
         *([] if at_rest is None else [Restoring(at_rest)]),
         Settings(),
+        *([] if plain_attention is None else [PlainAttention(plain_attention)]),
         *([] if adapters is None else [Adapting(adapters)]),
         *([] if costs is None else [Timing(costs)]),
     ]
@@ -121,6 +125,21 @@ class Settings:
         if forward.state is None:
             return proceed()
         with within(forward.state):
+            return proceed()
+
+
+class PlainAttention:
+    """Runs deterministic requests with the attention ``backend`` of plain diffusers."""
+
+    name = "plain attention"
+
+    def __init__(self, backend: str) -> None:
+        self._backend = backend
+
+    def __call__(self, forward: Forward, proceed: Proceed) -> list[Any]:
+        if not forward.calls[0].coroutine.plain:
+            return proceed()
+        with attention_backend(self._backend):
             return proceed()
 
 

@@ -72,17 +72,21 @@ class _Batch:
     def __init__(self, first: Pending, part: Batchable, uses: ActiveAdapters, policy: MergePolicy) -> None:
         self.calls, self.adapters = [first], [uses]
         self._signature, self._state = part.signature, first.state
-        self._max_calls, self._max_positions = policy.max_batch, policy.max_positions(first.call.name)
+        self._max_outputs, self._max_positions = policy.max_batch, policy.max_positions(first.call.name)
         self._takes_turns = policy.takes_turns(first.call.name)
         self._positions = part.positions
         self._prompts: set[Hashable] = {prompt_of(first, uses)}
+        self._coroutines = {first.coroutine}
 
     def alike(self, other: Pending, part: Batchable) -> bool:
         return part.signature == self._signature and other.state == self._state
 
     def take(self, other: Pending, part: Batchable, uses: ActiveAdapters) -> bool:
         """Add ``other`` if there is room for it, and say whether it was added."""
-        if len(self.calls) == self._max_calls or self._positions + part.positions > self._max_positions:
+        is_new = other.coroutine not in self._coroutines  # the calls of one coroutine, as of guidance, count as one
+        if (is_new and len(self._coroutines) == self._max_outputs) or (
+            self._positions + part.positions > self._max_positions
+        ):
             return False
         if self._takes_turns and uses != self.adapters[0]:
             return False
@@ -93,4 +97,5 @@ class _Batch:
         self.adapters.append(uses)
         self._positions += part.positions
         self._prompts.add(prompt)
+        self._coroutines.add(other.coroutine)
         return True

@@ -16,7 +16,7 @@ from ...protocol.config import Config
 from ...protocol.costs import output_pixels
 from ...protocol.errors import InvalidRequest, StartFailed
 from ...protocol.generation import Generate
-from ...protocol.replicas import BatchingMode, ImageTask, ModelInfo
+from ...protocol.replicas import Attention, BatchingMode, ImageTask, ModelInfo
 from ..forward.costs import Costs
 from ..parallel.device import find_device
 from ..parallel.ranks import ALONE, Ranks
@@ -62,6 +62,7 @@ class Model:
     image: PipelineTask | None = None
     no_image: str = "it was not tried"
     weight_version: str = INITIAL_VERSION
+    attention: Attention | None = None
     costs: Costs = field(init=False)
     """Measured durations of the components' calls."""
 
@@ -135,6 +136,7 @@ class Model:
             no_image=self.no_image if self.image is None else None,
             no_rollout=why_no_rollouts(self.pipeline),
             batching=task.batching,
+            attention=self.attention,
             weight_version=self.weight_version,
             divided=self.divided,
             gpus=[str(torch.cuda.get_device_properties(index).uuid) for index in range(torch.cuda.device_count())],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from ...protocol.child_config import ChildConfig
@@ -13,6 +14,7 @@ from ...protocol.messages import FromWorker
 from ...protocol.operations import Perform, SetPaused
 from ...protocol.reports import Performed
 from ...protocol.self_test import SelfTestResult
+from ..caching.caching import Caching
 from ..forward.activity import Activity
 from ..forward.at_rest import AtRest
 from ..forward.batcher import Batcher
@@ -60,7 +62,8 @@ class Engine:
         self._model = model
         self._send = send
         self._batcher = _new_batcher(model, self_test, mesh, adapters, activity, config, before_forward)
-        self.jobs = Jobs(model, self._batcher, send, wake, is_primary=child.rank == 0, adapters=adapters, shared=shared)
+        new_jobs = partial(Jobs, model, self._batcher, send, wake, is_primary=child.rank == 0)
+        self.jobs = new_jobs(adapters=adapters, shared=shared, caching=_new_caching(config, self._batcher))
         self.group_orders = GroupOrders(groups, mesh.world)
         self._operations: Coordinator = new_coordinator(
             Resources(
@@ -147,11 +150,22 @@ def _new_batcher(
         costs=model.costs,
         at_rest=AtRest(modules(model.pipeline)),
         activity=activity,
+        plain_attention=_plain_attention(model),
         agree=mesh.agree,
         before_forward=before_forward,
     )
     batcher.policy.unmergeable.update(self_test.unmergeable)
     return batcher
+
+
+def _new_caching(config: Config, batcher: Batcher) -> Caching:
+    return Caching(pairs=config.guidance_pairing == "on", unmergeable=batcher.policy.unmergeable)
+
+
+def _plain_attention(model: Model) -> str | None:
+    """The attention backend of deterministic requests, if the others have another."""
+    chosen = model.attention
+    return None if chosen is None or chosen.deterministic == chosen.backend else chosen.deterministic
 
 
 def _undo_spill(config: Config) -> Path | None:

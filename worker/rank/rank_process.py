@@ -20,6 +20,7 @@ from ...protocol.messages import FROM_WORKER, TO_WORKER, FromWorker, ToWorker
 from ...protocol.replicas import ReplicaFailed, ReplicaLoading, ReplicaReady
 from ...protocol.self_test import RESULT_FILE, SelfTestResult
 from ..forward.activity import Activity
+from ..model.attention import choose_attention, use_attention
 from ..model.model import Model, load_model
 from ..parallel.device import find_device
 from ..parallel.lockstep import Follower, Leader, RankDesync, Step, Stop
@@ -101,6 +102,8 @@ class RankProcess:
         )
         if self._journal is not None and (version := self._journal.replay(model.layouts, self._mesh.world)) is not None:
             model.weight_version = version
+        model.attention = choose_attention(self._config.attention_backend, device, model.dtype)
+        use_attention(model.attention)
         self_test = self._test(model)
         self._mesh.set_timeout(self._config.stall_timeout_s)
         return model, self_test

@@ -13,6 +13,7 @@ from ...protocol.errors import ClientGone, SafelightError
 from ...protocol.generation import Failed, Generate, Progress, Result
 from ...protocol.messages import FromWorker
 from ...protocol.replicas import ReplicaStats
+from ..caching.caching import Caching
 from ..crossing.steps import DenoisingStep
 from ..forward.batcher import Batcher
 from ..lora.rank_adapters import RankAdapters
@@ -44,11 +45,13 @@ class Jobs:
         is_primary: bool = True,
         adapters: RankAdapters | None = None,
         shared: Path | None = None,
+        caching: Caching | None = None,
     ) -> None:
         self._model = model
         self._batcher = batcher
         self._send = send
         self._adapters = adapters
+        self._caching = caching
         self._wake = wake
         self._is_primary = is_primary
         self._jobs: dict[str, Job] = {}
@@ -70,6 +73,7 @@ class Jobs:
             caps=self._batcher.policy.caps,
             stages=[stage.name for stage in self._batcher.runner.stages],
             costs=self._model.costs.measured(),
+            **({} if self._caching is None else self._caching.counts()),
         )
 
     def submit(self, request: Generate) -> None:
@@ -84,7 +88,13 @@ class Jobs:
         self._jobs[request.request_id] = job
         for index in range(len(request.samples)):
             sample = SampleRun(
-                self._model, request, index, self._on_step, lambda ended: self._on_end(job, ended), wanted
+                self._model,
+                request,
+                index,
+                self._on_step,
+                lambda ended: self._on_end(job, ended),
+                wanted,
+                caching=self._caching,
             )
             job.samples.append(sample)
             self._batcher.start(sample.coroutine)

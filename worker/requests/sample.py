@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,11 +21,13 @@ from ...protocol.errors import InvalidRequest
 from ...protocol.fields import ARGUMENTS
 from ...protocol.generation import Generate
 from ...protocol.rollouts import Rollout
+from ..caching.caching import Caching
+from ..caching.late_check import PredictionWrong
 from ..crossing.chain import Chain, Interceptor
 from ..crossing.coroutine import Coroutine
 from ..crossing.fork import Fork, schedulers
 from ..crossing.interceptors import Clock, NoiseCheck, Recorder, is_of_denoiser
-from ..crossing.random_state import kept_random_state, seeded
+from ..crossing.random_state import kept_random_state, seeded, set_random_state
 from ..crossing.steps import DenoisingStep, watch_steps
 from ..lora.rank_adapters import RequestedAdapters
 from ..media.sound import Sound, first_sound
@@ -39,12 +42,14 @@ from ..rollout.schedule import follow, shift
 from .failure import NotFinite, NothingMade
 from .input_images import image_arguments
 
+log = logging.getLogger(__name__)
+
 
 class SampleRun:
     """Sample ``index`` of ``request`` as a coroutine.
 
     ``on_step`` is called after each denoising step, in the coroutine; ``on_end`` at the end, in the batcher.
-    ``watches_all`` is the fork's; it is implied for exclusive requests.
+    ``watches_all`` is the fork's; it is implied for exclusive requests. Without ``caching``, no forward is saved.
     """
 
     def __init__(
@@ -57,6 +62,7 @@ class SampleRun:
         wanted: RequestedAdapters = None,
         *,
         watches_all: bool = False,
+        caching: Caching | None = None,
     ) -> None:
         self.request = request
         self.index = index
@@ -77,11 +83,13 @@ class SampleRun:
         mode = model.batching_mode(request)
         alone, exclusive = request.deterministic or mode != "merged", mode == "serial"
         self.watches_all = watches_all or exclusive
+        self._pairing = None if caching is None or alone else caching.pairing(request)
         self.coroutine = Coroutine(
             self._run,
             lambda _: on_end(self),
             alone=alone,
             exclusive=exclusive,
+            plain=request.deterministic,
             wanted=wanted,
             random=seeded(self.seed),
         )
@@ -127,6 +135,17 @@ class SampleRun:
     def _run(self) -> torch.Tensor:
         request_id_var.set(self.request.request_id)  # of this coroutine's own context
         self.clock.started = time.perf_counter()
+        try:
+            return self._attempt()
+        except PredictionWrong:
+            log.warning(
+                "a call of the denoiser was not as predicted; the sample begins again, without guidance pairing"
+            )
+            self._pairing = None
+            set_random_state(seeded(self.seed))
+            return self._attempt()
+
+    def _attempt(self) -> torch.Tensor:
         arguments = self.arguments()
         self._chain = Chain(self.interceptors())
         self._fork = Fork(self.task.pipeline, self._chain, watches_all=self.watches_all)
@@ -145,6 +164,8 @@ class SampleRun:
         for scheduler in schedulers(pipeline):
             watch_steps(scheduler, self._saw)
         output = pipeline(**arguments)
+        if self._pairing is not None:
+            self._pairing.settle()
         self.sound = first_sound(self.task.pipeline, output)
         pixels = first_output(output)
         if rollout is not None:
@@ -214,7 +235,8 @@ class SampleRun:
 
     def interceptors(self) -> list[Interceptor]:
         """The chain's interceptors, in order; a rollout adds more."""
-        return [self.clock, Recorder(is_of_denoiser, self._answered)]
+        pairing = [] if self._pairing is None else [self._pairing]
+        return [self.clock, Recorder(is_of_denoiser, self._answered), *pairing]
 
     def _answered(self, by_denoiser: bool, _: object) -> None:
         if by_denoiser:

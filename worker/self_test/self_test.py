@@ -9,10 +9,11 @@ from diffusers import DiffusionPipeline
 
 from ...protocol.config import Config
 from ...protocol.errors import StartFailed
-from ...protocol.replicas import Batching
+from ...protocol.replicas import Attention, Batching
 from ...protocol.self_test import SelfTestResult, TaskResult
 from ..crossing.changes import untraced
 from ..forward.recovery import Agree
+from ..model.attention import AUTO, use_attention
 from ..model.model import Model
 from ..model.modules import modules
 from ..model.pipeline_task import PipelineTask, new_task
@@ -43,7 +44,27 @@ class SelfTest:
         self._incomplete = False
 
     def run(self) -> SelfTestResult:
-        """Test both tasks. Raises ``StartFailed`` when the pipeline runs neither."""
+        """Test both tasks, again with plain attention if neither runs. Raises ``StartFailed`` when that fails too."""
+        text = self._model.text
+        try:
+            return self._run()
+        except StartFailed as failed:
+            if not self._return_to_plain_attention(failed.message):
+                raise
+        self._model.text, self._incomplete = text, False
+        return self._run()
+
+    def _return_to_plain_attention(self, reason: str) -> bool:
+        """Undo the choice of ``auto``; false if there is nothing to undo."""
+        chosen = self._model.attention
+        if self._config.attention_backend != AUTO or chosen is None or chosen.backend == chosen.deterministic:
+            return False
+        why = f"nothing runs with {chosen.backend}: {reason}"
+        self._model.attention = Attention(chosen.deterministic, why, chosen.deterministic)
+        use_attention(self._model.attention)
+        return True
+
+    def _run(self) -> SelfTestResult:
         model = self._model
         components = modules(model.pipeline).values()
         with untraced(components):

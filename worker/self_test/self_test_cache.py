@@ -27,7 +27,16 @@ _OWN_PACKAGES = ("worker", "protocol", "formats")
 _VARIABLES = ("DIFFUSERS_", "TORCH_", "PYTORCH_", "TRANSFORMERS_", "CUBLAS_", "MKL_")
 """Prefixes of the environment variables with which libraries choose other kernels."""
 
-_OPTIONS = ("batching", "max_batch", "max_batch_tokens", "tp", "ulysses", "fuse_projections", "variant")
+_OPTIONS = (
+    "attention_backend",
+    "batching",
+    "max_batch",
+    "max_batch_tokens",
+    "tp",
+    "ulysses",
+    "fuse_projections",
+    "variant",
+)
 """Options that the result depends on, besides the model's files, dtype and device."""
 
 

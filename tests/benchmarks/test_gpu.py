@@ -1,0 +1,51 @@
+"""The benchmark for a GPU runs unattended where one is at hand for minutes: its stages are tried without one."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from safelight.benchmarks.full_size import MODELS, built
+from safelight.benchmarks.gpu import Run
+from safelight.tests.effort import chosen
+
+BILLIONS = {"flux": 11.9, "z-image": 6.2, "wan": 1.4, "qwen-image": 20.4}
+"""Parameters of the denoisers. Their model cards round them: 12, 6, 1.3 and 20."""
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_denoiser_has_the_size_of_the_published_one(name: str) -> None:
+    pipeline = built(MODELS[name], torch.device("meta"), torch.bfloat16, tiny=False)
+    parameters = list(pipeline.transformer.parameters())
+    assert round(sum(parameter.numel() for parameter in parameters) / 1e9, 1) == BILLIONS[name]
+    assert {parameter.dtype for parameter in parameters} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("name", chosen("flux", nightly=["z-image", "wan", "qwen-image"]))
+def test_a_dry_run_finishes_every_stage(name: str, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "safelight.benchmarks.gpu", "--dry", "--models", name, "--results", str(tmp_path)]
+    subprocess.run(command, check=True, timeout=600)
+    stages = json.loads((tmp_path / "gpu.json").read_text())["models"][name]
+    assert {"checkpoint", "diffusers", "served"} <= set(stages)
+    assert [stage for stage, figures in stages.items() if "error" in figures or "skipped" in figures] == []
+    assert stages["served"]["first_output_s"] > stages["served"]["output_s"] > 0
+
+
+def test_a_stage_that_fails_or_does_not_fit_loses_no_other(tmp_path: Path) -> None:
+    def fails() -> dict[str, float]:
+        raise RuntimeError("out of memory")
+
+    run = Run(minutes=1, results=tmp_path, options={})
+    assert run.stage("flux", "first", 1, lambda: {"output_s": 2.0})
+    assert not run.stage("flux", "second", 1, fails)
+    assert not run.stage("flux", "third", 61, lambda: {"output_s": 3.0})
+    stages = json.loads((tmp_path / "gpu.json").read_text())["models"]["flux"]
+    assert stages["first"]["output_s"] == 2.0
+    assert "out of memory" in stages["second"]["error"]
+    assert "skipped" in stages["third"]
+    assert "| flux | first | output_s | 2 |" in (tmp_path / "gpu.md").read_text()
