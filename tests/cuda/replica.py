@@ -12,7 +12,7 @@ from diffusers import DiffusionPipeline
 from safetensors.torch import load
 
 from safelight.protocol.config import Config
-from safelight.protocol.errors import SafelightError
+from safelight.protocol.errors import ErrorInfo
 from safelight.protocol.generation import Failed, Generate, Result, Sample
 from safelight.protocol.messages import FromWorker
 from safelight.protocol.replicas import BatchingMode
@@ -69,14 +69,13 @@ class Replica:
         return first_output(pipeline(**arguments)).cpu()
 
     def draw(self, *requests: Generate) -> list[torch.Tensor]:
-        """The first outputs of requests that are asked at once. Raises the error of the first that failed."""
+        """The first outputs of requests that are asked at once. Asserts that all succeed."""
         answers = self.answers(*requests)
-        for answer in answers:
-            if isinstance(answer, SafelightError):
-                raise answer
+        failed = [answer for answer in answers if not isinstance(answer, torch.Tensor)]
+        assert not failed, failed
         return [answer for answer in answers if isinstance(answer, torch.Tensor)]
 
-    def answers(self, *requests: Generate) -> list[torch.Tensor | SafelightError]:
+    def answers(self, *requests: Generate) -> list[torch.Tensor | ErrorInfo]:
         self.sent.clear()
         for asked in requests:
             self.jobs.submit(asked)
@@ -104,5 +103,5 @@ def plain_pipeline(path: Path, device: torch.device) -> DiffusionPipeline:
     return pipeline.to(device)
 
 
-def _answer(ended: Failed | Result) -> torch.Tensor | SafelightError:
+def _answer(ended: Failed | Result) -> torch.Tensor | ErrorInfo:
     return ended.error if isinstance(ended, Failed) else load(bytes(ended.outputs[0].data))["t"]

@@ -19,10 +19,10 @@ from .replica import Replica, plain_pipeline
 CLOSE = 1e-4 if KIND != "cuda" else 5e-3
 """The largest change of a pixel in [0, 1] by merging: cuDNN rounds to TF32, and batch sizes differ in kernels."""
 
-FAMILIES = ("sd3", "zimage", "qwenimage", "wan")
+FAMILIES = ("sdxl", "sd3", "zimage", "qwenimage", "wan")
 
 
-@pytest.mark.parametrize("family", chosen("flux", "sdxl", nightly=FAMILIES) if PLAYED else ["flux", "sdxl", *FAMILIES])
+@pytest.mark.parametrize("family", chosen("flux", nightly=FAMILIES) if PLAYED else ["flux", *FAMILIES])
 def test_a_model_is_tested_and_served_on_its_own_gpu_with_the_bits_of_plain_diffusers_there(
     family: str, checkpoint: Callable[[str], Path]
 ) -> None:

@@ -47,6 +47,7 @@ def _install_cuda(devices: int) -> None:
         "Stream": streams.Stream,
         "Event": streams.Event,
         "stream": streams.use_stream,
+        "set_stream": streams.set_stream,
         "current_stream": streams.current_stream,
         "default_stream": streams.default_stream,
         "synchronize": lambda device=None: RECORD.wait("torch.cuda.synchronize"),

@@ -25,7 +25,12 @@ class Wait:
     ours: str
     """The innermost line of ours, such as ``worker/forward/signature.py:103 digest``; empty if there is none."""
     library: str
-    """The innermost line outside torch."""
+    """The innermost line outside torch: a library's, or ours again."""
+
+    @property
+    def is_ours(self) -> bool:
+        """True if our code waits by itself, and not within a library's function."""
+        return bool(self.ours) and self.ours == self.library
 
 
 @dataclass(slots=True)

@@ -111,19 +111,22 @@ def current_stream(device: int | str | torch.device | None = None) -> Stream:
     return _current.get((threading.get_ident(), index)) or default_stream(index)
 
 
+def set_stream(stream: Stream) -> None:
+    """Make ``stream`` its device's current one, and its device the current one."""
+    _current[threading.get_ident(), stream.device.index] = stream
+    set_device(stream.device)
+
+
 @contextlib.contextmanager
 def use_stream(stream: Stream | None) -> Iterator[None]:
     """``torch.cuda.stream``."""
     if stream is None:
         yield
         return
-    key = (threading.get_ident(), stream.device.index)
-    before = _current.get(key)
-    _current[key] = stream
+    device, before = current_device(), current_stream(stream.device)
+    set_stream(stream)
     try:
         yield
     finally:
-        if before is None:
-            del _current[key]
-        else:
-            _current[key] = before
+        set_stream(before)
+        set_device(device)

@@ -14,7 +14,7 @@ import torch
 from diffusers import CogVideoXDPMScheduler, DDIMScheduler, FlowMatchEulerDiscreteScheduler
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
-from safelight.worker.crossing.steps import DenoisingStep, answer_steps, watch_steps
+from safelight.worker.crossing.steps import DenoisingStep, answer_steps, first_index, watch_steps
 
 UNSEEN = {"KarrasVeScheduler"}
 """Schedulers whose steps go from a sigma to the next, and know no timestep."""
@@ -158,3 +158,18 @@ def test_an_answering_scheduler_returns_the_clean_sample_to_those_that_ask_for_i
     sample, clean = scheduler.step(goal, None, scheduler.timesteps[0], None, goal, return_dict=False)
     assert sample is goal
     assert clean is goal
+
+
+def test_the_first_step_is_found_by_its_address_or_by_its_value() -> None:
+    """Pipelines pass elements of the schedule, later parts of it, expanded ones, copies and numbers."""
+    scheduler = flow(5)
+    timesteps = scheduler.timesteps
+    elements = [*timesteps]
+    assert [first_index(scheduler, one) for one in elements] == [0, 1, 2, 3, 4]
+    assert first_index(scheduler, next(iter(timesteps[2:]))) == 2
+    assert first_index(scheduler, elements[3].expand(2)) == 3
+    assert first_index(scheduler, elements[3].clone()) == 3
+    assert first_index(scheduler, float(elements[4])) == 4
+    assert first_index(scheduler, torch.tensor(-1.0)) == 0
+    scheduler.timesteps = timesteps[1:]
+    assert first_index(scheduler, elements[3]) == 2

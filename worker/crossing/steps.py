@@ -87,11 +87,28 @@ def _reached(result: Any) -> torch.Tensor | None:
 
 
 def first_index(scheduler: SchedulerMixin, timestep: Any) -> int:
-    """The schedule's index of a call's first step; image-to-image pipelines skip some steps."""
-    if isinstance(timestep, torch.Tensor) and timestep.ndim > 0:
-        timestep = timestep.flatten()[0]
-    found = (scheduler.timesteps == timestep).nonzero()
+    """The schedule's index of a call's first step; image-to-image pipelines skip some steps.
+
+    Pipelines iterate over the schedule's own timesteps, whose addresses say which one it is. The values of any other
+    timestep are compared, for which the host waits if they are on a GPU.
+    """
+    timesteps = scheduler.timesteps
+    if isinstance(timestep, torch.Tensor) and timestep.numel():
+        timestep = timestep[(0,) * timestep.ndim]
+        if isinstance(timesteps, torch.Tensor) and _shares_memory(timestep, timesteps):
+            offset: int = timestep.storage_offset() - timesteps.storage_offset()
+            return offset // timesteps.stride(0)
+    found = (timesteps == timestep).nonzero()
     return int(found[0]) if len(found) else 0
+
+
+def _shares_memory(element: torch.Tensor, whole: torch.Tensor) -> bool:
+    return (
+        element.dtype == whole.dtype
+        and whole.ndim == 1
+        and whole.stride(0) > 0
+        and element.untyped_storage().data_ptr() == whole.untyped_storage().data_ptr()
+    )
 
 
 def answer_steps(scheduler: SchedulerMixin, sample: torch.Tensor) -> None:

@@ -1,4 +1,4 @@
-"""torch's settings that a pipeline can change around a call: autocast, inference and gradient mode, defaults, modes.
+"""torch's settings that a pipeline can change around a call: autocast, gradients, defaults, modes, the GPU's stream.
 
 They belong to the thread or the process, and all coroutines run in one thread. So each coroutine's settings are swapped
 out while it waits, and its calls run with them. diffusers' attention backend is one of these settings.
@@ -37,6 +37,16 @@ def _set_autocast(found: tuple[tuple[str, bool, torch.dtype], ...]) -> None:
             torch.set_autocast_dtype(device, dtype)
 
 
+def _stream() -> torch.cuda.Stream | None:
+    """The current stream, whose device is the current one; ``None`` while no GPU is in use."""
+    return torch.cuda.current_stream() if torch.cuda.is_initialized() else None  # type: ignore[no-untyped-call]
+
+
+def _set_stream(found: torch.cuda.Stream | None) -> None:
+    if found is not None:
+        torch.cuda.set_stream(found)
+
+
 def _attention_backend() -> Any:
     return diffusers_internals.AttentionBackendRegistry._active_backend
 
@@ -48,6 +58,7 @@ def _set_attention_backend(found: Any) -> None:
 _SETTINGS: tuple[tuple[Callable[[], Any], Callable[[Any], Any]], ...] = (
     (torch.is_grad_enabled, internals.set_grad_enabled),
     (_autocast, _set_autocast),
+    (_stream, _set_stream),
     (torch.is_autocast_cache_enabled, torch.set_autocast_cache_enabled),
     (internals.get_function_modes, internals.set_function_modes),
     (torch.get_default_dtype, torch.set_default_dtype),
