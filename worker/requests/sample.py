@@ -80,20 +80,23 @@ class SampleRun:
         self._environment: Environment | None = None
         self._versions: set[str] = set()  # weight versions of the denoiser's answers since the last step
         self._step_versions: list[str | None] = []
-        mode = model.batching_mode(request)
-        alone, exclusive = request.deterministic or mode != "merged", mode == "serial"
-        self.watches_all = watches_all or exclusive
-        self._pairing = None if caching is None or alone else caching.pairing(request)
-        self.coroutine = Coroutine(
+        self.coroutine = self._new_coroutine(on_end, wanted)
+        self.watches_all = watches_all or self.coroutine.exclusive
+        self._pairing = None if caching is None or self.coroutine.alone else caching.pairing(request)
+
+    def _new_coroutine(self, on_end: Callable[[SampleRun], None], wanted: RequestedAdapters) -> Coroutine:
+        mode = self._model.batching_mode(self.request)
+        coroutine = Coroutine(
             self._run,
             lambda _: on_end(self),
-            alone=alone,
-            exclusive=exclusive,
-            plain=request.deterministic,
+            alone=self.request.deterministic or mode != "merged",
+            exclusive=mode == "serial",
+            plain=self.request.deterministic,
             wanted=wanted,
             random=seeded(self.seed),
         )
-        self.coroutine.pixels = model.output_pixels(request)
+        coroutine.pixels = self._model.output_pixels(self.request)
+        return coroutine
 
     @property
     def task(self) -> PipelineTask:
