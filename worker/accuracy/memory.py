@@ -7,13 +7,11 @@ from pathlib import Path
 
 import torch
 
+from ..parallel.device import free_bytes
 from ..weights.checkpoint.files import WeightFiles
 
 _RESERVE = 0.8
 """The share of free memory that weights may take; the rest is for activations."""
-
-_MEMINFO = Path("/proc/meminfo")
-
 
 def numbers(folder: Path) -> int:
     """The number of elements of the component in ``folder``, read from its files' headers."""
@@ -33,14 +31,4 @@ def fit_together(folder: Path, dtype: torch.dtype, device: torch.device) -> bool
 
 def fits(weights: int, device: torch.device) -> bool:
     """True if ``weights`` bytes leave room for activations."""
-    return weights <= _RESERVE * free(device)
-
-
-def free(device: torch.device) -> float:
-    """Free bytes on the GPU or in this machine's memory; infinite if the system does not report them."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    if not _MEMINFO.exists():
-        return math.inf
-    lines = dict(line.split(":", 1) for line in _MEMINFO.read_text().splitlines())
-    return int(lines["MemAvailable"].split()[0]) * 1024
+    return weights <= _RESERVE * free_bytes(device)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from torch import nn
 
-from ...protocol.errors import Conflict
 from ...protocol.operations import CACHES, WEIGHTS, Flush, Sleep, Wake
 from ...protocol.reports import Report
 from ..model.modules import modules
@@ -42,10 +41,7 @@ class Offload(OneStep):
     def prepare(self, operation: Sleep, *, is_primary: bool) -> Prepared:
         if tagged := self._offloaded.tagged(operation.tags):
             self._resources.adapters.forget_gathered()
-            try:
-                self._offloaded.offloader.offload(self._resources.on_progress, tagged)
-            except OSError as error:
-                raise Conflict(f"The weights cannot be put away: {error.strerror or error}.") from error
+            self._offloaded.offloader.offload(self._resources.on_progress, tagged)
         if CACHES not in operation.tags:
             return Prepared()
         self._resources.undo_log.free()

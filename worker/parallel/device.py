@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from pathlib import Path
+
 import torch
 
 from ...protocol.config import Config
@@ -28,3 +31,16 @@ def use_device(device: torch.device) -> None:
     """Make ``device`` the calling thread's current one, as kernels that are not torch operators run only there."""
     if device.type == "cuda":
         torch.cuda.set_device(device)
+
+
+_MEMINFO = Path("/proc/meminfo")
+
+
+def free_bytes(device: torch.device) -> float:
+    """Free bytes on the GPU or in this machine's memory; infinite if the system does not report them."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    if not _MEMINFO.exists():
+        return math.inf
+    lines = dict(line.split(":", 1) for line in _MEMINFO.read_text().splitlines())
+    return int(lines["MemAvailable"].split()[0]) * 1024

@@ -16,7 +16,7 @@ from torch import nn
 from ...parallel.plan import Shard
 from ...parallel.ranks import ALONE, Ranks
 from .names import Names
-from .overwrite import Pair, Read, overwrite
+from .copies import Pair, Triple
 
 
 class Sliceable(Protocol):
@@ -122,14 +122,14 @@ class Layout:
         for here, piece in self._targets(name, whole):
             here.copy_(piece)
 
-    def overwrite(self, name: str, whole: Sliceable, before: torch.Tensor, read: Read | None = None) -> None:
-        """:meth:`write`, and keep the old values in ``before``, which is like :meth:`local`.
+    def over(self, name: str, whole: Sliceable, before: torch.Tensor) -> list[Triple]:
+        """Triples of a place in this rank's memory, the piece of ``whole`` that belongs there, and a place for the old.
 
-        On an error nothing is written.
+        ``before``, which is like :meth:`local`, has the last. Raises ``ValueError`` where the shapes do not fit.
         """
         targets = self._targets(name, whole)
         kept = _split(before, [piece for _, piece in targets], self._dim(name))
-        overwrite(((here, piece, old) for (here, piece), old in zip(targets, kept, strict=True)), read)
+        return [(here, piece, old) for (here, piece), old in zip(targets, kept, strict=True)]
 
     def beside(self, name: str, whole: Sliceable, room: torch.Tensor) -> list[Pair]:
         """Pairs of a place in ``room``, which is like :meth:`local`, and the piece of ``whole`` that belongs there."""

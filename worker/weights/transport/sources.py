@@ -16,7 +16,7 @@ from ....protocol.reports import Invalid, Report
 from ....protocol.tensor_sources import Broadcast, CudaShared, Files, Pickled, Sent
 from ..checkpoint.mapped_files import MappedFiles
 from ..checkpoint.names import Tensors
-from ..checkpoint.overwrite import Read
+from ..checkpoint.copies import Read
 from ..progress import OnProgress
 from .allowlist import NotAPayload
 from .cuda_handles import open_handles

@@ -5,6 +5,9 @@ An offloaded module is complete: its tensors are elsewhere, and whatever reads o
 
 from __future__ import annotations
 
+import errno
+import math
+import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -12,9 +15,14 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from ....protocol.errors import Unavailable
+from ...parallel.device import free_bytes
+from ..checkpoint.copies import Copies
 from ..progress import OnProgress
 from .page_swap import ALIGNMENT, aligned_like, view_as
 from .undo_log import in_file
+
+_HOST = torch.device("cpu")
 
 
 class Offloader:
@@ -37,17 +45,16 @@ class Offloader:
         return bool(self._offsets)
 
     def offload(self, on_progress: OnProgress, only: Sequence[nn.Module] | None = None) -> None:
-        """Offload all modules, or ``only`` these. Raises ``OSError`` where there is no room; nothing has moved then."""
+        """Offload all modules, or ``only`` these. Raises ``Unavailable`` where there is no room; nothing has moved then."""
         wanted = self._modules if only is None else only
         modules = [module for module in self._modules if module in wanted or module in self._offloaded_modules]
         tensors = [one for one in self._tensors(modules) if id(one) not in self._offsets]
-        copies = []
-        for tensor in tensors:
-            copies.append(self._offloaded_copy(tensor.data))
-            on_progress()
-        for tensor, copy in zip(tensors, copies, strict=True):
+        rooms = self._rooms_away([tensor.data for tensor in tensors], on_progress)
+        with Copies(None, on_progress) as copy:
+            copy((room, tensor.data) for tensor, room in zip(tensors, rooms, strict=True))
+        for tensor, room in zip(tensors, rooms, strict=True):
             self._offsets[id(tensor)] = tensor.data_ptr() % ALIGNMENT
-            tensor.data = copy
+            tensor.data = room
         self._offloaded_modules = modules
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
@@ -55,17 +62,20 @@ class Offloader:
     def restore(self, on_progress: OnProgress, only: Sequence[nn.Module] | None = None) -> None:
         """Restore all modules, or ``only`` these; what two modules share comes with the first of them.
 
-        After an error, the next call restores the rest.
+        Raises ``Unavailable`` where there is no room; nothing has moved then.
         """
         wanted = self._modules if only is None else only
         stay = [module for module in self._offloaded_modules if module not in wanted]
         own = {id(tensor) for tensor in self._tensors(wanted)}
         staying = {id(tensor) for tensor in self._tensors(stay)} - own
-        for tensor in self._tensors(self._modules):
-            if id(tensor) in self._offsets and id(tensor) not in staying:
-                tensor.data = self._restored_copy(tensor.data, self._offsets[id(tensor)])
+        offloaded = (tensor for tensor in self._tensors(self._modules) if id(tensor) in self._offsets)
+        tensors = [tensor for tensor in offloaded if id(tensor) not in staying]
+        rooms = self._rooms_at_home(tensors)
+        with Copies(None, on_progress) as copy:
+            for tensor, room in zip(tensors, rooms, strict=True):
+                copy([(room, tensor.data)])
+                tensor.data = room  # frees a file before the next is read, as files may be in memory too
                 del self._offsets[id(tensor)]
-                on_progress()
         self._offloaded_modules = stay
         self._offsets = {key: offset for key, offset in self._offsets.items() if key in staying}  # forget freed tensors
 
@@ -76,12 +86,55 @@ class Offloader:
         every = {id(tensor): tensor for tensor in (*weights, *others) if tensor.numel()}
         yield from every.values()
 
-    def _offloaded_copy(self, tensor: torch.Tensor) -> torch.Tensor:
+    def _rooms_away(self, tensors: Sequence[torch.Tensor], on_progress: OnProgress) -> list[torch.Tensor]:
+        folder = Path(tempfile.gettempdir())
         if self._device.type == "cuda":
-            return tensor.cpu()
-        return view_as(in_file(Path(tempfile.gettempdir()), tensor.nbytes), tensor).copy_(tensor)
+            free, where = free_bytes(_HOST), "host memory"
+        else:
+            free, where = shutil.disk_usage(folder).free, str(folder)
+        needed, rooms = sum(tensor.nbytes for tensor in tensors), []
+        try:
+            if needed > free:  # host memory would be given, and using it would end a process
+                raise OSError(errno.ENOSPC, "less is free than needed")
+            for tensor in tensors:
+                rooms.append(self._room_away(tensor, folder))
+                on_progress()
+        except OSError as error:
+            raise _no_room("Sleeping", needed, free, where) from error
+        return rooms
 
-    def _restored_copy(self, tensor: torch.Tensor, offset: int) -> torch.Tensor:
+    def _room_away(self, tensor: torch.Tensor, folder: Path) -> torch.Tensor:
         if self._device.type == "cuda":
-            return tensor.to(self._device)
-        return aligned_like(tensor, offset).copy_(tensor)
+            return aligned_like(tensor, 0)
+        return view_as(in_file(folder, tensor.nbytes), tensor)
+
+    def _rooms_at_home(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """All at once, so that a GPU without memory is found before anything moves."""
+        rooms: list[torch.Tensor] = []
+        try:
+            rooms.extend(self._room_at_home(tensor) for tensor in tensors)
+        except (OSError, MemoryError, torch.OutOfMemoryError) as error:
+            rooms.clear()
+            if self._device.type == "cuda":
+                torch.cuda.empty_cache()
+            needed = sum(tensor.nbytes for tensor in tensors)
+            where = str(self._device) if self._device.type == "cuda" else "host memory"
+            raise _no_room("Waking", needed, free_bytes(self._device), where) from error
+        return rooms
+
+    def _room_at_home(self, tensor: torch.Tensor) -> torch.Tensor:
+        if self._device.type == "cuda":
+            return torch.empty_like(tensor.data, device=self._device)
+        return aligned_like(tensor.data, self._offsets[id(tensor)])
+
+
+def _no_room(what: str, needed: int, free: float, where: str) -> Unavailable:
+    missing = max(1, needed - free)  # with less than nothing missing, the free memory is in pieces
+    return Unavailable(
+        f"{what} needs {_mb(needed)} MB of {where}, and {_mb(free)} MB are free: {_mb(missing)} MB are missing. "
+        "Nothing has moved; free that memory and try again."
+    )
+
+
+def _mb(size: float) -> int:
+    return math.ceil(size / 1_000_000)

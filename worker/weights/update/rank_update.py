@@ -9,9 +9,9 @@ import torch
 from ....protocol.errors import Unavailable
 from ....protocol.reports import Report
 from ..checkpoint.aliases import by_checkpoint_names
+from ..checkpoint.copies import Copies
 from ..checkpoint.layout import Layout
 from ..checkpoint.names import Tensors
-from ..checkpoint.overwrite import StagedCopy
 from ..progress import OnProgress
 from ..transport.sources import Rejected, TensorSource
 from .checks import MAX_LISTED, check_complete, check_tensors, check_ties, missing_names
@@ -78,17 +78,17 @@ class RankUpdate:
     def write(self, on_progress: OnProgress = _nothing) -> None:
         """Write the prepared tensors in place."""
         assert self._prepared is not None, "prepared before"
-        for module, tensors in self._prepared.tensors.items():
-            for name, whole in tensors.items():
-                self._write_tensor((module, name), whole)
-                on_progress()
+        with Copies(self._prepared.read, _nothing) as copies:
+            for module, tensors in self._prepared.tensors.items():
+                for name, whole in tensors.items():
+                    self._write_tensor((module, name), whole, copies)
+                    on_progress()
         self._last_part = {module: len(tensors) for module, tensors in self._prepared.tensors.items() if tensors}
         self._left_out += self._to_leave_out
         self._give_back = _nothing
         self.release()
 
-    def _write_tensor(self, key: Key, whole: torch.Tensor) -> None:
-        assert self._prepared is not None, "prepared before"
+    def _write_tensor(self, key: Key, whole: torch.Tensor, copies: Copies) -> None:
         module, name = key
         layout, before = self._layouts[module], self._reserved.get(key)
         if before is None:
@@ -96,8 +96,10 @@ class RankUpdate:
             return
         if owns_pages(before):
             swap_pages(layout.local(name), before)
+        elif before.device.type == "cuda":
+            self._undo_log.gpu.swap(layout.local(name), before)
         else:
-            layout.overwrite(name, whole, before, self._prepared.read)
+            copies.overwrite(layout.over(name, whole, before))
         self._undo[key] = before
 
     def release(self) -> None:
@@ -147,8 +149,8 @@ class RankUpdate:
         self._reserved = dict(zip(new, room, strict=True))
 
     def _stage(self, source: TensorSource, on_progress: OnProgress) -> None:
-        """Read the bytes that a page swap will put in place, so that a failed read fails before any write."""
-        with torch.no_grad(), StagedCopy(source.read, on_progress) as copy:
+        """Read the bytes that a swap will put in place, so that a failed read fails before any write."""
+        with torch.no_grad(), Copies(source.read, on_progress) as copy:
             for (module, name), room in self._reserved.items():
-                if owns_pages(room):
+                if owns_pages(room) or room.device.type == "cuda":
                     copy(self._layouts[module].beside(name, source.tensors[module][name], room))

@@ -1,0 +1,66 @@
+"""Rooms on a GPU for the tensors of an update.
+
+*Prepare* stages the new bytes there. *Write* swaps them with the old ones at the rate of the GPU's memory, a hundred
+times that of the bus, and the room is then the undo copy.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from ...parallel.device import free_bytes
+from .page_swap import is_dense
+
+_SHARE = 2
+"""Rooms take at most one part in this many of the free memory; forwards between *prepare* and *write* need some."""
+
+_SCRATCH = 64 << 20
+"""Bytes that are swapped at a time."""
+
+
+class GpuRooms:
+    """Gives out rooms on ``device``. A room is an ordinary tensor, whose memory torch's allocator takes back."""
+
+    def __init__(self, device: torch.device, *, enabled: bool) -> None:
+        self._device = device
+        self._enabled = enabled and device.type == "cuda"
+        self._left = 0
+        self._scratch: torch.Tensor | None = None
+
+    def measure(self) -> None:
+        """Decide how much the next rooms may take together."""
+        if self._enabled:
+            cached = torch.cuda.memory_reserved(self._device) - torch.cuda.memory_allocated(self._device)
+            self._left = (free_bytes(self._device) + cached) // _SHARE
+
+    def room_for(self, like: torch.Tensor) -> torch.Tensor | None:
+        """Room for a tensor like ``like``; ``None`` where it is on the host or has gaps, or where memory is short."""
+        scratch = 0 if self._scratch is not None else _SCRATCH
+        if like.device.type != "cuda" or not is_dense(like) or like.nbytes + scratch > self._left:
+            return None
+        try:
+            if self._scratch is None:  # taken now, so that a swap never asks for memory
+                self._scratch = torch.empty(_SCRATCH, dtype=torch.uint8, device=self._device)
+            room = torch.empty_like(like)
+        except torch.OutOfMemoryError:  # what is free is in pieces, or somebody else took it
+            self._left = 0
+            return None
+        self._left -= like.nbytes + scratch
+        return room
+
+    def swap(self, one: torch.Tensor, other: torch.Tensor) -> None:
+        """Swap the bytes of a tensor and its room, in the order of the current stream."""
+        assert self._scratch is not None, "taken with the first room"
+        for here, there in zip(_bytes(one).split(_SCRATCH), _bytes(other).split(_SCRATCH), strict=True):
+            between = self._scratch[: len(here)]
+            between.copy_(here)
+            here.copy_(there)
+            there.copy_(between)
+
+    def clear(self) -> None:
+        self._scratch = None
+
+
+def _bytes(tensor: torch.Tensor) -> torch.Tensor:
+    """The bytes of a dense tensor, in the order of its memory."""
+    return tensor.detach().as_strided((tensor.numel(),), (1,)).view(torch.uint8)
