@@ -188,10 +188,17 @@ class Config(ForwardOptions, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         int,
         option.weights(
             "Megabytes of host memory that each rank may use for what an update overwrites, until it is "
-            "committed; 0: half of the machine's memory, divided among all ranks",
+            "committed, page-locked with a GPU; 0: half of the machine's memory, divided among all ranks",
             ge=0,
         ),
     ] = 0
+    stage_on_gpu: Annotated[
+        bool,
+        option.weights(
+            "Stage the new bytes of an update in free memory of the GPU, half of it at most, and keep the old "
+            "ones there until the commit; what has no room there passes through host memory"
+        ),
+    ] = True
     undo_spill: Annotated[
         str | None, option.weights("A directory whose disk takes what does not fit into `--undo-mb`")
     ] = None

@@ -150,8 +150,12 @@ class Steps:
             self._catch_up.failed(transaction.target, running)
 
     def _undo(self, transaction: Transaction, running: Running) -> None:
-        """Have replicas release what they prepared or joined, roll back what they wrote, and wake up."""
+        """Have replicas release what they prepared or joined, roll back what they wrote, wake up, and sleep again."""
         operation = running.part.operation
+        if isinstance(operation, Wake):
+            self._outbox.undo(
+                running.replicas, "prepare", Sleep(sorted(self._sync.asleep.intersection(operation.tags)))
+            )
         if isinstance(operation, Sleep) and transaction.target is None:
             self._outbox.undo(running.replicas, "prepare", Wake(sorted(set(operation.tags) - self._sync.asleep)))
         if isinstance(operation, Update | Save | Commit | Adapt):

@@ -10,6 +10,7 @@ from torch.utils import _pytree as pytree
 
 from .generators import is_of_cpu
 from .record import RECORD
+from .streams import current_stream
 from .tags import CPU_KEY, on_device, on_host
 
 WAITS = {
@@ -32,6 +33,7 @@ def fallback(operator: Any, *args: Any, **kwargs: Any) -> Any:
     name = f"{schema.name}.{schema.overload_name}" if schema.overload_name else schema.name
     leaves, spec = pytree.tree_flatten((args, kwargs))
     device = _checked_device(name, leaves)
+    current_stream(device).catch_up()
     RECORD.operators[name] += 1
     if name in WAITS:
         RECORD.wait(WAITS[name])

@@ -50,7 +50,7 @@ def _install_cuda(devices: int) -> None:
         "set_stream": streams.set_stream,
         "current_stream": streams.current_stream,
         "default_stream": streams.default_stream,
-        "synchronize": lambda device=None: RECORD.wait("torch.cuda.synchronize"),
+        "synchronize": streams.synchronize,
         "get_device_properties": _properties,
         "get_device_name": lambda device=None: "played",
         "get_device_capability": lambda device=None: (9, 0),
@@ -132,5 +132,6 @@ def _install_pinned_memory() -> None:
         return tensor if is_pinned(tensor) else pin(tensor.clone())
 
     torch.empty = empty
+    torch.accelerator.empty_host_cache = lambda: RECORD.operators.update(["empty_host_cache"])  # type: ignore[assignment]
     torch.Tensor.is_pinned = is_pinned  # type: ignore[method-assign]
     torch.Tensor.pin_memory = pin_memory  # type: ignore[method-assign]

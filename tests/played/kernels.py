@@ -12,8 +12,9 @@ import torch
 from torch.library import Library
 
 from .fallback import different_devices, fallback
+from .lagging import copy_later
 from .record import RECORD
-from .streams import current_device
+from .streams import current_device, current_stream
 from .tags import CPU_KEY, on_device, on_host
 
 _VIEWS = (
@@ -81,12 +82,18 @@ def _index(device: torch.device | None) -> int:
 
 def _copy(target: torch.Tensor, source: torch.Tensor, non_blocking: bool = False) -> torch.Tensor:
     RECORD.operators["aten::copy_"] += 1
+    on_cuda = target if target.device.type == "cuda" else source
+    stream = current_stream(on_cuda.device)
     if target.device.type != source.device.type:
         direction = "D2H" if target.device.type == "cpu" else "H2D"
         if non_blocking:
             RECORD.operators[f"copy {direction} without waiting"] += 1
         else:
             RECORD.wait(f"copy {direction}")
+        if non_blocking and stream.lags and (source if direction == "H2D" else target).is_pinned():
+            copy_later(stream, target, source)
+            return target
+    stream.catch_up()
     on_host(target).copy_(on_host(source))
     return target
 

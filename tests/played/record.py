@@ -52,6 +52,8 @@ class Record:
     stacks: dict[Wait, str] = field(default_factory=dict)
     """The frames of each wait when it first occurred."""
     notes_waits: bool = True
+    lags: bool = False
+    """Copies on streams of their own happen as late as they may."""
     clock: Callable[[], float] = time.perf_counter
     """The time of events on the device, in seconds. Tests replace it to play a device's speed."""
     _memory: dict[int, Memory] = field(default_factory=dict)

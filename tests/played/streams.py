@@ -1,10 +1,17 @@
-"""Streams, events and the current device of ``torch.cuda`` on played devices. Everything happens in order."""
+"""Streams, events and the current device of ``torch.cuda`` on played devices.
+
+Everything happens in order. While :attr:`Record.lags` is set, copies from and to page-locked memory that are begun on
+other streams than the default one happen as late as events and waits allow: that shows buffers that are used again too
+early, and waits that are missing.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Iterator
+import weakref
+from collections import deque
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -54,17 +61,27 @@ class Event:
     def __init__(self, enable_timing: bool = False, blocking: bool = False, interprocess: bool = False) -> None:
         self._timed = enable_timing
         self._moment: float | None = None
+        self._behind: tuple[Stream, int] | None = None
 
     def record(self, stream: Stream | None = None) -> None:
         self._moment = RECORD.clock()
+        stream = stream or current_stream()
+        self._behind = stream, stream.queued
 
-    def wait(self, stream: Stream | None = None) -> None: ...
+    def wait(self, stream: Stream | None = None) -> None:
+        (stream or current_stream()).wait_event(self)
 
     def query(self) -> bool:
-        return True
+        return self._behind is None or self._behind[0].done >= self._behind[1]
+
+    def happen(self) -> None:
+        """Do all that is queued before the event."""
+        if self._behind is not None:
+            self._behind[0].catch_up(self._behind[1])
 
     def synchronize(self) -> None:
         RECORD.wait("event.synchronize")
+        self.happen()
 
     def elapsed_time(self, end: Event) -> float:
         """Milliseconds. Raises ``ValueError`` for events that were not recorded with timing, as torch does."""
@@ -79,13 +96,36 @@ class Stream:
     def __init__(self, device: int | str | torch.device | None = None, priority: int = 0, **_: Any) -> None:
         self.device = torch.device("cuda", index_of(device))
         self.cuda_stream = id(self)
+        self.queued = self.done = 0
+        self._queue: deque[Callable[[], object]] = deque()
+        _streams.add(self)
+
+    @property
+    def lags(self) -> bool:
+        return RECORD.lags and self not in _defaults.values()
+
+    def later(self, work: Callable[[], object]) -> None:
+        self._queue.append(work)
+        self.queued += 1
+
+    def catch_up(self, position: int | None = None) -> None:
+        """Do what is queued, up to ``position``."""
+        while self._queue and (position is None or self.done < position):
+            self.done += 1
+            self._queue.popleft()()
 
     def synchronize(self) -> None:
         RECORD.wait("stream.synchronize")
+        self.catch_up()
 
-    def wait_stream(self, stream: Stream) -> None: ...
+    def wait_stream(self, stream: Stream) -> None:
+        self.wait_event(stream.record_event())
 
-    def wait_event(self, event: Event) -> None: ...
+    def wait_event(self, event: Event) -> None:
+        if self.lags:
+            self.later(event.happen)
+        else:
+            event.happen()
 
     def record_event(self, event: Event | None = None) -> Event:
         made = event or Event()
@@ -93,9 +133,16 @@ class Stream:
         return made
 
     def query(self) -> bool:
-        return True
+        return not self._queue
 
 
+def synchronize(device: int | str | torch.device | None = None) -> None:
+    RECORD.wait("torch.cuda.synchronize")
+    for stream in list(_streams):
+        stream.catch_up()
+
+
+_streams: weakref.WeakSet[Stream] = weakref.WeakSet()
 _defaults: dict[int, Stream] = {}
 _current: dict[tuple[int, int], Stream] = {}
 """Streams of ``torch.cuda.stream``, by thread and device."""

@@ -2,7 +2,7 @@
 
 import pytest
 
-from safelight.protocol.errors import Conflict
+from safelight.protocol.errors import Unavailable
 from safelight.protocol.operations import Barrier, Continue, Pause, SetPaused, Sleep, Wake
 from safelight.tests.scheduler.operating import Operating, update
 from safelight.tests.scheduler.stage import generate, result
@@ -34,7 +34,7 @@ def test_a_sleep_that_one_could_not_do_leaves_none_asleep(how: str) -> None:
     if how == "lost":
         stage.kill(1)
     else:
-        stage.do(1, Conflict("The weights cannot be put away: No space left on device."))
+        stage.do(1, Unavailable("Sleeping needs 2 MB of /tmp, and 1 MB are free: 1 MB are missing."))
     stage.server(generate("served"))
     assert stage.refusal("sleep")
     stage.do_all()
@@ -49,9 +49,32 @@ def test_a_deeper_sleep_that_fails_leaves_the_sleep_that_was() -> None:
     stage.do_all()
     stage.operate("deeper", Sleep(["caches", "weights"]))
     stage.do(0)
-    stage.do(1, Conflict("The weights cannot be put away."))
+    stage.do(1, Unavailable("Sleeping needs 2 MB of /tmp, and 1 MB are free: 1 MB are missing."))
     stage.do_all()
     assert stage.processes[0].asleep == stage.processes[1].asleep == {"caches"}
+
+
+@pytest.mark.parametrize("how", ["refused", "lost"])
+def test_a_wake_that_one_could_not_do_leaves_all_asleep_as_they_were(how: str) -> None:
+    stage = Operating()
+    stage.operate("sleep", Sleep(["transformer", "caches"]))
+    stage.do_all()
+    stage.operate("wake", Wake(["transformer", "vae"]))
+    stage.do(0)
+    if how == "lost":
+        stage.kill(1)
+    else:
+        stage.do(1, Unavailable("Waking needs 2 MB of cuda:0, and 1 MB are free: 1 MB are missing."))
+    stage.server(generate("refused"))
+    assert stage.refusal("wake")
+    stage.do_all()
+    assert stage.processes[0].asleep == {"transformer", "caches"}
+    assert stage.error("refused") == "conflict"
+    stage.operate("again", Wake(["transformer", "caches"]))
+    stage.do_all()
+    stage.done("again")
+    stage.server(generate("served"))
+    assert stage.started()
 
 
 def paused(stage: Operating, number: int) -> bool | None:

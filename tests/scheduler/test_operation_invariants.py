@@ -234,7 +234,8 @@ class OperationsMachine(RuleBasedStateMachine):
         worker = self.workers[number]
         if worker is None or not worker.inbox or not isinstance(order := worker.inbox[0], Perform):
             return
-        if order.step in ("prepare", "write", "journal") and not isinstance(order.operation, Wake):
+        asked = (order.number, order.step) in self.steps_asked  # what only undoes cannot be refused
+        if asked and order.step in ("prepare", "write", "journal"):
             worker.inbox.popleft()
             self.say(number, Performed(order.number, order.step, Report(), Conflict("I cannot.").info()))
 
@@ -471,7 +472,7 @@ class OperationsMachine(RuleBasedStateMachine):
         primaries = Counter((order.number, order.step) for _, order in orders if order.is_primary)
         for key in {(order.number, order.step) for _, order in orders}:
             put_back = key[1] in ("rollback", "release") or all(
-                isinstance(order.operation, Wake) for _, order in orders if (order.number, order.step) == key
+                isinstance(order.operation, Sleep | Wake) for _, order in orders if (order.number, order.step) == key
             )
             assert primaries[key] == 1 or (put_back and not primaries[key])
             if key[1] == "journal":

@@ -13,6 +13,7 @@ from ..weights.checkpoint.files import WeightFiles
 _RESERVE = 0.8
 """The share of free memory that weights may take; the rest is for activations."""
 
+
 def numbers(folder: Path) -> int:
     """The number of elements of the component in ``folder``, read from its files' headers."""
     with WeightFiles(folder) as files:

@@ -74,7 +74,7 @@ class Engine:
                 world_size=config.replicas * config.replica_ranks,
                 shared=shared,
                 journal=journal,
-                undo_log=UndoLog(model.device, _undo_bytes(config), _undo_spill(config)),
+                undo_log=_new_undo_log(model, activity, config),
                 adapters=adapters,
                 groups=groups,
                 on_progress=activity.advance,
@@ -166,6 +166,16 @@ def _plain_attention(model: Model) -> str | None:
     """The attention backend of deterministic requests, if the others have another."""
     chosen = model.attention
     return None if chosen is None or chosen.deterministic == chosen.backend else chosen.deterministic
+
+
+def _new_undo_log(model: Model, activity: Activity, config: Config) -> UndoLog:
+    return UndoLog(
+        model.device,
+        _undo_bytes(config),
+        _undo_spill(config),
+        on_gpu=config.stage_on_gpu,
+        on_progress=activity.advance,
+    )
 
 
 def _undo_spill(config: Config) -> Path | None:

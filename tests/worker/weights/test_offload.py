@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+from safelight.protocol.errors import Unavailable
 from safelight.worker.weights.update import offload
 from safelight.worker.weights.update.offload import Offloader
 
@@ -86,14 +87,14 @@ def test_a_full_disk_leaves_everything_at_home(folder: Path, monkeypatch: pytest
     parked = Offloader([module], CPU)
     with monkeypatch.context() as patched:
         _failing(2, patched, "in_file", BlockingIOError)
-        with pytest.raises(BlockingIOError):
+        with pytest.raises(Unavailable, match=f"Sleeping needs 1 MB of {folder}, and .* MB are missing"):
             parked.offload(nothing)
     assert not parked.offloaded
     assert [tensor.data_ptr() for tensor in module.parameters()] == before
     assert list(folder.iterdir()) == []
 
 
-def test_a_wake_that_fails_midway_is_finished_by_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wake_without_memory_moves_nothing_and_the_next_wakes(monkeypatch: pytest.MonkeyPatch) -> None:
     module = model()
     before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
     parked = Offloader([module], CPU)
@@ -101,9 +102,10 @@ def test_a_wake_that_fails_midway_is_finished_by_the_next(monkeypatch: pytest.Mo
     mapped = {tensor.data_ptr() for tensor in module.parameters()}
     with monkeypatch.context() as patched:
         _failing(2, patched, "aligned_like", MemoryError)
-        with pytest.raises(MemoryError):
+        with pytest.raises(Unavailable, match=r"Waking needs 1 MB of host memory, .* MB are missing"):
             parked.restore(nothing)
     assert parked.offloaded
+    assert {tensor.data_ptr() for tensor in module.parameters()} == mapped
     parked.restore(nothing)
     assert not parked.offloaded
     assert not mapped & {tensor.data_ptr() for tensor in module.parameters()}

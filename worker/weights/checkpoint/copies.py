@@ -48,7 +48,7 @@ class Copies:
         """Begin to copy each pair. Errors of the copy are raised here or when the context ends."""
         for there, new in pieces:
             if self._read is not None and _plain(there, new):
-                self._started += self._reads(self._read, there, new, _READ)
+                self._started += (self._pool.submit(self._read, *part) for part in _parts(there, new, _READ))
                 continue
             if there.device.type == new.device.type:
                 there.copy_(new)
@@ -76,7 +76,9 @@ class Copies:
                 there.copy_(before)
             raise
 
-    def _overwrite_on_host(self, local: torch.Tensor, new: torch.Tensor, before: torch.Tensor, kept: list[Pair]) -> None:
+    def _overwrite_on_host(
+        self, local: torch.Tensor, new: torch.Tensor, before: torch.Tensor, kept: list[Pair]
+    ) -> None:
         for here, values, old in _chunks(local, new, before):
             old.copy_(here)
             kept.append((here, old))
@@ -93,15 +95,10 @@ class Copies:
     def _fill(self, buffer: torch.Tensor, values: torch.Tensor) -> None:
         """Copy ``values`` into ``buffer``, on all cores, and wait for that."""
         if self._read is not None and _plain(buffer, values):
-            for started in list(self._reads(self._read, buffer, values, _READ_TO_PIN)):
-                started.result()
+            for _ in self._pool.map(self._read, *zip(*_parts(buffer, values, _READ_TO_PIN), strict=True)):
+                pass  # an error is raised here
         else:
             buffer.copy_(values)
-
-    def _reads(self, read: Read, there: torch.Tensor, new: torch.Tensor, size: int) -> Iterator[Future[object]]:
-        room, address = _flat(there).numpy().data, new.data_ptr()
-        for at in range(0, len(room), size):
-            yield self._pool.submit(read, room[at : at + size], address + at)
 
     def __enter__(self) -> Self:
         return self
@@ -123,6 +120,12 @@ def _plain(*tensors: torch.Tensor) -> bool:
         type(tensor) in (torch.Tensor, torch.nn.Parameter) and tensor.device.type == "cpu" and tensor.is_contiguous()
         for tensor in tensors
     )
+
+
+def _parts(there: torch.Tensor, new: torch.Tensor, size: int) -> Iterator[tuple[memoryview, int]]:
+    """``there`` in parts of ``size`` bytes, each with the address of the new ones."""
+    room, address = _flat(there).numpy().data, new.data_ptr()
+    return ((room[at : at + size], address + at) for at in range(0, len(room), size))
 
 
 def _flat(tensor: torch.Tensor) -> torch.Tensor:

@@ -15,8 +15,8 @@ from torch import nn
 
 from ...parallel.plan import Shard
 from ...parallel.ranks import ALONE, Ranks
-from .names import Names
 from .copies import Pair, Triple
+from .names import Names
 
 
 class Sliceable(Protocol):

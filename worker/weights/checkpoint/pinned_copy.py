@@ -1,13 +1,14 @@
 """Copies between host memory and a GPU at the rate of the bus, through page-locked buffers.
 
-A GPU reaches ordinary host memory only through a small buffer of the driver, and the host waits for each tensor: a third
-of the bus's rate or less. Here two page-locked halves take turns in each direction: while the GPU's copy engine works on
-one, this thread fills or empties the other on all cores.
+A GPU reaches ordinary host memory only through a small buffer of the driver, and the host waits for each tensor: a
+third of the bus's rate or less. Here two page-locked halves take turns in each direction: while the GPU's copy engine
+works on one, this thread fills or empties the other on all cores.
 """
 
 from __future__ import annotations
 
 import errno
+import functools
 from collections.abc import Callable, Iterator
 
 import torch
@@ -90,17 +91,20 @@ class _Halves:
 
     def __init__(self, device: torch.device) -> None:
         self.stream = torch.cuda.Stream(device)
-        self._halves = (pinned(HALF), pinned(HALF))
         self._ends: list[torch.cuda.Event | None] = [None, None]
         self._arriving: tuple[list[tuple[torch.Tensor, torch.Tensor]], ...] = ([], [])
         self._current = 0
         self._used = 0
 
+    @functools.cached_property
+    def _memory(self) -> tuple[torch.Tensor, torch.Tensor]:
+        return pinned(HALF), pinned(HALF)
+
     def buffer_for(self, piece: torch.Tensor) -> torch.Tensor:
         """A buffer like ``piece``, contiguous, that no copy uses any more."""
         if self._used + piece.nbytes > HALF:
             self._turn()
-        room = self._halves[self._current][self._used : self._used + piece.nbytes]
+        room = self._memory[self._current][self._used : self._used + piece.nbytes]
         self._used += -(-piece.nbytes // _ALIGNMENT) * _ALIGNMENT
         return room.view(piece.dtype).view(piece.shape)
 
@@ -109,7 +113,7 @@ class _Halves:
         self._arriving[self._current].append((target, buffer))
 
     def settle(self) -> None:
-        for _ in self._halves:
+        for _ in self._ends:
             self._turn()
 
     def _turn(self) -> None:

@@ -14,9 +14,9 @@ from ....protocol.codec import Buffer
 from ....protocol.errors import InvalidRequest, SafelightError
 from ....protocol.reports import Invalid, Report
 from ....protocol.tensor_sources import Broadcast, CudaShared, Files, Pickled, Sent
+from ..checkpoint.copies import Read
 from ..checkpoint.mapped_files import MappedFiles
 from ..checkpoint.names import Tensors
-from ..checkpoint.copies import Read
 from ..progress import OnProgress
 from .allowlist import NotAPayload
 from .cuda_handles import open_handles

@@ -45,7 +45,10 @@ class Offloader:
         return bool(self._offsets)
 
     def offload(self, on_progress: OnProgress, only: Sequence[nn.Module] | None = None) -> None:
-        """Offload all modules, or ``only`` these. Raises ``Unavailable`` where there is no room; nothing has moved then."""
+        """Offload all modules, or ``only`` these.
+
+        Raises ``Unavailable`` where there is no room; nothing has moved then.
+        """
         wanted = self._modules if only is None else only
         modules = [module for module in self._modules if module in wanted or module in self._offloaded_modules]
         tensors = [one for one in self._tensors(modules) if id(one) not in self._offsets]

@@ -1,8 +1,9 @@
 """The undo log: memory for the bytes that an update overwrites. The next update uses host memory again.
 
-A tensor that owns its pages gets other pages to swap with, and a tensor on a GPU gets a room there while there is plenty:
-the new bytes are staged in it, and the old ones end in it. Other tensors are copied into blocks. Fresh memory costs more than the copy, because the kernel clears every page first
-(1 GB: 0.1 s to copy, 0.5 s into fresh pages of 4 KB, 0.2 s into fresh pages of 2 MB).
+A tensor that owns its pages gets other pages to swap with, and a tensor on a GPU gets a room there while there is
+plenty: the new bytes are staged in it, and the old ones end in it. Other tensors are copied into blocks. Fresh memory
+costs more than the copy, because the kernel clears every page first (1 GB: 0.1 s to copy, 0.5 s into fresh pages of
+4 KB, 0.2 s into fresh pages of 2 MB).
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ class _Block:
 class UndoLog:
     """Reserves copies of tensors on ``device``: at most ``limit`` bytes of memory, then files in ``spill`` if given.
 
-    ``limit`` bounds the bytes that are really taken of the host. ``gpu`` has the rooms on the GPU, which are not counted.
+    ``limit`` bounds the bytes that are really taken of the host; ``gpu`` has the rooms on the GPU, not counted.
     """
 
     def __init__(
