@@ -90,7 +90,7 @@ class _Halves:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self.stream = torch.cuda.Stream(device)
+        self.stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._ends: list[torch.cuda.Event | None] = [None, None]
         self._arriving: tuple[list[tuple[torch.Tensor, torch.Tensor]], ...] = ([], [])
         self._current = 0

@@ -31,7 +31,7 @@ class GpuRooms:
         """Decide how much the next rooms may take together."""
         if self._enabled:
             cached = torch.cuda.memory_reserved(self._device) - torch.cuda.memory_allocated(self._device)
-            self._left = (free_bytes(self._device) + cached) // _SHARE
+            self._left = int(free_bytes(self._device) + cached) // _SHARE
 
     def room_for(self, like: torch.Tensor) -> torch.Tensor | None:
         """Room for a tensor like ``like``; ``None`` where it is on the host or has gaps, or where memory is short."""
@@ -51,7 +51,7 @@ class GpuRooms:
     def swap(self, one: torch.Tensor, other: torch.Tensor) -> None:
         """Swap the bytes of a tensor and its room, in the order of the current stream."""
         assert self._scratch is not None, "taken with the first room"
-        for here, there in zip(_bytes(one).split(_SCRATCH), _bytes(other).split(_SCRATCH), strict=True):
+        for here, there in zip(torch.split(_bytes(one), _SCRATCH), torch.split(_bytes(other), _SCRATCH), strict=True):
             between = self._scratch[: len(here)]
             between.copy_(here)
             here.copy_(there)
