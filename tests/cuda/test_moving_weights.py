@@ -15,10 +15,11 @@ from torch import nn
 from safelight.formats.tensor_files import write_header
 from safelight.protocol.errors import Unavailable
 from safelight.tests.played import Record
+from safelight.worker.parallel.ranks import ALONE
 from safelight.worker.weights.checkpoint import pinned_copy
 from safelight.worker.weights.checkpoint.layout import Layout
 from safelight.worker.weights.checkpoint.mapped_files import MappedFiles
-from safelight.worker.weights.snapshot.digests import raw_bytes
+from safelight.worker.weights.snapshot.digests import module_digests, raw_bytes
 from safelight.worker.weights.transport.sources import TensorSource
 from safelight.worker.weights.update import gpu_rooms
 from safelight.worker.weights.update.offload import Offloader
@@ -316,3 +317,13 @@ def test_a_sleep_without_host_memory_says_how_much_is_missing_and_moves_nothing(
         offloader(module).offload(lambda: None)
     assert {tensor.device.type for tensor in module.state_dict().values()} == {"cuda"}
     assert same(before, state(module))
+
+
+@played_only
+def test_digests_with_detail_copy_each_tensor_to_the_host_once(record: Record) -> None:
+    module = model()
+    layouts, plain = {"transformer": Layout.whole(module)}, {"transformer": Layout.whole(model().cpu())}
+    record.clear()
+    found = module_digests(layouts, ALONE, lambda: None, detail=True)
+    assert record.operators["wait: copy D2H"] == len(module.state_dict())
+    assert found == module_digests(plain, ALONE, lambda: None, detail=True)

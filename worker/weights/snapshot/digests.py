@@ -45,9 +45,10 @@ def module_digests(
                 if item is not None:
                     module, name = item
                     whole = layouts[module].read(name)
-                    hasher.add(module, name, whole)
+                    host_bytes = raw_bytes(whole)  # once for both, as a GPU's tensor is copied to the host
+                    hasher.add(module, name, host_bytes)
                     if detail:
-                        tensors.add(module, name, whole)
+                        tensors.add(module, name, whole, host_bytes)
                     on_progress()
         found = {module: hexadecimal for hasher in hashers for module, hexadecimal in hasher.done().items()}
         answers = ranks.all_gather_bytes(msgspec.msgpack.encode(dict(sorted(found.items()))))
@@ -58,7 +59,8 @@ def tensor_digests(layout: Layout, names: Sequence[str], on_progress: OnProgress
     """The digests of the tensors ``names``, on every rank. All ranks must call this together."""
     with _Tensors() as tensors:
         for name in names:
-            tensors.add("", name, layout.read(name))
+            whole = layout.read(name)
+            tensors.add("", name, whole, raw_bytes(whole))
             on_progress()
         return tensors.done().get("", {})
 
@@ -76,8 +78,9 @@ class _Tensors:
         self._pending: deque[tuple[str, str, Future[TensorDigest]]] = deque()
         self._found: Details = {}
 
-    def add(self, module: str, name: str, tensor: torch.Tensor) -> None:
-        self._pending.append((module, name, self._pool.submit(digest, tensor)))
+    def add(self, module: str, name: str, tensor: torch.Tensor, found: memoryview) -> None:
+        dtype, shape = str(tensor.dtype), list(tensor.shape)
+        self._pending.append((module, name, self._pool.submit(_digest, dtype, shape, found)))
         if len(self._pending) > _threads():  # bounds the whole tensors in memory
             self._collect()
 
@@ -99,8 +102,11 @@ class _Tensors:
 
 def digest(tensor: torch.Tensor) -> TensorDigest:
     """The digest of one whole tensor."""
-    dtype, shape = str(tensor.dtype), list(tensor.shape)
-    return TensorDigest(tensor_digest(dtype, shape, raw_bytes(tensor)), dtype, shape)
+    return _digest(str(tensor.dtype), list(tensor.shape), raw_bytes(tensor))
+
+
+def _digest(dtype: str, shape: list[int], found: memoryview) -> TensorDigest:
+    return TensorDigest(tensor_digest(dtype, shape, found), dtype, shape)
 
 
 class _Hasher:
@@ -111,14 +117,14 @@ class _Hasher:
         self._digests: dict[str, hashlib._Hash] = {}
         self._pending: Future[None] | None = None
 
-    def add(self, module: str, name: str, tensor: torch.Tensor) -> None:
+    def add(self, module: str, name: str, found: memoryview) -> None:
         if self._pending is not None:
             self._pending.result()
         hasher = self._digests.setdefault(module, hashlib.sha256())
 
         def update() -> None:
             hasher.update(name.encode())
-            hasher.update(raw_bytes(tensor))
+            hasher.update(found)
 
         self._pending = self._pool.submit(update)
 
