@@ -33,6 +33,16 @@ class ForwardOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     prompt_cache_mb: Annotated[
         int, option.forwards("Megabytes of prompt embeddings that each replica keeps; 0 keeps none", ge=0)
     ] = 256
+    vae_tiling: Annotated[
+        Literal["auto", "on", "off"],
+        option.forwards(
+            "Let autoencoders compute large pictures and clips in overlapping tiles: on, off, or when one has run "
+            "out of memory alone; deterministic requests are never tiled"
+        ),
+    ] = "auto"
+    vae_slicing: Annotated[
+        bool, option.forwards("Let autoencoders compute the rows of a shared forward one after the other")
+    ] = False
     guidance_pairing: Annotated[
         Literal["on", "off"],
         option.forwards(

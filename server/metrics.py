@@ -22,6 +22,7 @@ _REPLICA_COUNTERS = {
     "cancelled": "Requests whose work was cancelled in the replica since its start",
     "failed": "Requests that failed in the replica since its start",
     "predicted_calls": "Calls that guidance pairing made beside the first call of a step",
+    "tiled_calls": "Calls of autoencoders that were computed in tiles",
     "missed_predictions": "Calls that guidance pairing made and no pipeline asked for",
 }
 

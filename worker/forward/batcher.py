@@ -24,6 +24,7 @@ from .recovery import Agree, Recovery
 from .runner import Runner
 from .signature import Signatures
 from .stages import stages
+from .tiling import Tiling
 from .waiting import WaitingCalls
 
 log = logging.getLogger(__name__)
@@ -50,6 +51,7 @@ class Batcher:
         at_rest: AtRest | None = None,
         activity: Activity | None = None,
         plain_attention: str | None = None,
+        tiling: Tiling | None = None,
         agree: Agree = lambda _: None,
         before_forward: Callable[[int], None] = lambda _: None,
     ) -> None:
@@ -58,9 +60,10 @@ class Batcher:
         ``plain_attention`` is the attention backend of deterministic requests, if the others have another.
         """
         self.mode: BatchingMode = mode
+        self.tiling = tiling
         self.policy = MergePolicy(max_batch, max_tokens)
-        self.runner = Runner(stages(cache, adapters, costs, at_rest, activity, plain_attention))
-        self.recovery = Recovery(self.runner, self.policy, self._free_memory, agree)
+        self.runner = Runner(stages(cache, adapters, costs, at_rest, activity, plain_attention, tiling))
+        self.recovery = Recovery(self.runner, self.policy, self._free_memory, agree, tiling)
         self.schedule_digest = 0
         """A running CRC of the forwards and their coroutines, equal on all ranks of a replica."""
         self.paused = False

@@ -18,6 +18,7 @@ from .collate import NotDivisible
 from .policy import MergePolicy
 from .runner import Runner
 from .stages import DrawsRandomNumbers
+from .tiling import Tiling
 
 log = logging.getLogger(__name__)
 
@@ -35,16 +36,25 @@ into the collectives in which the other ranks still wait.
 class Recovery:
     """Runs forwards by ``runner``, and updates ``policy`` after failures.
 
-    ``free`` releases cached memory. ``agree`` is called after each failure, and never after a success.
+    ``free`` releases cached memory. ``agree`` is called after each failure, and never after a success. ``tiling`` may
+    have another way to run a call that needs too much memory alone.
     """
 
-    def __init__(self, runner: Runner, policy: MergePolicy, free: Callable[[], None], agree: Agree) -> None:
+    def __init__(
+        self,
+        runner: Runner,
+        policy: MergePolicy,
+        free: Callable[[], None],
+        agree: Agree,
+        tiling: Tiling | None = None,
+    ) -> None:
         self.merged_names: set[str] = set()
         """Names of calls that were merged."""
         self._runner = runner
         self._policy = policy
         self._free = free
         self._agree = agree
+        self._tiling = tiling
 
     def run(self, forward: Forward, deliver: Deliver) -> bool:
         """Run ``forward`` and deliver each call's outcome as soon as it is known. Returns true if all succeeded.
@@ -78,10 +88,12 @@ class Recovery:
         return True
 
     def _alone(self, forward: Forward, deliver: Deliver) -> bool:
+        tiled = False
         try:
             (answer,) = self._answers(forward)
         except torch.OutOfMemoryError as error:
             self._free()
+            tiled = self._tiling is not None and self._tiling.learn(forward)
             outcome = Outcome(error=error)
         except torch.AcceleratorError:
             raise
@@ -90,6 +102,8 @@ class Recovery:
         else:
             self._policy.fitted(forward.name)
             outcome = Outcome(answer)
+        if tiled:
+            return self._alone(forward, deliver)
         deliver(forward.calls[0], outcome)
         return outcome.error is None
 

@@ -16,6 +16,7 @@ from .batch import Forward
 from .costs import Costs
 from .prompt_cache import PromptCache, prompt_of
 from .runner import Stage
+from .tiling import Tiling
 
 Proceed = Callable[[], list[Any]]
 
@@ -31,6 +32,7 @@ def stages(
     at_rest: AtRest | None,
     activity: Activity | None,
     plain_attention: str | None = None,
+    tiling: Tiling | None = None,
 ) -> list[Stage]:
     """The stages whose state is given, the outermost first."""
     return [
@@ -38,6 +40,7 @@ def stages(
         RandomNumbers(),
         *([] if cache is None else [PromptCaching(cache)]),
         *([] if at_rest is None else [Restoring(at_rest)]),
+        *([] if tiling is None else [tiling]),
         Settings(),
         *([] if plain_attention is None else [PlainAttention(plain_attention)]),
         *([] if adapters is None else [Adapting(adapters)]),

@@ -19,6 +19,7 @@ from ..forward.activity import Activity
 from ..forward.at_rest import AtRest
 from ..forward.batcher import Batcher
 from ..forward.prompt_cache import PromptCache
+from ..forward.tiling import Tiling
 from ..lora.rank_adapters import RankAdapters
 from ..model.model import Model
 from ..model.modules import modules
@@ -151,6 +152,7 @@ def _new_batcher(
         at_rest=AtRest(modules(model.pipeline)),
         activity=activity,
         plain_attention=_plain_attention(model),
+        tiling=Tiling(modules(model.pipeline), config.vae_tiling, slices=config.vae_slicing),
         agree=mesh.agree,
         before_forward=before_forward,
     )

@@ -73,6 +73,7 @@ class Jobs:
             caps=self._batcher.policy.caps,
             stages=[stage.name for stage in self._batcher.runner.stages],
             costs=self._model.costs.measured(),
+            tiled_calls=0 if self._batcher.tiling is None else self._batcher.tiling.tiled_calls,
             **({} if self._caching is None else self._caching.counts()),
         )
 
