@@ -1,0 +1,277 @@
+"""Safelight beside plain diffusers and SGLang-Diffusion on a tiny Z-Image: 128², 8 steps, bfloat16.
+
+``python -m safelight.benchmarks.peers [--rounds N] [--sglang FOLDER…]`` measures all of them in one run, one after the
+other, because an idle SGLang keeps a core busy. Written to ``benchmarks/results/peers.json`` and ``peers.md``.
+
+SGLang-Diffusion needs other packages than Safelight. ``--sglang`` (or ``SGLANG_PATH``, divided by colons) names the
+folders that hold them, which come before the environment's own on its ``PYTHONPATH``; without them its rows are left
+out. On a CPU these are: ``sglang==0.5.23`` unpacked, its dependencies (``pip install --no-deps --target``), and
+``torchvision`` with a ``sitecustomize.py`` that puts an empty module at ``torchvision._meta_registrations``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import http.client
+import json
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from diffusers import ZImagePipeline
+
+from safelight.benchmarks.machine import describe
+from safelight.benchmarks.models import save_tiny_z_image
+from safelight.benchmarks.serving import free_port
+
+RESULTS = Path(__file__).resolve().parent / "results"
+SIDE, STEPS = 128, 8
+START_S = 300
+PLAIN, SAFELIGHT = "plain diffusers, in process", "Safelight"
+SGLANG, SGLANG_BATCHING = "SGLang-Diffusion", "SGLang-Diffusion, batching 16"
+
+Ask = Callable[[int], dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Load:
+    """A measurement: CPU milliseconds of all the server's processes for each picture, and how many cores were busy."""
+
+    pictures_per_s: float
+    median_latency_s: float
+    cpu_ms_per_picture: float
+    busy_cores: float
+
+
+@dataclass(frozen=True)
+class Server:
+    """How to start a server on ``port``, and the request for a picture."""
+
+    command: list[str]
+    environment: dict[str, str]
+    port: int
+    path: str
+    ask: Ask
+
+
+def safelight(model: Path, threads: int) -> Server:
+    port = free_port()
+    options = ["--port", str(port), "--dtype", "bfloat16", "--threads", str(threads), "--log-level", "warning"]
+    command = [sys.executable, "-m", "safelight.server", str(model), *options]
+    return Server(command, {}, port, "/generate", lambda n: _body(n) | {"width": SIDE, "height": SIDE})
+
+
+def sglang(model: Path, folders: list[str], *, batching: bool) -> Server:
+    port = free_port()
+    program = ["-m", "sglang.multimodal_gen.runtime.entrypoints.cli.main", "serve", "--backend", "sglang"]
+    options = ["--model-path", str(model), "--host", "127.0.0.1", "--port", str(port), "--warmup-mode", "off"]
+    batches = ["--batching-max-size", "16", "--batching-delay-ms", "50"] if batching else []
+    environment = {"PYTHONPATH": os.pathsep.join(folders), "HF_HUB_OFFLINE": "1"}
+    size = {"size": f"{SIDE}x{SIDE}", "n": 1, "response_format": "b64_json"}
+    command = [sys.executable, *program, *options, *batches]
+    return Server(command, environment, port, "/v1/images/generations", lambda n: _body(n) | size)
+
+
+def _body(number: int) -> dict[str, Any]:
+    return {"prompt": _prompt(number), "seed": number, "num_inference_steps": STEPS, "guidance_scale": 0.0}
+
+
+def _prompt(number: int) -> str:
+    """A prompt of its own for each picture, so that no cache of prompts takes part."""
+    return f"a cat number {number}"
+
+
+@contextmanager
+def running(server: Server) -> Iterator[psutil.Process]:
+    """Run ``server`` until it answers, and stop it with all its processes."""
+    with tempfile.TemporaryFile() as log:
+        environment = os.environ | server.environment
+        process = subprocess.Popen(server.command, env=environment, stdout=log, stderr=log, start_new_session=True)
+        root = psutil.Process(process.pid)
+        try:
+            _wait(server, process)
+            yield root
+        finally:
+            family = [*root.children(recursive=True), root]
+            process.send_signal(signal.SIGTERM)
+            _, left = psutil.wait_procs(family, timeout=30)
+            for one in left:
+                one.kill()
+            process.wait()
+
+
+def _wait(server: Server, process: subprocess.Popen[bytes]) -> None:
+    deadline = time.monotonic() + START_S
+    while time.monotonic() < deadline:
+        if process.poll() is not None:
+            raise RuntimeError(f"{server.command} ended with {process.returncode}")
+        try:
+            draw(server, 0)
+        except (OSError, http.client.HTTPException):
+            time.sleep(0.5)
+        else:
+            return
+    raise TimeoutError(f"{server.command} has not drawn a picture in {START_S} s")
+
+
+def draw(server: Server, number: int) -> float:
+    """Seconds until a picture arrived. Raises ``HTTPException`` if the server answers with an error."""
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=START_S)
+    began = time.perf_counter()
+    connection.request("POST", server.path, json.dumps(server.ask(number)), {"Content-Type": "application/json"})
+    reply = connection.getresponse()
+    content = reply.read()
+    connection.close()
+    if reply.status != 200:
+        raise http.client.HTTPException(f"{reply.status}: {content[:200]!r}")
+    return time.perf_counter() - began
+
+
+def measure(server: Server, root: psutil.Process, clients: int, pictures: int, numbers: Iterator[int]) -> Load:
+    """A closed loop: each client asks again as soon as it was answered."""
+    with ThreadPoolExecutor(clients) as pool:
+        list(pool.map(lambda _: draw(server, next(numbers)), range(2 * clients)))
+        cpu, began = cpu_seconds(root), time.perf_counter()
+        latencies = list(pool.map(lambda _: draw(server, next(numbers)), range(pictures)))
+        seconds, spent = time.perf_counter() - began, cpu_seconds(root) - cpu
+    return Load(pictures / seconds, statistics.median(latencies), 1e3 * spent / pictures, spent / seconds)
+
+
+def cpu_seconds(root: psutil.Process) -> float:
+    """What ``root`` and all processes below it have used so far."""
+    times = [process.cpu_times() for process in (root, *root.children(recursive=True))]
+    return float(sum(one.user + one.system for one in times))
+
+
+def plain(model: Path, threads: int, batch: int, pictures: int) -> Load:
+    """The pipeline called in this process with ``batch`` prompts at once."""
+    torch.set_num_threads(threads)
+    pipeline = ZImagePipeline.from_pretrained(model, torch_dtype=torch.bfloat16)
+    pipeline.set_progress_bar_config(disable=True)
+    numbers = count()
+    seconds: list[float] = []
+    cpu = 0.0
+    for turn in range(2 + max(2, pictures // batch)):
+        if turn == 2:  # the first ones warm up
+            cpu = time.process_time()
+            seconds.clear()
+        asked = [next(numbers) for _ in range(batch)]
+        generators = [torch.Generator().manual_seed(number) for number in asked]
+        began = time.perf_counter()
+        arguments = {"width": SIDE, "height": SIDE, "num_inference_steps": STEPS, "guidance_scale": 0.0}
+        pipeline([_prompt(number) for number in asked], generator=generators, **arguments)
+        seconds.append(time.perf_counter() - began)
+    spent, drawn = time.process_time() - cpu, len(seconds) * batch
+    return Load(drawn / sum(seconds), statistics.median(seconds), 1e3 * spent / drawn, spent / sum(seconds))
+
+
+def plain_elsewhere(model: Path, threads: int, batch: int, pictures: int) -> Load:
+    """:func:`plain` in a process of its own."""
+    command = [sys.executable, "-m", "safelight.benchmarks.peers", "--plain", str(batch), "--model", str(model)]
+    command += ["--threads", str(threads), "--pictures", str(pictures)]
+    return Load(**json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[-1]))
+
+
+def run_round(options: argparse.Namespace) -> dict[str, dict[int, Load]]:
+    """Every system's measurements by number of clients."""
+    found = {PLAIN: {n: plain_elsewhere(options.model, options.threads, n, 6 * n + 18) for n in options.clients}}
+    systems = {SAFELIGHT: safelight(options.model, options.threads)}
+    if options.sglang:
+        systems[SGLANG] = sglang(options.model, options.sglang, batching=False)
+        systems[SGLANG_BATCHING] = sglang(options.model, options.sglang, batching=True)
+    for name, server in systems.items():
+        with running(server) as root:
+            numbers = count(1)
+            found[name] = {n: measure(server, root, n, 6 * n + 18, numbers) for n in options.clients}
+    return found
+
+
+def medians(rounds: list[dict[str, dict[int, Load]]]) -> list[dict[str, Any]]:
+    """A row for each system and number of clients; ratios are taken within each round."""
+    rows = []
+    for name, of_clients in rounds[0].items():
+        for clients in of_clients:
+            loads = [one[name][clients] for one in rounds]
+            row: dict[str, Any] = {"system": name, "clients": clients}
+            row |= {field: statistics.median(asdict(load)[field] for load in loads) for field in asdict(loads[0])}
+            row["safelight_is_so_many_times_as_fast"] = statistics.median(
+                one[SAFELIGHT][clients].pictures_per_s / one[name][clients].pictures_per_s for one in rounds
+            )
+            rows.append(row)
+    return rows
+
+
+def table(found: dict[str, Any]) -> str:
+    missing = "" if found["options"]["sglang"] else f"\nNot measured, as no folders were given: {SGLANG}.\n"
+    rows = "".join(
+        f"| {row['system']} | {row['clients']} | {row['pictures_per_s']:.2f} | {row['median_latency_s']:.3f} "
+        f"| {row['cpu_ms_per_picture']:.0f} | {row['busy_cores']:.2f} "
+        f"| {row['safelight_is_so_many_times_as_fast']:.2f} |\n"
+        for row in found["rows"]
+    )
+    return f"""Machine: {json.dumps(found["machine"])}
+
+A tiny Z-Image, {SIDE}², {STEPS} steps, bfloat16, every prompt a new one; {len(found["rounds"])} rounds, of which these
+are the medians. In process: one batch of as many prompts. CPU time is that of all processes of the system, without the
+clients.
+{missing}
+| system | clients | pictures/s | median s | CPU ms a picture | busy cores | Safelight is so many times as fast |
+|---|---|---|---|---|---|---|
+{rows}"""
+
+
+def main() -> None:
+    options = _options()
+    if options.plain:
+        print(json.dumps(asdict(plain(options.model, options.threads, options.plain, options.pictures))))
+        return
+    rounds = []
+    for number in range(options.rounds):
+        rounds.append(run_round(options))
+        rates = {name: [round(load.pictures_per_s, 1) for load in loads.values()] for name, loads in rounds[-1].items()}
+        print(f"round {number}: {rates}", flush=True)
+    asked = {"clients": options.clients, "threads": options.threads, "sglang": bool(options.sglang)}
+    each = [{name: {n: asdict(load) for n, load in loads.items()} for name, loads in one.items()} for one in rounds]
+    found = {"machine": describe(), "options": asked, "rows": medians(rounds), "rounds": each}
+    print(table(found))
+    if not options.quick:
+        (RESULTS / "peers.json").write_text(json.dumps(found, indent=2) + "\n")
+        (RESULTS / "peers.md").write_text(table(found))
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="one round, and nothing written: to see that it runs")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--clients", type=int, nargs="+", default=[1, 4, 16])
+    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--sglang", nargs="+", default=_folders(), help="folders for SGLang's PYTHONPATH")
+    parser.add_argument("--model", type=Path, help="where the tiny model is, or is to be written")
+    parser.add_argument("--plain", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--pictures", type=int, default=24, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    options.rounds = 1 if options.quick else options.rounds
+    directory = Path(tempfile.gettempdir()) / "safelight-peers" / "Z-Image-Turbo"
+    options.model = save_tiny_z_image(options.model or directory)
+    return options
+
+
+def _folders() -> list[str]:
+    return [folder for folder in os.environ.get("SGLANG_PATH", "").split(os.pathsep) if folder]
+
+
+if __name__ == "__main__":
+    main()
