@@ -55,7 +55,7 @@ def _save(shapes: Path, directory: Path, *, layers: int, single_layers: int, hea
 def save_tiny_z_image(directory: Path) -> Path:
     """A random Z-Image of 2 M parameters beside its word embeddings: near 0.1 s a picture of 128² in 8 steps.
 
-    ``directory`` should be named ``Z-Image-Turbo``, by which other servers know the model.
+    Other servers recognise the model if ``directory`` is named ``Z-Image-Turbo``.
     """
     if (directory / "model_index.json").exists():
         return directory

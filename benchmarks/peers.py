@@ -1,7 +1,7 @@
 """Safelight beside plain diffusers and SGLang-Diffusion on a tiny Z-Image: 128², 8 steps, bfloat16.
 
 ``python -m safelight.benchmarks.peers [--rounds N] [--sglang FOLDER…]`` measures all of them in one run, one after the
-other, because an idle SGLang keeps a core busy. Written to ``benchmarks/results/peers.json`` and ``peers.md``.
+other, because an idle SGLang keeps a core busy. Results: ``benchmarks/results/peers.json`` and ``peers.md``.
 
 SGLang-Diffusion needs other packages than Safelight. ``--sglang`` (or ``SGLANG_PATH``, divided by colons) names the
 folders that hold them, which come before the environment's own on its ``PYTHONPATH``; without them its rows are left
@@ -15,6 +15,7 @@ import argparse
 import http.client
 import json
 import os
+import shutil
 import signal
 import statistics
 import subprocess
@@ -27,7 +28,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import psutil
 import torch
@@ -67,15 +68,16 @@ class Server:
     ask: Ask
 
 
-def safelight(model: Path, threads: int) -> Server:
+def safelight(model: Path, threads: int, environment: dict[str, str]) -> Server:
     port = free_port()
     options = ["--port", str(port), "--dtype", "bfloat16", "--threads", str(threads), "--log-level", "warning"]
     command = [sys.executable, "-m", "safelight.server", str(model), *options]
-    return Server(command, {}, port, "/generate", lambda n: _body(n) | {"width": SIDE, "height": SIDE})
+    return Server(command, environment, port, "/generate", lambda n: _body(n) | {"width": SIDE, "height": SIDE})
 
 
 def sglang(model: Path, folders: list[str], *, batching: bool) -> Server:
     port = free_port()
+    model = _for_sglang(model)
     program = ["-m", "sglang.multimodal_gen.runtime.entrypoints.cli.main", "serve", "--backend", "sglang"]
     options = ["--model-path", str(model), "--host", "127.0.0.1", "--port", str(port), "--warmup-mode", "off"]
     batches = ["--batching-max-size", "16", "--batching-delay-ms", "50"] if batching else []
@@ -83,6 +85,16 @@ def sglang(model: Path, folders: list[str], *, batching: bool) -> Server:
     size = {"size": f"{SIDE}x{SIDE}", "n": 1, "response_format": "b64_json"}
     command = [sys.executable, *program, *options, *batches]
     return Server(command, environment, port, "/v1/images/generations", lambda n: _body(n) | size)
+
+
+def _for_sglang(model: Path) -> Path:
+    """A copy of the model that SGLang's own transformer loads: it names two numbers otherwise than diffusers."""
+    copy = model.parent / "for-sglang" / "Z-Image-Turbo"  # it knows the architecture by this name
+    shutil.copytree(model, copy, dirs_exist_ok=True)
+    path = copy / "transformer" / "config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps(config | {"num_attention_heads": config["n_heads"], "num_layers": config["n_layers"]}))
+    return copy
 
 
 def _body(number: int) -> dict[str, Any]:
@@ -102,22 +114,29 @@ def running(server: Server) -> Iterator[psutil.Process]:
         process = subprocess.Popen(server.command, env=environment, stdout=log, stderr=log, start_new_session=True)
         root = psutil.Process(process.pid)
         try:
-            _wait(server, process)
+            _wait(server, process, log)
             yield root
         finally:
-            family = [*root.children(recursive=True), root]
-            process.send_signal(signal.SIGTERM)
-            _, left = psutil.wait_procs(family, timeout=30)
-            for one in left:
-                one.kill()
-            process.wait()
+            _stop(process, root)
 
 
-def _wait(server: Server, process: subprocess.Popen[bytes]) -> None:
+def _stop(process: subprocess.Popen[bytes], root: psutil.Process) -> None:
+    if process.poll() is not None:
+        return
+    family = [*root.children(recursive=True), root]
+    process.send_signal(signal.SIGTERM)
+    _, left = psutil.wait_procs(family, timeout=30)
+    for one in left:
+        one.kill()
+    process.wait()
+
+
+def _wait(server: Server, process: subprocess.Popen[bytes], log: IO[bytes]) -> None:
     deadline = time.monotonic() + START_S
     while time.monotonic() < deadline:
         if process.poll() is not None:
-            raise RuntimeError(f"{server.command} ended with {process.returncode}")
+            log.seek(0)
+            raise RuntimeError(f"{server.command} ended with {process.returncode}: {log.read()[-2000:].decode()}")
         try:
             draw(server, 0)
         except (OSError, http.client.HTTPException):
@@ -151,7 +170,7 @@ def measure(server: Server, root: psutil.Process, clients: int, pictures: int, n
 
 
 def cpu_seconds(root: psutil.Process) -> float:
-    """What ``root`` and all processes below it have used so far."""
+    """CPU seconds that ``root`` and all processes below it have used so far."""
     times = [process.cpu_times() for process in (root, *root.children(recursive=True))]
     return float(sum(one.user + one.system for one in times))
 
@@ -162,33 +181,32 @@ def plain(model: Path, threads: int, batch: int, pictures: int) -> Load:
     pipeline = ZImagePipeline.from_pretrained(model, torch_dtype=torch.bfloat16)
     pipeline.set_progress_bar_config(disable=True)
     numbers = count()
-    seconds: list[float] = []
-    cpu = 0.0
-    for turn in range(2 + max(2, pictures // batch)):
-        if turn == 2:  # the first ones warm up
-            cpu = time.process_time()
-            seconds.clear()
+    seconds, spent = [], []
+    for _ in range(2 + max(2, pictures // batch)):
         asked = [next(numbers) for _ in range(batch)]
         generators = [torch.Generator().manual_seed(number) for number in asked]
-        began = time.perf_counter()
+        cpu, began = time.process_time(), time.perf_counter()
         arguments = {"width": SIDE, "height": SIDE, "num_inference_steps": STEPS, "guidance_scale": 0.0}
         pipeline([_prompt(number) for number in asked], generator=generators, **arguments)
         seconds.append(time.perf_counter() - began)
-    spent, drawn = time.process_time() - cpu, len(seconds) * batch
-    return Load(drawn / sum(seconds), statistics.median(seconds), 1e3 * spent / drawn, spent / sum(seconds))
+        spent.append(time.process_time() - cpu)
+    latency, used = statistics.median(seconds[2:]), statistics.median(spent[2:])  # the first two warm up
+    return Load(batch / latency, latency, 1e3 * used / batch, used / latency)
 
 
 def plain_elsewhere(model: Path, threads: int, batch: int, pictures: int) -> Load:
     """:func:`plain` in a process of its own."""
     command = [sys.executable, "-m", "safelight.benchmarks.peers", "--plain", str(batch), "--model", str(model)]
     command += ["--threads", str(threads), "--pictures", str(pictures)]
-    return Load(**json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[-1]))
+    return Load(
+        **json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[-1])
+    )
 
 
 def run_round(options: argparse.Namespace) -> dict[str, dict[int, Load]]:
     """Every system's measurements by number of clients."""
     found = {PLAIN: {n: plain_elsewhere(options.model, options.threads, n, 6 * n + 18) for n in options.clients}}
-    systems = {SAFELIGHT: safelight(options.model, options.threads)}
+    systems = {SAFELIGHT: safelight(options.model, options.threads, dict(options.environment))}
     if options.sglang:
         systems[SGLANG] = sglang(options.model, options.sglang, batching=False)
         systems[SGLANG_BATCHING] = sglang(options.model, options.sglang, batching=True)
@@ -224,8 +242,8 @@ def table(found: dict[str, Any]) -> str:
     )
     return f"""Machine: {json.dumps(found["machine"])}
 
-A tiny Z-Image, {SIDE}², {STEPS} steps, bfloat16, every prompt a new one; {len(found["rounds"])} rounds, of which these
-are the medians. In process: one batch of as many prompts. CPU time is that of all processes of the system, without the
+A tiny Z-Image, {SIDE}², {STEPS} steps, bfloat16, with a new prompt for each picture. Medians of {len(found["rounds"])}
+rounds. Plain diffusers draws as many prompts in one batch. CPU time includes all processes of a system and excludes the
 clients.
 {missing}
 | system | clients | pictures/s | median s | CPU ms a picture | busy cores | Safelight is so many times as fast |
@@ -243,7 +261,12 @@ def main() -> None:
         rounds.append(run_round(options))
         rates = {name: [round(load.pictures_per_s, 1) for load in loads.values()] for name, loads in rounds[-1].items()}
         print(f"round {number}: {rates}", flush=True)
-    asked = {"clients": options.clients, "threads": options.threads, "sglang": bool(options.sglang)}
+    asked = {
+        "clients": options.clients,
+        "threads": options.threads,
+        "sglang": bool(options.sglang),
+        "environment": options.environment,
+    }
     each = [{name: {n: asdict(load) for n, load in loads.items()} for name, loads in one.items()} for one in rounds]
     found = {"machine": describe(), "options": asked, "rows": medians(rounds), "rounds": each}
     print(table(found))
@@ -258,6 +281,13 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 4, 16])
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    parser.add_argument(
+        "--environment",
+        nargs="+",
+        default=[],
+        type=lambda one: tuple(one.split("=", 1)),
+        help="NAME=VALUE for Safelight",
+    )
     parser.add_argument("--sglang", nargs="+", default=_folders(), help="folders for SGLang's PYTHONPATH")
     parser.add_argument("--model", type=Path, help="where the tiny model is, or is to be written")
     parser.add_argument("--plain", type=int, help=argparse.SUPPRESS)

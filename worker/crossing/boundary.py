@@ -20,6 +20,7 @@ from torch.utils import _pytree as pytree
 from ..pipelines.components import MERGEABLE_METHODS
 from .call import Call, cross
 from .changes import Changes
+from .facts import OF_MODULES
 from .overlay import base_class
 
 Crossing = Callable[[Call], Any]
@@ -66,7 +67,10 @@ class Boundary:
         return base_class(self._module)
 
     def __getattr__(self, name: str) -> Any:
-        value = getattr(self._module, name)
+        if name in OF_MODULES:
+            value = self._changes.fact(self._module, self._component, name)
+        else:
+            value = getattr(self._module, name)
         if type(value) in _PLAIN:  # not isinstance, which runs Python code for torch's types
             return value
         if isinstance(value, nn.Module):

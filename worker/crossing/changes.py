@@ -15,10 +15,12 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
+from diffusers import DiffusionPipeline
 from torch import nn
 
 from .call import Call
-from .module_state import Piece, pieces, pieces_of_value
+from .facts import Facts
+from .module_state import Piece, Weight, pieces, pieces_of_value
 
 
 @contextmanager
@@ -36,11 +38,12 @@ class Changes:
     """The changes of one fork. ``whole`` are components that are watched all the time.
 
     With ``whole``, the changes stay in the components while a call waits. This is for pipelines that keep state where
-    no boundary sees it; such requests run one at a time.
+    no boundary sees it; such requests run one at a time. ``facts`` are those of the components as they are for all.
     """
 
-    def __init__(self, whole: Iterable[nn.Module] = ()) -> None:
+    def __init__(self, whole: Iterable[nn.Module] = (), facts: Facts | None = None) -> None:
         self._whole = tuple(whole)
+        self._facts = Facts() if facts is None else facts
         self._pieces: dict[int, Piece] = {}  # by the id of their targets
         self._roots: dict[int, int] = {}  # the component of each piece
         self._changed: set[int] = set()  # pieces that have kept something
@@ -52,6 +55,17 @@ class Changes:
     @property
     def shown(self) -> bool:
         return self._shown
+
+    def fact(self, module: nn.Module, component: nn.Module, name: str) -> Any:
+        """The attribute ``name`` of ``module``, read again only where the fork may have changed it."""
+        if self._whole or not self._shown or id(component) in self._suspects:
+            return getattr(module, name)
+        return self._facts.read(module, name)
+
+    def pipeline_fact(self, shared: DiffusionPipeline, own: Callable[[], Any], name: str) -> Any:
+        """The attribute ``name`` of the pipeline ``shared``, or ``own()`` if the fork may have changed a component."""
+        known = self._shown and not self._whole and not self._suspects
+        return self._facts.read(shared, name) if known else own()
 
     def show(self) -> None:
         """Put the changes into the components, before the fork's code or one of its calls runs."""
@@ -104,7 +118,10 @@ class Changes:
         """Watch ``value`` from now on, because the fork's code holds a reference to it."""
         if self._in_forward or not self._shown or id(value) in self._lasting:
             return
-        self._lasting |= self._open(pieces_of_value(value), component)
+        found = list(pieces_of_value(value))
+        if any(isinstance(piece, Weight) for piece in found):
+            self._suspects.add(id(component))
+        self._lasting |= self._open(found, component)
 
     def _watch_below(self, module: nn.Module, component: nn.Module) -> None:
         for part in module.modules():

@@ -9,6 +9,9 @@ component stays in the fork.
 from __future__ import annotations
 
 import copy
+import functools
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from diffusers import ConfigMixin, DiffusionPipeline
@@ -21,6 +24,7 @@ from .boundary import Boundary, Crossing
 from .call import cross
 from .changes import Changes
 from .exact_type import look_through_boundaries
+from .facts import OF_PIPELINES, Facts
 from .module_state import is_stateful
 
 _PROCESSORS = (VaeImageProcessor, PushToHubMixin)
@@ -30,16 +34,26 @@ _PROCESSORS = (VaeImageProcessor, PushToHubMixin)
 class Fork:
     """A copy of ``pipeline`` for one call in a ``with`` block; its components' calls go through ``crossing``.
 
-    ``watches_all`` is for pipelines that keep state where no boundary sees it.
+    ``watches_all`` is for pipelines that keep state where no boundary sees it. ``facts`` are shared by all forks.
     """
 
-    def __init__(self, pipeline: DiffusionPipeline, crossing: Crossing = cross, *, watches_all: bool = False) -> None:
-        modules = [part for part in pipeline.components.values() if isinstance(part, nn.Module)]
-        self.changes = Changes(modules if watches_all else ())
+    def __init__(
+        self,
+        pipeline: DiffusionPipeline,
+        crossing: Crossing = cross,
+        *,
+        watches_all: bool = False,
+        facts: Facts | None = None,
+    ) -> None:
+        components = pipeline.components
+        modules = [part for part in components.values() if isinstance(part, nn.Module)]
+        self.changes = Changes(modules if watches_all else (), facts)
         copies: dict[int, Any] = {}  # of processors, by the originals' ids, because one may have several names
         self._pipeline = _copied(pipeline, copies)
+        self._pipeline.__class__ = _knowing(type(pipeline))  # type: ignore[arg-type]  # every class is hashable
         own = vars(self._pipeline)
-        for name, component in pipeline.components.items():
+        own["_shared_facts"] = partial(self._fact, pipeline)
+        for name, component in components.items():
             if isinstance(component, nn.Module):
                 # not setattr: the pipeline's would write the change into the configuration, which all forks share
                 own[name] = Boundary(component, name, crossing, self.changes)
@@ -47,7 +61,7 @@ class Fork:
                 own[name] = copy.deepcopy(component)
             elif is_stateful(component):
                 own[name] = _with_own_attributes(component, copies)
-        _copy_inner(self._pipeline, {id(part): own[name] for name, part in pipeline.components.items()}, copies)
+        _copy_inner(self._pipeline, {id(part): own[name] for name, part in components.items()}, copies)
 
     def __enter__(self) -> DiffusionPipeline:
         self.changes.show()
@@ -56,6 +70,21 @@ class Fork:
     def __exit__(self, *_: object) -> None:
         if self.changes.shown:
             self.changes.hide()
+
+    def _fact(self, shared: DiffusionPipeline, name: str, own: Callable[[], Any]) -> Any:
+        return self.changes.pipeline_fact(shared, own, name)
+
+
+@functools.cache
+def _knowing(cls: type[DiffusionPipeline]) -> type[DiffusionPipeline]:
+    """``cls``, but its devices are the shared pipeline's, which are known, instead of those behind the boundaries."""
+
+    def reading(name: str) -> property:
+        walk = getattr(cls, name).fget
+        return property(lambda fork: fork._shared_facts(name, partial(walk, fork)))
+
+    names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
+    return type(cls.__name__, (cls,), names | {name: reading(name) for name in OF_PIPELINES})
 
 
 def schedulers(pipeline: DiffusionPipeline) -> list[SchedulerMixin]:

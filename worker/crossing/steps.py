@@ -55,7 +55,7 @@ def watch_steps(
     ``step`` has other arguments than a sample at a timestep or does not return a tensor.
     """
     own_step = types.MethodType(type(scheduler).step, scheduler)
-    signature = inspect.signature(own_step)
+    signature = _signature(type(scheduler).step)
     if not set(_WATCHED) <= signature.parameters.keys():
         assert take_step is None, "only flow-matching schedulers have their step replaced"
         return
@@ -64,7 +64,7 @@ def watch_steps(
 
     def step(*args: Any, **kwargs: Any) -> Any:
         nonlocal number, first
-        given = signature.bind(*args, **kwargs)
+        given = signature.bind(scheduler, *args, **kwargs)
         given.apply_defaults()
         model_output, timestep, sample = (given.arguments[name] for name in _WATCHED)
         if number == 0:
@@ -78,6 +78,11 @@ def watch_steps(
         return result
 
     _replace_step(scheduler, step)
+
+
+@functools.cache
+def _signature(step: Callable[..., Any]) -> inspect.Signature:
+    return inspect.signature(step)
 
 
 def _reached(result: Any) -> torch.Tensor | None:

@@ -17,6 +17,7 @@ from ...protocol.costs import output_pixels
 from ...protocol.errors import InvalidRequest, StartFailed
 from ...protocol.generation import Generate
 from ...protocol.replicas import Attention, BatchingMode, ImageTask, ModelInfo
+from ..crossing.facts import Facts
 from ..forward.costs import Costs
 from ..parallel.device import find_device
 from ..parallel.ranks import ALONE, Ranks
@@ -65,6 +66,8 @@ class Model:
     attention: Attention | None = None
     costs: Costs = field(init=False)
     """Measured durations of the components' calls."""
+    facts: Facts = field(default_factory=Facts)
+    """Dtypes and devices, which the forks of all requests share until an operation."""
 
     def __post_init__(self) -> None:
         self.costs = Costs(self.device)

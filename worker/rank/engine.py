@@ -114,6 +114,7 @@ class Engine:
     def _perform(self, order: Perform) -> None:
         with self._batcher.aside():
             performed = self._operations.perform(order)
+        self._model.facts.forget()
         self._send(performed)
         self.jobs.set_version(self._model.weight_version)
 

@@ -151,7 +151,7 @@ class SampleRun:
     def _attempt(self) -> torch.Tensor:
         arguments = self.arguments()
         self._chain = Chain(self.interceptors())
-        self._fork = Fork(self.task.pipeline, self._chain, watches_all=self.watches_all)
+        self._fork = Fork(self.task.pipeline, self._chain, watches_all=self.watches_all, facts=self._model.facts)
         try:
             with self._fork as pipeline:
                 return self._drawn(pipeline, arguments)
