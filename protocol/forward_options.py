@@ -49,3 +49,13 @@ class ForwardOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
             "Make the two calls of guidance as one forward, where a pipeline calls its denoiser twice a step"
         ),
     ] = "on"
+    piecewise_cuda_graph: Annotated[
+        Literal["auto", "on", "off"],
+        option.forwards(
+            "Replay the repeated blocks of denoisers and text encoders as CUDA graphs; auto does so on a CUDA device, "
+            "and on is refused without one"
+        ),
+    ] = "auto"
+    cuda_graph_mb: Annotated[
+        int, option.forwards("Megabytes that CUDA graphs may take on each GPU; the shapes used least recently go", ge=1)
+    ] = 4096

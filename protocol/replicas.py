@@ -106,6 +106,25 @@ class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
     """UUIDs of the GPUs that its processes see."""
 
 
+class GraphStats(msgspec.Struct, frozen=True):
+    """CUDA graphs of a replica: whether they are in use, or why not, and counters since its start.
+
+    ``captures``, ``replays`` and ``misses`` count calls of blocks; a miss ran eagerly. ``evictions`` are shapes that
+    were dropped for want of memory, ``shapes`` and ``mb`` those in memory now. ``eager`` has the reasons for which
+    blocks run eagerly though their shapes come again.
+    """
+
+    state: Literal["on", "off"] = "off"
+    reason: str = ""
+    captures: int = 0
+    replays: int = 0
+    misses: int = 0
+    evictions: int = 0
+    shapes: int = 0
+    mb: float = 0.0
+    eager: list[str] = []
+
+
 class ReplicaStats(msgspec.Struct, frozen=True):
     """Counters since the replica's start. ``calls / forwards`` is how many calls met in a forward.
 
@@ -128,6 +147,7 @@ class ReplicaStats(msgspec.Struct, frozen=True):
     predicted_calls: int = 0
     missed_predictions: int = 0
     tiled_calls: int = 0
+    graphs: GraphStats = GraphStats()
 
 
 class ReplicaLoading(msgspec.Struct, tag=True, frozen=True):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import prometheus_client
 from fastapi import APIRouter, Response
@@ -10,6 +10,7 @@ from prometheus_client import CollectorRegistry, Counter, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from ..protocol.replicas import ReplicaStatus
 from .answers import READING, answers
 from .scheduler_link import SchedulerLink
 
@@ -24,6 +25,13 @@ _REPLICA_COUNTERS = {
     "predicted_calls": "Calls that guidance pairing made beside the first call of a step",
     "tiled_calls": "Calls of autoencoders that were computed in tiles",
     "missed_predictions": "Calls that guidance pairing made and no pipeline asked for",
+}
+
+_GRAPH_COUNTERS = {
+    "captures": "Calls of blocks that were captured as CUDA graphs",
+    "replays": "Calls of blocks that a CUDA graph answered",
+    "misses": "Calls of blocks that ran eagerly though CUDA graphs are on",
+    "evictions": "Shapes whose CUDA graphs were dropped for want of memory",
 }
 
 
@@ -88,6 +96,19 @@ class Metrics(Collector):
             for replica in status.replicas:
                 family.add_metric([str(replica.replica)], getattr(replica.stats, name))
             yield family
+        yield from _graph_metrics(status.replicas)
+
+
+def _graph_metrics(replicas: Sequence[ReplicaStatus]) -> Iterator[Metric]:
+    for name, description in _GRAPH_COUNTERS.items():
+        family = CounterMetricFamily(f"safelight_replica_graph_{name}", description, labels=["replica"])
+        for replica in replicas:
+            family.add_metric([str(replica.replica)], getattr(replica.stats.graphs, name))
+        yield family
+    memory = GaugeMetricFamily("safelight_replica_graph_mb", "Megabytes of CUDA graphs", labels=["replica"])
+    for replica in replicas:
+        memory.add_metric([str(replica.replica)], replica.stats.graphs.mb)
+    yield memory
 
 
 def routes(metrics: Metrics) -> APIRouter:

@@ -13,6 +13,7 @@ from torch.library import Library
 from . import streams
 from .device_guard import install_device_guard
 from .generators import install_generators
+from .graphs import PlayedGraph
 from .kernels import register_kernels
 from .nccl import install_nccl
 from .record import RECORD, TOTAL_BYTES, Record
@@ -50,6 +51,8 @@ def _install_cuda(devices: int) -> None:
         "set_stream": streams.set_stream,
         "current_stream": streams.current_stream,
         "default_stream": streams.default_stream,
+        "CUDAGraph": PlayedGraph,
+        "graph_pool_handle": lambda: (0, 0),
         "synchronize": streams.synchronize,
         "get_device_properties": _properties,
         "get_device_name": lambda device=None: "played",

@@ -54,6 +54,8 @@ class Record:
     notes_waits: bool = True
     lags: bool = False
     """Copies on streams of their own happen as late as they may."""
+    captures: bool = False
+    """While true, a CUDA graph is being captured, and the host cannot wait."""
     clock: Callable[[], float] = time.perf_counter
     """The time of events on the device, in seconds. Tests replace it to play a device's speed."""
     _memory: dict[int, Memory] = field(default_factory=dict)
@@ -77,7 +79,9 @@ class Record:
         self.events.append(text)
 
     def wait(self, kind: str) -> None:
-        """Note that the host waits, with the calling lines."""
+        """Note that the host waits, with the calling lines. Raises ``RuntimeError`` in a capture."""
+        if self.captures:
+            raise RuntimeError(f"CUDA error: operation not permitted when stream is capturing ({kind})")
         self.operators[f"wait: {kind}"] += 1
         if self.notes_waits:
             wait, stack = _calling_lines(kind)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
@@ -34,6 +34,9 @@ class Adapters(Protocol):
 
         ``rows`` are numbers of rows, each with their :data:`ActiveAdapters`.
         """
+
+    def memory(self, component: str) -> Hashable:
+        """Which memory, and of what shapes, a forward of ``component`` reads for adapters, within :meth:`applied`."""
 
     def forget_gathered(self) -> None:
         """Release the memory that forwards need for adapters; the next one allocates it again."""

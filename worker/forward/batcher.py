@@ -18,6 +18,7 @@ from .adapters import Adapters
 from .at_rest import AtRest
 from .batch import Outcome, Pending, Wait
 from .costs import Costs
+from .graphs import Graphs
 from .policy import MergePolicy
 from .prompt_cache import PromptCache, prompt_key
 from .recovery import Agree, Recovery
@@ -52,6 +53,7 @@ class Batcher:
         activity: Activity | None = None,
         plain_attention: str | None = None,
         tiling: Tiling | None = None,
+        graphs: Graphs | None = None,
         agree: Agree = lambda _: None,
         before_forward: Callable[[int], None] = lambda _: None,
     ) -> None:
@@ -60,9 +62,9 @@ class Batcher:
         ``plain_attention`` is the attention backend of deterministic requests, if the others have another.
         """
         self.mode: BatchingMode = mode
-        self.tiling = tiling
+        self.tiling, self.graphs = tiling, graphs
         self.policy = MergePolicy(max_batch, max_tokens)
-        self.runner = Runner(stages(cache, adapters, costs, at_rest, activity, plain_attention, tiling))
+        self.runner = Runner(stages(cache, adapters, costs, at_rest, activity, plain_attention, tiling, graphs))
         self.recovery = Recovery(self.runner, self.policy, self._free_memory, agree, tiling)
         self.schedule_digest = 0
         """A running CRC of the forwards and their coroutines, equal on all ranks of a replica."""
@@ -112,6 +114,13 @@ class Batcher:
             for changes in {pending.call.changes for pending in self._waiting if pending.call.changes is not None}:
                 stack.enter_context(changes.aside())
             yield
+        if self.graphs is not None:
+            self.graphs.revalidate()
+
+    def forget_graphs(self) -> None:
+        """Free the memory of recorded graphs; the next forwards record them again."""
+        if self.graphs is not None:
+            self.graphs.forget()
 
     def forget_answers(self) -> None:
         """Clear the prompt cache; required when weights may have changed."""

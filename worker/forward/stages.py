@@ -14,6 +14,7 @@ from .adapters import Adapters
 from .at_rest import AtRest
 from .batch import Forward
 from .costs import Costs
+from .graphs import Graphs
 from .prompt_cache import PromptCache, prompt_of
 from .runner import Stage
 from .tiling import Tiling
@@ -33,6 +34,7 @@ def stages(
     activity: Activity | None,
     plain_attention: str | None = None,
     tiling: Tiling | None = None,
+    graphs: Graphs | None = None,
 ) -> list[Stage]:
     """The stages whose state is given, the outermost first."""
     return [
@@ -45,6 +47,7 @@ def stages(
         *([] if plain_attention is None else [PlainAttention(plain_attention)]),
         *([] if adapters is None else [Adapting(adapters)]),
         *([] if costs is None else [Timing(costs)]),
+        *([] if graphs is None else [graphs]),
     ]
 
 

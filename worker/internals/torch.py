@@ -78,3 +78,8 @@ def set_dispatch_modes(found: tuple[Any, ...]) -> None:
 def set_collective_timeout(group: dist.ProcessGroup, timeout_s: float) -> None:
     """Bound every later collective of ``group``: after ``timeout_s`` gloo raises, and NCCL ends the process."""
     dist.distributed_c10d._set_pg_timeout(timedelta(seconds=timeout_s), group)
+
+
+def storage_use_count(storage: torch.UntypedStorage) -> int:
+    """How many tensors, views among them, and Python objects refer to ``storage``."""
+    return int(torch._C._storage_Use_Count(storage._cdata))

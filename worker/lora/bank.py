@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Hashable, Mapping, Sequence
 
 import torch
 from torch import nn
@@ -37,12 +37,19 @@ class FactorBank:
         self._kind = kind
         self._gathered: dict[str, GatheredFactors] = {}  # by the first of the layer's paths
         self._written: list[_Numbers] = []
+        self._entries = 0
+        self._place = object()  # another one once factors lie elsewhere
+
+    @property
+    def memory(self) -> Hashable:
+        """Where the factors of the rows lie, and how many entries there are of each layer."""
+        return self._place, self._entries
 
     def retain(self, adapters: Collection[Adapter]) -> None:
         """Free the memory of layers that none of ``adapters`` changes."""
         changed = {path for adapter in adapters for path in self._factors(adapter)}
         for path in self._gathered.keys() - changed:
-            self._written = []
+            self._written, self._place = [], object()
             del self._gathered[path], self._layers[path][1].gathered[self._kind]
         self._count()
 
@@ -70,7 +77,10 @@ class FactorBank:
                 entries += [(factors[adapter].get(path), strength) for adapter, strength in active]
                 entries += [(None, 0.0)] * (width - len(active))
             gathered.write(entries, number)
-        self._written, self.capacity = wanted, max(self.capacity, len(rows) * width)
+        self._entries = len(rows) * width
+        if self._entries > self.capacity:
+            self.capacity, self._place = self._entries, object()
+        self._written = wanted
         self._count()
 
     def _add_layers(self, rows: Sequence[ActiveAdapters]) -> None:
@@ -81,7 +91,7 @@ class FactorBank:
                 layer, lora = self._layers[path]
                 if self._kind[1] and isinstance(layer, Convolution):
                     raise CannotMix(f"{path} is a convolution")
-                self._written = []
+                self._written, self._place = [], object()
                 self._gathered[path] = GatheredFactors(path, layer, factors[path], self._kind[0])
                 lora.gathered[self._kind] = self._gathered[path]
 

@@ -8,7 +8,7 @@ not there before takes other memory.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -48,6 +48,11 @@ class DynamicLora:
     def per_row_nbytes(self) -> int:
         """Bytes of factors that are gathered for each row."""
         return sum(bank.nbytes for (_, per_row), bank in self._banks.items() if per_row)
+
+    @property
+    def memory(self) -> Hashable:
+        """Which memory, and of what shapes, the layers read factors from; forwards with equal ones differ in values."""
+        return tuple((rows.form, self._banks[rows.kind].memory) for rows in self._rows.now)
 
     def uniform_nbytes(self, adapters: Collection[Adapter]) -> int:
         """Bytes of the factors that are gathered if all rows have all of ``adapters``."""

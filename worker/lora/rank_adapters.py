@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
@@ -137,6 +137,11 @@ class RankAdapters:
             return nullcontext()
         others = sum(other.per_row_nbytes for other in self._dynamic.values() if other is not dynamic)
         return dynamic.applied(rows, listed=listed, room=self._room - others)
+
+    def memory(self, component: str) -> Hashable:
+        """Which memory, and of what shapes, the running forward of ``component`` reads factors from."""
+        dynamic = self._dynamic.get(component.split(".")[0])
+        return None if dynamic is None else dynamic.memory
 
     # --- in memory
 

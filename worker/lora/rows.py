@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -25,6 +26,10 @@ class Rows(Protocol):
     @property
     def kind(self) -> Kind: ...
 
+    @property
+    def form(self) -> Hashable:
+        """Everything beside the factors that the layers' operators depend on."""
+
     def add(self, layer: nn.Module, factors: GatheredFactors, input: torch.Tensor, output: torch.Tensor) -> None:
         """Add the adapters' products to the layer's ``output``, in place. Raises ``CannotMix``."""
 
@@ -41,6 +46,10 @@ class Uniform:
     """The same adapters for every row."""
 
     kind: Kind
+
+    @property
+    def form(self) -> Hashable:
+        return self.kind
 
     def add(self, layer: nn.Module, factors: GatheredFactors, input: torch.Tensor, output: torch.Tensor) -> None:
         down, up = factors.down.to(input.dtype), factors.up.to(input.dtype)
@@ -64,6 +73,10 @@ class PerRow:
     kind: Kind
     number: int
     listed: bool
+
+    @property
+    def form(self) -> Hashable:
+        return self.kind, self.number, self.listed
 
     def add(self, layer: nn.Module, factors: GatheredFactors, input: torch.Tensor, output: torch.Tensor) -> None:
         self._check(factors.path, input)

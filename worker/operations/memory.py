@@ -41,6 +41,7 @@ class Offload(OneStep):
     def prepare(self, operation: Sleep, *, is_primary: bool) -> Prepared:
         if tagged := self._offloaded.tagged(operation.tags):
             self._resources.adapters.forget_gathered()
+            self._resources.batcher.forget_graphs()
             self._offloaded.offloader.offload(self._resources.on_progress, tagged)
         if CACHES not in operation.tags:
             return Prepared()

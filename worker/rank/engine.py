@@ -20,6 +20,7 @@ from ..forward.at_rest import AtRest
 from ..forward.batcher import Batcher
 from ..forward.prompt_cache import PromptCache
 from ..forward.tiling import Tiling
+from ..graphs.setting import new_graphs, stats_of_graphs
 from ..lora.rank_adapters import RankAdapters
 from ..model.model import Model
 from ..model.modules import modules
@@ -60,11 +61,12 @@ class Engine:
         global_rank = child.replica * config.replica_ranks + child.rank
         adapters = _new_adapters(model, mesh, config)
         groups = ProcessGroups(global_rank, model.device, ended=wake, receive_s=config.max_update_hold_s)
-        self._model = model
-        self._send = send
+        self._model, self._send = model, send
         self._batcher = _new_batcher(model, self_test, mesh, adapters, activity, config, before_forward)
         new_jobs = partial(Jobs, model, self._batcher, send, wake, is_primary=child.rank == 0)
-        self.jobs = new_jobs(adapters=adapters, shared=shared, caching=_new_caching(config, self._batcher))
+        stats = stats_of_graphs(self._batcher.graphs, config, model.device)
+        caching = _new_caching(config, self._batcher)
+        self.jobs = new_jobs(adapters=adapters, shared=shared, caching=caching, graphs=stats)
         self.group_orders = GroupOrders(groups, mesh.world)
         self._operations: Coordinator = new_coordinator(
             Resources(
@@ -154,6 +156,7 @@ def _new_batcher(
         activity=activity,
         plain_attention=_plain_attention(model),
         tiling=Tiling(modules(model.pipeline), config.vae_tiling, slices=config.vae_slicing),
+        graphs=new_graphs(config, model.device, modules(model.pipeline), adapters, is_alone=mesh.world.size == 1),
         agree=mesh.agree,
         before_forward=before_forward,
     )

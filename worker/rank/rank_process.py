@@ -20,6 +20,7 @@ from ...protocol.messages import FROM_WORKER, TO_WORKER, FromWorker, ToWorker
 from ...protocol.replicas import ReplicaFailed, ReplicaLoading, ReplicaReady
 from ...protocol.self_test import RESULT_FILE, SelfTestResult
 from ..forward.activity import Activity
+from ..graphs.setting import why_without_graphs
 from ..model.attention import choose_attention, use_attention
 from ..model.model import Model, load_model
 from ..parallel.device import find_device
@@ -84,6 +85,7 @@ class RankProcess:
     def _load(self) -> tuple[Model, SelfTestResult]:
         self._report("loading the model")
         device = find_device(self._config, self._number, self._child.rank)
+        why_without_graphs(self._config, device)  # refuses what cannot be before the model is loaded
         threads = self._config.threads or max(
             1, (os.cpu_count() or 1) // (self._config.replicas * self._config.replica_ranks)
         )

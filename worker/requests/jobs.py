@@ -12,7 +12,7 @@ from ...protocol.adapters import AdapterState, Drawn, Use, drawn
 from ...protocol.errors import ClientGone, SafelightError
 from ...protocol.generation import Failed, Generate, Progress, Result
 from ...protocol.messages import FromWorker
-from ...protocol.replicas import ReplicaStats
+from ...protocol.replicas import GraphStats, ReplicaStats
 from ..caching.caching import Caching
 from ..crossing.steps import DenoisingStep
 from ..forward.batcher import Batcher
@@ -46,8 +46,10 @@ class Jobs:
         adapters: RankAdapters | None = None,
         shared: Path | None = None,
         caching: Caching | None = None,
+        graphs: Callable[[], GraphStats] = GraphStats,
     ) -> None:
         self._model = model
+        self._graphs = graphs
         self._batcher = batcher
         self._send = send
         self._adapters = adapters
@@ -75,6 +77,7 @@ class Jobs:
             costs=self._model.costs.measured(),
             tiled_calls=0 if self._batcher.tiling is None else self._batcher.tiling.tiled_calls,
             **({} if self._caching is None else self._caching.counts()),
+            graphs=self._graphs(),
         )
 
     def submit(self, request: Generate) -> None:

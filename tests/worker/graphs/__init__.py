@@ -1,0 +1,1 @@
+"""Tests of graphs, recorded on the CPU."""

@@ -1,0 +1,20 @@
+"""Graphs, as forwards see them. The package ``graphs`` implements them."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from ...protocol.replicas import GraphStats
+from .runner import Stage
+
+
+class Graphs(Stage, Protocol):
+    """A stage that replays what it has recorded of components."""
+
+    def stats(self) -> GraphStats: ...
+
+    def revalidate(self) -> None:
+        """Drop what is no longer valid, after an operation that may have moved weights."""
+
+    def forget(self) -> None:
+        """Free the memory of all recordings; the next forwards record them again."""

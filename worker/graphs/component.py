@@ -1,0 +1,123 @@
+"""The graphed blocks of one component, and for each of their calls the decision to replay, to record or to run."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+
+from ...protocol.errors import Internal
+from ..internals import transformers as transformers_internals
+from .arguments import Arguments, read_arguments
+from .block import Graphed, swap_in
+from .library import Library, Turn
+from .purity import addresses
+from .recorded_call import RecordedCall
+from .recorder import NotRecordable
+from .shape import ShapeKey
+
+Plain = Callable[..., Any]
+"""A block's own forward."""
+
+
+class GraphMiss(Internal):
+    """A block has no graph for a call, and graphs are enforced."""
+
+
+class GraphedComponent:
+    """The ``blocks`` of the component ``name``. Outside a turn, they run eagerly."""
+
+    def __init__(self, name: str, blocks: Mapping[str, nn.Module], library: Library) -> None:
+        self._name = name
+        self._blocks = blocks
+        self._library = library
+        self._turn: Turn | None = None
+        self._device = next(parameter.device for block in blocks.values() for parameter in block.parameters())
+        self._addresses = self._read_addresses()
+        self._reasons: dict[str, str] = {}  # by block, of the last eager run
+        for path, block in blocks.items():
+            swap_in(path, block, self)
+
+    @contextmanager
+    def turn_of(self, turn: Turn | None) -> Iterator[None]:
+        """Within this context, calls of blocks belong to ``turn``; without one, they run eagerly."""
+        before, self._turn = self._turn, turn
+        try:
+            yield
+        finally:
+            self._turn = before
+
+    def revalidate(self) -> None:
+        """Drop the recordings if weights lie elsewhere now."""
+        now = self._read_addresses()
+        if now != self._addresses:
+            self._addresses = now
+            self._library.forget(self._name)
+
+    def shortcomings(self) -> list[str]:
+        """Why blocks ran eagerly though their shapes came again."""
+        return [f"{self._name}, {number} blocks: {why}" for why, number in Counter(self._reasons.values()).items()]
+
+    def call(self, block: Graphed, plain: Plain, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if (turn := self._turn) is None:
+            return plain(*args, **kwargs)
+        try:
+            _check_collector()
+            arguments = read_arguments(args, kwargs, self._device)
+        except NotRecordable as reason:
+            self._miss(block, str(reason))
+            return plain(*args, **kwargs)
+        if (recorded := self._recorded(block, plain, arguments, turn)) is None:
+            return plain(*args, **kwargs)
+        turn.addresses |= recorded.addresses
+        return recorded.replay()
+
+    def _recorded(self, block: Graphed, plain: Plain, arguments: Arguments, turn: Turn) -> RecordedCall | None:
+        """The recording to replay, whose static inputs hold ``arguments``; ``None`` if the block runs eagerly."""
+        library, key = self._library, ShapeKey(self._name, arguments.signature, turn.adapters)
+        shape = library.enter(key, turn)
+        if shape is not None and (recorded := shape.recorded.get(block.name)) is not None:
+            if recorded.is_held:
+                self._miss(block, "what it returned before is still in use")
+                return None
+            shape.inputs.fill(arguments.tensors, turn)
+            library.counters.replays += 1
+            return recorded
+        if shape is not None and block.name in shape.refused:
+            self._miss(block, shape.refused[block.name])
+            return None
+        if not library.may_record(key):
+            library.counters.misses += 1
+            if library.is_closed:
+                raise GraphMiss(f"{self._described(block)}: {library.nearest(key, block, arguments, plain)}")
+            return None
+        with self.turn_of(None):  # blocks within the block are part of its recording
+            recorded = library.record(key, block, plain, arguments, turn)
+        if recorded is None:
+            self._miss(block, library.reason(key, block))
+        return recorded
+
+    def _miss(self, block: Graphed, reason: str) -> None:
+        """The block runs eagerly, and not because its shape is new."""
+        self._library.counters.misses += 1
+        self._reasons[block.name] = reason
+        if self._library.is_closed:
+            raise GraphMiss(f"{self._described(block)}: {reason}")
+
+    def _described(self, block: Graphed) -> str:
+        return (
+            f"{block.name} of {self._name} has no CUDA graph for this call, and --enforce-piecewise-cuda-graph is set"
+        )
+
+    def _read_addresses(self) -> tuple[tuple[int, ...], ...]:
+        return tuple(addresses(block) for block in self._blocks.values())
+
+
+def _check_collector() -> None:
+    """Raises ``NotRecordable`` while transformers collects more than what blocks return, by hooks within them."""
+    collected = transformers_internals.active_collector.get()
+    if collected and any(name != "hidden_states" and not name.startswith("_") for name in collected):
+        raise NotRecordable("what its layers compute is collected by hooks")

@@ -1,0 +1,138 @@
+"""Graphs of a model's components: a stage around forwards, in which their repeated blocks are replayed."""
+
+from __future__ import annotations
+
+import logging
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+
+from ...protocol.replicas import GraphStats
+from ..forward.adapters import Adapters
+from ..forward.batch import Forward
+from ..internals.blocks import NoBlocks, repeated_blocks
+from .component import GraphedComponent
+from .library import Library, Turn
+from .recorder import Recorder
+
+log = logging.getLogger(__name__)
+
+RECORD_AFTER = 8
+"""Forwards of one shape before it is recorded, which costs as much as about four of them."""
+
+
+class Graphs:
+    """Replays the blocks of ``components``; the rank has ``adapters``."""
+
+    name = "graphs"
+
+    def __init__(
+        self,
+        components: Mapping[str, nn.Module],
+        recorder: Recorder,
+        adapters: Adapters | None,
+        *,
+        max_bytes: int,
+        record_after: int = RECORD_AFTER,
+        retries: bool = True,
+    ) -> None:
+        """With ``retries``, a forward that ran out of memory is run again without graphs."""
+        self._library = Library(recorder, max_bytes, record_after)
+        self._adapters = adapters
+        self._retries = retries
+        self._components: dict[str, GraphedComponent] = {}
+        self._without_blocks: dict[str, str] = {}
+        for name, module in components.items():
+            try:
+                blocks = {path: block for group in repeated_blocks(module) for path, block in group.modules.items()}
+            except NoBlocks as reason:
+                self._without_blocks[name] = str(reason)
+            else:
+                self._components[name] = GraphedComponent(name, blocks, self._library)
+
+    def __call__(self, forward: Forward, proceed: Callable[[], list[Any]]) -> list[Any]:
+        try:
+            return self._answers(forward, proceed)
+        except torch.OutOfMemoryError as error:
+            if not self._library.drop_all() or not self._retries:
+                raise
+            traceback.clear_frames(error.__traceback__)
+        log.warning("graphs make way: a forward of %s ran out of memory", forward.name)
+        torch.cuda.empty_cache()
+        return self._answers(forward, proceed)
+
+    def _answers(self, forward: Forward, proceed: Callable[[], list[Any]]) -> list[Any]:
+        component = self._components.get(forward.component.partition(".")[0])
+        if component is None or _runs_eagerly(forward):
+            with nullcontext() if component is None else component.turn_of(None):
+                return proceed()
+        adapters = None if self._adapters is None else self._adapters.memory(forward.component)
+        turn = Turn(adapters)
+        with component.turn_of(turn):
+            answers = proceed()
+        return [_own(answer, turn.addresses) for answer in answers]
+
+    def forget(self) -> None:
+        """Free the memory of all recordings; the next forwards record them again."""
+        self._library.forget()
+
+    def revalidate(self) -> None:
+        """Drop the recordings of components whose weights lie elsewhere now."""
+        for component in self._components.values():
+            component.revalidate()
+
+    @contextmanager
+    def recording(self) -> Iterator[None]:
+        """Within this context, every shape is recorded at once."""
+        self._library.records_all = True
+        try:
+            yield
+        finally:
+            self._library.records_all = False
+
+    def enforce(self) -> None:
+        """From now on, a block that runs eagerly raises ``GraphMiss``."""
+        self._library.is_closed = True
+
+    def shortcomings(self) -> list[str]:
+        """Why blocks ran eagerly, one sentence for each reason."""
+        without = [f"{name}: {reason}" for name, reason in self._without_blocks.items()]
+        return [*without, *(text for component in self._components.values() for text in component.shortcomings())]
+
+    def stats(self) -> GraphStats:
+        counters = self._library.counters
+        return GraphStats(
+            state="on",
+            captures=counters.captures,
+            replays=counters.replays,
+            misses=counters.misses,
+            evictions=counters.evictions,
+            shapes=len(self._library),
+            mb=round(self._library.nbytes / 1e6, 1),
+            eager=self.shortcomings(),
+        )
+
+
+def _runs_eagerly(forward: Forward) -> bool:
+    """True for a call that needs the plain module: of a deterministic request, or with torch's settings or changes of
+    its pipeline, which a replay would not see."""
+    if forward.probe or forward.state is not None or torch.is_grad_enabled():
+        return True
+    return any(
+        pending.call.around is not None or pending.coroutine.plain or pending.coroutine.exclusive
+        for pending in forward.calls
+    )
+
+
+def _own(answer: Any, addresses: set[int]) -> Any:
+    """``answer``, with a copy of each tensor in memory that later replays overwrite."""
+    return pytree.tree_map_only(torch.Tensor, lambda one: one.clone() if _address(one) in addresses else one, answer)
+
+
+def _address(tensor: torch.Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()

@@ -1,0 +1,61 @@
+"""A rank's graphs, or the reason why it has none: its options, or its device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import nn
+
+from ...protocol.errors import StartFailed
+from ...protocol.forward_options import ForwardOptions
+from ...protocol.replicas import GraphStats
+from ..forward.adapters import Adapters
+from ..forward.graphs import Graphs as GraphsOfForwards
+from ..pipelines.components import DENOISERS
+from .cuda_recorder import CudaRecorder
+from .graphs import Graphs
+
+
+def why_without_graphs(options: ForwardOptions, device: torch.device) -> str | None:
+    """Why there are no graphs; ``None`` if there are. Raises ``StartFailed`` for what cannot be."""
+    wanted = options.piecewise_cuda_graph
+    if wanted == "off":
+        return "--piecewise-cuda-graph is off"
+    if device.type == "cuda":
+        return None
+    if wanted == "on":
+        raise StartFailed(
+            f"--piecewise-cuda-graph on needs a CUDA device, and the model runs on {device}; use auto, or a GPU."
+        )
+    return f"the model runs on {device}"
+
+
+def new_graphs(
+    options: ForwardOptions,
+    device: torch.device,
+    components: Mapping[str, nn.Module],
+    adapters: Adapters | None,
+    *,
+    is_alone: bool,
+) -> Graphs | None:
+    """The graphs of the denoisers and text encoders among ``components``, if the rank has any.
+
+    A rank that ``is_alone`` may run a forward again after it ran out of memory; others would wait in its collectives.
+    """
+    if why_without_graphs(options, device) is not None:
+        return None
+    graphed = {name: part for name, part in components.items() if name in DENOISERS or name.startswith("text_encoder")}
+    return Graphs(
+        graphed, CudaRecorder(device), adapters, max_bytes=options.cuda_graph_mb * 1_000_000, retries=is_alone
+    )
+
+
+def stats_of_graphs(
+    graphs: GraphsOfForwards | None, options: ForwardOptions, device: torch.device
+) -> Callable[[], GraphStats]:
+    """Reads what a rank reports about its graphs, or why it has none."""
+    if graphs is not None:
+        return graphs.stats
+    without = GraphStats(state="off", reason=why_without_graphs(options, device) or "")
+    return lambda: without
