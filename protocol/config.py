@@ -86,6 +86,13 @@ class Config(ForwardOptions, frozen=True, kw_only=True, forbid_unknown_fields=Tr
             le=64,
         ),
     ] = 1
+    cfg_parallel: Annotated[
+        bool,
+        option.replicas(
+            "Have two groups of ranks, each of --tp times --ulysses, compute half of the rows of each denoising "
+            "forward: those of guidance, and those of several requests"
+        ),
+    ] = False
     replicas: Annotated[int, option.replicas("Copies of the model, each in a process of its own", ge=1, le=64)] = 1
     nursery: Annotated[
         bool,
@@ -262,7 +269,7 @@ class Config(ForwardOptions, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     @property
     def replica_ranks(self) -> int:
         """Ranks of each replica, a process each."""
-        return self.tp * self.ulysses
+        return self.tp * self.ulysses * (2 if self.cfg_parallel else 1)
 
 
 MOST_PIXELS = 16_777_216

@@ -131,7 +131,7 @@ class ReplicaStats(msgspec.Struct, frozen=True):
     ``costs`` are the seconds of one call to each component, by the size of the output. ``unmergeable`` names calls that
     run alone though others merge, and why: found by the self-test, or since. ``predicted_calls`` were made beside the
     first call of a step by guidance pairing, and the ``missed_predictions`` among them never came. ``tiled_calls`` were
-    computed in tiles.
+    computed in tiles. The ranks have shared the rows of ``divided_forwards``.
     """
 
     running: int = 0
@@ -148,6 +148,7 @@ class ReplicaStats(msgspec.Struct, frozen=True):
     missed_predictions: int = 0
     tiled_calls: int = 0
     graphs: GraphStats = GraphStats()
+    divided_forwards: int = 0
 
 
 class ReplicaLoading(msgspec.Struct, tag=True, frozen=True):

@@ -24,6 +24,7 @@ _REPLICA_COUNTERS = {
     "failed": "Requests that failed in the replica since its start",
     "predicted_calls": "Calls that guidance pairing made beside the first call of a step",
     "tiled_calls": "Calls of autoencoders that were computed in tiles",
+    "divided_forwards": "Forwards whose rows several ranks have shared",
     "missed_predictions": "Calls that guidance pairing made and no pipeline asked for",
 }
 

@@ -26,7 +26,6 @@ FAMILIES = chosen(
 )
 FOUR_RANKS = chosen("flux", nightly=["zimage", "wan"])
 """Four processes a server; the components of every family, divided by four and fused, are compared elsewhere."""
-SHARED_TOKENS = chosen("flux", nightly=["flux2", "qwenimage", "wan", "wan22"])
 TOLERANCE = 1e-4
 
 
@@ -39,14 +38,17 @@ def on_ranks(family: str, tp: str, *flags: str) -> Any:
     ("family", "flags"),
     [on_ranks(family, "2") for family in FAMILIES]
     + [on_ranks(family, "4", "--fuse-projections") for family in FOUR_RANKS]
-    + [on_ranks(family, "1", "--ulysses", "2") for family in SHARED_TOKENS]
-    + [on_ranks(family, "2", "--ulysses", "2") for family in chosen(nightly=["flux", "wan"])],
+    + [on_ranks("flux", "1", "--ulysses", "2", "--cfg-parallel")]
+    + [on_ranks(family, "1", "--ulysses", "2") for family in chosen(nightly=["flux2", "qwenimage", "wan22"])]
+    + [on_ranks(family, "2", "--ulysses", "2") for family in chosen(nightly=["flux", "wan"])]
+    + [on_ranks(family, "1", "--cfg-parallel") for family in chosen(nightly=["sd3", "wan", "zimage", "sdxl"])],
 )
 def test_several_ranks_make_the_picture_of_one(
     family: str, flags: tuple[str, ...], checkpoint: Callable[[str], Path], servers: Servers
 ) -> None:
     pipeline = load_plain(checkpoint(family))
-    url = servers(family, *flags).url
+    server = servers(family, *flags)
+    url = server.url
     asked = [body(family, index) for index in range(3)]
     together = [picture(answer.json()) for answer in ask_together(url, asked)]
     expected = [plain(pipeline, one) for one in asked]
@@ -55,6 +57,8 @@ def test_several_ranks_make_the_picture_of_one(
     alone = [picture(ask(url, asked[0] | {"deterministic": True})) for _ in range(2)]
     assert (alone[0] == alone[1]).all()
     assert (alone[0] - expected[0]).abs().max() <= TOLERANCE
+    if "--cfg-parallel" in flags:
+        server.wait_for(lambda: metric(url, "safelight_replica_divided_forwards_total") > 0 or None, 60)
     digests = httpx.post(f"{url}/get_weights_checksum", json={}).json()
     assert digests == {name: module.sha256 for name, module in checksum(checkpoint(family)).items()}, (
         "every rank has the files' weights"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,10 @@ from safelight.protocol.adapters import SetAdapters
 from safelight.protocol.config import Config
 from safelight.protocol.generation import Generate
 from safelight.tests.worker.lora import agreement
+from safelight.worker.forward.batch import Forward
+from safelight.worker.forward.batcher import Batcher
+from safelight.worker.forward.row_division import RowDivision
+from safelight.worker.lora.rank_adapters import RankAdapters
 from safelight.worker.model.model import Model, load_model
 from safelight.worker.model.modules import modules
 from safelight.worker.parallel.mesh import Mesh
@@ -51,24 +55,60 @@ def _draws_alike(mesh: Mesh, model: Model, drawn: Drawn) -> None:
         agreement.change(
             adapters, SetAdapters(nicknames=names, strengths=[1.0] * len(names), mode="request", sources=sources)
         )
-    batcher, lengths = agreement.new_batcher(adapters), TokenCount(model)
+    batcher, counted = new_batcher(mesh, adapters), Counted(model)
     pictures = agreement.draw(model, batcher, adapters, drawn.requests)
     counters = batcher.runner.counters
     assert counters.forwards < counters.calls, "requests meet"
     for found, wanted in zip(pictures, drawn.pictures, strict=True):
         assert agreement.distance(found, wanted) < 1e-5, drawn.checkpoint.name
     sp = mesh.axis("sp")
-    whole = torch.stack(sp.all_gather(torch.tensor(lengths.found))).sum(dim=0).tolist()
-    assert lengths.found == [len(torch.arange(n).tensor_split(sp.size)[sp.rank]) for n in whole], "its part alone"
+    whole = torch.stack(sp.all_gather(torch.tensor(counted.tokens))).sum(dim=0).tolist()
+    assert counted.tokens == [len(torch.arange(n).tensor_split(sp.size)[sp.rank]) for n in whole], "its part alone"
+    division = batcher.runner.division
+    if isinstance(division, Watched):
+        assert counted.rows == division.own, "half of the rows of each forward"
+        assert max(division.rows) > max(division.own)
 
 
-class TokenCount:
-    """The tokens that the last layer of the denoisers had on this rank, in each forward."""
+def new_batcher(mesh: Mesh, adapters: RankAdapters) -> Batcher:
+    batcher, division = agreement.new_batcher(adapters), RowDivision.of(mesh)
+    batcher.runner.division = None if division is None else Watched(division)
+    return batcher
+
+
+class Watched:
+    """Keeps the rows of the denoisers' forwards, and those that this rank should compute; a probe is not divided."""
+
+    name = "watched"
+
+    def __init__(self, division: RowDivision) -> None:
+        self.forwards = 0
+        self.rows: list[int] = []
+        self.own: list[int] = []
+        self._division = division
+
+    def answers(self, forward: Forward, run: Callable[[Forward], list[Any]]) -> list[Any]:
+        if forward.component in DENOISERS:
+            self.rows.append(sum(part.rows for part in forward.parts))
+            self.own.append(self.rows[-1] if forward.probe else -(-self.rows[-1] // 2))
+        return self._division.answers(forward, run)
+
+
+class Counted:
+    """The rows of the denoisers' forwards on this rank, and the tokens that their last layer had."""
 
     def __init__(self, model: Model) -> None:
-        self.found: list[int] = []
+        self.tokens: list[int] = []
+        self.rows: list[int] = []
         for name, module in modules(model.pipeline).items():
             if name in DENOISERS:
-                part: Any = module
-                last: nn.Module = part.proj_out
-                last.register_forward_pre_hook(lambda _, args: self.found.append(args[0].shape[1]))
+                module.register_forward_pre_hook(self._count_rows, with_kwargs=True)
+                last = dict(module.named_children()).get("proj_out", module)
+                last.register_forward_pre_hook(self._count_tokens)
+
+    def _count_rows(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.rows.append(len(next(iter((*args, *kwargs.values())))))
+
+    def _count_tokens(self, _: nn.Module, args: tuple[Any, ...]) -> None:
+        if args and isinstance(args[0], torch.Tensor):
+            self.tokens.append(args[0].shape[1])

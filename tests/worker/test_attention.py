@@ -58,6 +58,18 @@ def test_a_backend_that_does_not_run_here_is_refused_with_those_that_do(wanted: 
     assert wanted not in no.value.message.partition("available: ")[2].rstrip(".").split(", ")
 
 
+def test_a_backend_that_would_compute_on_one_rank_s_tokens_alone_is_refused() -> None:
+    chosen = choose_attention("auto", CPU, torch.float32, shares_tokens=True)
+    assert chosen.backend == "native"
+    with pytest.raises(
+        StartFailed, match=r"_native_math cannot run .* on one rank's tokens alone\); available: .*native"
+    ):
+        choose_attention("_native_math", CPU, torch.float32, shares_tokens=True)
+    _AttentionBackendRegistry.set_active_backend(AttentionBackendName._NATIVE_MATH)
+    with pytest.raises(StartFailed, match=r"^DIFFUSERS_ATTN_BACKEND is _native_math, but .*--ulysses 1\.$"):
+        choose_attention("auto", CPU, torch.float32, shares_tokens=True)
+
+
 def test_every_request_but_a_deterministic_one_computes_with_the_chosen_backend() -> None:
     chosen = choose_attention("_native_math", CPU, torch.float32)
     use_attention(chosen)

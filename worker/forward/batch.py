@@ -57,12 +57,14 @@ class Outcome:
 class Forward:
     """Calls that run as one; ``adapters`` has the active adapters of each.
 
-    A ``probe`` runs only to find out the structure of its output; its values are discarded.
+    A ``probe`` runs only to find out the structure of its output; its values are discarded. A ``part`` has some rows of
+    a forward whose other rows are computed elsewhere.
     """
 
     calls: Sequence[Pending]
     adapters: Sequence[ActiveAdapters]
     probe: bool = False
+    part: bool = False
 
     @property
     def name(self) -> str:

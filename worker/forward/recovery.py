@@ -55,6 +55,7 @@ class Recovery:
         self._free = free
         self._agree = agree
         self._tiling = tiling
+        self._tried = 0  # equal on all ranks, unlike the runner's count, as probes depend on a rank's own rows
 
     def run(self, forward: Forward, deliver: Deliver) -> bool:
         """Run ``forward`` and deliver each call's outcome as soon as it is known. Returns true if all succeeded.
@@ -109,14 +110,15 @@ class Recovery:
 
     def _answers(self, forward: Forward) -> list[Any]:
         """Run ``forward``. Raises its exception if every rank has failed, with the frames' tensors released."""
+        self._tried += 1
         try:
             return self._runner.answers(forward)
         except torch.AcceleratorError:  # this process exits, which the other ranks notice
             raise
         except Exception as error:
             traceback.clear_frames(error.__traceback__)
-            number, calls = self._runner.counters.forwards, len(forward.calls)
-            self._agree(f"forward {number}, {calls} calls to {forward.name}, has raised {type(error).__name__}")
+            calls = len(forward.calls)
+            self._agree(f"forward {self._tried}, {calls} calls to {forward.name}, has raised {type(error).__name__}")
             raise
 
     def _learn(self, forward: Forward, reason: Exception) -> list[Forward]:

@@ -65,12 +65,12 @@ class Reporting:
 
 
 class RandomNumbers:
-    """Runs a call with its request's own random state; a merged forward and a probe must leave the state unchanged."""
+    """Runs a call with its request's own random state; a merged forward, a part and a probe must leave it alone."""
 
     name = "random numbers"
 
     def __call__(self, forward: Forward, proceed: Proceed) -> list[Any]:
-        if not forward.merged and not forward.probe:
+        if not (forward.merged or forward.part or forward.probe):
             with forward.calls[0].coroutine.own_random_numbers():
                 return proceed()
         with kept_random_state() as before:

@@ -34,21 +34,28 @@ def plain_backend() -> str:
     return str(AttentionBackendName(active).value)
 
 
-def choose_attention(wanted: str, device: torch.device, dtype: torch.dtype) -> Attention:
-    """The backend for ``wanted``, which may be "auto". Raises ``StartFailed`` for one that cannot run."""
+def choose_attention(
+    wanted: str, device: torch.device, dtype: torch.dtype, *, shares_tokens: bool = False
+) -> Attention:
+    """The backend for ``wanted``, which may be "auto". Raises ``StartFailed`` for one that cannot run.
+
+    With ``shares_tokens``, the backend must exchange tokens for heads among ranks; the others ignore that they should.
+    """
     plain = plain_backend()
+    if shares_tokens and (fault := _unshared(plain)) is not None:
+        raise StartFailed(f"DIFFUSERS_ATTN_BACKEND is {plain}, but {fault}; unset it, or serve with --ulysses 1.")
     if wanted != AUTO:
-        if (fault := _fault(wanted, device, dtype)) is not None:
+        if (fault := _fault(wanted, device, dtype, shares_tokens)) is not None:
             raise StartFailed(
                 f"--attention-backend {wanted} cannot run on {device} in {_short(dtype)} ({fault}); "
-                f"available: {', '.join(available(device, dtype))}."
+                f"available: {', '.join(available(device, dtype, shares_tokens))}."
             )
         return Attention(wanted, "it was asked for", plain)
     if plain != AttentionBackendName.NATIVE.value:
         return Attention(plain, "DIFFUSERS_ATTN_BACKEND names it", plain)
     if device.type != "cuda":
         return Attention(plain, f"nothing is faster on {device.type}", plain)
-    faults = {name: _fault(name, device, dtype) for name in FASTER}
+    faults = {name: _fault(name, device, dtype, shares_tokens) for name in FASTER}
     best = next((name for name, fault in faults.items() if fault is None), None)
     if best is not None:
         return Attention(best, "it is the fastest that runs here", plain)
@@ -61,16 +68,26 @@ def use_attention(chosen: Attention) -> None:
     log.info("attention: %s, as %s", chosen.backend, chosen.reason)
 
 
-def available(device: torch.device, dtype: torch.dtype) -> list[str]:
+def available(device: torch.device, dtype: torch.dtype, shares_tokens: bool = False) -> list[str]:
     """The backends that run on ``device`` at once."""
     names = [name.value for name in internals.AttentionBackendRegistry.list_backends()]
-    return sorted(name for name in names if not name.endswith(_NOT_TRIED) and _fault(name, device, dtype) is None)
+    tried = [name for name in names if not name.endswith(_NOT_TRIED)]
+    return sorted(name for name in tried if _fault(name, device, dtype, shares_tokens) is None)
 
 
-def _fault(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
+def _unshared(name: str) -> str | None:
+    """The reason why ranks cannot share tokens with the backend; ``None`` if they can."""
+    if internals.AttentionBackendRegistry._is_context_parallel_available(AttentionBackendName(name)):
+        return None
+    return "it computes on one rank's tokens alone"
+
+
+def _fault(name: str, device: torch.device, dtype: torch.dtype, shares_tokens: bool) -> str | None:
     """The reason why the backend cannot compute a small attention; ``None`` if it can."""
     if name not in {known.value for known in internals.AttentionBackendRegistry.list_backends()}:
         return "diffusers has no such backend"
+    if shares_tokens and (unshared := _unshared(name)) is not None:
+        return unshared
     # 128 positions in 2 heads of 64, a size that every kernel takes
     query = torch.zeros(1, 128, 2, 64, device=device, dtype=dtype)
     try:

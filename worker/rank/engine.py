@@ -19,6 +19,7 @@ from ..forward.activity import Activity
 from ..forward.at_rest import AtRest
 from ..forward.batcher import Batcher
 from ..forward.prompt_cache import PromptCache
+from ..forward.row_division import RowDivision
 from ..forward.tiling import Tiling
 from ..graphs.setting import new_graphs, stats_of_graphs
 from ..lora.rank_adapters import RankAdapters
@@ -160,6 +161,7 @@ def _new_batcher(
         agree=mesh.agree,
         before_forward=before_forward,
     )
+    batcher.runner.division = RowDivision.of(mesh)
     batcher.policy.unmergeable.update(self_test.unmergeable)
     return batcher
 

@@ -20,6 +20,7 @@ from ...protocol.messages import FROM_WORKER, TO_WORKER, FromWorker, ToWorker
 from ...protocol.replicas import ReplicaFailed, ReplicaLoading, ReplicaReady
 from ...protocol.self_test import RESULT_FILE, SelfTestResult
 from ..forward.activity import Activity
+from ..forward.row_division import RowDivision
 from ..graphs.setting import why_without_graphs
 from ..model.attention import choose_attention, use_attention
 from ..model.model import Model, load_model
@@ -94,7 +95,7 @@ class RankProcess:
         torch.set_grad_enabled(False)
         self._mesh = join(
             self._child.rank,
-            {"sp": self._config.ulysses, "tp": self._config.tp},
+            {"cfg": 2 if self._config.cfg_parallel else 1, "sp": self._config.ulysses, "tp": self._config.tp},
             f"{self._child.rendezvous_path}-store",
             device,
             max(self._config.start_timeout_s, self._config.stall_timeout_s),  # one rank may load from a slower disk
@@ -104,7 +105,9 @@ class RankProcess:
         )
         if self._journal is not None and (version := self._journal.replay(model.layouts, self._mesh.world)) is not None:
             model.weight_version = version
-        model.attention = choose_attention(self._config.attention_backend, device, model.dtype)
+        model.attention = choose_attention(
+            self._config.attention_backend, device, model.dtype, shares_tokens=self._config.ulysses > 1
+        )
         use_attention(model.attention)
         self_test = self._test(model)
         self._mesh.set_timeout(self._config.stall_timeout_s)
@@ -112,7 +115,7 @@ class RankProcess:
 
     def _test(self, model: Model) -> SelfTestResult:
         """Run the self-test, or apply the result of an earlier start."""
-        test = SelfTest(model, self._config, self._report, self._mesh.agree)
+        test = SelfTest(model, self._config, self._report, self._mesh.agree, RowDivision.of(self._mesh))
         if (earlier := self._child.self_test) is not None:
             test.apply(earlier)
             return earlier

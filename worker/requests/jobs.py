@@ -63,7 +63,7 @@ class Jobs:
         self._weights_are_sound = False  # the current weights are known to make finite values
 
     def stats(self) -> ReplicaStats:
-        counters = self._batcher.runner.counters
+        counters, division = self._batcher.runner.counters, self._batcher.runner.division
         return ReplicaStats(
             running=sum(len(job.samples) - len(job.outputs) for job in self._jobs.values()),
             forwards=counters.forwards,
@@ -73,7 +73,8 @@ class Jobs:
             failed=self._failed,
             unmergeable=self._batcher.policy.unmergeable,
             caps=self._batcher.policy.caps,
-            stages=[stage.name for stage in self._batcher.runner.stages],
+            stages=self._batcher.runner.names,
+            divided_forwards=0 if division is None else division.forwards,
             costs=self._model.costs.measured(),
             tiled_calls=0 if self._batcher.tiling is None else self._batcher.tiling.tiled_calls,
             **({} if self._caching is None else self._caching.counts()),

@@ -21,6 +21,7 @@ from ..crossing.changes import untraced
 from ..crossing.fork import Fork
 from ..forward.batcher import Batcher
 from ..forward.recovery import Agree
+from ..forward.runner import Division
 from ..model.model import Model
 from ..model.modules import modules
 from ..pipelines.sizes import small_sizes
@@ -63,11 +64,18 @@ class DoesNotRun(Exception):
 class BatchingProbe:
     """Runs the small requests for the model's image task, or for its text task.
 
-    ``report`` receives the name of each stage; ``agree`` is called after a forward that failed, as in serving.
+    ``report`` receives the name of each stage; ``agree`` and ``division`` are the batcher's, for several ranks.
     """
 
     def __init__(
-        self, model: Model, config: Config, report: Callable[[str], None], agree: Agree, *, images: bool
+        self,
+        model: Model,
+        config: Config,
+        report: Callable[[str], None],
+        agree: Agree,
+        division: Division | None,
+        *,
+        images: bool,
     ) -> None:
         task = model.image if images else model.text
         assert task is not None, "the probed task exists"
@@ -76,7 +84,7 @@ class BatchingProbe:
         self._config = config
         self._report = report
         self._images = images
-        self._runs = ProbeRuns(model, task, config, agree, images=images)
+        self._runs = ProbeRuns(model, task, config, agree, division, images=images)
         self._first = torch.empty(0)
 
     def probe(self) -> BatchingDecision:

@@ -20,6 +20,7 @@ from ..crossing.steps import DenoisingStep
 from ..forward.at_rest import AtRest
 from ..forward.batcher import Batcher
 from ..forward.recovery import Agree
+from ..forward.runner import Division
 from ..model.model import Model
 from ..model.modules import modules
 from ..model.pipeline_task import PipelineTask
@@ -53,10 +54,19 @@ class SampleFailed(Exception):
 class ProbeRuns:
     """Runs small requests of ``task`` at the current ``size`` and with the arguments ``required``.
 
-    ``agree`` is called after a forward that failed, as in serving.
+    ``agree`` and ``division`` are the batcher's, for several ranks.
     """
 
-    def __init__(self, model: Model, task: PipelineTask, config: Config, agree: Agree, *, images: bool) -> None:
+    def __init__(
+        self,
+        model: Model,
+        task: PipelineTask,
+        config: Config,
+        agree: Agree,
+        division: Division | None,
+        *,
+        images: bool,
+    ) -> None:
         self.size: dict[str, int | None] = {}
         self.required: dict[str, Any] = {}
         self.last_step: tuple[SampleRun, DenoisingStep] | None = None
@@ -65,10 +75,11 @@ class ProbeRuns:
         self._config = config
         self._agree = agree
         self._images = images
+        self._division = division
         self._at_rest = AtRest(modules(task.pipeline))
 
     def batcher(self, mode: BatchingMode) -> Batcher:
-        return Batcher(
+        batcher = Batcher(
             max_batch=self._config.max_batch,
             max_tokens=self._config.max_batch_tokens,
             mode=mode,
@@ -76,6 +87,8 @@ class ProbeRuns:
             at_rest=self._at_rest,
             agree=self._agree,
         )
+        batcher.runner.division = self._division
+        return batcher
 
     def apart(self) -> list[torch.Tensor]:
         """The picture of each request, run alone. Raises ``SampleFailed``."""

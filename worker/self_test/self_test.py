@@ -13,6 +13,7 @@ from ...protocol.replicas import Attention, Batching
 from ...protocol.self_test import SelfTestResult, TaskResult
 from ..crossing.changes import untraced
 from ..forward.recovery import Agree
+from ..forward.runner import Division
 from ..model.attention import AUTO, use_attention
 from ..model.model import Model
 from ..model.modules import modules
@@ -26,7 +27,7 @@ log = logging.getLogger(__name__)
 class SelfTest:
     """Runs small requests on ``model``, and sets the model's tasks accordingly.
 
-    ``report`` receives the name of each stage; ``agree`` is the batcher's, for forwards that fail on several ranks.
+    ``report`` receives the name of each stage; ``agree`` and ``division`` are the batcher's, for several ranks.
     """
 
     def __init__(
@@ -35,11 +36,13 @@ class SelfTest:
         config: Config,
         report: Callable[[str], None] = lambda _: None,
         agree: Agree = lambda _: None,
+        division: Division | None = None,
     ) -> None:
         self._model = model
         self._config = config
         self._report = report
         self._agree = agree
+        self._division = division
         self._no_text = ""
         self._incomplete = False
 
@@ -114,7 +117,7 @@ class SelfTest:
             ) from None
 
     def _new_probe(self, *, images: bool) -> BatchingProbe:
-        return BatchingProbe(self._model, self._config, self._report, self._agree, images=images)
+        return BatchingProbe(self._model, self._config, self._report, self._agree, self._division, images=images)
 
     def _test_text(self) -> BatchingDecision | None:
         assert self._model.text is not None

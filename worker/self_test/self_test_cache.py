@@ -34,6 +34,7 @@ _OPTIONS = (
     "max_batch_tokens",
     "tp",
     "ulysses",
+    "cfg_parallel",
     "fuse_projections",
     "variant",
 )

@@ -1,8 +1,9 @@
-"""Ranks that share a denoiser's tokens draw what one rank draws, and models that cannot are refused by name."""
+"""Ranks that share a denoiser's tokens or rows compute what one computes; models that cannot are refused."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
@@ -15,7 +16,7 @@ from safelight.protocol.errors import StartFailed
 from safelight.tests.effort import chosen
 from safelight.tests.ranks import on_mesh
 from safelight.tests.tiny import save
-from safelight.tests.worker import splitting
+from safelight.tests.worker import dividing, splitting
 from safelight.tests.worker.lora import agreement
 from safelight.worker.model.model import load_model
 from safelight.worker.parallel.ranks import Ranks
@@ -23,7 +24,9 @@ from safelight.worker.parallel.sequence import CannotSplit, check_split
 from safelight.worker.requests.sample import first_output
 from safelight.worker.weights.snapshot.digests import module_digests
 
-OTHER = {
+OTHER: dict[str, dict[str, Any]] = {
+    "sd3": {},
+    "zimage": {},
     "flux": {"extra": {"max_sequence_length": 33}},
     "qwenimage": {"width": 48, "height": 48},
     "wan": {"width": 16, "height": 16, "num_frames": 1},
@@ -58,6 +61,12 @@ def drawn(name: str, directory: Path) -> splitting.Drawn:
 def test_ranks_that_share_tokens_draw_what_one_draws(sizes: dict[str, int], tmp_path: Path) -> None:
     names = chosen("flux", "qwenimage", "wan", nightly=["flux2", "wan22"])
     on_mesh(sizes, splitting.draws_as_one_rank, [drawn(name, tmp_path) for name in names])
+
+
+@pytest.mark.parametrize("sizes", chosen({"cfg": 2}, nightly=[{"cfg": 2, "sp": 2}, {"cfg": 2, "tp": 2}]), ids=str)
+def test_ranks_that_share_rows_compute_what_one_computes(sizes: dict[str, int], tmp_path: Path) -> None:
+    names = ["flux"] if "sp" in sizes else ["sd3", "zimage"]
+    on_mesh(sizes, dividing.divides_rows, [drawn(name, tmp_path) for name in names])
 
 
 def test_a_model_whose_tokens_cannot_be_shared_is_refused_with_what_it_lacks() -> None:
