@@ -33,7 +33,7 @@ def health() -> dict[str, str]:
 @app.post("/generate")
 def generate(body: dict[str, Any]) -> Response:
     generator = torch.Generator("cpu").manual_seed(body["seed"])
-    given = {"num_inference_steps": body["num_inference_steps"], **arguments}
+    given = {name: body[name] for name in ("num_inference_steps", "guidance_scale") if name in body} | arguments
 
     def draw() -> Any:
         with lock, torch.no_grad():

@@ -12,23 +12,19 @@ out. On a CPU these are: ``sglang==0.5.23`` unpacked, its dependencies (``pip in
 from __future__ import annotations
 
 import argparse
-import http.client
 import json
 import os
-import shutil
-import signal
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from itertools import count
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import psutil
 import torch
@@ -36,15 +32,11 @@ from diffusers import ZImagePipeline
 
 from safelight.benchmarks.machine import describe
 from safelight.benchmarks.models import save_tiny_z_image
-from safelight.benchmarks.serving import free_port
+from safelight.benchmarks.peer_servers import SIDE, STEPS, Server, draw, locked, prompt, running, safelight, sglang
 
 RESULTS = Path(__file__).resolve().parent / "results"
-SIDE, STEPS = 128, 8
-START_S = 300
-PLAIN, SAFELIGHT = "plain diffusers, in process", "Safelight"
+PLAIN, SAFELIGHT, LOCKED = "plain diffusers, in process", "Safelight", "an app with a lock"
 SGLANG, SGLANG_BATCHING = "SGLang-Diffusion", "SGLang-Diffusion, batching 16"
-
-Ask = Callable[[int], dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -55,108 +47,6 @@ class Load:
     median_latency_s: float
     cpu_ms_per_picture: float
     busy_cores: float
-
-
-@dataclass(frozen=True)
-class Server:
-    """How to start a server on ``port``, and the request for a picture."""
-
-    command: list[str]
-    environment: dict[str, str]
-    port: int
-    path: str
-    ask: Ask
-
-
-def safelight(model: Path, threads: int, environment: dict[str, str]) -> Server:
-    port = free_port()
-    options = ["--port", str(port), "--dtype", "bfloat16", "--threads", str(threads), "--log-level", "warning"]
-    command = [sys.executable, "-m", "safelight.server", str(model), *options]
-    return Server(command, environment, port, "/generate", lambda n: _body(n) | {"width": SIDE, "height": SIDE})
-
-
-def sglang(model: Path, folders: list[str], *, batching: bool) -> Server:
-    port = free_port()
-    model = _for_sglang(model)
-    program = ["-m", "sglang.multimodal_gen.runtime.entrypoints.cli.main", "serve", "--backend", "sglang"]
-    options = ["--model-path", str(model), "--host", "127.0.0.1", "--port", str(port), "--warmup-mode", "off"]
-    batches = ["--batching-max-size", "16", "--batching-delay-ms", "50"] if batching else []
-    environment = {"PYTHONPATH": os.pathsep.join(folders), "HF_HUB_OFFLINE": "1"}
-    size = {"size": f"{SIDE}x{SIDE}", "n": 1, "response_format": "b64_json"}
-    command = [sys.executable, *program, *options, *batches]
-    return Server(command, environment, port, "/v1/images/generations", lambda n: _body(n) | size)
-
-
-def _for_sglang(model: Path) -> Path:
-    """A copy of the model that SGLang's own transformer loads: it names two numbers otherwise than diffusers."""
-    copy = model.parent / "for-sglang" / "Z-Image-Turbo"  # it knows the architecture by this name
-    shutil.copytree(model, copy, dirs_exist_ok=True)
-    path = copy / "transformer" / "config.json"
-    config = json.loads(path.read_text())
-    path.write_text(json.dumps(config | {"num_attention_heads": config["n_heads"], "num_layers": config["n_layers"]}))
-    return copy
-
-
-def _body(number: int) -> dict[str, Any]:
-    return {"prompt": _prompt(number), "seed": number, "num_inference_steps": STEPS, "guidance_scale": 0.0}
-
-
-def _prompt(number: int) -> str:
-    """A prompt of its own for each picture, so that no cache of prompts takes part."""
-    return f"a cat number {number}"
-
-
-@contextmanager
-def running(server: Server) -> Iterator[psutil.Process]:
-    """Run ``server`` until it answers, and stop it with all its processes."""
-    with tempfile.TemporaryFile() as log:
-        environment = os.environ | server.environment
-        process = subprocess.Popen(server.command, env=environment, stdout=log, stderr=log, start_new_session=True)
-        root = psutil.Process(process.pid)
-        try:
-            _wait(server, process, log)
-            yield root
-        finally:
-            _stop(process, root)
-
-
-def _stop(process: subprocess.Popen[bytes], root: psutil.Process) -> None:
-    if process.poll() is not None:
-        return
-    family = [*root.children(recursive=True), root]
-    process.send_signal(signal.SIGTERM)
-    _, left = psutil.wait_procs(family, timeout=30)
-    for one in left:
-        one.kill()
-    process.wait()
-
-
-def _wait(server: Server, process: subprocess.Popen[bytes], log: IO[bytes]) -> None:
-    deadline = time.monotonic() + START_S
-    while time.monotonic() < deadline:
-        if process.poll() is not None:
-            log.seek(0)
-            raise RuntimeError(f"{server.command} ended with {process.returncode}: {log.read()[-2000:].decode()}")
-        try:
-            draw(server, 0)
-        except (OSError, http.client.HTTPException):
-            time.sleep(0.5)
-        else:
-            return
-    raise TimeoutError(f"{server.command} has not drawn a picture in {START_S} s")
-
-
-def draw(server: Server, number: int) -> float:
-    """Seconds until a picture arrived. Raises ``HTTPException`` if the server answers with an error."""
-    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=START_S)
-    began = time.perf_counter()
-    connection.request("POST", server.path, json.dumps(server.ask(number)), {"Content-Type": "application/json"})
-    reply = connection.getresponse()
-    content = reply.read()
-    connection.close()
-    if reply.status != 200:
-        raise http.client.HTTPException(f"{reply.status}: {content[:200]!r}")
-    return time.perf_counter() - began
 
 
 def measure(server: Server, root: psutil.Process, clients: int, pictures: int, numbers: Iterator[int]) -> Load:
@@ -187,7 +77,7 @@ def plain(model: Path, threads: int, batch: int, pictures: int) -> Load:
         generators = [torch.Generator().manual_seed(number) for number in asked]
         cpu, began = time.process_time(), time.perf_counter()
         arguments = {"width": SIDE, "height": SIDE, "num_inference_steps": STEPS, "guidance_scale": 0.0}
-        pipeline([_prompt(number) for number in asked], generator=generators, **arguments)
+        pipeline([prompt(number) for number in asked], generator=generators, **arguments)
         seconds.append(time.perf_counter() - began)
         spent.append(time.process_time() - cpu)
     latency, used = statistics.median(seconds[2:]), statistics.median(spent[2:])  # the first two warm up
@@ -205,8 +95,12 @@ def plain_elsewhere(model: Path, threads: int, batch: int, pictures: int) -> Loa
 
 def run_round(options: argparse.Namespace) -> dict[str, dict[int, Load]]:
     """Every system's measurements by number of clients."""
-    found = {PLAIN: {n: plain_elsewhere(options.model, options.threads, n, 6 * n + 18) for n in options.clients}}
-    systems = {SAFELIGHT: safelight(options.model, options.threads, dict(options.environment))}
+    model, threads = options.model, options.threads
+    found = {PLAIN: {n: plain_elsewhere(model, threads, n, 6 * n + 18) for n in options.clients}}
+    systems = {
+        SAFELIGHT: safelight(model, threads, dict(options.environment)),
+        LOCKED: locked(model, threads),
+    }
     if options.sglang:
         systems[SGLANG] = sglang(options.model, options.sglang, batching=False)
         systems[SGLANG_BATCHING] = sglang(options.model, options.sglang, batching=True)

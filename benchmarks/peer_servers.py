@@ -1,0 +1,137 @@
+"""The servers that ``peers`` compares: how each is started, asked for a picture, and stopped with all its processes."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import psutil
+
+from safelight.benchmarks.serving import free_port
+
+SIDE, STEPS = 128, 8
+START_S = 300
+
+Ask = Callable[[int], dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Server:
+    """How to start a server on ``port``, and the request for a picture."""
+
+    command: list[str]
+    environment: dict[str, str]
+    port: int
+    path: str
+    ask: Ask
+
+
+def safelight(model: Path, threads: int, environment: dict[str, str]) -> Server:
+    port = free_port()
+    options = ["--port", str(port), "--dtype", "bfloat16", "--threads", str(threads), "--log-level", "warning"]
+    command = [sys.executable, "-m", "safelight.server", str(model), *options]
+    return Server(command, environment, port, "/generate", lambda n: _body(n) | {"width": SIDE, "height": SIDE})
+
+
+def locked(model: Path, threads: int) -> Server:
+    port = free_port()
+    values = [str(model), "bfloat16", str(port), str(SIDE), "512", str(threads), "one-thread"]
+    return Server(
+        [sys.executable, str(Path(__file__).with_name("locked_app.py")), *values], {}, port, "/generate", _body
+    )
+
+
+def sglang(model: Path, folders: list[str], *, batching: bool) -> Server:
+    port = free_port()
+    model = _for_sglang(model)
+    program = ["-m", "sglang.multimodal_gen.runtime.entrypoints.cli.main", "serve", "--backend", "sglang"]
+    options = ["--model-path", str(model), "--host", "127.0.0.1", "--port", str(port), "--warmup-mode", "off"]
+    batches = ["--batching-max-size", "16", "--batching-delay-ms", "50"] if batching else []
+    environment = {"PYTHONPATH": os.pathsep.join(folders), "HF_HUB_OFFLINE": "1"}
+    size = {"size": f"{SIDE}x{SIDE}", "n": 1, "response_format": "b64_json"}
+    command = [sys.executable, *program, *options, *batches]
+    return Server(command, environment, port, "/v1/images/generations", lambda n: _body(n) | size)
+
+
+def _for_sglang(model: Path) -> Path:
+    """A copy of the model that SGLang's own transformer loads: it names two numbers otherwise than diffusers."""
+    copy = model.parent / "for-sglang" / "Z-Image-Turbo"  # it knows the architecture by this name
+    shutil.copytree(model, copy, dirs_exist_ok=True)
+    path = copy / "transformer" / "config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps(config | {"num_attention_heads": config["n_heads"], "num_layers": config["n_layers"]}))
+    return copy
+
+
+def _body(number: int) -> dict[str, Any]:
+    return {"prompt": prompt(number), "seed": number, "num_inference_steps": STEPS, "guidance_scale": 0.0}
+
+
+def prompt(number: int) -> str:
+    """A prompt of its own for each picture, so that no cache of prompts takes part."""
+    return f"a cat number {number}"
+
+
+@contextmanager
+def running(server: Server) -> Iterator[psutil.Process]:
+    """Run ``server`` until it answers, and stop it with all its processes."""
+    with tempfile.TemporaryFile() as log:
+        environment = os.environ | server.environment
+        process = subprocess.Popen(server.command, env=environment, stdout=log, stderr=log, start_new_session=True)
+        root = psutil.Process(process.pid)
+        try:
+            _wait(server, process, log)
+            yield root
+        finally:
+            _stop(process, root)
+
+
+def _stop(process: subprocess.Popen[bytes], root: psutil.Process) -> None:
+    if process.poll() is not None:
+        return
+    family = [*root.children(recursive=True), root]
+    process.send_signal(signal.SIGTERM)
+    _, left = psutil.wait_procs(family, timeout=30)
+    for one in left:
+        one.kill()
+    process.wait()
+
+
+def _wait(server: Server, process: subprocess.Popen[bytes], log: IO[bytes]) -> None:
+    deadline = time.monotonic() + START_S
+    while time.monotonic() < deadline:
+        if process.poll() is not None:
+            log.seek(0)
+            raise RuntimeError(f"{server.command} ended with {process.returncode}: {log.read()[-2000:].decode()}")
+        try:
+            draw(server, 0)
+        except (OSError, http.client.HTTPException):
+            time.sleep(0.5)
+        else:
+            return
+    raise TimeoutError(f"{server.command} has not drawn a picture in {START_S} s")
+
+
+def draw(server: Server, number: int) -> float:
+    """Seconds until a picture arrived. Raises ``HTTPException`` if the server answers with an error."""
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=START_S)
+    began = time.perf_counter()
+    connection.request("POST", server.path, json.dumps(server.ask(number)), {"Content-Type": "application/json"})
+    reply = connection.getresponse()
+    content = reply.read()
+    connection.close()
+    if reply.status != 200:
+        raise http.client.HTTPException(f"{reply.status}: {content[:200]!r}")
+    return time.perf_counter() - began
