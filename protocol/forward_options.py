@@ -26,6 +26,20 @@ class ForwardOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
             "auto takes the fastest exact one that runs on the device; deterministic requests have plain diffusers' own"
         ),
     ] = "auto"
+    compile: Annotated[
+        Literal["off", "on"],
+        option.forwards(
+            "Compile the denoiser's repeated blocks with torch.compile, in the background while the plain ones serve; "
+            "kept in `safelight/inductor` below `$XDG_CACHE_HOME`, or `~/.cache`"
+        ),
+    ] = "off"
+    compile_sizes: Annotated[
+        str,
+        option.forwards(
+            "Sizes, separated by commas, that are compiled before the server is ready: width, height, and how many "
+            "outputs share a forward, as `1024x1024,512x512x4`"
+        ),
+    ] = ""
     max_batch: Annotated[int, option.forwards("Outputs whose calls may share one forward", ge=1, le=4096)] = 16
     max_batch_tokens: Annotated[
         int, option.forwards("Positions (tokens or latent pixels) that may share one forward", ge=1)

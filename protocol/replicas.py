@@ -7,6 +7,7 @@ from typing import Any, Literal
 import msgspec
 
 from .adapters import AdapterState
+from .compiling import CompiledComponentStats
 from .costs import Measured
 
 BatchingMode = Literal["merged", "interleaved", "serial"]
@@ -131,7 +132,8 @@ class ReplicaStats(msgspec.Struct, frozen=True):
     ``costs`` are the seconds of one call to each component, by the size of the output. ``unmergeable`` names calls that
     run alone though others merge, and why: found by the self-test, or since. ``predicted_calls`` were made beside the
     first call of a step by guidance pairing, and the ``missed_predictions`` among them never came. ``tiled_calls`` were
-    computed in tiles. The ranks have shared the rows of ``divided_forwards``.
+    computed in tiles. The ranks have shared the rows of ``divided_forwards``. ``compiled`` has
+    the components whose blocks are compiled.
     """
 
     running: int = 0
@@ -149,6 +151,7 @@ class ReplicaStats(msgspec.Struct, frozen=True):
     tiled_calls: int = 0
     graphs: GraphStats = GraphStats()
     divided_forwards: int = 0
+    compiled: dict[str, CompiledComponentStats] = {}
 
 
 class ReplicaLoading(msgspec.Struct, tag=True, frozen=True):

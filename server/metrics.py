@@ -36,6 +36,14 @@ _GRAPH_COUNTERS = {
 }
 
 
+_COMPILED_COUNTERS = {
+    "graphs": "Graphs that were compiled of the component's blocks",
+    "seconds": "Seconds that the compiler has worked on the component",
+    "block_calls": "Calls of the component's blocks that ran a compiled graph",
+    "eager_block_calls": "Calls of the component's blocks that ran eagerly for want of a graph",
+}
+
+
 class Metrics(Collector):
     """The metrics of one server, in a registry of their own."""
 
@@ -98,6 +106,24 @@ class Metrics(Collector):
                 family.add_metric([str(replica.replica)], getattr(replica.stats, name))
             yield family
         yield from _graph_metrics(status.replicas)
+        yield from _compiled_metrics(status.replicas)
+
+
+def _compiled_metrics(replicas: Sequence[ReplicaStatus]) -> Iterator[Metric]:
+    """Compiled components, by replica and component."""
+    labels = ["replica", "component"]
+    families = {
+        name: CounterMetricFamily(f"safelight_compiled_{name}", description, labels=labels)
+        for name, description in _COMPILED_COUNTERS.items()
+    }
+    for replica in replicas:
+        for component, stats in replica.stats.compiled.items():
+            label = [str(replica.replica), component]
+            families["graphs"].add_metric(label, sum(stats.graphs.values()))
+            families["seconds"].add_metric(label, stats.compile_s)
+            families["block_calls"].add_metric(label, stats.calls - stats.eager_calls)
+            families["eager_block_calls"].add_metric(label, stats.eager_calls)
+    yield from families.values()
 
 
 def _graph_metrics(replicas: Sequence[ReplicaStatus]) -> Iterator[Metric]:

@@ -10,13 +10,15 @@ import pytest
 from diffusers import FluxTransformer2DModel
 
 from safelight.tests.tiny import FAMILIES
-from safelight.worker.internals import diffusers, torch, transformers
+from safelight.worker.internals import diffusers, dynamo, torch, transformers
 from safelight.worker.internals.lookup import MissingInternal, lookup
 from safelight.worker.parallel import families as family_files
 from safelight.worker.parallel.families import families, family_of
 
 
-@pytest.mark.parametrize(("library", "name"), [(one, name) for one in (diffusers, transformers) for name in one.NAMES])
+@pytest.mark.parametrize(
+    ("library", "name"), [(one, name) for one in (diffusers, dynamo, transformers) for name in one.NAMES]
+)
 def test_a_name_is_there(library: ModuleType, name: str) -> None:
     getattr(library, name)
 

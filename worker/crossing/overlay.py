@@ -22,5 +22,6 @@ def base_class(module: nn.Module) -> type[nn.Module]:
 
 
 def overlay_attributes(module: nn.Module) -> frozenset[str]:
-    """The names of the attributes that the module has by its overlay."""
-    return frozenset({module.overlay_attribute}) if isinstance(module, Overlay) else frozenset()
+    """The names of the attributes that the module has by its overlays."""
+    overlays = (cls for cls in type(module).__mro__ if issubclass(cls, Overlay))
+    return frozenset(vars(cls)["overlay_attribute"] for cls in overlays if "overlay_attribute" in vars(cls))

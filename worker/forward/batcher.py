@@ -17,6 +17,7 @@ from .activity import Activity
 from .adapters import Adapters
 from .at_rest import AtRest
 from .batch import Outcome, Pending, Wait
+from .compiled import Compiled
 from .costs import Costs
 from .graphs import Graphs
 from .policy import MergePolicy
@@ -54,6 +55,7 @@ class Batcher:
         plain_attention: str | None = None,
         tiling: Tiling | None = None,
         graphs: Graphs | None = None,
+        compiled: Compiled | None = None,
         agree: Agree = lambda _: None,
         before_forward: Callable[[int], None] = lambda _: None,
     ) -> None:
@@ -62,9 +64,10 @@ class Batcher:
         ``plain_attention`` is the attention backend of deterministic requests, if the others have another.
         """
         self.mode: BatchingMode = mode
-        self.tiling, self.graphs = tiling, graphs
+        self.tiling, self.graphs, self.compiled = tiling, graphs, compiled
         self.policy = MergePolicy(max_batch, max_tokens)
-        self.runner = Runner(stages(cache, adapters, costs, at_rest, activity, plain_attention, tiling, graphs))
+        around = stages(cache, adapters, costs, at_rest, activity, plain_attention, tiling, graphs, compiled)
+        self.runner = Runner(around)
         self.recovery = Recovery(self.runner, self.policy, self._free_memory, agree, tiling)
         self.schedule_digest = 0
         """A running CRC of the forwards and their coroutines, equal on all ranks of a replica."""
@@ -72,14 +75,12 @@ class Batcher:
         """While true, no coroutine runs."""
         self._agree = agree
         self._before_forward = before_forward
-        self._cache = cache
-        self._adapters = adapters
+        self._cache, self._adapters = cache, adapters
         self._signatures = Signatures()
         self._starting: deque[Coroutine] = deque()
         self._waiting = WaitingCalls(self.policy, cache, adapters)
         self._started = 0
-        self._active: set[Coroutine] = set()
-        self._cancelled: set[Coroutine] = set()
+        self._active, self._cancelled = set[Coroutine](), set[Coroutine]()
 
     @property
     def busy(self) -> bool:

@@ -13,6 +13,7 @@ from .activity import Activity
 from .adapters import Adapters
 from .at_rest import AtRest
 from .batch import Forward
+from .compiled import Compiled
 from .costs import Costs
 from .graphs import Graphs
 from .prompt_cache import PromptCache, prompt_of
@@ -35,6 +36,7 @@ def stages(
     plain_attention: str | None = None,
     tiling: Tiling | None = None,
     graphs: Graphs | None = None,
+    compiled: Compiled | None = None,
 ) -> list[Stage]:
     """The stages whose state is given, the outermost first."""
     return [
@@ -47,6 +49,7 @@ def stages(
         *([] if plain_attention is None else [PlainAttention(plain_attention)]),
         *([] if adapters is None else [Adapting(adapters)]),
         *([] if costs is None else [Timing(costs)]),
+        *([] if compiled is None else [Compiling(compiled)]),
         *([] if graphs is None else [graphs]),
     ]
 
@@ -178,4 +181,19 @@ class Timing:
     def __call__(self, forward: Forward, proceed: Proceed) -> list[Any]:
         pixels = max(pending.coroutine.pixels for pending in forward.calls)
         with self._costs.timed(forward.name, pixels, alone=not forward.merged):
+            return proceed()
+
+
+class Compiling:
+    """Runs what was compiled of the component; deterministic requests run the component as it is."""
+
+    name = "compiled blocks"
+
+    def __init__(self, compiled: Compiled) -> None:
+        self._compiled = compiled
+
+    def __call__(self, forward: Forward, proceed: Proceed) -> list[Any]:
+        if forward.probe or forward.calls[0].coroutine.plain:
+            return proceed()
+        with self._compiled.active(forward.component.partition(".")[0]):
             return proceed()

@@ -22,6 +22,10 @@ def why_without_graphs(options: ForwardOptions, device: torch.device) -> str | N
     wanted = options.piecewise_cuda_graph
     if wanted == "off":
         return "--piecewise-cuda-graph is off"
+    if options.compile == "on":
+        if wanted == "on":
+            raise StartFailed("--piecewise-cuda-graph on and --compile on exclude each other; choose one of the two.")
+        return "--compile is on, whose blocks are not captured"
     if device.type == "cuda":
         return None
     if wanted == "on":

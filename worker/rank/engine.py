@@ -15,6 +15,7 @@ from ...protocol.operations import Perform, SetPaused
 from ...protocol.reports import Performed
 from ...protocol.self_test import SelfTestResult
 from ..caching.caching import Caching
+from ..compiling.warm_up import read_sizes
 from ..forward.activity import Activity
 from ..forward.at_rest import AtRest
 from ..forward.batcher import Batcher
@@ -35,6 +36,7 @@ from ..requests.jobs import Jobs
 from ..weights.snapshot.journal import Journal
 from ..weights.transport.groups import ProcessGroups
 from ..weights.update.undo_log import UndoLog
+from .compilation import new_compiler, warm_up
 
 
 class Engine:
@@ -66,8 +68,8 @@ class Engine:
         self._batcher = _new_batcher(model, self_test, mesh, adapters, activity, config, before_forward)
         new_jobs = partial(Jobs, model, self._batcher, send, wake, is_primary=child.rank == 0)
         stats = stats_of_graphs(self._batcher.graphs, config, model.device)
-        caching = _new_caching(config, self._batcher)
-        self.jobs = new_jobs(adapters=adapters, shared=shared, caching=caching, graphs=stats)
+        self._caching = _new_caching(config, self._batcher)
+        self.jobs = new_jobs(adapters=adapters, shared=shared, caching=self._caching, graphs=stats)
         self.group_orders = GroupOrders(groups, mesh.world)
         self._operations: Coordinator = new_coordinator(
             Resources(
@@ -111,8 +113,14 @@ class Engine:
         if not self._operations.holds:
             self._batcher.step()
 
+    def warm_up(self, sizes: str, report: Callable[[str], None]) -> None:
+        """Compile for ``sizes``, if there is a compiler. Raises ``StartFailed``."""
+        warm_up(self._model, self._batcher, self._caching, read_sizes(sizes), report)
+
     def close(self) -> None:
         self.jobs.close()
+        if self._batcher.compiled is not None:
+            self._batcher.compiled.close()
 
     def _perform(self, order: Perform) -> None:
         with self._batcher.aside():
@@ -157,6 +165,7 @@ def _new_batcher(
         activity=activity,
         plain_attention=_plain_attention(model),
         tiling=Tiling(modules(model.pipeline), config.vae_tiling, slices=config.vae_slicing),
+        compiled=new_compiler(model, config),
         graphs=new_graphs(config, model.device, modules(model.pipeline), adapters, is_alone=mesh.world.size == 1),
         agree=mesh.agree,
         before_forward=before_forward,

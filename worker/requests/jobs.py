@@ -77,6 +77,7 @@ class Jobs:
             divided_forwards=0 if division is None else division.forwards,
             costs=self._model.costs.measured(),
             tiled_calls=0 if self._batcher.tiling is None else self._batcher.tiling.tiled_calls,
+            compiled={} if self._batcher.compiled is None else dict(self._batcher.compiled.stats()),
             **({} if self._caching is None else self._caching.counts()),
             graphs=self._graphs(),
         )

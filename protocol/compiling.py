@@ -1,0 +1,24 @@
+"""Compiled components: their state and counts, as ``/server_info`` and ``/metrics`` report them."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+State = Literal["waiting", "compiled", "eager"]
+
+
+class CompiledComponentStats(msgspec.Struct, frozen=True, kw_only=True):
+    """``waiting``: nothing was compiled yet. ``eager``: the component runs eagerly for good, for ``reason``.
+
+    ``graphs`` are counted by class of blocks. ``calls`` are those of blocks; for ``eager_calls`` among them there was
+    no graph.
+    """
+
+    state: State
+    reason: str | None = None
+    graphs: dict[str, int] = {}
+    compile_s: float = 0.0
+    calls: int = 0
+    eager_calls: int = 0

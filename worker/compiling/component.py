@@ -1,0 +1,139 @@
+"""A component whose blocks are compiled: which of their calls run a graph, which run eagerly, and why."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from ...protocol.compiling import CompiledComponentStats, State
+from ..internals.blocks import library_class, repeated_blocks
+from ..lora.layers import AdaptedLayer, is_adaptable
+from .arguments import Arguments
+from .block import Plain, copied, swap_in
+from .program import Program
+
+log = logging.getLogger(__name__)
+
+ATTEMPTS = 4
+"""How often a key is compiled: adapters of other layers, or a request's settings of torch, need a further graph."""
+
+Key = Hashable
+
+
+class Queue(Protocol):
+    """Takes jobs for the compiler."""
+
+    def program(self, cls: type[nn.Module]) -> Program:
+        """The program of the blocks of class ``cls``, which all components share."""
+
+    def offer(self, program: Program, make: Callable[[], Job]) -> None:
+        """Queue ``make()`` unless the program's last job has not ended. Raises what ``make`` raises."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Job:
+    """A call of a block to be compiled for ``component`` under ``key``; ``block`` and ``arguments`` are copies."""
+
+    component: CompiledComponent
+    program: Program
+    key: Key
+    block: nn.Module
+    arguments: Arguments
+
+
+class CompiledComponent:
+    """The blocks of the component ``name``. Until :meth:`active` they run eagerly, and nothing is compiled.
+
+    A call runs a graph if calls with the same key have been compiled and admitted. Otherwise it runs eagerly, and the
+    compiler gets a copy of it. Raises ``NoBlocks``.
+    """
+
+    def __init__(self, name: str, module: nn.Module, queue: Queue) -> None:
+        self.name = name
+        self.seconds = 0.0
+        self.reason: str | None = None
+        """Why the component runs eagerly for good; ``None`` if it does not."""
+        self._queue = queue
+        self._active = False
+        self._admitted: set[tuple[type[nn.Module], Key]] = set()
+        self._attempts: Counter[tuple[type[nn.Module], Key]] = Counter()
+        self._calls = self._eager = 0
+        groups = repeated_blocks(module)
+        self._programs = {group.cls: queue.program(group.cls) for group in groups}
+        for group in groups:
+            for block in group.modules.values():
+                swap_in(block, self)
+
+    @contextmanager
+    def active(self) -> Iterator[None]:
+        """Within this context, blocks run their graphs."""
+        before, self._active = self._active, True
+        try:
+            yield
+        finally:
+            self._active = before
+
+    def admit(self, program: Program, key: Key) -> None:
+        """From now on, calls with this key run a graph."""
+        self._admitted.add((program.cls, key))
+
+    def refuse(self, reason: str) -> None:
+        """Run eagerly from now on."""
+        self.reason = reason
+
+    def stats(self) -> CompiledComponentStats:
+        state: State = "eager" if self.reason is not None else "compiled" if self._admitted else "waiting"
+        return CompiledComponentStats(
+            state=state,
+            reason=self.reason,
+            graphs={cls.__name__: program.graphs for cls, program in self._programs.items()},
+            compile_s=round(self.seconds, 1),
+            calls=self._calls,
+            eager_calls=self._eager,
+        )
+
+    def call(self, block: nn.Module, plain: Plain, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if not self._active or torch.is_grad_enabled():
+            return plain(block, *args, **kwargs)
+        self._calls += 1
+        if self.reason is not None:
+            self._eager += 1
+            return plain(block, *args, **kwargs)
+        program = self._programs[library_class(block)]
+        arguments = Arguments(args, kwargs).contiguous()
+        key = (arguments.key(), _adapters(block))
+        if (program.cls, key) in self._admitted:
+            return program.run(block, arguments, lambda: self._missed(program, key, block, arguments))
+        self._missed(program, key, block, arguments)
+        return plain(block, *args, **kwargs)
+
+    def _missed(self, program: Program, key: Key, block: nn.Module, arguments: Arguments) -> None:
+        """The call runs eagerly. Have it compiled, unless that was tried."""
+        self._eager += 1
+        if self._attempts[program.cls, key] == ATTEMPTS:
+            return
+        try:
+            self._queue.offer(program, lambda: self._job(program, key, block, arguments))
+        except Exception as error:  # there is no memory for a copy, or an argument has none: the request goes on
+            log.warning("%s is not compiled, because the call of a block cannot be copied", self.name, exc_info=True)
+            self.refuse(f"the arguments of {program.cls.__name__} cannot be copied ({type(error).__name__})")
+
+    def _job(self, program: Program, key: Key, block: nn.Module, arguments: Arguments) -> Job:
+        self._attempts[program.cls, key] += 1
+        own, own_arguments = copied(block, arguments)
+        return Job(self, program, key, own, own_arguments)
+
+
+def _adapters(block: nn.Module) -> Hashable:
+    """The kinds of factors that the block's layers read; ``None`` without adapted layers."""
+    layer = next((part for part in block.modules() if is_adaptable(part)), None)
+    if not isinstance(layer, AdaptedLayer):
+        return None
+    return tuple((type(rows), rows.kind) for rows in layer.lora.active.now)
