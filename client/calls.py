@@ -94,8 +94,8 @@ def generate(
     true_cfg_scale: float | None = None, num_inference_steps: int | None = None, steps: int | None = None,
     width: int | None = None, height: int | None = None, num_frames: int | None = None, fps: int | None = None,
     negative_prompt: str | None = None, priority: int | None = None, timeout_s: float | None = None,
-    preview_every: int | None = None, deterministic: bool | None = None, extra: Mapping[str, Any] | None = None,
-    **arguments: Any,
+    preview_every: int | None = None, deterministic: bool | None = None, cache: str | float | None = None,
+    extra: Mapping[str, Any] | None = None, **arguments: Any,
 ) -> Call[Generation]:  # fmt: skip
     """Generate pictures or clips from ``prompt`` and wait for them.
 

@@ -69,7 +69,7 @@ class Generation(msgspec.Struct, frozen=True):
     """The reply to one request: its outputs, in the order of prompts and seeds, and the weights that made them.
 
     ``weight_versions`` are all versions that took part (an update of mode ``in_place`` changes weights between steps),
-    ``weight_version`` is the last. ``adapters`` were active.
+    ``weight_version`` is the last. ``adapters`` were active. ``skipped_forwards`` are those that the step cache saved.
     """
 
     id: str
@@ -80,6 +80,7 @@ class Generation(msgspec.Struct, frozen=True):
     steps: int
     weight_versions: tuple[str, ...] = ()
     adapters: tuple[Drawn, ...] = ()
+    skipped_forwards: int = 0
 
     @property
     def image(self) -> Image:

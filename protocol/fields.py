@@ -40,6 +40,11 @@ _STEPS = _argument("Denoising steps", 1, "max_steps", short="steps")
 _TRUE_CFG = _argument("Guidance with a negative prompt, for distilled models", 0, 1000)
 _BITWISE = "Run its forwards alone, with diffusers' own defaults: bitwise what diffusers gives for this seed"
 
+_CACHE = (
+    "Answer steps that would hardly change anything with the last step's forward: off, balanced, fast, or a threshold; "
+    "the server's `--step-cache` when omitted"
+)
+
 
 class Settings(msgspec.Struct, frozen=True, kw_only=True):
     """``None`` leaves a value to the pipeline's own default."""
@@ -56,6 +61,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     timeout_s: Annotated[float | None, Field("Seconds after which the request ends with a 504", 0.001, _WEEK_S)] = None
     preview_every: Annotated[int, Field("While streaming, a decoded preview each so many steps", 0, "max_steps")] = 0
     deterministic: Annotated[bool, Field(_BITWISE, flag=True)] = False
+    cache: Annotated[str | float | None, Field(_CACHE, 0, 1)] = None
     extra: Annotated[dict[str, Any], Field("Further arguments of the pipeline; see `arguments` in /model_info")] = {}
 
 

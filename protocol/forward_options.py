@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 import msgspec
 
 from . import option
+from .step_caching import PATTERN, CacheRule
 
 
 class ForwardOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -73,3 +74,14 @@ class ForwardOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     cuda_graph_mb: Annotated[
         int, option.forwards("Megabytes that CUDA graphs may take on each GPU; the shapes used least recently go", ge=1)
     ] = 4096
+    step_cache: Annotated[
+        str,
+        option.forwards(
+            "Answer steps that hardly change anything with the last step's forward, for requests that do not say: off, "
+            "balanced, fast, or a threshold from 0 to 1",
+            pattern=PATTERN,
+        ),
+    ] = "off"
+    step_cache_rule: Annotated[
+        CacheRule, option.forwards("How the step cache estimates what a step would change, by the name of its paper")
+    ] = "easycache"

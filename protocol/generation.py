@@ -114,7 +114,7 @@ class Result(msgspec.Struct, tag=True, frozen=True):
     """All outputs of a request, in the order of its samples.
 
     ``weight_version`` is the last version that took part, ``weight_versions`` are all in order, and ``adapters`` are
-    all adapters that took part.
+    all adapters that took part. ``skipped_forwards`` are the denoiser's calls that the step cache answered.
     """
 
     request_id: str
@@ -124,6 +124,7 @@ class Result(msgspec.Struct, tag=True, frozen=True):
     weight_version: str
     weight_versions: list[str] = []
     adapters: list[Drawn] = []
+    skipped_forwards: int = 0
 
 
 class Failed(msgspec.Struct, tag=True, frozen=True):

@@ -38,7 +38,6 @@ class Update(msgspec.Struct, tag=True, frozen=True, kw_only=True):
 
     source: Source
     weight_version: str | None = None
-    flush_cache: bool = True
     update_id: str | None = None
     require_complete: bool = False
 

@@ -131,9 +131,9 @@ class ReplicaStats(msgspec.Struct, frozen=True):
 
     ``costs`` are the seconds of one call to each component, by the size of the output. ``unmergeable`` names calls that
     run alone though others merge, and why: found by the self-test, or since. ``predicted_calls`` were made beside the
-    first call of a step by guidance pairing, and the ``missed_predictions`` among them never came. ``tiled_calls`` were
-    computed in tiles. The ranks have shared the rows of ``divided_forwards``. ``compiled`` has
-    the components whose blocks are compiled.
+    first call of a step by guidance pairing, and the ``missed_predictions`` among them never came. Step caches answered
+    ``skipped_forwards`` calls. ``tiled_calls`` were computed in tiles. The ranks have shared the rows of
+    ``divided_forwards``. ``compiled`` has the components whose blocks are compiled.
     """
 
     running: int = 0
@@ -152,6 +152,7 @@ class ReplicaStats(msgspec.Struct, frozen=True):
     graphs: GraphStats = GraphStats()
     divided_forwards: int = 0
     compiled: dict[str, CompiledComponentStats] = {}
+    skipped_forwards: int = 0
 
 
 class ReplicaLoading(msgspec.Struct, tag=True, frozen=True):

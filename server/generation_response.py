@@ -57,6 +57,7 @@ class Reply:
             "outputs": [_output(output) for output in self._result.outputs],
             "timings": msgspec.to_builtins(self._timings),
             "steps": self._result.steps,
+            "skipped_forwards": self._result.skipped_forwards,
             "warnings": self._warnings,
         }
         return orjson.dumps(reply)
@@ -70,6 +71,7 @@ class Reply:
             "adapters": ", ".join(map(_adapter, self._result.adapters)) or None,
             "seed": output.seed,
             "steps": self._result.steps,
+            "skipped-forwards": self._result.skipped_forwards or None,
             "width": output.width,
             "height": output.height,
             "num-frames": output.num_frames,

@@ -25,6 +25,7 @@ _REPLICA_COUNTERS = {
     "predicted_calls": "Calls that guidance pairing made beside the first call of a step",
     "tiled_calls": "Calls of autoencoders that were computed in tiles",
     "divided_forwards": "Forwards whose rows several ranks have shared",
+    "skipped_forwards": "Calls of denoisers that step caches answered without a forward",
     "missed_predictions": "Calls that guidance pairing made and no pipeline asked for",
 }
 

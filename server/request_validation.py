@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import secrets
 from dataclasses import dataclass
 
@@ -13,6 +14,7 @@ from ..protocol.errors import InvalidRequest
 from ..protocol.fields import TABLE, Field, Table
 from ..protocol.generation import Generate, Image, Sample
 from ..protocol.output_formats import OutputFormat
+from ..protocol.step_caching import CHOICES, PATTERN, asks_for_cache
 from .schemas import GenerateBody
 
 _BEYOND = 2**63
@@ -34,7 +36,8 @@ class Range:
 def check_table(body: GenerateBody, table: Table, config: Config) -> None:
     """Raise ``InvalidRequest`` for a number out of the range that ``table`` has for it."""
     for name, row in table.items():
-        if row.field.low is not None and (value := getattr(body, name)) is not None:
+        value = getattr(body, name)
+        if row.field.low is not None and isinstance(value, int | float):
             _range(row.field, config).check(name, value)
 
 
@@ -70,6 +73,7 @@ def check_ranges(body: GenerateBody, config: Config) -> None:
         )
     _check_texts(body, config)
     _check_seeds(body)
+    _check_cache(body)
     if body.settings.preview_every and not body.stream:
         raise InvalidRequest("preview_every needs stream = true.", field="preview_every")
 
@@ -131,6 +135,14 @@ def _check_seeds(body: GenerateBody) -> None:
             raise InvalidRequest(
                 f"seed must be between 0 and {_BEYOND - 1}, counted up to the last output; {seed} is not.", field="seed"
             )
+
+
+def _check_cache(body: GenerateBody) -> None:
+    cache = body.settings.cache
+    if isinstance(cache, str) and not re.match(PATTERN, cache):
+        raise InvalidRequest(f"cache must be {CHOICES}, not {cache[:100]!r}.", field="cache")
+    if asks_for_cache(cache) and body.settings.deterministic:
+        raise InvalidRequest("A deterministic request computes every forward; leave out cache.", field="cache")
 
 
 def _check_texts(body: GenerateBody, config: Config) -> None:

@@ -21,6 +21,7 @@ from ..protocol.config import Config
 from ..protocol.errors import BodyTooLarge, InvalidRequest, Malformed
 from ..protocol.replicas import ModelInfo
 from ..protocol.rollouts import MAX_NOISE, ROLLOUT, TENSOR, Rollout, StepNoise, Tensor
+from ..protocol.step_caching import asks_for_cache
 from .body_validation import read_object, refuse_query, validate, without_nulls
 from .bounded import MAX_TEXT, parse, read_body, read_msgpack
 from .request_validation import Range, check_table
@@ -100,6 +101,8 @@ def check_rollout(body: RolloutBody, model: ModelInfo, config: Config) -> None:
         raise InvalidRequest(f"{model.pipeline} cannot be rolled out: {model.no_rollout}.", field=field)
     if body.stream or body.settings.preview_every:
         raise InvalidRequest("A rollout has no stream; leave out stream and preview_every.", field="stream")
+    if asks_for_cache(body.settings.cache):
+        raise InvalidRequest("A rollout computes every forward; leave out cache.", field="cache")
     if body.output_format not in (None, "pt"):
         raise InvalidRequest("A rollout's outputs are tensors; leave out output_format.", field="output_format")
     for name in ("sigmas", "timesteps"):

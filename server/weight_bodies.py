@@ -40,7 +40,9 @@ class _Update(Body):
     weight_version: Version | None = Field(
         None, description="Of the weights after it; counted when omitted. Of a begun update, its begin's goes first"
     )
-    flush_cache: bool = Field(True, description="Forget what was derived from the weights of before")
+    flush_cache: bool = Field(
+        True, description="Accepted; an update forgets just what was derived from the weights it writes"
+    )
     mode: Barrier = Field(
         "wait", description="Running requests end first, are aborted, or go on; a part of a begun update has its mode"
     )

@@ -43,7 +43,6 @@ class WeightWriting:
         operation = Update(
             source=source,
             weight_version=body.weight_version,
-            flush_cache=body.flush_cache,
             update_id=body.update_id,
             require_complete=require_complete,
         )

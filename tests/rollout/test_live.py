@@ -373,6 +373,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "many sigmas": ({"sigmas": [0.5] * 5000, "num_inference_steps": None}, "sigmas"),
     "invalid noise": ({"initial_noise": b"nothing"}, "initial_noise"),
     "a GPU that is not there": ({"generator_device": "cuda"}, "generator_device"),
+    "a step cache": ({"cache": "fast"}, "cache"),
     "a stream": ({"stream": True}, "stream"),
     "a picture's format": ({"output_format": "png"}, "output_format"),
     "an unknown field": ({"rollout_sde": "sde"}, "rollout_sde"),

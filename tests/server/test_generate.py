@@ -42,6 +42,7 @@ async def test_the_reply_has_the_contract_s_fields() -> None:
         "weight_versions": ["7"],
         "adapters": [],
         "steps": 4,
+        "skipped_forwards": 0,
         "timings": {"queue_s": 0.1, "encode_s": 0.2, "denoise_s": 0.3, "decode_s": 0.4},
         "outputs": [
             {

@@ -106,6 +106,10 @@ INVALID = [
     (b'{"prompt": "x", "output_format": "mp4"}', "output_format", "one of png, jpeg, webp"),
     (b'{"prompt": "x", "preview_every": -1}', "preview_every", "between 0 and"),
     (b'{"prompt": "x", "preview_every": 1}', "preview_every", "needs stream"),
+    (b'{"prompt": "x", "cache": "medium"}', "cache", "off, balanced, fast, or a number from 0 to 1, not 'medium'"),
+    (b'{"prompt": "x", "cache": "1.5"}', "cache", "from 0 to 1"),
+    (b'{"prompt": "x", "cache": 1.5}', "cache", "between 0 and 1"),
+    (b'{"prompt": "x", "cache": "fast", "deterministic": true}', "cache", "computes every forward"),
     (b'{"prompt": "x", "image": "aaaa"}', "image", "takes no image: none fits"),
     (b'{"prompt": "x", "lora": [{"name": "a"}, {"name": "a"}]}', "lora", "named twice"),
     (b'{"prompt": "x", "lora": [{"name": "a", "scale": 101}]}', "lora", "lora[0].scale is out of range"),
@@ -165,6 +169,11 @@ def test_a_minimal_body_leaves_everything_to_the_pipeline() -> None:
     assert 0 <= message.samples[0].seed < 2**32
     assert (message.width, message.height, message.num_inference_steps, message.guidance_scale) == (None,) * 4
     assert message.timeout_s == CONFIG.request_timeout_s
+
+
+@pytest.mark.parametrize("cache", ["off", "balanced", "fast", "0.2", 0.2, 0, 1])
+def test_a_threshold_of_the_step_cache_has_a_name_or_is_a_number(cache: str | float) -> None:
+    assert read(orjson.dumps({"prompt": "a", "cache": cache})).cache == cache
 
 
 def test_every_field_reaches_the_message() -> None:

@@ -192,8 +192,8 @@ class RankAdapters:
         self.written = True
         self._merge_all(self._next.state, self._next.adapters, unlike=self.state)
 
-    def commit(self) -> bool:
-        """Adopt the next state. Returns true if outputs may differ from now on."""
+    def commit(self) -> set[str]:
+        """Adopt the next state. Returns the components whose outputs may differ from now on."""
         assert self._next is not None, "written before"
         before = planning.effect(self.state)
         self.state, self._adapters, self.notes = self._next.state, self._next.adapters, self._next.notes
@@ -203,7 +203,8 @@ class RankAdapters:
         if sum(dynamic.per_row_nbytes for dynamic in self._dynamic.values()) > self._room:
             self.forget_gathered()
         self._next, self.written = None, False
-        return before != planning.effect(self.state)
+        after = planning.effect(self.state)
+        return {name for name in before.keys() | after.keys() if before.get(name) != after.get(name)}
 
     def rollback(self) -> None:
         """Put back every byte."""

@@ -35,7 +35,7 @@ class AdaptersChange:
         return Report()
 
     def commit(self) -> Report:
-        invalidated = self._resources.flush_caches() if self._adapters.commit() else []
+        invalidated = self._resources.changed(self._adapters.commit())
         self._resources.batcher.policy.adapters_changed()
         change = self._change
         updated = self._adapters.layers_of(change.nicknames) if isinstance(change, SetAdapters) else {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from ..forward.batcher import Batcher
 from ..lora.rank_adapters import RankAdapters
 from ..model.model import Model
 from ..parallel.ranks import Ranks
+from ..pipelines.components import DENOISERS
 from ..weights.progress import OnProgress
 from ..weights.snapshot.journal import Journal
 from ..weights.transport.groups import ProcessGroups
@@ -52,7 +54,14 @@ class Resources:
         context = RankContext(ranks.rank, ranks.size, self.global_rank, self.world_size, device, is_primary)
         return open_source(source, self.groups, context, self.on_progress)
 
+    def changed(self, components: Iterable[str]) -> list[str]:
+        """Forget what was computed from the weights of ``components``; returns the names of the caches.
+
+        Prompts stay if only denoisers have changed.
+        """
+        return self.flush_caches() if set(components) - set(DENOISERS) else []
+
     def flush_caches(self) -> list[str]:
-        """Forget what was computed from the weights; returns the names of the caches."""
+        """Forget what was computed from any weights; returns the names of the caches."""
         self.batcher.forget_answers()
         return [PROMPT_CACHE]

@@ -8,7 +8,6 @@ from ...protocol.operations import Update
 from ...protocol.reports import Report
 from ...protocol.tensor_sources import Broadcast, Source
 from ..lora.rank_adapters import MERGED
-from ..pipelines.components import DENOISERS
 from ..weights.checkpoint.aliases import by_checkpoint_names
 from ..weights.update.checks import check_tensors
 from ..weights.update.rank_update import RankUpdate
@@ -25,7 +24,6 @@ class WeightUpdate:
         self._resources = resources
         self._update = update
         self._operation: Update | None = None
-        self._flushes = False
 
     @property
     def holds(self) -> bool:
@@ -53,20 +51,16 @@ class WeightUpdate:
         names = self._update.prepared
         self._update.write(self._resources.on_progress)
         self._resources.adapters.rebuild(names)
-        self._flushes |= self._operation.flush_cache
         return self._update.report(part=True)
 
     def commit(self) -> Report:
         report, written = self._update.report(), self._update.written
         merged = [MERGED] if self._resources.adapters.are_in(written) else []
         self._update.commit()
-        flushes = self._flushes or self._resources.adapters.written or set(written) - set(DENOISERS)
-        self._flushes = False
-        invalidated = [*(self._resources.flush_caches() if flushes else []), *merged]
-        return msgspec.structs.replace(report, invalidated=invalidated)
+        return msgspec.structs.replace(report, invalidated=[*self._resources.changed(written), *merged])
 
     def rollback(self) -> None:
-        written, self._flushes = self._update.written, False
+        written = self._update.written
         self._update.rollback()
         self._resources.adapters.rebuild(written)
 

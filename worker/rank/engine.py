@@ -7,6 +7,8 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+import torch
+
 from ...protocol.child_config import ChildConfig
 from ...protocol.config import Config
 from ...protocol.generation import Cancel, Generate
@@ -68,7 +70,7 @@ class Engine:
         self._batcher = _new_batcher(model, self_test, mesh, adapters, activity, config, before_forward)
         new_jobs = partial(Jobs, model, self._batcher, send, wake, is_primary=child.rank == 0)
         stats = stats_of_graphs(self._batcher.graphs, config, model.device)
-        self._caching = _new_caching(config, self._batcher)
+        self._caching = _new_caching(config, self._batcher, mesh)
         self.jobs = new_jobs(adapters=adapters, shared=shared, caching=self._caching, graphs=stats)
         self.group_orders = GroupOrders(groups, mesh.world)
         self._operations: Coordinator = new_coordinator(
@@ -175,8 +177,11 @@ def _new_batcher(
     return batcher
 
 
-def _new_caching(config: Config, batcher: Batcher) -> Caching:
-    return Caching(pairs=config.guidance_pairing == "on", unmergeable=batcher.policy.unmergeable)
+def _new_caching(config: Config, batcher: Batcher, mesh: Mesh) -> Caching:
+    def agreed(number: float) -> float:
+        return float(mesh.world.all_gather(torch.tensor([number]))[0])
+
+    return Caching(config, batcher.policy.unmergeable, agreed)
 
 
 def _plain_attention(model: Model) -> str | None:

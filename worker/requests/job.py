@@ -45,7 +45,8 @@ class Job:
         outputs = [self.outputs[index] for index in range(len(self.samples))]
         steps = max(sample.steps for sample in self.samples)
         request_id, versions = self.request.request_id, self.versions
-        return Result(request_id, outputs, self._timings(), steps, versions[-1], versions, self.adapters)
+        skipped = sum(sample.savings.skipped for sample in self.samples)
+        return Result(request_id, outputs, self._timings(), steps, versions[-1], versions, self.adapters, skipped)
 
     def _timings(self) -> Timings:
         """Encoding, denoising and decoding, divided by the samples' first denoiser call and last step."""

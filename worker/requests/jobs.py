@@ -111,6 +111,8 @@ class Jobs:
         for job in self._jobs.values():
             if job.drawn:
                 continue
+            for sample in job.samples:
+                sample.savings.forget()
             if job.versions[-1] != weight_version:
                 job.versions.append(weight_version)
             # adapters that the request itself names were fixed when it arrived

@@ -23,6 +23,7 @@ from ...protocol.generation import Generate
 from ...protocol.rollouts import Rollout
 from ..caching.caching import Caching
 from ..caching.late_check import PredictionWrong
+from ..caching.savings import NOTHING_SAVED
 from ..crossing.chain import Chain, Interceptor
 from ..crossing.coroutine import Coroutine
 from ..crossing.fork import Fork, schedulers
@@ -82,7 +83,7 @@ class SampleRun:
         self._step_versions: list[str | None] = []
         self.coroutine = self._new_coroutine(on_end, wanted)
         self.watches_all = watches_all or self.coroutine.exclusive
-        self._pairing = None if caching is None or self.coroutine.alone else caching.pairing(request)
+        self.savings = NOTHING_SAVED if caching is None else caching.savings(request, merges=not self.coroutine.alone)
 
     def _new_coroutine(self, on_end: Callable[[SampleRun], None], wanted: RequestedAdapters) -> Coroutine:
         mode = self._model.batching_mode(self.request)
@@ -144,7 +145,7 @@ class SampleRun:
             log.warning(
                 "a call of the denoiser was not as predicted; the sample begins again, without guidance pairing"
             )
-            self._pairing = None
+            self.savings = NOTHING_SAVED
             set_random_state(seeded(self.seed))
             return self._attempt()
 
@@ -167,8 +168,7 @@ class SampleRun:
         for scheduler in schedulers(pipeline):
             watch_steps(scheduler, self._saw)
         output = pipeline(**arguments)
-        if self._pairing is not None:
-            self._pairing.settle()
+        self.savings.settle()
         self.sound = first_sound(self.task.pipeline, output)
         pixels = first_output(output)
         if rollout is not None:
@@ -238,8 +238,7 @@ class SampleRun:
 
     def interceptors(self) -> list[Interceptor]:
         """The chain's interceptors, in order; a rollout adds more."""
-        pairing = [] if self._pairing is None else [self._pairing]
-        return [self.clock, Recorder(is_of_denoiser, self._answered), *pairing]
+        return [self.clock, Recorder(is_of_denoiser, self._answered), *self.savings.interceptors]
 
     def _answered(self, by_denoiser: bool, _: object) -> None:
         if by_denoiser:
@@ -255,6 +254,7 @@ class SampleRun:
     def _saw(self, step: DenoisingStep) -> None:
         self.steps = step.number
         self.clock.last_step = time.perf_counter()
+        self.savings.stepped(step)
         self._on_step(self, step)
 
 

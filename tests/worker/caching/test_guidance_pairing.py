@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from safelight.protocol.generation import Generate
+from safelight.protocol.forward_options import ForwardOptions
 from safelight.worker.caching.caching import Caching
 from safelight.worker.caching.guidance_pairing import GuidancePairing, PairingCounts
 from safelight.worker.caching.late_check import LateCheck, PredictionWrong
@@ -18,9 +18,9 @@ from safelight.worker.crossing.chain import Chain
 from safelight.worker.crossing.coroutine import Cancelled, Coroutine
 from safelight.worker.forward.batcher import Batcher
 from safelight.worker.model.model import Model
-from safelight.worker.requests.sample import SampleRun
 
 from ..test_pipelines import plain, request
+from .drawing import difference, draw
 
 Body = Callable[["Asking"], Any]
 PROMPT, NEGATIVE = torch.full((1, 2), 10.0), torch.full((1, 2), 20.0)
@@ -204,52 +204,40 @@ def test_a_value_that_a_gpu_finds_different_later_is_reported_before_the_result_
     late.settle()
 
 
-def drawn(model: Model, caching: Caching, requests: list[Generate]) -> tuple[list[torch.Tensor], Batcher]:
-    batcher = Batcher(max_batch=16, max_tokens=10**6)
-    runs = [SampleRun(model, asked, 0, lambda *_: None, lambda _: None, caching=caching) for asked in requests]
-    for sample in runs:
-        batcher.start(sample.coroutine)
-    while batcher.busy:
-        batcher.step()
-    for sample in runs:
-        if sample.coroutine.error is not None:
-            raise sample.coroutine.error
-    return [sample.coroutine.result for sample in runs], batcher
-
-
 @pytest.mark.parametrize("name", ["wan", "qwenimage", "lumina2", "chroma"])
 def test_a_guided_request_is_within_1e_4_of_diffusers(name: str, tiny_model: Callable[[str], Model]) -> None:
-    model, caching = tiny_model(name), Caching(pairs=True, unmergeable={})
+    model, caching = tiny_model(name), Caching(ForwardOptions(), {})
     changes = {"negative_prompt": "a red circle"} if name == "qwenimage" else {}  # prompts of one length alone meet
     asked = request(name, 0, num_inference_steps=4, **changes)
-    (picture,), batcher = drawn(model, caching, [asked])
-    assert (picture - plain(model, asked)).abs().max() <= 1e-4
-    assert caching.counts() == {"predicted_calls": 3, "missed_predictions": 0}
+    (sample,), batcher = draw(model, caching, [asked])
+    assert difference(sample, plain(model, asked)) <= 1e-4
+    assert caching.counts() == {"predicted_calls": 3, "missed_predictions": 0, "skipped_forwards": 0}
     assert batcher.runner.counters.calls - batcher.runner.counters.forwards == 3
-    (alone,), _ = drawn(model, caching, [request(name, 0, num_inference_steps=4, deterministic=True, **changes)])
-    assert torch.equal(alone, plain(model, request(name, 0, num_inference_steps=4, deterministic=True, **changes)))
+    exact = request(name, 0, num_inference_steps=4, deterministic=True, **changes)
+    (alone,), _ = draw(model, caching, [exact])
+    assert torch.equal(alone.coroutine.result, plain(model, exact))
     assert caching.counts()["predicted_calls"] == 3
 
 
 def test_sixteen_guided_requests_are_forwards_of_thirty_two_rows(tiny_model: Callable[[str], Model]) -> None:
-    model, caching = tiny_model("wan"), Caching(pairs=True, unmergeable={})
+    model, caching = tiny_model("wan"), Caching(ForwardOptions(), {})
     rows = list[int]()
     handle = model.pipeline.transformer.register_forward_pre_hook(
         lambda _, __, kwargs: rows.append(len(kwargs["hidden_states"])), with_kwargs=True
     )
     requests = [request("wan", index % 6, num_inference_steps=3) for index in range(16)]
-    pictures, _ = drawn(model, caching, requests)
+    samples, _ = draw(model, caching, requests)
     handle.remove()
     assert rows == [16, 16, 32, 32]
-    assert (pictures[5] - plain(model, requests[5])).abs().max() <= 1e-4
+    assert difference(samples[5], plain(model, requests[5])) <= 1e-4
 
 
 def test_a_request_with_guidance_1_is_as_without_pairing(tiny_model: Callable[[str], Model]) -> None:
-    model, caching = tiny_model("wan"), Caching(pairs=True, unmergeable={})
+    model, caching = tiny_model("wan"), Caching(ForwardOptions(), {})
     asked = request("wan", 0, guidance_scale=1.0, num_inference_steps=3)
-    (picture,), _ = drawn(model, caching, [asked])
-    assert torch.equal(picture, plain(model, asked))
-    assert caching.counts() == {"predicted_calls": 0, "missed_predictions": 0}
+    (sample,), _ = draw(model, caching, [asked])
+    assert torch.equal(sample.coroutine.result, plain(model, asked))
+    assert caching.counts() == {"predicted_calls": 0, "missed_predictions": 0, "skipped_forwards": 0}
 
 
 def test_a_sample_whose_prediction_was_wrong_begins_again(
@@ -258,9 +246,9 @@ def test_a_sample_whose_prediction_was_wrong_begins_again(
     def settle(_: GuidancePairing) -> None:
         raise PredictionWrong
 
-    model, caching = tiny_model("wan"), Caching(pairs=True, unmergeable={})
+    model, caching = tiny_model("wan"), Caching(ForwardOptions(), {})
     monkeypatch.setattr(GuidancePairing, "settle", settle)
     asked = request("wan", 0, num_inference_steps=3)
-    (picture,), _ = drawn(model, caching, [asked])
-    assert torch.equal(picture, plain(model, asked))
+    (sample,), _ = draw(model, caching, [asked])
+    assert torch.equal(sample.coroutine.result, plain(model, asked))
     assert "begins again, without guidance pairing" in caplog.text

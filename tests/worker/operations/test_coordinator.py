@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import get_args
 
@@ -30,6 +31,7 @@ from safelight.protocol.operations import (
 from safelight.protocol.reports import Performed, Report
 from safelight.protocol.tensor_sources import Files
 from safelight.worker.forward.batcher import Batcher
+from safelight.worker.forward.prompt_cache import PromptCache
 from safelight.worker.lora.rank_adapters import RankAdapters
 from safelight.worker.model.model import Model
 from safelight.worker.operations.coordinator import Coordinator
@@ -77,12 +79,27 @@ def perform(
     return coordinator.perform(order)
 
 
-def unet_update(model: Model, folder: Path, *, flush_cache: bool = True) -> Update:
-    name = next(iter(model.layouts["unet"])).name
-    file = folder / f"{flush_cache}.safetensors"
-    save_file({name: torch.full_like(model.layouts["unet"].read(name), 7.0)}, file)
-    source = Files(modules={"unet": [str(file)]})
-    return Update(source=source, flush_cache=flush_cache)
+def one_tensor(model: Model, folder: Path, module: str = "unet", value: float = 7.0) -> Update:
+    """An update of the first tensor of ``module``."""
+    name = next(iter(model.layouts[module])).name
+    file = folder / f"{module}.safetensors"
+    save_file({name: torch.full_like(model.layouts[module].read(name), value)}, file)
+    return Update(source=Files(modules={module: [str(file)]}))
+
+
+@pytest.mark.parametrize(("module", "dropped"), [("unet", False), ("text_encoder", True)])
+def test_prompts_survive_an_update_of_the_denoiser_alone(
+    module: str, dropped: bool, resources: Resources, tmp_path: Path
+) -> None:
+    cache = PromptCache(2**20)
+    cache.put("prompt", torch.ones(4), exact=True)
+    batcher = Batcher(max_batch=1, max_tokens=1, cache=cache)
+    coordinator = new_coordinator(replace(resources, batcher=batcher))
+    perform(coordinator, "prepare", one_tensor(resources.model, tmp_path, module, 9.0))
+    perform(coordinator, "write")
+    report = perform(coordinator, "commit", version="next").report
+    assert report.invalidated == ([PROMPT_CACHE] if dropped else [])
+    assert cache.holds("prompt", exact=True) is not dropped
 
 
 def digests(coordinator: Coordinator) -> dict[str, str]:
@@ -104,7 +121,7 @@ def test_a_written_update_holds_back_forwards_until_an_abort_has_put_back_every_
 ) -> None:
     coordinator = new_coordinator(resources)
     before = digests(coordinator)
-    operation = unet_update(resources.model, tmp_path)
+    operation = one_tensor(resources.model, tmp_path)
     assert perform(coordinator, "prepare", operation).error is None
     assert not coordinator.holds
     assert perform(coordinator, "write").report.updated == {"unet": 1}
@@ -119,14 +136,14 @@ def test_what_another_rank_could_not_prepare_is_released_and_the_parts_before_it
     resources: Resources, tmp_path: Path
 ) -> None:
     coordinator = new_coordinator(resources)
-    perform(coordinator, "prepare", unet_update(resources.model, tmp_path))
+    perform(coordinator, "prepare", one_tensor(resources.model, tmp_path))
     perform(coordinator, "write")
     written = digests(coordinator)
-    perform(coordinator, "prepare", unet_update(resources.model, tmp_path, flush_cache=False))
+    perform(coordinator, "prepare", one_tensor(resources.model, tmp_path))
     perform(coordinator, "release")
     assert coordinator.holds
     report = perform(coordinator, "commit", version="next").report
-    assert (report.updated, report.weight_version, report.invalidated) == ({"unet": 1}, "next", [PROMPT_CACHE])
+    assert (report.updated, report.weight_version, report.invalidated) == ({"unet": 1}, "next", [])
     assert resources.model.weight_version == "next"
     assert digests(coordinator) == written
 
@@ -136,7 +153,7 @@ def test_a_journal_entry_is_dropped_with_the_update_that_it_was_written_for(
 ) -> None:
     coordinator = new_coordinator(resources)
     for end, entries in (("rollback", 0), ("commit", 1)):
-        perform(coordinator, "prepare", unet_update(resources.model, tmp_path))
+        perform(coordinator, "prepare", one_tensor(resources.model, tmp_path))
         perform(coordinator, "write")
         assert perform(coordinator, "journal", version="next").error is None
         perform(coordinator, end, version="next")
