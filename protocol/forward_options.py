@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Annotated, Literal
 
 import msgspec
@@ -43,8 +44,21 @@ class ForwardOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     ] = ""
     max_batch: Annotated[int, option.forwards("Outputs whose calls may share one forward", ge=1, le=4096)] = 16
     max_batch_tokens: Annotated[
-        int, option.forwards("Positions (tokens or latent pixels) that may share one forward", ge=1)
-    ] = 65536
+        int,
+        option.forwards(
+            "Positions (tokens or latent pixels) that may share one forward; 0 leaves that to --merge-gain and memory",
+            ge=0,
+        ),
+    ] = 0
+    merge_gain: Annotated[
+        float,
+        option.forwards(
+            "Let twice as many outputs share a forward if that makes each call faster by this share, as measured while "
+            "serving; 0 merges as many as --max-batch allows",
+            ge=0,
+            lt=1,
+        ),
+    ] = 0.1
     prompt_cache_mb: Annotated[
         int, option.forwards("Megabytes of prompt embeddings that each replica keeps; 0 keeps none", ge=0)
     ] = 256
@@ -85,3 +99,8 @@ class ForwardOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     step_cache_rule: Annotated[
         CacheRule, option.forwards("How the step cache estimates what a step would change, by the name of its paper")
     ] = "easycache"
+
+    @property
+    def max_positions(self) -> int:
+        """``max_batch_tokens``, where 0 sets no limit."""
+        return self.max_batch_tokens or sys.maxsize

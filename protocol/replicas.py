@@ -126,12 +126,25 @@ class GraphStats(msgspec.Struct, frozen=True):
     eager: list[str] = []
 
 
+class MergeLimit(msgspec.Struct, frozen=True):
+    """At most so many ``outputs`` share a forward of calls of ``name`` with so many ``positions`` each.
+
+    ``seconds`` are those of one call, by the number of outputs in the forward.
+    """
+
+    name: str
+    positions: int
+    outputs: int
+    seconds: dict[str, float] = {}
+
+
 class ReplicaStats(msgspec.Struct, frozen=True):
     """Counters since the replica's start. ``calls / forwards`` is how many calls met in a forward.
 
     ``costs`` are the seconds of one call to each component, by the size of the output. ``unmergeable`` names calls that
-    run alone though others merge, and why: found by the self-test, or since. ``predicted_calls`` were made beside the
-    first call of a step by guidance pairing, and the ``missed_predictions`` among them never came. Step caches answered
+    run alone though others merge, and why: found by the self-test, or since. ``caps`` are limits on positions after a
+    lack of memory, ``merge_limits`` those on outputs by measured times. ``predicted_calls`` were made beside the first
+    call of a step by guidance pairing, and the ``missed_predictions`` among them never came. Step caches answered
     ``skipped_forwards`` calls. ``tiled_calls`` were computed in tiles. The ranks have shared the rows of
     ``divided_forwards``. ``compiled`` has the components whose blocks are compiled.
     """
@@ -144,6 +157,7 @@ class ReplicaStats(msgspec.Struct, frozen=True):
     failed: int = 0
     unmergeable: dict[str, str] = {}
     caps: dict[str, int] = {}
+    merge_limits: list[MergeLimit] = []
     stages: list[str] = []
     costs: dict[str, list[Measured]] = {}
     predicted_calls: int = 0

@@ -108,6 +108,19 @@ class Metrics(Collector):
             yield family
         yield from _graph_metrics(status.replicas)
         yield from _compiled_metrics(status.replicas)
+        yield self._merge_limits()
+
+    def _merge_limits(self) -> Metric:
+        family = GaugeMetricFamily(
+            "safelight_replica_merge_limit",
+            "Outputs that may share a forward of the component's most recent kind of call, by measured times",
+            labels=["replica", "call"],
+        )
+        for replica in self._link.status.replicas:
+            newest = {limit.name: limit.outputs for limit in replica.stats.merge_limits}
+            for name, outputs in newest.items():
+                family.add_metric([str(replica.replica), name], outputs)
+        return family
 
 
 def _compiled_metrics(replicas: Sequence[ReplicaStatus]) -> Iterator[Metric]:

@@ -25,7 +25,7 @@ class Service:
     """Answers requests for ``model`` in the mode of ``self_test``."""
 
     def __init__(self, model: Model, self_test: SelfTestResult, config: Config) -> None:
-        self.batcher = Batcher(max_batch=config.max_batch, max_tokens=config.max_batch_tokens, mode=self_test.mode)
+        self.batcher = Batcher(max_batch=config.max_batch, max_tokens=config.max_positions, mode=self_test.mode)
         self.batcher.policy.unmergeable.update(self_test.unmergeable)
         self._sent: list[FromWorker] = []
         self._jobs = Jobs(model, self.batcher, self._sent.append)

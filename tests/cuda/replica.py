@@ -32,9 +32,17 @@ WAIT_S = 120.0
 
 
 class Replica:
-    """Answers requests for a tiny family's model on ``device``."""
+    """Answers requests for a tiny family's model on ``device``; merges all that meet unless ``measured``."""
 
-    def __init__(self, path: Path, device: torch.device, *, mode: BatchingMode = "merged", **options: Any) -> None:
+    def __init__(
+        self,
+        path: Path,
+        device: torch.device,
+        *,
+        mode: BatchingMode = "merged",
+        measured: bool = False,
+        **options: Any,
+    ) -> None:
         self.family = FAMILIES[path.name]
         self.config = Config(model=str(path), device=device.type, dtype="float32", **options)
         self.model: Model = load_model(self.config, device)
@@ -43,13 +51,14 @@ class Replica:
         )
         self.batcher = Batcher(
             max_batch=self.config.max_batch,
-            max_tokens=self.config.max_batch_tokens,
+            max_tokens=self.config.max_positions,
             mode=mode,
             cache=PromptCache(2**28),
             adapters=self.adapters,
-            costs=self.model.costs,
+            timing=self.model.timing,
             at_rest=AtRest(modules(self.model.pipeline)),
         )
+        self.batcher.policy.measured = measured
         self.sent: list[FromWorker] = []
         self.jobs = Jobs(self.model, self.batcher, self.sent.append, adapters=self.adapters)
 
@@ -87,6 +96,7 @@ class Replica:
     def settle(self) -> None:
         deadline = time.monotonic() + WAIT_S
         while self.batcher.busy or self.jobs.stats().running:
+            self.batcher.policy.limit(self.model.timing.changed_limits())
             self.batcher.step()
             for request_id in self.jobs.collect():
                 self.jobs.drop(request_id)

@@ -18,7 +18,6 @@ from .adapters import Adapters
 from .at_rest import AtRest
 from .batch import Outcome, Pending, Wait
 from .compiled import Compiled
-from .costs import Costs
 from .graphs import Graphs
 from .policy import MergePolicy
 from .prompt_cache import PromptCache, prompt_key
@@ -27,6 +26,7 @@ from .runner import Runner
 from .signature import Signatures
 from .stages import stages
 from .tiling import Tiling
+from .timing import Timing
 from .waiting import WaitingCalls
 
 log = logging.getLogger(__name__)
@@ -49,7 +49,7 @@ class Batcher:
         mode: BatchingMode = "merged",
         cache: PromptCache | None = None,
         adapters: Adapters | None = None,
-        costs: Costs | None = None,
+        timing: Timing | None = None,
         at_rest: AtRest | None = None,
         activity: Activity | None = None,
         plain_attention: str | None = None,
@@ -66,7 +66,7 @@ class Batcher:
         self.mode: BatchingMode = mode
         self.tiling, self.graphs, self.compiled = tiling, graphs, compiled
         self.policy = MergePolicy(max_batch, max_tokens)
-        around = stages(cache, adapters, costs, at_rest, activity, plain_attention, tiling, graphs, compiled)
+        around = stages(cache, adapters, timing, at_rest, activity, plain_attention, tiling, graphs, compiled)
         self.runner = Runner(around)
         self.recovery = Recovery(self.runner, self.policy, self._free_memory, agree, tiling)
         self.schedule_digest = 0

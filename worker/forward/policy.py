@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterable
 
+from ...protocol.replicas import MergeLimit
 from .batch import Pending
+from .gains import Kind
 from .signature import Batchable
 
 log = logging.getLogger(__name__)
 
 MAX_SIGNATURES_APART = 1000
 """Signatures remembered as failing when merged; when full, all are cleared and tried again."""
+
+MAX_KINDS = 1000
+"""Kinds of calls with a limit; beyond them, the oldest is forgotten."""
 
 FORWARDS_TO_RECOVER = 16
 """Forwards that must fit into memory at a lowered cap before the cap doubles."""
@@ -23,11 +28,15 @@ class MergePolicy:
     def __init__(self, max_batch: int, max_tokens: int) -> None:
         self.max_batch = max_batch
         self.max_tokens = max_tokens
+        self.measured = False
+        """True if calls of a kind run for one output until :meth:`limit` allows more."""
+        self._limits: dict[Kind, int] = {}
         self.unmergeable: dict[str, str] = {}
         """The reason why calls run alone, by name."""
         self.caps: dict[str, int] = {}
         """Lowered limits on positions, by name of the calls that ran out of memory."""
         self._fitted: dict[str, int] = {}
+        self._too_many: dict[str, int] = {}
         self._apart: set[Hashable] = set()
         self._turns: set[str] = set()
 
@@ -37,6 +46,16 @@ class MergePolicy:
         if found is None or pending.call.name in self.unmergeable or found.signature in self._apart:
             return None
         return found
+
+    def limit(self, limits: Iterable[MergeLimit]) -> None:
+        """Set the numbers of outputs that are worth a forward, by kind of call. Every rank does so in the same step."""
+        for one in limits:
+            self._limits[one.name, one.positions] = one.outputs
+        while len(self._limits) > MAX_KINDS:
+            del self._limits[next(iter(self._limits))]
+
+    def max_outputs(self, kind: Kind) -> int:
+        return min(self.max_batch, self._limits.get(kind, 1 if self.measured else self.max_batch))
 
     def max_positions(self, name: str) -> int:
         return min(self.max_tokens, self.caps.get(name, self.max_tokens))
@@ -66,6 +85,7 @@ class MergePolicy:
         """Halve the cap after a forward of ``positions`` ran out of memory."""
         self.caps[name] = max(1, positions // 2)
         self._fitted[name] = 0
+        self._too_many[name] = max(positions, self._too_many.get(name, 0))
 
     def fitted(self, name: str) -> None:
         """Count a forward that fitted; after :data:`FORWARDS_TO_RECOVER` the cap doubles again."""
@@ -75,5 +95,5 @@ class MergePolicy:
         if self._fitted[name] >= FORWARDS_TO_RECOVER:
             self._fitted[name] = 0
             self.caps[name] *= 2
-            if self.caps[name] >= self.max_tokens:
-                del self.caps[name], self._fitted[name]
+            if self.caps[name] >= min(self.max_tokens, self._too_many[name]):
+                del self.caps[name], self._fitted[name], self._too_many[name]

@@ -14,11 +14,11 @@ from .adapters import Adapters
 from .at_rest import AtRest
 from .batch import Forward
 from .compiled import Compiled
-from .costs import Costs
 from .graphs import Graphs
 from .prompt_cache import PromptCache, prompt_of
 from .runner import Stage
 from .tiling import Tiling
+from .timing import Timing
 
 Proceed = Callable[[], list[Any]]
 
@@ -30,7 +30,7 @@ class DrawsRandomNumbers(Exception):
 def stages(
     cache: PromptCache | None,
     adapters: Adapters | None,
-    costs: Costs | None,
+    timing: Timing | None,
     at_rest: AtRest | None,
     activity: Activity | None,
     plain_attention: str | None = None,
@@ -48,7 +48,7 @@ def stages(
         Settings(),
         *([] if plain_attention is None else [PlainAttention(plain_attention)]),
         *([] if adapters is None else [Adapting(adapters)]),
-        *([] if costs is None else [Timing(costs)]),
+        *([] if timing is None else [timing]),
         *([] if compiled is None else [Compiling(compiled)]),
         *([] if graphs is None else [graphs]),
     ]
@@ -167,20 +167,6 @@ class Adapting:
             for pending, uses in zip(forward.calls, forward.adapters, strict=True)
         ]
         with self._adapters.applied(forward.component, rows, listed=first is not None and first.listed):
-            return proceed()
-
-
-class Timing:
-    """Measures forwards, for estimates of a request's cost."""
-
-    name = "timing"
-
-    def __init__(self, costs: Costs) -> None:
-        self._costs = costs
-
-    def __call__(self, forward: Forward, proceed: Proceed) -> list[Any]:
-        pixels = max(pending.coroutine.pixels for pending in forward.calls)
-        with self._costs.timed(forward.name, pixels, alone=not forward.merged):
             return proceed()
 
 

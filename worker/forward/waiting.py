@@ -72,7 +72,8 @@ class _Batch:
     def __init__(self, first: Pending, part: Batchable, uses: ActiveAdapters, policy: MergePolicy) -> None:
         self.calls, self.adapters = [first], [uses]
         self._signature, self._state = part.signature, first.state
-        self._max_outputs, self._max_positions = policy.max_batch, policy.max_positions(first.call.name)
+        self._max_outputs = policy.max_outputs((first.call.name, part.positions))
+        self._max_positions = policy.max_positions(first.call.name)
         self._takes_turns = policy.takes_turns(first.call.name)
         self._positions = part.positions
         self._prompts: set[Hashable] = {prompt_of(first, uses)}

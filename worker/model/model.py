@@ -18,7 +18,7 @@ from ...protocol.errors import InvalidRequest, StartFailed
 from ...protocol.generation import Generate
 from ...protocol.replicas import Attention, BatchingMode, ImageTask, ModelInfo
 from ..crossing.facts import Facts
-from ..forward.costs import Costs
+from ..forward.timing import Timing
 from ..parallel.device import find_device
 from ..parallel.ranks import ALONE, Ranks
 from ..pipelines.frame_rate import frame_rate
@@ -60,17 +60,14 @@ class Model:
     divided: dict[str, str]
     model_defaults: ModelDefaults
     text: PipelineTask | None
+    timing: Timing
+    """Measured durations of the components' calls."""
     image: PipelineTask | None = None
     no_image: str = "it was not tried"
     weight_version: str = INITIAL_VERSION
     attention: Attention | None = None
-    costs: Costs = field(init=False)
-    """Measured durations of the components' calls."""
     facts: Facts = field(default_factory=Facts)
     """Dtypes and devices, which the forks of all requests share until an operation."""
-
-    def __post_init__(self) -> None:
-        self.costs = Costs(self.device)
 
     @property
     def main(self) -> PipelineTask:
@@ -187,6 +184,7 @@ def load_model(
         divided=_describe_division(loaded, ranks, split, sequence),
         model_defaults=model_defaults,
         text=new_task(pipeline, config, model_defaults.defaults),
+        timing=Timing(device, config.max_batch, config.merge_gain),
     )
 
 

@@ -14,6 +14,7 @@ import zmq
 from ...protocol.codec import Codec
 from ...protocol.generation import Cancel, Generate
 from ...protocol.operations import Perform, SetPaused
+from ...protocol.replicas import MergeLimit
 
 
 class SettleJoin(msgspec.Struct, tag=True, frozen=True):
@@ -24,10 +25,14 @@ class SettleJoin(msgspec.Struct, tag=True, frozen=True):
 
 
 class Step(msgspec.Struct, tag=True, frozen=True):
-    """The work before the next forward: messages to handle, and ``dropped`` requests, which failed on the leader."""
+    """The work before the next forward: messages to handle, and ``dropped`` requests, which failed on the leader.
+
+    ``limits`` are those on merging that the leader's measurements have changed.
+    """
 
     messages: list[Generate | Cancel | Perform | SetPaused | SettleJoin]
     dropped: list[str]
+    limits: list[MergeLimit] = []
 
 
 class StartForward(msgspec.Struct, tag=True, frozen=True):

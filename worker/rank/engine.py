@@ -14,6 +14,7 @@ from ...protocol.config import Config
 from ...protocol.generation import Cancel, Generate
 from ...protocol.messages import FromWorker
 from ...protocol.operations import Perform, SetPaused
+from ...protocol.replicas import MergeLimit
 from ...protocol.reports import Performed
 from ...protocol.self_test import SelfTestResult
 from ..caching.caching import Caching
@@ -96,6 +97,7 @@ class Engine:
 
     def run_step(self, step: Step) -> None:
         """Handle the messages of ``step``, then run one step of the batcher unless an operation holds it."""
+        self._batcher.policy.limit(step.limits)
         for request_id in step.dropped:
             self.jobs.drop(request_id)
         for message in step.messages:
@@ -118,6 +120,10 @@ class Engine:
     def warm_up(self, sizes: str, report: Callable[[str], None]) -> None:
         """Compile for ``sizes``, if there is a compiler. Raises ``StartFailed``."""
         warm_up(self._model, self._batcher, self._caching, read_sizes(sizes), report)
+
+    def changed_limits(self) -> list[MergeLimit]:
+        """The limits on merging that this rank's measurements have changed; the next step sets them on all ranks."""
+        return self._model.timing.changed_limits()
 
     def close(self) -> None:
         self.jobs.close()
@@ -158,11 +164,11 @@ def _new_batcher(
 ) -> Batcher:
     batcher = Batcher(
         max_batch=config.max_batch,
-        max_tokens=config.max_batch_tokens,
+        max_tokens=config.max_positions,
         mode=self_test.mode,
         cache=PromptCache(config.prompt_cache_mb * 2**20) if config.prompt_cache_mb else None,
         adapters=adapters,
-        costs=model.costs,
+        timing=model.timing,
         at_rest=AtRest(modules(model.pipeline)),
         activity=activity,
         plain_attention=_plain_attention(model),
@@ -174,6 +180,7 @@ def _new_batcher(
     )
     batcher.runner.division = RowDivision.of(mesh)
     batcher.policy.unmergeable.update(self_test.unmergeable)
+    batcher.policy.measured = config.merge_gain > 0
     return batcher
 
 

@@ -186,7 +186,7 @@ class RankProcess:
             messages = [*(self._received() if self._socket in ready else []), *engine.group_orders.due()]
             dropped = engine.jobs.collect()
             if messages or dropped or engine.busy:
-                step = Step(messages, dropped)
+                step = Step(messages, dropped, engine.changed_limits())
                 leader.broadcast(step)
                 engine.run_step(step)
         leader.broadcast(Stop())

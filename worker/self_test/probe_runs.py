@@ -81,9 +81,9 @@ class ProbeRuns:
     def batcher(self, mode: BatchingMode) -> Batcher:
         batcher = Batcher(
             max_batch=self._config.max_batch,
-            max_tokens=self._config.max_batch_tokens,
+            max_tokens=self._config.max_positions,
             mode=mode,
-            costs=self._model.costs,
+            timing=self._model.timing,
             at_rest=self._at_rest,
             agree=self._agree,
         )
