@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Hashable, Iterable
+from collections.abc import Hashable, Iterable, Iterator
+from contextlib import contextmanager
 
 from ...protocol.replicas import MergeLimit
 from .batch import Pending
@@ -54,8 +55,17 @@ class MergePolicy:
         while len(self._limits) > MAX_KINDS:
             del self._limits[next(iter(self._limits))]
 
+    @contextmanager
+    def unmeasured(self) -> Iterator[None]:
+        """Within this context, measured times limit no forward."""
+        before, self.measured = self.measured, False
+        try:
+            yield
+        finally:
+            self.measured = before
+
     def max_outputs(self, kind: Kind) -> int:
-        return min(self.max_batch, self._limits.get(kind, 1 if self.measured else self.max_batch))
+        return min(self.max_batch, self._limits.get(kind, 1)) if self.measured else self.max_batch
 
     def max_positions(self, name: str) -> int:
         return min(self.max_tokens, self.caps.get(name, self.max_tokens))

@@ -119,7 +119,8 @@ class Engine:
 
     def warm_up(self, sizes: str, report: Callable[[str], None]) -> None:
         """Compile for ``sizes``, if there is a compiler. Raises ``StartFailed``."""
-        warm_up(self._model, self._batcher, self._caching, read_sizes(sizes), report)
+        with self._batcher.policy.unmeasured():  # a size's outputs meet, as it names them
+            warm_up(self._model, self._batcher, self._caching, read_sizes(sizes), report)
 
     def changed_limits(self) -> list[MergeLimit]:
         """The limits on merging that this rank's measurements have changed; the next step sets them on all ranks."""
