@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any, ClassVar
 
+import pytest
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.configuration_utils import ConfigMixin, register_to_config
@@ -94,3 +96,14 @@ def test_the_fork_of_a_pipeline_is_of_its_class_under_the_same_name() -> None:
         assert isinstance(fork, Pipeline)
         assert (type(fork).__name__, type(fork).__module__) == (Pipeline.__name__, Pipeline.__module__)
         assert type(pipeline) is Pipeline
+
+
+def test_the_fork_of_a_pipeline_has_its_components_without_reading_the_signature_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pipeline = Pipeline(Denoiser())
+    Fork(pipeline)
+    monkeypatch.setattr(inspect, "signature", None)
+    with Fork(pipeline) as fork:
+        assert list(fork.components) == ["transformer"]
+        assert fork.components["transformer"] is fork.transformer

@@ -45,12 +45,12 @@ class Fork:
         watches_all: bool = False,
         facts: Facts | None = None,
     ) -> None:
-        components = pipeline.components
-        modules = [part for part in components.values() if isinstance(part, nn.Module)]
-        self.changes = Changes(modules if watches_all else (), facts)
         copies: dict[int, Any] = {}  # of processors, by the originals' ids, because one may have several names
         self._pipeline = _copied(pipeline, copies)
         self._pipeline.__class__ = _knowing(type(pipeline))  # type: ignore[arg-type]  # every class is hashable
+        components = {name: getattr(pipeline, name) for name in self._pipeline.components}
+        modules = [part for part in components.values() if isinstance(part, nn.Module)]
+        self.changes = Changes(modules if watches_all else (), facts)
         own = vars(self._pipeline)
         own["_shared_facts"] = partial(self._fact, pipeline)
         for name, component in components.items():
@@ -77,14 +77,21 @@ class Fork:
 
 @functools.cache
 def _knowing(cls: type[DiffusionPipeline]) -> type[DiffusionPipeline]:
-    """``cls``, but its devices are the shared pipeline's, which are known, instead of those behind the boundaries."""
+    """``cls``, but its devices are the shared pipeline's, which are known, and it reads its signature once."""
 
     def reading(name: str) -> property:
         walk = getattr(cls, name).fget
         return property(lambda fork: fork._shared_facts(name, partial(walk, fork)))
 
+    keys = cls._get_signature_keys(cls)
+
+    def signature_keys(own: type[DiffusionPipeline], of: Any) -> tuple[list[str], list[str]]:
+        required, optional = keys if isinstance(of, own) else cls._get_signature_keys(of)
+        return list(required), list(optional)
+
+    known = {name: reading(name) for name in OF_PIPELINES} | {"_get_signature_keys": classmethod(signature_keys)}
     names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
-    return type(cls.__name__, (cls,), names | {name: reading(name) for name in OF_PIPELINES})
+    return type(cls.__name__, (cls,), names | known)
 
 
 def schedulers(pipeline: DiffusionPipeline) -> list[SchedulerMixin]:

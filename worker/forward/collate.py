@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -63,7 +64,7 @@ class _Cut:
     """One merged output being cut."""
 
     def __init__(self, parts: Sequence[Batchable], known: RowParts, first_alone: Callable[[], Any]) -> None:
-        ends = np.cumsum([part.rows for part in parts]).tolist()
+        ends = list(accumulate(part.rows for part in parts))
         self._rows = [slice(end - part.rows, end) for part, end in zip(parts, ends, strict=True)]
         self._total: int = ends[-1]
         self._first = parts[0]

@@ -67,12 +67,14 @@ class Signatures:
     def read(self, call: Call) -> Batchable | None:
         """Flatten ``call``; ``None`` if it has no rows to batch by or is part of an autograd graph."""
         primary = _primary(call)
-        if primary is None or call.method not in MERGEABLE_METHODS or _takes_gradients(call):
+        if primary is None or call.method not in MERGEABLE_METHODS:
             return None
         listed = isinstance(primary, list)
         rows = len(primary)
         tree = (call.args, call.kwargs)
         leaves, spec = pytree.tree_flatten(tree, is_leaf=lambda node: _is_row_list(node, rows, listed))
+        if any(map(_takes_gradients, leaves)):
+            return None
         roles = [_role(leaf, rows) for leaf in leaves]
         ids = _position_ids(call)
         marks = tuple(self._mark(leaf, role, id(leaf) in ids) for leaf, role in zip(leaves, roles, strict=True))
@@ -140,10 +142,11 @@ def _primary(call: Call) -> torch.Tensor | list[torch.Tensor] | None:
     return None
 
 
-def _takes_gradients(call: Call) -> bool:
-    """True if ``call`` is part of an autograd graph: merged calls would share one, which the first backward frees."""
-    leaves = pytree.tree_leaves((call.args, call.kwargs))
-    return any(isinstance(leaf, torch.Tensor) and leaf.requires_grad for leaf in leaves)
+def _takes_gradients(leaf: Any) -> bool:
+    """True if the call is part of an autograd graph: merged calls would share one, which the first backward frees."""
+    if isinstance(leaf, list):
+        return any(map(_takes_gradients, leaf))
+    return isinstance(leaf, torch.Tensor) and leaf.requires_grad
 
 
 def _role(leaf: Any, rows: int) -> Role:

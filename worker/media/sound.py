@@ -22,7 +22,8 @@ class Sound:
 
 def first_sound(pipeline: DiffusionPipeline, output: BaseOutput) -> Sound | None:
     """The sound of the first clip; ``None`` if there is none or its rate is unknown."""
-    found, rate = output.get("audio"), _rate(pipeline)
+    found = output.get("audio")
+    rate = None if found is None else _rate(pipeline)
     if found is None or rate is None:
         return None
     samples = torch.as_tensor(found[0]).detach().float()
