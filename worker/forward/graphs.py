@@ -4,8 +4,13 @@ from __future__ import annotations
 
 from typing import Protocol
 
+from ...protocol.errors import Internal
 from ...protocol.replicas import GraphStats
 from .runner import Stage
+
+
+class GraphMiss(Internal):
+    """A block has no graph for a call, and graphs are enforced."""
 
 
 class Graphs(Stage, Protocol):

@@ -15,6 +15,7 @@ import torch
 from .adapters import CannotMix
 from .batch import Forward, Outcome, Pending
 from .collate import NotDivisible
+from .graphs import GraphMiss
 from .policy import MergePolicy
 from .runner import Runner
 from .stages import DrawsRandomNumbers
@@ -69,7 +70,7 @@ class Recovery:
         smaller, suspect = list[Forward](), False
         try:
             answers = self._answers(forward)
-        except (torch.OutOfMemoryError, CannotMix, NotDivisible, DrawsRandomNumbers) as reason:
+        except (torch.OutOfMemoryError, CannotMix, NotDivisible, DrawsRandomNumbers, GraphMiss) as reason:
             smaller = self._learn(forward, reason)
         except torch.AcceleratorError:  # the device no longer works in this process, whatever the request
             raise
@@ -130,6 +131,8 @@ class Recovery:
                 policy.lower_cap(name, forward.positions)
                 log.warning("%d calls to %s ran out of memory; retrying in halves", len(forward.calls), name)
                 return forward.halves()
+            case GraphMiss():
+                return forward.halves()  # fewer rows may have a graph
             case CannotMix():
                 log.info("requests with different adapters take turns in %s: %s", name, reason)
                 policy.take_turns(name)

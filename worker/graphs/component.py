@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from ...protocol.errors import Internal
+from ..forward.graphs import GraphMiss
 from ..internals import transformers as transformers_internals
 from .arguments import Arguments, read_arguments
 from .block import Graphed, swap_in
@@ -21,10 +21,6 @@ from .shape import ShapeKey
 
 Plain = Callable[..., Any]
 """A block's own forward."""
-
-
-class GraphMiss(Internal):
-    """A block has no graph for a call, and graphs are enforced."""
 
 
 class GraphedComponent:

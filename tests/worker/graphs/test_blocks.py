@@ -10,8 +10,8 @@ from torch import nn
 
 from safelight.tests.worker.graphs.toy import Block, Extra, Run, rows
 from safelight.worker.crossing.call import Call, cross
+from safelight.worker.forward.graphs import GraphMiss
 from safelight.worker.graphs import component, graphs
-from safelight.worker.graphs.component import GraphMiss
 from safelight.worker.graphs.recorded_call import RecordedCall
 
 
@@ -249,6 +249,19 @@ def test_an_enforced_miss_says_how_the_call_differs() -> None:
         run(run.call(rows(1), scale=2.0))
     run.graphs.forget()
     assert run.is_right(rows(2)), "what was captured is captured again after sleep"
+
+
+def test_rows_for_which_there_is_no_graph_run_in_halves_while_graphs_are_enforced() -> None:
+    run = Run()
+    with run.graphs.recording():
+        run(run.call(rows(0)))
+        run(*[run.call(rows(seed)) for seed in range(2)])
+    run.graphs.enforce()
+    answers = run(*[run.call(rows(seed)) for seed in range(4)])
+    pairs = [run.plain(torch.cat([rows(seed), rows(seed + 1)])) for seed in (0, 2)]
+    assert torch.equal(torch.cat(answers), torch.cat(pairs))
+    assert len(run(*[run.call(rows(seed)) for seed in range(3)])) == 3
+    assert run.graphs.stats().shapes == 2
 
 
 def test_calls_with_other_settings_of_torch_run_the_plain_block() -> None:
