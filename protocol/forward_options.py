@@ -85,6 +85,20 @@ class ForwardOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
             "and on is refused without one"
         ),
     ] = "auto"
+    cuda_graph_sizes: Annotated[
+        str,
+        option.forwards(
+            "Sizes, separated by commas, whose CUDA graphs are captured before the server is ready: width, height, and "
+            "how many outputs share a forward, as `1024x1024,512x512x4`; others are captured when they come again"
+        ),
+    ] = ""
+    enforce_piecewise_cuda_graph: Annotated[
+        bool,
+        option.forwards(
+            "Fail the start if a block has no CUDA graph for a size of the warm-up (the model's own size if none is "
+            "listed), and a request with a call for which none was captured"
+        ),
+    ] = False
     cuda_graph_mb: Annotated[
         int, option.forwards("Megabytes that CUDA graphs may take on each GPU; the shapes used least recently go", ge=1)
     ] = 4096

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -233,3 +235,20 @@ def test_positions_count_tokens_and_latent_pixels() -> None:
     assert positions(torch.zeros(2, 4, 8, 8)) == 128
     assert positions(torch.zeros(1, 16, 5, 8, 8)) == 320
     assert positions([torch.zeros(16, 1, 8, 8)] * 2) == 128
+
+
+def test_an_output_whose_answers_are_copied_is_freed_without_a_collection() -> None:
+    kept: list[weakref.ref[torch.Tensor]] = []
+
+    def component(rows: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        output = rows * 2
+        kept.append(weakref.ref(output))
+        return output, [output]
+
+    gc.disable()
+    try:
+        answers = split(component, torch.zeros(1, 3), torch.ones(1, 3))
+        del answers
+        assert [one() for one in kept] == [None] * len(kept)
+    finally:
+        gc.enable()

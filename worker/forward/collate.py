@@ -131,7 +131,10 @@ class _Cut:
 
 
 def _children(node: Any) -> tuple[list[Any], pytree.TreeSpec]:
-    return pytree.tree_flatten(node, is_leaf=lambda inner: inner is not node)
+    root = [node]
+    children, spec = pytree.tree_flatten(node, is_leaf=lambda inner: inner is not root[0])
+    root.clear()  # the function is part of a reference cycle, and would keep the output until the next collection
+    return children, spec
 
 
 def _length(part: Any) -> int | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from typing import Protocol
 
 from ...protocol.errors import Internal
@@ -17,6 +18,12 @@ class Graphs(Stage, Protocol):
     """A stage that replays what it has recorded of components."""
 
     def stats(self) -> GraphStats: ...
+
+    def recording(self) -> AbstractContextManager[None]:
+        """Within this context, every shape is recorded at once."""
+
+    def enforce(self) -> None:
+        """From now on, a block that runs eagerly raises ``GraphMiss``. Raises ``StartFailed`` if one did so before."""
 
     def revalidate(self) -> None:
         """Drop what is no longer valid, after an operation that may have moved weights."""

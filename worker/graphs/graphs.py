@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
+from ...protocol.errors import StartFailed
 from ...protocol.replicas import GraphStats
 from ..forward.adapters import Adapters
 from ..forward.batch import Forward
@@ -51,7 +52,8 @@ class Graphs:
             try:
                 blocks = {path: block for group in repeated_blocks(module) for path, block in group.modules.items()}
             except NoBlocks as reason:
-                self._without_blocks[name] = str(reason)
+                log.info("%s has no CUDA graphs: %s", name, reason)
+                self._without_blocks[name] = str(reason).partition(":")[0]
             else:
                 self._components[name] = GraphedComponent(name, blocks, self._library)
 
@@ -96,7 +98,11 @@ class Graphs:
             self._library.records_all = False
 
     def enforce(self) -> None:
-        """From now on, a block that runs eagerly raises ``GraphMiss``."""
+        """From now on, a block that runs eagerly raises ``GraphMiss``. Raises ``StartFailed`` if one did so before."""
+        if reasons := self.shortcomings():
+            raise StartFailed(f"--enforce-piecewise-cuda-graph: {'; '.join(reasons)}.")
+        if not self._library.counters.captures:
+            raise StartFailed("--enforce-piecewise-cuda-graph: the warm-up called no block.")
         self._library.is_closed = True
 
     def shortcomings(self) -> list[str]:

@@ -19,20 +19,18 @@ from .graphs import Graphs
 
 def why_without_graphs(options: ForwardOptions, device: torch.device) -> str | None:
     """Why there are no graphs; ``None`` if there are. Raises ``StartFailed`` for what cannot be."""
-    wanted = options.piecewise_cuda_graph
-    if wanted == "off":
-        return "--piecewise-cuda-graph is off"
-    if options.compile == "on":
-        if wanted == "on":
-            raise StartFailed("--piecewise-cuda-graph on and --compile on exclude each other; choose one of the two.")
-        return "--compile is on, whose blocks are not captured"
-    if device.type == "cuda":
-        return None
-    if wanted == "on":
-        raise StartFailed(
-            f"--piecewise-cuda-graph on needs a CUDA device, and the model runs on {device}; use auto, or a GPU."
-        )
-    return f"the model runs on {device}"
+    reason = None
+    if options.piecewise_cuda_graph == "off":
+        reason = "--piecewise-cuda-graph is off"
+    elif options.compile == "on":
+        reason = "--compile is on, whose blocks are not captured"
+    elif device.type != "cuda":
+        reason = f"the model runs on {device}, and CUDA graphs on a CUDA device"
+    if reason is not None and options.piecewise_cuda_graph == "on":
+        raise StartFailed(f"--piecewise-cuda-graph on is impossible: {reason}; use auto.")
+    if reason is not None and options.enforce_piecewise_cuda_graph:
+        raise StartFailed(f"--enforce-piecewise-cuda-graph is impossible: {reason}; drop it.")
+    return reason
 
 
 def new_graphs(

@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 
 from ...protocol.config import Config
 from ...protocol.errors import StartFailed
+from ...protocol.forward_options import ForwardOptions
 from ..accuracy.judging import judge
 from ..accuracy.policy import load_policy
 from ..caching.caching import Caching
 from ..compiling.compiler import Compiler
-from ..compiling.warm_up import WarmUpSize
 from ..forward.batcher import Batcher
 from ..model.model import Model
 from ..model.modules import modules
 from ..pipelines.components import DENOISERS
-from ..requests.sample import SampleRun
+from ..requests.warm_up import read_sizes, run_size
 
 log = logging.getLogger(__name__)
+
+_OPTION = "--compile-sizes"
 
 
 def new_compiler(model: Model, config: Config) -> Compiler | None:
@@ -35,32 +37,18 @@ def new_compiler(model: Model, config: Config) -> Compiler | None:
     return Compiler(denoisers, partial(judge, load_policy()))
 
 
-def warm_up(
-    model: Model, batcher: Batcher, caching: Caching, sizes: Sequence[WarmUpSize], report: Callable[[str], None]
+def warm_up_compiled(
+    options: ForwardOptions, model: Model, batcher: Batcher, caching: Caching, report: Callable[[str], None]
 ) -> None:
-    """Run requests of these sizes, and wait until what they need is compiled. Raises ``StartFailed``."""
+    """Run requests of the listed sizes, and wait until what they need is compiled. Raises ``StartFailed``."""
+    sizes = read_sizes(_OPTION, options.compile_sizes)
     if batcher.compiled is None or not sizes:
         return
     if model.text is None:
-        log.warning("--compile-sizes has no effect, because the model draws from images; it is compiled as it serves")
+        log.warning("%s has no effect, because the model draws from images; it is compiled as it serves", _OPTION)
         return
     for size in sizes:
         report(f"compiling for {size}")
         for _ in range(2):  # the second run shows that nothing is left, or reaches what the first one has not
-            _run(model, batcher, size, caching)
+            run_size(model, batcher, caching, _OPTION, size)
             batcher.compiled.wait()
-
-
-def _run(model: Model, batcher: Batcher, size: WarmUpSize, caching: Caching) -> None:
-    request = size.request(takes_steps="num_inference_steps" in model.main.arguments)
-    runs = [
-        SampleRun(model, request, index, lambda *_: None, lambda _: None, caching=caching)
-        for index in range(size.outputs)
-    ]
-    for run in runs:
-        batcher.start(run.coroutine)
-    while batcher.busy:
-        batcher.step()
-    for run in runs:
-        if run.coroutine.error is not None:
-            raise StartFailed(f"The size {size} of --compile-sizes does not run: {run.coroutine.error}.")

@@ -18,7 +18,6 @@ from ...protocol.replicas import MergeLimit
 from ...protocol.reports import Performed
 from ...protocol.self_test import SelfTestResult
 from ..caching.caching import Caching
-from ..compiling.warm_up import read_sizes
 from ..forward.activity import Activity
 from ..forward.at_rest import AtRest
 from ..forward.batcher import Batcher
@@ -39,7 +38,8 @@ from ..requests.jobs import Jobs
 from ..weights.snapshot.journal import Journal
 from ..weights.transport.groups import ProcessGroups
 from ..weights.update.undo_log import UndoLog
-from .compilation import new_compiler, warm_up
+from .compilation import new_compiler, warm_up_compiled
+from .graph_warm_up import warm_up_graphs
 
 
 class Engine:
@@ -67,7 +67,7 @@ class Engine:
         global_rank = child.replica * config.replica_ranks + child.rank
         adapters = _new_adapters(model, mesh, config)
         groups = ProcessGroups(global_rank, model.device, ended=wake, receive_s=config.max_update_hold_s)
-        self._model, self._send = model, send
+        self._config, self._model, self._send = config, model, send
         self._batcher = _new_batcher(model, self_test, mesh, adapters, activity, config, before_forward)
         new_jobs = partial(Jobs, model, self._batcher, send, wake, is_primary=child.rank == 0)
         stats = stats_of_graphs(self._batcher.graphs, config, model.device)
@@ -117,10 +117,11 @@ class Engine:
         if not self._operations.holds:
             self._batcher.step()
 
-    def warm_up(self, sizes: str, report: Callable[[str], None]) -> None:
-        """Compile for ``sizes``, if there is a compiler. Raises ``StartFailed``."""
+    def warm_up(self, report: Callable[[str], None]) -> None:
+        """Compile and capture the sizes that the configuration lists. Raises ``StartFailed``."""
         with self._batcher.policy.unmeasured():  # a size's outputs meet, as it names them
-            warm_up(self._model, self._batcher, self._caching, read_sizes(sizes), report)
+            for warm_up in (warm_up_compiled, warm_up_graphs):
+                warm_up(self._config, self._model, self._batcher, self._caching, report)
 
     def changed_limits(self) -> list[MergeLimit]:
         """The limits on merging that this rank's measurements have changed; the next step sets them on all ranks."""

@@ -154,7 +154,7 @@ class RankProcess:
             wake=self._wake,
         )
         try:
-            engine.warm_up(self._config.compile_sizes, self._report)
+            engine.warm_up(self._report)
             if isinstance(lockstep, Leader):
                 self._send(ReplicaReady(self._number, os.getpid(), model.info()))
                 self._heartbeats.start()
