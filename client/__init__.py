@@ -18,6 +18,7 @@ from .adapter_warning import OffPolicy
 from .async_client import AsyncClient
 from .async_weights import AsyncBegunUpdate, AsyncWeights
 from .begun_update import BegunUpdate
+from .encode_calls import EncodedPrompt, Encoding
 from .errors import ConnectionLost, InvalidTensor, TensorsDiffer, TensorsRejected, Unreachable
 from .results import (
     ActiveLora,
@@ -40,8 +41,9 @@ from .weights import Weights
 
 __all__ = [
     "ActiveLora", "AsyncBegunUpdate", "AsyncClient", "AsyncWeights", "BegunUpdate", "BodyTooLarge", "Client",
-    "Conflict", "ConnectionLost", "DeadlinePassed", "Event", "Forbidden", "Generation", "Health", "Internal",
-    "InvalidRequest", "InvalidTensor", "LoadedLora", "Loras", "Malformed", "NotFound", "OffPolicy", "Output",
-    "Preview", "Progress", "QueueFull", "Queued", "Result", "Retries", "SafelightError", "TensorsDiffer",
-    "TensorsRejected", "Unauthorized", "Unavailable", "Unreachable", "UpdateProgress", "WeightUpdate", "Weights",
+    "Conflict", "ConnectionLost", "DeadlinePassed", "EncodedPrompt", "Encoding", "Event", "Forbidden", "Generation",
+    "Health", "Internal", "InvalidRequest", "InvalidTensor", "LoadedLora", "Loras", "Malformed", "NotFound",
+    "OffPolicy", "Output", "Preview", "Progress", "QueueFull", "Queued", "Result", "Retries", "SafelightError",
+    "TensorsDiffer", "TensorsRejected", "Unauthorized", "Unavailable", "Unreachable", "UpdateProgress",
+    "WeightUpdate", "Weights",
 ]  # fmt: skip

@@ -10,7 +10,7 @@ from typing import Any, Self, TypeVar
 import httpx
 
 from ..protocol.errors import DeadlinePassed, SafelightError, Unavailable
-from . import adapter_calls, calls, rollout_calls, weight_calls
+from . import adapter_calls, calls, encode_calls, rollout_calls, weight_calls
 from .async_weights import AsyncWeights
 from .calls import Call, method
 from .endpoint import DEFAULT_TIMEOUT_S, DEFAULT_URL, Endpoint, ReadyWait
@@ -61,6 +61,7 @@ class AsyncClient:
 
     generate = method(calls.generate, _ask)
     stream = method(calls.generate, _stream)
+    encode = method(encode_calls.encode, _ask)
     rollout = method(rollout_calls.rollout, _ask)
     info = method(calls.info, _ask)
     model_info = method(calls.model_info, _ask)

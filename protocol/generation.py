@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import msgspec
 
 from .adapters import Drawn, Use
@@ -28,6 +30,10 @@ class Image(msgspec.Struct, frozen=True):
     rgb: Buffer
 
 
+EncodingResult = Literal["cache", "embeddings"]
+"""The result of an encode-only request: nothing, as the prompt cache keeps the embeddings, or the embeddings too."""
+
+
 class Generate(Settings, tag=True, frozen=True, kw_only=True):
     """Generate ``samples``, all from the same ``images``, with the request's settings."""
 
@@ -40,6 +46,8 @@ class Generate(Settings, tag=True, frozen=True, kw_only=True):
     """The adapters of this request; ``None`` uses the active ones."""
     rollout: Rollout | None = None
     """The sampler and the records of a rollout; ``None`` for a plain generation."""
+    encode: EncodingResult | None = None
+    """Encode the prompts alone, and what to return of them; ``None`` for a generation."""
 
 
 class Cancel(msgspec.Struct, tag=True, frozen=True):

@@ -12,6 +12,7 @@ from ..protocol.config import Config
 from ..protocol.errors import ErrorInfo
 from . import (
     adapters,
+    encode,
     engine_control,
     generate,
     health,
@@ -77,6 +78,7 @@ def create_app(service: Service) -> FastAPI:
     app.add_middleware(RequestContextMiddleware, metrics=service.metrics)
     app.add_middleware(CorsMiddleware, origins=callers.origins)
     app.include_router(generate.routes(service))
+    app.include_router(encode.routes(service))
     app.include_router(rollout.routes(service))
     app.include_router(health.routes(service))
     app.include_router(information.routes(service))

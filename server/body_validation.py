@@ -80,10 +80,11 @@ def without_nulls(value: Mapping[str, Any]) -> dict[str, Any]:
 
 def validate(value: Mapping[str, Any], form: type[B], *, strict: bool = True) -> B:
     """The fields in ``value``, as ``form`` has them. Raises what :meth:`Body.explain` makes of the first error."""
+    known = {field.alias or name for name, field in form.model_fields.items()}
     for name in value if form.model_config.get("extra") == "forbid" else ():
-        if name not in form.model_fields:  # pydantic would collect an error for each of many
+        if name not in known:  # pydantic would collect an error for each of many
             shown = name[:100]
-            raise Malformed(f"There is no field {shown!r}; {near(name, form.model_fields)}", field=shown)
+            raise Malformed(f"There is no field {shown!r}; {near(name, known)}", field=shown)
     try:
         return form.model_validate({name: _as_written(item) for name, item in value.items()}, strict=strict)
     except ValidationError as error:

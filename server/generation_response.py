@@ -17,7 +17,7 @@ from ..protocol.generation import Generate, Output, Result
 from ..protocol.output_formats import FORMATS
 from .unread import Unread, UnreadReply
 
-_OFF_THE_LOOP = 256 * 1024
+OFF_THE_LOOP = 256 * 1024
 """From this size on, base64 and JSON are encoded in a thread, so that other requests do not wait."""
 
 _ROUNDED = ("width", "height", "num_frames")
@@ -36,7 +36,7 @@ class Reply:
     async def as_json(self, unread: Unread) -> bytes:
         """``unread`` counts the outputs while they are encoded."""
         size = sum(len(output.data) for output in self._result.outputs)
-        if size <= _OFF_THE_LOOP:
+        if size <= OFF_THE_LOOP:
             return self._as_json()
         with unread.sending(size):
             return await asyncio.to_thread(self._as_json)

@@ -16,14 +16,14 @@ from .body_validation import EXPECTED, MOST_ITEMS, Body, choices, json_type, rea
 
 M = TypeVar("M", bound=BaseModel)
 
-_MOST_ADAPTERS = 16
+MOST_ADAPTERS = 16
 
 
 def _as_list(value: Any) -> Any:
     return value if isinstance(value, list) else [value]
 
 
-def _one_or_list(item: str) -> WithJsonSchema:
+def one_or_list(item: str) -> WithJsonSchema:
     return WithJsonSchema({"anyOf": [{"type": item}, {"type": "array", "items": {"type": item}}]})
 
 
@@ -65,24 +65,24 @@ def _bounded(kind: Any) -> Any:
 class GenerateBody(Body, json_schema_extra={"example": {"prompt": "a red circle", "seed": 7}}):
     """A generation request. Everything but the prompt has a default, mostly the pipeline's own."""
 
-    prompt: Annotated[Texts, _one_or_list("string")] = Field(
+    prompt: Annotated[Texts, one_or_list("string")] = Field(
         description="What to show; a list makes one result per prompt"
     )
-    seed: Annotated[Seeds, _one_or_list("integer")] | None = Field(
+    seed: Annotated[Seeds, one_or_list("integer")] | None = Field(
         None,
         description="Output i of n uses seed + i; a list has one per prompt, or one per output; "
         "chosen at random and returned when omitted",
     )
     n: int = Field(1, description="Outputs per prompt")
     num_outputs_per_prompt: int | None = Field(None, description="The same as `n`")
-    image: Annotated[Texts, _one_or_list("string")] | None = Field(
+    image: Annotated[Texts, one_or_list("string")] | None = Field(
         None,
         description="What to start from or to change: a PNG, JPEG or WebP as a data URI or base64, never an address; "
         "a list where the model takes several for one output",
     )
     lora: list[LoraUse] | None = Field(
         None,
-        max_length=_MOST_ADAPTERS,
+        max_length=MOST_ADAPTERS,
         description="Adapters of this request alone, in place of those that are active beside the weights",
     )
     output_format: OutputFormat | None = Field(None, description="png for pictures and mp4 for videos when omitted")
@@ -120,7 +120,7 @@ def _explain_adapters(error: ErrorDetails) -> SafelightError:
         case "missing":
             return Malformed(f"{place} is required.", field="lora")
         case "too_long":
-            return InvalidRequest(f"lora may name at most {_MOST_ADAPTERS} adapters.", field="lora")
+            return InvalidRequest(f"lora may name at most {MOST_ADAPTERS} adapters.", field="lora")
         case "greater_than_equal" | "less_than_equal" | "string_too_short" | "string_too_long":
             return InvalidRequest(
                 f"{place} is out of range: a scale is within ±100, a name has characters.", field="lora"

@@ -12,12 +12,16 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
+import torch
+from diffusers import FluxPipeline
 from PIL import Image
+from safetensors.torch import load
 
-from safelight.client import AsyncClient, Client, InvalidRequest, Preview, Progress, Queued, Result
+from safelight.client import AsyncClient, Client, Encoding, InvalidRequest, Preview, Progress, Queued, Result
 from safelight.tests.forked import run
 from safelight.tests.live import LiveServer
 from safelight.tests.tiny import save
@@ -54,6 +58,23 @@ def test_both_clients_get_the_same_picture(client: Client) -> None:
     assert (result.outputs[0].seed, result.steps) == (7, 4)
     assert result.image.size == (SIDE, SIDE)
     assert result.outputs[0].data == asyncio.run(draw())
+
+
+def test_both_clients_get_the_embeddings_of_the_pipeline_s_own_method(client: Client, model: Path) -> None:
+    async def encode() -> Encoding:
+        async with AsyncClient(client.base_url) as other:
+            return await other.encode("a", returns="cache", max_sequence_length=64)
+
+    (made,) = client.encode("a", deterministic=True, max_sequence_length=64).outputs
+    plain: Any = FluxPipeline.from_pretrained(model)
+    with torch.no_grad():
+        expected = plain.encode_prompt("a", None, max_sequence_length=64)
+    assert made.data is not None
+    found = load(made.data)
+    for name, wanted in zip(("prompt_embeds", "pooled_prompt_embeds", "text_ids"), expected, strict=True):
+        assert made.tensors[name].shape == wanted.shape
+        assert torch.allclose(found[name], wanted, atol=1e-6)
+    assert asyncio.run(encode()).outputs[0].data is None
 
 
 def test_a_stream_tells_every_step_and_shows_previews(client: Client) -> None:

@@ -12,6 +12,7 @@ from queue import SimpleQueue
 
 import numpy as np
 import torch
+from safetensors.torch import save
 
 from ...protocol.codec import Buffer
 from ...protocol.errors import Internal, SafelightError
@@ -92,6 +93,8 @@ class EncodingThreads:
         self._put(encoded)
 
     def _output(self, job: Job, sample: SampleRun, on_device: torch.Tensor, sound: Sound | None) -> Output:
+        if sample.embeddings is not None:
+            return _file_of(sample.embeddings, sample.seed)
         request = job.request
         pixels: Floats = on_device.cpu().numpy()
         waveform = None if sound is None else Waveform(sound.samples.cpu().numpy(), sound.rate)
@@ -138,6 +141,12 @@ class EncodingThreads:
     def _put(self, encoded: Encoded) -> None:
         self._encoded.put(encoded)
         self._wake()
+
+
+def _file_of(embeddings: dict[str, torch.Tensor], seed: int) -> Output:
+    """A safetensors file; nothing if there are no embeddings."""
+    tensors = {name: tensor.cpu().contiguous() for name, tensor in embeddings.items()}
+    return Output(Buffer(save(tensors) if tensors else b""), "pt", seed, 0, 0)
 
 
 def _widened(pixels: torch.Tensor) -> torch.Tensor:

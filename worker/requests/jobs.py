@@ -151,7 +151,7 @@ class Jobs:
         if encoded.output is not None:
             job.outputs[encoded.index] = encoded.output
             self._outputs += 1
-            self._weights_are_sound = True
+            self._weights_are_sound |= job.request.encode is None
         else:
             job.pending_previews -= 1
             if encoded.preview is not None:

@@ -42,6 +42,7 @@ from ..rollout.sampling import RolloutSampler, why_no_rollouts
 from ..rollout.schedule import follow, shift
 from .failure import NotFinite, NothingMade
 from .input_images import image_arguments
+from .prompt_encoding import encode, stop_at_denoiser
 
 log = logging.getLogger(__name__)
 
@@ -70,6 +71,8 @@ class SampleRun:
         self.seed = request.samples[index].seed
         self.clock = Clock()
         self.steps = 0
+        self.embeddings: dict[str, torch.Tensor] | None = None
+        """The tensors of an encode-only request, once the sample has ended."""
         self.rolled_out: dict[str, Any] | None = None
         """The recorded rollout, once the sample has ended."""
         self.sound: Sound | None = None
@@ -161,6 +164,9 @@ class SampleRun:
 
     def _drawn(self, pipeline: DiffusionPipeline, arguments: dict[str, Any]) -> torch.Tensor:
         rollout = self.request.rollout
+        if self.request.encode is not None:
+            self.embeddings = encode(pipeline, arguments, self.request.encode)
+            return torch.empty(0)
         if rollout is not None:
             self._prepare(rollout, pipeline, arguments)
         if rollout is not None and rollout.recorded:
@@ -238,7 +244,8 @@ class SampleRun:
 
     def interceptors(self) -> list[Interceptor]:
         """The chain's interceptors, in order; a rollout adds more."""
-        return [self.clock, Recorder(is_of_denoiser, self._answered), *self.savings.interceptors]
+        stop = [] if self.request.encode is None else [stop_at_denoiser]
+        return [self.clock, *stop, Recorder(is_of_denoiser, self._answered), *self.savings.interceptors]
 
     def _answered(self, by_denoiser: bool, _: object) -> None:
         if by_denoiser:

@@ -1,0 +1,87 @@
+"""Encode-only requests: a pipeline's call up to its first denoising, and what its ``encode_prompt`` returned."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import textwrap
+from contextlib import suppress
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+
+from ...protocol.errors import InvalidRequest
+from ...protocol.generation import EncodingResult
+from ..crossing.call import Call
+from ..crossing.chain import Proceed
+from ..crossing.interceptors import is_of_denoiser
+
+METHOD = "encode_prompt"
+
+
+class ReachedDenoiser(BaseException):
+    """The prompt is encoded. Not an ``Exception``, so that no pipeline's ``except Exception`` catches it."""
+
+
+def stop_at_denoiser(call: Call, proceed: Proceed) -> Any:
+    """An interceptor that ends the pipeline's call at the denoiser's first one."""
+    if is_of_denoiser(call):
+        raise ReachedDenoiser
+    (answer,) = proceed(call)
+    return answer
+
+
+def encode(pipeline: DiffusionPipeline, arguments: dict[str, Any], returns: EncodingResult) -> dict[str, torch.Tensor]:
+    """Call ``pipeline``, a fork whose calls pass :func:`stop_at_denoiser`, and return the embeddings, if asked for."""
+    kept = Embeddings(pipeline) if returns == "embeddings" else None
+    with suppress(ReachedDenoiser):
+        pipeline(**arguments)
+    return {} if kept is None else kept.tensors
+
+
+class Embeddings:
+    """Keeps what ``encode_prompt`` returns to the pipeline's own ``__call__``."""
+
+    def __init__(self, pipeline: DiffusionPipeline) -> None:
+        """Watch ``pipeline``, a fork. Raises ``InvalidRequest`` if its class has no ``encode_prompt``."""
+        cls = type(pipeline)
+        if not hasattr(cls, METHOD):
+            raise InvalidRequest(
+                f"{cls.__name__} has no {METHOD}, so there are no embeddings to return; ask for return = cache.",
+                field="return",
+            )
+        self.tensors: dict[str, torch.Tensor] = {}
+        self._names = returned_names(cls)
+        self._encode_prompt = getattr(pipeline, METHOD)
+        vars(pipeline)[METHOD] = self._encode
+
+    def _encode(self, *args: Any, **kwargs: Any) -> Any:
+        returned = self._encode_prompt(*args, **kwargs)
+        values = returned if isinstance(returned, tuple) else (returned,)
+        names = self._names if len(self._names) == len(values) else [f"output_{n}" for n in range(len(values))]
+        for name, value in zip(names, values, strict=True):
+            for place, leaf in _tensors(value).items():
+                self.tensors[self._free(name + place)] = leaf.detach()
+        return returned
+
+    def _free(self, name: str) -> str:
+        """A name that no earlier call has: pipelines that call twice encode the negative prompt second."""
+        while name in self.tensors:
+            name = f"negative_{name}"
+        return name
+
+
+def returned_names(cls: type[DiffusionPipeline]) -> list[str]:
+    """The variables that ``encode_prompt`` returns, by its source: ``prompt_embeds``, ``pooled_prompt_embeds``, …"""
+    source = ast.parse(textwrap.dedent(inspect.getsource(getattr(cls, METHOD))))
+    returns = [node.value for node in ast.walk(source) if isinstance(node, ast.Return) and node.value is not None]
+    values = returns[-1].elts if isinstance(returns[-1], ast.Tuple) else returns[-1:]
+    return [value.id for value in values if isinstance(value, ast.Name)]
+
+
+def _tensors(value: Any) -> dict[str, torch.Tensor]:
+    """The tensors in a returned value, by a suffix for its name: empty, or a list's index."""
+    if isinstance(value, list | tuple):
+        return {f".{index}": one for index, one in enumerate(value) if isinstance(one, torch.Tensor)}
+    return {"": value} if isinstance(value, torch.Tensor) else {}
