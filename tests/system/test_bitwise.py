@@ -37,6 +37,7 @@ def test_solo_requests_are_bitwise_diffusers_and_merged_ones_are_close(
     after = stats(server.url)
     worst = max((picture(a.json()) - e).abs().max().item() for a, e in zip(answers, expected, strict=True))
     assert worst <= 1e-4
+    assert (after["predicted_calls"] > before["predicted_calls"]) == (family in PAIRED)
     assert after["forwards"] - before["forwards"] < after["calls"] - before["calls"]
 
 

@@ -69,7 +69,7 @@ class StepCache:
         self.forget()
 
     def __call__(self, call: Call, proceed: Proceed) -> Any:
-        if not is_of_whole_denoiser(call) or call.around is not None or self._position == _MOST_CALLS:
+        if not self._may_reuse(call):
             (answer,) = proceed(call)
             return answer
         position, form = (call.name, self._position), _form(call)
@@ -86,6 +86,11 @@ class StepCache:
         (answer,) = proceed(call)
         self._keep(position, _Kept(form, answer), call)
         return answer
+
+    def _may_reuse(self, call: Call) -> bool:
+        """False for calls that write to their component, and for those whose answers are differentiated."""
+        plain = is_of_whole_denoiser(call) and call.around is None and not torch.is_grad_enabled()
+        return plain and self._position < _MOST_CALLS
 
     def stepped(self, number: int, total: int) -> None:
         """Note the end of step ``number`` of ``total``. Without it, every call is computed."""

@@ -94,6 +94,11 @@ def test_without_the_scheduler_s_steps_every_call_is_computed() -> None:
     assert Denoising(1.0).run(20, observed=False) == "1" * 20
 
 
+def test_a_call_whose_answer_is_differentiated_is_computed() -> None:
+    with torch.enable_grad():
+        assert Denoising(1.0).run(20) == "1" * 20
+
+
 def test_values_that_are_not_numbers_are_computed() -> None:
     denoising = Denoising(1.0)
     assert denoising.run(10, change=float("nan")) == "1" * 10
