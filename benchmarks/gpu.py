@@ -25,7 +25,7 @@ from safelight.benchmarks.gpu_serving import Served, StartFailed
 from safelight.benchmarks.machine import describe
 
 RESULTS = Path(__file__).resolve().parent / "results"
-GRAPHS = ("--piecewise-cuda-graph", "on", "--enforce-piecewise-cuda-graph")
+GRAPHS = ("--piecewise-cuda-graph", "on")
 COMPILED = ("--compile", "on")
 
 
@@ -92,11 +92,20 @@ def _serve(run: Run, model: FullSize, served: Served, *, whole: bool, dry: bool)
 
     if whole:
         run.stage(model.name, "copies", 10, lambda: copy_speeds(served.device, 2**24 if dry else 2**30))
-    graphs = not dry and run.stage(model.name, "served with CUDA graphs", 60, all_of_it(*GRAPHS))
+    enforced = _enforced(served) if whole else ()
+    graphs = not dry and run.stage(model.name, "served with CUDA graphs", 60, all_of_it(*GRAPHS, *enforced))
     if not graphs:
         run.stage(model.name, "served", 60, all_of_it())
     if whole and not dry:
         run.stage(model.name, "served compiled", 120, lambda: served.measured(COMPILED, batching=False, updates=False))
+
+
+def _enforced(served: Served) -> tuple[str, ...]:
+    """Options with which every forward of the stage has a graph, or fails."""
+    width, height = served.output["width"], served.output["height"]
+    small = [f"{width // 2}x{height // 2}x{outputs}" for outputs in (1, 2, 4, 8)]
+    sizes = ",".join([f"{width}x{height}", *small])
+    return "--enforce-piecewise-cuda-graph", "--cuda-graph-sizes", sizes, "--cuda-graph-mb", "16384"
 
 
 def table(found: dict[str, Any]) -> str:

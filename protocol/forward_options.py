@@ -88,8 +88,9 @@ class ForwardOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     cuda_graph_sizes: Annotated[
         str,
         option.forwards(
-            "Sizes, separated by commas, whose CUDA graphs are captured before the server is ready: width, height, and "
-            "how many outputs share a forward, as `1024x1024,512x512x4`; others are captured when they come again"
+            "Sizes, separated by commas, whose CUDA graphs are captured before the server is ready: width, height, how "
+            "many outputs share a forward, and after a colon a clip's frames, as `1024x1024,512x512x4,832x480:33`; "
+            "others are captured when they come again"
         ),
     ] = ""
     enforce_piecewise_cuda_graph: Annotated[

@@ -17,6 +17,7 @@ from ...protocol.replicas import GraphStats
 from ..forward.adapters import Adapters
 from ..forward.batch import Forward
 from ..internals.blocks import NoBlocks, repeated_blocks
+from .block import GraphedBlock
 from .component import GraphedComponent
 from .library import Library, Turn
 from .recorder import Recorder
@@ -48,14 +49,26 @@ class Graphs:
         self._retries = retries
         self._components: dict[str, GraphedComponent] = {}
         self._without_blocks: dict[str, str] = {}
+        by_module: dict[nn.Module, str] = {}  # a module may be several components
         for name, module in components.items():
-            try:
-                blocks = {path: block for group in repeated_blocks(module) for path, block in group.modules.items()}
-            except NoBlocks as reason:
-                log.info("%s has no CUDA graphs: %s", name, reason)
-                self._without_blocks[name] = str(reason).partition(":")[0]
+            if (other := by_module.setdefault(module, name)) != name:
+                if other in self._components:
+                    self._components[name] = self._components[other]
             else:
-                self._components[name] = GraphedComponent(name, blocks, self._library)
+                self._add(name, module)
+
+    def _add(self, name: str, module: nn.Module) -> None:
+        try:
+            blocks = {path: block for group in repeated_blocks(module) for path, block in group.modules.items()}
+        except NoBlocks as reason:
+            log.info("%s has no CUDA graphs: %s", name, reason)
+            self._without_blocks[name] = str(reason).partition(":")[0]
+            return
+        shared = [path for path, block in blocks.items() if isinstance(block, GraphedBlock)]
+        if shared:
+            self._without_blocks[name] = f"it shares {shared[0]} with another component"
+            return
+        self._components[name] = GraphedComponent(name, blocks, self._library)
 
     def __call__(self, forward: Forward, proceed: Callable[[], list[Any]]) -> list[Any]:
         try:
@@ -101,6 +114,10 @@ class Graphs:
         """From now on, a block that runs eagerly raises ``GraphMiss``. Raises ``StartFailed`` if one did so before."""
         if reasons := self.shortcomings():
             raise StartFailed(f"--enforce-piecewise-cuda-graph: {'; '.join(reasons)}.")
+        if self._library.counters.evictions:
+            raise StartFailed(
+                "--enforce-piecewise-cuda-graph: the sizes of the warm-up need more than --cuda-graph-mb."
+            )
         if not self._library.counters.captures:
             raise StartFailed("--enforce-piecewise-cuda-graph: the warm-up called no block.")
         self._library.is_closed = True
@@ -108,7 +125,8 @@ class Graphs:
     def shortcomings(self) -> list[str]:
         """Why blocks ran eagerly, one sentence for each reason."""
         without = [f"{name}: {reason}" for name, reason in self._without_blocks.items()]
-        return [*without, *(text for component in self._components.values() for text in component.shortcomings())]
+        components = dict.fromkeys(self._components.values())
+        return [*without, *(text for component in components for text in component.shortcomings())]
 
     def stats(self) -> GraphStats:
         counters = self._library.counters

@@ -15,7 +15,7 @@ from ..requests.warm_up import WarmUpSize, read_sizes, run_size
 log = logging.getLogger(__name__)
 
 _OPTION = "--cuda-graph-sizes"
-_MODEL_S_OWN = WarmUpSize(None, None, 1)
+_MODEL_S_OWN = WarmUpSize()
 
 
 def warm_up_graphs(

@@ -13,21 +13,24 @@ from ..forward.batcher import Batcher
 from ..model.model import Model
 from .sample import SampleRun
 
-_SIZE = re.compile(r"(\d{1,5})x(\d{1,5})(?:x(\d{1,3}))?")
+_SIZE = re.compile(r"(\d{1,5})x(\d{1,5})(?:x(\d{1,3}))?(?::(\d{1,4}))?")
 _STEPS = 2
 
 
 @dataclass(frozen=True, slots=True)
 class WarmUpSize:
-    """A request for ``outputs`` pictures of ``width`` by ``height`` pixels, or of the model's own size."""
+    """A request for ``outputs`` pictures or clips of ``width`` by ``height`` pixels, or of the model's own size."""
 
-    width: int | None
-    height: int | None
-    outputs: int
+    width: int | None = None
+    height: int | None = None
+    outputs: int = 1
+    frames: int | None = None
 
     def __str__(self) -> str:
-        size = "the model's own size" if self.width is None else f"{self.width}x{self.height}"
-        return f"{size}, {self.outputs} together" if self.outputs > 1 else size
+        if self.width is None:
+            return "the model's own size"
+        frames = "" if self.frames is None else f":{self.frames}"
+        return f"{self.width}x{self.height}x{self.outputs}{frames}"
 
 
 def read_sizes(option: str, text: str) -> list[WarmUpSize]:
@@ -35,11 +38,12 @@ def read_sizes(option: str, text: str) -> list[WarmUpSize]:
     sizes = list[WarmUpSize]()
     for word in filter(None, (part.strip() for part in text.split(","))):
         match = _SIZE.fullmatch(word)
-        if match is None or int(match[3] or 1) == 0:
+        if match is None or match[3] == "0":
             raise StartFailed(
-                f"{option} has {word!r}; each size is WIDTHxHEIGHT or WIDTHxHEIGHTxOUTPUTS, as 1024x1024x4."
+                f"{option} has {word!r}; each size is WIDTHxHEIGHT or WIDTHxHEIGHTxOUTPUTS, as 1024x1024x4, and the "
+                "frames of a clip follow after a colon, as 832x480:33."
             )
-        sizes.append(WarmUpSize(int(match[1]), int(match[2]), int(match[3] or 1)))
+        sizes.append(WarmUpSize(int(match[1]), int(match[2]), int(match[3] or 1), int(match[4]) if match[4] else None))
     return sizes
 
 
@@ -68,6 +72,7 @@ def _requests(model: Model, size: WarmUpSize) -> Sequence[Generate]:
             samples=[Sample(f"a red circle {index % 10}", seed=index)],  # other prompts of as many tokens
             width=size.width,
             height=size.height,
+            num_frames=size.frames,
             num_inference_steps=steps,
         )
         for index in range(size.outputs)

@@ -8,10 +8,13 @@ import pytest
 import torch
 from torch import nn
 
-from safelight.tests.worker.graphs.toy import Block, Extra, Run, rows
+from safelight.tests.worker.graphs.recording import TapeRecorder
+from safelight.tests.worker.graphs.toy import Block, Extra, Run, Toy, rows
 from safelight.worker.crossing.call import Call, cross
+from safelight.worker.forward.batcher import Batcher
 from safelight.worker.forward.graphs import GraphMiss
 from safelight.worker.graphs import component, graphs
+from safelight.worker.graphs.graphs import Graphs
 from safelight.worker.graphs.recorded_call import RecordedCall
 
 
@@ -277,3 +280,14 @@ def test_calls_with_other_settings_of_torch_run_the_plain_block() -> None:
 
     assert torch.equal(run(run.call(rows(0)), body=body)[0], expected)
     assert run.counts == before
+
+
+def test_a_module_that_is_two_components_has_its_graphs_once() -> None:
+    toy = Toy().eval()
+    found = Graphs({"transformer": toy, "transformer_2": toy}, TapeRecorder(), None, max_bytes=10**9, record_after=1)
+    batcher = Batcher(max_batch=1, max_tokens=10**6, graphs=found)
+    for name in ("transformer", "transformer_2"):
+        run = Run()
+        run.batcher = batcher
+        assert torch.equal(run(Call(name, "__call__", toy, (rows(1),), {}))[0], run.plain(rows(1)))
+    assert found.stats().captures == 2

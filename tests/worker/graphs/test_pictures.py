@@ -26,13 +26,13 @@ QUICK = ("flux", "sd3", "zimage", "wan", "sdxl")
 OTHERS = tuple(name for name, family in FAMILIES.items() if name not in QUICK and "image" not in family.call)
 
 
-def new_graphs(model: Model, record_after: int = 1) -> Graphs:
+def new_graphs(model: Model, record_after: int = 1, max_bytes: int = 10**10) -> Graphs:
     parts = {
         name: part
         for name, part in modules(model.pipeline).items()
         if name in DENOISERS or name.startswith("text_encoder")
     }
-    return Graphs(parts, TapeRecorder(), None, max_bytes=10**10, record_after=record_after)
+    return Graphs(parts, TapeRecorder(), None, max_bytes=max_bytes, record_after=record_after)
 
 
 def pictures(model: Model, found: Graphs, *requests: Generate, max_batch: int = 1) -> list[torch.Tensor]:

@@ -23,8 +23,8 @@ from safelight.worker.requests.warm_up import WarmUpSize, read_sizes
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 
 
-def warmed_up(model: Model, options: ForwardOptions) -> Batcher:
-    batcher = Batcher(max_batch=16, max_tokens=10**6, graphs=new_graphs(model, record_after=100))
+def warmed_up(model: Model, options: ForwardOptions, max_bytes: int = 10**10) -> Batcher:
+    batcher = Batcher(max_batch=16, max_tokens=10**6, graphs=new_graphs(model, 100, max_bytes))
     reports: list[str] = []
     warm_up_graphs(options, model, batcher, None, reports.append)
     return batcher
@@ -59,13 +59,20 @@ def test_a_block_without_a_graph_ends_an_enforced_start(tiny_model: Callable[[st
         warmed_up(tiny_model("flux"), ForwardOptions(enforce_piecewise_cuda_graph=True))
 
 
+def test_sizes_that_do_not_fit_together_end_an_enforced_start(tiny_model: Callable[[str], Model]) -> None:
+    options = ForwardOptions(cuda_graph_sizes="64x64,128x128", enforce_piecewise_cuda_graph=True)
+    with pytest.raises(StartFailed, match="need more than --cuda-graph-mb"):
+        warmed_up(tiny_model("zimage"), options, 15 * 10**6)
+
+
 def test_a_size_that_does_not_run_ends_the_start(tiny_model: Callable[[str], Model]) -> None:
-    with pytest.raises(StartFailed, match="7x7 of --cuda-graph-sizes does not run"):
+    with pytest.raises(StartFailed, match="7x7x1 of --cuda-graph-sizes does not run"):
         warmed_up(tiny_model("sd3"), ForwardOptions(cuda_graph_sizes="7x7"))
 
 
 def test_sizes_are_read() -> None:
-    assert read_sizes("--sizes", " 64x32,8x8x4 ") == [WarmUpSize(64, 32, 1), WarmUpSize(8, 8, 4)]
+    found = read_sizes("--sizes", " 64x32,8x8x4,8x8:5 ")
+    assert found == [WarmUpSize(64, 32), WarmUpSize(8, 8, 4), WarmUpSize(8, 8, 1, 5)]
     for wrong in ("64", "64x", "64x64x0", "axb"):
         with pytest.raises(StartFailed, match=f"--sizes has '{wrong}'"):
             read_sizes("--sizes", wrong)
