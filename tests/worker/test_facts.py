@@ -10,6 +10,7 @@ import torch
 from diffusers import DiffusionPipeline
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
+from diffusers.utils.torch_utils import get_module_execution_device
 from torch import nn
 
 from safelight.worker.crossing.facts import Facts
@@ -34,6 +35,9 @@ class Pipeline(DiffusionPipeline):
         super().__init__()
         self.register_modules(transformer=transformer)
 
+    def device_of_denoiser(self) -> torch.device:
+        return get_module_execution_device(self.transformer)
+
 
 def test_sixteen_requests_walk_through_the_modules_as_often_as_one() -> None:
     pipeline, facts = Pipeline(Denoiser()), Facts()
@@ -48,6 +52,22 @@ def test_sixteen_requests_walk_through_the_modules_as_often_as_one() -> None:
 
     assert ask() > 0
     assert [ask() for _ in range(15)] == [0] * 15
+
+
+def test_a_pipeline_that_asks_for_a_component_s_execution_device_walks_once_for_all_requests() -> None:
+    pipeline, facts = Pipeline(Denoiser()), Facts()
+
+    def ask() -> int:
+        before = Denoiser.walks
+        with Fork(pipeline, facts=facts) as fork:
+            assert fork.device_of_denoiser() == torch.device("cpu")
+        return Denoiser.walks - before
+
+    assert ask() > 0
+    assert ask() == 0
+    with Fork(pipeline, facts=facts) as fork:
+        fork.transformer.to("meta")
+        assert fork.device_of_denoiser() == torch.device("meta")
 
 
 def test_a_request_that_casts_a_component_sees_its_new_dtype_and_the_others_do_not() -> None:

@@ -173,6 +173,11 @@ class Boundary:
         return f"{self._dotted()}.{type(module).__name__ if found is None else found}"
 
 
+def found_of(boundary: Boundary, find: Callable[[nn.Module], Any]) -> Any | None:
+    """``find(module)``, called once for all requests; ``None`` where this one may have changed the component."""
+    return boundary._changes.found(boundary._module, boundary._component, find)
+
+
 def _elements(value: dict[Any, Any] | list[Any]) -> Iterable[Any]:
     return value.values() if isinstance(value, dict) else value
 

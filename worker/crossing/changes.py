@@ -58,9 +58,14 @@ class Changes:
 
     def fact(self, module: nn.Module, component: nn.Module, name: str) -> Any:
         """The attribute ``name`` of ``module``, read again only where the fork may have changed it."""
-        if self._whole or not self._shown or id(component) in self._suspects:
-            return getattr(module, name)
-        return self._facts.read(module, name)
+        return self._facts.read(module, name) if self._is_unchanged(component) else getattr(module, name)
+
+    def found(self, module: nn.Module, component: nn.Module, find: Callable[[nn.Module], Any]) -> Any | None:
+        """``find(module)`` from the facts; ``None`` where the fork may have changed it."""
+        return self._facts.found(module, find) if self._is_unchanged(component) else None
+
+    def _is_unchanged(self, component: nn.Module) -> bool:
+        return self._shown and not self._whole and id(component) not in self._suspects
 
     def pipeline_fact(self, shared: DiffusionPipeline, own: Callable[[], Any], name: str) -> Any:
         """The attribute ``name`` of the pipeline ``shared``, or ``own()`` if the fork may have changed a component."""

@@ -6,6 +6,7 @@ times.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Hashable
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -23,16 +24,23 @@ class Facts:
     """Reads attributes once and keeps them until :meth:`forget`."""
 
     def __init__(self) -> None:
-        self._known: WeakKeyDictionary[nn.Module | DiffusionPipeline, dict[str, Any]] = WeakKeyDictionary()
+        self._known: WeakKeyDictionary[nn.Module | DiffusionPipeline, dict[Hashable, Any]] = WeakKeyDictionary()
 
     def read(self, holder: nn.Module | DiffusionPipeline, name: str) -> Any:
         """The attribute ``name``; only a dtype or a device is kept."""
+        return self._read(holder, name, lambda: getattr(holder, name))
+
+    def found(self, module: nn.Module, find: Callable[[nn.Module], Any]) -> Any:
+        """``find(module)``, kept in the same way."""
+        return self._read(module, find, lambda: find(module))
+
+    def _read(self, holder: nn.Module | DiffusionPipeline, key: Hashable, read: Callable[[], Any]) -> Any:
         known = self._known.setdefault(holder, {})
-        if name in known:
-            return known[name]
-        value = getattr(holder, name)
+        if key in known:
+            return known[key]
+        value = read()
         if isinstance(value, _KINDS):
-            known[name] = value
+            known[key] = value
         return value
 
     def forget(self) -> None:

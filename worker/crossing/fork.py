@@ -24,6 +24,7 @@ from .boundary import Boundary, Crossing
 from .call import cross
 from .changes import Changes
 from .exact_type import look_through_boundaries
+from .execution_device import know_execution_devices
 from .facts import OF_PIPELINES, Facts
 from .module_state import is_stateful
 
@@ -103,6 +104,7 @@ def schedulers(pipeline: DiffusionPipeline) -> list[SchedulerMixin]:
 def _copied(pipeline: DiffusionPipeline, copies: dict[int, Any]) -> DiffusionPipeline:
     """A shallow copy with its own tables and processors."""
     look_through_boundaries(type(pipeline))
+    know_execution_devices(type(pipeline))
     copied = copy.copy(pipeline)
     own = vars(copied)
     own |= {name: value.copy() for name, value in own.items() if type(value) in (dict, list, set)}

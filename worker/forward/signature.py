@@ -125,7 +125,7 @@ def _is_row_list(node: Any, rows: int, listed: bool) -> bool:
     If the primary argument is a list, every list of tensors of its length is one. If it is a tensor, a list of tensors
     has the rows inside its elements (ControlNet residuals), and only a list of equal plain values counts.
     """
-    if not isinstance(node, list) or len(node) != rows or rows == 0:
+    if type(node) is not list or len(node) != rows or rows == 0:  # not isinstance, which is slow for tensors
         return False
     if all(isinstance(element, torch.Tensor) for element in node):
         return listed

@@ -6,9 +6,10 @@ the reply names the one that reproduces the scheduler's input, or none.
 
 from __future__ import annotations
 
+import functools
 import inspect
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -81,7 +82,7 @@ class Environment:
         if call.name not in DENOISERS:
             return
         forward = call.function.forward if isinstance(call.function, nn.Module) else call.function
-        bound = inspect.signature(forward).bind(*call.args, **call.kwargs).arguments
+        bound = _signature(forward).bind(*call.args, **call.kwargs).arguments
         latents = next(iter(bound))
         timestep = next((name for name in _TIMESTEPS if name in bound), None)
         arguments = {name: value for name, value in bound.items() if name != "return_dict"}
@@ -161,6 +162,11 @@ class Environment:
                 yield _Combined(rule, scale, sign, widened=widened, swapped=swapped)
 
 
+@functools.lru_cache(maxsize=16)
+def _signature(forward: Callable[..., Any]) -> inspect.Signature:
+    return inspect.signature(forward)
+
+
 def likely_scales(pipeline: DiffusionPipeline, arguments: dict[str, Any]) -> list[float]:
     """Candidates for the guidance scale: the values of all arguments whose names contain "scale"."""
     parameters = inspect.signature(type(pipeline).__call__).parameters
@@ -173,6 +179,8 @@ def _distance(how: _Combined, answers: list[torch.Tensor], velocity: torch.Tenso
     """The relative L2 distance of the combined answers from ``velocity``."""
     positive, negative = (answers[0], None) if len(answers) == 1 else (answers[how.swapped], answers[not how.swapped])
     made = how.sign * guided(how.rule, positive, negative, how.scale, widened=how.widened)
+    if made.dtype is velocity.dtype and torch.equal(made, velocity):
+        return 0.0
     return float((made.float() - velocity.float()).norm() / velocity.float().norm().clamp_min(1e-30))
 
 
@@ -191,7 +199,9 @@ def _is_alike(seen: _Seen, first: _Seen) -> bool:
     """True if a call's arguments, except latents and timestep, equal those of the first step's call."""
     changes = (seen.latents, seen.timestep)
     return seen.arguments.keys() == first.arguments.keys() and all(
-        equal(value, first.arguments[name]) for name, value in seen.arguments.items() if name not in changes
+        value is first.arguments[name] or equal(value, first.arguments[name])
+        for name, value in seen.arguments.items()
+        if name not in changes
     )
 
 
