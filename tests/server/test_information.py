@@ -7,7 +7,7 @@ import pytest
 
 from safelight import __version__
 from safelight.protocol.config import Config
-from safelight.protocol.replicas import ReplicaStats, ReplicaStatus, Status
+from safelight.protocol.replicas import GraphStats, ReplicaStats, ReplicaStatus, Status
 from safelight.server import scheduler_link
 
 from .played_scheduler import IMAGE_MODEL
@@ -100,6 +100,18 @@ async def test_metrics_show_queue_and_replicas() -> None:
     assert found == {"queued_requests": 3, "running_requests": 2}
     assert up == [0, 1]
     assert counters == {"forwards": 30, "calls": 60, "outputs": 7, "cancelled": 1, "failed": 3}
+
+
+async def test_graphs_are_counted_and_the_reason_for_having_none_is_shown() -> None:
+    counts = {"captures": 4, "replays": 300, "misses": 20, "evictions": 1}
+    on = msgspec.structs.replace(READY, stats=ReplicaStats(graphs=GraphStats(state="on", mb=12.5, **counts)))
+    off = msgspec.structs.replace(LOST, stats=ReplicaStats(graphs=GraphStats(reason="the model runs on cpu")))
+    async with stage(status=Status(0, 0, [off, on])) as played:
+        found = {name: await played.metric(f'safelight_replica_graph_{name}_total{{replica="1"}}') for name in counts}
+        assert await played.metric('safelight_replica_graph_mb{replica="1"}') == 12.5
+        replicas = (await played.client.get("/server_info")).json()["replicas"]
+    assert found == counts
+    assert replicas[0]["stats"]["graphs"]["reason"] == "the model runs on cpu"
 
 
 async def test_two_servers_in_one_process_have_metrics_of_their_own() -> None:

@@ -14,7 +14,7 @@ from ..internals import transformers as transformers_internals
 from .arguments import Arguments, read_arguments
 from .block import Graphed, swap_in
 from .library import Library, Turn
-from .purity import addresses
+from .purity import addresses, check_structure
 from .recorded_call import RecordedCall
 from .recorder import NotRecordable
 from .shape import ShapeKey
@@ -34,6 +34,7 @@ class GraphedComponent:
         self._device = next(parameter.device for block in blocks.values() for parameter in block.parameters())
         self._addresses = self._read_addresses()
         self._reasons: dict[str, str] = {}  # by block, of the last eager run
+        self._fit: set[str] = set()  # blocks whose structure was checked since the last operation
         for path, block in blocks.items():
             swap_in(path, block, self)
 
@@ -47,7 +48,8 @@ class GraphedComponent:
             self._turn = before
 
     def revalidate(self) -> None:
-        """Drop the recordings if weights lie elsewhere now."""
+        """Drop the recordings if weights lie elsewhere now. Blocks may have another structure, too."""
+        self._fit.clear()
         now = self._read_addresses()
         if now != self._addresses:
             self._addresses = now
@@ -61,6 +63,7 @@ class GraphedComponent:
         if (turn := self._turn) is None:
             return plain(*args, **kwargs)
         try:
+            self._check_structure(block)
             _check_collector()
             arguments = read_arguments(args, kwargs, self._device)
         except NotRecordable as reason:
@@ -95,6 +98,12 @@ class GraphedComponent:
         if recorded is None:
             self._miss(block, library.reason(key, block))
         return recorded
+
+    def _check_structure(self, block: Graphed) -> None:
+        """Raises ``NotRecordable``."""
+        if block.name not in self._fit:
+            check_structure(block.module)
+            self._fit.add(block.name)
 
     def _miss(self, block: Graphed, reason: str) -> None:
         """The block runs eagerly, and not because its shape is new."""

@@ -58,29 +58,34 @@ class CudaPool:
     def _capture(self, function: Callable[[], Sequence[torch.Tensor]]) -> Recording:
         reserved = torch.cuda.memory_reserved(self._device)
         graph = torch.cuda.CUDAGraph()
-        with _without_garbage_collection():
-            # other threads copy finished pictures to the host meanwhile, which a capture in global mode forbids
-            graph.capture_begin(pool=self._handle, capture_error_mode="thread_local")
-            try:
+        try:
+            with _without_garbage_collection(), self._capturing(graph):
                 outputs = list(function())
-            except BaseException as error:
-                with suppress(RuntimeError):  # the capture is invalid already
-                    graph.capture_end()
-                raise _translated(error) from error
-            try:
-                graph.capture_end()
-            except RuntimeError as error:
-                raise _translated(error) from error
+        except RuntimeError as error:
+            if _is_of_the_capture(error):
+                reason = str(error).partition("\n")[0]
+                raise NotRecordable(f"its capture failed: {reason}") from error
+            raise
         return CudaRecording(graph, outputs, torch.cuda.memory_reserved(self._device) - reserved)
 
+    @contextmanager
+    def _capturing(self, graph: torch.cuda.CUDAGraph) -> Iterator[None]:
+        # other threads copy finished pictures to the host meanwhile, which a capture in global mode forbids
+        graph.capture_begin(pool=self._handle, capture_error_mode="thread_local")
+        try:
+            yield
+        except BaseException:
+            with suppress(RuntimeError):  # it is invalid already
+                graph.capture_end()
+            raise
+        graph.capture_end()
 
-def _translated(error: BaseException) -> BaseException:
-    """``NotRecordable`` for a failure of the capture alone; any other error as it is."""
-    if isinstance(error, torch.OutOfMemoryError) or not isinstance(error, RuntimeError):
-        return error
-    if isinstance(error, torch.AcceleratorError) and _OF_A_CAPTURE not in str(error):
-        return error
-    return NotRecordable(f"its capture failed: {str(error).partition(chr(10))[0]}")
+
+def _is_of_the_capture(error: RuntimeError) -> bool:
+    """False for an error that the function raises without a capture, too: no memory, or a broken device."""
+    if isinstance(error, torch.AcceleratorError):
+        return _OF_A_CAPTURE in str(error)
+    return not isinstance(error, torch.OutOfMemoryError)
 
 
 @contextmanager

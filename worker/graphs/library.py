@@ -12,7 +12,7 @@ import torch
 
 from .arguments import Arguments, Signature, argument_names, difference
 from .block import Graphed
-from .purity import Purity, check_structure, weights
+from .purity import Purity, weights
 from .recorded_call import RecordedCall
 from .recorder import NotRecordable, Recorder
 from .shape import Shape, ShapeKey, Sightings
@@ -158,7 +158,6 @@ class Library:
 
 def _recorded(shape: Shape, block: Graphed, plain: Callable[..., Any], arguments: Arguments) -> RecordedCall:
     """Record the call with the static inputs, after a call that shows that it leaves everything else as it is."""
-    check_structure(block.module)
     args, kwargs = arguments.with_tensors(shape.inputs.buffers)
     with Purity(block.module, shape.inputs.buffers) as purity:
         plain(*args, **kwargs)

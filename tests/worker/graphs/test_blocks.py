@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from transformers import CLIPTextConfig, CLIPTextModel
 
 from safelight.tests.worker.graphs.recording import TapeRecorder
 from safelight.tests.worker.graphs.toy import Block, Extra, Run, Toy, rows
@@ -16,6 +18,7 @@ from safelight.worker.forward.graphs import GraphMiss
 from safelight.worker.graphs import component, graphs
 from safelight.worker.graphs.graphs import Graphs
 from safelight.worker.graphs.recorded_call import RecordedCall
+from safelight.worker.parallel.ranks import Ranks
 
 
 def test_a_call_without_an_image_sees_none_of_the_one_before() -> None:
@@ -190,6 +193,45 @@ def test_a_block_whose_layers_have_hooks_runs_eagerly() -> None:
         assert run.is_right(rows(seed))
     assert len(seen) == 3
     assert "its layer linear has hooks" in run.graphs.stats().eager[0]
+
+
+@pytest.mark.parametrize("part", ["layer", "attention"])
+def test_a_block_that_ranks_share_runs_eagerly(part: str) -> None:
+    run = Run()
+    linear = run.toy.blocks[0].linear
+    if part == "layer":
+        linear.ranks = Ranks(size=2)
+    else:
+        linear.processor = SimpleNamespace(_parallel_config=object())
+    assert all(run.is_right(rows(seed)) for seed in range(2))
+    (why,) = run.graphs.stats().eager
+    assert "their collectives are not recorded" in why
+    assert run.counts == (1, 1, 2)
+
+
+def test_hidden_states_are_collected_of_replayed_blocks_and_attention_maps_of_eager_ones() -> None:
+    config = CLIPTextConfig(
+        vocab_size=99, hidden_size=8, num_attention_heads=2, intermediate_size=16, attn_implementation="eager"
+    )
+    torch.manual_seed(0)
+    encoder = CLIPTextModel(config).eval()
+    found = Graphs({"text_encoder": encoder}, TapeRecorder(), None, max_bytes=10**9, record_after=1)
+    run = Run()
+    run.batcher = Batcher(max_batch=1, max_tokens=10**6, graphs=found)
+    for seed in range(3):
+        ids = torch.randint(99, (1, 7), generator=torch.Generator().manual_seed(seed))
+        for wanted in ({"output_hidden_states": True}, {"output_attentions": True}):
+            (answer,) = run(Call("text_encoder", "__call__", encoder, (ids,), wanted))
+            expected = encoder(ids, **wanted)
+            for name in expected:
+                assert all(map(torch.equal, leaves(answer[name]), leaves(expected[name]))), name
+            assert len(answer["hidden_states" if "output_hidden_states" in wanted else "attentions"]) > 2
+    assert found.stats().replays
+    assert "what its layers compute is collected by hooks" in found.stats().eager[0]
+
+
+def leaves(value: Any) -> list[torch.Tensor]:
+    return list(value) if isinstance(value, tuple) else [value]
 
 
 def test_shapes_make_way_for_others_and_come_back() -> None:
