@@ -31,7 +31,7 @@ ABSTRACT = {"PreTrainedModel", "GemmaPreTrainedModel", "Gemma2PreTrainedModel", 
 LARGER: dict[str, dict[str, Any]] = {
     "LatteTransformer3DModel": {"num_layers": 2},  # one by default
     "Transformer2DModel": {"in_channels": 32, "num_layers": 2},
-    "UniDiffuserModel": {"sample_size": 8, "in_channels": 4, "patch_size": 2, "num_layers": 5},
+    "UniDiffuserModel": {"sample_size": 8, "in_channels": 4, "out_channels": 4, "patch_size": 2, "num_layers": 5},
 }
 
 Found = dict[str, tuple[int, str]]

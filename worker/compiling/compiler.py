@@ -18,10 +18,14 @@ from ...protocol.compiling import CompiledComponentStats
 from ..internals import dynamo
 from ..internals.blocks import NoBlocks
 from .admission import Judge, NotAdmitted, admit
-from .component import CompiledComponent, Job
+from .component import CompiledComponent, Job, Ticket
 from .program import LIMIT, Backend, LimitMet, Program
 
 log = logging.getLogger(__name__)
+
+
+MAX_WAITING = 8
+"""Jobs that may wait, each with a copy of a block. A call that finds no place comes again with the next step."""
 
 
 class Compiler:
@@ -38,7 +42,7 @@ class Compiler:
         self._components: dict[str, CompiledComponent] = {}
         self._without: dict[str, CompiledComponentStats] = {}
         self._jobs: SimpleQueue[Job | None] = SimpleQueue()
-        self._busy: set[Program] = set()  # whose last job has not ended
+        self._waiting: set[Ticket] = set()  # of the running job, too
         self._threads = torch.get_num_threads()
         self._idle = threading.Condition()
         for name, module in components.items():
@@ -59,27 +63,27 @@ class Compiler:
             self._programs[cls] = Program(cls, self._backend)
         return self._programs[cls]
 
-    def offer(self, program: Program, make: Callable[[], Job]) -> None:
+    def offer(self, ticket: Ticket, make: Callable[[], Job]) -> None:
         with self._idle:
-            if program in self._busy:
+            if ticket in self._waiting or len(self._waiting) == MAX_WAITING:
                 return
-            self._busy.add(program)
+            self._waiting.add(ticket)
         try:
             job = make()
         except Exception:
-            self._end(program)
+            self._end(ticket)
             raise
         self._jobs.put(job)
 
-    def _end(self, program: Program) -> None:
+    def _end(self, ticket: Ticket) -> None:
         with self._idle:
-            self._busy.discard(program)
+            self._waiting.discard(ticket)
             self._idle.notify_all()
 
     def wait(self) -> None:
         """Return when nothing is left to compile."""
         with self._idle:
-            self._idle.wait_for(lambda: not self._busy)
+            self._idle.wait_for(lambda: not self._waiting)
 
     def close(self) -> None:
         """End the thread after the current job, without waiting for it."""
@@ -100,7 +104,7 @@ class Compiler:
         while (job := self._jobs.get()) is not None:
             if job.component.reason is None:
                 self._compile(job)
-            self._end(job.program)
+            self._end(job.ticket)
 
     def _compile(self, job: Job) -> None:
         component, cls, began = job.component, job.program.cls.__name__, time.monotonic()

@@ -26,6 +26,9 @@ ATTEMPTS = 4
 
 Key = Hashable
 
+Ticket = tuple[str, type[nn.Module], Key]
+"""The component, the class of blocks, and the kind of call that a job is for."""
+
 
 class Queue(Protocol):
     """Takes jobs for the compiler."""
@@ -33,8 +36,8 @@ class Queue(Protocol):
     def program(self, cls: type[nn.Module]) -> Program:
         """The program of the blocks of class ``cls``, which all components share."""
 
-    def offer(self, program: Program, make: Callable[[], Job]) -> None:
-        """Queue ``make()`` unless the program's last job has not ended. Raises what ``make`` raises."""
+    def offer(self, ticket: Ticket, make: Callable[[], Job]) -> None:
+        """Queue ``make()`` unless a job with this ticket waits, or too many do. Raises what ``make`` raises."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -46,6 +49,10 @@ class Job:
     key: Key
     block: nn.Module
     arguments: Arguments
+
+    @property
+    def ticket(self) -> Ticket:
+        return (self.component.name, self.program.cls, self.key)
 
 
 class CompiledComponent:
@@ -120,7 +127,7 @@ class CompiledComponent:
         if self._attempts[program.cls, key] == ATTEMPTS:
             return
         try:
-            self._queue.offer(program, lambda: self._job(program, key, block, arguments))
+            self._queue.offer((self.name, program.cls, key), lambda: self._job(program, key, block, arguments))
         except Exception as error:  # there is no memory for a copy, or an argument has none: the request goes on
             log.warning("%s is not compiled, because the call of a block cannot be copied", self.name, exc_info=True)
             self.refuse(f"the arguments of {program.cls.__name__} cannot be copied ({type(error).__name__})")

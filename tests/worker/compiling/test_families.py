@@ -1,0 +1,83 @@
+"""Blocks of real pipelines trace as a whole and draw the plain pipeline's picture, through the batcher's stages."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import pytest
+import torch
+
+from safelight.protocol.generation import Generate, Sample
+from safelight.tests.effort import chosen
+from safelight.tests.tiny import FAMILIES
+from safelight.worker.accuracy.judging import judge
+from safelight.worker.accuracy.policy import load_policy
+from safelight.worker.compiling.compiler import Compiler
+from safelight.worker.forward.batcher import Batcher
+from safelight.worker.internals.blocks import NoBlocks, repeated_blocks
+from safelight.worker.model.model import Model
+from safelight.worker.model.modules import modules
+from safelight.worker.pipelines.components import DENOISERS
+from safelight.worker.requests.sample import SampleRun
+
+
+@pytest.fixture(autouse=True)
+def _forget_graphs() -> Iterator[None]:
+    trace = logging.getLogger("torch.__trace")  # pytest would format every step of the compiler
+    trace.propagate = False
+    yield
+    trace.propagate = True
+    torch._dynamo.reset()
+
+
+def draw(model: Model, batcher: Batcher, *, deterministic: bool = False) -> torch.Tensor:
+    size = {name: value for name, value in (("width", 64), ("height", 64)) if name in model.main.arguments}
+    request = Generate(
+        request_id="0", samples=[Sample("a red circle", 1)], num_inference_steps=2, deterministic=deterministic, **size
+    )
+    run = SampleRun(model, request, 0, lambda *_: None, lambda _: None)
+    batcher.start(run.coroutine)
+    while batcher.busy:
+        batcher.step()
+    assert run.coroutine.error is None, run.coroutine.error
+    picture: torch.Tensor = run.coroutine.result
+    return picture
+
+
+def blocks(model: Model) -> set[str]:
+    """The denoisers that have blocks: some tiny ones have a single block of each class."""
+    found = set()
+    for name in set(modules(model.pipeline)) & set(DENOISERS):
+        try:
+            repeated_blocks(modules(model.pipeline)[name])
+        except NoBlocks:
+            continue
+        found.add(name)
+    return found
+
+
+NIGHTLY = [name for name in FAMILIES if name not in ("pixart", "sd15_pag", "sd3_pag", "qwenimage_edit")]
+
+
+@pytest.mark.parametrize("name", chosen("pixart", nightly=NIGHTLY))
+def test_a_compiled_pipeline_draws_what_the_plain_one_does(name: str, tiny_model: Callable[[str], Model]) -> None:
+    model = tiny_model(name)
+    with_blocks = blocks(model)
+    denoisers = {name: part for name, part in modules(model.pipeline).items() if name in DENOISERS}
+    plain = draw(model, Batcher(max_batch=4, max_tokens=10**6))
+    compiler = Compiler(denoisers, partial(judge, load_policy()), "eager")
+    batcher = Batcher(max_batch=4, max_tokens=10**6, compiled=compiler)
+    for _ in range(2):
+        assert torch.equal(draw(model, batcher), plain)
+        compiler.wait()
+    before = {name: stats.eager_calls for name, stats in compiler.stats().items()}
+    assert torch.equal(draw(model, batcher), plain)
+    calls = {name: stats.calls for name, stats in compiler.stats().items()}
+    assert torch.equal(draw(model, batcher, deterministic=True), plain)
+    for component, stats in compiler.stats().items():
+        if component in with_blocks:
+            assert (stats.state, stats.reason) == ("compiled", None)
+            assert stats.eager_calls == before[component]
+        assert stats.calls == calls[component], "a deterministic request runs plain blocks"
