@@ -61,6 +61,7 @@ class Library:
         self._shapes: OrderedDict[ShapeKey, Shape] = OrderedDict()
         self._sightings = Sightings(record_after)
         self._known: set[tuple[str, Signature]] = set()
+        self._too_large: set[ShapeKey] = set()  # with the others of one forward; tried again after an operation
 
     @property
     def nbytes(self) -> int:
@@ -79,6 +80,8 @@ class Library:
         return self._shapes.get(key)
 
     def may_record(self, key: ShapeKey) -> bool:
+        if key in self._too_large:
+            return False
         if self.records_all:
             return True
         if self.is_closed:
@@ -126,6 +129,7 @@ class Library:
 
     def forget(self, component: str | None = None) -> None:
         """Drop what was recorded of ``component``, or of all; the next forwards record it again."""
+        self._too_large.clear()
         for key in [key for key in self._shapes if component in (None, key.component)]:
             del self._shapes[key]
 
@@ -148,6 +152,7 @@ class Library:
             others = [other for other in self._shapes if other not in turn.used]
             self._drop(others[0] if others else key)
             if not others:
+                self._too_large.add(key)
                 return
 
     def _drop(self, key: ShapeKey) -> None:

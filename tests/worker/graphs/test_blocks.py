@@ -249,6 +249,7 @@ def test_shapes_make_way_for_others_and_come_back() -> None:
 def test_a_shape_that_is_too_large_alone_runs_eagerly() -> None:
     run = Run(max_bytes=100)
     assert all(run.is_right(rows(seed)) for seed in range(5))
+    assert run.counts == (1, 0, 10), "it is tried once, and makes no others go again"
     assert run.graphs.stats().shapes == 0
     assert "need more memory than there is" in run.graphs.stats().eager[0]
 
