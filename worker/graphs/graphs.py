@@ -48,7 +48,8 @@ class Graphs:
         self._adapters = adapters
         self._retries = retries
         self._components: dict[str, GraphedComponent] = {}
-        self._without_blocks: dict[str, str] = {}
+        self.without_blocks: dict[str, str] = {}
+        """Why components have no graphs at all."""
         by_module: dict[nn.Module, str] = {}  # a module may be several components
         for name, module in components.items():
             if (other := by_module.setdefault(module, name)) != name:
@@ -62,11 +63,11 @@ class Graphs:
             blocks = {path: block for group in repeated_blocks(module) for path, block in group.modules.items()}
         except NoBlocks as reason:
             log.info("%s has no CUDA graphs: %s", name, reason)
-            self._without_blocks[name] = str(reason).partition(":")[0]
+            self.without_blocks[name] = str(reason).partition(":")[0]
             return
         shared = [path for path, block in blocks.items() if isinstance(block, GraphedBlock)]
         if shared:
-            self._without_blocks[name] = f"it shares {shared[0]} with another component"
+            self.without_blocks[name] = f"it shares {shared[0]} with another component"
             return
         self._components[name] = GraphedComponent(name, blocks, self._library)
 
@@ -124,7 +125,7 @@ class Graphs:
 
     def shortcomings(self) -> list[str]:
         """Why blocks ran eagerly, one sentence for each reason."""
-        without = [f"{name}: {reason}" for name, reason in self._without_blocks.items()]
+        without = [f"{name}: {reason}" for name, reason in self.without_blocks.items()]
         components = dict.fromkeys(self._components.values())
         return [*without, *(text for component in components for text in component.shortcomings())]
 

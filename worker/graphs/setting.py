@@ -48,9 +48,17 @@ def new_graphs(
     if why_without_graphs(options, device) is not None:
         return None
     graphed = {name: part for name, part in components.items() if name in DENOISERS or name.startswith("text_encoder")}
-    return Graphs(
-        graphed, CudaRecorder(device), adapters, max_bytes=options.cuda_graph_mb * 1_000_000, retries=is_alone
-    )
+    max_bytes = options.cuda_graph_mb * 1_000_000
+    graphs = Graphs(graphed, CudaRecorder(device), adapters, max_bytes=max_bytes, retries=is_alone)
+    check_denoisers(options, graphs)
+    return graphs
+
+
+def check_denoisers(options: ForwardOptions, graphs: Graphs) -> None:
+    """Raises ``StartFailed`` if graphs are asked for and a denoiser can have none; ``auto`` only reports it."""
+    without = [f"{name}: {reason}" for name, reason in graphs.without_blocks.items() if name in DENOISERS]
+    if without and options.piecewise_cuda_graph == "on":
+        raise StartFailed(f"--piecewise-cuda-graph on is impossible: {without[0]}; use auto.")
 
 
 def stats_of_graphs(

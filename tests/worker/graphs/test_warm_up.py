@@ -7,15 +7,18 @@ from collections.abc import Callable
 import pytest
 import torch
 from msgspec.structs import replace
+from torch import nn
 
 from safelight.protocol.errors import StartFailed
 from safelight.protocol.forward_options import ForwardOptions
 from safelight.protocol.generation import Generate, Sample
+from safelight.tests.worker.graphs.recording import TapeRecorder
 from safelight.tests.worker.graphs.test_pictures import new_graphs
 from safelight.tests.worker.test_pipelines import plain, through_batcher
 from safelight.worker.forward.batcher import Batcher
 from safelight.worker.forward.graphs import GraphMiss
-from safelight.worker.graphs.setting import why_without_graphs
+from safelight.worker.graphs.graphs import Graphs
+from safelight.worker.graphs.setting import check_denoisers, why_without_graphs
 from safelight.worker.model.model import Model
 from safelight.worker.rank.graph_warm_up import warm_up_graphs
 from safelight.worker.requests.warm_up import WarmUpSize, read_sizes
@@ -89,3 +92,11 @@ def test_graphs_are_on_where_cuda_is_and_refused_where_they_cannot_be() -> None:
         assert why_without_graphs(impossible, CUDA) is None
         with pytest.raises(StartFailed, match="is impossible: the model runs on cpu"):
             why_without_graphs(impossible, CPU)
+
+
+def test_a_denoiser_without_blocks_is_an_error_only_where_graphs_are_asked_for() -> None:
+    found = Graphs({"transformer": nn.Linear(2, 2)}, TapeRecorder(), None, max_bytes=1)
+    check_denoisers(ForwardOptions(), found)
+    assert found.stats().eager == ["transformer: Linear has no repeated blocks"]
+    with pytest.raises(StartFailed, match="transformer: Linear has no repeated blocks; use auto"):
+        check_denoisers(ForwardOptions(piecewise_cuda_graph="on"), found)
