@@ -13,6 +13,7 @@ from safelight.worker.crossing.call import Call, cross
 from safelight.worker.crossing.coroutine import Coroutine
 from safelight.worker.forward.batcher import Batcher
 from safelight.worker.forward.row_division import RowDivision
+from safelight.worker.forward.timing import Timing
 from safelight.worker.parallel.mesh import Mesh
 
 
@@ -20,6 +21,7 @@ def divides_rows(mesh: Mesh, families: Sequence[splitting.Drawn]) -> None:
     """One start of all ranks for all of it, since starting takes longer."""
     for divides in (
         requests_that_meet,
+        measured_times,
         halves_of_one_call,
         lists,
         one_row,
@@ -49,11 +51,16 @@ class Component:
 
 
 def answers(
-    mesh: Mesh, component: Callable[..., Any], *inputs: Any, name: str = "transformer", alone: bool = False
+    mesh: Mesh,
+    component: Callable[..., Any],
+    *inputs: Any,
+    name: str = "transformer",
+    alone: bool = False,
+    timing: Timing | None = None,
 ) -> tuple[list[Any], Batcher]:
     """The answers to one call of each input, made together, or the exceptions."""
-    batcher = Batcher(max_batch=16, max_tokens=10**6, agree=mesh.agree)
-    batcher.runner.division = RowDivision.of(mesh)
+    batcher = Batcher(max_batch=16, max_tokens=10**6, agree=mesh.agree, timing=timing)
+    batcher.runner.division = RowDivision.of(mesh, timing)
     calls = [Call(name, "__call__", component, (rows,), {"scale": torch.tensor(3.0)}) for rows in inputs]
     coroutines = [Coroutine(partial(cross, call), lambda _: None, alone=alone) for call in calls]
     for coroutine in coroutines:
@@ -73,6 +80,13 @@ def requests_that_meet(mesh: Mesh) -> None:
     assert torch.equal(torch.cat(found), torch.tensor([[0.0, 0.0], [10.0, 10.0], [14.0, 14.0]]))
     assert component.rows == [2], "two of three rows, so that both ranks compute as many"
     assert (batcher.runner.division.forwards, batcher.runner.counters.forwards) == (1, 1)
+
+
+def measured_times(mesh: Mesh) -> None:
+    timing = Timing(torch.device("cpu"), 16, 0.1)
+    answers(mesh, Component(), rows(1), rows(1, 5.0), timing=timing)
+    (limit,) = timing.merge_limits()
+    assert list(limit.seconds) == ["2"], "of the forward of two outputs, and not of this rank's one"
 
 
 def halves_of_one_call(mesh: Mesh) -> None:

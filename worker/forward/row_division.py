@@ -20,6 +20,7 @@ from .batch import Forward
 from .recovery import Agree
 from .row_windows import NoRows, Rows, Window, have_equal_rows
 from .stages import DrawsRandomNumbers
+from .timing import Timing
 
 log = logging.getLogger(__name__)
 
@@ -35,24 +36,36 @@ _WHY_WHOLE = {
 }
 
 
+class Undivided(Exception):
+    """The part of a rank has ended otherwise than well."""
+
+    def __init__(self, ended: int) -> None:
+        super().__init__(ended)
+        self.ended = ended
+
+
 class RowDivision:
-    """Divides forwards among ``ranks``; ``agree`` is the batcher's, and all ranks of the replica call it together."""
+    """Divides forwards among ``ranks``; ``agree`` is the batcher's, and all ranks of the replica call it together.
+
+    ``timing`` measures the divided forwards, with the exchange of their outputs.
+    """
 
     name = "rows on several ranks"
 
-    def __init__(self, ranks: Ranks, agree: Agree) -> None:
+    def __init__(self, ranks: Ranks, agree: Agree, timing: Timing | None = None) -> None:
         self.forwards = 0
         """Forwards whose rows the ranks have shared."""
         self._ranks = ranks
         self._agree = agree
+        self._timing = timing
         self._whole: dict[str, str] = {}
         """The reason why every rank computes all rows, by name of the calls; equal on all ranks."""
 
     @classmethod
-    def of(cls, mesh: Mesh) -> RowDivision | None:
+    def of(cls, mesh: Mesh, timing: Timing | None = None) -> RowDivision | None:
         """The division among the ranks of the axis ``cfg``; ``None`` if there is one."""
         ranks = mesh.axis("cfg")
-        return cls(ranks, mesh.agree) if ranks.size > 1 else None
+        return cls(ranks, mesh.agree, timing) if ranks.size > 1 else None
 
     def answers(self, forward: Forward, run: Run) -> list[Any]:
         """The answers of the forward's calls. ``run`` computes a forward on this rank, and raises on all ranks or none.
@@ -61,19 +74,29 @@ class RowDivision:
         """
         if not self._may_divide(forward):
             return run(forward)
-        window = Window(sum(part.rows for part in forward.parts), self._ranks)
-        rows, ended = self._attempt(window.cut(forward), run)
-        ended = self._worst(rows, ended)
-        if ended == _DONE:
-            assert rows is not None
-            self.forwards += 1
-            return window.whole(rows).answers(forward.parts)
+        try:
+            if self._timing is None:
+                return self._divided(forward, run)
+            return self._timing(forward, lambda: self._divided(forward, run))
+        except Undivided as undivided:
+            ended = undivided.ended
         self._agree(f"a part of {len(forward.calls)} calls to {forward.name} has ended with {ended}")
         answers = run(forward)
         if ended in _WHY_WHOLE:
             self._whole[forward.name] = _WHY_WHOLE[ended]
             log.warning("every rank computes all rows of %s from now on: %s", forward.name, _WHY_WHOLE[ended])
         return answers
+
+    def _divided(self, forward: Forward, run: Run) -> list[Any]:
+        """Compute this rank's rows, and exchange them. Raises ``Undivided`` on every rank if that fails on one."""
+        window = Window(sum(part.rows for part in forward.parts), self._ranks)
+        rows, ended = self._attempt(window.cut(forward), run)
+        ended = self._worst(rows, ended)
+        if ended != _DONE:
+            raise Undivided(ended)
+        assert rows is not None
+        self.forwards += 1
+        return window.whole(rows).answers(forward.parts)
 
     def _may_divide(self, forward: Forward) -> bool:
         if forward.probe or forward.component not in DENOISERS or forward.name in self._whole:

@@ -180,7 +180,7 @@ def _new_batcher(
         agree=mesh.agree,
         before_forward=before_forward,
     )
-    batcher.runner.division = RowDivision.of(mesh)
+    batcher.runner.division = RowDivision.of(mesh, model.timing)
     batcher.policy.unmergeable.update(self_test.unmergeable)
     batcher.policy.measured = config.merge_gain > 0
     return batcher

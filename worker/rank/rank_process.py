@@ -115,7 +115,7 @@ class RankProcess:
 
     def _test(self, model: Model) -> SelfTestResult:
         """Run the self-test, or apply the result of an earlier start."""
-        test = SelfTest(model, self._config, self._report, self._mesh.agree, RowDivision.of(self._mesh))
+        test = SelfTest(model, self._config, self._report, self._mesh.agree, RowDivision.of(self._mesh, model.timing))
         if (earlier := self._child.self_test) is not None:
             test.apply(earlier)
             return earlier
