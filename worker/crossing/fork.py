@@ -90,7 +90,10 @@ def _knowing(cls: type[DiffusionPipeline]) -> type[DiffusionPipeline]:
         required, optional = keys if isinstance(of, own) else cls._get_signature_keys(of)
         return list(required), list(optional)
 
-    known = {name: reading(name) for name in OF_PIPELINES} | {"_get_signature_keys": classmethod(signature_keys)}
+    properties = [name for name in OF_PIPELINES if isinstance(getattr(cls, name), property)]
+    known: dict[str, Any] = {name: reading(name) for name in properties} | {
+        "_get_signature_keys": classmethod(signature_keys)
+    }
     names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
     return type(cls.__name__, (cls,), names | known)
 
