@@ -41,7 +41,7 @@ class LateCheck:
         """Read the last comparison. Raises ``PredictionWrong``."""
         copied, self._copied = self._copied, None
         ready, self._ready = self._ready, None
-        if ready is not None:
+        if ready is not None and not ready.query():  # type: ignore[no-untyped-call]
             ready.synchronize()
         if copied is not None and not copied:
             raise PredictionWrong
