@@ -23,7 +23,12 @@ from safelight.worker.model.modules import modules
 from safelight.worker.pipelines.components import DENOISERS
 
 QUICK = ("flux", "sd3", "zimage", "wan", "sdxl")
-OTHERS = tuple(name for name, family in FAMILIES.items() if name not in QUICK and "image" not in family.call)
+STACKS_NOTHING = ("cogvideox",)
+"""Tiny models with one layer of each kind, which have no repeated blocks."""
+
+OTHERS = tuple(
+    name for name, family in FAMILIES.items() if name not in (*QUICK, *STACKS_NOTHING) and "image" not in family.call
+)
 
 
 def new_graphs(model: Model, record_after: int = 1, max_bytes: int = 10**10) -> Graphs:
