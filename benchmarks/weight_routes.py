@@ -37,9 +37,9 @@ class Routes:
         self.nbytes = sum(tensor.nbytes for tensor in self._tensors.values())
         self._parameters = [torch.empty_like(tensor) for tensor in self._tensors.values()]
         self._body = self._file.read_bytes()
-        self._shared = (
-            Path(httpx.get(f"{client.base_url}/server_info").json()["shared_memory"]) / "benchmark.safetensors"
-        )
+        info = httpx.get(f"{client.base_url}/server_info").json()
+        self._shared = Path(info["shared_memory"]) / "benchmark.safetensors"
+        self.on_gpu = info["models"][0]["device"].startswith("cuda")
         self._shared.write_bytes(self._body)
         checksums = client.weights.checksum(["transformer"], detail=True)
         self._expected = {name: tensor.sha256 for name, tensor in checksums["transformer"].tensors.items()}
@@ -48,6 +48,9 @@ class Routes:
             [sys.executable, "-m", "safelight.benchmarks.sharing_trainer", str(self._file)],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
         )  # fmt: skip
+        if self.on_gpu:
+            self._pinned = torch.empty(self.nbytes, dtype=torch.uint8, pin_memory=True)
+            self._on_device = torch.empty(self.nbytes, dtype=torch.uint8, device="cuda")
         self._reader_port = free_port()
         self._reader = subprocess.Popen(
             [sys.executable, str(ROOT / "benchmarks/reading_app.py"), str(self._reader_port)]
@@ -73,6 +76,11 @@ class Routes:
         """From the file that is in the page cache, as a loop over a safetensors file does it."""
         for parameter, tensor in zip(self._parameters, load_file(self._file).values(), strict=True):
             parameter.copy_(tensor)
+
+    def bus(self) -> None:
+        """From page-locked memory to the GPU."""
+        self._on_device.copy_(self._pinned, non_blocking=True)
+        torch.cuda.synchronize()
 
     def bare_http(self) -> None:
         send_body(self._reader_port, "/", self._body)
@@ -117,6 +125,12 @@ class Routes:
             "/update_weights_from_tensor", {"serialized_named_tensors": [self._trainer.stdout.readline().strip()]}
         )
 
+    def sleep(self) -> None:
+        self._post("/release_memory_occupation", {"tags": ["transformer"]})
+
+    def wake(self) -> None:
+        self._post("/resume_memory_occupation", {"tags": ["transformer"]})
+
     def checksum(self) -> None:
         self._client.weights.checksum(["transformer"])
 
@@ -149,11 +163,20 @@ PAIRS: list[tuple[str, str, float | None]] = [
 ]
 """Each route, a limit, and the ratio that is wanted."""
 
+PAIRS_ON_GPU: list[tuple[str, str, float | None]] = [
+    ("shared_memory", "bus", 0.6),
+    ("disk", "bus", 0.6),
+    ("sleep", "bus", 0.6),
+    ("wake", "bus", 0.6),
+]
+"""Those of a server on a GPU besides; a sleep is measured before its wake."""
+
 
 def measure_routes(routes: Routes, rounds: int) -> dict[str, Any]:
     """GB/s of each route and its limit, and the median of their ratios. The first round is not counted."""
     seconds: dict[str, list[float]] = {}
-    names = dict.fromkeys([*(limit for _, limit, _ in PAIRS), *(route for route, _, _ in PAIRS)])
+    pairs = [*PAIRS, *(PAIRS_ON_GPU if routes.on_gpu else [])]
+    names = dict.fromkeys([*(limit for _, limit, _ in pairs), *(route for route, _, _ in pairs)])
     try:
         for number in range(rounds + 1):
             for name in names:
@@ -175,7 +198,7 @@ def measure_routes(routes: Routes, rounds: int) -> dict[str, Any]:
                 "wanted": wanted,
                 "ratio": statistics.median(a / b for a, b in zip(seconds[limit], seconds[route], strict=True)),
             }
-            for route, limit, wanted in PAIRS
+            for route, limit, wanted in pairs
         ],
         "seconds": seconds,
     }

@@ -1,9 +1,10 @@
 """Updates and digests of a module of more than a gigabyte, each beside its limit measured in the same run.
 
-``python -m safelight.benchmarks.weights [--quick] [--tp N]`` serves the embedded model with a random transformer of
-1.3 GB, and in each round takes every limit and every route once, so that a drift of the machine meets both alike; the
-ratio of limit and route is taken round by round, and its median counts. Written to ``benchmarks/results/weights.json``
-and ``weights.md``.
+``python -m safelight.benchmarks.weights [--quick] [--tp N] [--device cuda]`` serves the embedded model with a random
+transformer of 1.3 GB, and in each round takes every limit and every route once, so that a drift of the machine meets
+both alike; the ratio of limit and route is taken round by round, and its median counts. On a GPU, updates, sleep and
+wake are compared with a copy from page-locked memory, too. Written to ``benchmarks/results/weights.json`` and
+``weights.md``, on a GPU to ``weights-cuda.json`` and ``weights-cuda.md``.
 """
 
 from __future__ import annotations
@@ -43,29 +44,31 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="one round, ten seconds of load: to see that it runs")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--tp", type=int, default=1)
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="of the server")
     parser.add_argument("--seconds", type=int, default=120, help="of updates under generation, one a second")
     options = parser.parse_args()
     rounds, seconds = (1, 10) if options.quick else (options.rounds, options.seconds)
     model = save_large(SHAPES, Path(tempfile.gettempdir()) / "safelight-large-1300mb")
     found: dict[str, Any] = {"machine": describe(), "options": vars(options)}
-    with served(model, options.tp) as url, Client(url) as client:
+    with served(model, options.tp, options.device) as url, Client(url) as client:
         found["routes"] = measure_routes(Routes(client, model), rounds)
         found["pause"] = measure_pause(client, model, rounds)
-    with served(SHAPES, options.tp) as url:
+    with served(SHAPES, options.tp, options.device) as url:
         found["small"] = measure_small(url, 20 if options.quick else 300)
         found["steady"] = measure_steady(url, seconds)
     print(table(found))
     if not options.quick:
-        name = "weights" if options.tp == 1 else f"weights-tp{options.tp}"
+        on_gpu = any(row["limit"] == "bus" for row in found["routes"]["ratios"])
+        name = "weights" + ("-cuda" if on_gpu else "") + ("" if options.tp == 1 else f"-tp{options.tp}")
         (RESULTS / f"{name}.json").write_text(json.dumps(found, indent=2) + "\n")
         (RESULTS / f"{name}.md").write_text(table(found))
 
 
 @contextmanager
-def served(model: Path, tp: int) -> Iterator[str]:
+def served(model: Path, tp: int, device: str) -> Iterator[str]:
     port = free_port()
     command = [sys.executable, "-m", "safelight.server", str(model), "--port", str(port), "--tp", str(tp)]
-    with serving([*command, "--dtype", "float32", "--log-level", "warning"], port) as url:
+    with serving([*command, "--device", device, "--dtype", "float32", "--log-level", "warning"], port) as url:
         yield url
 
 

@@ -70,8 +70,8 @@ class Config(ForwardOptions, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     dtype: Annotated[
         Literal["auto", "float32", "bfloat16", "float16"],
         option.model(
-            "The weights' dtype; auto is bfloat16 on a GPU, and on a CPU that multiplies bfloat16 if the "
-            "checkpoint is stored so; else float32"
+            "The weights' dtype; auto is bfloat16 on a GPU that has it, else float16 there; on a CPU that multiplies "
+            "bfloat16 it is that if the checkpoint is stored so, else float32"
         ),
     ] = "auto"
     tp: Annotated[
@@ -231,6 +231,14 @@ class Config(ForwardOptions, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         int, option.adapters("Adapters that may be loaded; one more evicts the least recently used", ge=0)
     ] = 64
     max_lora_mb: Annotated[int, option.adapters("Megabytes of all loaded and gathered adapters", ge=1)] = 8192
+    max_merged_mb: Annotated[
+        int,
+        option.adapters(
+            "Megabytes of host memory on each rank for the weights that adapters are merged into, which are kept "
+            "without them; 0: half of the machine's memory, divided among all ranks",
+            ge=0,
+        ),
+    ] = 0
     request_timeout_s: Annotated[
         float, option.queue("Seconds after which a request without a `timeout_s` of its own gets a 504", gt=0)
     ] = 600.0

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 
@@ -29,7 +29,7 @@ BEFORE, AFTER = "launch", "launched"
 
 ONCE_A_REQUEST = {
     "worker/forward/signature.py digest",  # of a prompt's tokens, and of ids that requests share
-    "worker/requests/encoding_threads.py _output",  # in a thread
+    "worker/requests/encoding_threads.py _encode_output",  # in a thread
 }
 """Where our code may wait, by file and function; never within the steps."""
 
@@ -89,9 +89,12 @@ def test_our_code_does_not_wait_between_the_forwards_of_merged_requests(replica:
     assert elsewhere <= ONCE_A_REQUEST, {wait.ours: record.stacks[wait] for wait in record.waits if wait.is_ours}
 
 
-@pytest.mark.parametrize("replica", ["flux"], indirect=True)
-def test_a_rollout_does_not_wait_between_forwards(replica: Replica, record: Record) -> None:
-    rollout = Rollout(returns_trajectory=True, generator_device="cuda")
+@pytest.mark.parametrize("replica", chosen("flux", nightly=["qwenimage", "sd3"]), indirect=True)
+@pytest.mark.parametrize("noise", ["cuda", "cpu"])
+def test_a_rollout_does_not_wait_between_forwards(
+    noise: Literal["cuda", "cpu"], replica: Replica, record: Record
+) -> None:
+    rollout = Rollout(returns_trajectory=True, returns_environment=True, generator_device=noise)
     replica.jobs.submit(replica.request(2, num_inference_steps=5, rollout=rollout))
     replica.settle()
     assert [type(message) for message in replica.sent] == [Result]

@@ -15,6 +15,7 @@ from .device_guard import install_device_guard
 from .generators import install_generators
 from .graphs import PlayedGraph
 from .kernels import register_kernels
+from .lagging import keep_until_done
 from .nccl import install_nccl
 from .record import RECORD, TOTAL_BYTES, Record
 from .tags import on_device, on_host
@@ -136,5 +137,6 @@ def _install_pinned_memory() -> None:
 
     torch.empty = empty
     torch.accelerator.empty_host_cache = lambda: RECORD.operators.update(["empty_host_cache"])  # type: ignore[assignment]
+    torch.Tensor.record_stream = keep_until_done  # type: ignore[assignment,method-assign]
     torch.Tensor.is_pinned = is_pinned  # type: ignore[method-assign]
     torch.Tensor.pin_memory = pin_memory  # type: ignore[method-assign]

@@ -17,6 +17,12 @@ def copy_later(stream: Stream, target: torch.Tensor, source: torch.Tensor) -> No
     stream.later(lambda: on_host(into()).copy_(on_host(out_of())))
 
 
+def keep_until_done(tensor: torch.Tensor, stream: Stream) -> None:
+    """``Tensor.record_stream``: the memory lives until the stream has done what is queued by now."""
+    storage = tensor.untyped_storage()
+    stream.later(lambda: storage)
+
+
 def _later(tensor: torch.Tensor) -> Callable[[], torch.Tensor]:
     if tensor.device.type == "cpu":
         return lambda: tensor

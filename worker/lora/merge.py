@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 
+from ...protocol.errors import Conflict
 from ..weights.checkpoint.layout import Layout
 from ..weights.update.page_swap import ALIGNMENT, aligned_like
 from .adapter import Adapter
@@ -49,6 +50,18 @@ def merge(layout: Layout, wanted: Deltas, names: Iterable[str] | None = None) ->
         live.copy_(_summed(base.to(live.device), delta) if delta else base)
         if not delta:
             del layout.bases[name]
+
+
+def check_bases(layouts: Mapping[str, Layout], wanted: Mapping[str, Deltas], limit: float) -> None:
+    """Raises ``Conflict`` where the bases of merges, by component, need more than ``limit`` bytes of this rank."""
+    needed = sum(layouts[component].live(name).nbytes for component, deltas in wanted.items() for name in deltas)
+    if needed > limit:
+        raise Conflict(
+            f"Merging keeps {-(-needed // 1_000_000)} MB of weights without the adapters on each rank, and "
+            f"{limit // 1_000_000:.0f} MB are allowed. Apply the adapters dynamically (merge_mode = dynamic), or start the "
+            "server with a larger --max-merged-mb.",
+            field="merge_mode",
+        )
 
 
 @torch.no_grad()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -31,7 +32,7 @@ from . import planning
 from .adapter import Adapter
 from .bank import ActiveAdapters
 from .dynamic import AdapterRows, DynamicLora
-from .merge import Deltas, deltas, merge
+from .merge import Deltas, check_bases, deltas, merge
 from .reader import AdapterReader
 from .setting import Setting
 
@@ -65,7 +66,10 @@ class _Next:
 
 
 class RankAdapters:
-    """Loads, applies and unloads adapters: at most ``max_adapters``, of at most ``max_bytes`` together."""
+    """Loads, applies and unloads adapters: at most ``max_adapters``, of at most ``max_bytes`` together.
+
+    The weights without the adapters that are merged into them take at most ``max_merged_bytes`` more.
+    """
 
     def __init__(
         self,
@@ -76,6 +80,7 @@ class RankAdapters:
         *,
         max_adapters: int,
         max_bytes: int,
+        max_merged_bytes: float = math.inf,
     ) -> None:
         self.state = AdapterState()
         self.notes: list[str] = []
@@ -87,6 +92,7 @@ class RankAdapters:
         self._device = device
         self._max_adapters = max_adapters
         self._max_bytes = max_bytes
+        self._max_merged_bytes = max_merged_bytes
         self._components: dict[str, nn.Module] = {
             name: pipeline.components[name] for name in layouts if name in DENOISERS or name.startswith("text_encoder")
         }
@@ -261,6 +267,8 @@ class RankAdapters:
                 if layer := next((layer for layer in impossible if layer.startswith(f"{component}.")), None):
                     way = "be merged into" if one.mode == "merge" else "have dynamic adapters"
                     raise InvalidRequest(f"{one.nickname}: {layer} cannot {way}.", field="merge_mode")
+        wanted = {name: _merged(name, state, adapters) for name in state.active if name in self._components}
+        check_bases(self._layouts, wanted, self._max_merged_bytes)
 
     def _merge_all(self, state: AdapterState, adapters: Adapters, unlike: AdapterState | None = None) -> None:
         """Bring every component's weights into ``state``, except those for which ``unlike`` is the same."""

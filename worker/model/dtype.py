@@ -16,11 +16,17 @@ from ..weights.checkpoint.files import WeightFiles
 
 
 def choose_dtype(config: Config, device: torch.device, stored: Callable[[], str | None]) -> torch.dtype:
-    """``config.dtype``; for "auto" bf16 on a GPU, or if the CPU multiplies it and the checkpoint is ``stored`` so."""
+    """``config.dtype``, or with "auto" what the device multiplies.
+
+    That is bf16 on a GPU that has it, else fp16; on a CPU bf16 if the CPU has it and the checkpoint is ``stored`` so.
+    """
     if config.dtype != "auto":
         chosen: torch.dtype = getattr(torch, config.dtype)
         return chosen
-    if device.type == "cuda" or (_multiplies_bfloat16() and stored() == "BF16"):
+    if device.type == "cuda":
+        # of the current device, as ranks have GPUs of one kind; emulated, as before Ampere, it is slower than fp16
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    if _multiplies_bfloat16() and stored() == "BF16":
         return torch.bfloat16
     return torch.float32
 

@@ -23,6 +23,7 @@ from ..parallel.device import find_device
 from ..parallel.ranks import ALONE, Ranks
 from ..pipelines.frame_rate import frame_rate
 from ..pipelines.model_defaults import ModelDefaults, read_model_defaults
+from ..rollout.peak_memory import PeakMemory
 from ..rollout.sampling import why_no_rollouts
 from ..weights.checkpoint.download import download_pipeline
 from ..weights.checkpoint.layout import Layout
@@ -68,6 +69,10 @@ class Model:
     attention: Attention | None = None
     facts: Facts = field(default_factory=Facts)
     """Dtypes and devices, which the forks of all requests share until an operation."""
+    peak_memory: PeakMemory = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.peak_memory = PeakMemory(self.device)
 
     @property
     def main(self) -> PipelineTask:

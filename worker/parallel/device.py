@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import math
 from pathlib import Path
 
@@ -22,9 +23,14 @@ def find_device(config: Config, replica: int = 0, rank: int = 0) -> torch.device
     if is_in_bad_fork():
         raise StartFailed("CUDA was opened before this worker was forked, and cannot be used in it; add --no-nursery.")
     ranks, gpus = config.replica_ranks, torch.cuda.device_count()
-    if ranks > gpus:
-        raise StartFailed(f"A replica of {ranks} ranks needs a GPU for each, and there are {gpus}.")
-    return torch.device("cuda", (replica * ranks + rank) % gpus)
+    if config.replicas * ranks > gpus:
+        replicas = "1 replica" if config.replicas == 1 else f"{config.replicas} replicas"
+        each = "1 rank" if ranks == 1 else f"{ranks} ranks"
+        raise StartFailed(
+            f"{replicas} of {each} need a GPU for each rank, {config.replicas * ranks} in all, and there are {gpus}; "
+            f"start fewer, or make more GPUs visible (CUDA_VISIBLE_DEVICES)."
+        )
+    return torch.device("cuda", replica * ranks + rank)
 
 
 def use_device(device: torch.device) -> None:
@@ -44,3 +50,11 @@ def free_bytes(device: torch.device) -> float:
         return math.inf
     lines = dict(line.split(":", 1) for line in _MEMINFO.read_text().splitlines())
     return int(lines["MemAvailable"].split()[0]) * 1024
+
+
+def pinned(size: int) -> torch.Tensor:
+    """``size`` bytes of page-locked memory. Raises ``OSError`` where the system has none."""
+    try:
+        return torch.empty(size, dtype=torch.uint8, pin_memory=True)
+    except RuntimeError as error:
+        raise OSError(errno.ENOMEM, f"page-locked memory cannot be had: {str(error).partition(chr(10))[0]}") from error

@@ -152,6 +152,7 @@ def _new_adapters(model: Model, mesh: Mesh, config: Config) -> RankAdapters:
         model.device,
         max_adapters=config.max_loras,
         max_bytes=config.max_lora_mb * 1_000_000,
+        max_merged_bytes=_host_bytes(config.max_merged_mb, config),
     )
 
 
@@ -202,7 +203,7 @@ def _plain_attention(model: Model) -> str | None:
 def _new_undo_log(model: Model, activity: Activity, config: Config) -> UndoLog:
     return UndoLog(
         model.device,
-        _undo_bytes(config),
+        _host_bytes(config.undo_mb, config),
         _undo_spill(config),
         on_gpu=config.stage_on_gpu,
         on_progress=activity.advance,
@@ -213,9 +214,9 @@ def _undo_spill(config: Config) -> Path | None:
     return Path(config.undo_spill) if config.undo_spill is not None else None
 
 
-def _undo_bytes(config: Config) -> int:
-    """Bytes of host memory in which each rank keeps what updates overwrite."""
-    if config.undo_mb:
-        return config.undo_mb * 1_000_000
+def _host_bytes(megabytes: int, config: Config) -> int:
+    """``megabytes`` of host memory; for 0, a rank's part of half of the machine's memory."""
+    if megabytes:
+        return megabytes * 1_000_000
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return memory // 2 // (config.replicas * config.replica_ranks)

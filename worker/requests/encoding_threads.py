@@ -26,10 +26,14 @@ from ..parallel.device import use_device
 from ..pipelines.frame_rate import rate_argument
 from ..rollout import record
 from .failure import NotFinite
+from .host_copies import HostCopies
 from .job import Job
 from .sample import SampleRun
 
 log = logging.getLogger(__name__)
+
+Wait = Callable[[], object]
+"""Returns once a copy to the host is there."""
 
 
 @dataclass(slots=True, eq=False)
@@ -57,6 +61,7 @@ class EncodingThreads:
         self._wake = wake
         self._is_dropped = is_dropped
         self._shared = shared
+        self._copies = HostCopies(model.device)
         self._threads = ThreadPoolExecutor(
             max(1, (os.cpu_count() or 2) // 2), "encode", initializer=use_device, initargs=(model.device,)
         )
@@ -64,12 +69,16 @@ class EncodingThreads:
 
     def submit_output(self, job: Job, sample: SampleRun, pixels: torch.Tensor, sound: Sound | None) -> None:
         """Encode ``pixels``, a picture [C, H, W] or a clip [F, C, H, W] in [0, 1], and its ``sound``."""
-        self._threads.submit(self._encode_output, job, sample, _widened(pixels), sound)
+        if sample.rolled_out is not None:
+            sample.rolled_out = record.on_the_host(sample.rolled_out, self._copies.begin)
+        on_host = self._copies.begin(_widened(pixels))
+        heard = None if sound is None else Sound(self._copies.begin(sound.samples), sound.rate)
+        self._threads.submit(self._encode_output, job, sample, on_host, heard, self._copies.end())
 
     def submit_preview(self, job: Job, index: int, step: DenoisingStep, pixels: torch.Tensor) -> None:
         """Encode the picture ``pixels``, or the first one of a clip."""
-        picture = _widened(pixels if pixels.ndim == 3 else pixels[0])
-        self._threads.submit(self._encode_preview, job, index, step, picture)
+        picture = self._copies.begin(_widened(pixels if pixels.ndim == 3 else pixels[0]))
+        self._threads.submit(self._encode_preview, job, index, step, picture, self._copies.end())
 
     def finished(self) -> Iterator[Encoded]:
         """Everything that was encoded since the last call."""
@@ -79,11 +88,14 @@ class EncodingThreads:
     def close(self) -> None:
         self._threads.shutdown(cancel_futures=True)
 
-    def _encode_output(self, job: Job, sample: SampleRun, pixels: torch.Tensor, sound: Sound | None) -> None:
+    def _encode_output(
+        self, job: Job, sample: SampleRun, pixels: torch.Tensor, sound: Sound | None, wait: Wait
+    ) -> None:
         if self._is_dropped(job):
             return
         encoded = Encoded(job, sample.index)
         try:
+            wait()
             encoded.output = self._output(job, sample, pixels, sound)
         except (SafelightError, NotFinite, torch.AcceleratorError) as error:
             encoded.error = error
@@ -92,12 +104,12 @@ class EncodingThreads:
             encoded.error = Internal("the output could not be encoded")
         self._put(encoded)
 
-    def _output(self, job: Job, sample: SampleRun, on_device: torch.Tensor, sound: Sound | None) -> Output:
+    def _output(self, job: Job, sample: SampleRun, on_host: torch.Tensor, sound: Sound | None) -> Output:
         if sample.embeddings is not None:
             return _file_of(sample.embeddings, sample.seed)
         request = job.request
-        pixels: Floats = on_device.cpu().numpy()
-        waveform = None if sound is None else Waveform(sound.samples.cpu().numpy(), sound.rate)
+        pixels: Floats = on_host.numpy()
+        waveform = None if sound is None else Waveform(sound.samples.numpy(), sound.rate)
         if not np.isfinite(pixels).all() or (waveform is not None and not np.isfinite(waveform.samples).all()):
             raise NotFinite
         fps = self._frame_rate(sample) if pixels.ndim == 4 else None
@@ -127,10 +139,11 @@ class EncodingThreads:
         request = sample.request
         return request.fps or rate_argument(request.extra) or self._model.frame_rate(sample.task)
 
-    def _encode_preview(self, job: Job, index: int, step: DenoisingStep, picture: torch.Tensor) -> None:
+    def _encode_preview(self, job: Job, index: int, step: DenoisingStep, picture: torch.Tensor, wait: Wait) -> None:
         encoded = Encoded(job, index)
         try:
-            image = Buffer(encode_image(to_uint8(picture.cpu().numpy()), "jpeg"))
+            wait()
+            image = Buffer(encode_image(to_uint8(picture.numpy()), "jpeg"))
             encoded.preview = Preview(job.request.request_id, index, step.number, step.total, image)
         except torch.AcceleratorError as error:
             encoded.error = error

@@ -131,3 +131,19 @@ def _is_of_the_libraries(error: Exception) -> bool:
 
 def _says(error: BaseException, words: re.Pattern[str]) -> bool:
     return isinstance(error, RuntimeError) and words.search(str(error)) is not None
+
+
+def drop_frames(error: BaseException) -> None:
+    """Drop the tracebacks of an error that was dealt with.
+
+    Their frames hold the pipeline's latents, and refer to the error in turn, so that only the garbage collector would
+    free them.
+    """
+    seen: set[int] = set()
+    rest: list[BaseException | None] = [error]
+    while rest:
+        one = rest.pop()
+        if one is not None and id(one) not in seen:
+            seen.add(id(one))
+            one.__traceback__ = None
+            rest += [one.__cause__, one.__context__]

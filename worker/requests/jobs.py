@@ -17,10 +17,11 @@ from ..caching.caching import Caching
 from ..crossing.steps import DenoisingStep
 from ..forward.batcher import Batcher
 from ..lora.rank_adapters import RankAdapters
+from ..media.sound import Sound
 from ..model.model import Model
 from ..rollout import record
 from .encoding_threads import Encoded, EncodingThreads
-from .failure import NotFinite, explain
+from .failure import NotFinite, drop_frames, explain
 from .job import Job
 from .preview import preview
 from .sample import SampleRun
@@ -215,19 +216,30 @@ class Jobs:
             log.exception("a preview failed", extra=job.log_fields)
 
     def _on_end(self, job: Job, sample: SampleRun) -> None:
-        if self._is_dropped(job):
-            return
         error, pixels, sound = sample.coroutine.error, sample.coroutine.result, sample.sound
         # these are large, and the job may outlive the sample by far
         sample.coroutine.error = sample.coroutine.result = sample.sound = None
+        try:
+            if not self._is_dropped(job):
+                self._take_over(job, sample, error, pixels, sound)
+        finally:
+            if error is not None:
+                drop_frames(error)
+
+    def _take_over(
+        self,
+        job: Job,
+        sample: SampleRun,
+        error: BaseException | None,
+        pixels: torch.Tensor,
+        sound: Sound | None,
+    ) -> None:
         if not self._is_primary:
             self._on_end_elsewhere(job, sample, error)
             return
         try:
             if error is not None:
                 raise error
-            if sample.rolled_out is not None:
-                sample.rolled_out = record.on_the_host(sample.rolled_out)
             self._threads.submit_output(job, sample, pixels, sound)
         except BaseException as failure:  # raised by the pipeline, or by a copy without memory: this request's failure
             explained = self._explained(failure, job)

@@ -37,7 +37,8 @@ from ..model.pipeline_task import PipelineTask
 from ..pipelines.arguments import as_declared
 from ..rollout.environment import Environment, likely_scales
 from ..rollout.initial_noise import usual_shapes
-from ..rollout.record import as_output, nothing_recorded, peak_memory_mb, read_tensor, recorded_fields
+from ..rollout.peak_memory import Measurement
+from ..rollout.record import as_output, nothing_recorded, read_tensor, recorded_fields
 from ..rollout.sampling import RolloutSampler, why_no_rollouts
 from ..rollout.schedule import follow, shift
 from .failure import NotFinite, NothingMade
@@ -82,6 +83,7 @@ class SampleRun:
         self._fork: Fork | None = None
         self._chain = Chain()
         self._environment: Environment | None = None
+        self._peak = Measurement()
         self._versions: set[str] = set()  # weight versions of the denoiser's answers since the last step
         self._step_versions: list[str | None] = []
         self.coroutine = self._new_coroutine(on_end, wanted)
@@ -168,6 +170,7 @@ class SampleRun:
             self.embeddings = encode(pipeline, arguments, self.request.encode)
             return torch.empty(0)
         if rollout is not None:
+            self._peak = self._model.peak_memory.begin()
             self._prepare(rollout, pipeline, arguments)
         if rollout is not None and rollout.recorded:
             return self._roll_out(rollout, pipeline, arguments)
@@ -230,7 +233,7 @@ class SampleRun:
             "generated_output": as_output(pixels, rollout.output_dtype),
             **recorded,
             "inference_time_s": time.perf_counter() - (self.clock.started or self.clock.submitted),
-            "peak_memory_mb": peak_memory_mb(self._model.device),
+            "peak_memory_mb": self._model.peak_memory.end_mb(self._peak),
             "step_weight_versions": self._step_versions,
             "log_prob_reduction": "mean",
         }

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,17 +17,15 @@ from diffusers import DiffusionPipeline
 from torch import nn
 
 from ...rollout.equality import equal
-from ...rollout.guidance import GUIDED, Rule, guided
 from ..crossing.call import Call
 from ..pipelines.components import DENOISERS
+from .combining import Combined, Trial, possible
+from .late_values import LateEqualities
 
 _TIMESTEPS = ("timestep", "timesteps", "t")
 _GUIDANCE = ("guidance_scale", "true_cfg_scale")
 _IMAGE, _POSITIONS = "image", "rotary"
 """Arguments from input images have the first in their name, but not the second, which marks positions of the output."""
-
-_EXACT_ENOUGH = 1e-3
-"""A rule is the pipeline's if it reproduces the velocity within this relative L2 distance."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,20 +43,6 @@ class _Seen:
         return len(self.arguments[self.latents])
 
 
-@dataclass(frozen=True, slots=True)
-class _Combined:
-    """How a step's velocity was computed: ``sign`` times the denoiser's answers, guided by ``rule`` and ``scale``.
-
-    ``widened``: the answers were cast to fp32 first. ``swapped``: the positive answer is the second.
-    """
-
-    rule: Rule
-    scale: float
-    sign: int
-    widened: bool
-    swapped: bool
-
-
 class Environment:
     """Records the denoiser's calls of a sample. ``scales`` are candidates for the guidance scale, the likeliest first.
 
@@ -74,8 +57,9 @@ class Environment:
         self._first: list[_Seen] = []
         self._components: list[str] = []
         self._timesteps: list[torch.Tensor] = []
-        self._combined: list[_Combined | None] = []
-        self._alike = True
+        self._combined: list[Combined | None] = []
+        self._trial: Trial | None = None
+        self._alike = LateEqualities()
 
     def saw(self, call: Call, output: Any) -> None:
         """Record ``call`` if it is the denoiser's."""
@@ -93,21 +77,55 @@ class Environment:
         calls, self._calls = self._calls, []
         if not self._first:
             self._first = [_Seen(one.component, one.arguments, one.latents, one.timestep, None) for one in calls]
+            self._alike.remember([one.arguments for one in self._first])
         times = [seen.arguments[seen.timestep] for seen in calls if seen.timestep is not None]
         same = [torch.as_tensor(time).reshape(-1) for time in times]
-        self._alike &= (
-            0 < len(calls) == len(self._first)
-            and all(map(_is_alike, calls, self._first))
-            and all(_is_of(seen.arguments[seen.latents], sample) for seen in calls)
-            and all(torch.equal(time, same[0][:1].expand_as(time)) for time in same)
-        )
-        answers = _answers(calls, velocity)
+        self._compare(calls, sample, same)
         self._components.append(calls[0].component if calls else "")
         self._timesteps += [time[:1].detach() for time in same[:1]]
-        self._combined.append(None if answers is None else self._combination(answers, velocity))
+        self._settle()
+        answers = _answers(calls, velocity)
+        if answers is None:
+            self._combined.append(None)
+            return
+        before = self._before
+        self._trial = Trial(
+            answers, velocity, [before] if before is not None else [*possible(len(answers), self._scales)]
+        )
+        if not self._trial.is_late:
+            self._settle()
+
+    def _compare(self, calls: list[_Seen], sample: torch.Tensor, times: list[torch.Tensor]) -> None:
+        """Whether the calls equal those of the first step, and their latents the state."""
+        self._alike.expect(0 < len(calls) == len(self._first))
+        for seen, first in zip(calls, self._first, strict=False):
+            self._alike.compare(_conditions_of(seen), _conditions_of(first))
+        for seen in calls:
+            _compare_latents(self._alike, seen.arguments[seen.latents], sample)
+        for time in times:
+            self._alike.compare(time, times[0][:1].expand_as(time))
+
+    @property
+    def _before(self) -> Combined | None:
+        """The last combination that was found."""
+        return next((one for one in reversed(self._combined) if one is not None), None)
+
+    def _settle(self) -> None:
+        """Decide about the last step: its combination is the one before if that fits, else the best fit, or ``None``.
+
+        A step later, the distances have arrived on the host. A rule that no longer fits is searched for anew.
+        """
+        trial, self._trial = self._trial, None
+        if trial is None:
+            return
+        found = trial.best()
+        if found is None and len(trial.tried) == 1 and self._before is not None:
+            found = Trial(trial.answers, trial.velocity, [*possible(len(trial.answers), self._scales)]).best()
+        self._combined.append(found)
 
     def reported(self) -> dict[str, Any]:
         """The environment for the reply, with tensors. ``replay`` is ``None`` if the calls cannot be repeated."""
+        self._settle()
         combined = [one for one in self._combined if one is not None]
         kinds = {(one.rule, one.sign, one.widened, one.swapped) for one in combined}
         chosen = combined[0] if len(combined) == len(self._combined) and len(kinds) == 1 else None
@@ -119,12 +137,13 @@ class Environment:
         if chosen is not None:
             scales = [one.scale for one in combined]
             guidance = {"rule": chosen.rule, "scale": scales, "sign": chosen.sign, "widened": chosen.widened}  # type: ignore[dict-item]  # of several kinds
+        repeatable = chosen is not None and self._alike.hold()
         return {
             "image_kwargs": image,
             "pos_cond_kwargs": positive,
             "neg_cond_kwargs": negative,
             "guidance": guidance,
-            "replay": self._replay(joined=joined, swapped=swapped) if chosen is not None and self._alike else None,
+            "replay": self._replay(joined=joined, swapped=swapped) if repeatable else None,
         }
 
     def _replay(self, *, joined: bool, swapped: bool) -> dict[str, Any]:
@@ -143,24 +162,6 @@ class Environment:
             "shared": _shared(first) if joined else [],
         }
 
-    def _combination(self, answers: list[torch.Tensor], velocity: torch.Tensor) -> _Combined | None:
-        """The previous step's combination if it fits this step too, else the best fit, else ``None``."""
-        before = next((one for one in reversed(self._combined) if one is not None), None)
-        if before is not None and _distance(before, answers, velocity) < _EXACT_ENOUGH:
-            return before
-        tried = [(_distance(one, answers, velocity), one) for one in self._possible(len(answers))]
-        distance, best = min(tried, key=lambda pair: pair[0], default=(1.0, None))
-        return best if distance < _EXACT_ENOUGH else None
-
-    def _possible(self, answers: int) -> Iterator[_Combined]:
-        if answers == 1:
-            for sign in (1, -1):
-                yield _Combined("none", 1.0, sign, widened=False, swapped=False)
-            return
-        for scale, sign, rule in itertools.product(self._scales, (1, -1), GUIDED):
-            for widened, swapped in itertools.product((False, True), (False, True)):
-                yield _Combined(rule, scale, sign, widened=widened, swapped=swapped)
-
 
 @functools.lru_cache(maxsize=16)
 def _signature(forward: Callable[..., Any]) -> inspect.Signature:
@@ -175,15 +176,6 @@ def likely_scales(pipeline: DiffusionPipeline, arguments: dict[str, Any]) -> lis
     return list(dict.fromkeys(float(value) for value in values if isinstance(value, int | float)))
 
 
-def _distance(how: _Combined, answers: list[torch.Tensor], velocity: torch.Tensor) -> float:
-    """The relative L2 distance of the combined answers from ``velocity``."""
-    positive, negative = (answers[0], None) if len(answers) == 1 else (answers[how.swapped], answers[not how.swapped])
-    made = how.sign * guided(how.rule, positive, negative, how.scale, widened=how.widened)
-    if made.dtype is velocity.dtype and torch.equal(made, velocity):
-        return 0.0
-    return float((made.float() - velocity.float()).norm() / velocity.float().norm().clamp_min(1e-30))
-
-
 def _answers(calls: list[_Seen], velocity: torch.Tensor) -> list[torch.Tensor] | None:
     """The denoiser's one or two answers (with and without the prompt), from one call or two; ``None`` otherwise."""
     rows: list[torch.Tensor] = []
@@ -195,22 +187,20 @@ def _answers(calls: list[_Seen], velocity: torch.Tensor) -> list[torch.Tensor] |
     return [row.reshape(velocity.shape) for row in rows]
 
 
-def _is_alike(seen: _Seen, first: _Seen) -> bool:
-    """True if a call's arguments, except latents and timestep, equal those of the first step's call."""
-    changes = (seen.latents, seen.timestep)
-    return seen.arguments.keys() == first.arguments.keys() and all(
-        value is first.arguments[name] or equal(value, first.arguments[name])
-        for name, value in seen.arguments.items()
-        if name not in changes
-    )
+def _conditions_of(seen: _Seen) -> dict[str, Any]:
+    """A call's arguments except latents and timestep."""
+    return {name: value for name, value in seen.arguments.items() if name not in (seen.latents, seen.timestep)}
 
 
-def _is_of(latents: Any, sample: torch.Tensor) -> bool:
-    """True if every row of the latents is the state."""
-    return all(
-        row.numel() == sample.numel() and torch.equal(row.reshape(sample.shape), sample.to(row.dtype))
-        for row in latents
-    )
+def _compare_latents(late: LateEqualities, latents: Any, sample: torch.Tensor) -> None:
+    """Expect that every row of the latents is the state."""
+    if latents is sample:
+        return
+    for row in latents:
+        if row.numel() == sample.numel():
+            late.compare(row.reshape(sample.shape), sample.to(row.dtype))
+        else:
+            late.expect(holds=False)
 
 
 def _conditions(calls: list[_Seen], *, joined: bool, swapped: bool) -> list[dict[str, Any]]:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import resource
 import secrets
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path as File
 from typing import Any
 
@@ -63,13 +62,17 @@ def as_output(pixels: torch.Tensor, dtype: str) -> torch.Tensor:
     return ordered.to(wanted)
 
 
-def on_the_host(value: Any) -> Any:
-    """A copy of the tree with contiguous tensors in host memory, so that encoding threads need not compute."""
+def on_the_host(value: Any, begin: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+    """A copy of the tree with contiguous tensors in host memory, so that encoding threads need not compute.
+
+    ``begin`` copies a tensor from the device.
+    """
     if isinstance(value, torch.Tensor):
-        return value.detach().cpu().clone(memory_format=torch.contiguous_format)
+        on_cpu = value.device.type == "cpu"
+        return value.detach().clone(memory_format=torch.contiguous_format) if on_cpu else begin(value)
     if isinstance(value, Mapping):
-        return {name: on_the_host(part) for name, part in value.items()}
-    return [on_the_host(part) for part in value] if isinstance(value, list | tuple) else value
+        return {name: on_the_host(part, begin) for name, part in value.items()}
+    return [on_the_host(part, begin) for part in value] if isinstance(value, list | tuple) else value
 
 
 def encoded(tree: dict[str, Any], shared: File | None) -> RolledOut:
@@ -114,13 +117,6 @@ def read_tensor(sent: Tensor) -> torch.Tensor:
     """A copy of a received tensor."""
     dtype: torch.dtype = getattr(torch, sent.dtype.removeprefix("torch."))
     return torch.frombuffer(bytearray(sent.data.data), dtype=dtype).view(sent.shape)
-
-
-def peak_memory_mb(device: torch.device) -> float:
-    """This process's peak memory in 10⁶ bytes: torch's allocations on a GPU, the resident set on a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e6
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
 
 
 def _sent(tensor: torch.Tensor) -> Tensor:

@@ -16,6 +16,8 @@ from ...protocol.rollouts import Rollout
 from ...rollout.transitions import Transition, transition
 from ..crossing.fork import schedulers
 from ..crossing.steps import first_index
+from ..parallel.device import pinned
+from .late_values import LateEqualities
 
 _EULER = "FlowMatchEulerDiscreteScheduler"
 
@@ -82,6 +84,7 @@ class RolloutSampler:
         self._rollout = rollout
         self._generators = generators
         self._on_step = on_step
+        self._unchanged = LateEqualities()
         self._first: int | None = None
         self._state: torch.Tensor | None = None
         self._given: tuple[torch.Tensor, int] | None = None  # the state that the pipeline received, and its version
@@ -117,6 +120,11 @@ class RolloutSampler:
         if len(self.recorded.log_probs) != len(self.recorded.timesteps) or not self.recorded.log_probs:
             taken, steps = len(self.recorded.log_probs), len(self.recorded.timesteps)
             raise InvalidRequest(f"This pipeline took {taken} of {steps} steps by its own scheduler.", field="rollout")
+        if not self._unchanged.hold():
+            raise InvalidRequest(
+                "This pipeline changes the latents between steps, so log-probabilities would not match the output.",
+                field="rollout",
+            )
         return self.recorded
 
     def _begin(self, timestep: Any, sample: torch.Tensor) -> None:
@@ -166,16 +174,13 @@ class RolloutSampler:
         )
 
     def _state_of(self, sample: torch.Tensor) -> torch.Tensor:
-        """The state after the last step, in fp32. Raises ``InvalidRequest`` if the pipeline has changed it since."""
+        """The state after the last step, in fp32. If the pipeline has changed it since, :meth:`end` refuses."""
         if self._state is None or self._given is None:
             return sample.detach().float().clone()
         given, version = self._given
-        if (sample is given and sample._version == version) or torch.equal(sample, self._state.to(sample.dtype)):
-            return self._state
-        raise InvalidRequest(
-            "This pipeline changes the latents between steps, so log-probabilities would not match the output.",
-            field="rollout",
-        )
+        if sample is not given or sample._version != version:
+            self._unchanged.compare(sample, self._state.to(sample.dtype))
+        return self._state
 
     def _is_noisy(self, number: int) -> bool:
         return self._rollout.sde_steps is None or number in self._rollout.sde_steps
@@ -185,6 +190,9 @@ class RolloutSampler:
 
     def _noise(self, x: torch.Tensor, number: int) -> torch.Tensor:
         generator = self._generators(number)
+        if generator.device.type == "cpu" and x.device.type == "cuda":  # page-locked, so that nobody waits for the copy
+            room = pinned(x.numel() * torch.float32.itemsize).view(torch.float32).view(x.shape)
+            return torch.randn(x.shape, generator=generator, out=room).to(x.device, non_blocking=True)
         return torch.randn(x.shape, generator=generator, device=generator.device).to(x.device)
 
     def _record(

@@ -172,6 +172,25 @@ def test_limits(most: int, most_bytes: int, room: bool, model: Model, folders: d
     assert adapters.notes == ["first was unloaded to make room."]
 
 
+def test_a_merge_whose_unmerged_weights_exceed_their_limit_is_refused_before_anything_is_written(
+    model: Model, folders: dict[str, Path]
+) -> None:
+    adapters = new_adapters(model)
+    change(adapters, setting(folders, "first", mode="merge"))
+    needed = sum(base.nbytes for base in model.layouts["transformer"].bases.values())
+    change(adapters, UnloadAdapter("first"))
+    assert needed > 0
+    adapters._max_merged_bytes = needed - 1
+    with pytest.raises(Conflict, match=r"Merging keeps \d+ MB of weights without the adapters .* --max-merged-mb"):
+        adapters.prepare(setting(folders, "first", mode="merge"))
+    assert not model.layouts["transformer"].bases
+    change(adapters, setting(folders, "first", mode="dynamic"))
+    change(adapters, UnloadAdapter("first"))
+    adapters._max_merged_bytes = needed
+    change(adapters, setting(folders, "first", mode="merge"))
+    change(adapters, UnloadAdapter("first"))
+
+
 def test_strengths_that_are_not_as_many_as_adapters(model: Model, folders: dict[str, Path]) -> None:
     adapters = new_adapters(model)
     with pytest.raises(Conflict, match="No adapter is active"):

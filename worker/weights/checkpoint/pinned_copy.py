@@ -7,11 +7,12 @@ works on one, this thread fills or empties the other on all cores.
 
 from __future__ import annotations
 
-import errno
 import functools
 from collections.abc import Callable, Iterator
 
 import torch
+
+from ...parallel.device import pinned
 
 HALF = 32 << 20
 """Bytes of a half: the copy engine needs about a millisecond for it."""
@@ -21,14 +22,6 @@ _ALIGNMENT = 64
 
 Fill = Callable[[torch.Tensor, torch.Tensor], object]
 """Copies values from host memory into a buffer of their shape, and returns when they are there."""
-
-
-def pinned(size: int) -> torch.Tensor:
-    """``size`` bytes of page-locked memory. Raises ``OSError`` where the system has none."""
-    try:
-        return torch.empty(size, dtype=torch.uint8, pin_memory=True)
-    except RuntimeError as error:
-        raise OSError(errno.ENOMEM, f"page-locked memory cannot be had: {str(error).partition(chr(10))[0]}") from error
 
 
 class PinnedCopy:

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from ..checkpoint.pinned_copy import pinned
+from ...parallel.device import pinned
 from ..progress import OnProgress
 from . import page_swap
 from .gpu_rooms import GpuRooms
