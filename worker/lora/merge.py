@@ -58,8 +58,8 @@ def check_bases(layouts: Mapping[str, Layout], wanted: Mapping[str, Deltas], lim
     if needed > limit:
         raise Conflict(
             f"Merging keeps {-(-needed // 1_000_000)} MB of weights without the adapters on each rank, and "
-            f"{limit // 1_000_000:.0f} MB are allowed. Apply the adapters dynamically (merge_mode = dynamic), or start the "
-            "server with a larger --max-merged-mb.",
+            f"{limit // 1_000_000:.0f} MB are allowed. Apply the adapters dynamically (merge_mode = dynamic), or start "
+            "the server with a larger --max-merged-mb.",
             field="merge_mode",
         )
 
