@@ -169,7 +169,7 @@ PAIRS_ON_GPU: list[tuple[str, str, float | None]] = [
     ("sleep", "bus", 0.6),
     ("wake", "bus", 0.6),
 ]
-"""Those of a server on a GPU besides; a sleep is measured before its wake."""
+"""Further pairs for a server on a GPU; a sleep is measured before its wake."""
 
 
 def measure_routes(routes: Routes, rounds: int) -> dict[str, Any]:

@@ -96,7 +96,7 @@ class Environment:
             self._settle()
 
     def _compare(self, calls: list[_Seen], sample: torch.Tensor, times: list[torch.Tensor]) -> None:
-        """Whether the calls equal those of the first step, and their latents the state."""
+        """Compare the calls with those of the first step, and their latents with the state."""
         self._alike.expect(0 < len(calls) == len(self._first))
         for seen, first in zip(calls, self._first, strict=False):
             self._alike.compare(_conditions_of(seen), _conditions_of(first))
