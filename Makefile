@@ -1,12 +1,13 @@
 # Safelight's commands. `make` alone lists them. All of them use the environment .venv, which the first command creates.
 
 PYTHON ?= python3.11 python3.12 python3.13 python3# tried in this order
-DISK_MB ?= 4000# disk space for the environment
+DISK_MB ?= $(if $(wildcard /dev/nvidiactl),9000,4000)# disk space for the environment; with CUDA's libraries on a GPU
 PROMPT ?= a small yellow star at the top left on a black background
 PORT ?=
 MODEL ?=
 JOBS ?= 2# test files that run at once
 ARGS ?=
+RECORD ?=# 1 writes the results of test-played-cuda into docs/hardware.md
 
 ENVIRONMENT := .venv/.installed
 BIN := .venv/bin
@@ -41,10 +42,12 @@ test: $(ENVIRONMENT) ## run the tests: ARGS="tests/client -q" for some of them, 
 	@if nvidia-smi -L >/dev/null 2>&1; then $(MAKE) test-cuda; fi
 
 test-cuda: $(ENVIRONMENT) ## run the tests of tests/cuda on a GPU, beside plain diffusers there
-	TEST_DEVICE=cuda $(BIN)/python -m pytest tests/cuda $(ARGS)
+	TEST_DEVICE=cuda DEVICE_RESULTS=benchmarks/results/devices-cuda.json $(BIN)/python -m pytest tests/cuda $(ARGS)
+	$(BIN)/python docs/generate_hardware.py
 
 test-played-cuda: $(ENVIRONMENT) ## run the same tests on CUDA devices that are played on the CPU
-	TEST_DEVICE=played $(PYTEST) tests/cuda $(ARGS)
+	TEST_DEVICE=played $(if $(RECORD),DEVICE_RESULTS=benchmarks/results/devices-played.json) $(PYTEST) tests/cuda $(ARGS)
+	$(if $(RECORD),$(BIN)/python docs/generate_hardware.py)
 
 test-fast: $(ENVIRONMENT) ## run the tests that need few live servers and models, in two minutes
 	$(PYTEST) $(FAST) $(ARGS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -11,10 +12,18 @@ import torch
 from safelight.tests import played
 
 from .device import DEVICES, PLAYED
+from .results import Results
 
 if PLAYED:
     played.install(DEVICES)
     played.RECORD.notes_waits = False
+
+
+def pytest_collection_modifyitems(config: pytest.Config) -> None:
+    """Write the results where ``DEVICE_RESULTS`` names a file, from the process that hears of all tests."""
+    path = os.environ.get("DEVICE_RESULTS")
+    if path is not None and not hasattr(config, "workerinput"):
+        config.pluginmanager.register(Results(Path(path)))
 
 
 @pytest.fixture(autouse=True)

@@ -22,7 +22,7 @@ forward = FluxTransformer2DModel.forward
 
 def decision(path: Path) -> BatchingDecision:
     model = load_model(Config(model=str(path), device=TYPE, dtype="float32"), device())
-    return BatchingProbe(model, Config(), lambda _: None, lambda _: None, images=False).probe()
+    return BatchingProbe(model, Config(), lambda _: None, lambda _: None, None, images=False).probe()
 
 
 def with_noise(scale: float) -> Callable[..., tuple[torch.Tensor]]:

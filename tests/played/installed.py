@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch.library import Library
+from torch.utils import _device
 
 from . import streams
 from .device_guard import install_device_guard
@@ -115,6 +116,7 @@ def _install_storages() -> None:
 
 def _install_pinned_memory() -> None:
     """Pinned memory is ordinary memory that says that it is pinned."""
+    _device._device_constructors()  # torch lists its functions once; ``torch.device`` as a context needs its own
     pinned: weakref.WeakValueDictionary[int, torch.UntypedStorage] = weakref.WeakValueDictionary()
     plain = torch.empty
 

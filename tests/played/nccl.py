@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import functools
+import os
+import sys
+import threading
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
@@ -52,7 +55,11 @@ def _hosted(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class PlayedNCCL:
-    """``ProcessGroupNCCL`` with the methods that Safelight uses."""
+    """``ProcessGroupNCCL`` with the methods that Safelight uses, and torch's watchdog.
+
+    A collective that is older than the group's timeout ends the process, or only the group if that is how
+    ``TORCH_NCCL_ASYNC_ERROR_HANDLING`` was set when the group was made.
+    """
 
     class Options:
         def __init__(self, *_: Any, **__: Any) -> None:
@@ -60,13 +67,30 @@ class PlayedNCCL:
 
     def __init__(self, store: Any, rank: int, size: int, options: Options) -> None:
         gloo = dist.ProcessGroupGloo._Options()
-        gloo._timeout = options._timeout
+        gloo._timeout = options._timeout + timedelta(seconds=1)  # later than the watchdog
         gloo._devices = [dist.ProcessGroupGloo.create_device(hostname="127.0.0.1")]
+        self._aborted = False
+        self._timeout_s = options._timeout.total_seconds()
+        self._ends_process = os.environ.get("TORCH_NCCL_ASYNC_ERROR_HANDLING", "3") in ("1", "3")
         self._group = dist.ProcessGroupGloo(store, rank, size, gloo)
 
     def broadcast(self, tensor: torch.Tensor, root: int) -> Any:
         RECORD.operators["nccl broadcast"] += 1
-        return self._group.broadcast(on_host(tensor), root)
+        work = self._group.broadcast(on_host(tensor), root)
+        watchdog = threading.Timer(self._timeout_s, self._late, [work])
+        watchdog.daemon = True
+        watchdog.start()
+        return work
 
     def abort(self) -> None:
-        self._group.abort()
+        if not self._aborted:
+            self._aborted = True
+            self._group.abort()
+
+    def _late(self, work: Any) -> None:
+        if work.is_completed():
+            return
+        if self._ends_process:
+            print("the watchdog of NCCL ends this process", file=sys.stderr, flush=True)
+            os.abort()
+        self.abort()
