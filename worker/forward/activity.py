@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from ...protocol.replicas import ReplicaStats
@@ -16,6 +16,8 @@ class Activity:
         self.progress = 0
         """A counter that grows with each step, each forward, and each part of an operation."""
         self.stats = ReplicaStats()
+        self.on_device: Callable[[], float | None] = lambda: None
+        """Seconds that the device has computed a forward whose call has returned. The loop may wait for it anywhere."""
         self._forward_began: float | None = None
 
     def advance(self) -> None:
@@ -36,4 +38,4 @@ class Activity:
     def forward_s(self) -> float | None:
         """Seconds since the current forward began; ``None`` between forwards."""
         began = self._forward_began
-        return None if began is None else time.monotonic() - began
+        return self.on_device() if began is None else time.monotonic() - began

@@ -23,6 +23,7 @@ class _Pending:
     began: torch.cuda.Event
     ended: torch.cuda.Event
     on_measured: OnMeasured
+    launched: float
 
 
 class Stopwatch:
@@ -36,7 +37,7 @@ class Stopwatch:
     def timed(self, on_measured: OnMeasured) -> Iterator[None]:
         """Measure the context, unless it raises. ``on_measured`` must not keep tensors, as it is kept for a while."""
         if self._on_gpu:
-            pending = _Pending(_event(), _event(), on_measured)
+            pending = _Pending(_event(), _event(), on_measured, time.monotonic())
             pending.began.record()
             yield
             pending.ended.record()
@@ -46,6 +47,17 @@ class Stopwatch:
             began = time.perf_counter()
             yield
             on_measured(time.perf_counter() - began)
+
+    @property
+    def running_s(self) -> float | None:
+        """Seconds since the oldest forward was launched that the GPU still computes; ``None`` if there is none.
+
+        Any thread may ask.
+        """
+        for pending in tuple(self._pending):
+            if not pending.ended.query():  # type: ignore[no-untyped-call]
+                return time.monotonic() - pending.launched
+        return None
 
     def collect(self) -> None:
         """Report the forwards that have ended by now."""

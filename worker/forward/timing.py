@@ -32,6 +32,10 @@ class Timing:
         with self._stopwatch.timed(self._on_measured(forward)):
             return proceed()
 
+    def running_s(self) -> float | None:
+        """Seconds that a GPU has computed a forward whose call has returned."""
+        return self._stopwatch.running_s
+
     def costs(self) -> dict[str, list[Measured]]:
         self._stopwatch.collect()
         return self._costs.measured()

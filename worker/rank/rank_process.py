@@ -142,6 +142,7 @@ class RankProcess:
 
     def _serve(self, model: Model, self_test: SelfTestResult) -> int:
         lockstep = self._lockstep()
+        self._activity.on_device = model.timing.running_s
         engine = Engine(
             self._child,
             model,
