@@ -95,8 +95,7 @@ class Library:
         shape = self._shapes.get(key)
         try:
             if shape is None:
-                names = argument_names(plain, arguments)
-                shape = Shape(key, names, StaticInputs(arguments.tensors), self._recorder.new_pool())
+                shape = Shape(key, StaticInputs(arguments.tensors), self._recorder.new_pool())
                 self._shapes[key] = shape
             shape.inputs.fill(arguments.tensors, turn)
             recorded = _recorded(shape, block, plain, arguments)

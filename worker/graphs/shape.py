@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -23,10 +23,9 @@ class ShapeKey(NamedTuple):
 
 @dataclass(slots=True, eq=False)
 class Shape:
-    """``names`` are those of the signature's arguments; ``refused`` says of blocks why they cannot be recorded."""
+    """``refused`` says of blocks why they cannot be recorded."""
 
     key: ShapeKey
-    names: Sequence[str]
     inputs: StaticInputs
     pool: Pool
     recorded: dict[str, RecordedCall] = field(default_factory=dict)
