@@ -10,6 +10,8 @@ import msgspec
 from . import option
 from .step_caching import PATTERN, CacheRule
 
+OffloadKind = Literal["off", "component", "block"]
+
 
 class ForwardOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The part of the configuration that the workers' forwards obey."""
@@ -42,6 +44,20 @@ class ForwardOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
             "outputs share a forward, as `1024x1024,512x512x4`"
         ),
     ] = ""
+    quantize: Annotated[
+        str,
+        option.forwards(
+            "Hold the weights of repeated blocks in 8 bits: int8, fp8 or fp8-dynamic for the denoiser, or "
+            "`component=scheme`, separated by commas; the start fails where that is not accurate enough"
+        ),
+    ] = ""
+    offload: Annotated[
+        OffloadKind,
+        option.forwards(
+            "Keep weights in page-locked host memory, and bring them to the GPU for their forwards: one component at a "
+            "time, or also its repeated blocks one by one"
+        ),
+    ] = "off"
     max_batch: Annotated[int, option.forwards("Outputs whose calls may share one forward", ge=1, le=4096)] = 16
     max_batch_tokens: Annotated[
         int,

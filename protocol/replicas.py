@@ -54,6 +54,31 @@ class Attention(msgspec.Struct, frozen=True):
     deterministic: str
 
 
+class Accuracy(msgspec.Struct, frozen=True):
+    """The largest relative L2 distance of a quantized component's outputs, and of the plain one's in the same dtype.
+
+    Both are from the component with the checkpoint's weights that computes in ``reference``.
+    """
+
+    relative_l2: float
+    plain: float
+    reference: str
+
+
+class Quantized(msgspec.Struct, frozen=True):
+    """A quantized component on one rank: bytes on the device of its quantized weights before and after.
+
+    ``base_on_host_bytes`` are those of the checkpoint's values that are not in its files as the model has them.
+    """
+
+    scheme: str
+    layers: int
+    bytes_before: int
+    bytes_after: int
+    base_on_host_bytes: int
+    accuracy: Accuracy | None = None
+
+
 class ImageTask(msgspec.Struct, frozen=True, kw_only=True):
     """The task for requests with images: one for each of ``image_arguments``, in this order.
 
@@ -100,6 +125,7 @@ class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
     """Why it cannot be rolled out; ``None`` where it can."""
     batching: Batching
     attention: Attention | None = None
+    quantized: dict[str, Quantized] = {}
     weight_version: str
     divided: dict[str, str] = {}
     """How tensor-parallel ranks share each component with weights, and why one or a part of it is whole on each."""

@@ -9,7 +9,7 @@ from typing import Literal
 
 import msgspec
 
-from .replicas import Batching, BatchingMode
+from .replicas import Accuracy, Batching, BatchingMode
 
 RESULT_FILE = "self-test.json"
 """The result of a running server, in its own directory."""
@@ -33,7 +33,7 @@ class TaskResult(msgspec.Struct, frozen=True, kw_only=True):
 class SelfTestResult(msgspec.Struct, frozen=True, kw_only=True):
     """The batcher's mode, the calls that must run alone and why, and the tasks that the model does.
 
-    ``incomplete``: a task did not run, perhaps for want of memory.
+    ``incomplete``: a task did not run, perhaps for want of memory. ``accuracy`` is that of each quantized component.
     """
 
     mode: BatchingMode
@@ -42,6 +42,7 @@ class SelfTestResult(msgspec.Struct, frozen=True, kw_only=True):
     image: TaskResult | None
     no_image: str
     incomplete: bool = False
+    accuracy: dict[str, Accuracy] = {}
 
     def write(self, file: Path) -> None:
         """Write ``file``, whole or not at all. Raises ``OSError``."""

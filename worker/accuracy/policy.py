@@ -72,11 +72,16 @@ class LowPrecision(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     bias: _Positive
 
 
+class Quantized(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    relative_l2: _Positive = 0.1
+
+
 class Policy(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Thresholds and exemptions."""
 
     float32: Float32
     low_precision: LowPrecision
+    quantized: Quantized = Quantized()
     skips: Sequence[Exemption] = ()
 
     def skip(self, case: Case) -> Exemption | None:

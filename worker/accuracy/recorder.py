@@ -68,7 +68,7 @@ class _RecordedRun(SampleRun):
 
     def go(self) -> BaseException | None:
         """Run to the end; returns the pipeline's exception, if any."""
-        batcher = Batcher(max_batch=1, max_tokens=1, mode="serial")
+        batcher = Batcher(max_batch=1, max_tokens=1, mode="serial", offload=self._model.offload)
         batcher.start(self.coroutine)
         while batcher.busy:
             batcher.step()

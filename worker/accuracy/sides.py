@@ -17,11 +17,12 @@ from ..weights.checkpoint.pipeline import load_pipeline
 
 @dataclass(frozen=True, slots=True)
 class Component:
-    """``name`` of the checkpoint in ``directory``."""
+    """``name`` of the checkpoint in ``directory``, with the weights of ``variant``."""
 
     directory: Path
     name: str
     cls: type[nn.Module]
+    variant: str | None = None
 
     @property
     def folder(self) -> Path:
@@ -38,14 +39,18 @@ def runtime(component: Component, dtype: torch.dtype, device: torch.device, rank
 def plain(component: Component, dtype: torch.dtype, device: torch.device) -> nn.Module:
     """The component as diffusers or transformers load it from its files."""
     cls: Any = component.cls
-    module: nn.Module = cls.from_pretrained(component.folder, dtype=dtype, use_safetensors=True)
+    module: nn.Module = cls.from_pretrained(
+        component.folder, dtype=dtype, use_safetensors=True, variant=component.variant
+    )
     return _without_cache(module.to(device).eval())
 
 
-def exact(component: Component, dtype: torch.dtype, device: torch.device) -> nn.Module:
-    """The plain component with weights rounded to ``dtype``, computing in fp64."""
+def exact(
+    component: Component, dtype: torch.dtype, device: torch.device, wide: torch.dtype = torch.float64
+) -> nn.Module:
+    """The plain component with weights rounded to ``dtype``, computing in fp64 or in another ``wide`` precision."""
     # not the model's own `to`, which warns about casting the parts that it keeps in fp32; the cast is intended
-    return nn.Module.to(plain(component, dtype, device), torch.float64)
+    return nn.Module.to(plain(component, dtype, device), wide)
 
 
 def _without_cache(module: nn.Module) -> nn.Module:

@@ -60,13 +60,13 @@ class Piece(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class _Cast:
-    """The tensor's own values in another dtype or on another device."""
+    """The tensor's own values in another dtype, or on another device if ``device`` names one."""
 
     dtype: torch.dtype
-    device: torch.device
+    device: torch.device | None
 
     def of(self, there: torch.Tensor) -> torch.Tensor:
-        return there.to(self.device, self.dtype)
+        return there.to(there.device if self.device is None else self.device, self.dtype)
 
 
 @dataclass(frozen=True, slots=True)
@@ -270,7 +270,8 @@ def _learnt(there: Any, written: Any) -> Any:
         return written
     if written.shape != there.shape or written.stride() != there.stride():
         return _Values(written)
-    cast = _Cast(written.dtype, written.device)
+    # an offloaded tensor is cast at rest on the host, and again on the device
+    cast = _Cast(written.dtype, None if written.device == there.device else written.device)
     try:
         if not torch.equal(cast.of(there), written):
             return _Values(written)

@@ -19,6 +19,7 @@ from .at_rest import AtRest
 from .batch import Outcome, Pending, Wait
 from .compiled import Compiled
 from .graphs import Graphs
+from .offload import Offload
 from .policy import MergePolicy
 from .prompt_cache import PromptCache, prompt_key
 from .recovery import Agree, Recovery
@@ -56,6 +57,7 @@ class Batcher:
         tiling: Tiling | None = None,
         graphs: Graphs | None = None,
         compiled: Compiled | None = None,
+        offload: Offload | None = None,
         agree: Agree = lambda _: None,
         before_forward: Callable[[int], None] = lambda _: None,
     ) -> None:
@@ -66,15 +68,14 @@ class Batcher:
         self.mode: BatchingMode = mode
         self.tiling, self.graphs, self.compiled = tiling, graphs, compiled
         self.policy = MergePolicy(max_batch, max_tokens)
-        around = stages(cache, adapters, timing, at_rest, activity, plain_attention, tiling, graphs, compiled)
+        around = stages(cache, adapters, timing, at_rest, activity, plain_attention, tiling, graphs, compiled, offload)
         self.runner = Runner(around)
         self.recovery = Recovery(self.runner, self.policy, self._free_memory, agree, tiling)
         self.schedule_digest = 0
         """A running CRC of the forwards and their coroutines, equal on all ranks of a replica."""
         self.paused = False
         """While true, no coroutine runs."""
-        self._agree = agree
-        self._before_forward = before_forward
+        self._agree, self._before_forward = agree, before_forward
         self._cache, self._adapters = cache, adapters
         self._signatures = Signatures()
         self._starting: deque[Coroutine] = deque()

@@ -15,6 +15,7 @@ from .at_rest import AtRest
 from .batch import Forward
 from .compiled import Compiled
 from .graphs import Graphs
+from .offload import Offload
 from .prompt_cache import PromptCache, prompt_of
 from .runner import Stage
 from .tiling import Tiling
@@ -37,6 +38,7 @@ def stages(
     tiling: Tiling | None = None,
     graphs: Graphs | None = None,
     compiled: Compiled | None = None,
+    offload: Offload | None = None,
 ) -> list[Stage]:
     """The stages whose state is given, the outermost first."""
     return [
@@ -47,6 +49,7 @@ def stages(
         *([] if tiling is None else [tiling]),
         Settings(),
         *([] if plain_attention is None else [PlainAttention(plain_attention)]),
+        *([] if offload is None else [offload]),
         *([] if adapters is None else [Adapting(adapters)]),
         *([] if timing is None else [timing]),
         *([] if compiled is None else [Compiling(compiled)]),

@@ -24,6 +24,8 @@ def why_without_graphs(options: ForwardOptions, device: torch.device) -> str | N
         reason = "--piecewise-cuda-graph is off"
     elif options.compile == "on":
         reason = "--compile is on, whose blocks are not captured"
+    elif options.offload != "off":
+        reason = "--offload moves the weights"
     elif device.type != "cuda":
         reason = f"the model runs on {device}, and CUDA graphs on a CUDA device"
     if reason is not None and options.piecewise_cuda_graph == "on":

@@ -87,10 +87,9 @@ def placed(
             continue
         adapter.factors[own] = _terms(own, layers, components[own], layouts[own], device)
         for path, one in adapter.factors[own].items():
-            live = layouts[own].live(one.weight)
             if not is_adaptable(components[own].get_submodule(path)):
                 adapter.only_merged.append(f"{own}.{path}")
-            if type(live.data) is not torch.Tensor or not live.is_floating_point():
+            if one.weight in layouts[own].codecs:
                 adapter.only_dynamic.append(f"{own}.{path}")
     if target != ALL and target in components and target not in adapter.components:
         raise InvalidRequest(
@@ -112,8 +111,7 @@ def _changes(component: str, changes: list[WholeChange], layout: Layout, device:
                 f"and {why}.",
                 field=_FIELD,
             )
-        live = layout.live(name)
-        if type(live.data) is not torch.Tensor or not live.is_floating_point():
+        if name in layout.codecs:
             raise InvalidRequest(
                 f"{component}.{change.layer} cannot be merged into, as the weights are quantized, and a "
                 f"{change.whole.kind} can only be merged.",
@@ -127,7 +125,8 @@ def _shared(layout: Layout) -> dict[str, str]:
     """The tensors that are in the memory of another, with the other's name."""
     names: dict[int, list[str]] = {}
     for entry in layout:
-        names.setdefault(layout.live(entry.name).data_ptr(), []).append(entry.name)
+        if entry.name not in layout.codecs:
+            names.setdefault(layout.live(entry.name).data_ptr(), []).append(entry.name)
     return {name: next(n for n in ones if n != name) for ones in names.values() if len(ones) > 1 for name in ones}
 
 

@@ -15,6 +15,12 @@ from torch import nn
 from ..crossing.overlay import Overlay, base_class
 from ..parallel.layers import GatheredColumnLinear, RowParallelLinear
 from ..weights.checkpoint.fuse import FusedPart
+from ..weights.quantizing.layers import (
+    DynamicLinear,
+    QuantizedGatheredColumnLinear,
+    QuantizedLinear,
+    QuantizedRowParallelLinear,
+)
 from .gathered import GatheredFactors
 from .rows import ActiveRows, Kind
 
@@ -60,6 +66,18 @@ class AdaptedGatheredColumnLinear(AdaptedLayer, GatheredColumnLinear): ...
 class AdaptedFusedPart(AdaptedLayer, FusedPart): ...
 
 
+class AdaptedQuantizedLinear(AdaptedLayer, QuantizedLinear): ...
+
+
+class AdaptedQuantizedRowParallelLinear(AdaptedLayer, QuantizedRowParallelLinear): ...
+
+
+class AdaptedQuantizedGatheredColumnLinear(AdaptedLayer, QuantizedGatheredColumnLinear): ...
+
+
+class AdaptedDynamicLinear(AdaptedLayer, DynamicLinear): ...
+
+
 class AdaptedConv1d(AdaptedLayer, nn.Conv1d): ...
 
 
@@ -76,6 +94,10 @@ _ADAPTED: dict[type[nn.Module], type[AdaptedLayer]] = {
         AdaptedRowParallelLinear,
         AdaptedGatheredColumnLinear,
         AdaptedFusedPart,
+        AdaptedQuantizedLinear,
+        AdaptedQuantizedRowParallelLinear,
+        AdaptedQuantizedGatheredColumnLinear,
+        AdaptedDynamicLinear,
         AdaptedConv1d,
         AdaptedConv2d,
         AdaptedConv3d,

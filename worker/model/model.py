@@ -16,8 +16,9 @@ from ...protocol.config import Config
 from ...protocol.costs import output_pixels
 from ...protocol.errors import InvalidRequest, StartFailed
 from ...protocol.generation import Generate
-from ...protocol.replicas import Attention, BatchingMode, ImageTask, ModelInfo
+from ...protocol.replicas import Attention, BatchingMode, ImageTask, ModelInfo, Quantized
 from ..crossing.facts import Facts
+from ..forward.offload import Offload
 from ..forward.timing import Timing
 from ..parallel.device import find_device
 from ..parallel.ranks import ALONE, Ranks
@@ -30,6 +31,7 @@ from ..weights.checkpoint.layout import Layout
 from ..weights.checkpoint.loader import CannotLoad
 from ..weights.checkpoint.pipeline import LoadedPipeline, load_pipeline
 from ..weights.checkpoint.single_file import SingleFile, open_single_file
+from ..weights.quantizing.pipeline import quantize_pipeline
 from ..weights.update.page_swap import give_own_pages
 from .dtype import choose_dtype, most_common_dtype, stored_dtype
 from .modules import are_finite, count_parameters, disable_kv_caches, modules
@@ -59,6 +61,7 @@ class Model:
     dtype: torch.dtype
     layouts: dict[str, Layout]
     divided: dict[str, str]
+    quantized: dict[str, Quantized]
     model_defaults: ModelDefaults
     text: PipelineTask | None
     timing: Timing
@@ -67,6 +70,8 @@ class Model:
     no_image: str = "it was not tried"
     weight_version: str = INITIAL_VERSION
     attention: Attention | None = None
+    offload: Offload | None = None
+    """Brings the weights to the device, if they rest on the host."""
     facts: Facts = field(default_factory=Facts)
     """Dtypes and devices, which the forks of all requests share until an operation."""
     peak_memory: PeakMemory = field(init=False)
@@ -143,6 +148,7 @@ class Model:
             batching=task.batching,
             attention=self.attention,
             weight_version=self.weight_version,
+            quantized=self.quantized,
             divided=self.divided,
             gpus=[str(torch.cuda.get_device_properties(index).uuid) for index in range(torch.cuda.device_count())],
         )
@@ -175,6 +181,9 @@ def load_model(
     path = str(resolve_model(config.model))
     directory, dtype, loaded, split = _load_pipeline(path, config, device, ranks, sequence)
     pipeline = loaded.pipeline
+    quantized = _quantize(loaded, config, directory, dtype, ranks) if config.quantize else {}
+    if config.offload == "off":
+        pipeline.to(device)
     give_own_pages(modules(pipeline).values())
     disable_kv_caches(pipeline)
     model_defaults = read_model_defaults(directory, type(pipeline))
@@ -186,6 +195,7 @@ def load_model(
         device=device,
         dtype=dtype,
         layouts=loaded.layouts,
+        quantized=quantized,
         divided=_describe_division(loaded, ranks, split, sequence),
         model_defaults=model_defaults,
         text=new_task(pipeline, config, model_defaults.defaults),
@@ -223,7 +233,7 @@ def _load_pipeline(
         loaded = load_pipeline(
             directory,
             dtype,
-            device,
+            torch.device("cpu") if config.quantize or config.offload != "off" else device,
             ranks,
             fused=config.fuse_projections,
             variant=config.variant,
@@ -236,6 +246,22 @@ def _load_pipeline(
         raise StartFailed(f"The model {path} could not be loaded: {error}.") from error
     except Exception as error:  # the libraries raise any class; each ends this start with the library's message
         raise _cannot_load(path, error) from error
+
+
+def _quantize(
+    loaded: LoadedPipeline, config: Config, directory: Path, dtype: torch.dtype, ranks: Ranks
+) -> dict[str, Quantized]:
+    if Path(str(resolve_model(config.model))).is_file():
+        raise StartFailed("--quantize needs a model that is a directory; a checkpoint in one file is not supported.")
+    return quantize_pipeline(
+        loaded,
+        modules(loaded.pipeline),
+        config.quantize,
+        directory,
+        variant=config.variant,
+        dtype=dtype,
+        ranks=ranks.size,
+    )
 
 
 def _find(path: str, config: Config, device: torch.device) -> tuple[Path, torch.dtype, SingleFile | None]:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Iterator
 
+import torch
 from diffusers import DiffusionPipeline
 from torch import nn
 from transformers import PreTrainedModel
 
 from ..weights.checkpoint.layout import Layout
+from ..weights.quantizing.layers import QuantizedLayer
 
 
 def modules(pipeline: DiffusionPipeline) -> dict[str, nn.Module]:
@@ -17,9 +20,13 @@ def modules(pipeline: DiffusionPipeline) -> dict[str, nn.Module]:
 
 
 def are_finite(pipeline: DiffusionPipeline) -> bool:
-    """True if every parameter on this rank is free of NaN and infinity."""
-    parameters = (parameter for module in modules(pipeline).values() for parameter in module.parameters())
-    return all(bool(parameter.isfinite().all()) for parameter in parameters)
+    """True if every parameter and every scale of quantized weights on this rank is free of NaN and infinity."""
+    tensors = (tensor for module in modules(pipeline).values() for tensor in (*module.parameters(), *_scales(module)))
+    return all(bool(tensor.isfinite().all()) for tensor in tensors)
+
+
+def _scales(module: nn.Module) -> Iterator[torch.Tensor]:
+    return (layer.scale for layer in module.modules() if isinstance(layer, QuantizedLayer))
 
 
 def count_parameters(module: nn.Module, layout: Layout | None) -> int:
@@ -27,7 +34,8 @@ def count_parameters(module: nn.Module, layout: Layout | None) -> int:
     whole = Counter[str]()
     for entry in layout or ():
         whole[entry.tensor] += math.prod(entry.shape)
-    return sum(whole.get(name) or one.numel() for name, one in module.named_parameters())
+    quantized = sum(math.prod(layout[name].shape) for name in layout.codecs) if layout is not None else 0
+    return quantized + sum(whole.get(name) or one.numel() for name, one in module.named_parameters())
 
 
 def disable_kv_caches(pipeline: DiffusionPipeline) -> None:

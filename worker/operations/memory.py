@@ -16,7 +16,8 @@ class OffloadedModules:
     """The model's modules, and their offloader."""
 
     def __init__(self, resources: Resources) -> None:
-        self._modules = modules(resources.model.pipeline)
+        rests = resources.model.offload is not None  # then the weights are on the host at any time
+        self._modules = {} if rests else modules(resources.model.pipeline)
         self.offloader = Offloader([*self._modules.values()], resources.model.device, resources.adapters.tensors)
 
     def tagged(self, tags: list[str]) -> list[nn.Module]:

@@ -133,6 +133,8 @@ class Engine:
             self._batcher.compiled.close()
 
     def _perform(self, order: Perform) -> None:
+        if self._model.offload is not None:
+            self._model.offload.rest()
         with self._batcher.aside():
             performed = self._operations.perform(order)
         self._model.facts.forget()
@@ -178,6 +180,7 @@ def _new_batcher(
         tiling=Tiling(modules(model.pipeline), config.vae_tiling, slices=config.vae_slicing),
         compiled=new_compiler(model, config),
         graphs=new_graphs(config, model.device, modules(model.pipeline), adapters, is_alone=mesh.world.size == 1),
+        offload=model.offload,
         agree=mesh.agree,
         before_forward=before_forward,
     )

@@ -11,6 +11,7 @@ import signal
 import time
 from pathlib import Path
 
+import msgspec
 import torch
 import zmq
 
@@ -19,11 +20,14 @@ from ...protocol.errors import StartFailed
 from ...protocol.messages import FROM_WORKER, TO_WORKER, FromWorker, ToWorker
 from ...protocol.replicas import ReplicaFailed, ReplicaLoading, ReplicaReady
 from ...protocol.self_test import RESULT_FILE, SelfTestResult
+from ..accuracy.admission import admit
 from ..forward.activity import Activity
 from ..forward.row_division import RowDivision
 from ..graphs.setting import why_without_graphs
 from ..model.attention import choose_attention, use_attention
 from ..model.model import Model, load_model
+from ..model.modules import modules
+from ..offloading.offloading import Offloading, check_offload
 from ..parallel.device import find_device
 from ..parallel.lockstep import Follower, Leader, RankDesync, Step, Stop
 from ..parallel.mesh import join, leave
@@ -86,6 +90,7 @@ class RankProcess:
     def _load(self) -> tuple[Model, SelfTestResult]:
         self._report("loading the model")
         device = find_device(self._config, self._number, self._child.rank)
+        check_offload(self._config, device)
         why_without_graphs(self._config, device)  # refuses what cannot be before the model is loaded
         threads = self._config.threads or max(
             1, (os.cpu_count() or 1) // (self._config.replicas * self._config.replica_ranks)
@@ -103,32 +108,54 @@ class RankProcess:
         model = all_or_none(
             self._mesh.world, lambda: load_model(self._config, device, self._mesh.tp, self._mesh.axis("sp"))
         )
+        if (kind := self._config.offload) != "off":
+            model.offload = all_or_none(
+                self._mesh.world, lambda: Offloading(modules(model.pipeline), device, by_block=kind == "block")
+            )
+        earlier, cache = self._earlier(model)
+        self._admit(model, earlier)
         if self._journal is not None and (version := self._journal.replay(model.layouts, self._mesh.world)) is not None:
             model.weight_version = version
         model.attention = choose_attention(
             self._config.attention_backend, device, model.dtype, shares_tokens=self._config.ulysses > 1
         )
         use_attention(model.attention)
-        self_test = self._test(model)
+        self_test = self._test(model, earlier, cache)
         self._mesh.set_timeout(self._config.stall_timeout_s)
         return model, self_test
 
-    def _test(self, model: Model) -> SelfTestResult:
-        """Run the self-test, or apply the result of an earlier start."""
+    def _earlier(self, model: Model) -> tuple[SelfTestResult | None, SelfTestCache | None]:
+        """The result of another replica's self-test, or of an earlier start's in the cache."""
+        if self._child.self_test is not None or not self._config.self_test_cache:
+            return self._child.self_test, None
+        cache = SelfTestCache(model, self._config, self._mesh.world)
+        return cache.read(), cache
+
+    def _admit(self, model: Model, earlier: SelfTestResult | None) -> None:
+        """Refuse quantized components that are not accurate enough."""
+        if not model.quantized:
+            return
+        if earlier is None:
+            self._report("comparing quantized components with the checkpoint's")
+        accuracy = admit(model, self._mesh.world, self._config.variant) if earlier is None else earlier.accuracy
+        model.quantized = {
+            name: msgspec.structs.replace(one, accuracy=accuracy[name]) for name, one in model.quantized.items()
+        }
+
+    def _test(self, model: Model, earlier: SelfTestResult | None, cache: SelfTestCache | None) -> SelfTestResult:
+        """Run the self-test, or apply the ``earlier`` result."""
         test = SelfTest(model, self._config, self._report, self._mesh.agree, RowDivision.of(self._mesh, model.timing))
-        if (earlier := self._child.self_test) is not None:
-            test.apply(earlier)
-            return earlier
-        cache = SelfTestCache(model, self._config, self._mesh.world) if self._config.self_test_cache else None
-        if cache is not None and (result := cache.read()) is not None:
+        result = earlier
+        if result is None:
+            result = test.run()
+        else:
             try:
                 test.apply(result)
             except StartFailed:
-                cache.remove()
+                if cache is not None:
+                    cache.remove()
                 raise
-        else:
-            result = test.run()
-        if self._is_primary:
+        if self._is_primary and self._child.self_test is None:
             self._keep(result, cache)
         return result
 

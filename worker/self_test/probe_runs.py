@@ -85,6 +85,7 @@ class ProbeRuns:
             mode=mode,
             timing=self._model.timing,
             at_rest=self._at_rest,
+            offload=self._model.offload,
             agree=self._agree,
         )
         batcher.runner.division = self._division

@@ -89,6 +89,7 @@ class SelfTest:
             image=_task_result(model.image),
             no_image=model.no_image,
             incomplete=self._incomplete,
+            accuracy={name: one.accuracy for name, one in model.quantized.items() if one.accuracy is not None},
         )
 
     def apply(self, result: SelfTestResult) -> None:

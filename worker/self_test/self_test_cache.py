@@ -36,6 +36,8 @@ _OPTIONS = (
     "ulysses",
     "cfg_parallel",
     "fuse_projections",
+    "quantize",
+    "offload",
     "variant",
 )
 """Options that the result depends on, besides the model's files, dtype and device."""

@@ -25,6 +25,20 @@ class Sliceable(Protocol):
     def __getitem__(self, index: Any) -> torch.Tensor: ...
 
 
+class Codec(Protocol):
+    """A tensor that the module holds in another form than the checkpoint's: quantized."""
+
+    @property
+    def base(self) -> torch.Tensor:
+        """This rank's part of the tensor, in the checkpoint's form."""
+
+    def own(self) -> None:
+        """Give ``base`` memory that may be written to."""
+
+    def encode(self) -> None:
+        """Have the module compute with ``base``."""
+
+
 @dataclass(frozen=True, slots=True)
 class Entry:
     """One checkpoint tensor of (whole) ``shape``.
@@ -52,6 +66,8 @@ class Layout:
         self._names = {entry.own or entry.tensor: entry.name for entry in self}
         self.bases: dict[str, torch.Tensor] = {}
         """This rank's part of the tensors that adapters are merged into, without the adapters."""
+        self.codecs: dict[str, Codec] = {}
+        """The tensors that the module holds in another form."""
         self.names = Names()
         """Other names of the module's tensors."""
 
@@ -77,7 +93,12 @@ class Layout:
         return self._names.get(tensor)
 
     def local(self, name: str) -> torch.Tensor:
-        """This rank's part of the tensor without adapters; digests, snapshots and updates mean this one."""
+        """This rank's part of the tensor without adapters and quantization, which digests, snapshots and updates mean.
+
+        To write to it, call :meth:`own` before and :meth:`encode` after.
+        """
+        if (codec := self.codecs.get(name)) is not None:
+            return codec.base
         base = self.bases.get(name)
         return self.live(name) if base is None else base
 
@@ -86,6 +107,16 @@ class Layout:
         entry = self._entries[name]
         tensor = self._find(entry.tensor)
         return tensor if entry.rows is None else tensor[entry.rows]
+
+    def own(self, name: str) -> None:
+        """Give :meth:`local` memory that may be written to."""
+        if (codec := self.codecs.get(name)) is not None:
+            codec.own()
+
+    def encode(self, name: str) -> None:
+        """Have the module compute with :meth:`local`, which was written to."""
+        if (codec := self.codecs.get(name)) is not None:
+            codec.encode()
 
     def factors(self, name: str, down: torch.Tensor, up: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """This rank's part of two factors: their product is this rank's part of ``up @ down``."""
@@ -119,8 +150,10 @@ class Layout:
 
         Raises ``ValueError`` where the shapes do not fit; nothing is written then.
         """
+        self.own(name)
         for here, piece in self._targets(name, whole):
             here.copy_(piece)
+        self.encode(name)
 
     def over(self, name: str, whole: Sliceable, before: torch.Tensor) -> list[Triple]:
         """Triples of a place in this rank's memory, the piece of ``whole`` that belongs there, and a place for the old.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 
@@ -83,6 +83,7 @@ class RankUpdate:
                 for name, whole in tensors.items():
                     self._write_tensor((module, name), whole, copies)
                     on_progress()
+        self._encode((module, name) for module, tensors in self._prepared.tensors.items() for name in tensors)
         self._last_part = {module: len(tensors) for module, tensors in self._prepared.tensors.items() if tensors}
         self._left_out += self._to_leave_out
         self._give_back = _nothing
@@ -120,6 +121,7 @@ class RankUpdate:
                     swap_pages(local, before)
                 else:
                     local.copy_(before)
+        self._encode(self._undo)
         self.commit()
 
     def commit(self) -> None:
@@ -139,9 +141,16 @@ class RankUpdate:
             left_out=self._left_out[:MAX_LISTED],
         )
 
+    def _encode(self, keys: Iterable[Key]) -> None:
+        """Have the modules compute with what was written."""
+        for module, name in keys:
+            self._layouts[module].encode(name)
+
     def _reserve(self, tensors: Tensors) -> None:
         keys = [(module, name) for module, given in tensors.items() for name in given]
         new = [key for key in keys if key not in self._undo]
+        for module, name in new:
+            self._layouts[module].own(name)
         try:
             room, self._give_back = self._undo_log.reserve(self._layouts[module].local(name) for module, name in new)
         except UndoBudgetExceeded as error:

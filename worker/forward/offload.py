@@ -1,0 +1,18 @@
+"""Weights that rest on the host, as far as forwards and operations need to know of them."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from typing import Protocol
+
+from .runner import Stage
+
+
+class Offload(Stage, Protocol):
+    """A stage that brings a forward's component to the device."""
+
+    def present(self, name: str) -> AbstractContextManager[None]:
+        """Within this context the component ``name`` is on the device."""
+
+    def rest(self) -> None:
+        """Have all weights on the host, where operations read and write them."""

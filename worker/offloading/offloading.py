@@ -1,0 +1,141 @@
+"""``--offload``: components rest in host memory, and at most one is on the device.
+
+The host's copy is the truth: before every operation, all tensors are there, so that layouts, updates, undo copies and
+digests find them as they find those of a model on a CPU. Nothing writes to the device's copies, which are dropped.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from ...protocol.errors import StartFailed
+from ...protocol.forward_options import ForwardOptions
+from ..forward.batch import Forward
+from ..internals.blocks import NoBlocks, repeated_blocks
+from .block_stream import BlockStream
+from .host_copy import HostCopy
+from .overlay import become_offloaded
+
+log = logging.getLogger(__name__)
+
+
+def check_offload(options: ForwardOptions, device: torch.device) -> None:
+    """Raise ``StartFailed`` where there is no other memory to offload to, or weights have to stay in their places."""
+    kind = options.offload
+    if kind != "off" and options.compile == "on":
+        raise StartFailed("--compile on needs weights that stay where they are; leave --offload or --compile out.")
+    if kind != "off" and device.type != "cuda":
+        raise StartFailed(
+            f"--offload {kind} moves weights between host memory and a GPU, and the model runs on {device}, where they "
+            "are in host memory anyway; leave it out."
+        )
+
+
+class OffloadedPart:
+    """A component in host memory: its blocks, which come to the device one by one, and the rest, which comes whole."""
+
+    def __init__(self, component: nn.Module, device: torch.device, stay: set[int], *, by_block: bool) -> None:
+        self._device = device
+        self._room: torch.Tensor | None = None
+        blocks = _blocks(component) if by_block else []
+        sizes = [sum(tensor.nbytes for tensor in _tensors(block)) for block in blocks]
+        if 2 * max(sizes, default=0) >= sum(sizes):
+            blocks = []  # two of them are all of them
+        shared = stay | _in_several(blocks)
+        copies = [HostCopy([one for one in _tensors(block) if id(one) not in shared]) for block in blocks]
+        streamed = {id(tensor) for block in blocks for tensor in _tensors(block)} - shared
+        self._rest = HostCopy([one for one in _tensors(component) if id(one) not in streamed | stay])
+        self._blocks = BlockStream(blocks, copies, device) if blocks else None
+        self.blocks = len(blocks)
+        self.host_bytes = self._rest.nbytes + sum(copy.nbytes for copy in copies)
+        self.device_bytes = self._rest.nbytes + (0 if self._blocks is None else self._blocks.room_bytes)
+        """Bytes on the device while the component is there."""
+        become_offloaded(component, device)
+
+    def fetch(self) -> None:
+        if self._room is None:
+            self._room = torch.empty(self._rest.nbytes, dtype=torch.uint8, device=self._device)
+            self._rest.copy_to(self._room)
+        self._rest.use(self._room)  # a request that writes to components leaves them as they were before it
+
+    def rest(self) -> None:
+        self._rest.rest()
+        self._room = None
+        if self._blocks is not None:
+            self._blocks.free()
+
+
+class Offloading:
+    """A stage that brings a forward's component to the device, in the place of the one that was there."""
+
+    name = "offload"
+
+    def __init__(self, components: Mapping[str, nn.Module], device: torch.device, *, by_block: bool) -> None:
+        uses = Counter(id(tensor) for component in components.values() for tensor in _tensors(component))
+        stay = {tensor for tensor, number in uses.items() if number > 1}  # shared by components
+        self._device = device
+        self._present: str | None = None
+        try:
+            self.parts = {
+                name: OffloadedPart(component, device, stay, by_block=by_block)
+                for name, component in components.items()
+            }
+        except OSError as error:
+            raise StartFailed(f"--offload: there is too little page-locked host memory ({error}).") from error
+        for component in components.values():
+            for tensor in _tensors(component):
+                if id(tensor) in stay:
+                    tensor.data = tensor.data.to(device)
+        for name, part in self.parts.items():
+            log.info(
+                "%s rests on the host with %.1f MB, and takes %.1f MB of %s in its forwards%s",
+                *(name, part.host_bytes / 1e6, part.device_bytes / 1e6, device),
+                f", two of its {part.blocks} blocks at a time" if part.blocks else "",
+            )
+
+    def __call__(self, forward: Forward, proceed: Callable[[], list[Any]]) -> list[Any]:
+        with self.present(forward.component.partition(".")[0]):
+            return proceed()
+
+    @contextmanager
+    def present(self, name: str) -> Iterator[None]:
+        """Within this context, and until another one is needed, the component ``name`` is on the device."""
+        if name in self.parts:
+            if self._present not in (None, name):
+                self.rest()
+            self.parts[name].fetch()
+            self._present = name
+        yield
+
+    def rest(self) -> None:
+        """Have all tensors in host memory, which may then be written to."""
+        if self._present is not None:
+            torch.cuda.synchronize(self._device)  # copies that were begun still read from there
+            self.parts[self._present].rest()
+            self._present = None
+
+
+def _blocks(component: nn.Module) -> list[nn.Module]:
+    """The repeated blocks in the order of the component; none in one that has none, such as a VAE."""
+    try:
+        return [block for found in repeated_blocks(component) for block in found.modules.values()]
+    except NoBlocks:
+        return []
+
+
+def _in_several(blocks: list[nn.Module]) -> set[int]:
+    """The tensors that several blocks share."""
+    uses = Counter(id(tensor) for block in blocks for tensor in _tensors(block))
+    return {tensor for tensor, number in uses.items() if number > 1}
+
+
+def _tensors(module: nn.Module) -> list[torch.Tensor]:
+    """The module's parameters and buffers, each once."""
+    return list({id(tensor): tensor for tensor in (*module.parameters(), *module.buffers())}.values())
