@@ -30,7 +30,7 @@ def divides_rows(mesh: Mesh, families: Sequence[splitting.Drawn]) -> None:
         outputs_without_rows,
         pictures_of_different_sizes,
         a_row_that_fails_on_one_rank,
-        no_memory_on_one_rank,
+        no_memory_for_one_part,
     ):
         divides(mesh)
     splitting.draws_as_one_rank(mesh, families)
@@ -164,9 +164,9 @@ def a_row_that_fails_on_one_rank(mesh: Mesh) -> None:
     assert component.rows == [1, 2, 1, 1], "half, whole, and each alone"
 
 
-def no_memory_on_one_rank(mesh: Mesh) -> None:
+def no_memory_for_one_part(mesh: Mesh) -> None:
     def check(rows: torch.Tensor) -> None:
-        if len(rows) > 1 or (mesh.world.rank == 1 and len(component.rows) == 1):
+        if len(rows) > 1 or (mesh.axis("cfg").rank == 1 and len(component.rows) == 1):
             raise torch.OutOfMemoryError
 
     component = Component(check)
