@@ -158,6 +158,7 @@ async def test_without_administration_no_route_changes_the_server() -> None:
     async with stage(Config(admin=False)) as played:
         paths = (await played.client.get("/openapi.json")).json()["paths"]
         assert {path for path, methods in paths.items() if methods.keys() != {"get"}} == {
+            "/encode",
             "/generate",
             "/rollout/generate",
         }
