@@ -130,7 +130,7 @@ def test_staged_the_runtime_is_gone_before_the_reference_comes_and_afterwards_bo
 
 @pytest.mark.parametrize(("free", "staged"), [(1e3, True), (1e12, False)])
 def test_stages_are_chosen_by_the_free_memory(free: float, staged: bool, flux: Path) -> None:
-    with patch.object(verification.memory, "free", lambda _: free):
+    with patch.object(verification.memory, "free_bytes", lambda _: free):
         assert {row.staged for row in vae_rows(flux)} == {staged}
 
 
