@@ -48,9 +48,8 @@ def safelight(model: Path, threads: int, environment: dict[str, str]) -> Server:
 def locked(model: Path, threads: int) -> Server:
     port = free_port()
     values = [str(model), "bfloat16", str(port), str(SIDE), "512", str(threads), "one-thread"]
-    return Server(
-        [sys.executable, str(Path(__file__).with_name("locked_app.py")), *values], {}, port, "/generate", _body
-    )
+    command = [sys.executable, "-m", "safelight.benchmarks.locked_app", *values]
+    return Server(command, {}, port, "/generate", _body)
 
 
 def sglang(model: Path, folders: list[str], *, batching: bool) -> Server:

@@ -90,7 +90,7 @@ def safelight(model: Path, dtype: str, threads: int) -> tuple[list[str], int]:
 def locked(model: Path, dtype: str, threads: int, app: str) -> tuple[list[str], int]:
     port = free_port()
     values = [dtype, str(port), str(SIDE), str(TEXT_LENGTH), str(threads), app]
-    return [sys.executable, str(ROOT / "benchmarks" / "locked_app.py"), str(model), *values], port
+    return [sys.executable, "-m", "safelight.benchmarks.locked_app", str(model), *values], port
 
 
 async def measure(url: str, clients: int, pictures: int, steps: int) -> Load:

@@ -1,0 +1,64 @@
+"""Draw the pictures of ``docs/performance.md`` from the results of benchmarks: ``python docs/generate_performance.py``.
+
+The pictures in ``docs/pictures`` name the results that they were drawn from by their digest.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+DOCS = Path(__file__).resolve().parent
+PICTURES = DOCS / "pictures"
+RESULTS = DOCS.parent / "benchmarks" / "results"
+
+
+def digest(name: str) -> str:
+    """The digest of the results ``name``, which a picture drawn from them contains."""
+    return hashlib.sha256((RESULTS / f"{name}.json").read_bytes()).hexdigest()[:16]
+
+
+def _draw_caching(axes: Any, found: dict[str, Any]) -> None:
+    for rule in ("easycache", "teacache"):
+        rows = [row for row in found["step_cache"]["rows"] if row["rule"] == rule]
+        axes.plot([row["forwards_a_picture"] for row in rows], [row["mean_error"] for row in rows], "o", label=rule)
+        for row in rows:
+            axes.annotate(f" {row['threshold']}", (row["forwards_a_picture"], row["mean_error"]))
+    steps = found["step_cache"]["steps"]
+    axes.set(xlabel=f"steps of {steps} that are computed", ylabel="mean error of a pixel", ylim=(0, None))
+    axes.legend()
+
+
+def _draw_compiling(axes: Any, found: dict[str, Any]) -> None:
+    plain = found["rows"]["diffusers"]["picture_cpu_s"]
+    systems = [name for name in found["rows"] if name != "diffusers"]
+    axes.barh(systems, [plain / found["rows"][name]["picture_cpu_s"] for name in systems])
+    axes.invert_yaxis()
+    axes.axvline(1.0, color="black", linewidth=0.8)
+    axes.set_xlabel("pictures beside plain diffusers, by CPU time")
+
+
+DRAWN: dict[str, Callable[[Any, dict[str, Any]], None]] = {
+    "caching": _draw_caching,
+    "compiling": _draw_compiling,
+}
+"""Pictures, by the name of their results."""
+
+
+def draw(name: str) -> None:
+    """Draw the picture of the results ``name``."""
+    import matplotlib  # the tables need no plots
+    from matplotlib.figure import Figure
+
+    matplotlib.rcParams["svg.hashsalt"] = name
+    figure = Figure(figsize=(7, 3.5), layout="constrained")
+    DRAWN[name](figure.subplots(), json.loads((RESULTS / f"{name}.json").read_text()))
+    figure.savefig(PICTURES / f"{name}.svg", metadata={"Date": None, "Description": digest(name)})
+
+
+if __name__ == "__main__":
+    for results in DRAWN:
+        draw(results)
