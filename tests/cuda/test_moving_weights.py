@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import os
 from collections import Counter
@@ -20,7 +21,7 @@ from safelight.worker.weights.checkpoint import pinned_copy
 from safelight.worker.weights.checkpoint.layout import Layout
 from safelight.worker.weights.checkpoint.mapped_files import MappedFiles
 from safelight.worker.weights.snapshot.digests import module_digests, raw_bytes
-from safelight.worker.weights.transport.sources import TensorSource
+from safelight.worker.weights.transport.sources import Rejected, TensorSource
 from safelight.worker.weights.update import gpu_rooms
 from safelight.worker.weights.update.offload import Offloader
 from safelight.worker.weights.update.rank_update import RankUpdate
@@ -138,6 +139,60 @@ def test_a_write_that_is_interrupted_after_any_tensor_is_undone(at: int, staged:
     update.prepare(opened(other(module)))
     with pytest.raises(Stop):
         update.write(stop)
+    update.rollback()
+    assert same(before, state(module))
+
+
+def no_page_locked_memory(size: int) -> torch.Tensor:
+    raise OSError(errno.ENOMEM, f"page-locked memory cannot be had: {size} bytes")
+
+
+@staged_or_not
+def test_an_update_without_page_locked_memory_is_refused_before_a_byte_is_written(
+    staged: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = model()
+    before, live = state(module), torch.cuda.memory_allocated(device())
+    update = begun(module, UndoLog(device(), 0, tmp_path, on_gpu=staged))
+    monkeypatch.setattr(pinned_copy, "pinned", no_page_locked_memory)
+    with pytest.raises(Rejected, match=r"Nothing was written: .*page-locked memory cannot be had") as refused:
+        update.prepare(opened(other(module)))
+    assert isinstance(refused.value.error, Unavailable)
+    update.rollback()
+    assert same(before, state(module))
+    assert torch.cuda.memory_allocated(device()) == live
+
+
+@staged_or_not
+def test_a_write_takes_no_page_locked_memory_that_prepare_did_not_take(
+    staged: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = model()
+    new, update = other(module), begun(module, UndoLog(device(), 0, tmp_path, on_gpu=staged))
+    update.prepare(opened(new))
+    monkeypatch.setattr(pinned_copy, "pinned", no_page_locked_memory)
+    update.write()
+    assert same({name: new[name].to(tensor.dtype) for name, tensor in state(module).items()}, state(module))
+
+
+@pytest.mark.parametrize("at", [0, 1, 3, 7])
+def test_a_copy_through_the_host_that_fails_leaves_every_byte(
+    at: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It fails at its first byte, while old bytes go down, or while new bytes go up."""
+    module, done = model(), itertools.count()
+    before, update = state(module), begun(module, UndoLog(device(), 0, tmp_path, on_gpu=False))
+    plain = pinned_copy._Halves.buffer_for
+
+    def stop(halves: pinned_copy._Halves, piece: torch.Tensor) -> torch.Tensor:
+        if next(done) == at:
+            raise Stop
+        return plain(halves, piece)
+
+    update.prepare(opened(other(module)))
+    monkeypatch.setattr(pinned_copy._Halves, "buffer_for", stop)
+    with pytest.raises(Stop):
+        update.write()
     update.rollback()
     assert same(before, state(module))
 

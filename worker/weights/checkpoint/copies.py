@@ -9,7 +9,7 @@ from typing import Self
 import torch
 
 from ..progress import OnProgress
-from .pinned_copy import PinnedCopy
+from .pinned_copy import Buffers, PinnedCopy
 
 CHUNK = 1 << 19
 """Bytes that are overwritten at a time: few enough to stay in a core's cache between read and write."""
@@ -34,11 +34,12 @@ class Copies:
     """Copies tensors on all cores, cast to the target's dtype. A context: all are copied when it ends.
 
     ``read``, where given, fetches the bytes of mapped tensors. Between host memory and a GPU, bytes pass through
-    page-locked buffers.
+    page-locked ``buffers``, which are made at the first copy where none are given.
     """
 
-    def __init__(self, read: Read | None, on_progress: OnProgress) -> None:
+    def __init__(self, read: Read | None, on_progress: OnProgress, buffers: Buffers | None = None) -> None:
         self._read = read
+        self._buffers = buffers
         self._on_progress = on_progress
         self._pool = ThreadPoolExecutor(torch.get_num_threads())
         self._started: list[Future[object]] = []
@@ -65,8 +66,10 @@ class Copies:
         try:
             for local, new, before in pieces:
                 if local.device.type == "cuda":
-                    kept.append((local, before))
-                    self._bus(local.device).exchange(local, new, before)
+                    bus = self._bus(local.device)
+                    bus.download(before, local)
+                    kept.append((local, before))  # now that every byte of it is on its way
+                    bus.overwrite(local, new)
                 else:
                     self._overwrite_on_host(local, new, before, kept)
         except BaseException:
@@ -89,7 +92,7 @@ class Copies:
 
     def _bus(self, device: torch.device) -> PinnedCopy:
         if self._over_bus is None:
-            self._over_bus = PinnedCopy(device, self._fill)
+            self._over_bus = PinnedCopy(device, self._fill, self._buffers or Buffers())
         return self._over_bus
 
     def _fill(self, buffer: torch.Tensor, values: torch.Tensor) -> None:

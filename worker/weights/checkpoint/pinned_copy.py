@@ -7,7 +7,6 @@ works on one, this thread fills or empties the other on all cores.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterator
 
 import torch
@@ -24,17 +23,25 @@ Fill = Callable[[torch.Tensor, torch.Tensor], object]
 """Copies values from host memory into a buffer of their shape, and returns when they are there."""
 
 
+class Buffers:
+    """Page-locked memory for one :class:`PinnedCopy` at a time. Raises ``OSError`` where there is none."""
+
+    def __init__(self) -> None:
+        self.up = pinned(HALF), pinned(HALF)
+        self.down = pinned(HALF), pinned(HALF)
+
+
 class PinnedCopy:
     """Begins copies in both directions on streams of its own; :meth:`settle` waits for the end of all of them.
 
     Until then a copy's device memory must stay allocated, and the caller must not write to its source on the device.
     """
 
-    def __init__(self, device: torch.device, fill: Fill) -> None:
+    def __init__(self, device: torch.device, fill: Fill, buffers: Buffers) -> None:
         self._device = device
         self._fill = fill
-        self._up = _Halves(device)
-        self._down = _Halves(device)
+        self._up = _Halves(device, buffers.up)
+        self._down = _Halves(device, buffers.down)
 
     def upload(self, there: torch.Tensor, new: torch.Tensor) -> None:
         """Copy ``new`` from the host to ``there`` on the device, cast. Afterwards ``new`` is no longer needed."""
@@ -59,9 +66,8 @@ class PinnedCopy:
                 buffer.copy_(values, non_blocking=True)
             self._down.when_done(target, buffer)
 
-    def exchange(self, here: torch.Tensor, new: torch.Tensor, before: torch.Tensor) -> None:
-        """Keep ``here`` in ``before`` and write ``new`` over it; of several calls, both directions run at once."""
-        self.download(before, here)
+    def overwrite(self, here: torch.Tensor, new: torch.Tensor) -> None:
+        """Write ``new`` over ``here`` after the downloads that were begun; others may run at the same time."""
         if new.device.type == "cpu":
             self._up.stream.wait_stream(self._down.stream)  # no byte is overwritten before it is kept
             self.upload(here, new)
@@ -82,16 +88,13 @@ class _Halves:
     the engine may still read bytes that an upload has put there, or write those that a download brings.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, memory: tuple[torch.Tensor, torch.Tensor]) -> None:
+        self._memory = memory
         self.stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._ends: list[torch.cuda.Event | None] = [None, None]
         self._arriving: tuple[list[tuple[torch.Tensor, torch.Tensor]], ...] = ([], [])
         self._current = 0
         self._used = 0
-
-    @functools.cached_property
-    def _memory(self) -> tuple[torch.Tensor, torch.Tensor]:
-        return pinned(HALF), pinned(HALF)
 
     def buffer_for(self, piece: torch.Tensor) -> torch.Tensor:
         """A buffer like ``piece``, contiguous, that no copy uses any more."""

@@ -12,6 +12,7 @@ from ..checkpoint.aliases import by_checkpoint_names
 from ..checkpoint.copies import Copies
 from ..checkpoint.layout import Layout
 from ..checkpoint.names import Tensors
+from ..checkpoint.pinned_copy import Buffers
 from ..progress import OnProgress
 from ..transport.sources import Rejected, TensorSource
 from .checks import MAX_LISTED, check_complete, check_tensors, check_ties, missing_names
@@ -35,6 +36,7 @@ class RankUpdate:
         self._prepared: TensorSource | None = None
         self._reserved: dict[Key, torch.Tensor] = {}
         self._give_back: Callable[[], None] = _nothing
+        self._buffers: Buffers | None = None
         self._undo: dict[Key, torch.Tensor] = {}
         self._last_part: dict[str, int] = {}
         self._to_leave_out: list[str] = []
@@ -55,7 +57,7 @@ class RankUpdate:
         return {module: list(names) for module, names in tensors.items()}
 
     def prepare(self, source: TensorSource, on_progress: OnProgress = _nothing, *, complete: bool = False) -> Report:
-        """Check every name, shape and dtype, reserve the undo copy, and stage the bytes that can be staged.
+        """Check every name, shape and dtype, take the memory that *write* needs, and stage bytes.
 
         ``complete`` requires every tensor of each module. Afterwards ``source`` has the checkpoint's names.
         Raises ``Rejected``, and ``OSError`` from reading; the update is then as it was before.
@@ -69,6 +71,7 @@ class RankUpdate:
             check_complete(named, self._layouts, complete=complete)
             self._to_leave_out = named.left_out
             self._reserve(source.tensors)
+            self._take_buffers(source.tensors)
             self._stage(source, on_progress)
         except BaseException:
             self.release()
@@ -78,7 +81,7 @@ class RankUpdate:
     def write(self, on_progress: OnProgress = _nothing) -> None:
         """Write the prepared tensors in place."""
         assert self._prepared is not None, "prepared before"
-        with Copies(self._prepared.read, _nothing) as copies:
+        with Copies(self._prepared.read, _nothing, self._buffers) as copies:
             for module, tensors in self._prepared.tensors.items():
                 for name, whole in tensors.items():
                     self._write_tensor((module, name), whole, copies)
@@ -110,6 +113,7 @@ class RankUpdate:
             self._prepared = None
         self._give_back()
         self._reserved, self._give_back, self._to_leave_out = {}, _nothing, []
+        self._buffers = None
 
     def rollback(self) -> None:
         """Put back every byte."""
@@ -157,9 +161,22 @@ class RankUpdate:
             raise Rejected(Unavailable(f"Nothing was written. {error}"), Report()) from error
         self._reserved = dict(zip(new, room, strict=True))
 
+    def _take_buffers(self, tensors: Tensors) -> None:
+        """Take page-locked memory where bytes will pass between the host and a GPU."""
+        if not any(
+            len({one.device.type for one in (room, self._layouts[module].local(name), tensors[module][name])}) > 1
+            for (module, name), room in self._reserved.items()
+        ):
+            return
+        try:
+            self._buffers = Buffers()
+        except OSError as error:
+            lack = Unavailable(f"Nothing was written: {error}. Free host memory and try again.")
+            raise Rejected(lack, Report()) from error
+
     def _stage(self, source: TensorSource, on_progress: OnProgress) -> None:
         """Read the bytes that a swap will put in place, so that a failed read fails before any write."""
-        with torch.no_grad(), Copies(source.read, on_progress) as copy:
+        with torch.no_grad(), Copies(source.read, on_progress, self._buffers) as copy:
             for (module, name), room in self._reserved.items():
                 if owns_pages(room) or room.device.type == "cuda":
                     copy(self._layouts[module].beside(name, source.tensors[module][name], room))
