@@ -374,6 +374,23 @@ def test_a_sleep_without_host_memory_says_how_much_is_missing_and_moves_nothing(
     assert same(before, state(module))
 
 
+def test_sleep_and_wake_without_page_locked_memory_say_what_is_missing_and_move_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    module = model()
+    before, moved, live = state(module), offloader(module), torch.cuda.memory_allocated(device())
+    for work, what, place in ((moved.offload, "Sleeping", "cuda"), (moved.restore, "Waking", "cpu")):
+        with monkeypatch.context() as short:
+            short.setattr(pinned_copy, "pinned", no_page_locked_memory)
+            with pytest.raises(Unavailable, match=f"{what} needs 135 MB of page-locked host memory to copy through"):
+                work(lambda: None)
+        assert {tensor.device.type for tensor in module.state_dict().values() if tensor.numel()} == {place}
+        assert same(before, state(module))
+        work(lambda: None)
+    assert same(before, state(module))
+    assert torch.cuda.memory_allocated(device()) == live
+
+
 @played_only
 def test_digests_with_detail_copy_each_tensor_to_the_host_once(record: Record) -> None:
     module = model()

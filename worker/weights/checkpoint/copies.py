@@ -34,7 +34,7 @@ class Copies:
     """Copies tensors on all cores, cast to the target's dtype. A context: all are copied when it ends.
 
     ``read``, where given, fetches the bytes of mapped tensors. Between host memory and a GPU, bytes pass through
-    page-locked ``buffers``, which are made at the first copy where none are given.
+    page-locked ``buffers``, which only copies in one of both memories do without.
     """
 
     def __init__(self, read: Read | None, on_progress: OnProgress, buffers: Buffers | None = None) -> None:
@@ -92,7 +92,8 @@ class Copies:
 
     def _bus(self, device: torch.device) -> PinnedCopy:
         if self._over_bus is None:
-            self._over_bus = PinnedCopy(device, self._fill, self._buffers or Buffers())
+            assert self._buffers is not None, "taken before the first copy, which must not fail for want of them"
+            self._over_bus = PinnedCopy(device, self._fill, self._buffers)
         return self._over_bus
 
     def _fill(self, buffer: torch.Tensor, values: torch.Tensor) -> None:

@@ -16,6 +16,9 @@ from ...parallel.device import pinned
 HALF = 32 << 20
 """Bytes of a half: the copy engine needs about a millisecond for it."""
 
+BUFFER_BYTES = 4 * HALF
+"""Page-locked bytes for both directions."""
+
 _MAX_PIECE = HALF // 2
 _ALIGNMENT = 64
 

@@ -18,6 +18,7 @@ from torch import nn
 from ....protocol.errors import Unavailable
 from ...parallel.device import free_bytes
 from ..checkpoint.copies import Copies
+from ..checkpoint.pinned_copy import BUFFER_BYTES, Buffers
 from ..progress import OnProgress
 from .page_swap import ALIGNMENT, aligned_like, view_as
 from .undo_log import in_file
@@ -52,8 +53,9 @@ class Offloader:
         wanted = self._modules if only is None else only
         modules = [module for module in self._modules if module in wanted or module in self._offloaded_modules]
         tensors = [one for one in self._tensors(modules) if id(one) not in self._offsets]
+        buffers = self._buffers("Sleeping") if tensors else None
         rooms = self._rooms_away([tensor.data for tensor in tensors], on_progress)
-        with Copies(None, on_progress) as copy:
+        with Copies(None, on_progress, buffers) as copy:
             copy((room, tensor.data) for tensor, room in zip(tensors, rooms, strict=True))
         for tensor, room in zip(tensors, rooms, strict=True):
             self._offsets[id(tensor)] = tensor.data_ptr() % ALIGNMENT
@@ -73,8 +75,9 @@ class Offloader:
         staying = {id(tensor) for tensor in self._tensors(stay)} - own
         offloaded = (tensor for tensor in self._tensors(self._modules) if id(tensor) in self._offsets)
         tensors = [tensor for tensor in offloaded if id(tensor) not in staying]
+        buffers = self._buffers("Waking") if tensors else None
         rooms = self._rooms_at_home(tensors)
-        with Copies(None, on_progress) as copy:
+        with Copies(None, on_progress, buffers) as copy:
             for tensor, room in zip(tensors, rooms, strict=True):
                 copy([(room, tensor.data)])
                 tensor.data = room  # frees a file before the next is read, as files may be in memory too
@@ -88,6 +91,18 @@ class Offloader:
         others = self._others() if len(modules) == len(self._modules) else ()
         every = {id(tensor): tensor for tensor in (*weights, *others) if tensor.numel()}
         yield from every.values()
+
+    def _buffers(self, what: str) -> Buffers | None:
+        """The page-locked memory for copies between the host and a GPU."""
+        if self._device.type != "cuda":
+            return None
+        try:
+            return Buffers()
+        except OSError as error:
+            raise Unavailable(
+                f"{what} needs {_mb(BUFFER_BYTES)} MB of page-locked host memory to copy through: {error}. "
+                "Nothing has moved; free that memory and try again."
+            ) from error
 
     def _rooms_away(self, tensors: Sequence[torch.Tensor], on_progress: OnProgress) -> list[torch.Tensor]:
         folder = Path(tempfile.gettempdir())
