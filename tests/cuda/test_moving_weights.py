@@ -294,6 +294,37 @@ def test_an_update_that_has_room_on_the_gpu_for_some_tensors_stages_those(record
 
 
 @played_only
+def test_the_parts_of_an_update_take_half_of_the_free_memory_together(record: Record) -> None:
+    memory = log(staged=True)
+    live, parts, free = torch.cuda.memory_allocated(device()), list[torch.Tensor](), 100 * MEGABYTE
+    like = torch.empty(10 * MEGABYTE, dtype=torch.uint8, device=device())
+    record.memory(device()).limit = torch.cuda.memory_allocated(device()) + free
+    for _ in range(6):
+        parts += memory.reserve([like])[0]
+    assert [part.device.type for part in parts] == 4 * ["cuda"] + 2 * ["cpu"], "four parts, and what swaps need"
+    del like, parts
+    memory.clear()
+    assert torch.cuda.memory_allocated(device()) == live
+
+
+def test_a_part_that_is_given_back_leaves_its_memory_to_the_next_one_and_to_forwards() -> None:
+    memory, live = log(staged=True), torch.cuda.memory_allocated(device())
+    like = torch.empty(MEGABYTE, dtype=torch.uint8, device=device())
+    first, give_first_back = memory.reserve([like])
+    second, give_second_back = memory.reserve([like])
+    taken = memory.gpu.taken
+    del second
+    give_second_back()
+    assert memory.gpu.taken == taken - MEGABYTE
+    memory.gpu.swap(like, first[0])
+    del first
+    give_first_back()
+    assert memory.gpu.taken == 0
+    del like
+    assert torch.cuda.memory_allocated(device()) == live
+
+
+@played_only
 def test_the_undo_log_asks_for_powers_of_two_and_counts_what_is_taken(
     record: Record, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -12,7 +12,9 @@ from ...parallel.device import free_bytes
 from .page_swap import is_dense
 
 _SHARE = 2
-"""Rooms take at most one part in this many of the free memory; forwards between *prepare* and *write* need some."""
+"""All rooms take at most one part in this many of the memory that is free before the first.
+
+Forwards between *prepare* and *write* need some."""
 
 _SCRATCH = 64 << 20
 """Bytes that are swapped at a time."""
@@ -24,28 +26,31 @@ class GpuRooms:
     def __init__(self, device: torch.device, *, enabled: bool) -> None:
         self._device = device
         self._enabled = enabled and device.type == "cuda"
-        self._left = 0
+        self._most = 0
         self._scratch: torch.Tensor | None = None
+        self.taken = 0
+        """Bytes of the rooms that are given out, and of what swaps need."""
 
     def measure(self) -> None:
-        """Decide how much the next rooms may take together."""
-        if self._enabled:
+        """Decide how much all rooms may take together, unless some are given out already."""
+        if self._enabled and not self.taken:
             cached = torch.cuda.memory_reserved(self._device) - torch.cuda.memory_allocated(self._device)
-            self._left = int(free_bytes(self._device) + cached) // _SHARE
+            self._most = int(free_bytes(self._device) + cached) // _SHARE
 
     def room_for(self, like: torch.Tensor) -> torch.Tensor | None:
         """Room for a tensor like ``like``; ``None`` where it is on the host or has gaps, or where memory is short."""
-        scratch = 0 if self._scratch is not None else _SCRATCH
-        if like.device.type != "cuda" or not is_dense(like) or like.nbytes + scratch > self._left:
+        needed = like.nbytes + (0 if self._scratch is not None else _SCRATCH)
+        if like.device.type != "cuda" or not is_dense(like) or self.taken + needed > self._most:
             return None
         try:
             if self._scratch is None:  # taken now, so that a swap never asks for memory
                 self._scratch = torch.empty(_SCRATCH, dtype=torch.uint8, device=self._device)
             room = torch.empty_like(like)
         except torch.OutOfMemoryError:  # what is free is in pieces, or somebody else took it
-            self._left = 0
+            self._most = 0
+            self.give_back(self.taken)
             return None
-        self._left -= like.nbytes + scratch
+        self.taken += needed
         return room
 
     def swap(self, one: torch.Tensor, other: torch.Tensor) -> None:
@@ -57,8 +62,11 @@ class GpuRooms:
             here.copy_(there)
             there.copy_(between)
 
-    def clear(self) -> None:
-        self._scratch = None
+    def give_back(self, taken: int = 0) -> None:
+        """Count the rooms as free that were given out since ``taken`` bytes were taken."""
+        self.taken = taken
+        if not taken:
+            self._scratch = None
 
 
 def _bytes(tensor: torch.Tensor) -> torch.Tensor:

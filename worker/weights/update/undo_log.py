@@ -76,12 +76,13 @@ class UndoLog:
         """
         wanted = list(tensors)
         used_before = [block.used for block in self._blocks]
-        number_of_pages = len(self._pages)
+        number_of_pages, taken_on_gpu = len(self._pages), self.gpu.taken
 
         def give_back() -> None:
             for number, block in enumerate(self._blocks):
                 block.used = used_before[number] if number < len(used_before) else 0
             self._give_pages_back(number_of_pages)
+            self.gpu.give_back(taken_on_gpu)
 
         self.gpu.measure()
         own = {number: room for number, tensor in enumerate(wanted) if (room := self._swappable(tensor)) is not None}
@@ -105,7 +106,7 @@ class UndoLog:
         for block in self._blocks:
             block.used = 0
         self._give_pages_back(0)
-        self.gpu.clear()
+        self.gpu.give_back()
 
     def free(self) -> None:
         """Give unused memory back to the system."""
