@@ -24,7 +24,7 @@ from safelight.worker.model.model import Model, load_model
 from safelight.worker.model.modules import count_parameters
 from safelight.worker.parallel.ranks import ALONE
 from safelight.worker.weights.quantizing.layers import QuantizedLayer
-from safelight.worker.weights.quantizing.schemes import SCHEMES
+from safelight.worker.weights.quantizing.schemes import SCHEMES, Scheme
 from safelight.worker.weights.snapshot.digests import raw_bytes, tensor_digests
 from safelight.worker.weights.transport.sources import TensorSource
 from safelight.worker.weights.update.offload import Offloader
@@ -256,6 +256,23 @@ def test_an_inaccurate_component_is_refused_with_its_figures(load: Load) -> None
         refused = nullcontext() if fault is None else pytest.raises(StartFailed, match=fault)
         with refused:
             judge({"transformer": Accuracy(distance, 0.0, "float64")}, {"transformer": "int8"}, load_policy())
+
+
+@pytest.mark.parametrize("scheme", SCHEMES.values(), ids=SCHEMES)
+def test_a_gpu_which_divides_by_a_number_through_its_reciprocal_makes_the_bits_of_the_cpu(
+    scheme: Scheme, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An update encodes on the GPU what the load has encoded on the CPU."""
+    weight = torch.randn(500, 16, generator=torch.Generator().manual_seed(1))
+    expected = scheme.encode(weight)
+    divided, plain = weight / scheme.largest, torch.Tensor.__truediv__
+
+    def as_on_a_gpu(tensor: torch.Tensor, by: torch.Tensor | float) -> torch.Tensor:
+        return plain(tensor, by) if isinstance(by, torch.Tensor) else tensor * torch.tensor(1 / by)
+
+    monkeypatch.setattr(torch.Tensor, "__truediv__", as_on_a_gpu)
+    assert not torch.equal(weight / scheme.largest, divided)
+    assert all(map(torch.equal, scheme.encode(weight), expected))
 
 
 def test_zeros_are_zeros_and_the_largest_value_of_a_row_stays(load: Load) -> None:

@@ -21,9 +21,13 @@ class Scheme:
     dynamic: bool = False
 
     def encode(self, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Codes [out, in] and scale [out, 1], which has the weight's dtype: codes are made for the rounded scale."""
+        """Codes [out, in] and scale [out, 1], which has the weight's dtype: codes are made for the rounded scale.
+
+        A GPU makes the same bits: torch divides by a tensor there as on a CPU, but by a number through its reciprocal.
+        """
         wide = weight.float()
-        scale = (wide.abs().amax(dim=1, keepdim=True) / self.largest).to(weight.dtype)
+        largest = wide.abs().amax(dim=1, keepdim=True)
+        scale = (largest / torch.full_like(largest, self.largest)).to(weight.dtype)
         scale = torch.where(scale == 0, torch.ones_like(scale), scale)  # a row of zeros
         codes = (wide / scale.float()).clamp(-self.largest, self.largest)
         if self.code == torch.int8:
