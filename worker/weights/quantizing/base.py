@@ -78,8 +78,14 @@ class QuantizedWeight:
 
     @torch.no_grad()
     def encode(self) -> None:
-        """Have the layer compute with the base."""
-        codes, scale = self._layer.scheme.encode(self._base.to(self._layer.codes.device))
+        """Have the layer compute with the base.
+
+        A GPU without memory for it gets the codes from the host, which are the same: a rollback must not fail here.
+        """
+        try:
+            codes, scale = self._layer.scheme.encode(self._base.to(self._layer.codes.device))
+        except torch.OutOfMemoryError:
+            codes, scale = self._layer.scheme.encode(self._base)
         self._layer.codes[self._rows].copy_(codes)
         self._layer.scale[self._rows].copy_(scale)
 
