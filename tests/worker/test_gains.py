@@ -10,11 +10,13 @@ import orjson
 import pytest
 import torch
 
+from safelight.protocol.replicas import MergeLimit
 from safelight.worker.crossing.call import Call, cross
 from safelight.worker.crossing.coroutine import Coroutine
 from safelight.worker.forward import stopwatch
 from safelight.worker.forward.batcher import Batcher
 from safelight.worker.forward.gains import RETRY_FORWARDS, SAMPLES, Gains
+from safelight.worker.forward.policy import MAX_KINDS, MergePolicy
 from safelight.worker.forward.timing import Timing
 
 KIND = ("transformer", 4096)
@@ -109,6 +111,19 @@ def test_kinds_beyond_a_bound_are_forgotten_and_learnt_again() -> None:
     gains.changed()
     gains.add(KIND, 1, 1, with_overhead(1))
     assert [one.outputs for one in gains.changed()] == [2]
+
+
+def test_a_kind_in_use_keeps_its_limit_however_many_others_come_and_go() -> None:
+    """A limit is sent when it changes, and never again: a rank that forgot it would run the kind alone for good."""
+    gains, policy = Gains(16, 0.1), MergePolicy(16, 10**6)
+    policy.measured = True
+    assert limit_after(gains, short) == 16
+    policy.limit(gains.changed())
+    for positions in range(MAX_KINDS):
+        policy.limit([MergeLimit("vae.decode", positions, 2, {})])
+        assert policy.max_outputs(KIND) == 16
+    assert policy.max_outputs(("vae.decode", MAX_KINDS - 1)) == 2
+    assert policy.max_outputs(("vae.decode", 0)) == 1, "it was used least recently"
 
 
 def test_limits_can_be_shown_as_json() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import OrderedDict
 from collections.abc import Hashable, Iterable, Iterator
 from contextlib import contextmanager
 
@@ -17,7 +18,7 @@ MAX_SIGNATURES_APART = 1000
 """Signatures remembered as failing when merged; when full, all are cleared and tried again."""
 
 MAX_KINDS = 1000
-"""Kinds of calls with a limit; beyond them, the oldest is forgotten."""
+"""Kinds of calls with a limit; beyond them, the one used least recently is forgotten."""
 
 FORWARDS_TO_RECOVER = 16
 """Forwards that must fit into memory at a lowered cap before the cap doubles."""
@@ -31,7 +32,7 @@ class MergePolicy:
         self.max_tokens = max_tokens
         self.measured = False
         """True if calls of a kind run for one output until :meth:`limit` allows more."""
-        self._limits: dict[Kind, int] = {}
+        self._limits: OrderedDict[Kind, int] = OrderedDict()
         self.unmergeable: dict[str, str] = {}
         """The reason why calls run alone, by name."""
         self.caps: dict[str, int] = {}
@@ -52,8 +53,9 @@ class MergePolicy:
         """Set the numbers of outputs that are worth a forward, by kind of call. Every rank does so in the same step."""
         for one in limits:
             self._limits[one.name, one.positions] = one.outputs
+            self._limits.move_to_end((one.name, one.positions))
         while len(self._limits) > MAX_KINDS:
-            del self._limits[next(iter(self._limits))]
+            self._limits.popitem(last=False)
 
     @contextmanager
     def unmeasured(self) -> Iterator[None]:
@@ -65,7 +67,13 @@ class MergePolicy:
             self.measured = before
 
     def max_outputs(self, kind: Kind) -> int:
-        return min(self.max_batch, self._limits.get(kind, 1)) if self.measured else self.max_batch
+        """The outputs that may share a forward of calls of ``kind``. Every rank asks in the same order."""
+        if not self.measured:
+            return self.max_batch
+        if kind not in self._limits:
+            return 1
+        self._limits.move_to_end(kind)
+        return min(self.max_batch, self._limits[kind])
 
     def max_positions(self, name: str) -> int:
         return min(self.max_tokens, self.caps.get(name, self.max_tokens))
