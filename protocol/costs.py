@@ -8,7 +8,7 @@ import msgspec
 
 
 class Measured(msgspec.Struct, frozen=True):
-    """The seconds of one call to a component for an output of about ``pixels``, all frames of a clip together."""
+    """The seconds of a forward of a component for one output of about ``pixels``, all frames of a clip together."""
 
     pixels: int
     seconds: float

@@ -167,7 +167,7 @@ class MergeLimit(msgspec.Struct, frozen=True):
 class ReplicaStats(msgspec.Struct, frozen=True):
     """Counters since the replica's start. ``calls / forwards`` is how many calls met in a forward.
 
-    ``costs`` are the seconds of one call to each component, by the size of the output. ``unmergeable`` names calls that
+    ``costs`` are the seconds of one output's forward, by component and size. ``unmergeable`` names calls that
     run alone though others merge, and why: found by the self-test, or since. ``caps`` are limits on positions after a
     lack of memory, ``merge_limits`` those on outputs by measured times. ``predicted_calls`` were made beside the first
     call of a step by guidance pairing, and the ``missed_predictions`` among them never came. Step caches answered

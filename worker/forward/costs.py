@@ -16,13 +16,16 @@ _SIZES = 32
 @dataclass(slots=True)
 class _Mean:
     seconds: float
-    alone: bool
+    calls: int
 
-    def add(self, seconds: float, *, alone: bool) -> None:
-        """Add a measurement. One of several merged calls is an upper bound, used until a call was measured alone."""
-        if alone and not self.alone:
-            self.seconds, self.alone = seconds, True
-        elif alone == self.alone:
+    def add(self, seconds: float, calls: int) -> None:
+        """Add a forward of ``calls`` of one output, or of 0 if outputs share it. Those with most calls count.
+
+        A shared one is an upper bound, used until an output had a forward for itself.
+        """
+        if calls > self.calls:
+            self.seconds, self.calls = seconds, calls
+        elif calls == self.calls:
             self.seconds += _WEIGHT * (seconds - self.seconds)
 
 
@@ -39,8 +42,8 @@ class Costs:
             for name, means in self._means.items()
         }
 
-    def add(self, name: str, pixels: int, seconds: float, *, alone: bool) -> None:
-        """Add a forward for outputs of ``pixels``.
+    def add(self, name: str, pixels: int, seconds: float, *, calls: int) -> None:
+        """Add a forward of ``calls`` for one output of ``pixels``; ``calls`` is 0 if outputs share it.
 
         Text encoders, whose cost does not depend on the output's size, and outputs of unknown size are left out.
         """
@@ -48,8 +51,8 @@ class Costs:
             return
         means = self._means.setdefault(name, {})
         if pixels in means:
-            means[pixels].add(seconds, alone=alone)
+            means[pixels].add(seconds, calls)
             return
         if len(means) == _SIZES:
             del means[min(means)]
-        means[pixels] = _Mean(seconds, alone)
+        means[pixels] = _Mean(seconds, calls)

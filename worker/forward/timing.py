@@ -50,14 +50,15 @@ class Timing:
 
     def _on_measured(self, forward: Forward) -> OnMeasured:
         """The receiver of the forward's seconds; it keeps none of its tensors."""
-        name, alone, calls = forward.name, not forward.merged, len(forward.calls)
+        name, calls = forward.name, len(forward.calls)
         coroutines = {pending.coroutine for pending in forward.calls}
+        own = calls if len(coroutines) == 1 else 0
         outputs, pixels = len(coroutines), max(coroutine.pixels for coroutine in coroutines)
         first = forward.calls[0].batchable
         positions = None if first is None or forward.probe else first.positions
 
         def add(seconds: float) -> None:
-            self._costs.add(name, pixels, seconds, alone=alone)
+            self._costs.add(name, pixels, seconds, calls=own)
             if self._gains is not None and positions is not None:
                 self._gains.add((name, positions), outputs, calls, seconds)
 
