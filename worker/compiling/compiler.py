@@ -19,7 +19,7 @@ from ..internals import dynamo
 from ..internals.blocks import NoBlocks
 from .admission import Judge, NotAdmitted, admit
 from .component import CompiledComponent, Job, Ticket
-from .program import LIMIT, Backend, LimitMet, Program
+from .program import LIMIT, Backend, LimitMet, Program, SettingsChanged
 
 log = logging.getLogger(__name__)
 
@@ -100,7 +100,9 @@ class Compiler:
         # graphs hold for these settings of the thread that runs them, so that both threads need the same
         torch.set_num_threads(self._threads)
         torch.set_grad_enabled(False)
+        dynamo.restore_nothing()
         dynamo.config.recompile_limit = LIMIT  # in this thread, as torch's configuration is a thread's own
+        dynamo.inductor_config.shape_padding = False  # to measure it, inductor draws from the GPU's global generator
         while (job := self._jobs.get()) is not None:
             if job.component.reason is None:
                 self._compile(job)
@@ -114,6 +116,8 @@ class Compiler:
             admit(job.program, job.block, job.arguments, self._judge)
         except LimitMet as limit:
             log.warning("%s of %s: %s, dynamo's limit; further kinds of calls run eagerly", cls, component.name, limit)
+        except SettingsChanged:  # a later call comes again
+            log.info("%s of %s: torch's settings changed while its graph was made", cls, component.name)
         except NotAdmitted as reason:
             log.warning("%s is not compiled: %s", component.name, reason)
             component.refuse(str(reason))

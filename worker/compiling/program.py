@@ -26,6 +26,10 @@ class LimitMet(Exception):
     """A class of blocks has as many graphs as dynamo keeps."""
 
 
+class SettingsChanged(Exception):
+    """A request changed torch's settings while a graph was made, which holds for none of them."""
+
+
 class Program:
     """Compiles, and runs what was compiled, as two things: serving never waits for the compiler.
 
@@ -50,7 +54,8 @@ class Program:
         return self._run(self.cls.forward, missed, block, arguments.args, arguments.kwargs)
 
     def compile(self, block: nn.Module, arguments: Arguments) -> None:
-        """Make a graph for these arguments unless there is one. Raises ``LimitMet`` or the compiler's exceptions.
+        """Make a graph for these arguments unless there is one. Raises ``LimitMet``, ``SettingsChanged`` or
+        the compiler's exceptions.
 
         It holds for any number of rows from 2 on; other dimensions become dynamic when a second size is compiled.
         """
@@ -60,6 +65,10 @@ class Program:
             self._compile(self.cls.forward, _never, block, arguments.args, arguments.kwargs)
         except dynamo.RecompileLimitHit as error:
             raise LimitMet(f"{self.cls.__name__} has {LIMIT} graphs") from error
+        except AssertionError as error:
+            if dynamo.SETTINGS_CHANGED not in str(error):
+                raise
+            raise SettingsChanged from error
         self.graphs += dynamo.counters["stats"]["unique_graphs"] - before
 
 

@@ -2,6 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
 from .lookup import lookup
 
 CHECKED = "2.13.0"
@@ -10,8 +17,50 @@ NAMES = {
     "run": "torch._dynamo:run",
     "maybe_mark_dynamic": "torch._dynamo:maybe_mark_dynamic",
     "config": "torch._dynamo:config",
+    "inductor_config": "torch._inductor:config",
     "counters": "torch._dynamo.utils:counters",
     "RecompileLimitHit": "torch._dynamo.exc:FailOnRecompileLimitHit",
 }
 
+SETTINGS_CHANGED = "state changed while dynamo tracing"
+"""Part of the message of the ``AssertionError`` of dynamo if torch's settings changed while it made a graph."""
+
+_RESTORED_BY = (
+    (torch.random, "set_rng_state"),
+    (torch.cuda, "set_rng_state"),
+    (torch, "set_default_dtype"),
+    (torch, "use_deterministic_algorithms"),
+    (torch._C, "_set_fp32_precision_setter"),
+)
+"""Functions that dynamo calls to set back the state of the whole process, once a graph is made."""
+
 __getattr__ = lookup("torch", CHECKED, NAMES)
+
+
+def restore_nothing() -> None:
+    """In the calling thread, have the compiler leave the state of the whole process as it is.
+
+    When a graph is made, it would set the random state and torch's settings back to what they were when it began. In
+    the meantime requests that run in other threads have changed them.
+    """
+    for module, name in _RESTORED_BY:
+        setter = getattr(module, name)
+        if not isinstance(setter, _Setter):
+            setter = _Setter(setter)
+            setattr(module, name, setter)
+        setter.mute()
+
+
+class _Setter:
+    """A function of torch that does nothing in the threads that muted it."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        functools.update_wrapper(self, function)
+        self._function = function
+        self._threads = threading.local()
+
+    def mute(self) -> None:
+        self._threads.muted = True
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return None if "muted" in vars(self._threads) else self._function(*args, **kwargs)

@@ -6,6 +6,7 @@ dynamo's own backend "eager" runs a graph's operators as they are, so its result
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
@@ -20,6 +21,7 @@ from safelight.worker.accuracy.policy import load_policy
 from safelight.worker.compiling import compiler as compiler_module
 from safelight.worker.compiling.compiler import Compiler
 from safelight.worker.crossing.overlay import overlay_attributes
+from safelight.worker.crossing.random_state import has_drawn, kept_random_state, seeded, set_random_state
 from safelight.worker.internals.blocks import repeated_blocks
 from safelight.worker.lora.adapter import Adapter
 from safelight.worker.lora.dynamic import AdapterRows, DynamicLora
@@ -255,6 +257,60 @@ def test_dynamo_s_limit_is_reported_by_name_and_graphs_go_on_serving(
     assert "limit; further kinds of calls run eagerly" in caplog.text
     assert torch.equal(running.draw(rows=3), draw(plain, 3))
     assert running.eager_calls(rows=3) == 3
+    assert running.eager_calls() == 0
+
+
+# a compilation beside requests
+
+
+class Held:
+    """A compiler that waits to be released in the middle of a compilation."""
+
+    def __init__(self) -> None:
+        self.entered, self.released = threading.Event(), threading.Event()
+
+    def compile(self, graph: torch.fx.GraphModule, _: Sequence[Any]) -> Callable[..., Any]:
+        self.entered.set()
+        assert self.released.wait(60)
+        return graph.forward
+
+    def enter(self, running: Compiling) -> None:
+        """Return in the middle of the compilation that a forward of ``running`` begins."""
+        with running.compiler.active(NAME):
+            draw(running.module)
+        assert self.entered.wait(60)
+
+    def release(self, running: Compiling) -> None:
+        self.released.set()
+        running.compiler.wait()
+
+
+def test_the_end_of_a_compilation_sets_back_no_request_s_random_state() -> None:
+    """A merged forward during which the state changes is taken for one that draws, and its calls run alone for good."""
+    held = Held()
+    running = Compiling(Stack(), held.compile)
+    with kept_random_state():
+        set_random_state(seeded(1))
+        held.enter(running)
+        set_random_state(seeded(2))
+        with kept_random_state() as before:
+            held.release(running)
+            assert not has_drawn(before)
+    assert running.eager_calls() == 0
+
+
+def test_a_setting_that_a_request_changes_during_a_compilation_stays_and_costs_one_attempt() -> None:
+    held = Held()
+    running = Compiling(Stack(), held.compile)
+    held.enter(running)
+    torch.set_default_dtype(torch.float64)
+    try:
+        held.release(running)
+        assert torch.get_default_dtype() is torch.float64
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert (running.stats.state, running.stats.reason) == ("waiting", None)
+    running.draw()
     assert running.eager_calls() == 0
 
 
