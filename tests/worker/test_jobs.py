@@ -155,13 +155,14 @@ def test_previews_do_not_change_the_picture(stage: Stage) -> None:
     assert torch.equal(pictures[0], pictures[1])
 
 
-def test_weights_that_are_not_finite_are_an_error_and_no_picture(
-    stage: Stage, tiny_model: Callable[[str], Model]
+@pytest.mark.parametrize(("component", "changes"), [("transformer", {}), ("text_encoder", {"encode": "embeddings"})])
+def test_weights_that_are_not_finite_are_an_error_and_no_picture_or_embeddings(
+    component: str, changes: dict[str, object], tiny_model: Callable[[str], Model]
 ) -> None:
     broken = tiny_model("flux")
-    next(broken.pipeline.transformer.parameters()).fill_(float("nan"))
+    next(getattr(broken.pipeline, component).parameters()).fill_(float("nan"))
     other = Stage(broken)
-    other.jobs.submit(generate("nan"))
+    other.jobs.submit(generate("nan", **changes))
     (failed,) = other.settle()
     other.jobs.close()
     assert isinstance(failed, Failed)

@@ -68,7 +68,10 @@ class EncodingThreads:
         self._encoded: SimpleQueue[Encoded] = SimpleQueue()
 
     def submit_output(self, job: Job, sample: SampleRun, pixels: torch.Tensor, sound: Sound | None) -> None:
-        """Encode ``pixels``, a picture [C, H, W] or a clip [F, C, H, W] in [0, 1], and its ``sound``."""
+        """Encode ``pixels``, a picture [C, H, W] or a clip [F, C, H, W] in [0, 1], and its ``sound``.
+
+        Those of an encode-only request are its embeddings' values.
+        """
         if sample.rolled_out is not None:
             sample.rolled_out = record.on_the_host(sample.rolled_out, self._copies.begin)
         on_host = self._copies.begin(_widened(pixels))
@@ -105,13 +108,13 @@ class EncodingThreads:
         self._put(encoded)
 
     def _output(self, job: Job, sample: SampleRun, on_host: torch.Tensor, sound: Sound | None) -> Output:
-        if sample.embeddings is not None:
-            return _file_of(sample.embeddings, sample.seed)
         request = job.request
         pixels: Floats = on_host.numpy()
         waveform = None if sound is None else Waveform(sound.samples.numpy(), sound.rate)
         if not np.isfinite(pixels).all() or (waveform is not None and not np.isfinite(waveform.samples).all()):
             raise NotFinite
+        if sample.embeddings is not None:
+            return _file_of(sample.embeddings, sample.seed)
         fps = self._frame_rate(sample) if pixels.ndim == 4 else None
         height, width = pixels.shape[-2:]
         return Output(

@@ -40,6 +40,12 @@ def encode(pipeline: DiffusionPipeline, arguments: dict[str, Any], returns: Enco
     return {} if kept is None else kept.tensors
 
 
+def values(embeddings: dict[str, torch.Tensor], device: torch.device) -> torch.Tensor:
+    """All floating-point values of ``embeddings``, which must be finite."""
+    floats = [tensor.to(device).flatten() for tensor in embeddings.values() if tensor.is_floating_point()]
+    return torch.cat(floats) if floats else torch.empty(0)
+
+
 class Embeddings:
     """Keeps what ``encode_prompt`` returns to the pipeline's own ``__call__``."""
 

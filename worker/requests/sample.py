@@ -43,7 +43,7 @@ from ..rollout.sampling import RolloutSampler, why_no_rollouts
 from ..rollout.schedule import follow, shift
 from .failure import NotFinite, NothingMade
 from .input_images import image_arguments
-from .prompt_encoding import encode, stop_at_denoiser
+from .prompt_encoding import encode, stop_at_denoiser, values
 
 log = logging.getLogger(__name__)
 
@@ -168,7 +168,7 @@ class SampleRun:
         rollout = self.request.rollout
         if self.request.encode is not None:
             self.embeddings = encode(pipeline, arguments, self.request.encode)
-            return torch.empty(0)
+            return values(self.embeddings, self._model.device)
         if rollout is not None:
             self._peak = self._model.peak_memory.begin()
             self._prepare(rollout, pipeline, arguments)
