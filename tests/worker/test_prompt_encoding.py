@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import diffusers
 import pytest
 import torch
 from diffusers import DDPMPipeline
@@ -18,7 +19,7 @@ from safelight.worker.forward.prompt_cache import PromptCache
 from safelight.worker.model.model import Model
 from safelight.worker.model.modules import modules
 from safelight.worker.pipelines.components import DENOISERS
-from safelight.worker.requests.prompt_encoding import Embeddings
+from safelight.worker.requests.prompt_encoding import Embeddings, returned_names
 from safelight.worker.requests.sample import SampleRun
 
 TEXT = {"max_sequence_length": 64}
@@ -87,6 +88,22 @@ def test_a_prompt_that_was_encoded_is_not_encoded_again_to_draw_it(tiny_model: C
         batcher.step()
     assert encoded == []
     assert torch.equal(run.coroutine.result, expected)
+
+
+@pytest.mark.parametrize(
+    ("cls", "names"),
+    [
+        ("LongCatImagePipeline", "prompt_embeds text_ids"),  # returns prompt_embeds.to(self.device)
+        (
+            "PRXPipeline",  # the negative ones are expressions with a condition
+            "prompt_embeds prompt_attention_mask negative_prompt_embeds negative_prompt_attention_mask",
+        ),
+        ("VisualClozeGenerationPipeline", "prompt_embeds pooled_prompt_embeds text_ids"),  # a function within it
+        ("LattePipeline", "prompt_embeds negative_prompt_embeds"),  # returns in a branch, too
+    ],
+)
+def test_tensors_have_the_names_of_what_the_method_returns_at_its_end(cls: str, names: str) -> None:
+    assert returned_names(getattr(diffusers, cls)) == names.split()
 
 
 def test_a_pipeline_without_the_method_says_what_to_ask_for() -> None:

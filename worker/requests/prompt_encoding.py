@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import inspect
 import textwrap
+from collections.abc import Iterator
 from contextlib import suppress
 from typing import Any
 
@@ -79,11 +80,36 @@ class Embeddings:
 
 
 def returned_names(cls: type[DiffusionPipeline]) -> list[str]:
-    """The variables that ``encode_prompt`` returns, by its source: ``prompt_embeds``, ``pooled_prompt_embeds``, …"""
-    source = ast.parse(textwrap.dedent(inspect.getsource(getattr(cls, METHOD))))
-    returns = [node.value for node in ast.walk(source) if isinstance(node, ast.Return) and node.value is not None]
-    values = returns[-1].elts if isinstance(returns[-1], ast.Tuple) else returns[-1:]
-    return [value.id for value in values if isinstance(value, ast.Name)]
+    """The variables that ``encode_prompt`` returns, by its source: ``prompt_embeds``, ``pooled_prompt_embeds``, …
+
+    Of several return statements the last one counts; of an expression, the variable that comes first in it. Empty if a
+    value has none.
+    """
+    method = ast.parse(textwrap.dedent(inspect.getsource(getattr(cls, METHOD)))).body[0]
+    returned = [node.value for node in _own_nodes(method) if isinstance(node, ast.Return) and node.value is not None]
+    last = max(returned, key=_place, default=ast.Tuple([]))
+    values = last.elts if isinstance(last, ast.Tuple) else [last]
+    variables = {node.arg for node in ast.walk(method) if isinstance(node, ast.arg)} - {"self"}
+    variables |= {node.id for node in _names(method) if isinstance(node.ctx, ast.Store)}
+    found = [[node.id for node in _names(value) if node.id in variables] for value in values]
+    return [names[0] for names in found] if all(found) else []
+
+
+def _own_nodes(function: ast.AST) -> Iterator[ast.AST]:
+    """The nodes of ``function`` without those of functions within it."""
+    for node in ast.iter_child_nodes(function):
+        if not isinstance(node, ast.FunctionDef | ast.Lambda):
+            yield node
+            yield from _own_nodes(node)
+
+
+def _names(node: ast.AST) -> list[ast.Name]:
+    """The names within ``node``, in the order of the source."""
+    return sorted((one for one in ast.walk(node) if isinstance(one, ast.Name)), key=_place)
+
+
+def _place(node: ast.expr) -> tuple[int, int]:
+    return (node.lineno, node.col_offset)
 
 
 def _tensors(value: Any) -> dict[str, torch.Tensor]:
