@@ -31,6 +31,7 @@ class GraphedComponent:
         self._blocks = blocks
         self._library = library
         self._turn: Turn | None = None
+        self._eager: str | None = None
         self._device = next(parameter.device for block in blocks.values() for parameter in block.parameters())
         self._addresses = self._read_addresses()
         self._reasons: dict[str, str] = {}  # by block, of the last eager run
@@ -39,13 +40,17 @@ class GraphedComponent:
             swap_in(path, block, self)
 
     @contextmanager
-    def turn_of(self, turn: Turn | None) -> Iterator[None]:
-        """Within this context, calls of blocks belong to ``turn``; without one, they run eagerly."""
-        before, self._turn = self._turn, turn
+    def turn_of(self, turn: Turn | None, reason: str | None = None) -> Iterator[None]:
+        """Within this context, calls of blocks belong to ``turn``.
+
+        Without one, they run eagerly; with a ``reason`` for that, they are counted as misses.
+        """
+        before = self._turn, self._eager
+        self._turn, self._eager = turn, reason
         try:
             yield
         finally:
-            self._turn = before
+            self._turn, self._eager = before
 
     def revalidate(self) -> None:
         """Drop the recordings if weights lie elsewhere now. Blocks may have another structure, too."""
@@ -61,6 +66,8 @@ class GraphedComponent:
 
     def call(self, block: Graphed, plain: Plain, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if (turn := self._turn) is None:
+            if self._eager is not None:
+                self._miss(block, self._eager)
             return plain(*args, **kwargs)
         try:
             self._check_structure(block)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import traceback
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -84,8 +84,11 @@ class Graphs:
 
     def _answers(self, forward: Forward, proceed: Callable[[], list[Any]]) -> list[Any]:
         component = self._components.get(forward.component.partition(".")[0])
-        if component is None or _runs_eagerly(forward):
-            with nullcontext() if component is None else component.turn_of(None):
+        if component is None:
+            return proceed()
+        plain, reason = _needs_plain(forward), _why_eager(forward)
+        if plain or reason is not None:
+            with component.turn_of(None, None if plain else reason):
                 return proceed()
         adapters = None if self._adapters is None else self._adapters.memory(forward.component)
         turn = Turn(adapters)
@@ -143,15 +146,20 @@ class Graphs:
         )
 
 
-def _runs_eagerly(forward: Forward) -> bool:
-    """True for a call that needs the plain module: of a deterministic request, or with torch's settings or changes of
-    its pipeline, which a replay would not see."""
-    if forward.probe or forward.state is not None or torch.is_grad_enabled():
-        return True
-    return any(
-        pending.call.around is not None or pending.coroutine.plain or pending.coroutine.exclusive
-        for pending in forward.calls
-    )
+def _needs_plain(forward: Forward) -> bool:
+    """True for a probe or a deterministic request; neither counts as a miss."""
+    return forward.probe or any(pending.coroutine.plain for pending in forward.calls)
+
+
+def _why_eager(forward: Forward) -> str | None:
+    """Why a replay might differ from the call; ``None`` if it does not."""
+    if forward.state is not None or torch.is_grad_enabled():
+        return "its pipeline calls it with other settings of torch"
+    if any(pending.call.around is not None for pending in forward.calls):
+        return "its pipeline changes the component for the call"
+    if any(pending.coroutine.exclusive for pending in forward.calls):
+        return "requests of its pipeline run one after the other, as it may change anything"
+    return None
 
 
 def _own(answer: Any, addresses: set[int]) -> Any:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,6 +12,7 @@ import torch
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
+from safelight.protocol.errors import StartFailed
 from safelight.tests.worker.graphs.recording import TapeRecorder
 from safelight.tests.worker.graphs.toy import Block, Extra, Run, Toy, rows
 from safelight.worker.crossing.call import Call, cross
@@ -310,10 +313,10 @@ def test_rows_for_which_there_is_no_graph_run_in_halves_while_graphs_are_enforce
     assert run.graphs.stats().shapes == 2
 
 
-def test_calls_with_other_settings_of_torch_run_the_plain_block() -> None:
+def test_calls_with_other_settings_of_torch_run_the_plain_block_and_are_misses() -> None:
     run = Run()
     run.is_right(rows(0))
-    before = run.counts
+    captures, replays, misses = run.counts
     with torch.autocast("cpu", torch.bfloat16):
         expected = run.plain(rows(0))
 
@@ -322,7 +325,29 @@ def test_calls_with_other_settings_of_torch_run_the_plain_block() -> None:
             return cross(call)
 
     assert torch.equal(run(run.call(rows(0)), body=body)[0], expected)
-    assert run.counts == before
+    assert run.counts == (captures, replays, misses + 2)
+    (why,) = run.graphs.stats().eager
+    assert why == "transformer, 2 blocks: its pipeline calls it with other settings of torch"
+
+
+def test_calls_that_change_the_component_are_misses_which_enforcement_refuses() -> None:
+    run = Run()
+    with run.graphs.recording():
+        run(run.call(rows(0)))
+    run.graphs.enforce()
+    with pytest.raises(
+        GraphMiss, match=r"blocks\.0 of transformer .*: its pipeline changes the component for the call"
+    ):
+        run(replace(run.call(rows(0)), around=nullcontext))
+    assert run.counts[2] == 1
+
+
+def test_an_enforced_start_says_that_requests_run_one_after_the_other() -> None:
+    run = Run()
+    with run.graphs.recording():
+        run(run.call(rows(0)), exclusive=True)
+    with pytest.raises(StartFailed, match="transformer, 2 blocks: requests of its pipeline run one after the other"):
+        run.graphs.enforce()
 
 
 def test_a_module_that_is_two_components_has_its_graphs_once() -> None:

@@ -58,9 +58,13 @@ class Run:
         )
         self.batcher = Batcher(max_batch=4, max_tokens=10**6, graphs=self.graphs)
 
-    def __call__(self, *calls: Call, body: Callable[[Call], Any] = cross, seed: int = 0) -> list[Any]:
+    def __call__(
+        self, *calls: Call, body: Callable[[Call], Any] = cross, seed: int = 0, exclusive: bool = False
+    ) -> list[Any]:
         """The answers of calls that are made at once, each by ``body``. Raises the first error."""
-        coroutines = [Coroutine(partial(body, call), lambda _: None, random=seeded(seed)) for call in calls]
+        coroutines = [
+            Coroutine(partial(body, call), lambda _: None, exclusive=exclusive, random=seeded(seed)) for call in calls
+        ]
         for coroutine in coroutines:
             self.batcher.start(coroutine)
         while self.batcher.busy:
