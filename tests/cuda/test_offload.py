@@ -16,12 +16,15 @@ from safelight.protocol.config import Config
 from safelight.protocol.errors import StartFailed
 from safelight.protocol.forward_options import OffloadKind
 from safelight.tests.played import Record
+from safelight.worker.crossing.changes import Changes
+from safelight.worker.crossing.steps import DenoisingStep
 from safelight.worker.graphs.setting import why_without_graphs
 from safelight.worker.model.model import Model
 from safelight.worker.model.modules import modules
 from safelight.worker.offloading.block_stream import BlockStream
 from safelight.worker.offloading.host_copy import HostCopy
 from safelight.worker.offloading.offloading import Offloading, check_offload
+from safelight.worker.requests.sample import SampleRun
 from safelight.worker.weights.snapshot.digests import digest, tensor_digests
 from safelight.worker.weights.transport.sources import TensorSource
 from safelight.worker.weights.update.rank_update import RankUpdate
@@ -116,6 +119,52 @@ def test_an_update_is_written_where_the_next_forward_reads(kind: OffloadKind, sh
         other.model.layouts["transformer"].write(name, tensor)
     assert torch.equal(other.draw(asked)[0], changed)
     other.close()
+
+
+def devices(module: nn.Module) -> set[str]:
+    return {parameter.device.type for parameter in module.parameters()}
+
+
+def test_a_request_that_restores_the_device_s_copy_does_not_hide_an_update(checkpoint: Callable[[str], Path]) -> None:
+    replica, offloading = offloaded(checkpoint("flux"), "component")
+    transformer, layout = replica.model.pipeline.transformer, replica.model.layouts["transformer"]
+    with offloading.present("transformer"):
+        pass
+    changes = Changes(modules(replica.model.pipeline).values())
+    changes.show()
+    with offloading.present("vae"):
+        pass
+    changes.hide()
+    offloading.rest()
+    assert devices(transformer) == {"cpu"}
+    new = {entry.name: layout.read(entry.name) + 1 for entry in layout}
+    for name, tensor in new.items():
+        layout.write(name, tensor)
+    with offloading.present("transformer"):
+        assert devices(transformer) == {"cuda"}
+        assert all(torch.equal(layout.live(name).cpu(), layout.part(name, tensor)) for name, tensor in new.items())
+    replica.close()
+
+
+def test_a_request_that_watches_all_leaves_one_component_on_the_device(checkpoint: Callable[[str], Path]) -> None:
+    replica, offloading = offloaded(checkpoint("flux"), "component")
+    transformer = replica.model.pipeline.transformer
+    put_aside: list[set[str]] = []
+
+    def on_step(sample: SampleRun, _: DenoisingStep) -> None:
+        with sample.aside():
+            pass
+        put_aside.append(devices(transformer))
+
+    with offloading.present("transformer"):
+        pass
+    run = SampleRun(replica.model, replica.request(0), 0, on_step, lambda _: None, watches_all=True)
+    replica.batcher.start(run.coroutine)
+    replica.settle()
+    assert run.coroutine.error is None
+    assert put_aside == [{"cpu"}] * 2
+    assert devices(transformer) == {"cpu"}
+    replica.close()
 
 
 class Block(nn.Module):

@@ -40,8 +40,7 @@ def admit(model: Model, ranks: Ranks, variant: str | None) -> dict[str, Accuracy
     measured = all_or_none(ranks, lambda: _measured(model, variant, is_primary=ranks.rank == 0))
     of_ranks = ranks.all_gather_bytes(msgspec.msgpack.encode(measured))
     accuracy = msgspec.msgpack.decode(of_ranks[0], type=dict[str, Accuracy])
-    if model.offload is not None:
-        model.offload.rest()
+    model.rest()
     judge(accuracy, {name: one.scheme for name, one in model.quantized.items()}, load_policy())
     return accuracy
 

@@ -79,6 +79,11 @@ class Model:
     def __post_init__(self) -> None:
         self.peak_memory = PeakMemory(self.device)
 
+    def rest(self) -> None:
+        """Have offloaded weights on the host alone."""
+        if self.offload is not None:
+            self.offload.rest()
+
     @property
     def main(self) -> PipelineTask:
         """The task of a request that gives only what is required."""

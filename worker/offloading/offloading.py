@@ -115,11 +115,15 @@ class Offloading:
         yield
 
     def rest(self) -> None:
-        """Have all tensors in host memory, which may then be written to."""
+        """Have all tensors in host memory, which may then be written to.
+
+        Also those of components that are not present: a request that restores what it found may have found them there.
+        """
         if self._present is not None:
             torch.cuda.synchronize(self._device)  # copies that were begun still read from there
-            self.parts[self._present].rest()
-            self._present = None
+        for part in self.parts.values():
+            part.rest()
+        self._present = None
 
 
 def _blocks(component: nn.Module) -> list[nn.Module]:

@@ -133,9 +133,9 @@ class Engine:
             self._batcher.compiled.close()
 
     def _perform(self, order: Perform) -> None:
-        if self._model.offload is not None:
-            self._model.offload.rest()
+        self._model.rest()  # before requests are put aside, so that they do not take the move for their own change
         with self._batcher.aside():
+            self._model.rest()  # what they have restored
             performed = self._operations.perform(order)
         self._model.facts.forget()
         self._send(performed)

@@ -157,6 +157,8 @@ class SampleRun:
     def _attempt(self) -> torch.Tensor:
         arguments = self.arguments()
         self._chain = Chain(self.interceptors())
+        if self.watches_all:
+            self._model.rest()  # what the fork finds, it restores
         self._fork = Fork(self.task.pipeline, self._chain, watches_all=self.watches_all, facts=self._model.facts)
         try:
             with self._fork as pipeline:
@@ -242,6 +244,7 @@ class SampleRun:
     def aside(self) -> Iterator[None]:
         """Isolate another call of the pipeline in this sample's coroutine: neither sees the other's changes."""
         assert self._fork is not None, "the sample runs"
+        self._model.rest()
         with self._fork.changes.aside(), kept_random_state():
             yield
 
