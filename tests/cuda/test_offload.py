@@ -16,6 +16,9 @@ from safelight.protocol.config import Config
 from safelight.protocol.errors import StartFailed
 from safelight.protocol.forward_options import OffloadKind
 from safelight.tests.played import Record
+from safelight.tests.tiny import FAMILIES
+from safelight.tests.worker.lora.agreement import change
+from safelight.tests.worker.lora.whole_weights import ATTENTION, KINDS, is_merged, setting, write
 from safelight.worker.crossing.changes import Changes
 from safelight.worker.crossing.steps import DenoisingStep
 from safelight.worker.graphs.setting import why_without_graphs
@@ -164,6 +167,16 @@ def test_a_request_that_watches_all_leaves_one_component_on_the_device(checkpoin
     assert run.coroutine.error is None
     assert put_aside == [{"cpu"}] * 2
     assert devices(transformer) == {"cpu"}
+    replica.close()
+
+
+def test_dora_is_merged_into_weights_that_rest(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
+    replica, _ = offloaded(checkpoint("flux"), "component")
+    module = FAMILIES["flux"].build().transformer
+    module.load_state_dict(replica.model.pipeline.transformer.state_dict())
+    expected = write(KINDS["DoRA"](ATTENTION), module, tmp_path / "x")
+    change(replica.adapters, setting(tmp_path / "x"))
+    is_merged(replica.model, "transformer", expected)
     replica.close()
 
 

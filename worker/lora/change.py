@@ -26,7 +26,7 @@ class Change(Protocol):
     def kind(self) -> str: ...
 
     def added(self, base: torch.Tensor, strength: float) -> torch.Tensor:
-        """The change of this rank's part of the tensor, which is ``base`` without adapters; float32."""
+        """The change of this rank's part of the tensor, which is ``base`` without adapters; float32, on any device."""
 
     def tensors(self) -> Iterator[torch.Tensor]:
         """The tensors that it holds on the device."""
@@ -86,9 +86,9 @@ class _Decomposed:
         return "DoRA"
 
     def added(self, base: torch.Tensor, strength: float) -> torch.Tensor:
-        rows = base.flatten(1)
         if strength == 0:
             return torch.zeros_like(base)
+        rows = base.to(self.up.device).flatten(1)  # the weights may rest on the host
         changed = rows + strength * (self.up.flatten(1) @ self.down.flatten(1))
         norm = self.layout.sum_of_rows(self.weight, changed.square().sum(dim=1)).sqrt()
         return ((self.magnitude / norm)[:, None] * changed - rows).view_as(base)
