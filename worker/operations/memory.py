@@ -13,16 +13,29 @@ from .resources import Resources
 
 
 class OffloadedModules:
-    """The model's modules, and their offloader."""
+    """The model's modules, and what of them and of the adapters sleep moves.
+
+    Of a model whose weights rest on the host at any time, these are the adapters alone.
+    """
 
     def __init__(self, resources: Resources) -> None:
-        rests = resources.model.offload is not None  # then the weights are on the host at any time
-        self._modules = {} if rests else modules(resources.model.pipeline)
-        self.offloader = Offloader([*self._modules.values()], resources.model.device, resources.adapters.tensors)
+        self._rest = resources.model.offload is not None
+        self._on_progress = resources.on_progress
+        self._modules = modules(resources.model.pipeline)
+        moved = [] if self._rest else [*self._modules.values()]
+        self._offloader = Offloader(moved, resources.model.device, resources.adapters.tensors)
 
     def tagged(self, tags: list[str]) -> list[nn.Module]:
         """The modules that ``tags`` name."""
         return [module for name, module in self._modules.items() if WEIGHTS in tags or name in tags]
+
+    def offload(self, tagged: list[nn.Module]) -> None:
+        """Raises ``Unavailable`` where there is no room; nothing has moved then."""
+        self._offloader.offload(self._on_progress, None if self._rest else tagged)
+
+    def restore(self, tagged: list[nn.Module]) -> None:
+        """Raises ``Unavailable`` where there is no room; nothing has moved then."""
+        self._offloader.restore(self._on_progress, None if self._rest else tagged)
 
 
 class CacheFlush(OneStep):
@@ -43,7 +56,7 @@ class Offload(OneStep):
         if tagged := self._offloaded.tagged(operation.tags):
             self._resources.adapters.forget_gathered()
             self._resources.batcher.forget_graphs()
-            self._offloaded.offloader.offload(self._resources.on_progress, tagged)
+            self._offloaded.offload(tagged)
         if CACHES not in operation.tags:
             return Prepared()
         self._resources.undo_log.free()
@@ -51,11 +64,10 @@ class Offload(OneStep):
 
 
 class Restore(OneStep):
-    def __init__(self, resources: Resources, offloaded: OffloadedModules) -> None:
-        self._resources = resources
+    def __init__(self, offloaded: OffloadedModules) -> None:
         self._offloaded = offloaded
 
     def prepare(self, operation: Wake, *, is_primary: bool) -> Prepared:
         if tagged := self._offloaded.tagged(operation.tags):
-            self._offloaded.offloader.restore(self._resources.on_progress, tagged)
+            self._offloaded.restore(tagged)
         return Prepared()

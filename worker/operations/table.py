@@ -31,6 +31,6 @@ def new_table(resources: Resources, update: RankUpdate) -> Table:
         CheckTensors: TensorCheck(resources),
         Flush: CacheFlush(resources),
         Sleep: Offload(resources, offloaded),
-        Wake: Restore(resources, offloaded),
+        Wake: Restore(offloaded),
         TakeSnapshot: Snapshot(resources),
     }
