@@ -29,6 +29,7 @@ from safelight.worker.model.modules import modules
 from safelight.worker.offloading.block_stream import BlockStream
 from safelight.worker.offloading.host_copy import HostCopy
 from safelight.worker.offloading.offloading import Offloading, check_offload
+from safelight.worker.offloading.pinned_memory import PinnedMemory
 from safelight.worker.operations.coordinator import Coordinator
 from safelight.worker.operations.resources import Resources
 from safelight.worker.operations.table import new_coordinator
@@ -129,6 +130,21 @@ def test_an_update_is_written_where_the_next_forward_reads(kind: OffloadKind, sh
         other.model.layouts["transformer"].write(name, tensor)
     assert torch.equal(other.draw(asked)[0], changed)
     other.close()
+
+
+@played_only
+@kinds
+def test_little_more_memory_is_page_locked_than_weights_need_and_the_log_says_how_much(
+    kind: OffloadKind, shapes: Path, record: Record, caplog: pytest.LogCaptureFixture
+) -> None:
+    replica = Replica(shapes, device(), offload=kind)
+    record.clear()
+    with caplog.at_level("INFO"):
+        offloading = Offloading(modules(replica.model.pipeline), device(), by_block=kind == "block")
+    needed = sum(part.host_bytes for part in offloading.parts.values())
+    assert needed <= record.pinned_bytes <= 1.1 * needed
+    assert f"takes {record.pinned_bytes / 1e6:.1f} MB of page-locked host memory" in caplog.text
+    replica.close()
 
 
 def devices(module: nn.Module) -> set[str]:
@@ -243,7 +259,8 @@ def test_the_next_block_is_copied_before_the_last_one_is_asked_to_end_and_never_
     record: Record,
 ) -> None:
     blocks = [Block(float(index + 1) / 100) for index in range(5)]
-    copies = [HostCopy([block.weight]) for block in blocks]
+    memory = PinnedMemory(5 * 64 * 64 * 4)
+    copies = [HostCopy([block.weight], memory) for block in blocks]
     BlockStream(blocks, copies, device())
     order: list[str] = []
     before = live(record)
@@ -265,7 +282,8 @@ def test_the_next_block_is_copied_before_the_last_one_is_asked_to_end_and_never_
 
 def test_a_block_that_fails_leaves_its_weights_on_the_host() -> None:
     blocks = [Block(0.1), Block(0.2)]
-    BlockStream(blocks, [HostCopy([block.weight]) for block in blocks], device())
+    memory = PinnedMemory(2 * 64 * 64 * 4)
+    BlockStream(blocks, [HostCopy([block.weight], memory) for block in blocks], device())
     with pytest.raises(RuntimeError):
         blocks[0](torch.zeros(2, 63, device=device()))
     assert [block.weight.device.type for block in blocks] == ["cpu", "cpu"]

@@ -123,6 +123,7 @@ def _install_pinned_memory() -> None:
     def pin(tensor: torch.Tensor) -> torch.Tensor:
         RECORD.operators["pinned"] += 1
         storage = tensor.untyped_storage()
+        RECORD.pinned_bytes += 1 << max(0, storage.nbytes() - 1).bit_length()
         pinned[storage.data_ptr()] = storage
         return tensor
 

@@ -54,6 +54,8 @@ class Record:
     notes_waits: bool = True
     lags: bool = False
     """Copies on streams of their own happen as late as they may."""
+    pinned_bytes: int = 0
+    """Bytes of page-locked memory that were taken; torch's allocator rounds each piece up to a power of two."""
     captures: bool = False
     """While true, a CUDA graph is being captured, and the host cannot wait."""
     clock: Callable[[], float] = time.perf_counter
@@ -70,8 +72,9 @@ class Record:
         return Counter(event for event in self.events if isinstance(event, Wait))
 
     def clear(self) -> None:
-        """Forget operators and events; memory stays."""
+        """Forget operators, events and what was pinned; memory stays."""
         self.operators.clear()
+        self.pinned_bytes = 0
         self.events.clear()
         self.stacks.clear()
 

@@ -6,49 +6,54 @@ from collections.abc import Sequence
 
 import torch
 
-from ..parallel.device import pinned
 from ..weights.update.page_swap import view_as
-
-_ALIGNMENT = 256
-"""Bytes; what a GPU's own allocations are aligned to."""
+from .pinned_memory import PinnedMemory, aligned
 
 
 class HostCopy:
-    """Keeps the values of ``tensors`` in page-locked memory, together, so that one copy brings all to the device.
+    """Keeps the values of ``tensors`` in page-locked ``memory``, together, so that few copies bring all to the device.
 
     At rest the tensors are views of it. Raises ``OSError`` where there is no such memory.
     """
 
-    def __init__(self, tensors: Sequence[torch.Tensor]) -> None:
+    def __init__(self, tensors: Sequence[torch.Tensor], memory: PinnedMemory) -> None:
         self._tensors = [tensor for tensor in tensors if tensor.numel()]
         self._starts: list[int] = []
+        self._views: list[torch.Tensor] = []
+        self._runs: list[tuple[int, torch.Tensor]] = []  # by their starts on the device
         self.nbytes = 0
         for tensor in self._tensors:
+            room = memory.cut(tensor.nbytes)
+            self._views.append(view_as(room[: tensor.nbytes], tensor))
+            self._views[-1].copy_(tensor.data)
             self._starts.append(self.nbytes)
-            self.nbytes += -(-tensor.nbytes // _ALIGNMENT) * _ALIGNMENT
-        self._memory = pinned(self.nbytes)
-        self._views = self._views_of(self._memory)
-        for tensor, view in zip(self._tensors, self._views, strict=True):
-            view.copy_(tensor.data)
+            self._extend_runs(room)
+            self.nbytes += aligned(tensor.nbytes)
         self.rest()
 
     def copy_to(self, room: torch.Tensor) -> None:
         """Begin the copy to ``room`` on the device, on the current stream."""
-        room[: self.nbytes].copy_(self._memory, non_blocking=True)
+        for start, run in self._runs:
+            room[start : start + run.nbytes].copy_(run, non_blocking=True)
 
     def use(self, room: torch.Tensor) -> None:
         """Have the module compute with what lies in ``room``."""
         if not self._tensors or self._tensors[0].data_ptr() == room.data_ptr():
             return
-        for tensor, view in zip(self._tensors, self._views_of(room), strict=True):
-            tensor.data = view
+        for tensor, start in zip(self._tensors, self._starts, strict=True):
+            tensor.data = view_as(room[start : start + tensor.nbytes], tensor)
 
     def rest(self) -> None:
         for tensor, view in zip(self._tensors, self._views, strict=True):
             tensor.data = view
 
-    def _views_of(self, room: torch.Tensor) -> list[torch.Tensor]:
-        return [
-            view_as(room[start : start + tensor.nbytes], tensor)
-            for start, tensor in zip(self._starts, self._tensors, strict=True)
-        ]
+    def _extend_runs(self, room: torch.Tensor) -> None:
+        """Copy ``room`` with what lies before it in memory, or apart."""
+        if self._runs:
+            start, run = self._runs[-1]
+            if run.untyped_storage().data_ptr() == room.untyped_storage().data_ptr() and (
+                run.data_ptr() + run.nbytes == room.data_ptr()
+            ):
+                self._runs[-1] = start, run.as_strided((run.nbytes + room.nbytes,), (1,), run.storage_offset())
+                return
+        self._runs.append((self.nbytes, room))

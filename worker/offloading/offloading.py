@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -22,6 +22,7 @@ from ..internals.blocks import NoBlocks, repeated_blocks
 from .block_stream import BlockStream
 from .host_copy import HostCopy
 from .overlay import become_offloaded
+from .pinned_memory import PinnedMemory, aligned
 
 log = logging.getLogger(__name__)
 
@@ -41,7 +42,9 @@ def check_offload(options: ForwardOptions, device: torch.device) -> None:
 class OffloadedPart:
     """A component in host memory: its blocks, which come to the device one by one, and the rest, which comes whole."""
 
-    def __init__(self, component: nn.Module, device: torch.device, stay: set[int], *, by_block: bool) -> None:
+    def __init__(
+        self, component: nn.Module, device: torch.device, stay: set[int], memory: PinnedMemory, *, by_block: bool
+    ) -> None:
         self._device = device
         self._room: torch.Tensor | None = None
         blocks = _blocks(component) if by_block else []
@@ -49,9 +52,9 @@ class OffloadedPart:
         if 2 * max(sizes, default=0) >= sum(sizes):
             blocks = []  # two of them are all of them
         shared = stay | _in_several(blocks)
-        copies = [HostCopy([one for one in _tensors(block) if id(one) not in shared]) for block in blocks]
+        copies = [HostCopy([one for one in _tensors(block) if id(one) not in shared], memory) for block in blocks]
         streamed = {id(tensor) for block in blocks for tensor in _tensors(block)} - shared
-        self._rest = HostCopy([one for one in _tensors(component) if id(one) not in streamed | stay])
+        self._rest = HostCopy([one for one in _tensors(component) if id(one) not in streamed | stay], memory)
         self._blocks = BlockStream(blocks, copies, device) if blocks else None
         self.blocks = len(blocks)
         self.host_bytes = self._rest.nbytes + sum(copy.nbytes for copy in copies)
@@ -82,9 +85,10 @@ class Offloading:
         stay = {tensor for tensor, number in uses.items() if number > 1}  # shared by components
         self._device = device
         self._present: str | None = None
+        memory = PinnedMemory(_bytes(components.values(), stay))
         try:
             self.parts = {
-                name: OffloadedPart(component, device, stay, by_block=by_block)
+                name: OffloadedPart(component, device, stay, memory, by_block=by_block)
                 for name, component in components.items()
             }
         except OSError as error:
@@ -99,6 +103,7 @@ class Offloading:
                 *(name, part.host_bytes / 1e6, part.device_bytes / 1e6, device),
                 f", two of its {part.blocks} blocks at a time" if part.blocks else "",
             )
+        log.info("--offload takes %.1f MB of page-locked host memory", memory.nbytes / 1e6)
 
     def __call__(self, forward: Forward, proceed: Callable[[], list[Any]]) -> list[Any]:
         with self.present(forward.component.partition(".")[0]):
@@ -138,6 +143,12 @@ def _in_several(blocks: list[nn.Module]) -> set[int]:
     """The tensors that several blocks share."""
     uses = Counter(id(tensor) for block in blocks for tensor in _tensors(block))
     return {tensor for tensor, number in uses.items() if number > 1}
+
+
+def _bytes(components: Iterable[nn.Module], stay: set[int]) -> int:
+    """Bytes of the tensors that rest on the host."""
+    tensors = (tensor for component in components for tensor in _tensors(component))
+    return sum(aligned(tensor.nbytes) for tensor in tensors if id(tensor) not in stay)
 
 
 def _tensors(module: nn.Module) -> list[torch.Tensor]:
