@@ -24,6 +24,8 @@ class _Thread(threading.local):
 
 
 _thread = _Thread()
+_doing = threading.RLock()
+"""Held by the thread that does what is queued, in any stream: streams wait for one another."""
 
 
 def current_device() -> int:
@@ -109,10 +111,11 @@ class Stream:
         self.queued += 1
 
     def catch_up(self, position: int | None = None) -> None:
-        """Do what is queued, up to ``position``."""
-        while self._queue and (position is None or self.done < position):
-            self.done += 1
-            self._queue.popleft()()
+        """Do what is queued, up to ``position``. What another thread is doing has ended then."""
+        with _doing:
+            while self._queue and (position is None or self.done < position):
+                self._queue.popleft()()
+                self.done += 1
 
     def synchronize(self) -> None:
         RECORD.wait("stream.synchronize")
