@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from ..protocol.messages import FromScheduler, ToWorker
-from ..protocol.operations import Operation, OperationStep, Perform
+from ..protocol.operations import OperationStep, Perform
 
 
 @dataclass
@@ -41,6 +41,6 @@ class Outbox:
     def order_each(self, replicas: Iterable[int], order: ToWorker) -> None:
         self._messages.to_replicas += [(replica, order) for replica in sorted(replicas)]
 
-    def undo(self, replicas: Iterable[int], step: OperationStep, operation: Operation | None = None) -> None:
+    def undo(self, replicas: Iterable[int], step: OperationStep) -> None:
         """Order an undo without waiting for it; replicas execute orders in sequence."""
-        self.order_each(replicas, Perform(number=self.next_number(), step=step, is_primary=False, operation=operation))
+        self.order_each(replicas, Perform(number=self.next_number(), step=step, is_primary=False))

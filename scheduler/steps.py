@@ -28,7 +28,7 @@ from .recent_adapters import RecentAdapters
 from .replica_sync import ReplicaSync
 from .replicas import Replica, Replicas
 from .replies import Replies
-from .transaction import RETRY_S, Running, Transaction
+from .transaction import RETRY_S, Failure, Running, Transaction
 
 
 @dataclass(slots=True, eq=False)
@@ -129,7 +129,9 @@ class Steps:
         transaction.extend(now)
         if running.step == "prepare":
             running.compare()
-        if running.error is not None and running.step != "commit":
+        if running.undoes is not None:
+            self._undone(running, running.undoes)
+        elif running.error is not None and running.step != "commit":
             self._fail(transaction, running)
         elif running.step == "prepare" and isinstance(running.part.operation, Update | Adapt | Commit):
             self._order(transaction, running, "write")
@@ -143,24 +145,46 @@ class Steps:
             self._done(transaction, running)
 
     def _fail(self, transaction: Transaction, running: Running) -> None:
-        assert running.error is not None
+        if transaction.target is None and (memory := self._memory_before(running.part.operation)) is not None:
+            self._move_back(transaction, running, memory)
+            return
         self._undo(transaction, running)
-        self._replies.failed(running.part, running.error, running.failed)
+        self._replies.failed(running.part, running.failure.error, running.failure.report)
         if transaction.target is not None:
             self._catch_up.failed(transaction.target, running)
 
     def _undo(self, transaction: Transaction, running: Running) -> None:
-        """Have replicas release what they prepared or joined, roll back what they wrote, wake up, and sleep again."""
-        operation = running.part.operation
-        if isinstance(operation, Wake):
-            self._outbox.undo(
-                running.replicas, "prepare", Sleep(sorted(self._sync.asleep.intersection(operation.tags)))
-            )
-        if isinstance(operation, Sleep) and transaction.target is None:
-            self._outbox.undo(running.replicas, "prepare", Wake(sorted(set(operation.tags) - self._sync.asleep)))
-        if isinstance(operation, Update | Save | Commit | Adapt):
+        """Have replicas release what they prepared or joined, or roll back what they wrote."""
+        if isinstance(running.part.operation, Update | Save | Commit | Adapt):
             transaction.ended = running.step != "prepare"
             self._outbox.undo(running.replicas, "rollback" if transaction.ended else "release")
+
+    def _memory_before(self, operation: Operation) -> Sleep | Wake | None:
+        """The operation that undoes a sleep or a wake: the tags that were asleep before are asleep again."""
+        match operation:
+            case Sleep(tags=tags):
+                return Wake(sorted(set(tags) - self._sync.asleep))
+            case Wake(tags=tags):
+                return Sleep(sorted(self._sync.asleep.intersection(tags)))
+        return None
+
+    def _move_back(self, transaction: Transaction, running: Running, operation: Sleep | Wake) -> None:
+        """Undo a sleep or a wake as a step of its own, because it needs memory, which may be missing by now."""
+        undo = Running(running.part, self._outbox.next_number(), set(running.replicas), undoes=running.failure)
+        if undo.replicas and operation.tags:
+            self._order(transaction, undo, "prepare", operation)
+        else:
+            self._undone(undo, running.failure)
+
+    def _undone(self, undo: Running, failure: Failure) -> None:
+        """Reply to a sleep or a wake that failed. If a replica could not wake again, the server is asleep as a whole."""
+        operation = undo.part.operation
+        if undo.error is not None and isinstance(operation, Sleep):
+            self._sync.asleep.update(operation.tags)
+            failure = failure.and_then(undo.error, "The server is asleep; wake it with POST /resume_memory_occupation.")
+        elif undo.error is not None:
+            failure = failure.and_then(undo.error, "The server is asleep, and not all of its memory is released.")
+        self._replies.failed(undo.part, failure.error, failure.report)
 
     def _written(self, transaction: Transaction, running: Running) -> None:
         match running.part.operation:

@@ -22,11 +22,26 @@ RETRY_S = 5.0
 """When to ask again after a replica was lost: it comes back in seconds."""
 
 
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """The error of a step, and the report of the replica that failed it."""
+
+    error: SafelightError
+    report: Report | None = None
+
+    def and_then(self, undo: SafelightError, consequence: str) -> Failure:
+        """This failure, after its undo failed too."""
+        info = self.error.info()
+        message = f"{info.message} Undoing it failed too: {undo.message} {consequence}"
+        return Failure(from_info(replace(info, message=message)), self.report)
+
+
 @dataclass(slots=True, eq=False)
 class Running:
     """The step that ``replicas`` work on, those that have yet to answer it, and the reports of the others.
 
-    Lost replicas are dropped from all of these. ``version`` is the one that will be committed.
+    Lost replicas are dropped from all of these. ``version`` is the one that will be committed. ``undoes`` is the
+    failure of the part that this step undoes.
     """
 
     part: Operate
@@ -38,6 +53,12 @@ class Running:
     error: SafelightError | None = None
     failed: Report | None = None
     version: str = ""
+    undoes: Failure | None = None
+
+    @property
+    def failure(self) -> Failure:
+        assert self.error is not None, "the step has failed"
+        return Failure(self.error, self.failed)
 
     def begin(self, step: OperationStep, operation: Operation | None = None) -> list[tuple[int, Perform]]:
         """Expect ``step`` of all replicas, of the first alone if it is the journal. Returns each one's order."""
@@ -70,10 +91,11 @@ class Running:
     def drop(self, replica: int) -> None:
         """Drop a lost replica.
 
-        Commit and rollback go on without it; a replica that was voting or writing the journal fails the step.
+        Commit, rollback and any other undo go on without it; a replica that was voting or writing the journal fails the
+        step.
         """
         missed = replica in self.expected if self.step == "journal" else self.step not in ("commit", "rollback")
-        if missed and self.error is None:
+        if missed and self.error is None and self.undoes is None:
             self.error = Unavailable(
                 f"Replica {replica} was lost; on the others everything is as it was.", retry_after_s=RETRY_S
             )

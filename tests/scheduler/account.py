@@ -103,8 +103,13 @@ class Account:
         assert of_it, f"the reply has version {version}, and {self.truths} are committed"
         self.truths = [(version, weights, adapters) for _, weights, _ in of_it]
 
-    def has_failed(self, operation: Asked) -> None:
-        """Where all replicas are lost in a commit, the journal knows whether it was made."""
+    def has_failed(self, operation: Asked, message: str) -> None:
+        """Where all replicas are lost in a commit, the journal knows whether it was made.
+
+        A sleep that failed and could not be undone says so.
+        """
+        if isinstance(operation, Sleep) and "The server is asleep" in message:
+            self.asleep.update(operation.tags)
         version: str | None = None
         updates: list[Update] = []
         match operation:

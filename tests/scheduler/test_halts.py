@@ -36,11 +36,71 @@ def test_a_sleep_that_one_could_not_do_leaves_none_asleep(how: str) -> None:
     else:
         stage.do(1, Unavailable("Sleeping needs 2 MB of /tmp, and 1 MB are free: 1 MB are missing."))
     stage.server(generate("served"))
-    assert stage.refusal("sleep")
+    assert stage.unanswered("sleep")
+    assert stage.started() == [], "the others are not awake again yet"
     stage.do_all()
+    assert stage.refusal("sleep")
     assert stage.processes[0].asleep == set()
     assert [to for to, order in stage.ordered if isinstance(order.operation, Wake)][:1] == [0]
     assert stage.started() == [("served", 0)]
+
+
+NO_ROOM_TO_WAKE = Unavailable("Waking needs 2 MB of cuda:0, and 1 MB are free: 1 MB are missing.")
+
+
+def test_a_replica_that_a_failed_sleep_left_asleep_is_given_no_requests_until_a_wake_succeeds() -> None:
+    stage = Operating()
+    stage.operate("sleep", Sleep(["weights"]))
+    stage.do(0)
+    stage.do(1, Unavailable("Sleeping needs 2 MB of /tmp, and 1 MB are free: 1 MB are missing."))
+    stage.do(1)
+    stage.server(generate("held"))
+    stage.do(0, NO_ROOM_TO_WAKE)
+    refusal = stage.refusal("sleep")
+    assert "2 MB of /tmp" in refusal
+    assert "2 MB of cuda:0" in refusal
+    assert "/resume_memory_occupation" in refusal
+    assert stage.processes[0].asleep == {"weights"}
+    assert stage.dispatcher.status(stage.now).halted == "asleep"
+    stage.server(generate("refused"))
+    assert (stage.error("held"), stage.error("refused")) == ("conflict", "conflict")
+    stage.operate("wake", Wake(["weights"]))
+    stage.do_all()
+    assert stage.done("wake").asleep == []
+    stage.server(generate("served"))
+    assert [name for name, _ in stage.started()] == ["served"]
+
+
+def test_a_replica_that_is_lost_while_a_failed_sleep_is_undone_leaves_the_others_awake() -> None:
+    stage = Operating()
+    stage.operate("sleep", Sleep(["weights"]))
+    stage.do(0)
+    stage.do(1, Unavailable("Sleeping needs 2 MB of /tmp, and 1 MB are free: 1 MB are missing."))
+    stage.kill(1)
+    stage.do_all()
+    assert "Undoing" not in stage.refusal("sleep")
+    assert stage.dispatcher.status(stage.now).halted is None
+
+
+def test_the_only_replica_that_is_lost_while_it_falls_asleep_fails_the_sleep() -> None:
+    stage = Operating(replicas=1)
+    stage.operate("sleep", Sleep(["weights"]))
+    stage.kill(0)
+    assert "lost" in stage.refusal("sleep")
+    assert stage.dispatcher.status(stage.now).halted is None
+
+
+def test_a_failed_wake_whose_undo_fails_says_that_memory_is_still_occupied() -> None:
+    stage = Operating()
+    stage.operate("sleep", Sleep(["weights"]))
+    stage.do_all()
+    stage.operate("wake", Wake(["weights"]))
+    stage.do(0)
+    stage.do(1, NO_ROOM_TO_WAKE)
+    stage.do(0, Unavailable("Sleeping needs 2 MB of /tmp, and 1 MB are free: 1 MB are missing."))
+    stage.do(1)
+    assert "not all of its memory is released" in stage.refusal("wake")
+    assert stage.dispatcher.status(stage.now).halted == "asleep"
 
 
 def test_a_deeper_sleep_that_fails_leaves_the_sleep_that_was() -> None:
@@ -66,8 +126,8 @@ def test_a_wake_that_one_could_not_do_leaves_all_asleep_as_they_were(how: str) -
     else:
         stage.do(1, Unavailable("Waking needs 2 MB of cuda:0, and 1 MB are free: 1 MB are missing."))
     stage.server(generate("refused"))
-    assert stage.refusal("wake")
     stage.do_all()
+    assert stage.refusal("wake")
     assert stage.processes[0].asleep == {"transformer", "caches"}
     assert stage.error("refused") == "conflict"
     stage.operate("again", Wake(["transformer", "caches"]))

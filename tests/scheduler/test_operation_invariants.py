@@ -468,13 +468,10 @@ class OperationsMachine(RuleBasedStateMachine):
                 worker.paused = paused
 
     def check_leaders(self, orders: list[tuple[int, Perform]]) -> None:
-        """Exactly one replica of a step is primary; steps that only undo have none."""
+        """Exactly one replica of a step is primary; steps that only undo what takes no memory have none."""
         primaries = Counter((order.number, order.step) for _, order in orders if order.is_primary)
         for key in {(order.number, order.step) for _, order in orders}:
-            put_back = key[1] in ("rollback", "release") or all(
-                isinstance(order.operation, Sleep | Wake) for _, order in orders if (order.number, order.step) == key
-            )
-            assert primaries[key] == 1 or (put_back and not primaries[key])
+            assert primaries[key] == 1 or (key[1] in ("rollback", "release") and not primaries[key])
             if key[1] == "journal":
                 assert len([order for _, order in orders if (order.number, order.step) == key]) == 1
             if primaries[key]:
@@ -498,10 +495,10 @@ class OperationsMachine(RuleBasedStateMachine):
             case Result(request_id=name) | Failed(request_id=name) if name in self.requests:
                 assert not self.requests[name], "a second answer"
                 self.requests[name] = True
-            case Failed(request_id=name) if name in self.asked:
+            case Failed(request_id=name, error=error) if name in self.asked:
                 self.answers[name] += 1
                 assert self.answers[name] == 1
-                self.account.has_failed(self.asked[name])
+                self.account.has_failed(self.asked[name], error.message)
 
 
 def _copy(truth: Truth) -> Truth:
