@@ -177,7 +177,7 @@ class Steps:
             self._undone(undo, running.failure)
 
     def _undone(self, undo: Running, failure: Failure) -> None:
-        """Reply to a sleep or a wake that failed. If a replica could not wake again, the server is asleep as a whole."""
+        """Reply to a sleep or a wake that failed. If a replica could not wake again, the whole server is asleep."""
         operation = undo.part.operation
         if undo.error is not None and isinstance(operation, Sleep):
             self._sync.asleep.update(operation.tags)
