@@ -19,7 +19,9 @@ from safelight.benchmarks.coverage.encoders import ENCODERS
 from safelight.benchmarks.coverage.parts import MODELS
 from safelight.benchmarks.coverage.tokenizing import TOKENIZERS
 from safelight.tests.effort import chosen
-from safelight.worker.crossing.overlay import Overlay
+from safelight.worker.compiling.block import CompilableBlock
+from safelight.worker.crossing.overlay import put_overlay
+from safelight.worker.graphs.block import GraphedBlock
 from safelight.worker.internals.blocks import NoBlocks, RepeatedBlocks, repeated_blocks
 from safelight.worker.lora.layers import LayerLora, adaptable_layers, swap_in
 from safelight.worker.lora.rows import ActiveRows
@@ -119,11 +121,10 @@ def test_blocks_keep_their_names_and_modules_when_the_model_is_compiled_or_adapt
     assert all(compiled.get_submodule(name) is not None for name in after)  # type: ignore[attr-defined]
 
 
-def test_an_overlay_does_not_hide_a_block_s_class() -> None:
+def test_overlays_do_not_hide_a_block_s_class() -> None:
     model = flux()
-    block: Any = model.transformer_blocks[1]
-    overlaid = type("Captured", (Overlay, type(block)), {"__module__": "safelight.worker.graphs.block"})
-    block.__class__ = overlaid
+    put_overlay(GraphedBlock, model.transformer_blocks[1], None)
+    put_overlay(CompilableBlock, model.transformer_blocks[1], None)
     assert found(model) == FLUX
 
 

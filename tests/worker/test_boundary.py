@@ -11,6 +11,8 @@ from torch import nn
 
 from safelight.worker.crossing.boundary import Boundary
 from safelight.worker.crossing.fork import Fork
+from safelight.worker.crossing.overlay import Overlay, overlay_attributes, put_overlay
+from safelight.worker.offloading.overlay import OffloadedComponent
 
 
 class Decoder(nn.Module):
@@ -25,6 +27,21 @@ def test_a_method_has_the_signature_that_the_component_s_has() -> None:
 
 def test_it_is_an_instance_of_the_component_s_class() -> None:
     assert isinstance(Boundary(Decoder(), "vae"), Decoder)
+
+
+def test_a_component_with_several_overlays_has_its_own_class_and_signature_for_pipelines() -> None:
+    decoder, plain = Decoder(), Decoder()
+    put_overlay(OffloadedComponent, decoder, torch.device("cpu"))
+    put_overlay(First, decoder, "first")
+    boundary = Boundary(decoder, "vae")
+    assert boundary.__class__ is Decoder
+    assert inspect.signature(boundary.forward) == inspect.signature(plain.forward)
+    assert torch.equal(decoder(torch.ones(2), num_frames=3), plain(torch.ones(2), num_frames=3))
+    assert (type(decoder).__name__, overlay_attributes(decoder)) == ("Decoder", {"offloaded", "first"})
+
+
+class First(Overlay):
+    overlay_attribute = "first"
 
 
 def test_walking_through_all_modules_searches_for_the_name_of_none() -> None:

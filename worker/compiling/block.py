@@ -3,20 +3,15 @@
 from __future__ import annotations
 
 import copy
-import functools
 from collections.abc import Callable
 from typing import Any, Protocol
 
 from torch import nn
 
-from ..crossing.overlay import Overlay, overlay_attributes
-
-COMPILED = "compiled"
-"""The one attribute that a compilable block has and its base has not."""
-
+from ..crossing.overlay import Overlay, overlay_attributes, put_overlay
 
 Plain = Callable[..., Any]
-"""A block's own forward, with the block as its first argument."""
+"""A block's own forward."""
 
 
 class Runs(Protocol):
@@ -28,24 +23,15 @@ class Runs(Protocol):
 class CompilableBlock(Overlay):
     """Stands before a block's class. The block's own hooks run around it, in each call."""
 
-    overlay_attribute = COMPILED
+    overlay_attribute = "compiled"
     compiled: Runs
 
-
-@functools.cache
-def compilable_class(base: type[nn.Module]) -> type[CompilableBlock]:
-    """The class of compilable blocks whose own class is ``base``; it has the same name, which libraries look at."""
-
-    @functools.wraps(base.forward)
-    def forward(self: CompilableBlock, *args: Any, **kwargs: Any) -> Any:
-        return self.compiled.call(self, base.forward, args, kwargs)
-
-    return type(base.__name__, (CompilableBlock, base), {"forward": forward, "__module__": __name__})
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.compiled.call(self, super().forward, args, kwargs)
 
 
 def swap_in(block: nn.Module, runs: Runs) -> None:
-    vars(block)[COMPILED] = runs
-    block.__class__ = compilable_class(type(block))  # type: ignore[arg-type]  # a class is hashable
+    put_overlay(CompilableBlock, block, runs)
 
 
 def copied(block: nn.Module, *values: Any) -> tuple[Any, ...]:

@@ -108,18 +108,18 @@ class CompiledComponent:
 
     def call(self, block: nn.Module, plain: Plain, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if not self._active or torch.is_grad_enabled():
-            return plain(block, *args, **kwargs)
+            return plain(*args, **kwargs)
         self._calls += 1
         if self.reason is not None:
             self._eager += 1
-            return plain(block, *args, **kwargs)
+            return plain(*args, **kwargs)
         program = self._programs[library_class(block)]
         arguments = Arguments(args, kwargs).contiguous()
         key = (arguments.key(), _adapters(block))
         if (program.cls, key) in self._admitted:
             return program.run(block, arguments, lambda: self._missed(program, key, block, arguments))
         self._missed(program, key, block, arguments)
-        return plain(block, *args, **kwargs)
+        return plain(*args, **kwargs)
 
     def _missed(self, program: Program, key: Key, block: nn.Module, arguments: Arguments) -> None:
         """The call runs eagerly. Have it compiled, unless that was tried."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+import functools
+from typing import Any, ClassVar
 
 from torch import nn
 
@@ -14,11 +15,32 @@ class Overlay(nn.Module):
     """The one attribute that a module has with the overlay and not without."""
 
 
+def put_overlay(overlay: type[Overlay], module: nn.Module, value: object) -> None:
+    """Put ``overlay`` before the class of ``module``; ``value`` becomes the overlay's attribute."""
+    vars(module)[overlay.overlay_attribute] = value
+    module.__class__ = _overlaid(overlay, type(module))  # type: ignore[arg-type]  # a class is hashable
+
+
+@functools.cache
+def _overlaid(overlay: type[Overlay], base: type[nn.Module]) -> type[nn.Module]:
+    """Keeps the name of ``base`` and the parameters of its forward, because libraries look at both."""
+    overlaid: type[nn.Module] = type(base.__name__, (overlay, base), {"__module__": overlay.__module__})
+    own_forward = overlaid.forward
+
+    @functools.wraps(base.forward)
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return own_forward(self, *args, **kwargs)
+
+    overlaid.forward = forward
+    return overlaid
+
+
 def base_class(module: nn.Module) -> type[nn.Module]:
-    """The module's class without an overlay."""
+    """The module's class without overlays."""
     cls = type(module)
-    base: type[nn.Module] = cls.__bases__[1] if issubclass(cls, Overlay) else cls
-    return base
+    while issubclass(cls, Overlay):
+        cls = cls.__bases__[1]
+    return cls
 
 
 def overlay_attributes(module: nn.Module) -> frozenset[str]:
