@@ -15,8 +15,7 @@ from safelight.formats.model_names import resolve_model
 from safelight.protocol.config import Config
 from safelight.protocol.errors import StartFailed
 from safelight.protocol.forward_options import OffloadKind
-from safelight.protocol.operations import WEIGHTS, Operation, Perform, Sleep, Wake
-from safelight.protocol.reports import Performed
+from safelight.protocol.operations import WEIGHTS, Sleep, Wake
 from safelight.tests.played import Record
 from safelight.tests.tiny import FAMILIES
 from safelight.tests.worker.lora.agreement import change
@@ -31,18 +30,14 @@ from safelight.worker.offloading.host_copy import HostCopy
 from safelight.worker.offloading.offloading import Offloading, check_offload
 from safelight.worker.offloading.overlay import OffloadedComponent
 from safelight.worker.offloading.pinned_memory import PinnedMemory
-from safelight.worker.operations.coordinator import Coordinator
-from safelight.worker.operations.resources import Resources
-from safelight.worker.operations.table import new_coordinator
-from safelight.worker.parallel.ranks import ALONE
 from safelight.worker.requests.sample import SampleRun
 from safelight.worker.weights.snapshot.digests import digest, tensor_digests
-from safelight.worker.weights.transport.groups import ProcessGroups
 from safelight.worker.weights.transport.sources import TensorSource
 from safelight.worker.weights.update.rank_update import RankUpdate
 from safelight.worker.weights.update.undo_log import UndoLog
 
 from .device import device, on_devices, played_only
+from .operations import Operations
 from .replica import Replica
 
 pytestmark = on_devices
@@ -212,38 +207,16 @@ def test_sleep_takes_adapters_from_the_device_and_wake_brings_them_back(
     before = live(record)
     write(KINDS["LoKr"](ATTENTION), FAMILIES["flux"].build().transformer, tmp_path / "x")
     change(replica.adapters, setting(tmp_path / "x"))
-    operations = coordinator(replica, tmp_path)
+    operations = Operations(replica, tmp_path)
     assert live(record) > before
     record.clear()
-    assert perform(operations, Sleep([WEIGHTS])).error is None
+    operations.perform(Sleep([WEIGHTS]))
     assert live(record) == before
     assert record.operators["empty_cache"]
-    assert perform(operations, Wake([WEIGHTS])).error is None
+    operations.perform(Wake([WEIGHTS]))
     assert {tensor.device.type for tensor in replica.adapters.tensors()} == {"cuda"}
     assert devices(replica.model.pipeline.transformer) == {"cpu"}
     replica.close()
-
-
-def coordinator(replica: Replica, shared: Path) -> Coordinator:
-    return new_coordinator(
-        Resources(
-            model=replica.model,
-            batcher=replica.batcher,
-            ranks=ALONE,
-            global_rank=0,
-            world_size=1,
-            shared=shared,
-            journal=None,
-            undo_log=UndoLog(device(), 1 << 30, None),
-            adapters=replica.adapters,
-            groups=ProcessGroups(0, device()),
-            on_progress=lambda: None,
-        )
-    )
-
-
-def perform(operations: Coordinator, operation: Operation) -> Performed:
-    return operations.perform(Perform(number=1, step="prepare", is_primary=True, operation=operation))
 
 
 class Block(nn.Module):

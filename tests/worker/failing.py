@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-
 import pytest
 import torch
 
@@ -58,20 +56,6 @@ def is_short_of_memory_on_all(mesh: Mesh) -> None:
     assert [one.result for one in coroutines] == [float(ranks.size * value) for value in range(1, 9)]
     assert component.forwards == [8, 4, 2, 2, 2, 2]
     assert (batcher.policy.caps, ranks.traffic.calls) == ({f"{COMPONENT}.forward": 2}, 4)
-
-
-def is_short_of_memory_on_one(mesh: Mesh, short: int) -> None:
-    """The one ends, which ends the others, who wait for it, long before their collective's timeout."""
-    ranks = mesh.tp
-    batcher = Batcher(max_batch=8, max_tokens=10**6, agree=mesh.agree)
-    component = Bounded(ranks, 4 if ranks.rank == short else 8)
-    with pytest.raises(RankLost) as lost:
-        drawn(batcher, component, 8)
-    reported = "OutOfMemoryError, on this rank and not on all others" if ranks.rank == short else "onnection"
-    assert reported in str(lost.value)
-    assert component.forwards == [8], "no smaller one has met the others' collective"
-    assert batcher.policy.caps == {}
-    os._exit(0)  # as a replica's rank does, whose connections close by it
 
 
 def fails_in_another_forward(mesh: Mesh) -> None:

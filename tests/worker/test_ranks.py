@@ -35,11 +35,6 @@ def test_a_forward_that_fails_on_all_ranks_goes_on_in_halves_on_all(size: int) -
     on_mesh({"tp": size}, failing.is_short_of_memory_on_all)
 
 
-@pytest.mark.parametrize("short", [0, 1])
-def test_a_forward_that_fails_on_one_rank_alone_ends_them_all_before_it_goes_on_in_another_way(short: int) -> None:
-    on_mesh({"tp": 2}, failing.is_short_of_memory_on_one, short)
-
-
 def test_ranks_that_fail_in_different_forwards_do_not_take_them_for_one() -> None:
     on_mesh({"tp": 2}, failing.fails_in_another_forward)
 
@@ -49,12 +44,6 @@ def rendezvous_path() -> Iterator[str]:
     """Short, as a socket's path has a limit."""
     with tempfile.TemporaryDirectory() as directory:
         yield f"{directory}/start-0"
-
-
-def test_an_output_that_fails_on_the_leader_alone_costs_its_request_and_no_rank(
-    tmp_path: Path, rendezvous_path: str
-) -> None:
-    on_mesh({"tp": 2}, leading.fails_on_the_leader_alone, save("flux", tmp_path), rendezvous_path)
 
 
 def test_a_rank_that_would_make_another_forward_ends_before_it(rendezvous_path: str) -> None:
