@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
 import torch
 
 from safelight.protocol.replicas import BatchingMode
-from safelight.worker.crossing.call import Call, cross
+from safelight.worker.crossing.call import Call, OwnState, cross, yield_turn
 from safelight.worker.crossing.coroutine import Cancelled, Coroutine
 from safelight.worker.forward.batcher import Batcher
 from safelight.worker.forward.prompt_cache import PromptCache
@@ -227,6 +228,75 @@ def test_a_request_that_fails_at_once_may_take_waiting_ones_along() -> None:
     drain(running)
     assert isinstance(second.error, Cancelled)
     assert survivor.result == [6.0]
+
+
+class Yielding:
+    """The body of a coroutine that yields ``turns`` times, and then calls ``component``."""
+
+    def __init__(self, component: Doubler, turns: int, changes: OwnState | None = None) -> None:
+        self.taken = 0
+        self._component, self._turns, self._changes = component, turns, changes
+
+    def __call__(self) -> list[float]:
+        for _ in range(self._turns):
+            yield_turn(self._changes)
+            self.taken += 1
+        return request_body(self._component, 9.0, 1)()
+
+
+def test_a_coroutine_that_yields_is_resumed_once_in_each_step_and_starves_no_forward() -> None:
+    component, running = Doubler(), batcher()
+    body, other = Yielding(component, 12), request(component, 1.0, 3)
+    running.start(Coroutine(body, lambda _: None))
+    running.start(other)
+    taken = list[int]()
+    while not other.finished:
+        running.step()
+        taken.append(body.taken)
+    assert taken == list(range(len(taken))), "once in each step"
+    assert component.forwards == [[1.0]] * 3
+    drain(running)
+    assert component.forwards[-1] == [9.0]
+
+
+def test_coroutines_that_yield_once_still_share_the_next_forward_with_those_that_do_not() -> None:
+    component, running = Doubler(), batcher()
+    for body in (Yielding(component, 1), Yielding(component, 2), request_body(component, 1.0, 1)):
+        running.start(Coroutine(body, lambda _: None))
+    drain(running)
+    assert [sorted(values) for values in component.forwards] == [[1.0], [9.0, 9.0]]
+
+
+def test_a_coroutine_that_is_cancelled_while_it_yields_ends_at_once_also_by_another_that_yields() -> None:
+    component, running = Doubler(), batcher()
+    doomed = Coroutine(Yielding(component, 100), lambda _: None)
+    by_another = Coroutine(Yielding(component, 100), lambda _: None)
+    last = Coroutine(lambda: yield_turn(None), lambda _: running.cancel(by_another))
+    for coroutine in (doomed, last, by_another):
+        running.start(coroutine)
+    running.step()
+    running.cancel(doomed)
+    assert isinstance(doomed.error, Cancelled)
+    running.step()
+    assert isinstance(by_another.error, Cancelled)
+    assert not running.busy
+    assert component.forwards == []
+
+
+def test_an_operation_does_not_see_the_changes_of_a_coroutine_that_has_yielded() -> None:
+    class Watched:
+        hidden = 0
+
+        @contextmanager
+        def aside(self) -> Iterator[None]:
+            self.hidden += 1
+            yield
+
+    changes, running = Watched(), batcher()
+    running.start(Coroutine(Yielding(Doubler(), 5, changes), lambda _: None))
+    running.step()
+    with running.aside():
+        assert changes.hidden == 1
 
 
 def test_arguments_that_cannot_be_compared_run_alone_and_harm_nobody() -> None:

@@ -14,7 +14,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 from ...protocol.step_caching import CacheRule
-from ..crossing.call import Call
+from ..crossing.call import Call, yield_turn
 from ..crossing.chain import Proceed
 from .latents import is_of_whole_denoiser, latents
 from .rules import Rule, new_rule
@@ -64,8 +64,6 @@ class StepCache:
         self._steps_left = 0
         self._warm_up_left = _FEWEST_COMPUTED
         self._position = 0
-        self._skips = False
-        self._distance = 0.0
         self.forget()
 
     def __call__(self, call: Call, proceed: Proceed) -> Any:
@@ -73,19 +71,23 @@ class StepCache:
             (answer,) = proceed(call)
             return answer
         position, form = (call.name, self._position), _form(call)
-        kept = self._kept.get(position)
-        is_known = kept is not None and kept.form == form
         if self._position == 0:
-            self._decide(call, is_known=is_known)
+            self._decide(call, is_known=self._known(position, form) is not None)
+            if self._skips:  # no forward lets others run in this step, and new weights may come meanwhile
+                yield_turn(call.changes)
+        kept = self._known(position, form)
         self._position += 1
-        if self._skips and is_known:
-            assert kept is not None
+        if self._skips and kept is not None:
             self.skipped += 1
             self._counts.skipped += 1
             return _cloned(kept.answer)
         (answer,) = proceed(call)
         self._keep(position, _Kept(form, answer), call)
         return answer
+
+    def _known(self, position: tuple[str, int], form: Hashable) -> _Kept | None:
+        kept = self._kept.get(position)
+        return kept if kept is not None and kept.form == form else None
 
     def _may_reuse(self, call: Call) -> bool:
         """False for calls that write to their component, and for those whose answers are differentiated."""
@@ -102,6 +104,7 @@ class StepCache:
         """Drop all answers, after the weights have changed."""
         self._kept: dict[tuple[str, int], _Kept] = {}
         self._rule: Rule = new_rule(self._rule_name)
+        self._skips, self._distance = False, 0.0
 
     def _decide(self, call: Call, *, is_known: bool) -> None:
         """Decide whether this step is skipped. Waits once for the device, for one number."""

@@ -43,6 +43,24 @@ class Call:
             return self.function(*self.args, **self.kwargs)
 
 
+@dataclass(frozen=True, slots=True)
+class Yielded:
+    """A coroutine lets others run, without a call. ``changes`` are its fork's."""
+
+    changes: OwnState | None
+
+
+Suspension = Sequence[Call] | Yielded
+"""The reason for which a coroutine waits."""
+
+
+def yield_turn(changes: OwnState | None) -> None:
+    """Suspend the current coroutine until the batcher's next step. Outside a coroutine, do nothing."""
+    batcher = getcurrent().parent
+    if batcher is not None:
+        batcher.switch(Yielded(changes))
+
+
 def cross(call: Call) -> Any:
     """Suspend the current coroutine until the batcher has run ``call``, and return the component's answer."""
     return cross_all(call)[0]

@@ -1,4 +1,4 @@
-"""A pipeline call as a coroutine: it runs until it calls a component, and waits there for the batcher.
+"""A pipeline call as a coroutine: it runs until it calls a component or yields, and waits there for the batcher.
 
 Each coroutine has its own torch settings (autocast, for example) and random state, which are swapped out while it
 waits.
@@ -12,7 +12,7 @@ from typing import Any
 
 from greenlet import getcurrent, greenlet
 
-from .call import Call
+from .call import Suspension, Yielded
 from .random_state import RandomState, kept_random_state, random_state, set_random_state
 from .thread_state import Swap, ThreadState, thread_state
 
@@ -63,19 +63,19 @@ class Coroutine:
     def finished(self) -> bool:
         return bool(self._greenlet.dead)
 
-    def start(self) -> Sequence[Call] | None:
+    def start(self) -> Suspension | None:
         """Run to the first call or calls; ``None`` if the body ended without one."""
         return self._advance(self._greenlet.switch)
 
-    def resume(self, answers: Sequence[Any]) -> Sequence[Call] | None:
-        """Answer the calls that the coroutine waits for, and run to its next ones."""
+    def resume(self, answers: Sequence[Any]) -> Suspension | None:
+        """Answer the calls that the coroutine waits for, none if it has yielded, and run to its next ones."""
         return self._advance(lambda: self._greenlet.switch(answers))
 
-    def throw(self, error: BaseException) -> Sequence[Call] | None:
+    def throw(self, error: BaseException) -> Suspension | None:
         """Raise ``error`` with its traceback where the coroutine waits; it ends unless the pipeline handles it."""
         return self._advance(lambda: self._greenlet.throw(type(error), error, error.__traceback__))
 
-    def _advance(self, switch: Callable[[], Any]) -> Sequence[Call] | None:
+    def _advance(self, switch: Callable[[], Any]) -> Suspension | None:
         # not the greenlet that made this coroutine: that may be another coroutine (a sample that wants a preview)
         self._greenlet.parent = getcurrent()
         try:
@@ -87,7 +87,7 @@ class Coroutine:
             self._end()
             return None
         if not self.finished:
-            assert isinstance(value, tuple), "a coroutine switches only with calls"
+            assert isinstance(value, tuple | Yielded), "a coroutine switches only with calls or to yield"
             return value
         self.result = value
         self._end()

@@ -7,11 +7,12 @@ import zlib
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
 
 from ...protocol.replicas import BatchingMode
-from ..crossing.call import Call
+from ..crossing.call import Call, OwnState, Suspension, Yielded
 from ..crossing.coroutine import Cancelled, Coroutine
 from .activity import Activity
 from .adapters import Adapters
@@ -37,6 +38,9 @@ STARTS_PER_STEP = 2
 
 If no call waits, as many start as one forward takes, so that a group's samples run all their steps together.
 """
+
+TURNS_PER_FORWARD = 4
+"""How often coroutines that yield are resumed before a forward that waits. Their steps take far less time than it."""
 
 
 class Batcher:
@@ -78,14 +82,14 @@ class Batcher:
         self._agree, self._before_forward = agree, before_forward
         self._cache, self._adapters = cache, adapters
         self._signatures = Signatures()
-        self._starting: deque[Coroutine] = deque()
         self._waiting = WaitingCalls(self.policy, cache, adapters)
-        self._started = 0
+        self._starting, self._yielded = deque[Coroutine](), dict[Coroutine, OwnState | None]()
+        self._turns = self._started = 0
         self._active, self._cancelled = set[Coroutine](), set[Coroutine]()
 
     @property
     def busy(self) -> bool:
-        return not self.paused and bool(self._starting or self._waiting)
+        return not self.paused and bool(self._starting or self._waiting or self._yielded)
 
     def start(self, coroutine: Coroutine) -> None:
         """Queue ``coroutine``; one of the next steps starts it."""
@@ -107,14 +111,18 @@ class Batcher:
         removed = self._waiting.remove(coroutine)
         if removed:
             removed[0].wait.abandoned = True  # the running forward may serve another call of the same wait
+        if removed or coroutine in self._yielded:
+            self._yielded.pop(coroutine, None)
             self._continue(coroutine, coroutine.throw(Cancelled()))
 
     @contextmanager
     def aside(self) -> Iterator[None]:
         """Within this context, the components are without the changes of requests in progress (for operations)."""
         with ExitStack() as stack:
-            for changes in {pending.call.changes for pending in self._waiting if pending.call.changes is not None}:
-                stack.enter_context(changes.aside())
+            waiting = {pending.call.changes for pending in self._waiting} | {*self._yielded.values()}
+            for changes in waiting:
+                if changes is not None:
+                    stack.enter_context(changes.aside())
             yield
         if self.graphs is not None:
             self.graphs.revalidate()
@@ -130,9 +138,23 @@ class Batcher:
             self._cache.clear()
 
     def step(self) -> None:
-        """Start a few coroutines, then run one forward and resume the coroutines that it served."""
+        """Resume coroutines that have yielded, start a few, then run one forward and resume those that it served.
+
+        While coroutines yield again, most steps are without a forward.
+        """
         if self.paused:
             return
+        self._resume_yielded()
+        self._start()
+        if self._waiting and not self._turns % TURNS_PER_FORWARD:
+            forward = self._waiting.next_forward()
+            numbers = ",".join(str(pending.coroutine.number) for pending in forward.calls)
+            self.schedule_digest = zlib.crc32(f"{forward.name} {numbers}".encode(), self.schedule_digest)
+            self._before_forward(self.schedule_digest)
+            self.runner.counters.calls += len(forward.calls)
+            self.recovery.run(forward, self._deliver)
+
+    def _start(self) -> None:
         for _ in range(STARTS_PER_STEP if self._waiting else self.policy.max_batch):
             # checked each time, because a coroutine that fails at once frees its place
             if not self._starting or not self._may_start(self._starting[0]):
@@ -140,13 +162,14 @@ class Batcher:
             coroutine = self._starting.popleft()
             self._active.add(coroutine)
             self._continue(coroutine, coroutine.start())
-        if self._waiting:
-            forward = self._waiting.next_forward()
-            numbers = ",".join(str(pending.coroutine.number) for pending in forward.calls)
-            self.schedule_digest = zlib.crc32(f"{forward.name} {numbers}".encode(), self.schedule_digest)
-            self._before_forward(self.schedule_digest)
-            self.runner.counters.calls += len(forward.calls)
-            self.recovery.run(forward, self._deliver)
+
+    def _resume_yielded(self) -> None:
+        """Resume each coroutine that has yielded once, and count how often in a row some yield again."""
+        for coroutine in [*self._yielded]:
+            if coroutine in self._yielded:  # no other one has cancelled it
+                del self._yielded[coroutine]
+                self._continue(coroutine, self._resumed(coroutine, []))
+        self._turns = self._turns + 1 if self._yielded else 0
 
     def _may_start(self, coroutine: Coroutine) -> bool:
         """False while ``coroutine`` must wait, and so must all behind it: an exclusive one would starve otherwise."""
@@ -162,18 +185,24 @@ class Batcher:
         wait.missing -= 1
         if wait.abandoned or wait.missing:
             return
-        if coroutine in self._cancelled:
-            calls = coroutine.throw(Cancelled())
-        else:
-            answers, wait.answers = wait.answers, []  # so that the pipeline's last reference frees an answer
-            calls = coroutine.throw(wait.error) if wait.error else coroutine.resume(answers)
-        self._continue(coroutine, calls)
+        answers, wait.answers = wait.answers, []  # so that the pipeline's last reference frees an answer
+        self._continue(coroutine, self._resumed(coroutine, answers, wait.error))
 
-    def _continue(self, coroutine: Coroutine, calls: Sequence[Call] | None) -> None:
+    def _resumed(
+        self, coroutine: Coroutine, answers: Sequence[Any], error: BaseException | None = None
+    ) -> Suspension | None:
+        if coroutine in self._cancelled:
+            error = Cancelled()
+        return coroutine.resume(answers) if error is None else coroutine.throw(error)
+
+    def _continue(self, coroutine: Coroutine, calls: Suspension | None) -> None:
         """Queue the coroutine's next ``calls``; ``None`` means that it has ended."""
         if calls is None:
             self._active.discard(coroutine)
             self._cancelled.discard(coroutine)
+            return
+        if isinstance(calls, Yielded):
+            self._yielded[coroutine] = calls.changes
             return
         wait = Wait(coroutine, [None] * len(calls), len(calls))
         self._waiting.extend(self._examined(wait, index, call) for index, call in enumerate(calls))

@@ -16,6 +16,8 @@ from safelight.worker.caching.caching import Caching
 from safelight.worker.caching.step_cache import CacheCounts, StepCache
 from safelight.worker.crossing.call import Call
 from safelight.worker.crossing.chain import Chain
+from safelight.worker.crossing.coroutine import Coroutine
+from safelight.worker.forward.batcher import Batcher
 from safelight.worker.model.model import Model
 from safelight.worker.requests.sample import SampleRun
 
@@ -195,3 +197,37 @@ def test_new_weights_are_used_from_the_next_step_on(tiny_model: Callable[[str], 
     (other,), undisturbed = draw(model, caching, [asked])
     assert 0 < sample.savings.skipped <= other.savings.skipped
     assert batcher.runner.counters.forwards >= undisturbed.runner.counters.forwards
+
+
+def steps_in_turns(denoising: Denoising, between: Callable[[int], None]) -> list[int]:
+    """Run forty steps on a batcher. Returns the skipped calls before each of its steps; ``between`` is called there."""
+    batcher, skipped = Batcher(max_batch=1, max_tokens=100), list[int]()
+    coroutine = Coroutine(lambda: denoising.run(40), lambda _: None)
+    batcher.start(coroutine)
+    while batcher.busy:
+        skipped.append(denoising.cache.skipped)
+        between(skipped[-1])
+        batcher.step()
+    assert coroutine.error is None
+    return skipped
+
+
+def test_skipped_steps_in_a_row_give_the_loop_back_to_cancels_and_messages() -> None:
+    denoising = Denoising(1.0)
+    skipped = steps_in_turns(denoising, lambda _: None)
+    assert denoising.cache.skipped == 33
+    assert max(after - before for before, after in itertools.pairwise(skipped)) == 1
+
+
+def test_weights_that_change_between_two_skipped_steps_are_used_in_the_second() -> None:
+    denoising, computed = Denoising(1.0), list[int]()
+
+    def change(skipped: int) -> None:
+        if skipped == 10 and not computed:
+            denoising.cache.forget()
+            computed.append(len(denoising.denoiser.calls))
+
+    steps_in_turns(denoising, change)
+    assert computed == [6]
+    assert denoising.cache.skipped == 33 - 2, "a rate takes two computed answers"
+    assert len(denoising.denoiser.calls) == 7 + 2
