@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .arguments import Arguments, tensors
+from ..internals.block_arguments import Arguments, tensors
 from .program import Program
 
 Outputs = Sequence[torch.Tensor]

@@ -1,73 +1,41 @@
-"""The arguments of a block's call: what decides whether a graph fits, and a copy that the compiler may keep."""
+"""The arguments of a block's call, as the compiler treats them: which calls are alike, and which sizes may change."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.utils import _pytree as pytree
 
 from ..internals import dynamo
-
-_CONSTANTS = frozenset({type(None), bool, int, float, str, torch.dtype, torch.device})
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Arguments:
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-
-    def key(self) -> Hashable:
-        """Equal for calls that a graph treats alike: shapes and dtypes of tensors, and values of constants."""
-        return (
-            tuple(_mark(value) for value in self.args),
-            tuple((name, _mark(value)) for name, value in self.kwargs.items()),
-        )
-
-    def contiguous(self) -> Arguments:
-        """Activations in memory of their own order: one graph, where views of a longer sequence would need another."""
-        return Arguments(
-            tuple(_contiguous(value) for value in self.args),
-            {name: _contiguous(value) for name, value in self.kwargs.items()},
-        )
-
-    def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> Arguments:
-        args, kwargs = pytree.tree_map_only(torch.Tensor, function, (self.args, self.kwargs))
-        return Arguments(args, kwargs)
-
-    def tensors(self) -> list[torch.Tensor]:
-        return tensors((self.args, self.kwargs))
-
-    def mark_rows(self) -> None:
-        """Let the first dimension be dynamic in tensors that have the first one's; a single row stays special."""
-        found = [tensor for tensor in self.tensors() if tensor.ndim > 0]
-        rows = len(found[0]) if found else 0
-        for tensor in found:
-            if len(tensor) == rows > 1:
-                dynamo.maybe_mark_dynamic(tensor, 0)
+from ..internals.block_arguments import Arguments, Mark, Signature
 
 
-def tensors(value: Any) -> list[torch.Tensor]:
-    return [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, torch.Tensor)]
+def signature_of(arguments: Arguments) -> Signature:
+    """Equal for calls that a graph treats alike."""
+    return arguments.signature(_mark)
 
 
-def _mark(value: Any) -> Hashable:
+def contiguous(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
+    """Activations in memory of their own order: one graph, where views of a longer sequence would need another."""
+    return Arguments(
+        tuple(_contiguous(value) for value in args),
+        {name: _contiguous(value) for name, value in kwargs.items()},
+    )
+
+
+def mark_rows(arguments: Arguments) -> None:
+    """Let the first dimension be dynamic in tensors that have the first one's; a single row stays special."""
+    found = [tensor for tensor in arguments.tensors() if tensor.ndim > 0]
+    rows = len(found[0]) if found else 0
+    for tensor in found:
+        if len(tensor) == rows > 1:
+            dynamo.maybe_mark_dynamic(tensor, 0)
+
+
+def _mark(value: Any) -> Mark:
     if isinstance(value, torch.Tensor):
         return (value.shape, value.dtype, value.is_contiguous())
-    cls = type(value)
-    if cls in _CONSTANTS:
-        return value if cls is not bool else (bool, value)
-    if cls is tuple or cls is list:
-        return (cls, *map(_mark, value))
-    if cls is dict:
-        return (dict, *_items(value))
-    return (cls,)
-
-
-def _items(value: dict[Any, Any]) -> Iterator[Hashable]:
-    return ((name, _mark(element)) for name, element in value.items())
+    return (type(value),)
 
 
 def _contiguous(value: Any) -> Any:

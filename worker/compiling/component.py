@@ -13,9 +13,10 @@ import torch
 from torch import nn
 
 from ...protocol.compiling import CompiledComponentStats, State
+from ..internals.block_arguments import Arguments
 from ..internals.blocks import library_class, repeated_blocks
 from ..lora.layers import AdaptedLayer, is_adaptable
-from .arguments import Arguments
+from .arguments import contiguous, signature_of
 from .block import Plain, copied, swap_in
 from .program import Program
 
@@ -114,8 +115,8 @@ class CompiledComponent:
             self._eager += 1
             return plain(*args, **kwargs)
         program = self._programs[library_class(block)]
-        arguments = Arguments(args, kwargs).contiguous()
-        key = (arguments.key(), _adapters(block))
+        arguments = contiguous(args, kwargs)
+        key = (signature_of(arguments), _adapters(block))
         if (program.cls, key) in self._admitted:
             return program.run(block, arguments, lambda: self._missed(program, key, block, arguments))
         self._missed(program, key, block, arguments)

@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from ..internals import dynamo
-from .arguments import Arguments
+from ..internals.block_arguments import Arguments
+from .arguments import mark_rows
 
 Missed = Callable[[], None]
 """Called when a block has run eagerly because no graph fits."""
@@ -59,7 +60,7 @@ class Program:
 
         It holds for any number of rows from 2 on; other dimensions become dynamic when a second size is compiled.
         """
-        arguments.mark_rows()
+        mark_rows(arguments)
         before = dynamo.counters["stats"]["unique_graphs"]
         try:
             self._compile(self.cls.forward, _never, block, arguments.args, arguments.kwargs)

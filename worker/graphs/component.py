@@ -11,7 +11,8 @@ from torch import nn
 
 from ..forward.graphs import GraphMiss
 from ..internals import transformers as transformers_internals
-from .arguments import Arguments, read_arguments
+from ..internals.block_arguments import Arguments
+from .arguments import RecordableArguments, read_arguments
 from .block import Graphed, swap_in
 from .library import Library, Turn
 from .purity import addresses, check_structure
@@ -72,7 +73,7 @@ class GraphedComponent:
         try:
             self._check_structure(block)
             _check_collector()
-            arguments = read_arguments(args, kwargs, self._device)
+            arguments = read_arguments(Arguments(args, kwargs), self._device)
         except NotRecordable as reason:
             self._miss(block, str(reason))
             return plain(*args, **kwargs)
@@ -81,7 +82,9 @@ class GraphedComponent:
         turn.addresses |= recorded.addresses
         return recorded.replay()
 
-    def _recorded(self, block: Graphed, plain: Plain, arguments: Arguments, turn: Turn) -> RecordedCall | None:
+    def _recorded(
+        self, block: Graphed, plain: Plain, arguments: RecordableArguments, turn: Turn
+    ) -> RecordedCall | None:
         """The recording to replay, whose static inputs hold ``arguments``; ``None`` if the block runs eagerly."""
         library, key = self._library, ShapeKey(self._name, arguments.signature, turn.adapters)
         shape = library.enter(key, turn)

@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from .arguments import Arguments, Signature, argument_names, difference
+from ..internals.block_arguments import Signature
+from .arguments import RecordableArguments, difference
 from .block import Graphed
 from .purity import Purity, weights
 from .recorded_call import RecordedCall
@@ -89,7 +90,7 @@ class Library:
         return self._sightings.suffice(key)
 
     def record(
-        self, key: ShapeKey, block: Graphed, plain: Callable[..., Any], arguments: Arguments, turn: Turn
+        self, key: ShapeKey, block: Graphed, plain: Callable[..., Any], arguments: RecordableArguments, turn: Turn
     ) -> RecordedCall | None:
         """Record a call of ``block``; ``None`` if that cannot be, or if there is no memory. The shape says why."""
         shape = self._shapes.get(key)
@@ -132,9 +133,9 @@ class Library:
         for key in [key for key in self._shapes if component in (None, key.component)]:
             del self._shapes[key]
 
-    def nearest(self, key: ShapeKey, block: Graphed, arguments: Arguments, plain: Callable[..., Any]) -> str:
+    def nearest(self, key: ShapeKey, block: Graphed, arguments: RecordableArguments, plain: Callable[..., Any]) -> str:
         """How the call of ``block`` differs from the most similar one that was recorded, in words."""
-        names = argument_names(plain, arguments)
+        names = arguments.arguments.names(plain)
         shapes = [shape for shape in self._shapes.values() if block.name in shape.recorded]
         found = [
             difference(key.signature, shape.key.signature, names)
@@ -160,11 +161,11 @@ class Library:
         self.counters.evictions += 1
 
 
-def _recorded(shape: Shape, block: Graphed, plain: Callable[..., Any], arguments: Arguments) -> RecordedCall:
+def _recorded(shape: Shape, block: Graphed, plain: Callable[..., Any], arguments: RecordableArguments) -> RecordedCall:
     """Record the call with the static inputs, after a call that shows that it leaves everything else as it is."""
-    args, kwargs = arguments.with_tensors(shape.inputs.buffers)
+    static = arguments.with_tensors(shape.inputs.buffers)
     with Purity(block.module, shape.inputs.buffers) as purity:
-        plain(*args, **kwargs)
+        plain(*static.args, **static.kwargs)
         purity.check()
     foreign = [*shape.inputs.buffers, *weights(block.module)]
-    return RecordedCall(shape.pool, lambda: plain(*args, **kwargs), foreign)
+    return RecordedCall(shape.pool, lambda: plain(*static.args, **static.kwargs), foreign)

@@ -7,7 +7,7 @@ from collections.abc import Hashable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from .arguments import Signature
+from ..internals.block_arguments import Signature
 from .recorded_call import RecordedCall
 from .recorder import Pool
 from .static_inputs import StaticInputs

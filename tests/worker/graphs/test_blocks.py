@@ -45,7 +45,7 @@ def test_a_signature_without_constants_would_be_found_out(monkeypatch: pytest.Mo
     def without_constants(*given: Any) -> Any:
         found = read(*given)
         marks = tuple(mark if mark[0] is torch.Tensor else (mark[0],) for mark in found.signature)
-        return type(found)(found.args, found.kwargs, found.tensors, marks, found.device)
+        return replace(found, signature=marks)
 
     monkeypatch.setattr(component, "read_arguments", without_constants)
     run = Run()
