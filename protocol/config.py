@@ -279,6 +279,11 @@ class Config(ForwardOptions, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         """Ranks of each replica, a process each."""
         return self.tp * self.ulysses * (2 if self.cfg_parallel else 1)
 
+    @property
+    def world_size(self) -> int:
+        """Ranks of all replicas."""
+        return self.replicas * self.replica_ranks
+
 
 MOST_PIXELS = 16_777_216
 """The limit of pixels for an output of a model of unknown size, and for a request's images together."""

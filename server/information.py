@@ -58,7 +58,7 @@ def _server_info(service: Service) -> dict[str, Any]:
         "queued_bytes": status.queued_bytes,
         **{"halted": None, "hold": None, **what_waits(status)},
         "adapters": active_adapters(status.adapters),
-        "world_size": service.config.replicas * service.config.replica_ranks,
+        "world_size": service.config.world_size,
         "shared_memory": str(service.shared),
         "replicas": [_replica(replica) for replica in status.replicas],
     }

@@ -107,7 +107,7 @@ class Run:
     async def _announce(self) -> None:
         log.info("listening on %s", url_of(self._listener))
         model = await self._link.status_where(_first_ready)
-        ranks = self._config.replicas * self._config.replica_ranks
+        ranks = self._config.world_size
         seconds = time.monotonic() - self._started
         fields = {
             "model": model.model, "pipeline": model.pipeline, "device": model.device, "dtype": model.dtype,

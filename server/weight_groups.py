@@ -50,7 +50,7 @@ class GroupRoutes:
 
     async def init_group(self, request: Request, body: bodies.InitGroup) -> dict[str, Any]:
         config = self._service.config
-        members = config.replicas * config.replica_ranks
+        members = config.world_size
         if body.rank_offset + members > body.world_size:
             raise InvalidRequest(
                 f"A world of {body.world_size} has no room for the {members} ranks of this server, which begin at "

@@ -143,7 +143,7 @@ class _Routes:
     async def world_size(self, request: Request, body: Nothing) -> dict[str, Any]:
         config = self._service.config
         every = from_query(request, WorldQuery).include_dp
-        return {"world_size": config.replica_ranks * (config.replicas if every else 1)}
+        return {"world_size": config.world_size if every else config.replica_ranks}
 
     async def join(self, request: Request, body: Join) -> dict[str, Any]:
         """A trainer that comes again has left the group of before."""

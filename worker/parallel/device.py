@@ -23,11 +23,11 @@ def find_device(config: Config, replica: int = 0, rank: int = 0) -> torch.device
     if is_in_bad_fork():
         raise StartFailed("CUDA was opened before this worker was forked, and cannot be used in it; add --no-nursery.")
     ranks, gpus = config.replica_ranks, torch.cuda.device_count()
-    if config.replicas * ranks > gpus:
+    if config.world_size > gpus:
         replicas = "1 replica" if config.replicas == 1 else f"{config.replicas} replicas"
         each = "1 rank" if ranks == 1 else f"{ranks} ranks"
         raise StartFailed(
-            f"{replicas} of {each} need a GPU for each rank, {config.replicas * ranks} in all, and there are {gpus}; "
+            f"{replicas} of {each} need a GPU for each rank, {config.world_size} in all, and there are {gpus}; "
             f"start fewer, or make more GPUs visible (CUDA_VISIBLE_DEVICES)."
         )
     return torch.device("cuda", replica * ranks + rank)

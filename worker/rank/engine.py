@@ -80,7 +80,7 @@ class Engine:
                 batcher=self._batcher,
                 ranks=mesh.world,
                 global_rank=global_rank,
-                world_size=config.replicas * config.replica_ranks,
+                world_size=config.world_size,
                 shared=shared,
                 journal=journal,
                 undo_log=_new_undo_log(model, activity, config),
@@ -222,4 +222,4 @@ def _host_bytes(megabytes: int, config: Config) -> int:
     if megabytes:
         return megabytes * 1_000_000
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return memory // 2 // (config.replicas * config.replica_ranks)
+    return memory // 2 // config.world_size

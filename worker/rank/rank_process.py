@@ -92,9 +92,7 @@ class RankProcess:
         device = find_device(self._config, self._number, self._child.rank)
         check_offload(self._config, device)
         why_without_graphs(self._config, device)  # refuses what cannot be before the model is loaded
-        threads = self._config.threads or max(
-            1, (os.cpu_count() or 1) // (self._config.replicas * self._config.replica_ranks)
-        )
+        threads = self._config.threads or max(1, (os.cpu_count() or 1) // self._config.world_size)
         torch.set_num_threads(threads)
         # gradient mode is thread state: disabled here, so that leaving a pipeline's no_grad cannot enable it
         torch.set_grad_enabled(False)
