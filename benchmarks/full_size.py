@@ -168,7 +168,7 @@ def _image_autoencoder() -> AutoencoderKL:
     )
 
 
-SQUARE = {"width": 1024, "height": 1024}
+SQUARE, WIDE = {"width": 1024, "height": 1024}, {"width": 832, "height": 480}
 MODELS = {
     model.name: model
     for model in (
@@ -178,12 +178,13 @@ MODELS = {
             "wan",
             wan,
             build_wan,
-            {"width": 832, "height": 480, "num_frames": 33, "num_inference_steps": 20, "guidance_scale": 5.0},
+            {**WIDE, "num_frames": 33, "num_inference_steps": 20, "guidance_scale": 5.0, "output_format": "pt"},
             {
                 "width": 32,
                 "height": 32,
                 "num_frames": 5,
                 "num_inference_steps": 2,
+                "output_format": "pt",
                 "extra": {"max_sequence_length": 64},
             },
         ),

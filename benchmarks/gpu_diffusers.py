@@ -5,10 +5,13 @@ from __future__ import annotations
 import inspect
 import time
 from collections.abc import Callable, Mapping
-from typing import Any
+from pathlib import Path
+from typing import Any, Self
 
 import torch
 from diffusers import DiffusionPipeline
+
+from safelight.benchmarks.gpu_run import Figures
 
 PROMPT = "a small yellow star at the top left on a black background"
 
@@ -23,31 +26,35 @@ class Plain:
         arguments = {**output, **output.get("extra", {})}
         self._arguments = {name: value for name, value in arguments.items() if name in takes}
 
-    def seconds(self) -> dict[str, Any]:
+    @classmethod
+    def loaded(cls, directory: Path, device: torch.device, dtype: torch.dtype, output: Mapping[str, Any]) -> Self:
+        """The checkpoint in ``directory`` on ``device``."""
+        return cls(DiffusionPipeline.from_pretrained(directory, dtype=dtype).to(device), output)
+
+    def seconds(self) -> Figures:
         """Seconds of a call, after a short one has loaded the kernels."""
         self._call(num_inference_steps=2)
-        return {"output_s": timed(self._call)}
+        yield {"output_s": timed(self._call)}
 
-    def compiled_seconds(self, backend: str) -> dict[str, Any]:
+    def compiled_seconds(self, backend: str) -> Figures:
         """The same with the denoiser's repeated blocks compiled."""
         self._pipeline.transformer.compile_repeated_blocks(backend=backend)
-        warm_up = timed(lambda: self._call(num_inference_steps=2))
-        return {"output_s": timed(self._call), "compile_s": warm_up}
+        yield {"compile_s": timed(lambda: self._call(num_inference_steps=2))}
+        yield {"output_s": timed(self._call)}
 
     def _call(self, **arguments: Any) -> None:
         self._pipeline(PROMPT, **self._arguments | arguments, output_type="pt")
 
 
-def copy_speeds(device: str, nbytes: int) -> dict[str, Any]:
+def copy_speeds(device: str, nbytes: int) -> Figures:
     """Gigabytes per second of copies between host and device, from pinned memory, and within the device."""
     on_host = torch.empty(nbytes, dtype=torch.uint8, pin_memory=device == "cuda")
     here, there = torch.empty_like(on_host, device=device), torch.empty_like(on_host, device=device)
     pairs = {"host_to_device": (here, on_host), "device_to_host": (on_host, here), "device_to_device": (there, here)}
-    found = {}
     for name, (target, source) in pairs.items():
         target.copy_(source)
-        found[f"{name}_gb_per_s"] = nbytes / 1e9 / timed(lambda: target.copy_(source))  # noqa: B023  # called here
-    return found
+        seconds = timed(lambda: target.copy_(source))  # noqa: B023  # called here
+        yield {f"{name}_gb_per_s": nbytes / 1e9 / seconds}
 
 
 def timed(function: Callable[[], Any]) -> float:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-import signal
+import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -21,12 +22,17 @@ import torch
 from safetensors.torch import load_file
 
 from safelight.benchmarks.gpu_diffusers import PROMPT, timed
+from safelight.benchmarks.gpu_run import Figures
 from safelight.benchmarks.serving import free_port
 from safelight.client import Client
 
 PICTURES = 3
 CLIENTS = 8
 START_S = 300
+REQUEST_S = 120
+END_S = 20
+SAMPLE_S = 0.2
+LOG_CHARACTERS = 2000
 
 
 class StartFailed(Exception):
@@ -41,40 +47,41 @@ class Served:
     device: str
     output: Mapping[str, Any]
 
-    def measured(self, options: Sequence[str], *, batching: bool, updates: bool) -> dict[str, Any]:
-        """Measure a server with ``options``. Raises ``StartFailed`` with the end of the server's log."""
+    def measured(self, options: Sequence[str], *, batching: bool, updates: bool) -> Figures:
+        """Measure a server with ``options``. What it raises has the end of the server's log as a note."""
         began = time.perf_counter()
         with self._server(options) as url:
-            found: dict[str, Any] = {"start_s": time.perf_counter() - began}
+            yield {"start_s": time.perf_counter() - began}
             self._draw(url)
-            found["first_output_s"] = time.perf_counter() - began
+            yield {"first_output_s": time.perf_counter() - began}
             with busy(self.device) as shares:
-                found["output_s"] = statistics.median(timed(lambda: self._draw(url)) for _ in range(PICTURES))
-            found["gpu_busy_percent"] = statistics.mean(shares) if shares else None
+                yield {"output_s": statistics.median(timed(lambda: self._draw(url)) for _ in range(PICTURES))}
+            yield {"gpu_busy_percent": statistics.mean(shares) if shares else None, "counters": graph_counters(url)}
             if batching:
-                found |= self._batching(url)
+                yield from self._batching(url)
             if updates:
-                found |= self._updates(url)
-            found["counters"] = graph_counters(url)
-        return found
+                yield from self._updates(url)
+            yield {"counters": graph_counters(url)}
 
-    def _batching(self, url: str) -> dict[str, Any]:
+    def _batching(self, url: str) -> Figures:
         """Pictures per second at a quarter of the pixels: one client, and several at once."""
-        smaller = {"width": self.output["width"] // 2, "height": self.output["height"] // 2}
         rates = {}
-        for clients in (1, CLIENTS):
-            with ThreadPoolExecutor(clients) as pool:
-                list(pool.map(lambda seed: self._draw(url, seed, **smaller), range(clients)))
-                pictures = range(PICTURES * clients)
-                seconds = timed(lambda: list(pool.map(lambda seed: self._draw(url, seed, **smaller), pictures)))  # noqa: B023
-            rates[clients] = len(pictures) / seconds
-        return {
-            "small_pictures_per_s": rates[1],
-            f"small_pictures_per_s_{CLIENTS}_clients": rates[CLIENTS],
-            "batching_ratio": rates[CLIENTS] / rates[1],
-        }
+        for clients, name in ((1, "small_pictures_per_s"), (CLIENTS, f"small_pictures_per_s_{CLIENTS}_clients")):
+            self._draw_small(url, clients, clients)
+            pictures = PICTURES * clients
+            rates[clients] = pictures / timed(lambda: self._draw_small(url, clients, pictures))  # noqa: B023
+            yield {name: rates[clients]}
+        yield {"batching_ratio": rates[CLIENTS] / rates[1]}
 
-    def _updates(self, url: str) -> dict[str, Any]:
+    def _draw_small(self, url: str, clients: int, pictures: int) -> None:
+        smaller = {"width": self.output["width"] // 2, "height": self.output["height"] // 2}
+        pool = ThreadPoolExecutor(clients)
+        try:
+            list(pool.map(lambda seed: self._draw(url, seed, **smaller), range(pictures)))
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)  # what is under way ends with the server
+
+    def _updates(self, url: str) -> Figures:
         """An update of the whole denoiser from tensors of this process (through CUDA handles on a GPU), and digests."""
         tensors: dict[str, torch.Tensor] = {}
         for file in sorted((self.model / "transformer").glob("*.safetensors")):
@@ -82,19 +89,14 @@ class Served:
         gigabytes = sum(tensor.nbytes for tensor in tensors.values()) / 1e9
         route = "ipc" if self.device == "cuda" else "shared"
         with Client(url) as client:
-            seconds = [timed(lambda: client.weights.update(tensors, verify=False, route=route)) for _ in range(2)]
-            digests = timed(lambda: client.weights.checksum(["transformer"]))
-        return {
-            "update_gb": gigabytes,
-            "first_update_s": seconds[0],
-            "update_s": seconds[1],
-            "update_gb_per_s": gigabytes / seconds[1],
-            "checksum_s": digests,
-        }
+            for name in ("first_update", "update"):
+                seconds = timed(lambda: client.weights.update(tensors, verify=False, route=route))
+                yield {"update_gb": gigabytes, f"{name}_s": seconds, f"{name}_gb_per_s": gigabytes / seconds}
+            yield {"checksum_s": timed(lambda: client.weights.checksum(["transformer"]))}
 
     def _draw(self, url: str, seed: int = 0, **fields: Any) -> None:
         body = {"prompt": PROMPT, "seed": seed, **self.output, **fields}
-        answer = httpx.post(f"{url}/generate", json=body, timeout=START_S)
+        answer = httpx.post(f"{url}/generate", json=body, timeout=REQUEST_S)
         if answer.status_code != 200:
             raise RuntimeError(f"{answer.status_code}: {answer.text[:300]}")
 
@@ -108,12 +110,24 @@ class Served:
             try:
                 _wait_until_healthy(f"http://127.0.0.1:{port}", process)
                 yield f"http://127.0.0.1:{port}"
-            except StartFailed as failed:
+            except Exception as error:
                 log.seek(0)
-                raise StartFailed(f"{failed}: {log.read()[-500:]}") from None
+                error.add_note(f"The server's log ends with:\n{log.read()[-LOG_CHARACTERS:]}")
+                raise
             finally:
-                process.send_signal(signal.SIGTERM)
-                process.wait(60)
+                _end(process)
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """End a server, whose processes end with it. Running requests get no time, as nobody waits for them any more."""
+    process.terminate()
+    time.sleep(0.1)
+    process.terminate()
+    try:
+        process.wait(END_S)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
 
 
 def _wait_until_healthy(url: str, process: subprocess.Popen[bytes]) -> None:
@@ -132,19 +146,28 @@ def _wait_until_healthy(url: str, process: subprocess.Popen[bytes]) -> None:
 
 @contextmanager
 def busy(device: str) -> Iterator[list[float]]:
-    """The list is filled, when the context ends, with percentages of time in which a kernel ran (``nvidia-smi``)."""
+    """The list fills with percentages of time in which a kernel ran (``nvidia-smi``); empty if nobody can tell."""
     shares: list[float] = []
-    if device != "cuda":
+    if device != "cuda" or shutil.which("nvidia-smi") is None:
         yield shares
         return
-    query = ["nvidia-smi", "--query-gpu=utilization.gpu", "--format=csv,noheader,nounits", "-lms", "200"]
-    with subprocess.Popen(query, stdout=subprocess.PIPE, text=True) as sampler:
-        try:
-            yield shares
-        finally:
-            sampler.terminate()
-            printed, _ = sampler.communicate()
-            shares += [float(line) for line in printed.split() if line.isdigit()]
+    done = threading.Event()
+
+    def sample() -> None:
+        while not done.wait(SAMPLE_S):
+            asked = subprocess.run(_UTILIZATION, capture_output=True, text=True, timeout=END_S, check=False)
+            shares.extend(float(line) for line in asked.stdout.split() if line.isdigit())
+
+    sampler = threading.Thread(target=sample, daemon=True)
+    sampler.start()
+    try:
+        yield shares
+    finally:
+        done.set()
+        sampler.join()
+
+
+_UTILIZATION = ("nvidia-smi", "--id=0", "--query-gpu=utilization.gpu", "--format=csv,noheader,nounits")
 
 
 def graph_counters(url: str) -> dict[str, float]:

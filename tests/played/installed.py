@@ -139,7 +139,7 @@ def _install_pinned_memory() -> None:
         return tensor if is_pinned(tensor) else pin(tensor.clone())
 
     torch.empty = empty
-    torch.accelerator.empty_host_cache = lambda: RECORD.operators.update(["empty_host_cache"])  # type: ignore[assignment]
+    torch._C._host_emptyCache = lambda: RECORD.operators.update(["empty_host_cache"])  # type: ignore[assignment]
     torch.Tensor.record_stream = keep_until_done  # type: ignore[assignment,method-assign]
     torch.Tensor.is_pinned = is_pinned  # type: ignore[method-assign]
     torch.Tensor.pin_memory = pin_memory  # type: ignore[method-assign]

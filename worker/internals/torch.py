@@ -83,3 +83,11 @@ def set_collective_timeout(group: dist.ProcessGroup, timeout_s: float) -> None:
 def storage_use_count(storage: torch.UntypedStorage) -> int:
     """How many tensors, views among them, and Python objects refer to ``storage``."""
     return int(torch._C._storage_Use_Count(storage._cdata))
+
+
+def empty_host_cache() -> None:
+    """Give unused page-locked memory back to the system, in a build of torch for GPUs.
+
+    ``torch.accelerator.empty_host_cache`` is younger than the releases of torch that machines with GPUs often have.
+    """
+    torch._C._host_emptyCache()

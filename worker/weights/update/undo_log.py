@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 
+from ...internals.torch import empty_host_cache
 from ...parallel.device import pinned
 from ..progress import OnProgress
 from . import page_swap
@@ -114,7 +115,7 @@ class UndoLog:
         if not any(block.used for block in self._blocks):
             self._blocks.clear()
         if self._device.type == "cuda":  # torch keeps both kinds of memory when they are freed
-            torch.accelerator.empty_host_cache()
+            empty_host_cache()
             torch.cuda.empty_cache()
 
     def _swappable(self, like: torch.Tensor) -> torch.Tensor | None:

@@ -1,0 +1,90 @@
+"""The stages of an unattended run: what each has found is written at once, and each has its time and no more."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import signal
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from safelight.benchmarks.machine import describe
+
+Figures = Iterator[dict[str, Any]]
+"""What a stage measures, in parts, each as soon as it is known."""
+
+LONGEST = 3
+"""A stage is ended when it has taken this many times what it usually needs."""
+
+_LAST_CHARACTERS = 3000
+
+
+class TooLong(Exception):
+    """A stage has taken all the time that it had."""
+
+
+class Run:
+    """The stages of one run, their results, and the time that is left for them."""
+
+    def __init__(self, minutes: float, results: Path, options: dict[str, Any]) -> None:
+        self._ends = time.monotonic() + 60 * minutes
+        self._results = results
+        self.found: dict[str, Any] = {"machine": describe(), "options": options, "models": {}}
+
+    def stage(self, model: str, name: str, needs_s: float, measure: Callable[[], Figures]) -> bool:
+        """Run one stage and keep what it finds, also if it fails later; false if it failed or was skipped."""
+        stages = self.found["models"].setdefault(model, {})
+        figures = stages[name] = dict[str, Any]()
+        left_s, began = self._ends - time.monotonic(), time.monotonic()
+        if left_s < needs_s:
+            figures["skipped"] = f"needs about {needs_s:.0f} s, and {max(0.0, left_s):.0f} were left"
+        else:
+            try:
+                with _ended_after(min(left_s, LONGEST * needs_s)):
+                    for found in measure():
+                        figures |= found
+                        self._write()
+            except Exception as error:  # noqa: BLE001  # whatever it is: nobody is there, and other stages are worth having
+                figures["error"] = f"{type(error).__name__}: {error}"
+                figures["traceback"] = "".join(traceback.format_exception(error))[-_LAST_CHARACTERS:]
+        figures["stage_s"] = round(time.monotonic() - began, 2)
+        print(model, name, json.dumps(figures), flush=True)
+        self._write()
+        return "error" not in figures and "skipped" not in figures
+
+    def _write(self) -> None:
+        self._results.mkdir(parents=True, exist_ok=True)
+        (self._results / "gpu.json").write_text(json.dumps(self.found, indent=2) + "\n")
+        (self._results / "gpu.md").write_text(table(self.found))
+
+
+@contextlib.contextmanager
+def _ended_after(seconds: float) -> Iterator[None]:
+    """Raise ``TooLong`` in the main thread, which this must be, if the context lasts longer."""
+
+    def end(number: int, frame: FrameType | None) -> None:
+        raise TooLong(f"it has taken {seconds:.0f} s")
+
+    before = signal.signal(signal.SIGALRM, end)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def table(found: dict[str, Any]) -> str:
+    """The results as Markdown: one row for each figure of each stage."""
+    lines = [f"Machine: {json.dumps(found['machine'])}", "", "| model | stage | figure | value |", "|---|---|---|---|"]
+    for model, stages in found["models"].items():
+        for stage, figures in stages.items():
+            for name, value in figures.items():
+                if name != "traceback":
+                    shown = f"{value:.3g}" if isinstance(value, float) else str(value)
+                    lines.append(f"| {model} | {stage} | {name} | {shown.replace('|', '/')} |")
+    return "\n".join(lines) + "\n"
