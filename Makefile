@@ -7,6 +7,7 @@ PORT ?=
 MODEL ?=
 JOBS ?= 2# test files that run at once
 ARGS ?=
+TEST_DEVICE ?= played# the device of test-played-cuda: played, or cpu
 RECORD ?=# 1 writes the results of test-played-cuda into docs/hardware.md
 
 ENVIRONMENT := .venv/.installed
@@ -47,7 +48,7 @@ test-cuda: $(ENVIRONMENT) ## run the tests of tests/cuda on a GPU, beside plain 
 	$(BIN)/python docs/generate_hardware.py
 
 test-played-cuda: $(ENVIRONMENT) ## run the same tests on CUDA devices that are played on the CPU
-	TEST_DEVICE=played $(if $(RECORD),DEVICE_RESULTS=benchmarks/results/devices-played.json) $(PYTEST) tests/cuda $(ARGS)
+	TEST_DEVICE=$(TEST_DEVICE) $(if $(RECORD),DEVICE_RESULTS=benchmarks/results/devices-$(TEST_DEVICE).json) $(PYTEST) tests/cuda $(ARGS)
 	$(if $(RECORD),$(BIN)/python docs/generate_hardware.py)
 
 test-fast: $(ENVIRONMENT) ## run the tests that need few live servers and models, in two minutes

@@ -25,12 +25,14 @@ that shows and what it cannot. Speed, rounding, CUDA's own kernels, NCCL, CUDA I
 are known only where the column *CUDA* has results, and from `python -m safelight.benchmarks.gpu`, whose results are
 in `benchmarks/results/` once it has run.
 
-The numbers are tests that passed; "–" is a place where none has run.
+The numbers are tests that passed; "–" is a place where none has run. Most of these claims are about the memory and the
+waits of a GPU, so few of these tests run on a CPU.
 """
 
 TAIL = """
-`make test-cuda` fills the column *CUDA* on a machine with a GPU, and `make test-played-cuda RECORD=1` the one before.
-Both write `benchmarks/results/devices-….json`, from which this page is made.
+`make test-cuda` fills the column *CUDA* on a machine with a GPU, `make test-played-cuda RECORD=1` the one before, and
+`make test-played-cuda RECORD=1 TEST_DEVICE=cpu` the first. Each writes `benchmarks/results/devices-….json`, from which
+this page is made.
 """
 
 
