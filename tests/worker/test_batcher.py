@@ -120,6 +120,58 @@ def test_a_group_that_comes_to_an_idle_batcher_makes_all_its_steps_together() ->
     assert [sorted(values) for values in component.forwards] == [[1.0, 2.0, 3.0, 4.0, 5.0]] * 3
 
 
+def encoded(encoder: Doubler, denoiser: Doubler, decoder: Doubler, value: float, steps: int = 3) -> Coroutine:
+    """A coroutine that encodes a prompt of its own, makes ``steps`` steps and decodes."""
+
+    def body() -> None:
+        row = torch.full((1, 2), value)
+        cross(Call("text_encoder", "__call__", encoder, (row,), {}))
+        for _ in range(steps):
+            cross(Call("transformer", "__call__", denoiser, (row,), {}))
+        cross(Call("vae", "decode", decoder, (row,), {}))
+
+    return Coroutine(body, lambda _: None)
+
+
+def test_requests_that_arrive_one_by_one_within_a_forward_make_all_their_steps_together() -> None:
+    """Before, the first ran ahead, and each of the others made steps alone and was decoded alone."""
+    encoder, denoiser, decoder, running = Doubler(), Doubler(), Doubler(), batcher()
+    for value in (1.0, 2.0, 3.0, 4.0):  # the next arrives while the prompt of the one before is being encoded
+        running.start(encoded(encoder, denoiser, decoder, value))
+        running.step()
+    drain(running)
+    assert encoder.forwards == [[1.0], [2.0], [3.0], [4.0]]
+    assert [sorted(values) for values in denoiser.forwards] == [[1.0, 2.0, 3.0, 4.0]] * 3
+    assert [sorted(values) for values in decoder.forwards] == [[1.0, 2.0, 3.0, 4.0]]
+
+
+def test_one_that_finishes_is_decoded_although_others_keep_arriving() -> None:
+    encoder, denoiser, decoder, running = Doubler(), Doubler(), Doubler(), batcher()
+    running.start(encoded(encoder, denoiser, decoder, 1.0, steps=2))
+    for value in range(2, 20):
+        running.step()
+        running.start(encoded(encoder, denoiser, decoder, float(value), steps=2))
+    assert decoder.forwards[0][0] == 1.0
+    drain(running)
+
+
+def test_calls_of_another_kind_that_start_later_pass_others_only_once() -> None:
+    """As with two denoisers, one for each half of the steps: the later half must not wait for all new requests."""
+    early, late, running = Doubler(), Doubler(), batcher()
+
+    def body(name: str, component: Doubler, steps: int) -> None:
+        for _ in range(steps):
+            cross(Call(name, "__call__", component, (torch.ones(1, 2),), {}))
+
+    running.start(Coroutine(functools.partial(body, "transformer_2", late, 6), lambda _: None))
+    running.step()
+    for _ in range(6):
+        running.start(Coroutine(functools.partial(body, "transformer", early, 6), lambda _: None))
+        running.step()
+    assert len(late.forwards) >= 2
+    drain(running)
+
+
 def test_the_token_budget_caps_a_forward_but_never_stops_a_single_call() -> None:
     component, running = Doubler(), batcher(max_tokens=5)
     for value in (1.0, 2.0, 3.0):

@@ -52,6 +52,10 @@ class Coroutine:
         """Pixels of the output, all frames together; 0 if unknown."""
         self.number = 0
         """A serial number, in the batcher's order of starts."""
+        self.waits = 0
+        """How often it has waited for answers."""
+        self.called: set[str] = set()
+        """The names of the calls that it has made."""
         self.state: ThreadState | None = None
         """torch's settings for its calls, if they differ from the batcher's."""
         self._away: Swap | None = None

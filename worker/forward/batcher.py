@@ -33,12 +33,6 @@ from .waiting import WaitingCalls
 
 log = logging.getLogger(__name__)
 
-STARTS_PER_STEP = 2
-"""Coroutines started between two forwards: few, because a start runs up to the first call while all others wait.
-
-If no call waits, as many start as one forward takes, so that a group's samples run all their steps together.
-"""
-
 TURNS_PER_FORWARD = 4
 """How often coroutines that yield are resumed before a forward that waits. Their steps take far less time than it."""
 
@@ -138,7 +132,7 @@ class Batcher:
             self._cache.clear()
 
     def step(self) -> None:
-        """Resume coroutines that have yielded, start a few, then run one forward and resume those that it served.
+        """Resume coroutines that have yielded, start new ones, then run one forward and resume those that it served.
 
         While coroutines yield again, most steps are without a forward.
         """
@@ -155,7 +149,8 @@ class Batcher:
             self.recovery.run(forward, self._deliver)
 
     def _start(self) -> None:
-        for _ in range(STARTS_PER_STEP if self._waiting else self.policy.max_batch):
+        """Start as many as one forward takes: those that start together run all their steps together."""
+        for _ in range(self.policy.max_batch):
             # checked each time, because a coroutine that fails at once frees its place
             if not self._starting or not self._may_start(self._starting[0]):
                 break
@@ -205,11 +200,15 @@ class Batcher:
             self._yielded[coroutine] = calls.changes
             return
         wait = Wait(coroutine, [None] * len(calls), len(calls))
-        self._waiting.extend(self._examined(wait, index, call) for index, call in enumerate(calls))
+        self._waiting.extend([self._examined(wait, index, call) for index, call in enumerate(calls)])
+        coroutine.waits += 1
+        coroutine.called.update(call.name for call in calls)
 
     def _examined(self, wait: Wait, index: int, call: Call) -> Pending:
         """Read the call's signature and prompt key. A call whose arguments cannot be read runs alone from now on."""
-        pending = Pending(wait, index, call, wait.coroutine.state)
+        coroutine = wait.coroutine
+        first = call.name not in coroutine.called
+        pending = Pending(wait, index, call, coroutine.state, coroutine.waits, first)
         if call.around is not None:  # it runs with its own fork's changes, so no other call can join it
             return pending
         try:

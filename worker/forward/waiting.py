@@ -12,12 +12,18 @@ from .policy import MergePolicy
 from .prompt_cache import PromptCache, prompt_of
 from .signature import Batchable
 
+MAX_PASSES = 4
+"""Forwards that may pass a call at the head of the queue; requests that keep arriving would delay it without end."""
+
 
 class WaitingCalls:
     """A queue in the order in which calls became ready.
 
     The first call decides the signature of the next forward, and every later one with the same signature joins it, up
     to the caps of ``policy``. The others keep their places, so that no signature starves.
+
+    Coroutines that have just started catch up: their prompts are encoded before the denoiser's next step, which they
+    then join. So those that arrive within a step run all their steps together, and their outputs are decoded at once.
     """
 
     def __init__(self, policy: MergePolicy, cache: PromptCache | None, adapters: Adapters | None) -> None:
@@ -43,14 +49,29 @@ class WaitingCalls:
         return removed
 
     def next_forward(self) -> Forward:
-        """Take the first call out of the queue, and all that may join it."""
-        first = self._calls.popleft()
+        """Take out of the queue the call whose turn it is, and all that may join it."""
+        first = self._take_first()
         part, uses = self._policy.batchable(first), self._uses(first)
         if part is None or self._is_cached(first, uses):
             return Forward([first], [uses])
         batch = _Batch(first, part, uses, self._policy)
         self._calls = deque(other for other in self._calls if not self._joined(batch, other))
         return Forward(batch.calls, batch.adapters)
+
+    def _take_first(self) -> Pending:
+        """Take the head of the queue, or before it the call of a coroutine that has waited less often.
+
+        Only the first call of each name passes others: a coroutine that made all its calls before theirs, as it never
+        catches up with a longer one, would starve them.
+        """
+        first = head = self._calls[0]
+        if head.passed < MAX_PASSES:
+            for other in self._calls:
+                if other.first and other.call.name != head.call.name and other.position < first.position:
+                    first = other
+        head.passed += first is not head
+        self._calls.remove(first)
+        return first
 
     def _joined(self, batch: _Batch, other: Pending) -> bool:
         part = self._policy.batchable(other)
