@@ -21,7 +21,6 @@ TERMINATION_S = 5.0
 _STDIN, _STDOUT, _STDERR = range(3)
 
 _ENVIRONMENT = {
-    "GOMP_SPINCOUNT": "2000",
     "MALLOC_MMAP_THRESHOLD_": str(32 * 2**20),
     "MALLOC_TOP_PAD_": str(64 * 2**20),
     "MALLOC_TRIM_THRESHOLD_": str(2**30),
@@ -29,17 +28,14 @@ _ENVIRONMENT = {
 }
 """Environment of child processes, unless the launcher's own sets it; docs/decisions/0006 has the measurements.
 
-Threads that wait for work spin for microseconds, then sleep. The heap keeps the memory of a forward for the next one.
+The heap keeps the memory of a forward for the next one.
 Libraries that ask for a GPU while they are imported do not open it: a process that has cannot fork workers.
 """
 
 
 def child_environment() -> dict[str, str]:
-    """Ours under the launcher's own; who chose a wait policy has chosen how long threads spin, too."""
-    own = {
-        name: value for name, value in _ENVIRONMENT.items() if "OMP" not in name or "OMP_WAIT_POLICY" not in os.environ
-    }
-    return {name: value for name, value in {**own, **os.environ}.items() if name != "SAFELIGHT_API_KEY"}
+    """Ours under the launcher's own."""
+    return {name: value for name, value in {**_ENVIRONMENT, **os.environ}.items() if name != "SAFELIGHT_API_KEY"}
 
 
 def spawn(module: str, stdin: int) -> int:

@@ -39,6 +39,7 @@ from ..self_test.self_test_cache import SelfTestCache
 from ..weights.snapshot.journal import Journal
 from .engine import Engine
 from .heartbeat import HEARTBEAT_S, Heartbeats
+from .spinning import adapt_spinning
 
 log = logging.getLogger(__name__)
 
@@ -94,6 +95,7 @@ class RankProcess:
         why_without_graphs(self._config, device)  # refuses what cannot be before the model is loaded
         threads = self._config.threads or max(1, (os.cpu_count() or 1) // self._config.world_size)
         torch.set_num_threads(threads)
+        adapt_spinning(threads)
         # gradient mode is thread state: disabled here, so that leaving a pipeline's no_grad cannot enable it
         torch.set_grad_enabled(False)
         self._mesh = join(
