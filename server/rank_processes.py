@@ -52,5 +52,14 @@ class RankProcesses:
             how = ends[which].result()
             return how if len(ends) == 1 else f"(rank {which} of {len(ends)}) {how}"
 
+    async def end_together(self) -> str:
+        """Wait for the end of any of them, and end the others at once: all that they could do is wait for it.
+
+        Says how the first one ended.
+        """
+        how = await self.wait()
+        await self.stop(at_once=True)
+        return how
+
     async def stop(self, *, at_once: bool = False) -> None:
         await asyncio.gather(*(rank.stop(at_once=at_once) for rank in self._ranks))

@@ -141,7 +141,7 @@ class Supervisor:
             replica = next((r for r in status.replicas if r.replica == number and r.pid == worker.pid), None)
             return replica.message if replica is not None and replica.state == "stalled" else None
 
-        async with racing(worker.wait(), self._link.status_where(stalled)) as (ended, hangs):
+        async with racing(worker.end_together(), self._link.status_where(stalled)) as (ended, hangs):
             if ended.done():
                 return f"The process of replica {number} {ended.result()}."
             return f"Replica {number} hangs: {hangs.result()}."

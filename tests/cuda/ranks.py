@@ -21,7 +21,7 @@ from safelight.tests.worker.leading import lockstep_of
 from safelight.worker.forward.batch import Forward
 from safelight.worker.forward.batcher import Batcher
 from safelight.worker.model.model import load_model
-from safelight.worker.parallel.lockstep import Follower, Leader, Step, Stop
+from safelight.worker.parallel.lockstep import Follower, Leader, Step
 from safelight.worker.parallel.mesh import Mesh
 from safelight.worker.parallel.ranks import RankLost
 from safelight.worker.requests import encoding_threads
@@ -96,7 +96,7 @@ def _lead(
         leader.broadcast(step)
         run_step(step)
         time.sleep(0.001)
-    leader.broadcast(Stop())
+    leader.stop()
 
 
 class Shortage:

@@ -39,3 +39,17 @@ async def test_the_end_of_one_rank_is_reported_with_its_number_and_its_status(tm
     assert await ranks.wait() == "(rank 1 of 2) was killed by SIGKILL"
     await ranks.stop()
     assert [pid for pid in ranks.pids if psutil.pid_exists(pid)] == []
+
+
+@pytest.mark.anyio
+async def test_ranks_whose_brother_has_died_are_ended_before_its_end_is_reported(tmp_path: Path) -> None:
+    """One that waits for it would not end by itself, and would get requests until it did."""
+
+    async def start_rank(child: ChildConfig) -> ChildProcess:
+        return await ChildProcess.start("scheduler", child)
+
+    ranks = await RankProcesses.start(ChildConfig(config=Config(tp=3), directory=str(tmp_path), replica=0), start_rank)
+    psutil.Process(ranks.pids[0]).suspend()  # it waits for nothing that SIGTERM could end
+    psutil.Process(ranks.pids[1]).kill()
+    assert await ranks.end_together() == "(rank 1 of 3) was killed by SIGKILL"
+    assert [pid for pid in ranks.pids if psutil.pid_exists(pid)] == []

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import tempfile
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+import zmq
 
 from safelight.tests.ranks import on_mesh, on_ranks
 from safelight.tests.tiny import save
 from safelight.tests.worker import failing, leading, swapping
 from safelight.tests.worker.limiting import gives_up_on_a_silent_rank, votes_without_the_device
 from safelight.tests.worker.summing import sums_round_once
+from safelight.worker.parallel.lockstep import Leader
 
 
 @pytest.mark.parametrize("size", [2, 4])
@@ -48,6 +51,15 @@ def rendezvous_path() -> Iterator[str]:
 
 def test_a_rank_that_would_make_another_forward_ends_before_it(rendezvous_path: str) -> None:
     on_mesh({"tp": 2}, leading.would_make_another_forward, rendezvous_path)
+
+
+def test_a_leader_stops_though_the_other_ranks_are_gone(rendezvous_path: str) -> None:
+    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+    stopping = threading.Thread(target=Leader(context, rendezvous_path, 2).stop, daemon=True)
+    stopping.start()
+    stopping.join(60)
+    assert not stopping.is_alive()
+    context.destroy(linger=0)
 
 
 def test_a_vote_of_the_ranks_needs_no_memory_of_their_devices() -> None:

@@ -6,6 +6,7 @@ would run another forward, or none, must stop, because its next collective would
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 
 import msgspec
@@ -60,12 +61,20 @@ class Leader:
         for rank, socket in enumerate(self._sockets, start=1):
             socket.bind(_address(rendezvous_path, rank))
 
-    def broadcast(self, message: Step | StartForward | Stop) -> None:
+    def broadcast(self, message: Step | StartForward) -> None:
+        """Send to every rank, also to one that is yet to connect; wait for that."""
         if not self._sockets:
             return
         frames = _MESSAGES.encode(message)
         for socket in self._sockets:
             socket.send_multipart(frames, copy=False)
+
+    def stop(self) -> None:
+        """Tell the other ranks that there are no more steps, those that are still there."""
+        frames = _MESSAGES.encode(Stop())
+        for socket in self._sockets:
+            with contextlib.suppress(zmq.Again):  # no rank is connected, and none will be
+                socket.send_multipart(frames, flags=zmq.NOBLOCK, copy=False)
 
     def before_forward(self, digest: int) -> None:
         """Send the digest of the next forward to the other ranks."""

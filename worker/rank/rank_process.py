@@ -29,7 +29,7 @@ from ..model.model import Model, load_model
 from ..model.modules import modules
 from ..offloading.offloading import Offloading, check_offload
 from ..parallel.device import find_device
-from ..parallel.lockstep import Follower, Leader, RankDesync, Step, Stop
+from ..parallel.lockstep import Follower, Leader, RankDesync, Step
 from ..parallel.mesh import join, leave
 from ..parallel.ranks import RankLost
 from ..parallel.starting import ReplicaStartFailed, all_or_none
@@ -217,7 +217,7 @@ class RankProcess:
                 step = Step(messages, dropped, engine.changed_limits())
                 leader.broadcast(step)
                 engine.run_step(step)
-        leader.broadcast(Stop())
+        leader.stop()
 
     def _update_stats(self, jobs: Jobs, *, at_once: bool) -> None:
         """Refresh the statistics that heartbeats send; unless ``at_once``, once per heartbeat at most."""
