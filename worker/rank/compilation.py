@@ -24,15 +24,20 @@ log = logging.getLogger(__name__)
 _OPTION = "--compile-sizes"
 
 
-def new_compiler(model: Model, config: Config) -> Compiler | None:
-    """The compiler, if there is to be one. Raises ``StartFailed`` if several ranks would have to switch together."""
-    if config.compile == "off":
-        return None
-    if config.replica_ranks > 1:
+def check_compile(config: Config) -> None:
+    """Raise ``StartFailed`` if several ranks would have to switch to compiled blocks together."""
+    if config.compile == "on" and config.replica_ranks > 1:
+        halves = " --cfg-parallel" if config.cfg_parallel else ""
         raise StartFailed(
-            f"--compile on needs replicas of one rank, and --tp {config.tp} --ulysses {config.ulysses} makes "
+            f"--compile on needs replicas of one rank, and --tp {config.tp} --ulysses {config.ulysses}{halves} makes "
             f"{config.replica_ranks}; use --replicas for further GPUs, or --compile off."
         )
+
+
+def new_compiler(model: Model, options: ForwardOptions) -> Compiler | None:
+    """The compiler, if there is to be one."""
+    if options.compile == "off":
+        return None
     denoisers = {name: module for name, module in modules(model.pipeline).items() if name in DENOISERS}
     return Compiler(denoisers, partial(judge, load_policy()))
 

@@ -37,6 +37,7 @@ from ..requests.jobs import Jobs
 from ..self_test.self_test import SelfTest
 from ..self_test.self_test_cache import SelfTestCache
 from ..weights.snapshot.journal import Journal
+from .compilation import check_compile
 from .engine import Engine
 from .heartbeat import HEARTBEAT_S, Heartbeats
 from .spinning import adapt_spinning
@@ -92,6 +93,7 @@ class RankProcess:
         self._report("loading the model")
         device = find_device(self._config, self._number, self._child.rank)
         check_offload(self._config, device)
+        check_compile(self._config)
         why_without_graphs(self._config, device)  # refuses what cannot be before the model is loaded
         threads = self._config.threads or max(1, (os.cpu_count() or 1) // self._config.world_size)
         torch.set_num_threads(threads)

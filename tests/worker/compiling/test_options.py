@@ -11,14 +11,19 @@ from safelight.protocol.config import Config
 from safelight.protocol.errors import StartFailed
 from safelight.worker.graphs.setting import why_without_graphs
 from safelight.worker.model.model import Model
-from safelight.worker.rank.compilation import new_compiler
+from safelight.worker.rank.compilation import check_compile, new_compiler
 
 
 def test_several_ranks_are_refused_and_off_makes_no_compiler(tiny_model: Callable[[str], Model]) -> None:
     model = tiny_model("flux")
     assert new_compiler(model, Config()) is None
-    with pytest.raises(StartFailed, match=r"--compile on needs replicas of one rank.* makes 4; use --replicas"):
-        new_compiler(model, Config(compile="on", tp=2, ulysses=2))
+    check_compile(Config(compile="on", replicas=2))
+    for config, words in (
+        (Config(compile="on", tp=2, ulysses=2), r"--compile on needs replicas of one rank.* makes 4; use --replicas"),
+        (Config(compile="on", cfg_parallel=True), "--tp 1 --ulysses 1 --cfg-parallel makes 2;"),
+    ):
+        with pytest.raises(StartFailed, match=words):
+            check_compile(config)
 
 
 def test_graphs_of_cuda_give_way_to_compilation_and_both_by_force_are_refused() -> None:
