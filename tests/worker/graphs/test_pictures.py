@@ -26,6 +26,9 @@ QUICK = ("flux", "sd3", "zimage", "wan", "sdxl")
 STACKS_NOTHING = ("cogvideox",)
 """Tiny models with one layer of each kind, which have no repeated blocks."""
 
+CHANGED_BY_ITS_PIPELINE = {"sd15_pag": ["unet, 4 blocks: its pipeline changes the component for the call"]}
+"""Reasons for which blocks of a family run eagerly."""
+
 OTHERS = tuple(
     name for name, family in FAMILIES.items() if name not in (*QUICK, *STACKS_NOTHING) and "image" not in family.call
 )
@@ -53,7 +56,8 @@ def test_replayed_blocks_make_the_plain_pipeline_s_pictures(name: str, tiny_mode
     assert all(map(torch.equal, [pictures(model, found, one)[0] for one in requests], expected))
     assert found.stats().captures
     assert found.stats().replays
-    assert not [one for one in found.stats().eager if "no repeated blocks" not in one]
+    eager = [one for one in found.stats().eager if "no repeated blocks" not in one]
+    assert eager == CHANGED_BY_ITS_PIPELINE.get(name, [])
 
 
 def test_requests_that_meet_are_replayed_as_they_are_merged(tiny_model: Callable[[str], Model]) -> None:
