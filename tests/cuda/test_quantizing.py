@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
 
 from safelight.tests.played import Record
+from safelight.worker.accuracy.admission import admit
+from safelight.worker.model.modules import modules
+from safelight.worker.offloading.offloading import Offloading
+from safelight.worker.parallel.ranks import ALONE
 from safelight.worker.weights.quantizing.base import QuantizedWeight
 from safelight.worker.weights.quantizing.layers import QuantizedLayer, QuantizedLinear, become_quantized
 from safelight.worker.weights.quantizing.schemes import SCHEMES, Scheme
 
 from .device import device, on_devices, played_only
+from .replica import Replica
 
 pytestmark = on_devices
 
@@ -50,3 +58,16 @@ def test_a_full_gpu_gets_the_codes_of_what_was_written_from_the_host(rows: slice
     assert torch.equal(quantized.scale.cpu()[-len(base) :], scale)
     if rows is not None:
         assert torch.equal(quantized.codes.cpu()[:32], kept)
+
+
+def test_quantized_components_that_rest_on_the_host_are_compared_with_the_checkpoint_s(
+    checkpoint: Callable[[str], Path],
+) -> None:
+    accuracy = []
+    for offload in ("off", "component"):
+        replica = Replica(checkpoint("flux"), device(), quantize="int8", offload=offload)
+        if offload != "off":
+            replica.model.offload = Offloading(modules(replica.model.pipeline), device(), by_block=False)
+        accuracy.append(admit(replica.model, ALONE, None))
+        replica.close()
+    assert accuracy[0] == accuracy[1]

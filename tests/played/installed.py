@@ -62,6 +62,8 @@ def _install_cuda(devices: int) -> None:
         "is_bf16_supported": lambda including_emulation=True: True,
         "manual_seed": lambda seed: None,
         "manual_seed_all": lambda seed: None,
+        "get_rng_state": lambda device="cuda": torch.get_rng_state(),  # kernels draw from the CPU's generator
+        "set_rng_state": lambda state, device="cuda": torch.set_rng_state(state),
         **_memory_functions(),
     }
     for name, function in functions.items():
