@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import typer
 from rich.console import Console
@@ -17,7 +17,7 @@ from ..process import programs
 from ..process.programs import become
 from ..protocol.errors import InvalidRequest, SafelightError
 from ..protocol.output_formats import FORMATS
-from . import weight_commands
+from . import options, weight_commands
 from .endpoint import DEFAULT_TIMEOUT_S, DEFAULT_URL
 from .errors import Unreachable
 from .options import ApiKey, Url, takes_fields
@@ -26,8 +26,7 @@ from .results import SUFFIXES, Generation, Output, Result
 from .sync_client import Client
 from .terminal import GenerationView, complain, server_table, standard_error
 
-PREVIEW_EVERY = 2
-"""Steps between two previews of ``--preview``."""
+T = TypeVar("T")
 
 READY_S = 1800.0
 """Seconds that a server may take to become ready: a large model may be read from a slow disk."""
@@ -95,38 +94,29 @@ def verify(context: typer.Context) -> None:
 @app.command(help="Generate from PROMPT with a running server or, if none runs, with a private one.")
 @takes_fields
 def generate(
-    prompt: Annotated[str, typer.Argument(help="The prompt.", show_default=False)],
-    output: Annotated[
-        Path,
-        typer.Option("--output", "-o", help="The file to write; its suffix sets the format. With -n: out-0.png, …"),
-    ] = Path("out"),
+    prompt: options.Prompts,
+    output: options.OutputFile = Path("out"),
     url: Url = None,
     api_key: ApiKey = None,
-    model: Annotated[
-        str | None,
-        typer.Option("--model", "-m", help="The model to serve; a running server must have this one."),
-    ] = None,
-    seed: Annotated[int | None, typer.Option(help="By default a random seed, which is printed.")] = None,
-    n: Annotated[int, typer.Option("-n", min=1, help="Number of outputs, with consecutive seeds.")] = 1,
-    image: Annotated[
-        list[Path] | None,
-        typer.Option(exists=True, dir_okay=False, help="An input picture; repeat for models that take several."),
-    ] = None,
-    extra: Annotated[
-        list[str] | None,
-        typer.Option(metavar="NAME=JSON", help="A further argument of the pipeline; may be given several times."),
-    ] = None,
-    preview: Annotated[bool, typer.Option("--preview", help="Show the picture in the terminal as it forms.")] = False,
-    timeout: Annotated[float, typer.Option(help="Seconds to wait for the server's next bytes.")] = DEFAULT_TIMEOUT_S,
+    model: options.Model = None,
+    seed: options.Seeds = None,
+    n: options.Count = 1,
+    image: options.Images = None,
+    lora: options.Adapters = None,
+    extra: options.Extras = None,
+    preview: options.Preview = False,
+    preview_every: options.PreviewEvery = None,
+    timeout: options.Timeout = DEFAULT_TIMEOUT_S,
     **settings: Any,
 ) -> None:
     notes = standard_error()
     own: dict[str, Any] = {
-        "seed": seed,
+        "seed": _one_or_all(seed),
         "n": n,
-        "image": (image if len(image) > 1 else image[0]) if image else None,
+        "image": _one_or_all(image),
+        "lora": [_adapter(text) for text in lora] if lora else None,
         "output_format": _format_of(output),
-        "preview_every": PREVIEW_EVERY if preview and notes.is_terminal else None,
+        "preview_every": preview_every or (options.PREVIEW_EVERY if preview and notes.is_terminal else None),
         "extra": dict(_extra_argument(text) for text in extra or ()),
     }
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -147,6 +137,19 @@ def info(
         print(json.dumps(found, indent=2))
     else:
         Console().print(server_table(client.base_url, found))
+
+
+def _one_or_all(values: list[T] | None) -> T | list[T] | None:
+    return values[0] if values is not None and len(values) == 1 else values or None
+
+
+def _adapter(text: str) -> dict[str, Any]:
+    """Split ``name=scale``; without a scale, the server's default counts."""
+    name, equals, scale = text.rpartition("=")
+    try:
+        return {"name": name, "scale": float(scale)} if equals else {"name": text}
+    except ValueError:
+        raise InvalidRequest(f"--lora takes NAME or NAME=SCALE with a number as the scale, not {text!r}.") from None
 
 
 def _format_of(output: Path) -> str | None:
@@ -209,9 +212,9 @@ def _check_model(client: Client, wanted: str | None) -> None:
         )
 
 
-def _draw(client: Client, notes: Console, prompt: str, request: dict[str, Any]) -> Generation:
-    with GenerationView(notes, request["n"]) as view:
-        for event in client.stream(prompt, **request):
+def _draw(client: Client, notes: Console, prompts: list[str], request: dict[str, Any]) -> Generation:
+    with GenerationView(notes, len(prompts) * request["n"]) as view:
+        for event in client.stream(prompts[0] if len(prompts) == 1 else prompts, **request):
             if isinstance(event, Result):
                 return event.generation
             view.show(event)

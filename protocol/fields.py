@@ -21,8 +21,8 @@ class Field(msgspec.Struct, frozen=True):
 
     ``high`` may name the option of the server that holds the bound. A field that is an ``argument`` is taken by
     pipelines whose ``__call__`` has one of its name, a ``video`` field by those that make clips, any other by all.
-    ``wire`` is its name in a request's body, and ``short`` in the Python client and on the command line, which has it
-    as an option if it is a ``flag``; by default both are the attribute's.
+    ``wire`` is its name in a request's body, and ``short`` in the Python client and on the command line; by default
+    both are the attribute's.
     """
 
     help: str
@@ -31,10 +31,9 @@ class Field(msgspec.Struct, frozen=True):
     taken_by: Literal["argument", "video"] | None = None
     wire: str | None = None
     short: str | None = None
-    flag: bool = False
 
 
-_argument = functools.partial(Field, taken_by="argument", flag=True)
+_argument = functools.partial(Field, taken_by="argument")
 _SIDE = _argument("In pixels; a multiple of the model's `size_multiple`", 1, "max_pixels")
 _STEPS = _argument("Denoising steps", 1, "max_steps", short="steps")
 _TRUE_CFG = _argument("Guidance with a negative prompt, for distilled models", 0, 1000)
@@ -55,12 +54,12 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     width: Annotated[int | None, _SIDE] = None
     height: Annotated[int | None, _SIDE] = None
     num_frames: Annotated[int | None, _argument("Frames of a video", 1, "max_frames")] = None
-    fps: Annotated[int | None, Field("Frames per second of a video", 1, 240, taken_by="video", flag=True)] = None
+    fps: Annotated[int | None, Field("Frames per second of a video", 1, 240, taken_by="video")] = None
     negative_prompt: Annotated[str | None, _argument("What not to show, where the pipeline takes it")] = None
     priority: Annotated[int, Field("Requests of a higher priority run first", -1_000_000, 1_000_000)] = 0
     timeout_s: Annotated[float | None, Field("Seconds after which the request ends with a 504", 0.001, _WEEK_S)] = None
     preview_every: Annotated[int, Field("While streaming, a decoded preview each so many steps", 0, "max_steps")] = 0
-    deterministic: Annotated[bool, Field(_BITWISE, flag=True)] = False
+    deterministic: Annotated[bool, Field(_BITWISE)] = False
     cache: Annotated[str | float | None, Field(_CACHE, 0, 1)] = None
     extra: Annotated[dict[str, Any], Field("Further arguments of the pipeline; see `arguments` in /model_info")] = {}
 

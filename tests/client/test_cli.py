@@ -124,8 +124,37 @@ def test_generate_saves_the_picture_and_tells_where(tmp_path: Path) -> None:
         "n": 1,
         "output_format": "png",
         "deterministic": False,
+        "priority": 0,
         "stream": True,
     }
+
+
+def test_what_a_request_can_ask_for_can_be_asked_for_on_the_command_line(tmp_path: Path) -> None:
+    flags = ["--seed", "7", "--seed", "9", "--lora", "ink=0.5", "--lora", "a/b", "--priority", "3", "--timeout-s", "60"]
+    with PlayedServer(HEALTHY, HEALTHY, drawn(7, 9)) as server:
+        run = safelight(
+            "generate", "a", "b", *flags, "--cache", "0.1", "--preview-every", "3", "--url", server.url, folder=tmp_path
+        )
+    assert run.returncode == 0, run.stderr
+    assert server.requests[-1].body == {
+        "prompt": ["a", "b"],
+        "seed": [7, 9],
+        "n": 1,
+        "lora": [{"name": "ink", "scale": 0.5}, {"name": "a/b"}],
+        "priority": 3,
+        "timeout_s": 60.0,
+        "cache": "0.1",
+        "preview_every": 3,
+        "deterministic": False,
+        "stream": True,
+    }
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out-0.png", "out-1.png"]
+
+
+def test_a_scale_that_is_not_a_number_is_refused(tmp_path: Path) -> None:
+    run = safelight("generate", "a", "--lora", "ink=much", folder=tmp_path)
+    assert run.returncode == 1
+    assert "NAME=SCALE" in run.stderr
 
 
 def test_several_outputs_are_numbered(tmp_path: Path) -> None:

@@ -29,7 +29,17 @@ def test_a_field_is_missing_nowhere(name: str) -> None:
     assert name in {field.name for field in msgspec.structs.fields(Generate)}
     for owner in (Client, AsyncClient):
         assert {name, row.alias} <= inspect.signature(owner.generate).parameters.keys()
-    assert (row.alias in inspect.signature(generate).parameters) == (row.field.flag or name == "extra")
+    assert row.alias in inspect.signature(generate).parameters
+
+
+def test_every_field_of_a_generation_is_reachable_from_the_client_and_the_command_line() -> None:
+    """``n`` is ``num_outputs_per_prompt``; ``Client.stream`` streams, as the command line always does, which takes the
+    format from the name of the file."""
+    fields = {TABLE[name].alias if name in TABLE else name for name in GenerateBody.model_fields}
+    fields -= {"stream", "num_outputs_per_prompt"}
+    assert fields <= inspect.signature(Client.generate).parameters.keys()
+    assert inspect.signature(Client.stream).parameters == inspect.signature(Client.generate).parameters
+    assert fields - {"output_format"} <= inspect.signature(generate).parameters.keys()
 
 
 def test_an_editor_sees_every_field_with_its_type() -> None:
