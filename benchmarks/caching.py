@@ -1,7 +1,9 @@
-"""The savings of step cache, guidance pairing and prompt cache, and the errors of the step cache.
+"""The savings of step cache, guidance pairing and prompt cache, and their errors.
 
 `python -m safelight.benchmarks.caching` prints tables and writes `results/caching.json` and `results/caching.md`. It
-runs in one process and one thread, and counts CPU seconds of the process, which other work disturbs least.
+runs in one process and one thread, and counts CPU seconds of the process, which other work disturbs least. `--quick`
+takes a few minutes, shows that everything runs, and leaves the results alone. `docs/generate_performance.py` puts the
+results into the documentation.
 """
 
 from __future__ import annotations
@@ -9,19 +11,21 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from safelight.benchmarks.caching_models import save_guided_clips, save_long_text
-from safelight.benchmarks.drawing import draw, loaded
+from safelight.benchmarks.caching_tables import tables
+from safelight.benchmarks.drawing import Drawn, draw, loaded
 from safelight.benchmarks.machine import describe
+from safelight.benchmarks.residual_cache import ResidualCaching
+from safelight.benchmarks.rounding import rounding
 from safelight.protocol.forward_options import ForwardOptions
 from safelight.protocol.generation import Generate, Sample
-from safelight.protocol.step_caching import THRESHOLDS, CacheRule
+from safelight.protocol.step_caching import CacheRule
 from safelight.shapes import caption, judge, sample_scenes
 from safelight.worker.forward.prompt_cache import PromptCache
 from safelight.worker.model.model import Model
@@ -33,6 +37,8 @@ TRIED: dict[CacheRule, Sequence[float]] = {
     "easycache": (0.025, 0.05, 0.1, 0.15, 0.2, 0.3),
     "teacache": (0.05, 0.1, 0.2, 0.3),
 }
+SECTIONS = ("prompt_cache", "guidance_pairing", "rounding", "step_cache")
+TRIED_WITH_RESIDUALS = (0.025, 0.05, 0.15)
 PROMPT = "a red circle moving right on a white background"
 
 
@@ -43,34 +49,45 @@ def requests(prompts: Sequence[str], seed: int, **fields: Any) -> list[Generate]
     ]
 
 
-def step_cache(count: int, seed: int) -> dict[str, Any]:
+def step_cache(count: int, seed: int, rounds: int) -> dict[str, Any]:
     """The embedded model with each rule and threshold: computed forwards, seconds, errors, and the judge's accuracy."""
     model = loaded(ROOT / "assets" / "shapes")
     scenes = sample_scenes(count, torch.Generator().manual_seed(seed))
     asked = requests([caption(scene) for scene in scenes], seed * 1_000_000)
     draw(model, asked[:16], ForwardOptions())  # allocates and compiles what every run needs
     without = draw(model, asked, ForwardOptions())
-    rows = []
+
+    def row(rule: str, limit: float, drawn: Drawn) -> dict[str, Any]:
+        pairs = list(zip(drawn.outputs, without.outputs, strict=True))
+        right = [judge(one).matches(scene) for one, scene in zip(drawn.outputs, scenes, strict=True)]
+        return {
+            "rule": rule,
+            "threshold": limit,
+            "forwards_a_picture": round(STEPS - drawn.skipped / count, 2),
+            "cpu_speedup": round(without.cpu_s / drawn.cpu_s, 2),
+            "mean_error": round(statistics.mean(float((a - b).abs().mean()) for a, b in pairs), 5),
+            "judge_percent": round(100 * statistics.mean(right), 1),
+        }
+
+    rows = [row("off", 0.0, draw(model, asked, ForwardOptions(step_cache="off")))]
     for rule, thresholds in TRIED.items():
-        for limit in (0.0, *thresholds) if not rows else thresholds:
-            drawn = draw(model, asked, ForwardOptions(step_cache=f"{limit:g}", step_cache_rule=rule))
-            pairs = list(zip(drawn.outputs, without.outputs, strict=True))
-            right = [judge(one).matches(scene) for one, scene in zip(drawn.outputs, scenes, strict=True)]
-            rows.append(
-                {
-                    "rule": rule if limit else "off",
-                    "threshold": limit,
-                    "forwards_a_picture": round(STEPS - drawn.skipped / count, 2),
-                    "cpu_speedup": round(without.cpu_s / drawn.cpu_s, 2),
-                    "mean_error": round(statistics.mean(float((a - b).abs().mean()) for a, b in pairs), 5),
-                    "judge_percent": round(100 * statistics.mean(right), 1),
-                }
-            )
+        for limit in thresholds:
+            options = ForwardOptions(step_cache=f"{limit:g}", step_cache_rule=rule)
+            rows.append(row(rule, limit, draw(model, asked, options)))
             print(rows[-1], flush=True)
-    return {"pictures": count, "seed": seed, "steps": STEPS, "rows": rows, "alone": alone(model, asked[:12])}
+    for limit in TRIED_WITH_RESIDUALS:
+        drawn = draw(model, asked, ForwardOptions(), caching=ResidualCaching(limit))
+        rows.append(row("easycache, adding the latents' change", limit, drawn))
+    return {
+        "pictures": count,
+        "seed": seed,
+        "steps": STEPS,
+        "rows": rows,
+        "alone": alone(model, asked[:12], rounds),
+    }
 
 
-def alone(model: Model, asked: Sequence[Generate], rounds: int = 3) -> dict[str, float]:
+def alone(model: Model, asked: Sequence[Generate], rounds: int) -> dict[str, float]:
     """The speed-up of one request at a time, by the names of thresholds; off and on by turns."""
     found = {}
     for name in ("balanced", "fast"):
@@ -123,7 +140,23 @@ def guidance_pairing(scratch: Path, rounds: int) -> dict[str, Any]:
                 }
             )
             print(found[-1], flush=True)
-    return {"rounds": rounds, "rows": found}
+    return {"rounds": rounds, "steps": STEPS, "rows": found}
+
+
+def rounding_of_shared_forwards(count: int) -> dict[str, Any]:
+    """How far shared forwards move the pixels of embedded models, beside other rounding."""
+    scenes = sample_scenes(count, torch.Generator().manual_seed(0))
+    clips = ROOT / "assets" / "shapes-video"
+    tried = {
+        "embedded, 64²": (ROOT / "assets" / "shapes", requests([caption(scene) for scene in scenes], 0)),
+        "embedded video, 64²": (clips, requests([PROMPT] * count, 0, num_frames=1, width=64, height=64)),
+        "embedded video, 32²": (clips, requests([PROMPT] * count, 0, num_frames=1, width=32, height=32)),
+    }
+    rows = []
+    for name, (directory, asked) in tried.items():
+        rows.append({"model": name} | rounding(directory, asked))
+        print(rows[-1], flush=True)
+    return {"pictures": count, "steps": STEPS, "rows": rows}
 
 
 def prompt_cache(scratch: Path, rounds: int) -> dict[str, Any]:
@@ -146,80 +179,38 @@ def prompt_cache(scratch: Path, rounds: int) -> dict[str, Any]:
     }
 
 
-_CACHE_TEXT = """\
-The embedded model, {steps} steps, {pictures} random prompts (seed {seed}), 16 requests at a time. The error is the
-mean of a pixel's, in [0, 1], against the same requests without a cache. Accuracy is the share of pictures that the
-judge finds right in all five attributes. The thresholds with names were chosen from this table. Each row's speed-up is
-against one run at the beginning, so it is as rough as the row `off` says; those below the table are taken by turns.
-
-| rule | threshold | forwards a picture | speed-up | mean error | judge |
-|---|---:|---:|---:|---:|---:|"""
-
-_PAIRING_TEXT = """\
-Wan pipelines, {steps} steps; seconds without pairing over seconds with it, by turns, median of {rounds}.
-
-| model | clip | requests at once | CPU | wall | largest difference of a pixel |
-|---|---|---:|---:|---:|---:|"""
-
-_PROMPT_TEXT = """\
-FLUX with a T5 encoder of {text_encoder_parameters} parameters and 512 tokens, from a request's start to its first step:
-{cold_ms} ms with a new prompt, {warm_ms} ms with a known one, {speedup} times faster.
-"""
-
-
-def tables(found: dict[str, Any]) -> str:
-    """The results as Markdown."""
-    machine, cached, paired = found["machine"], found["step_cache"], found["guidance_pairing"]
-    names = {(rule, value): name for rule, named in THRESHOLDS.items() for name, value in named.items()}
-    lines = [
-        f"{machine['processor']}, {machine['cores']} cores, one thread, torch {machine['torch']}, float32.",
-        "Other work ran on the machine meanwhile, so the ratios are of CPU seconds, within one run.",
-        "\n## Step cache\n",
-        _CACHE_TEXT.format(**cached),
-    ]
-    for row in cached["rows"]:
-        name = names.get((row["rule"], row["threshold"]))
-        lines.append(
-            f"| {row['rule']} | {row['threshold']:g}{f' (`{name}`)' if name else ''} | {row['forwards_a_picture']} | "
-            f"{row['cpu_speedup']} | {row['mean_error']:.5f} | {row['judge_percent']} % |"
-        )
-    alone = ", ".join(f"`{name}` {ratio}" for name, ratio in cached["alone"].items())
-    lines += [
-        f"\nWhole requests, one at a time, by easycache and by turns: {alone}.",
-        "\n## Guidance pairing\n",
-        _PAIRING_TEXT.format(**paired, steps=STEPS),
-    ]
-    lines += [
-        f"| {row['model']} | {row['clip']} | {row['at_once']} | {row['cpu_speedup']} | {row['wall_speedup']} | "
-        f"{row['largest_difference']:.0e} |"
-        for row in paired["rows"]
-    ]
-    return "\n".join([*lines, "\n## Prompt cache\n", _PROMPT_TEXT.format(**found["prompt_cache"])])
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m safelight.benchmarks.caching", description=__doc__)
     parser.add_argument("--count", type=int, default=200, help="pictures for each threshold")
     parser.add_argument("--seed", type=int, default=7)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--quick", action="store_true", help="few pictures, one round")
+    parser.add_argument(
+        "--only", nargs="+", choices=SECTIONS, metavar="SECTION", help=f"run these again, of {', '.join(SECTIONS)}"
+    )
     parser.add_argument(
         "--scratch", type=Path, default=Path("/tmp/safelight-caching"), help="where random models are kept"
     )
-    parser.add_argument("--out", type=Path, default=RESULTS / "caching.json")
+    parser.add_argument(
+        "--out", type=Path, help="default: results/caching.json; with --quick, below the scratch folder"
+    )
     options = parser.parse_args()
     torch.set_grad_enabled(False)
     torch.set_num_threads(1)
-    with tempfile.TemporaryDirectory() as temporary:
-        scratch = options.scratch or Path(temporary)
-        found = {
-            "machine": describe(),
-            "prompt_cache": prompt_cache(scratch, options.rounds),
-            "guidance_pairing": guidance_pairing(scratch, options.rounds),
-            "step_cache": step_cache(options.count, options.seed),
-        }
-    options.out.write_text(json.dumps(found, indent=2) + "\n")
+    quick, scratch = options.quick, options.scratch
+    count, rounds = (16, 1) if quick else (options.count, options.rounds)
+    out = options.out or (scratch if quick else RESULTS) / "caching.json"
+    sections: dict[str, Callable[[], dict[str, Any]]] = {
+        "prompt_cache": lambda: prompt_cache(scratch, rounds),
+        "guidance_pairing": lambda: guidance_pairing(scratch, rounds),
+        "rounding": lambda: rounding_of_shared_forwards(2 if quick else 8),
+        "step_cache": lambda: step_cache(count, options.seed, rounds),
+    }
+    found: dict[str, Any] = json.loads(out.read_text()) if options.only else {}
+    found |= {"machine": describe()} | {name: sections[name]() for name in options.only or sections}
+    out.write_text(json.dumps(found, indent=2) + "\n")
     text = tables(found)
-    options.out.with_suffix(".md").write_text(text)
+    out.with_suffix(".md").write_text(text)
     print(text)
 
 

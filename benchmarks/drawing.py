@@ -43,9 +43,10 @@ def draw(
     cache: PromptCache | None = None,
     *,
     together: int = 16,
+    caching: Caching | None = None,
 ) -> Drawn:
     """Draw ``requests``, ``together`` at a time. Raises what a request raises."""
-    caching = Caching(options, {})
+    caching = caching or Caching(options, {})
     runs: list[SampleRun] = []
     cpu, wall, forwards = time.process_time(), time.perf_counter(), 0
     for start in range(0, len(requests), together):

@@ -1,19 +1,41 @@
-"""Draw the pictures of ``docs/performance.md`` from the results of benchmarks: ``python docs/generate_performance.py``.
+"""Draw the pictures of ``docs/performance.md`` and fill in its tables: ``python docs/generate_performance.py``.
 
-The pictures in ``docs/pictures`` name the results that they were drawn from by their digest.
+A line ``<!-- results: NAME -->`` in the page is followed by the first table of ``benchmarks/results/NAME.md``, and a
+line ``<!-- results: NAME#HEADING -->`` by the first one below that heading. The pictures in ``docs/pictures`` name the
+results that they were drawn from by their digest.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 DOCS = Path(__file__).resolve().parent
+PAGE = DOCS / "performance.md"
 PICTURES = DOCS / "pictures"
 RESULTS = DOCS.parent / "benchmarks" / "results"
+
+
+_TABLE = re.compile(r"(<!-- results: ([a-z-]+)(?:#([a-z-]+))? -->\n)(?:\n?(?:\|.*\n)+)?")
+
+
+def document() -> str:
+    """The page's text, with the tables of the results."""
+    return _TABLE.sub(lambda found: found[1] + "\n" + _table(found[2], found[3]), PAGE.read_text(encoding="utf-8"))
+
+
+def _table(name: str, heading: str | None) -> str:
+    """The first table of the results ``name``, below ``heading`` if there is one."""
+    text = (RESULTS / f"{name}.md").read_text(encoding="utf-8")
+    if heading is not None:
+        _, text = re.split(rf"(?im)^#+ {heading.replace('-', '[ -]')}$", text, maxsplit=1)
+    found = re.search(r"(?:^\|.*\n)+", text, re.MULTILINE)
+    assert found is not None, f"{name} has no table"
+    return found[0]
 
 
 def digest(name: str) -> str:
@@ -62,3 +84,4 @@ def draw(name: str) -> None:
 if __name__ == "__main__":
     for results in DRAWN:
         draw(results)
+    PAGE.write_text(document(), encoding="utf-8")
