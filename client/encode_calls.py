@@ -28,12 +28,16 @@ class EncodedPrompt(msgspec.Struct, frozen=True):
 
 
 class Encoding(msgspec.Struct, frozen=True):
-    """The reply to :meth:`encode`: an output for each prompt, and the weights that made them."""
+    """The reply to :meth:`encode`: an output for each prompt, and the weights that made them.
+
+    ``replicas`` have the prompts in their caches; empty if embeddings were asked for.
+    """
 
     id: str
     model: str
     weight_version: str
     outputs: tuple[EncodedPrompt, ...]
+    replicas: tuple[int, ...] = ()
 
 
 def encode(
@@ -43,7 +47,7 @@ def encode(
     timeout_s: float | None = None, deterministic: bool | None = None, extra: Mapping[str, Any] | None = None,
     **arguments: Any,
 ) -> Call[Encoding]:  # fmt: skip
-    """Encode prompts, and return their embeddings or leave them in the server's prompt cache.
+    """Encode prompts, and return their embeddings or leave them in the prompt cache of every replica.
 
     Guidance and further ``arguments`` are those of the generations that follow: they decide what is encoded.
     """

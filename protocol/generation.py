@@ -48,6 +48,8 @@ class Generate(Settings, tag=True, frozen=True, kw_only=True):
     """The sampler and the records of a rollout; ``None`` for a plain generation."""
     encode: EncodingResult | None = None
     """Encode the prompts alone, and what to return of them; ``None`` for a generation."""
+    pinned_to: int | None = None
+    """The only replica that may run the request; ``None`` stands for any."""
 
 
 class Cancel(msgspec.Struct, tag=True, frozen=True):

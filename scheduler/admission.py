@@ -35,8 +35,10 @@ class Admission:
         """A replica has worked on a request for so long."""
         self._durations.append(seconds)
 
-    def no_replica(self) -> Unavailable:
-        return Unavailable(f"No replica is ready: {self._replicas.reasons()}.", retry_after_s=RETRY_UNAVAILABLE_S)
+    def no_replica(self, pinned_to: int | None = None) -> Unavailable:
+        what = "No replica" if pinned_to is None else f"Replica {pinned_to}, which the request is for,"
+        verb = "is" if pinned_to is None else "is not"
+        return Unavailable(f"{what} {verb} ready: {self._replicas.reasons()}.", retry_after_s=RETRY_UNAVAILABLE_S)
 
     def refusal_of(self, generate: Generate, nbytes: int) -> SafelightError | None:
         """Why ``generate`` cannot be accepted."""

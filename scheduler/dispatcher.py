@@ -191,11 +191,15 @@ class Dispatcher:
                 pass
 
     def _dispatch(self, request: Request, now: float) -> bool:
-        """Give the first in the queue to the least loaded replica.
+        """Give the first in the queue to the least loaded replica, or to its own; fail it if that one is not ready.
 
         Nobody behind may pass it while it does not fit, else small requests would keep a large one out for ever.
         """
-        replica = self._replicas.least_loaded()
+        pinned_to = request.generate.pinned_to
+        replica = self._replicas.least_loaded(pinned_to)
+        if replica is None and pinned_to is not None:
+            self._fail(request, self._admission.no_replica(pinned_to))
+            return True
         if replica is None or not replica.has_room(request.outputs, self._config.max_running):
             return False
         self._requests.queue.remove(request)

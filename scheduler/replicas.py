@@ -225,9 +225,10 @@ class Replicas:
         """No replica has any request."""
         return all(replica.outstanding == 0 for replica in self._replicas)
 
-    def least_loaded(self) -> Replica | None:
-        """The ready replica with the fewest outstanding outputs."""
-        ready = (replica for replica in self._replicas if replica.state == "ready")
+    def least_loaded(self, pinned_to: int | None = None) -> Replica | None:
+        """The ready replica with the fewest outstanding outputs; if ``pinned_to`` is given, that one if it is ready."""
+        among = self._replicas if pinned_to is None else self._replicas[pinned_to : pinned_to + 1]
+        ready = (replica for replica in among if replica.state == "ready")
         return min(ready, key=lambda replica: replica.outstanding, default=None)
 
     def have(self, request_id: str) -> bool:

@@ -24,7 +24,10 @@ from .request_validation import check_ranges, to_message
 from .service import Service
 from .unread import UnreadReply
 
-_ANSWER = "The weights' version and, for each prompt, the embeddings as a safetensors file in base64, if asked for"
+_ANSWER = (
+    "The weights' version, the `replicas` whose caches have the prompts and, for each prompt, the embeddings as a "
+    "safetensors file in base64, if asked for"
+)
 
 
 def routes(service: Service) -> APIRouter:
@@ -40,12 +43,14 @@ def routes(service: Service) -> APIRouter:
         started_at = time.perf_counter()
         message, model = await _read(request, service)
         service.unread.make_room()
-        result = await while_connected(request.receive, service.link.result(message))
+        copies = _copies(message, service)
+        result, *_ = await while_connected(request.receive, service.link.results(copies))
         service.unread.make_room()
         size = sum(len(output.data) for output in result.outputs)
         with service.unread.sending(size):
             write = asyncio.to_thread if size > OFF_THE_LOOP else _at_once
-            reply = await write(_reply, message, model, result, time.perf_counter() - started_at)
+            filled = [copy.pinned_to for copy in copies if copy.pinned_to is not None]
+            reply = await write(_reply, message, model, result, filled, time.perf_counter() - started_at)
         return UnreadReply([reply], service.unread, "application/json")
 
     return router
@@ -70,7 +75,19 @@ async def _read(request: Request, service: Service) -> tuple[Generate, str]:
     return msgspec.structs.replace(message, encode=body.returns), model.model
 
 
-def _reply(message: Generate, model: str, result: Result, total_s: float) -> bytes:
+def _copies(message: Generate, service: Service) -> list[Generate]:
+    """The request for each ready replica, as each has a prompt cache of its own; embeddings are made by any one."""
+    if message.encode != "cache":
+        return [message]
+    numbers = [replica.replica for replica in service.link.status.replicas if replica.state == "ready"]
+    name = message.request_id
+    return [
+        msgspec.structs.replace(message, pinned_to=number, request_id=name if index == 0 else f"{name}.{number}")
+        for index, number in enumerate(numbers)
+    ]
+
+
+def _reply(message: Generate, model: str, result: Result, filled: list[int], total_s: float) -> bytes:
     outputs = [_output(sample.prompt, output) for sample, output in zip(message.samples, result.outputs, strict=True)]
     return orjson.dumps({
         "id": request_id_var.get(),
@@ -79,6 +96,7 @@ def _reply(message: Generate, model: str, result: Result, total_s: float) -> byt
         "weight_versions": result.weight_versions,
         "adapters": msgspec.to_builtins(result.adapters),
         "outputs": outputs,
+        "replicas": filled,
         "timings": {
             "queue_s": result.timings.queue_s,
             "encode_s": result.timings.encode_s,

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Self, TypeVar
 
 import msgspec
@@ -189,6 +189,16 @@ class SchedulerLink:
         """Send ``message``, and wait for its result. Raises the request's own error."""
         with self.submit(message) as events:
             return await events.result()
+
+    async def results(self, messages: Sequence[Generate]) -> list[Result]:
+        """The results of all ``messages``, in their order. Raises the first error, and cancels the others then."""
+        tasks = [asyncio.create_task(self.result(message)) for message in messages]
+        try:
+            return await asyncio.gather(*tasks)
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
 
     def abandon_all(self, error: SafelightError) -> None:
         """End every request, and each later one, with ``error``."""

@@ -26,6 +26,20 @@ def test_a_free_worker_gets_a_request_at_once_and_without_a_turn() -> None:
     assert stage.given(0) == ["a"]
 
 
+def test_a_request_that_is_for_one_replica_goes_there_however_busy_it_is_and_fails_without_it() -> None:
+    stage = Stage(ready=(0, 1), config=Config(replicas=3, max_running=2))
+    stage.server(generate("a"))
+    for name, number in (("b", 0), ("c", 1), ("d", 2), ("e", 0)):
+        stage.server(msgspec.structs.replace(generate(name), pinned_to=number))
+    assert stage.started() == [("a", 0), ("b", 0), ("c", 1)]
+    assert stage.error("d") == "unavailable"
+    stage.worker(0, result("a"))
+    assert stage.started()[-1] == ("e", 0)
+    stage.server(msgspec.structs.replace(generate("f"), pinned_to=0))
+    stage.exited(0)
+    assert stage.error("f") == "unavailable"
+
+
 def test_without_a_ready_replica_the_refusal_says_why_for_each() -> None:
     stage = Stage(ready=(), config=Config(replicas=4))
     stage.worker(0, ReplicaLoading(0, 10, "loading the transformer"))

@@ -7,13 +7,16 @@ from typing import Any
 
 import pytest
 import torch
+from msgspec.structs import replace
 from safetensors.torch import load, save
 
 from safelight.protocol.config import Config
-from safelight.protocol.generation import Generate
+from safelight.protocol.errors import Unavailable
+from safelight.protocol.generation import Failed, Generate
 from safelight.protocol.messages import FromScheduler
+from safelight.protocol.replicas import Status
 
-from .played_scheduler import finished
+from .played_scheduler import finished, ready
 from .stage import stage
 
 pytestmark = pytest.mark.anyio
@@ -61,6 +64,36 @@ async def test_the_cache_is_filled_where_nothing_else_is_asked_for() -> None:
         (generate,) = played.scheduler.generates()
     assert reply.json()["outputs"] == [{"prompt": "a", "b64": None, "tensors": {}}]
     assert generate.encode == "cache"
+
+
+def replicas(*states: str) -> Status:
+    (one,) = ready().replicas
+    return Status(0, 0, [replace(one, replica=number, state=state) for number, state in enumerate(states)])
+
+
+async def test_a_generation_meets_a_known_prompt_on_whichever_ready_replica_takes_it() -> None:
+    async with stage(answer=embedded, status=replicas("ready", "failed", "ready")) as played:
+        reply = await played.client.post("/encode", json={"prompt": "a"})
+        sent = played.scheduler.generates()
+        await played.client.post("/encode", json={"prompt": "a", "return": "embeddings"})
+        (*_, embeddings) = played.scheduler.generates()
+    assert reply.json()["replicas"] == [0, 2]
+    assert [one.pinned_to for one in sent] == [0, 2]
+    assert len({one.request_id for one in sent}) == 2
+    assert sent[0].request_id == reply.headers["x-safelight-id"], "an abort by this id ends all"
+    assert embeddings.pinned_to is None
+
+
+async def test_a_replica_that_is_lost_while_all_encode_fails_the_request_and_ends_the_others() -> None:
+    def answer(generate: Generate) -> list[FromScheduler]:
+        lost = Failed(generate.request_id, Unavailable("Replica 1 was lost.").info())
+        return [lost] if generate.pinned_to == 1 else []
+
+    async with stage(answer=answer, status=replicas("ready", "ready")) as played:
+        reply = await played.client.post("/encode", json={"prompt": "a"})
+        assert (reply.status_code, reply.json()["error"]["message"]) == (503, "Replica 1 was lost.")
+        waiting = played.scheduler.generates()[0].request_id
+        await played.until(lambda: waiting in played.scheduler.cancelled())
 
 
 @pytest.mark.parametrize(
