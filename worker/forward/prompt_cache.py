@@ -78,9 +78,14 @@ def _cloned(value: Any) -> Any:
     return pytree.tree_map_only(torch.Tensor, torch.Tensor.clone, value)
 
 
+def is_text_encoder(component: str) -> bool:
+    """True for a component, or a part of one, whose outputs are kept."""
+    return component.startswith("text_encoder")
+
+
 def prompt_key(call: Call) -> Hashable | None:
     """The cache key of a call: the text encoder's name and its arguments' contents; ``None`` if it is not cacheable."""
-    if not call.component.startswith("text_encoder") or call.method not in ("__call__", "forward"):
+    if not is_text_encoder(call.component) or call.method not in ("__call__", "forward"):
         return None
     leaves, spec = pytree.tree_flatten((call.args, call.kwargs))
     marks: list[Hashable] = []

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+from torch import nn
+
 from ...protocol.tensor_sources import Noise, Source
 from ..forward.batcher import Batcher
+from ..forward.prompt_cache import is_text_encoder
 from ..lora.rank_adapters import RankAdapters
 from ..model.model import Model
+from ..model.modules import modules
 from ..parallel.ranks import Ranks
-from ..pipelines.components import DENOISERS
 from ..weights.progress import OnProgress
 from ..weights.snapshot.journal import Journal
 from ..weights.transport.groups import ProcessGroups
@@ -57,11 +61,21 @@ class Resources:
     def changed(self, components: Iterable[str]) -> list[str]:
         """Forget what was computed from the weights of ``components``; returns the names of the caches.
 
-        Prompts stay if only denoisers have changed.
+        Prompts stay unless a text encoder has changed, be it by a tensor that it shares with another component.
         """
-        return self.flush_caches() if set(components) - set(DENOISERS) else []
+        found = modules(self.model.pipeline)
+        encoding = {
+            id(tensor) for name, module in found.items() if is_text_encoder(name) for tensor in _tensors(module)
+        }
+        changed = {id(tensor) for name in components for tensor in _tensors(found[name])}
+        return [] if encoding.isdisjoint(changed) else self.flush_caches()
 
     def flush_caches(self) -> list[str]:
         """Forget what was computed from any weights; returns the names of the caches."""
         self.batcher.forget_answers()
         return [PROMPT_CACHE]
+
+
+def _tensors(module: nn.Module) -> Iterator[torch.Tensor]:
+    yield from module.parameters()
+    yield from module.buffers()

@@ -9,12 +9,15 @@ from typing import get_args
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
+from safelight.protocol.adapters import ALL, SetAdapters, UnloadAdapter, UnmergeAdapters
 from safelight.protocol.errors import Internal
 from safelight.protocol.operations import (
+    CACHES,
     WEIGHTS,
     Abort,
+    Adapt,
     Begin,
     Commit,
     Digests,
@@ -30,6 +33,7 @@ from safelight.protocol.operations import (
 )
 from safelight.protocol.reports import Performed, Report
 from safelight.protocol.tensor_sources import Files
+from safelight.tests.worker.lora.agreement import Made, source, write_adapter
 from safelight.worker.forward.batcher import Batcher
 from safelight.worker.forward.prompt_cache import PromptCache
 from safelight.worker.lora.rank_adapters import RankAdapters
@@ -87,19 +91,83 @@ def one_tensor(model: Model, folder: Path, module: str = "unet", value: float = 
     return Update(source=Files(modules={module: [str(file)]}))
 
 
-@pytest.mark.parametrize(("module", "dropped"), [("unet", False), ("text_encoder", True)])
-def test_prompts_survive_an_update_of_the_denoiser_alone(
+class Prompts:
+    """A coordinator whose prompt cache knows one prompt."""
+
+    def __init__(self, resources: Resources) -> None:
+        self._cache = PromptCache(2**20)
+        self._cache.put("prompt", torch.ones(4), exact=True)
+        batcher = Batcher(max_batch=1, max_tokens=1, cache=self._cache)
+        self.coordinator = new_coordinator(replace(resources, batcher=batcher))
+
+    @property
+    def known(self) -> bool:
+        return self._cache.holds("prompt", exact=True)
+
+    def commit(self, operation: Operation) -> list[str]:
+        """Returns the caches that the report names."""
+        assert perform(self.coordinator, "prepare", operation).error is None
+        perform(self.coordinator, "write")
+        return perform(self.coordinator, "commit", version="next").report.invalidated
+
+
+@pytest.mark.parametrize(("module", "dropped"), [("unet", False), ("vae", False), ("text_encoder", True)])
+def test_prompts_survive_an_update_of_anything_but_text_encoders(
     module: str, dropped: bool, resources: Resources, tmp_path: Path
 ) -> None:
-    cache = PromptCache(2**20)
-    cache.put("prompt", torch.ones(4), exact=True)
-    batcher = Batcher(max_batch=1, max_tokens=1, cache=cache)
-    coordinator = new_coordinator(replace(resources, batcher=batcher))
-    perform(coordinator, "prepare", one_tensor(resources.model, tmp_path, module, 9.0))
-    perform(coordinator, "write")
-    report = perform(coordinator, "commit", version="next").report
-    assert report.invalidated == ([PROMPT_CACHE] if dropped else [])
-    assert cache.holds("prompt", exact=True) is not dropped
+    prompts = Prompts(resources)
+    assert prompts.commit(one_tensor(resources.model, tmp_path, module, 9.0)) == ([PROMPT_CACHE] if dropped else [])
+    assert prompts.known is not dropped
+
+
+def test_prompts_do_not_survive_an_update_of_a_tensor_that_a_text_encoder_shares(
+    resources: Resources, tmp_path: Path
+) -> None:
+    prompts, pipeline = Prompts(resources), resources.model.pipeline
+    pipeline.unet.register_buffer("tied", next(pipeline.text_encoder.parameters()).data, persistent=False)
+    pipeline.text_encoder.register_buffer("tied", pipeline.unet.tied, persistent=False)
+    try:
+        assert prompts.commit(one_tensor(resources.model, tmp_path, "unet", 9.0)) == [PROMPT_CACHE]
+    finally:
+        del pipeline.unet.tied, pipeline.text_encoder.tied
+    assert not prompts.known
+
+
+def test_prompts_survive_an_update_that_is_rolled_back(resources: Resources, tmp_path: Path) -> None:
+    prompts = Prompts(resources)
+    perform(prompts.coordinator, "prepare", one_tensor(resources.model, tmp_path, "text_encoder", 9.0))
+    perform(prompts.coordinator, "write")
+    perform(prompts.coordinator, "rollback", Abort(None))
+    assert prompts.known
+
+
+@pytest.mark.parametrize(("component", "dropped"), [("unet", False), ("text_encoder", True)])
+def test_a_change_of_a_text_encoder_s_adapters_drops_prompts_and_one_of_a_denoiser_s_does_not(
+    component: str, dropped: bool, resources: Resources, tmp_path: Path
+) -> None:
+    prompts = Prompts(resources)
+    folder = write_adapter(
+        Made("words", 2, 2.0, ("to_q", "q_proj"), 1), resources.model.pipeline.components[component], tmp_path
+    )
+    file = folder / "adapter_model.safetensors"
+    tensors = {name.replace("base_model.model.", f"{component}."): one for name, one in load_file(file).items()}
+    save_file(tensors, file)
+    assert prompts.commit(Adapt(SetAdapters(nicknames=["words"], strengths=[1.0], sources=[source(folder)]))) == (
+        [PROMPT_CACHE] if dropped else []
+    )
+    assert prompts.known is not dropped
+    prompts.commit(Adapt(UnmergeAdapters(ALL)))
+    prompts.commit(Adapt(UnloadAdapter("words")))
+
+
+def test_prompts_survive_a_sleep_of_the_weights_and_not_one_of_the_caches(resources: Resources) -> None:
+    prompts = Prompts(resources)
+    for operation in (Sleep([WEIGHTS]), Wake([WEIGHTS])):
+        assert perform(prompts.coordinator, "prepare", operation).error is None
+    assert prompts.known
+    report = perform(prompts.coordinator, "prepare", Sleep([CACHES])).report
+    assert report.invalidated == [PROMPT_CACHE]
+    assert not prompts.known
 
 
 def digests(coordinator: Coordinator) -> dict[str, str]:
