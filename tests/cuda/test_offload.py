@@ -219,6 +219,28 @@ def test_sleep_takes_adapters_from_the_device_and_wake_brings_them_back(
     replica.close()
 
 
+@played_only
+def test_sleep_takes_tensors_that_two_components_share_from_the_device_too(
+    checkpoint: Callable[[str], Path], tmp_path: Path, record: Record
+) -> None:
+    replica = Replica(checkpoint("flux"), device(), offload="component")
+    pipeline, tied = replica.model.pipeline, torch.randn(500_000)
+    for component in (pipeline.transformer, pipeline.vae):
+        component.register_buffer("tied", tied, persistent=False)
+    before = live(record)
+    replica.model.offload = Offloading(modules(pipeline), device(), by_block=False)
+    kept, operations = tied.cpu().clone(), Operations(replica, tmp_path)
+    assert live(record) - before >= tied.nbytes
+    for _ in range(2):
+        operations.perform(Sleep([WEIGHTS]))
+        assert live(record) == before
+        assert torch.equal(tied, kept)
+        operations.perform(Wake([WEIGHTS]))
+        assert pipeline.transformer.tied is pipeline.vae.tied
+        assert (tied.device.type, torch.equal(tied.cpu(), kept)) == ("cuda", True)
+    replica.close()
+
+
 class Block(nn.Module):
     def __init__(self, value: float) -> None:
         super().__init__()

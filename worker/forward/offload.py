@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import Protocol
+
+import torch
 
 from .runner import Stage
 
@@ -13,6 +16,10 @@ class Offload(Stage, Protocol):
 
     def present(self, name: str) -> AbstractContextManager[None]:
         """Within this context the component ``name`` is on the device."""
+
+    @property
+    def shared(self) -> Sequence[torch.Tensor]:
+        """The tensors that stay on the device, as several components share them."""
 
     def rest(self) -> None:
         """Have all weights on the host, where operations read and write them."""

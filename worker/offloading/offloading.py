@@ -82,7 +82,10 @@ class Offloading:
 
     def __init__(self, components: Mapping[str, nn.Module], device: torch.device, *, by_block: bool) -> None:
         uses = Counter(id(tensor) for component in components.values() for tensor in _tensors(component))
-        stay = {tensor for tensor, number in uses.items() if number > 1}  # shared by components
+        stay = {tensor for tensor, number in uses.items() if number > 1}
+        every = {id(tensor): tensor for component in components.values() for tensor in _tensors(component)}
+        self.shared = [tensor for key, tensor in every.items() if key in stay]
+        """The tensors that several components share, which stay on the device."""
         self._device = device
         self._present: str | None = None
         memory = PinnedMemory(_bytes(components.values(), stay))
@@ -93,10 +96,8 @@ class Offloading:
             }
         except OSError as error:
             raise StartFailed(f"--offload: there is too little page-locked host memory ({error}).") from error
-        for component in components.values():
-            for tensor in _tensors(component):
-                if id(tensor) in stay:
-                    tensor.data = tensor.data.to(device)
+        for tensor in self.shared:
+            tensor.data = tensor.data.to(device)
         for name, part in self.parts.items():
             log.info(
                 "%s rests on the host with %.1f MB, and takes %.1f MB of %s in its forwards%s",

@@ -15,15 +15,17 @@ from .resources import Resources
 class OffloadedModules:
     """The model's modules, and what of them and of the adapters sleep moves.
 
-    Of a model whose weights rest on the host at any time, these are the adapters alone.
+    Of a model whose weights rest on the host at any time, these are the adapters, and what several modules share.
     """
 
     def __init__(self, resources: Resources) -> None:
-        self._rest = resources.model.offload is not None
+        offload = resources.model.offload
+        self._rest = offload is not None
+        shared = [] if offload is None else offload.shared
         self._on_progress = resources.on_progress
         self._modules = modules(resources.model.pipeline)
         moved = [] if self._rest else [*self._modules.values()]
-        self._offloader = Offloader(moved, resources.model.device, resources.adapters.tensors)
+        self._offloader = Offloader(moved, resources.model.device, lambda: (*shared, *resources.adapters.tensors()))
 
     def tagged(self, tags: list[str]) -> list[nn.Module]:
         """The modules that ``tags`` name."""
