@@ -101,12 +101,12 @@ class Compiler:
         torch.set_num_threads(self._threads)
         torch.set_grad_enabled(False)
         dynamo.restore_nothing()
-        dynamo.config.recompile_limit = LIMIT  # in this thread, as torch's configuration is a thread's own
-        dynamo.inductor_config.shape_padding = False  # to measure it, inductor draws from the GPU's global generator
-        while (job := self._jobs.get()) is not None:
-            if job.component.reason is None:
-                self._compile(job)
-            self._end(job.ticket)
+        # in this thread alone; to measure whether padding pays, inductor would draw from the GPU's global generator
+        with dynamo.config.patch(recompile_limit=LIMIT), dynamo.inductor_config.patch(shape_padding=False):
+            while (job := self._jobs.get()) is not None:
+                if job.component.reason is None:
+                    self._compile(job)
+                self._end(job.ticket)
 
     def _compile(self, job: Job) -> None:
         component, cls, began = job.component, job.program.cls.__name__, time.monotonic()

@@ -20,8 +20,10 @@ from safelight.worker.accuracy.judging import judge
 from safelight.worker.accuracy.policy import load_policy
 from safelight.worker.compiling import compiler as compiler_module
 from safelight.worker.compiling.compiler import Compiler
+from safelight.worker.compiling.program import LIMIT
 from safelight.worker.crossing.overlay import overlay_attributes
 from safelight.worker.crossing.random_state import has_drawn, kept_random_state, seeded, set_random_state
+from safelight.worker.internals import dynamo
 from safelight.worker.internals.blocks import repeated_blocks
 from safelight.worker.lora.adapter import Adapter
 from safelight.worker.lora.dynamic import AdapterRows, DynamicLora
@@ -324,6 +326,30 @@ def adapter(seed: int, rank: int = 4) -> Adapter:
         down, up = torch.randn(rank, 8, generator=generator), torch.randn(8, rank, generator=generator)
         made.factors.setdefault(NAME, {})[path] = LoraFactors(path, down, up, up)
     return made
+
+
+def test_the_compiler_s_settings_hold_in_its_thread_alone() -> None:
+    def settings() -> tuple[bool, int]:
+        return dynamo.inductor_config.shape_padding, dynamo.config.recompile_limit
+
+    usual, compiling = settings(), list[tuple[bool, int]]()
+    began, looked = threading.Event(), threading.Event()
+
+    def backend(graph: torch.fx.GraphModule, _: Sequence[torch.Tensor]) -> Callable[..., Any]:
+        compiling.append(settings())
+        began.set()
+        assert looked.wait(60)
+        return graph.forward
+
+    running = Compiling(Stack(), backend)
+    with running.compiler.active(NAME):
+        draw(running.module)
+    assert began.wait(60)
+    meanwhile = settings()
+    looked.set()
+    running.compiler.wait()
+    assert compiling[0] == (False, LIMIT)
+    assert compiling[0] != usual == meanwhile
 
 
 def test_adapters_are_compiled_by_kind_and_a_change_of_adapters_needs_no_graph() -> None:
