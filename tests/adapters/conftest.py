@@ -60,11 +60,12 @@ def serve(adapters: Adapters) -> Serve:
     """A ready server with such flags, all of its replicas ready."""
 
     @contextmanager
-    def serving(*flags: str, tp: int = 1) -> Iterator[Trainer]:
+    def serving(*flags: str, tp: int = 1, ulysses: int = 1) -> Iterator[Trainer]:
         roots = ["--weights-roots", str(adapters.folder.parent)]
-        with LiveServer(adapters.checkpoint, ["--threads", "1", "--tp", str(tp), *roots, *flags]) as server:
+        ranks = ["--tp", str(tp), "--ulysses", str(ulysses)]
+        with LiveServer(adapters.checkpoint, ["--threads", "1", *ranks, *roots, *flags]) as server:
             server.wait_ready()
-            trainer = Trainer(server, adapters.checkpoint, tp)
+            trainer = Trainer(server, adapters.checkpoint, tp * ulysses)
             trainer.wait_all_ready()
             yield trainer
 
@@ -84,9 +85,16 @@ def divided(serve: Serve) -> Iterator[Trainer]:
         yield trainer
 
 
-@pytest.fixture(params=chosen("alone", nightly=["divided"]))
+@pytest.fixture(scope="session")
+def split(serve: Serve) -> Iterator[Trainer]:
+    """One replica of two ranks that share tokens."""
+    with serve(ulysses=2) as trainer:
+        yield trainer
+
+
+@pytest.fixture(params=chosen("alone", nightly=["divided", "split"]))
 def server(request: pytest.FixtureRequest) -> Iterator[Trainer]:
-    """Either of the two; adapters that a test leaves are unloaded."""
+    """One of the three; adapters that a test leaves are unloaded."""
     found: Trainer = request.getfixturevalue(request.param)
     yield found
     for adapter in listed(found)["loaded_adapters"]:

@@ -114,10 +114,19 @@ def test_what_cannot_be_made_again_has_no_replay(servers: Servers) -> None:
     assert rollout.log_probs.isfinite().all()
 
 
-@pytest.mark.parametrize("name", by_family(*chosen("flux", nightly=["wan", "sd3", "qwenimage", "zimage"])))
+def on_two_ranks(name: str, *flags: str) -> Any:
+    return pytest.param(name, flags, marks=pytest.mark.xdist_group(name), id="-".join((name, *flags)))
+
+
+@pytest.mark.parametrize(
+    ("name", "flags"),
+    [on_two_ranks(name, "--tp", "2") for name in chosen("flux", nightly=["wan", "sd3", "qwenimage", "zimage"])]
+    + [on_two_ranks(name, "--ulysses", "2") for name in chosen(nightly=["flux", "wan", "qwenimage"])]
+    + [on_two_ranks(name, "--cfg-parallel") for name in chosen(nightly=["sd3", "wan", "zimage"])],
+)
 def test_log_probabilities_of_two_ranks_are_recomputed(
-    name: str, checkpoint: Callable[[str], Path], servers: Servers
+    name: str, flags: tuple[str, ...], checkpoint: Callable[[str], Path], servers: Servers
 ) -> None:
     modules = denoisers(checkpoint(name))
-    for rollout in Client(servers(name, "--tp", "2").url).rollout(**asked(name, n=2)):
+    for rollout in Client(servers(name, *flags).url).rollout(**asked(name, n=4)):
         assert difference(rollout, modules=modules) < close(name)
