@@ -23,11 +23,12 @@ CHOSEN = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
 
 INTERVAL_S = 1.0
 
-CROWDED = 0.2
-"""Others need the cores if the main thread waits for one for more than this part of its time."""
+CROWDED = 0.25
+"""Others need the cores if the main thread waits for one for more than this part of its time. Beside a busy process it
+waits for 0.2 to 0.7, beside the server that carries its own outputs away for up to 0.12."""
 
-CALM = 0.05
-"""The cores are idle if it waits for less than this part."""
+CALM = 0.15
+"""They no longer do if it waits for less than this part."""
 
 CALM_S, MAX_CALM_S = 5.0, 600.0
 """Seconds of idle cores after which the threads spin again; they double each time, as the last end was too early."""
@@ -80,11 +81,13 @@ class Spinning:
             self._spin()
 
     def _sleep(self) -> None:
+        log.info("CPU threads sleep between operators, as others need the cores")
         self.sleeping = threading.Event()
         threading.Thread(target=self._crowd, args=(self.sleeping,), daemon=True, name="crowd").start()
 
     def _spin(self) -> None:
         assert self.sleeping is not None, "they sleep"
+        log.info("CPU threads spin between operators, as cores are idle")
         self.sleeping.set()
         self.sleeping, self._needed_s = None, min(MAX_CALM_S, 2 * self._needed_s)
 
