@@ -53,12 +53,13 @@ def draw_by_safelight(model: Path, options: argparse.Namespace, *, compiled: boo
     from safelight.protocol.generation import Generate, Sample
     from safelight.worker.forward.batcher import Batcher
     from safelight.worker.model.model import load_model
+    from safelight.worker.parallel.mesh import Mesh
     from safelight.worker.rank.compilation import new_compiler
     from safelight.worker.requests.sample import SampleRun
 
     config = Config(model=str(model), dtype=options.dtype, device="cpu", compile="on" if compiled else "off")
     loaded = load_model(config)
-    compiler = new_compiler(loaded, config)
+    compiler = new_compiler(loaded, config, Mesh())
     batcher = Batcher(max_batch=16, max_tokens=65536, compiled=compiler)
 
     def draw(seed: int) -> Any:
