@@ -37,6 +37,9 @@ class ForwardOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
             "kept in `safelight/inductor` below `$XDG_CACHE_HOME`, or `~/.cache`"
         ),
     ] = "off"
+    compile_text_encoders: Annotated[
+        bool, option.forwards("With --compile on, compile the repeated blocks of text encoders, too")
+    ] = False
     compile_sizes: Annotated[
         str,
         option.forwards(

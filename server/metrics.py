@@ -42,6 +42,8 @@ _COMPILED_COUNTERS = {
     "seconds": "Seconds that the compiler has worked on the component",
     "block_calls": "Calls of the component's blocks that ran a compiled graph",
     "eager_block_calls": "Calls of the component's blocks that ran eagerly for want of a graph",
+    "kinds": "Kinds of calls of the component's blocks that have a graph",
+    "kinds_over_limit": "Kinds of calls that run eagerly because their class of blocks has too many graphs",
 }
 
 
@@ -137,6 +139,8 @@ def _compiled_metrics(replicas: Sequence[ReplicaStatus]) -> Iterator[Metric]:
             families["seconds"].add_metric(label, stats.compile_s)
             families["block_calls"].add_metric(label, stats.calls - stats.eager_calls)
             families["eager_block_calls"].add_metric(label, stats.eager_calls)
+            families["kinds"].add_metric(label, stats.kinds)
+            families["kinds_over_limit"].add_metric(label, stats.kinds_over_limit)
     yield from families.values()
 
 

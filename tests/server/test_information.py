@@ -117,17 +117,19 @@ async def test_graphs_are_counted_and_the_reason_for_having_none_is_shown() -> N
 
 async def test_compiled_components_are_counted_by_name_and_say_why_they_run_eagerly() -> None:
     compiled = {
-        "transformer": CompiledComponentStats(state="compiled", graphs={"A": 2, "B": 1}, calls=90, eager_calls=6),
+        "transformer": CompiledComponentStats(
+            state="compiled", graphs={"A": 2, "B": 1}, calls=90, eager_calls=6, kinds_over_limit=5
+        ),
         "transformer_2": CompiledComponentStats(state="eager", reason="A does not compile"),
     }
     replica = msgspec.structs.replace(READY, stats=ReplicaStats(compiled=compiled))
     async with stage(status=Status(0, 0, [replica])) as played:
         counters = {
             name: await played.metric(f'safelight_compiled_{name}_total{{component="transformer",replica="1"}}')
-            for name in ("graphs", "block_calls", "eager_block_calls")
+            for name in ("graphs", "block_calls", "eager_block_calls", "kinds_over_limit")
         }
         information = (await played.client.get("/server_info")).json()
-    assert counters == {"graphs": 3, "block_calls": 84, "eager_block_calls": 6}
+    assert counters == {"graphs": 3, "block_calls": 84, "eager_block_calls": 6, "kinds_over_limit": 5}
     found = information["replicas"][0]["stats"]["compiled"]
     assert (found["transformer_2"]["state"], found["transformer_2"]["reason"]) == ("eager", "A does not compile")
 

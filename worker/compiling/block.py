@@ -9,6 +9,8 @@ from typing import Any, Protocol
 from torch import nn
 
 from ..crossing.overlay import Overlay, overlay_attributes, put_overlay
+from ..internals.transformers import remove_collecting_hooks
+from ..parallel.sequence import exchange_of
 
 Plain = Callable[..., Any]
 """A block's own forward."""
@@ -37,5 +39,8 @@ def swap_in(block: nn.Module, runs: Runs) -> None:
 def copied(block: nn.Module, *values: Any) -> tuple[Any, ...]:
     """A copy of ``block`` with weights and adapters of its own, and of ``values``; the runtime's parts stay shared."""
     shared = {id(part): part for part in (vars(block)[name] for name in overlay_attributes(block))}
+    if (exchange := exchange_of(block)) is not None:
+        shared[id(exchange._ulysses_mesh)] = exchange._ulysses_mesh
     found: tuple[Any, ...] = copy.deepcopy((block, *values), shared)
+    remove_collecting_hooks(found[0])  # dynamo traces hooks, and graphs serve blocks with and without them
     return found

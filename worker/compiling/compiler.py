@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from queue import SimpleQueue
@@ -17,7 +18,10 @@ from torch import nn
 from ...protocol.compiling import CompiledComponentStats
 from ..internals import dynamo
 from ..internals.blocks import NoBlocks
+from ..parallel import operators
+from ..parallel.ranks import Ranks
 from .admission import Judge, NotAdmitted, admit
+from .agreement import AGAIN, Verdict, agreement
 from .component import CompiledComponent, Job, Ticket
 from .program import LIMIT, Backend, LimitMet, Program, SettingsChanged
 
@@ -28,13 +32,25 @@ MAX_WAITING = 8
 """Jobs that may wait, each with a copy of a block. A call that finds no place comes again with the next step."""
 
 
+FORWARDS = 8
+"""Ranks that share layers compare what they have compiled before each forward of this number."""
+
+
 class Compiler:
     """Compiles the blocks of ``components`` when calls need it. Components without blocks run eagerly.
 
     The thread works on copies alone. So it neither sees nor disturbs updates of weights, sleep, adapters and requests.
+    In it, collectives are played: other ranks are elsewhere. The ranks along the ``axes`` share the components' layers;
+    all of them call every method together.
     """
 
-    def __init__(self, components: Mapping[str, nn.Module], judge: Judge, backend: Backend = "inductor") -> None:
+    def __init__(
+        self,
+        components: Mapping[str, nn.Module],
+        judge: Judge,
+        backend: Backend = "inductor",
+        axes: Sequence[Ranks] = (),
+    ) -> None:
         use_cache_directory()
         self._judge = judge
         self._backend = backend
@@ -42,9 +58,11 @@ class Compiler:
         self._components: dict[str, CompiledComponent] = {}
         self._without: dict[str, CompiledComponentStats] = {}
         self._jobs: SimpleQueue[Job | None] = SimpleQueue()
-        self._waiting: set[Ticket] = set()  # of the running job, too
+        self._agree = agreement(axes)
+        self._forwards = 0
+        self._open: dict[Ticket, Verdict | None] = {}  # until it is settled, with the verdict once the job has ended
         self._threads = torch.get_num_threads()
-        self._idle = threading.Condition()
+        self._idle = threading.Condition()  # of the open tickets
         for name, module in components.items():
             self._add(name, module)
         self._thread = threading.Thread(target=self._run, name="compiler", daemon=True)
@@ -53,7 +71,12 @@ class Compiler:
     def active(self, component: str) -> AbstractContextManager[None]:
         """Within this context, the component's blocks run their graphs where they have them."""
         found = self._components.get(component)
-        return nullcontext() if found is None else found.active()
+        if found is None:
+            return nullcontext()
+        self._forwards += 1
+        if self._agree is not None and self._forwards % FORWARDS == 0:
+            self._settle()
+        return found.active()
 
     def stats(self) -> dict[str, CompiledComponentStats]:
         return self._without | {name: component.stats() for name, component in self._components.items()}
@@ -65,25 +88,24 @@ class Compiler:
 
     def offer(self, ticket: Ticket, make: Callable[[], Job]) -> None:
         with self._idle:
-            if ticket in self._waiting or len(self._waiting) == MAX_WAITING:
+            if ticket in self._open or len(self._open) == MAX_WAITING:
                 return
-            self._waiting.add(ticket)
+            self._open[ticket] = None
         try:
             job = make()
-        except Exception:
-            self._end(ticket)
-            raise
-        self._jobs.put(job)
-
-    def _end(self, ticket: Ticket) -> None:
-        with self._idle:
-            self._waiting.discard(ticket)
-            self._idle.notify_all()
+        except Exception as error:  # there is no memory for a copy, or an argument has none: the request goes on
+            log.warning("the call of a block of %s cannot be copied", ticket[0], exc_info=True)
+            reason = f"the arguments of {ticket[1].__name__} cannot be copied ({type(error).__name__})"
+            self._end(ticket, Verdict(reason=reason))
+        else:
+            self._jobs.put(job)
 
     def wait(self) -> None:
         """Return when nothing is left to compile."""
         with self._idle:
-            self._idle.wait_for(lambda: not self._waiting)
+            self._idle.wait_for(lambda: None not in self._open.values())
+        if self._agree is not None:
+            self._settle()
 
     def close(self) -> None:
         """End the thread after the current job, without waiting for it."""
@@ -96,39 +118,77 @@ class Compiler:
             log.warning("%s is not compiled: %s", name, reason)
             self._without[name] = CompiledComponentStats(state="eager", reason=str(reason))
 
+    def _end(self, ticket: Ticket, verdict: Verdict) -> None:
+        with self._idle:
+            self._open[ticket] = verdict
+            if self._agree is None:
+                self._settle()
+            self._idle.notify_all()
+
+    def _settle(self) -> None:
+        """Let the verdicts hold that there are on all ranks."""
+        with self._idle:
+            verdicts = {_name(ticket): verdict for ticket, verdict in self._open.items()}
+        if self._agree is not None:
+            verdicts = dict(self._agree(verdicts))
+        with self._idle:
+            for ticket in list(self._open):
+                if (verdict := verdicts.get(_name(ticket))) is not None:
+                    del self._open[ticket]
+                    self._apply(ticket, verdict)
+
+    def _apply(self, ticket: Ticket, verdict: Verdict) -> None:
+        name, cls, key = ticket
+        if verdict.admitted:
+            self._components[name].admit(cls, key)
+        elif verdict.reason is not None:
+            log.warning("%s is not compiled: %s", name, verdict.reason)
+            self._components[name].refuse(verdict.reason)
+
     def _run(self) -> None:
         # graphs hold for these settings of the thread that runs them, so that both threads need the same
         torch.set_num_threads(self._threads)
         torch.set_grad_enabled(False)
         dynamo.restore_nothing()
         # in this thread alone; to measure whether padding pays, inductor would draw from the GPU's global generator
-        with dynamo.config.patch(recompile_limit=LIMIT), dynamo.inductor_config.patch(shape_padding=False):
+        patched = dynamo.config.patch(recompile_limit=LIMIT)
+        with patched, dynamo.inductor_config.patch(shape_padding=False), operators.played():
             while (job := self._jobs.get()) is not None:
-                if job.component.reason is None:
-                    self._compile(job)
-                self._end(job.ticket)
+                self._end(job.ticket, self._compiled(job) if job.component.reason is None else AGAIN)
 
-    def _compile(self, job: Job) -> None:
-        component, cls, began = job.component, job.program.cls.__name__, time.monotonic()
-        graphs = job.program.graphs
+    def _compiled(self, job: Job) -> Verdict:
+        began, graphs = time.monotonic(), job.program.graphs
+        verdict = self._verdict(job)
+        seconds = time.monotonic() - began
+        job.component.seconds += seconds
+        if job.program.graphs > graphs:
+            log.info("compiled %s of %s in %.1f s", job.program.cls.__name__, job.component.name, seconds)
+        return verdict
+
+    def _verdict(self, job: Job) -> Verdict:
+        component, cls = job.component, job.program.cls.__name__
         try:
             job.program.compile(job.block, job.arguments)
             admit(job.program, job.block, job.arguments, self._judge)
         except LimitMet as limit:
+            component.leave_eager(job.program.cls, job.key)
             log.warning("%s of %s: %s, dynamo's limit; further kinds of calls run eagerly", cls, component.name, limit)
         except SettingsChanged:  # a later call comes again
             log.info("%s of %s: torch's settings changed while its graph was made", cls, component.name)
         except NotAdmitted as reason:
-            log.warning("%s is not compiled: %s", component.name, reason)
-            component.refuse(str(reason))
+            return Verdict(reason=str(reason))
         except Exception as error:  # the compiler raises any class; the component serves without it
             log.warning("%s is not compiled", component.name, exc_info=True)
-            component.refuse(f"{cls} does not compile ({_described(error)})")
+            return Verdict(reason=f"{cls} does not compile ({_described(error)})")
         else:
-            component.admit(job.program, job.key)
-        component.seconds += time.monotonic() - began
-        if job.program.graphs > graphs:
-            log.info("compiled %s of %s in %.1f s", cls, component.name, time.monotonic() - began)
+            return Verdict(admitted=True)
+        return AGAIN
+
+
+def _name(ticket: Ticket) -> str:
+    """Equal for equal tickets of all ranks."""
+    component, cls, key = ticket
+    return hashlib.sha256(f"{component} {cls.__qualname__} {key!r}".encode()).hexdigest()
 
 
 def _described(error: Exception) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
@@ -15,12 +14,12 @@ from torch import nn
 from ...protocol.compiling import CompiledComponentStats, State
 from ..internals.block_arguments import Arguments
 from ..internals.blocks import library_class, repeated_blocks
+from ..internals.transformers import collects_within_layers
 from ..lora.layers import AdaptedLayer, is_adaptable
+from ..parallel.sequence import exchange_of
 from .arguments import contiguous, signature_of
 from .block import Plain, copied, swap_in
 from .program import Program
-
-log = logging.getLogger(__name__)
 
 ATTEMPTS = 4
 """How often a key is compiled: adapters of other layers, or a request's settings of torch, need a further graph."""
@@ -38,7 +37,7 @@ class Queue(Protocol):
         """The program of the blocks of class ``cls``, which all components share."""
 
     def offer(self, ticket: Ticket, make: Callable[[], Job]) -> None:
-        """Queue ``make()`` unless a job with this ticket waits, or too many do. Raises what ``make`` raises."""
+        """Queue ``make()`` unless a job with this ticket waits, or too many do. If it raises, refuse the component."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -72,7 +71,9 @@ class CompiledComponent:
         self._active = False
         self._admitted: set[tuple[type[nn.Module], Key]] = set()
         self._attempts: Counter[tuple[type[nn.Module], Key]] = Counter()
+        self._over_limit: set[tuple[type[nn.Module], Key]] = set()
         self._calls = self._eager = 0
+        self._exchange = exchange_of(module)
         groups = repeated_blocks(module)
         self._programs = {group.cls: queue.program(group.cls) for group in groups}
         for group in groups:
@@ -88,9 +89,13 @@ class CompiledComponent:
         finally:
             self._active = before
 
-    def admit(self, program: Program, key: Key) -> None:
-        """From now on, calls with this key run a graph."""
-        self._admitted.add((program.cls, key))
+    def admit(self, cls: type[nn.Module], key: Key) -> None:
+        """From now on, calls of blocks of class ``cls`` with this key run a graph."""
+        self._admitted.add((cls, key))
+
+    def leave_eager(self, cls: type[nn.Module], key: Key) -> None:
+        """Calls of this kind run eagerly on this rank, because there may be no further graph of ``cls``."""
+        self._over_limit.add((cls, key))
 
     def refuse(self, reason: str) -> None:
         """Run eagerly from now on."""
@@ -102,6 +107,8 @@ class CompiledComponent:
             state=state,
             reason=self.reason,
             graphs={cls.__name__: program.graphs for cls, program in self._programs.items()},
+            kinds=len(self._admitted),
+            kinds_over_limit=len(self._over_limit),
             compile_s=round(self.seconds, 1),
             calls=self._calls,
             eager_calls=self._eager,
@@ -111,7 +118,7 @@ class CompiledComponent:
         if not self._active or torch.is_grad_enabled():
             return plain(*args, **kwargs)
         self._calls += 1
-        if self.reason is not None:
+        if self.reason is not None or self._has_unequal_parts or collects_within_layers():
             self._eager += 1
             return plain(*args, **kwargs)
         program = self._programs[library_class(block)]
@@ -127,11 +134,12 @@ class CompiledComponent:
         self._eager += 1
         if self._attempts[program.cls, key] == ATTEMPTS:
             return
-        try:
-            self._queue.offer((self.name, program.cls, key), lambda: self._job(program, key, block, arguments))
-        except Exception as error:  # there is no memory for a copy, or an argument has none: the request goes on
-            log.warning("%s is not compiled, because the call of a block cannot be copied", self.name, exc_info=True)
-            self.refuse(f"the arguments of {program.cls.__name__} cannot be copied ({type(error).__name__})")
+        self._queue.offer((self.name, program.cls, key), lambda: self._job(program, key, block, arguments))
+
+    @property
+    def _has_unequal_parts(self) -> bool:
+        """True if the ranks have parts of other lengths of a sequence: each would need a graph for its own."""
+        return self._exchange is not None and self._exchange.ulysses_anything
 
     def _job(self, program: Program, key: Key, block: nn.Module, arguments: Arguments) -> Job:
         self._attempts[program.cls, key] += 1

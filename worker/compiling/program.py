@@ -27,6 +27,10 @@ class LimitMet(Exception):
     """A class of blocks has as many graphs as dynamo keeps."""
 
 
+class ForeignCollective(Exception):
+    """A block calls other ranks by other ways than :mod:`..parallel.ranks`."""
+
+
 class SettingsChanged(Exception):
     """A request changed torch's settings while a graph was made, which holds for none of them."""
 
@@ -43,7 +47,7 @@ class Program:
         name = f"forward_of_{cls.__name__}"
         function = FunctionType(_forward.__code__.replace(co_name=name), _forward.__globals__, name)
         # a block that does not trace as a whole raises, in place of running in pieces
-        self._compile = torch.compile(function, backend=backend, fullgraph=True)
+        self._compile = torch.compile(function, backend=_without_collectives(backend), fullgraph=True)
         self._run = dynamo.run(function)
 
     def plain(self, block: nn.Module, arguments: Arguments) -> Any:
@@ -74,9 +78,22 @@ class Program:
 
 
 def _forward(plain: Callable[..., Any], missed: Missed, block: nn.Module, args: Any, kwargs: Any) -> Any:
-    if not torch.compiler.is_compiling():  # a graph leaves this out: so it is Python that runs, not a graph
+    if not torch.compiler.is_dynamo_compiling():  # a graph leaves this out: so it is Python that runs, not a graph
         missed()
     return plain(block, *args, **kwargs)
+
+
+def _without_collectives(backend: Backend) -> Backend:
+    """``backend``, which raises for a graph with collectives of torch: they would meet those of requests."""
+
+    def compiled(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+        for node in graph.graph.nodes:
+            if node.op == "call_function" and any(part in str(node.target) for part in ("c10d", "distributed")):
+                raise ForeignCollective(f"it calls {node.target}, beside the collectives of this rank")
+        compiler = dynamo.lookup_backend(backend) if isinstance(backend, str) else backend
+        return compiler(graph, inputs)
+
+    return compiled
 
 
 def _never() -> None:

@@ -11,8 +11,9 @@ import torch
 from torch.utils import _pytree as pytree
 
 from ..crossing.call import Call
+from ..crossing.coroutine import Coroutine
 from .adapters import ActiveAdapters
-from .batch import Pending
+from .batch import Forward, Pending
 from .signature import digest
 
 
@@ -26,15 +27,24 @@ class _Entry:
 class PromptCache:
     """An LRU cache of the outputs of components named ``text_encoder…``, at most ``capacity`` bytes.
 
-    An entry is *exact* if its forward was not merged: it is bitwise what the component returns for this input. A
-    lookup with ``exact`` ignores other entries. Values are cloned on the way in and out, because pipelines may write to
-    them.
+    An entry is *exact* if its forward was not merged: it is bitwise what the component returns for this input. If
+    ``compiled``, that holds for the forwards of plain requests alone. A lookup with ``exact`` ignores other entries.
+    Values are cloned on the way in and out, because pipelines may write to them.
     """
 
-    def __init__(self, capacity: int) -> None:
+    def __init__(self, capacity: int, *, compiled: bool = False) -> None:
         self._capacity = capacity
+        self._compiled = compiled
         self._entries: OrderedDict[Hashable, _Entry] = OrderedDict()
         self._size = 0
+
+    def needs_exact(self, coroutine: Coroutine) -> bool:
+        """True if ``coroutine`` may only have what the component computes for it alone."""
+        return coroutine.plain if self._compiled else coroutine.alone
+
+    def is_exact(self, forward: Forward) -> bool:
+        """True if the answers of ``forward`` are exact."""
+        return not forward.merged and (forward.calls[0].coroutine.plain or not self._compiled)
 
     def holds(self, key: Hashable, *, exact: bool) -> bool:
         """True if :meth:`get` would return a value."""

@@ -104,12 +104,14 @@ class PromptCaching:
         answers = proceed()
         if not has_drawn(before):
             for pending, uses, answer in zip(forward.calls, forward.adapters, answers, strict=True):
-                self._cache.put(prompt_of(pending, uses), answer, exact=not forward.merged)
+                self._cache.put(prompt_of(pending, uses), answer, exact=self._cache.is_exact(forward))
         return answers
 
     def _get(self, forward: Forward) -> Any | None:
         pending = forward.calls[0]
-        return self._cache.get(prompt_of(pending, forward.adapters[0]), exact=pending.coroutine.alone)
+        return self._cache.get(
+            prompt_of(pending, forward.adapters[0]), exact=self._cache.needs_exact(pending.coroutine)
+        )
 
 
 class Restoring:

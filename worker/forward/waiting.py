@@ -79,7 +79,7 @@ class WaitingCalls:
 
     def _is_cached(self, pending: Pending, uses: ActiveAdapters) -> bool:
         key = prompt_of(pending, uses)
-        return self._cache is not None and self._cache.holds(key, exact=pending.coroutine.alone)
+        return self._cache is not None and self._cache.holds(key, exact=self._cache.needs_exact(pending.coroutine))
 
     def _uses(self, pending: Pending) -> ActiveAdapters:
         if self._adapters is None:

@@ -133,6 +133,5 @@ class GraphedComponent:
 
 def _check_collector() -> None:
     """Raises ``NotRecordable`` while transformers collects more than what blocks return, by hooks within them."""
-    collected = transformers_internals.active_collector.get()
-    if collected and any(name != "hidden_states" and not name.startswith("_") for name in collected):
+    if transformers_internals.collects_within_layers():
         raise NotRecordable("what its layers compute is collected by hooks")

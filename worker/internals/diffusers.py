@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+import torch
+from diffusers.models import attention_dispatch
+
 from .lookup import lookup
 
 CHECKED = "0.42.1"
@@ -38,8 +43,15 @@ NAMES = {
     "ContextParallelConfig": "diffusers.models._modeling_parallel:ContextParallelConfig",
     "ContextParallelOutput": "diffusers.models._modeling_parallel:ContextParallelOutput",
     "ParallelConfig": "diffusers.models._modeling_parallel:ParallelConfig",
+    "all_to_all_single": "diffusers.models.attention_dispatch:_all_to_all_single",
     # settings of the process
     "AttentionBackendRegistry": "diffusers.models.attention_dispatch:_AttentionBackendRegistry",
 }
 
 __getattr__ = lookup("diffusers", CHECKED, NAMES)
+
+
+def use_exchange(exchange: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    """Have attention that has equal parts of a sequence exchange them by ``exchange``, instead of diffusers' own."""
+    __getattr__("all_to_all_single")  # raises if this release has another way
+    vars(attention_dispatch)["_all_to_all_single"] = lambda tensor, _: exchange(tensor)

@@ -102,7 +102,7 @@ def join(rank: int, sizes: Mapping[str, int], rendezvous_path: str, device: torc
     failures = dist.new_group(backend="gloo")
     set_collective_timeout(failures, AGREEMENT_S)  # not for the rendezvous
     found = init_device_mesh(device.type, tuple(sizes[name] for name in names), mesh_dim_names=tuple(names))
-    axes = {name: Ranks(found.get_local_rank(name), sizes[name], found.get_group(name), device) for name in names}
+    axes = {name: Ranks(found.get_local_rank(name), sizes[name], found.get_group(name), device, name) for name in names}
     mesh = Mesh(Ranks(rank, size, dist.group.WORLD, device), axes, failures)
     mesh.set_timeout(timeout_s)
     for ranks in axes.values():  # NCCL connects at the first collective; no request should wait for that

@@ -69,6 +69,13 @@ def attention_of(module: nn.Module) -> list[Any]:
     return [processor for processor in found if hasattr(processor, "_parallel_config")]
 
 
+def exchange_of(module: nn.Module) -> Any:
+    """The configuration of the exchange in the attention of ``module``; ``None`` if no ranks share its tokens."""
+    found = [processor._parallel_config for processor in attention_of(module)]
+    parallel = next((config for config in found if config is not None), None)
+    return None if parallel is None else parallel.context_parallel_config
+
+
 def split_sequence(module: nn.Module, ranks: Ranks) -> None:
     """Have each rank compute its part of the tokens; outputs are whole on every rank. Requires :func:`check_split`."""
     config = internals.ContextParallelConfig(ulysses_degree=ranks.size)
@@ -78,6 +85,7 @@ def split_sequence(module: nn.Module, ranks: Ranks) -> None:
     parallel = internals.ParallelConfig(context_parallel_config=config)
     for processor in attention_of(module):
         processor._parallel_config = parallel
+    internals.use_exchange(ranks.exchange)
     tokens = Tokens(ranks, config)
     module.register_forward_pre_hook(lambda *_: tokens.begin())
     for pattern, styles in plan_of(module).items():

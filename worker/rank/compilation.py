@@ -1,4 +1,4 @@
-"""Compilation on a rank: the compiler for the model's denoisers, and their warm-up before the replica is ready."""
+"""Compilation on a rank: the compiler for the model's components, and their warm-up before the replica is ready."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import logging
 from collections.abc import Callable
 from functools import partial
 
-from ...protocol.config import Config
 from ...protocol.errors import StartFailed
 from ...protocol.forward_options import ForwardOptions
 from ..accuracy.judging import judge
@@ -16,6 +15,7 @@ from ..compiling.compiler import Compiler
 from ..forward.batcher import Batcher
 from ..model.model import Model
 from ..model.modules import modules
+from ..parallel.mesh import Mesh
 from ..pipelines.components import DENOISERS
 from ..requests.warm_up import read_sizes, run_size
 
@@ -24,22 +24,22 @@ log = logging.getLogger(__name__)
 _OPTION = "--compile-sizes"
 
 
-def check_compile(config: Config) -> None:
-    """Raise ``StartFailed`` if several ranks would have to switch to compiled blocks together."""
-    if config.compile == "on" and config.replica_ranks > 1:
-        halves = " --cfg-parallel" if config.cfg_parallel else ""
-        raise StartFailed(
-            f"--compile on needs replicas of one rank, and --tp {config.tp} --ulysses {config.ulysses}{halves} makes "
-            f"{config.replica_ranks}; use --replicas for further GPUs, or --compile off."
-        )
+def check_compile(options: ForwardOptions) -> None:
+    """Raise ``StartFailed`` for options that need compilation where it is off."""
+    if options.compile == "off" and options.compile_text_encoders:
+        raise StartFailed("--compile-text-encoders needs --compile on.")
 
 
-def new_compiler(model: Model, options: ForwardOptions) -> Compiler | None:
+def new_compiler(model: Model, options: ForwardOptions, mesh: Mesh) -> Compiler | None:
     """The compiler, if there is to be one."""
     if options.compile == "off":
         return None
-    denoisers = {name: module for name, module in modules(model.pipeline).items() if name in DENOISERS}
-    return Compiler(denoisers, partial(judge, load_policy()))
+    compiled = {
+        name: module
+        for name, module in modules(model.pipeline).items()
+        if name in DENOISERS or (options.compile_text_encoders and name.startswith("text_encoder"))
+    }
+    return Compiler(compiled, partial(judge, load_policy()), axes=[mesh.tp, mesh.axis("sp")])
 
 
 def warm_up_compiled(
@@ -47,7 +47,10 @@ def warm_up_compiled(
 ) -> None:
     """Run requests of the listed sizes, and wait until what they need is compiled. Raises ``StartFailed``."""
     sizes = read_sizes(_OPTION, options.compile_sizes)
-    if batcher.compiled is None or not sizes:
+    if not sizes:
+        return
+    if batcher.compiled is None:
+        log.warning("%s has no effect, because --compile is off", _OPTION)
         return
     if model.text is None:
         log.warning("%s has no effect, because the model draws from images; it is compiled as it serves", _OPTION)
@@ -55,5 +58,6 @@ def warm_up_compiled(
     for size in sizes:
         report(f"compiling for {size}")
         for _ in range(2):  # the second run shows that nothing is left, or reaches what the first one has not
+            batcher.forget_answers()  # so that text encoders run
             run_size(model, batcher, caching, _OPTION, size)
             batcher.compiled.wait()

@@ -171,14 +171,14 @@ def _new_batcher(
         max_batch=config.max_batch,
         max_tokens=config.max_positions,
         mode=self_test.mode,
-        cache=PromptCache(config.prompt_cache_mb * 2**20) if config.prompt_cache_mb else None,
+        cache=_new_prompt_cache(config),
         adapters=adapters,
         timing=model.timing,
         at_rest=AtRest(modules(model.pipeline)),
         activity=activity,
         plain_attention=_plain_attention(model),
         tiling=Tiling(modules(model.pipeline), config.vae_tiling, slices=config.vae_slicing),
-        compiled=new_compiler(model, config),
+        compiled=new_compiler(model, config, mesh),
         graphs=new_graphs(config, model.device, modules(model.pipeline), adapters, is_alone=mesh.world.size == 1),
         offload=model.offload,
         agree=mesh.agree,
@@ -195,6 +195,12 @@ def _new_caching(config: Config, batcher: Batcher, mesh: Mesh) -> Caching:
         return float(mesh.world.all_gather(torch.tensor([number]))[0])
 
     return Caching(config, batcher.policy.unmergeable, agreed)
+
+
+def _new_prompt_cache(config: Config) -> PromptCache | None:
+    if not config.prompt_cache_mb:
+        return None
+    return PromptCache(config.prompt_cache_mb * 2**20, compiled=config.compile == "on" and config.compile_text_encoders)
 
 
 def _plain_attention(model: Model) -> str | None:

@@ -140,6 +140,16 @@ def test_a_third_size_of_pictures_needs_no_graph_of_its_own() -> None:
     assert running.graphs == graphs
 
 
+def test_sixteen_numbers_of_rows_at_three_sizes_of_pictures_need_four_graphs_and_each_kind_is_judged() -> None:
+    running = Compiling(Stack())
+    sizes = [(rows, tokens) for tokens in (16, 25, 36) for rows in range(1, 17)]
+    for rows, tokens in sizes:
+        running.draw(rows, tokens)
+    assert sum(running.eager_calls(rows, tokens) for rows, tokens in sizes) == 0
+    assert running.graphs == 4, "one row and several, at the first size and at any other one"
+    assert (running.stats.kinds, running.stats.kinds_over_limit) == (len(sizes), 0)
+
+
 def test_updates_in_place_and_weights_that_moved_keep_graphs_valid() -> None:
     running, plain = Compiling(Stack()), Stack()
     running.draw()
@@ -260,6 +270,7 @@ def test_dynamo_s_limit_is_reported_by_name_and_graphs_go_on_serving(
     assert torch.equal(running.draw(rows=3), draw(plain, 3))
     assert running.eager_calls(rows=3) == 3
     assert running.eager_calls() == 0
+    assert running.stats.kinds_over_limit == 1
 
 
 # a compilation beside requests
@@ -299,6 +310,18 @@ def test_the_end_of_a_compilation_sets_back_no_request_s_random_state() -> None:
             held.release(running)
             assert not has_drawn(before)
     assert running.eager_calls() == 0
+
+
+def test_requests_do_not_see_that_something_is_compiled() -> None:
+    """Models of diffusers and transformers ask for it, and compute otherwise where it is so."""
+    held = Held()
+    running = Compiling(Stack(), held.compile)
+    held.enter(running)
+    try:
+        assert not torch.compiler.is_compiling()
+    finally:
+        held.release(running)
+    assert running.stats.state == "compiled"
 
 
 def test_a_setting_that_a_request_changes_during_a_compilation_stays_and_costs_one_attempt() -> None:

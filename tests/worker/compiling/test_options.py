@@ -1,29 +1,55 @@
-"""Options of compilation that cannot hold are refused at the start, in a sentence."""
+"""Options of compilation hold, or are refused at the start, in a sentence."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
 
 from safelight.protocol.config import Config
 from safelight.protocol.errors import StartFailed
+from safelight.worker.caching.caching import Caching
+from safelight.worker.compiling.compiler import Compiler
+from safelight.worker.forward.batcher import Batcher
+from safelight.worker.forward.prompt_cache import PromptCache
 from safelight.worker.graphs.setting import why_without_graphs
 from safelight.worker.model.model import Model
-from safelight.worker.rank.compilation import check_compile, new_compiler
+from safelight.worker.parallel.mesh import Mesh
+from safelight.worker.rank import compilation
+from safelight.worker.rank.compilation import check_compile, new_compiler, warm_up_compiled
+from safelight.worker.requests.warm_up import read_sizes, run_size
 
 
-def test_several_ranks_are_refused_and_off_makes_no_compiler(tiny_model: Callable[[str], Model]) -> None:
-    model = tiny_model("flux")
-    assert new_compiler(model, Config()) is None
-    check_compile(Config(compile="on", replicas=2))
-    for config, words in (
-        (Config(compile="on", tp=2, ulysses=2), r"--compile on needs replicas of one rank.* makes 4; use --replicas"),
-        (Config(compile="on", cfg_parallel=True), "--tp 1 --ulysses 1 --cfg-parallel makes 2;"),
-    ):
-        with pytest.raises(StartFailed, match=words):
-            check_compile(config)
+def test_off_makes_no_compiler(tiny_model: Callable[[str], Model]) -> None:
+    assert new_compiler(tiny_model("flux"), Config(), Mesh()) is None
+    with pytest.raises(StartFailed, match="--compile-text-encoders needs --compile on"):
+        check_compile(Config(compile_text_encoders=True))
+
+
+def test_listed_sizes_are_compiled_with_text_encoders_before_the_replica_is_ready(
+    tiny_model: Callable[[str], Model], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compilation, "Compiler", partial(Compiler, backend="eager"))
+    model = tiny_model("zimage")
+    config = Config(compile="on", compile_text_encoders=True, compile_sizes="64x64,64x64x3")
+    compiler = new_compiler(model, config, Mesh())
+    assert compiler is not None
+    batcher = Batcher(max_batch=4, max_tokens=10**6, cache=PromptCache(2**20, compiled=True), compiled=compiler)
+    reported: list[str] = []
+    warm_up_compiled(config, model, batcher, Caching(config, {}, float), reported.append)
+    assert reported == ["compiling for 64x64x1", "compiling for 64x64x3"]
+    before = compiler.stats()
+    assert {name: stats.state for name, stats in before.items()} == {
+        "transformer": "compiled",
+        "text_encoder": "compiled",
+    }
+    batcher.forget_answers()
+    for size in read_sizes("", config.compile_sizes):
+        run_size(model, batcher, None, "", size)
+    after = compiler.stats()
+    assert all(after[name].eager_calls == stats.eager_calls < after[name].calls for name, stats in before.items())
 
 
 def test_graphs_of_cuda_give_way_to_compilation_and_both_by_force_are_refused() -> None:
