@@ -28,6 +28,8 @@ from .program import LIMIT, Backend, LimitMet, Program, SettingsChanged
 log = logging.getLogger(__name__)
 
 
+_DIRECTORY = "TORCHINDUCTOR_CACHE_DIR"
+
 MAX_WAITING = 8
 """Jobs that may wait, each with a copy of a block. A call that finds no place comes again with the next step."""
 
@@ -196,7 +198,11 @@ def _described(error: Exception) -> str:
 
 
 def use_cache_directory() -> None:
-    """Have inductor keep what it compiles below the user's cache, so that the next start finds it."""
-    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    directory = Path(base).expanduser() / "safelight" / "inductor"
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(directory))
+    """Have inductor keep what it compiles below the user's cache, so that the next start finds it.
+
+    A directory that the operator has chosen stays. Once asked, torch writes its default, below the temporary directory,
+    into the environment: that is nobody's choice.
+    """
+    if os.environ.get(_DIRECTORY) in (None, os.path.abspath(dynamo.default_cache_dir())):
+        base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+        os.environ[_DIRECTORY] = str(Path(base).expanduser() / "safelight" / "inductor")

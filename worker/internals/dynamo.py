@@ -21,6 +21,7 @@ NAMES = {
     "inductor_config": "torch._inductor:config",
     "counters": "torch._dynamo.utils:counters",
     "lookup_backend": "torch._dynamo:lookup_backend",
+    "default_cache_dir": "torch._inductor.runtime.cache_dir_utils:default_cache_dir",
     "RecompileLimitHit": "torch._dynamo.exc:FailOnRecompileLimitHit",
 }
 

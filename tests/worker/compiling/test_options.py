@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
+from torch._inductor.runtime.cache_dir_utils import cache_dir
 
 from safelight.protocol.config import Config
 from safelight.protocol.errors import StartFailed
 from safelight.worker.caching.caching import Caching
-from safelight.worker.compiling.compiler import Compiler
+from safelight.worker.compiling.compiler import Compiler, use_cache_directory
 from safelight.worker.forward.batcher import Batcher
 from safelight.worker.forward.prompt_cache import PromptCache
 from safelight.worker.graphs.setting import why_without_graphs
@@ -58,3 +61,17 @@ def test_graphs_of_cuda_give_way_to_compilation_and_both_by_force_are_refused() 
     assert "--compile is on" in str(why_without_graphs(Config(compile="on"), device))
     with pytest.raises(StartFailed, match="--piecewise-cuda-graph on is impossible: --compile is on"):
         why_without_graphs(Config(compile="on", piecewise_cuda_graph="on"), device)
+
+
+def test_graphs_are_kept_where_the_documentation_says_though_torch_has_named_its_own_directory(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
+    inductors = cache_dir()  # writes torch's own into the environment
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == inductors
+    use_cache_directory()
+    assert cache_dir() == str(tmp_path / "safelight" / "inductor")
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "chosen"))
+    use_cache_directory()
+    assert cache_dir() == str(tmp_path / "chosen")
