@@ -15,7 +15,7 @@ from typing import Any
 from safelight.benchmarks.machine import describe
 
 Figures = Iterator[dict[str, Any]]
-"""What a stage measures, in parts, each as soon as it is known."""
+"""The figures of a stage, in parts, each as soon as it is measured."""
 
 LONGEST = 3
 """A stage is ended when it has taken this many times what it usually needs."""
