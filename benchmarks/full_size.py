@@ -62,14 +62,13 @@ class FullSize:
     build_tiny: Callable[[], DiffusionPipeline]
     output: Mapping[str, Any]
     """Fields of a request; they, and what ``extra`` has, are arguments of the pipeline."""
-    tiny_output: Mapping[str, Any] = field(
-        default_factory=lambda: {
-            "width": 64,
-            "height": 64,
-            "num_inference_steps": 2,
-            "extra": {"max_sequence_length": 64},
-        }
-    )
+    tiny_sizes: Mapping[str, Any] = field(default_factory=lambda: {"width": 64, "height": 64})
+
+    @property
+    def tiny_output(self) -> dict[str, Any]:
+        """The same fields for the model's tiny form, in two steps."""
+        extra = {**self.output.get("extra", {}), "max_sequence_length": 64}
+        return {**self.output, **self.tiny_sizes, "num_inference_steps": 2, "extra": extra}
 
 
 def flux() -> FluxPipeline:
@@ -179,14 +178,7 @@ MODELS = {
             wan,
             build_wan,
             {**WIDE, "num_frames": 33, "num_inference_steps": 20, "guidance_scale": 5.0, "output_format": "pt"},
-            {
-                "width": 32,
-                "height": 32,
-                "num_frames": 5,
-                "num_inference_steps": 2,
-                "output_format": "pt",
-                "extra": {"max_sequence_length": 64},
-            },
+            {"width": 32, "height": 32, "num_frames": 5},
         ),
         FullSize(
             "qwen-image",

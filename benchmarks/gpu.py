@@ -85,10 +85,11 @@ def _free_memory() -> None:
         torch.cuda.empty_cache()
 
 
-def _roomy() -> Path | None:
-    """A directory in memory if there is room: a disk may take minutes for a checkpoint."""
-    fits = IN_MEMORY.is_dir() and shutil.disk_usage(IN_MEMORY).free > LARGEST_CHECKPOINT
-    return IN_MEMORY if fits else None
+def _roomy() -> Path:
+    """A directory in memory if there is room, because a disk may take minutes for a checkpoint."""
+    places = [place for place in (IN_MEMORY, Path(tempfile.gettempdir())) if place.is_dir()]
+    free = {place: shutil.disk_usage(place).free for place in places}
+    return next((place for place in places if free[place] > LARGEST_CHECKPOINT), max(places, key=free.__getitem__))
 
 
 def main() -> None:

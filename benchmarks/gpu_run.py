@@ -50,7 +50,8 @@ class Run:
                         self._write()
             except Exception as error:  # noqa: BLE001  # whatever it is: nobody is there, and other stages are worth having
                 figures["error"] = f"{type(error).__name__}: {error}"
-                figures["traceback"] = "".join(traceback.format_exception(error))[-_LAST_CHARACTERS:]
+                figures["traceback"] = "".join(traceback.format_tb(error.__traceback__))[-_LAST_CHARACTERS:]
+                figures["notes"] = list(vars(error).get("__notes__", ()))
         figures["stage_s"] = round(time.monotonic() - began, 2)
         print(model, name, json.dumps(figures), flush=True)
         self._write()
@@ -84,7 +85,7 @@ def table(found: dict[str, Any]) -> str:
     for model, stages in found["models"].items():
         for stage, figures in stages.items():
             for name, value in figures.items():
-                if name != "traceback":
+                if name not in ("traceback", "notes"):
                     shown = f"{value:.3g}" if isinstance(value, float) else str(value)
                     lines.append(f"| {model} | {stage} | {name} | {shown.replace('|', '/')} |")
     return "\n".join(lines) + "\n"
