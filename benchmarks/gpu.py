@@ -13,6 +13,7 @@ import argparse
 import gc
 import shutil
 import tempfile
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -54,17 +55,20 @@ def measure(run: Run, model: FullSize, directory: Path, *, dry: bool) -> None:
 
 
 def _serve(run: Run, model: FullSize, served: Served, *, whole: bool, dry: bool) -> None:
-    def measured(*options: str, everything: bool = whole) -> Figures:
-        return served.measured(options, batching=everything, updates=everything)
+    def measured(*options: str, everything: bool = whole, counts: str | None = None) -> Figures:
+        return served.measured(options, batching=everything, updates=everything, counts=counts)
 
     if whole:
         run.stage(model.name, "copies", 10, lambda: copy_speeds(served.device, 2**24 if dry else 2**30))
     graphs = ("--piecewise-cuda-graph", "on", *(_enforced(served) if whole else ()))
-    if dry or not run.stage(model.name, "served with CUDA graphs", 90 if whole else 60, lambda: measured(*graphs)):
-        run.stage(model.name, "served", 90 if whole else 60, measured)
+    needs_s = 90 if whole else 60
+    if dry or not run.stage(
+        model.name, "served with CUDA graphs", needs_s, lambda: measured(*graphs, counts="graph_replays")
+    ):
+        run.stage(model.name, "served", needs_s, measured)
     if whole and not dry:
-        options = "--compile", "on", "--compile-sizes", _size(served)
-        run.stage(model.name, "served compiled", 100, lambda: measured(*options, everything=False))
+        compiled = partial(measured, "--compile", "on", "--compile-sizes", _size(served), counts="compiled_block_calls")
+        run.stage(model.name, "served compiled", 100, partial(compiled, everything=False))
 
 
 def _enforced(served: Served) -> tuple[str, ...]:

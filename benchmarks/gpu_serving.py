@@ -47,8 +47,11 @@ class Served:
     device: str
     output: Mapping[str, Any]
 
-    def measured(self, options: Sequence[str], *, batching: bool, updates: bool) -> Figures:
-        """Measure a server with ``options``. What it raises has the end of the server's log as a note."""
+    def measured(self, options: Sequence[str], *, batching: bool, updates: bool, counts: str | None) -> Figures:
+        """Measure a server with ``options``. Exceptions have the end of the server's log as a note.
+
+        A metric with ``counts`` in its name must be above 0 in the end: otherwise the options had no effect.
+        """
         began = time.perf_counter()
         with self._server(options) as url:
             yield {"start_s": time.perf_counter() - began}
@@ -61,7 +64,10 @@ class Served:
                 yield from self._batching(url)
             if updates:
                 yield from self._updates(url)
-            yield {"counters": graph_counters(url)}
+            counters = graph_counters(url)
+            yield {"counters": counters}
+            if counts is not None and not any(value for name, value in counters.items() if counts in name):
+                raise RuntimeError(f"the options had no effect: {counts} is 0")
 
     def _batching(self, url: str) -> Figures:
         """Pictures per second at a quarter of the pixels: one client, and several at once."""

@@ -30,9 +30,9 @@ waits of a GPU, so few of these tests run on a CPU.
 """
 
 TAIL = """
-`make test-cuda` fills the column *CUDA* on a machine with a GPU, `make test-played-cuda RECORD=1` the one before, and
-`make test-played-cuda RECORD=1 TEST_DEVICE=cpu` the first. Each writes `benchmarks/results/devices-….json`, from which
-this page is made.
+`make test-cuda` fills the column *CUDA* on a machine with a GPU, and
+`make test-played-cuda RECORD=1 TEST_EFFORT=nightly` the one before; with `TEST_DEVICE=cpu` it fills the first. Each
+writes `benchmarks/results/devices-….json`, from which this page is made.
 """
 
 
