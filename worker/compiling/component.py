@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
@@ -20,6 +21,8 @@ from ..parallel.sequence import exchange_of
 from .arguments import contiguous, signature_of
 from .block import Plain, copied, swap_in
 from .program import Program
+
+log = logging.getLogger(__name__)
 
 ATTEMPTS = 4
 """How often a key is compiled: adapters of other layers, or a request's settings of torch, need a further graph."""
@@ -74,6 +77,7 @@ class CompiledComponent:
         self._over_limit: set[tuple[type[nn.Module], Key]] = set()
         self._calls = self._eager = 0
         self._exchange = exchange_of(module)
+        self._warned = False
         groups = repeated_blocks(module)
         self._programs = {group.cls: queue.program(group.cls) for group in groups}
         for group in groups:
@@ -118,7 +122,7 @@ class CompiledComponent:
         if not self._active or torch.is_grad_enabled():
             return plain(*args, **kwargs)
         self._calls += 1
-        if self.reason is not None or self._has_unequal_parts or collects_within_layers():
+        if self.reason is not None or self._has_unequal_parts() or collects_within_layers():
             self._eager += 1
             return plain(*args, **kwargs)
         program = self._programs[library_class(block)]
@@ -136,10 +140,14 @@ class CompiledComponent:
             return
         self._queue.offer((self.name, program.cls, key), lambda: self._job(program, key, block, arguments))
 
-    @property
     def _has_unequal_parts(self) -> bool:
         """True if the ranks have parts of other lengths of a sequence: each would need a graph for its own."""
-        return self._exchange is not None and self._exchange.ulysses_anything
+        if self._exchange is None or not self._exchange.ulysses_anything:
+            return False
+        if not self._warned:
+            self._warned = True
+            log.warning("%s runs eagerly where its ranks have unequal parts of a sequence", self.name)
+        return True
 
     def _job(self, program: Program, key: Key, block: nn.Module, arguments: Arguments) -> Job:
         self._attempts[program.cls, key] += 1
