@@ -52,6 +52,7 @@ def draw_by_safelight(model: Path, options: argparse.Namespace, *, compiled: boo
     from safelight.protocol.config import Config
     from safelight.protocol.generation import Generate, Sample
     from safelight.worker.forward.batcher import Batcher
+    from safelight.worker.forward.resources import ForwardResources
     from safelight.worker.model.model import load_model
     from safelight.worker.parallel.mesh import Mesh
     from safelight.worker.rank.compilation import new_compiler
@@ -60,7 +61,7 @@ def draw_by_safelight(model: Path, options: argparse.Namespace, *, compiled: boo
     config = Config(model=str(model), dtype=options.dtype, device="cpu", compile="on" if compiled else "off")
     loaded = load_model(config)
     compiler = new_compiler(loaded, config, Mesh())
-    batcher = Batcher(max_batch=16, max_tokens=65536, compiled=compiler)
+    batcher = Batcher(max_batch=16, max_tokens=65536, resources=ForwardResources(compiled=compiler))
 
     def draw(seed: int) -> Any:
         size = {"width": options.side, "height": options.side, "num_inference_steps": options.steps}

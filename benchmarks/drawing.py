@@ -15,6 +15,7 @@ from safelight.protocol.generation import Generate
 from safelight.worker.caching.caching import Caching
 from safelight.worker.forward.batcher import Batcher
 from safelight.worker.forward.prompt_cache import PromptCache
+from safelight.worker.forward.resources import ForwardResources
 from safelight.worker.model.model import Model, load_model
 from safelight.worker.requests.sample import SampleRun
 
@@ -50,7 +51,7 @@ def draw(
     runs: list[SampleRun] = []
     cpu, wall, forwards = time.process_time(), time.perf_counter(), 0
     for start in range(0, len(requests), together):
-        batcher = Batcher(max_batch=16, max_tokens=10**6, cache=cache)
+        batcher = Batcher(max_batch=16, max_tokens=10**6, resources=ForwardResources(cache=cache))
         part = [
             SampleRun(model, request, 0, lambda *_: None, lambda _: None, caching=caching)
             for request in requests[start : start + together]

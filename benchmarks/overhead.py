@@ -31,6 +31,7 @@ from safelight.worker.forward.activity import Activity
 from safelight.worker.forward.at_rest import AtRest
 from safelight.worker.forward.batcher import Batcher
 from safelight.worker.forward.prompt_cache import PromptCache
+from safelight.worker.forward.resources import ForwardResources
 from safelight.worker.lora.rank_adapters import RankAdapters
 from safelight.worker.model.model import Model, load_model
 from safelight.worker.model.modules import modules
@@ -75,11 +76,15 @@ def new_batcher(model: Model) -> Batcher:
     return Batcher(
         max_batch=16,
         max_tokens=1 << 30,
-        cache=PromptCache(64 << 20),
-        adapters=RankAdapters(model.pipeline, model.layouts, ALONE, model.device, max_adapters=8, max_bytes=1 << 30),
-        timing=model.timing,
-        at_rest=AtRest(modules(model.pipeline)),
-        activity=Activity(),
+        resources=ForwardResources(
+            cache=PromptCache(64 << 20),
+            adapters=RankAdapters(
+                model.pipeline, model.layouts, ALONE, model.device, max_adapters=8, max_bytes=1 << 30
+            ),
+            timing=model.timing,
+            at_rest=AtRest(modules(model.pipeline)),
+            activity=Activity(),
+        ),
     )
 
 

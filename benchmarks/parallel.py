@@ -27,6 +27,7 @@ from safelight.benchmarks.machine import describe
 from safelight.worker.crossing.call import Call, cross
 from safelight.worker.crossing.coroutine import Coroutine
 from safelight.worker.forward.batcher import Batcher
+from safelight.worker.forward.resources import ForwardResources
 from safelight.worker.forward.row_division import RowDivision
 from safelight.worker.parallel.families import family_of
 from safelight.worker.parallel.mesh import join, leave
@@ -135,8 +136,8 @@ def run_rank(options: argparse.Namespace) -> dict[str, Any]:
         )
     if mesh.axis("sp").size > 1:
         split_sequence(loaded.module, mesh.axis("sp"))
-    batcher = Batcher(max_batch=1, max_tokens=10**9, agree=mesh.agree)
-    batcher.runner.division = RowDivision.of(mesh)
+    resources = ForwardResources(division=RowDivision.of(mesh))
+    batcher = Batcher(max_batch=1, max_tokens=10**9, agree=mesh.agree, resources=resources)
     held = sum(parameter.nbytes for parameter in loaded.module.parameters())
     given = inputs(loaded.module, case.dtype, device)
     seconds, cpu, sent = [], [], 0

@@ -20,6 +20,8 @@ from safelight.tests.tiny import FAMILIES
 from safelight.worker.forward.at_rest import AtRest
 from safelight.worker.forward.batcher import Batcher
 from safelight.worker.forward.prompt_cache import PromptCache
+from safelight.worker.forward.resources import ForwardResources
+from safelight.worker.graphs.setting import new_graphs
 from safelight.worker.lora.rank_adapters import RankAdapters
 from safelight.worker.model.model import Model, load_model
 from safelight.worker.model.modules import modules
@@ -41,6 +43,7 @@ class Replica:
         *,
         mode: BatchingMode = "merged",
         measured: bool = False,
+        graphed: bool = False,
         **options: Any,
     ) -> None:
         self.family = FAMILIES[path.name]
@@ -49,14 +52,18 @@ class Replica:
         self.adapters = RankAdapters(
             self.model.pipeline, self.model.layouts, ALONE, device, max_adapters=8, max_bytes=10**9
         )
+        components = modules(self.model.pipeline)
         self.batcher = Batcher(
             max_batch=self.config.max_batch,
             max_tokens=self.config.max_positions,
             mode=mode,
-            cache=PromptCache(2**28),
-            adapters=self.adapters,
-            timing=self.model.timing,
-            at_rest=AtRest(modules(self.model.pipeline)),
+            resources=ForwardResources(
+                cache=PromptCache(2**28),
+                adapters=self.adapters,
+                timing=self.model.timing,
+                at_rest=AtRest(components),
+                graphs=new_graphs(self.config, device, components, self.adapters, is_alone=True) if graphed else None,
+            ),
         )
         self.batcher.policy.measured = measured
         self.sent: list[FromWorker] = []

@@ -11,8 +11,6 @@ import torch
 from safelight.tests.played import Record
 from safelight.worker.graphs.cuda_recorder import CudaRecorder
 from safelight.worker.graphs.recorder import NotRecordable
-from safelight.worker.graphs.setting import new_graphs
-from safelight.worker.model.modules import modules
 
 from .device import KIND, device, on_devices
 from .replica import Replica, plain_pipeline
@@ -23,12 +21,8 @@ CLOSE = 0.0 if KIND != "cuda" else 5e-3
 
 
 def graphed(path: Path, place: torch.device) -> Replica:
-    replica = Replica(path, place, max_batch=1)
-    components = modules(replica.model.pipeline)
-    graphs = new_graphs(replica.config, place, components, replica.adapters, is_alone=True)
-    assert graphs is not None
-    replica.batcher.graphs = graphs
-    replica.batcher.runner.stages = [*replica.batcher.runner.stages, graphs]
+    replica = Replica(path, place, graphed=True, max_batch=1)
+    assert replica.batcher.resources.graphs is not None
     return replica
 
 
@@ -44,8 +38,8 @@ def test_blocks_are_captured_while_a_replica_serves_and_replayed_without_waits(
     pictures = [replica.draw(asked)[0] for asked in requests]
     for picture, plain in zip(pictures, expected, strict=True):
         assert (picture - plain).abs().max().item() <= CLOSE
-    assert replica.batcher.graphs is not None
-    stats = replica.batcher.graphs.stats()
+    assert replica.batcher.resources.graphs is not None
+    stats = replica.batcher.resources.graphs.stats()
     assert stats.captures
     assert stats.replays > stats.captures
     assert all("has no repeated blocks" in reason for reason in stats.eager)

@@ -10,6 +10,7 @@ from safelight.tests.played import Record
 from safelight.worker.crossing.call import Call, cross
 from safelight.worker.crossing.coroutine import Coroutine
 from safelight.worker.forward.batcher import Batcher
+from safelight.worker.forward.resources import ForwardResources
 from safelight.worker.forward.tiling import Tiling
 
 from .device import device, played_only
@@ -24,7 +25,7 @@ def vae() -> AutoencoderKL:
 
 
 def decoded(vae: AutoencoderKL, latents: torch.Tensor) -> Coroutine:
-    batcher = Batcher(max_batch=16, max_tokens=10**6, tiling=Tiling({"vae": vae}))
+    batcher = Batcher(max_batch=16, max_tokens=10**6, resources=ForwardResources(tiling=Tiling({"vae": vae})))
     call = Call("vae", "decode", vae.decode, (latents,), {"return_dict": False})
     coroutine = Coroutine(lambda: cross(call)[0], lambda _: None)
     batcher.start(coroutine)

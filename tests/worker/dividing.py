@@ -12,6 +12,7 @@ from safelight.tests.worker import splitting
 from safelight.worker.crossing.call import Call, cross
 from safelight.worker.crossing.coroutine import Coroutine
 from safelight.worker.forward.batcher import Batcher
+from safelight.worker.forward.resources import ForwardResources
 from safelight.worker.forward.row_division import RowDivision
 from safelight.worker.forward.timing import Timing
 from safelight.worker.parallel.mesh import Mesh
@@ -28,6 +29,7 @@ def divides_rows(mesh: Mesh, families: Sequence[splitting.Drawn]) -> None:
         text_encoders,
         random_numbers,
         outputs_without_rows,
+        a_division_of_several_batchers,
         pictures_of_different_sizes,
         a_row_that_fails_on_one_rank,
         no_memory_for_one_part,
@@ -57,10 +59,11 @@ def answers(
     name: str = "transformer",
     alone: bool = False,
     timing: Timing | None = None,
+    division: RowDivision | None = None,
 ) -> tuple[list[Any], Batcher]:
     """The answers to one call of each input, made together, or the exceptions."""
-    batcher = Batcher(max_batch=16, max_tokens=10**6, agree=mesh.agree, timing=timing)
-    batcher.runner.division = RowDivision.of(mesh, timing)
+    resources = ForwardResources(timing=timing, division=division or RowDivision.of(mesh, timing))
+    batcher = Batcher(max_batch=16, max_tokens=10**6, agree=mesh.agree, resources=resources)
     calls = [Call(name, "__call__", component, (rows,), {"scale": torch.tensor(3.0)}) for rows in inputs]
     coroutines = [Coroutine(partial(cross, call), lambda _: None, alone=alone) for call in calls]
     for coroutine in coroutines:
@@ -79,7 +82,7 @@ def requests_that_meet(mesh: Mesh) -> None:
     found, batcher = answers(mesh, component, rows(1), rows(1, 5.0), rows(1, 7.0))
     assert torch.equal(torch.cat(found), torch.tensor([[0.0, 0.0], [10.0, 10.0], [14.0, 14.0]]))
     assert component.rows == [2], "two of three rows, so that both ranks compute as many"
-    assert (batcher.runner.division.forwards, batcher.runner.counters.forwards) == (1, 1)
+    assert (batcher.runner.counters.divided, batcher.runner.counters.forwards) == (1, 1)
 
 
 def measured_times(mesh: Mesh) -> None:
@@ -112,7 +115,7 @@ def pictures_of_different_sizes(mesh: Mesh) -> None:
     (found, other), batcher = answers(mesh, component, [rows(3)], [rows(5)])
     assert [tuple(found[0].shape), tuple(other[0].shape)] == [(3, 2), (5, 2)]
     assert component.rows[0] == 2, "whole at once"
-    assert batcher.runner.division.forwards == 0
+    assert batcher.runner.counters.divided == 0
 
 
 def one_row(mesh: Mesh) -> None:
@@ -139,7 +142,7 @@ def random_numbers(mesh: Mesh) -> None:
     torch.manual_seed(4)
     assert torch.equal(found, rows(2) + torch.rand(2, 2)), "as on one rank"
     assert seen == [1, 2]
-    assert batcher.runner.division.forwards == 0
+    assert batcher.runner.counters.divided == 0
 
 
 def outputs_without_rows(mesh: Mesh) -> None:
@@ -150,6 +153,20 @@ def outputs_without_rows(mesh: Mesh) -> None:
     seen: list[int] = []
     (found,), _ = answers(mesh, sums, rows(2))
     assert (float(found), seen) == (2.0, [1, 2])
+
+
+def a_division_of_several_batchers(mesh: Mesh) -> None:
+    def sums(rows: torch.Tensor, scale: torch.Tensor) -> tuple[torch.Tensor]:
+        seen.append(len(rows))
+        return (rows.sum(),)
+
+    seen: list[int] = []
+    division = RowDivision.of(mesh)
+    _, first = answers(mesh, Component(), rows(2), division=division)
+    _, second = answers(mesh, sums, rows(2), division=division)
+    answers(mesh, sums, rows(2), division=division)
+    assert seen == [1, 2, 2], "the last one is whole at once, as the self-test and the engine share what was learned"
+    assert [batcher.runner.counters.divided for batcher in (first, second)] == [1, 0]
 
 
 def a_row_that_fails_on_one_rank(mesh: Mesh) -> None:

@@ -17,6 +17,7 @@ from safelight.tests.worker.lora import agreement
 from safelight.worker.forward.batch import Forward
 from safelight.worker.forward.batcher import Batcher
 from safelight.worker.forward.row_division import RowDivision
+from safelight.worker.forward.runner import Counters
 from safelight.worker.lora.rank_adapters import RankAdapters
 from safelight.worker.model.model import Model, load_model
 from safelight.worker.model.modules import modules
@@ -64,16 +65,15 @@ def _draws_alike(mesh: Mesh, model: Model, drawn: Drawn) -> None:
     sp = mesh.axis("sp")
     whole = torch.stack(sp.all_gather(torch.tensor(counted.tokens))).sum(dim=0).tolist()
     assert counted.tokens == [len(torch.arange(n).tensor_split(sp.size)[sp.rank]) for n in whole], "its part alone"
-    division = batcher.runner.division
+    division = batcher.resources.division
     if isinstance(division, Watched):
         assert counted.rows == division.own, "half of the rows of each forward"
         assert max(division.rows) > max(division.own)
 
 
 def new_batcher(mesh: Mesh, adapters: RankAdapters) -> Batcher:
-    batcher, division = agreement.new_batcher(adapters), RowDivision.of(mesh)
-    batcher.runner.division = None if division is None else Watched(division)
-    return batcher
+    division = RowDivision.of(mesh)
+    return agreement.new_batcher(adapters, division=None if division is None else Watched(division))
 
 
 class Watched:
@@ -82,16 +82,15 @@ class Watched:
     name = "watched"
 
     def __init__(self, division: RowDivision) -> None:
-        self.forwards = 0
         self.rows: list[int] = []
         self.own: list[int] = []
         self._division = division
 
-    def answers(self, forward: Forward, run: Callable[[Forward], list[Any]]) -> list[Any]:
+    def answers(self, forward: Forward, run: Callable[[Forward], list[Any]], counters: Counters) -> list[Any]:
         if forward.component in DENOISERS:
             self.rows.append(sum(part.rows for part in forward.parts))
             self.own.append(self.rows[-1] if forward.probe else -(-self.rows[-1] // 2))
-        return self._division.answers(forward, run)
+        return self._division.answers(forward, run, counters)
 
 
 class Counted:

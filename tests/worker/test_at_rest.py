@@ -13,6 +13,7 @@ from safelight.worker.crossing.call import Call, cross
 from safelight.worker.crossing.coroutine import Coroutine
 from safelight.worker.forward.at_rest import AtRest
 from safelight.worker.forward.batcher import Batcher
+from safelight.worker.forward.resources import ForwardResources
 
 
 @pytest.fixture
@@ -47,7 +48,7 @@ def test_a_clip_that_fails_halfway_leaves_no_frames_in_the_next_ones(
     clips = [torch.randn(1, 2, 3, 4, 4, generator=torch.Generator().manual_seed(seed)) for seed in (1, 2)]
     plain = copy.deepcopy(vae)
     expected = [plain.decode(clip).sample for clip in clips]
-    batcher = Batcher(max_batch=16, max_tokens=10**6, at_rest=AtRest({"vae": vae}))
+    batcher = Batcher(max_batch=16, max_tokens=10**6, resources=ForwardResources(at_rest=AtRest({"vae": vae})))
     chunks = 0
 
     def fail_once(*_: Any) -> None:

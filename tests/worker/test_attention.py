@@ -21,6 +21,7 @@ from safelight.protocol.self_test import SelfTestResult
 from safelight.worker.crossing.call import Call, cross
 from safelight.worker.crossing.coroutine import Coroutine
 from safelight.worker.forward.batcher import Batcher
+from safelight.worker.forward.resources import ForwardResources
 from safelight.worker.model.attention import choose_attention, use_attention
 from safelight.worker.self_test.self_test import SelfTest
 
@@ -73,7 +74,7 @@ def test_a_backend_that_would_compute_on_one_rank_s_tokens_alone_is_refused() ->
 def test_every_request_but_a_deterministic_one_computes_with_the_chosen_backend() -> None:
     chosen = choose_attention("_native_math", CPU, torch.float32)
     use_attention(chosen)
-    batcher = Batcher(max_batch=4, max_tokens=10**6, plain_attention=chosen.deterministic)
+    batcher = Batcher(max_batch=4, max_tokens=10**6, resources=ForwardResources(plain_attention=chosen.deterministic))
     seen: list[str] = []
 
     def component(x: torch.Tensor) -> torch.Tensor:

@@ -15,6 +15,7 @@ from safelight.worker.crossing.call import Call, OwnState, cross, yield_turn
 from safelight.worker.crossing.coroutine import Cancelled, Coroutine
 from safelight.worker.forward.batcher import Batcher
 from safelight.worker.forward.prompt_cache import PromptCache
+from safelight.worker.forward.resources import ForwardResources
 
 
 class Doubler:
@@ -106,7 +107,7 @@ def test_more_calls_than_fit_take_turns_so_that_all_advance_alike() -> None:
 def test_a_group_that_comes_to_an_idle_batcher_makes_all_its_steps_together() -> None:
     """Also where its prompt is encoded first, once, and taken from the cache by the others."""
     component, encoder = Doubler(), Doubler()
-    running = Batcher(max_batch=16, max_tokens=10**6, cache=PromptCache(2**20))
+    running = Batcher(max_batch=16, max_tokens=10**6, resources=ForwardResources(cache=PromptCache(2**20)))
 
     def sample(value: float) -> None:
         cross(Call("text_encoder", "__call__", encoder, (torch.full((1, 2), 7.0),), {}))

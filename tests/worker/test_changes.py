@@ -28,6 +28,7 @@ from safelight.worker.crossing.coroutine import Cancelled, Coroutine
 from safelight.worker.crossing.fork import Fork
 from safelight.worker.forward.batcher import Batcher
 from safelight.worker.forward.prompt_cache import PromptCache
+from safelight.worker.forward.resources import ForwardResources
 
 
 class Knobs(nn.Module):
@@ -271,7 +272,8 @@ def coroutine(pipeline: Writer, value: float, write: Write | None = None, *, wat
 
 
 def new_batcher(**changes: Any) -> Batcher:
-    return Batcher(**({"max_batch": 4, "max_tokens": 10**6, "mode": "merged", "cache": PromptCache(10**6)} | changes))
+    resources = ForwardResources(cache=PromptCache(10**6))
+    return Batcher(**({"max_batch": 4, "max_tokens": 10**6, "mode": "merged", "resources": resources} | changes))
 
 
 def run(batcher: Batcher, coroutines: list[Coroutine]) -> list[torch.Tensor]:

@@ -14,6 +14,7 @@ from safelight.worker.crossing.coroutine import Coroutine
 from safelight.worker.forward import stopwatch
 from safelight.worker.forward.batcher import Batcher
 from safelight.worker.forward.costs import Costs
+from safelight.worker.forward.resources import ForwardResources
 from safelight.worker.forward.stopwatch import Stopwatch
 from safelight.worker.forward.timing import Timing
 
@@ -44,7 +45,7 @@ def test_calls_that_one_output_has_computed_together_are_what_its_forward_costs(
             cross_all(*[Call("transformer", "__call__", denoise, (torch.ones(1, 4, 2),), {}) for _ in range(calls)])
 
     timing = Timing(torch.device("cpu"))
-    batcher = Batcher(max_batch=4, max_tokens=10**6, timing=timing)
+    batcher = Batcher(max_batch=4, max_tokens=10**6, resources=ForwardResources(timing=timing))
     coroutine = Coroutine(body, lambda _: None)
     coroutine.pixels = 100
     batcher.start(coroutine)

@@ -17,6 +17,7 @@ from safelight.worker.forward import stopwatch
 from safelight.worker.forward.batcher import Batcher
 from safelight.worker.forward.gains import RETRY_FORWARDS, SAMPLES, Gains
 from safelight.worker.forward.policy import MAX_KINDS, MergePolicy
+from safelight.worker.forward.resources import ForwardResources
 from safelight.worker.forward.timing import Timing
 
 KIND = ("transformer", 4096)
@@ -149,7 +150,7 @@ def test_ranks_that_measure_nothing_run_the_leader_s_forwards(monkeypatch: pytes
 
     timing = Timing(torch.device("cpu"), 4, 0.1)
     leader, follower = (
-        Batcher(max_batch=4, max_tokens=10**6, timing=one) for one in (timing, None)
+        Batcher(max_batch=4, max_tokens=10**6, resources=ForwardResources(timing=one)) for one in (timing, None)
     )  # fmt: skip
     for batcher in (leader, follower):
         batcher.policy.measured = True

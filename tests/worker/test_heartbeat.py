@@ -16,6 +16,7 @@ from safelight.worker.crossing.call import Call, cross
 from safelight.worker.crossing.coroutine import Coroutine
 from safelight.worker.forward.activity import Activity
 from safelight.worker.forward.batcher import Batcher
+from safelight.worker.forward.resources import ForwardResources
 from safelight.worker.rank.heartbeat import Heartbeats
 
 
@@ -52,7 +53,7 @@ def test_heartbeats_go_on_while_the_loop_is_in_a_forward_and_say_for_how_long(
         heard.extend(listener.next() for _ in range(4))
         return x
 
-    batcher = Batcher(max_batch=1, max_tokens=1, activity=activity)
+    batcher = Batcher(max_batch=1, max_tokens=1, resources=ForwardResources(activity=activity))
     batcher.start(Coroutine(lambda: cross(Call("vae", "decode", slow, (torch.ones(1),), {})), lambda _: None))
     heartbeats = Heartbeats(context, listener.address, 3, activity, interval_s=0.01)
     activity.stats = ReplicaStats(forwards=7)

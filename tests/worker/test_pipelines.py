@@ -17,6 +17,7 @@ from safelight.tests.effort import NIGHTLY
 from safelight.tests.tiny import FAMILIES, LIVE_FAMILIES
 from safelight.worker.forward.batcher import Batcher
 from safelight.worker.forward.prompt_cache import PromptCache
+from safelight.worker.forward.resources import ForwardResources
 from safelight.worker.model.model import Model
 from safelight.worker.requests.sample import SampleRun, first_output
 from safelight.worker.self_test.self_test import SelfTest
@@ -61,7 +62,7 @@ def through_batcher(model: Model, batcher: Batcher, requests: list[Generate]) ->
 
 
 def new_batcher(mode: BatchingMode = "merged", cache: PromptCache | None = None) -> Batcher:
-    return Batcher(max_batch=16, max_tokens=10**6, mode=mode, cache=cache)
+    return Batcher(max_batch=16, max_tokens=10**6, mode=mode, resources=ForwardResources(cache=cache))
 
 
 @pytest.mark.parametrize("name", NOT_LIVE)

@@ -16,6 +16,7 @@ from safelight.protocol.errors import InvalidRequest
 from safelight.tests.worker.test_pipelines import PROMPTS, plain, request
 from safelight.worker.forward.batcher import Batcher
 from safelight.worker.forward.prompt_cache import PromptCache
+from safelight.worker.forward.resources import ForwardResources
 from safelight.worker.model.model import Model
 from safelight.worker.model.modules import modules
 from safelight.worker.pipelines.components import DENOISERS
@@ -79,7 +80,7 @@ def test_embeddings_are_bitwise_those_of_the_pipeline_s_own_method(
 def test_a_prompt_that_was_encoded_is_not_encoded_again_to_draw_it(tiny_model: Callable[[str], Model]) -> None:
     model = tiny_model("flux")
     expected = plain(model, request("flux", 0))
-    batcher = Batcher(max_batch=4, max_tokens=10**6, cache=PromptCache(10**8))
+    batcher = Batcher(max_batch=4, max_tokens=10**6, resources=ForwardResources(cache=PromptCache(10**8)))
     assert encode(model, "flux", "cache", batcher) == {}
     encoded = calls_of(model, lambda called: called.startswith("text_encoder"))
     run = SampleRun(model, request("flux", 0), 0, lambda *_: None, lambda _: None)

@@ -20,6 +20,7 @@ from safelight.worker.crossing.coroutine import Cancelled, Coroutine
 from safelight.worker.crossing.random_state import has_drawn, random_state, seeded
 from safelight.worker.forward.batcher import Batcher
 from safelight.worker.forward.prompt_cache import PromptCache
+from safelight.worker.forward.resources import ForwardResources
 from safelight.worker.model.model import Model, load_model
 from safelight.worker.requests.sample import SampleRun, first_output
 
@@ -59,7 +60,7 @@ def run(batcher: Batcher, *coroutines: Coroutine) -> list[torch.Tensor]:
 
 @pytest.fixture
 def batcher() -> Batcher:
-    return Batcher(max_batch=4, max_tokens=100, cache=PromptCache(10**6))
+    return Batcher(max_batch=4, max_tokens=100, resources=ForwardResources(cache=PromptCache(10**6)))
 
 
 def test_requests_that_run_together_draw_what_each_draws_alone_and_none_of_it_twice(batcher: Batcher) -> None:

@@ -13,6 +13,7 @@ from safelight.worker.crossing.coroutine import Coroutine
 from safelight.worker.forward.batch import Forward
 from safelight.worker.forward.batcher import Batcher
 from safelight.worker.forward.prompt_cache import PromptCache
+from safelight.worker.forward.resources import ForwardResources
 
 
 class Counting:
@@ -43,7 +44,7 @@ def run(batcher: Batcher, component: Callable[..., Any], *values: float, name: s
 
 
 def counted(cache: PromptCache | None = None) -> tuple[Batcher, Counting]:
-    batcher, stage = Batcher(max_batch=16, max_tokens=10**6, cache=cache), Counting()
+    batcher, stage = Batcher(max_batch=16, max_tokens=10**6, resources=ForwardResources(cache=cache)), Counting()
     batcher.runner.stages = [*batcher.runner.stages, stage]
     return batcher, stage
 

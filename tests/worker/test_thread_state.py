@@ -18,6 +18,7 @@ from safelight.worker.crossing.coroutine import Cancelled, Coroutine
 from safelight.worker.crossing.thread_state import thread_state
 from safelight.worker.forward.batcher import Batcher
 from safelight.worker.forward.prompt_cache import PromptCache
+from safelight.worker.forward.resources import ForwardResources
 
 ONES = torch.ones(2, 3)
 
@@ -157,7 +158,7 @@ def test_a_setting_that_is_made_and_never_taken_back_ends_with_its_request() -> 
 
 
 def test_answers_in_autocast_are_not_given_to_who_asks_without() -> None:
-    batcher = Batcher(max_batch=4, max_tokens=100, cache=PromptCache(10**6))
+    batcher = Batcher(max_batch=4, max_tokens=100, resources=ForwardResources(cache=PromptCache(10**6)))
 
     def encoder(x: torch.Tensor) -> torch.Tensor:
         return torch.mm(x, x.T)

@@ -12,6 +12,7 @@ from safelight.worker.crossing.call import Call, cross
 from safelight.worker.crossing.coroutine import Coroutine
 from safelight.worker.forward.batcher import Batcher
 from safelight.worker.forward.policy import FORWARDS_TO_RECOVER
+from safelight.worker.forward.resources import ForwardResources
 from safelight.worker.forward.tiling import Tiling
 
 LARGE, SMALL = (1, 4, 24, 24), (1, 4, 8, 8)
@@ -53,7 +54,7 @@ def machine() -> Machine:
 
 
 def decode(machine: Machine, tiling: Tiling | None, *latents: torch.Tensor, plain: bool = False) -> list[Coroutine]:
-    batcher = Batcher(max_batch=16, max_tokens=10**6, tiling=tiling)
+    batcher = Batcher(max_batch=16, max_tokens=10**6, resources=ForwardResources(tiling=tiling))
     found = []
     for one in latents:
         call = Call("vae", "decode", machine.vae.decode, (one,), {"return_dict": False})

@@ -19,6 +19,7 @@ from ...protocol.generation import Generate, Image, Sample
 from ..crossing.chain import Interceptor
 from ..crossing.interceptors import Recorder
 from ..forward.batcher import Batcher
+from ..forward.resources import ForwardResources
 from ..model.model import Model
 from ..model.pipeline_task import PipelineTask
 from ..pipelines.image_variants import takes_image
@@ -68,7 +69,9 @@ class _RecordedRun(SampleRun):
 
     def go(self) -> BaseException | None:
         """Run to the end; returns the pipeline's exception, if any."""
-        batcher = Batcher(max_batch=1, max_tokens=1, mode="serial", offload=self._model.offload)
+        batcher = Batcher(
+            max_batch=1, max_tokens=1, mode="serial", resources=ForwardResources(offload=self._model.offload)
+        )
         batcher.start(self.coroutine)
         while batcher.busy:
             batcher.step()

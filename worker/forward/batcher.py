@@ -14,21 +14,14 @@ import torch
 from ...protocol.replicas import BatchingMode
 from ..crossing.call import Call, OwnState, Suspension, Yielded
 from ..crossing.coroutine import Cancelled, Coroutine
-from .activity import Activity
-from .adapters import Adapters
-from .at_rest import AtRest
 from .batch import Outcome, Pending, Wait
-from .compiled import Compiled
-from .graphs import Graphs
-from .offload import Offload
 from .policy import MergePolicy
-from .prompt_cache import PromptCache, prompt_key
+from .prompt_cache import prompt_key
 from .recovery import Agree, Recovery
+from .resources import ForwardResources
 from .runner import Runner
 from .signature import Signatures
 from .stages import stages
-from .tiling import Tiling
-from .timing import Timing
 from .waiting import WaitingCalls
 
 log = logging.getLogger(__name__)
@@ -46,37 +39,23 @@ class Batcher:
         max_batch: int,
         max_tokens: int,
         mode: BatchingMode = "merged",
-        cache: PromptCache | None = None,
-        adapters: Adapters | None = None,
-        timing: Timing | None = None,
-        at_rest: AtRest | None = None,
-        activity: Activity | None = None,
-        plain_attention: str | None = None,
-        tiling: Tiling | None = None,
-        graphs: Graphs | None = None,
-        compiled: Compiled | None = None,
-        offload: Offload | None = None,
+        resources: ForwardResources = ForwardResources(),  # noqa: B008  # it is frozen, and empty
         agree: Agree = lambda _: None,
         before_forward: Callable[[int], None] = lambda _: None,
     ) -> None:
-        """``before_forward`` receives the :attr:`schedule_digest` before each forward, and may raise to prevent it.
-
-        ``plain_attention`` is the attention backend of deterministic requests, if the others have another.
-        """
+        """``before_forward`` receives the :attr:`schedule_digest` before each forward, and may raise to prevent it."""
         self.mode: BatchingMode = mode
-        self.tiling, self.graphs, self.compiled = tiling, graphs, compiled
+        self.resources = resources
         self.policy = MergePolicy(max_batch, max_tokens)
-        around = stages(cache, adapters, timing, at_rest, activity, plain_attention, tiling, graphs, compiled, offload)
-        self.runner = Runner(around)
-        self.recovery = Recovery(self.runner, self.policy, self._free_memory, agree, tiling)
+        self.runner = Runner(stages(resources), resources.division)
+        self.recovery = Recovery(self.runner, self.policy, self._free_memory, agree, resources.tiling)
         self.schedule_digest = 0
         """A running CRC of the forwards and their coroutines, equal on all ranks of a replica."""
         self.paused = False
         """While true, no coroutine runs."""
         self._agree, self._before_forward = agree, before_forward
-        self._cache, self._adapters = cache, adapters
         self._signatures = Signatures()
-        self._waiting = WaitingCalls(self.policy, cache, adapters)
+        self._waiting = WaitingCalls(self.policy, resources.cache, resources.adapters)
         self._starting, self._yielded = deque[Coroutine](), dict[Coroutine, OwnState | None]()
         self._turns = self._started = 0
         self._active, self._cancelled = set[Coroutine](), set[Coroutine]()
@@ -118,18 +97,18 @@ class Batcher:
                 if changes is not None:
                     stack.enter_context(changes.aside())
             yield
-        if self.graphs is not None:
-            self.graphs.revalidate()
+        if self.resources.graphs is not None:
+            self.resources.graphs.revalidate()
 
     def forget_graphs(self) -> None:
         """Free the memory of recorded graphs; the next forwards record them again."""
-        if self.graphs is not None:
-            self.graphs.forget()
+        if self.resources.graphs is not None:
+            self.resources.graphs.forget()
 
     def forget_answers(self) -> None:
         """Clear the prompt cache; required when weights may have changed."""
-        if self._cache is not None:
-            self._cache.clear()
+        if self.resources.cache is not None:
+            self.resources.cache.clear()
 
     def step(self) -> None:
         """Resume coroutines that have yielded, start new ones, then run one forward and resume those that it served.
@@ -214,7 +193,7 @@ class Batcher:
         try:
             if self.mode == "merged" and not wait.coroutine.alone and call.name not in self.policy.unmergeable:
                 pending.batchable = self._signatures.read(call)
-            pending.prompt = prompt_key(call) if self._cache else None
+            pending.prompt = prompt_key(call) if self.resources.cache else None
         except Exception as error:  # arguments are of any type, and the loop must go on for all other requests
             self._agree(f"reading the arguments of {call.name} has raised {type(error).__name__}")
             log.warning("the arguments of %s cannot be compared", call.name, exc_info=True)
@@ -223,7 +202,7 @@ class Batcher:
 
     def _free_memory(self) -> None:
         """Release caches after a forward ran out of memory."""
-        if self._adapters is not None:
-            self._adapters.forget_gathered()
+        if self.resources.adapters is not None:
+            self.resources.adapters.forget_gathered()
         if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
             torch.cuda.empty_cache()

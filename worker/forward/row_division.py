@@ -19,6 +19,7 @@ from ..pipelines.components import DENOISERS
 from .batch import Forward
 from .recovery import Agree
 from .row_windows import NoRows, Rows, Window, have_equal_rows
+from .runner import Counters
 from .stages import DrawsRandomNumbers
 from .timing import Timing
 
@@ -53,8 +54,6 @@ class RowDivision:
     name = "rows on several ranks"
 
     def __init__(self, ranks: Ranks, agree: Agree, timing: Timing | None = None) -> None:
-        self.forwards = 0
-        """Forwards whose rows the ranks have shared."""
         self._ranks = ranks
         self._agree = agree
         self._timing = timing
@@ -67,7 +66,7 @@ class RowDivision:
         ranks = mesh.axis("cfg")
         return cls(ranks, mesh.agree, timing) if ranks.size > 1 else None
 
-    def answers(self, forward: Forward, run: Run) -> list[Any]:
+    def answers(self, forward: Forward, run: Run, counters: Counters) -> list[Any]:
         """The answers of the forward's calls. ``run`` computes a forward on this rank, and raises on all ranks or none.
 
         If the part of any rank fails, every rank runs the whole ``forward``.
@@ -76,10 +75,14 @@ class RowDivision:
             return run(forward)
         try:
             if self._timing is None:
-                return self._divided(forward, run)
-            return self._timing(forward, lambda: self._divided(forward, run))
+                answers = self._divided(forward, run)
+            else:
+                answers = self._timing(forward, lambda: self._divided(forward, run))
         except Undivided as undivided:
             ended = undivided.ended
+        else:
+            counters.divided += 1
+            return answers
         self._agree(f"a part of {len(forward.calls)} calls to {forward.name} has ended with {ended}")
         answers = run(forward)
         if ended in _WHY_WHOLE:
@@ -95,7 +98,6 @@ class RowDivision:
         if ended != _DONE:
             raise Undivided(ended)
         assert rows is not None
-        self.forwards += 1
         return window.whole(rows).answers(forward.parts)
 
     def _may_divide(self, forward: Forward) -> bool:

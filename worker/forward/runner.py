@@ -23,43 +23,43 @@ class Stage(Protocol):
     def __call__(self, forward: Forward, proceed: Callable[[], list[Any]]) -> list[Any]: ...
 
 
+@dataclass(slots=True)
+class Counters:
+    """Component calls answered since the start, the forwards run for them, and those whose rows ranks shared."""
+
+    calls: int = 0
+    forwards: int = 0
+    divided: int = 0
+
+
 class Division(Protocol):
     """Divides forwards among ranks."""
 
     name: str
-    forwards: int
 
-    def answers(self, forward: Forward, run: Callable[[Forward], list[Any]]) -> list[Any]:
+    def answers(self, forward: Forward, run: Callable[[Forward], list[Any]], counters: Counters) -> list[Any]:
         """The answers of the forward's calls; ``run`` computes a forward, or a part of it, on this rank."""
-
-
-@dataclass(slots=True)
-class Counters:
-    """Component calls answered since the start, and the forwards run for them."""
-
-    calls: int = 0
-    forwards: int = 0
 
 
 class Runner:
     """Runs forwards through ``stages``, the first one outermost; a ``division`` shares their rows among ranks."""
 
-    def __init__(self, stages: Sequence[Stage]) -> None:
+    def __init__(self, stages: Sequence[Stage], division: Division | None = None) -> None:
         self.stages = stages
-        self.division: Division | None = None
         self.counters = Counters()
+        self._division = division
         self._row_parts = RowParts()
 
     @property
     def names(self) -> list[str]:
         """The names of what forwards pass, in its order."""
-        return [*([] if self.division is None else [self.division.name]), *(stage.name for stage in self.stages)]
+        return [*([] if self._division is None else [self._division.name]), *(stage.name for stage in self.stages)]
 
     def answers(self, forward: Forward) -> list[Any]:
         """Run ``forward`` and return one answer per call. Raises any exception of the component, a stage or collate."""
-        if self.division is None:
+        if self._division is None:
             return self._enter(0, forward)
-        return self.division.answers(forward, lambda part: self._enter(0, part))
+        return self._division.answers(forward, lambda part: self._enter(0, part), self.counters)
 
     def _enter(self, depth: int, forward: Forward) -> list[Any]:
         if depth == len(self.stages):

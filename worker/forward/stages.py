@@ -1,4 +1,7 @@
-"""The stages around a component's call. To add one, write a class here and list it in :func:`stages`."""
+"""The stages around a component's call. To add one, write a class here and list it in :func:`stages`.
+
+A stage that has state takes it from :class:`ForwardResources`.
+"""
 
 from __future__ import annotations
 
@@ -14,12 +17,9 @@ from .adapters import Adapters
 from .at_rest import AtRest
 from .batch import Forward
 from .compiled import Compiled
-from .graphs import Graphs
-from .offload import Offload
 from .prompt_cache import PromptCache, prompt_of
+from .resources import ForwardResources
 from .runner import Stage
-from .tiling import Tiling
-from .timing import Timing
 
 Proceed = Callable[[], list[Any]]
 
@@ -28,32 +28,21 @@ class DrawsRandomNumbers(Exception):
     """A merged forward drew random numbers, which belong to a single request."""
 
 
-def stages(
-    cache: PromptCache | None,
-    adapters: Adapters | None,
-    timing: Timing | None,
-    at_rest: AtRest | None,
-    activity: Activity | None,
-    plain_attention: str | None = None,
-    tiling: Tiling | None = None,
-    graphs: Graphs | None = None,
-    compiled: Compiled | None = None,
-    offload: Offload | None = None,
-) -> list[Stage]:
-    """The stages whose state is given, the outermost first."""
+def stages(resources: ForwardResources) -> list[Stage]:
+    """The stages of ``resources``, the outermost first."""
     return [
-        *([] if activity is None else [Reporting(activity)]),
+        *([] if resources.activity is None else [Reporting(resources.activity)]),
         RandomNumbers(),
-        *([] if cache is None else [PromptCaching(cache)]),
-        *([] if at_rest is None else [Restoring(at_rest)]),
-        *([] if tiling is None else [tiling]),
+        *([] if resources.cache is None else [PromptCaching(resources.cache)]),
+        *([] if resources.at_rest is None else [Restoring(resources.at_rest)]),
+        *([] if resources.tiling is None else [resources.tiling]),
         Settings(),
-        *([] if plain_attention is None else [PlainAttention(plain_attention)]),
-        *([] if offload is None else [offload]),
-        *([] if adapters is None else [Adapting(adapters)]),
-        *([] if timing is None else [timing]),
-        *([] if compiled is None else [Compiling(compiled)]),
-        *([] if graphs is None else [graphs]),
+        *([] if resources.plain_attention is None else [PlainAttention(resources.plain_attention)]),
+        *([] if resources.offload is None else [resources.offload]),
+        *([] if resources.adapters is None else [Adapting(resources.adapters)]),
+        *([] if resources.timing is None else [resources.timing]),
+        *([] if resources.compiled is None else [Compiling(resources.compiled)]),
+        *([] if resources.graphs is None else [resources.graphs]),
     ]
 
 

@@ -49,7 +49,7 @@ def warm_up_compiled(
     sizes = read_sizes(_OPTION, options.compile_sizes)
     if not sizes:
         return
-    if batcher.compiled is None:
+    if batcher.resources.compiled is None:
         log.warning("%s has no effect, because --compile is off", _OPTION)
         return
     if model.text is None:
@@ -60,4 +60,4 @@ def warm_up_compiled(
         for _ in range(2):  # the second run shows that nothing is left, or reaches what the first one has not
             batcher.forget_answers()  # so that text encoders run
             run_size(model, batcher, caching, _OPTION, size)
-            batcher.compiled.wait()
+            batcher.resources.compiled.wait()

@@ -22,7 +22,8 @@ from ..forward.activity import Activity
 from ..forward.at_rest import AtRest
 from ..forward.batcher import Batcher
 from ..forward.prompt_cache import PromptCache
-from ..forward.row_division import RowDivision
+from ..forward.resources import ForwardResources
+from ..forward.runner import Division
 from ..forward.tiling import Tiling
 from ..graphs.setting import new_graphs, stats_of_graphs
 from ..lora.rank_adapters import RankAdapters
@@ -46,7 +47,7 @@ class Engine:
     """Runs the requests and operations of one rank.
 
     ``send`` takes messages for the scheduler; ``wake`` ends the loop's wait, and may be called by any thread.
-    ``before_forward`` is the batcher's.
+    ``division`` and ``before_forward`` are the batcher's.
     """
 
     def __init__(
@@ -57,6 +58,7 @@ class Engine:
         mesh: Mesh,
         activity: Activity,
         journal: Journal | None,
+        division: Division | None,
         *,
         before_forward: Callable[[int], None],
         send: Callable[[FromWorker], None],
@@ -68,9 +70,9 @@ class Engine:
         adapters = _new_adapters(model, mesh, config)
         groups = ProcessGroups(global_rank, model.device, ended=wake, receive_s=config.max_update_hold_s)
         self._config, self._model, self._send = config, model, send
-        self._batcher = _new_batcher(model, self_test, mesh, adapters, activity, config, before_forward)
+        self._batcher = _new_batcher(model, self_test, mesh, adapters, activity, config, division, before_forward)
         new_jobs = partial(Jobs, model, self._batcher, send, wake, is_primary=child.rank == 0)
-        stats = stats_of_graphs(self._batcher.graphs, config, model.device)
+        stats = stats_of_graphs(self._batcher.resources.graphs, config, model.device)
         self._caching = _new_caching(config, self._batcher, mesh)
         self.jobs = new_jobs(adapters=adapters, shared=shared, caching=self._caching, graphs=stats)
         self.group_orders = GroupOrders(groups, mesh.world)
@@ -129,8 +131,8 @@ class Engine:
 
     def close(self) -> None:
         self.jobs.close()
-        if self._batcher.compiled is not None:
-            self._batcher.compiled.close()
+        if self._batcher.resources.compiled is not None:
+            self._batcher.resources.compiled.close()
 
     def _perform(self, order: Perform) -> None:
         self._model.rest()  # before requests are put aside, so that they do not take the move for their own change
@@ -165,26 +167,29 @@ def _new_batcher(
     adapters: RankAdapters,
     activity: Activity,
     config: Config,
+    division: Division | None,
     before_forward: Callable[[int], None],
 ) -> Batcher:
     batcher = Batcher(
         max_batch=config.max_batch,
         max_tokens=config.max_positions,
         mode=self_test.mode,
-        cache=_new_prompt_cache(config),
-        adapters=adapters,
-        timing=model.timing,
-        at_rest=AtRest(modules(model.pipeline)),
-        activity=activity,
-        plain_attention=_plain_attention(model),
-        tiling=Tiling(modules(model.pipeline), config.vae_tiling, slices=config.vae_slicing),
-        compiled=new_compiler(model, config, mesh),
-        graphs=new_graphs(config, model.device, modules(model.pipeline), adapters, is_alone=mesh.world.size == 1),
-        offload=model.offload,
         agree=mesh.agree,
         before_forward=before_forward,
+        resources=ForwardResources(
+            cache=_new_prompt_cache(config),
+            adapters=adapters,
+            timing=model.timing,
+            at_rest=AtRest(modules(model.pipeline)),
+            activity=activity,
+            plain_attention=_plain_attention(model),
+            tiling=Tiling(modules(model.pipeline), config.vae_tiling, slices=config.vae_slicing),
+            compiled=new_compiler(model, config, mesh),
+            graphs=new_graphs(config, model.device, modules(model.pipeline), adapters, is_alone=mesh.world.size == 1),
+            offload=model.offload,
+            division=division,
+        ),
     )
-    batcher.runner.division = RowDivision.of(mesh, model.timing)
     batcher.policy.unmergeable.update(self_test.unmergeable)
     batcher.policy.measured = config.merge_gain > 0
     return batcher

@@ -29,7 +29,7 @@ def warm_up_graphs(
     sizes = read_sizes(_OPTION, options.cuda_graph_sizes) or ([_MODEL_S_OWN] if enforced else [])
     if not sizes:
         return
-    if batcher.graphs is None:
+    if batcher.resources.graphs is None:
         log.warning("%s has no effect, because there are no CUDA graphs", _OPTION)
         return
     if model.text is None:
@@ -37,10 +37,10 @@ def warm_up_graphs(
             raise StartFailed("--enforce-piecewise-cuda-graph needs a model that takes a prompt alone for its warm-up.")
         log.warning("%s has no effect, because the model draws from images; it is captured as it serves", _OPTION)
         return
-    with batcher.graphs.recording():
+    with batcher.resources.graphs.recording():
         for size in sizes:
             report(f"capturing CUDA graphs for {size}")
             run_size(model, batcher, caching, _OPTION, size)
             batcher.forget_answers()  # the next size runs text encoders too
     if enforced:
-        batcher.graphs.enforce()
+        batcher.resources.graphs.enforce()

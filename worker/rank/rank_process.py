@@ -122,6 +122,7 @@ class RankProcess:
             self._config.attention_backend, device, model.dtype, shares_tokens=self._config.ulysses > 1
         )
         use_attention(model.attention)
+        self._division = RowDivision.of(self._mesh, model.timing)
         self_test = self._test(model, earlier, cache)
         self._mesh.set_timeout(self._config.stall_timeout_s)
         return model, self_test
@@ -146,7 +147,7 @@ class RankProcess:
 
     def _test(self, model: Model, earlier: SelfTestResult | None, cache: SelfTestCache | None) -> SelfTestResult:
         """Run the self-test, or apply the ``earlier`` result."""
-        test = SelfTest(model, self._config, self._report, self._mesh.agree, RowDivision.of(self._mesh, model.timing))
+        test = SelfTest(model, self._config, self._report, self._mesh.agree, self._division)
         result = earlier
         if result is None:
             result = test.run()
@@ -179,6 +180,7 @@ class RankProcess:
             self._mesh,
             self._activity,
             self._journal,
+            self._division,
             before_forward=lockstep.before_forward,
             send=self._send,
             wake=self._wake,

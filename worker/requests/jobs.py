@@ -64,7 +64,7 @@ class Jobs:
         self._weights_are_sound = False  # the current weights are known to make finite values
 
     def stats(self) -> ReplicaStats:
-        counters, division = self._batcher.runner.counters, self._batcher.runner.division
+        counters, resources = self._batcher.runner.counters, self._batcher.resources
         return ReplicaStats(
             running=sum(len(job.samples) - len(job.outputs) for job in self._jobs.values()),
             forwards=counters.forwards,
@@ -75,11 +75,11 @@ class Jobs:
             unmergeable=self._batcher.policy.unmergeable,
             caps=self._batcher.policy.caps,
             stages=self._batcher.runner.names,
-            divided_forwards=0 if division is None else division.forwards,
+            divided_forwards=counters.divided,
             costs=self._model.timing.costs(),
             merge_limits=self._model.timing.merge_limits(),
-            tiled_calls=0 if self._batcher.tiling is None else self._batcher.tiling.tiled_calls,
-            compiled={} if self._batcher.compiled is None else dict(self._batcher.compiled.stats()),
+            tiled_calls=0 if resources.tiling is None else resources.tiling.tiled_calls,
+            compiled={} if resources.compiled is None else dict(resources.compiled.stats()),
             **({} if self._caching is None else self._caching.counts()),
             graphs=self._graphs(),
         )

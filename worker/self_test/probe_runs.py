@@ -20,6 +20,7 @@ from ..crossing.steps import DenoisingStep
 from ..forward.at_rest import AtRest
 from ..forward.batcher import Batcher
 from ..forward.recovery import Agree
+from ..forward.resources import ForwardResources
 from ..forward.runner import Division
 from ..model.model import Model
 from ..model.modules import modules
@@ -79,17 +80,18 @@ class ProbeRuns:
         self._at_rest = AtRest(modules(task.pipeline))
 
     def batcher(self, mode: BatchingMode) -> Batcher:
-        batcher = Batcher(
+        return Batcher(
             max_batch=self._config.max_batch,
             max_tokens=self._config.max_positions,
             mode=mode,
-            timing=self._model.timing,
-            at_rest=self._at_rest,
-            offload=self._model.offload,
             agree=self._agree,
+            resources=ForwardResources(
+                timing=self._model.timing,
+                at_rest=self._at_rest,
+                offload=self._model.offload,
+                division=self._division,
+            ),
         )
-        batcher.runner.division = self._division
-        return batcher
 
     def apart(self) -> list[torch.Tensor]:
         """The picture of each request, run alone. Raises ``SampleFailed``."""

@@ -18,6 +18,7 @@ from safelight.worker.accuracy.policy import load_policy
 from safelight.worker.compiling.compiler import Compiler
 from safelight.worker.forward.batcher import Batcher
 from safelight.worker.forward.prompt_cache import PromptCache
+from safelight.worker.forward.resources import ForwardResources
 from safelight.worker.internals.blocks import NoBlocks, repeated_blocks
 from safelight.worker.model.model import Model
 from safelight.worker.model.modules import modules
@@ -72,7 +73,7 @@ def test_a_deterministic_request_gets_no_answer_of_a_compiled_text_encoder(tiny_
     encoder = modules(model.pipeline)["text_encoder"]
     compiler = Compiler({"text_encoder": encoder}, partial(judge, load_policy()), nearly)
     cache = PromptCache(2**20, compiled=True)
-    batcher = Batcher(max_batch=4, max_tokens=10**6, cache=cache, compiled=compiler)
+    batcher = Batcher(max_batch=4, max_tokens=10**6, resources=ForwardResources(cache=cache, compiled=compiler))
     for _ in range(2):
         cache.clear()
         eager = compiler.stats()["text_encoder"].eager_calls
@@ -94,7 +95,7 @@ def test_a_compiled_pipeline_draws_what_the_plain_one_does(name: str, tiny_model
     denoisers = {name: part for name, part in modules(model.pipeline).items() if name in DENOISERS}
     plain = draw(model, Batcher(max_batch=4, max_tokens=10**6))
     compiler = Compiler(denoisers, partial(judge, load_policy()), "eager")
-    batcher = Batcher(max_batch=4, max_tokens=10**6, compiled=compiler)
+    batcher = Batcher(max_batch=4, max_tokens=10**6, resources=ForwardResources(compiled=compiler))
     for _ in range(2):
         assert torch.equal(draw(model, batcher), plain)
         compiler.wait()

@@ -17,6 +17,7 @@ from safelight.worker.caching.caching import Caching
 from safelight.worker.compiling.compiler import Compiler, use_cache_directory
 from safelight.worker.forward.batcher import Batcher
 from safelight.worker.forward.prompt_cache import PromptCache
+from safelight.worker.forward.resources import ForwardResources
 from safelight.worker.graphs.setting import why_without_graphs
 from safelight.worker.model.model import Model
 from safelight.worker.parallel.mesh import Mesh
@@ -39,7 +40,11 @@ def test_listed_sizes_are_compiled_with_text_encoders_before_the_replica_is_read
     config = Config(compile="on", compile_text_encoders=True, compile_sizes="64x64,64x64x3")
     compiler = new_compiler(model, config, Mesh())
     assert compiler is not None
-    batcher = Batcher(max_batch=4, max_tokens=10**6, cache=PromptCache(2**20, compiled=True), compiled=compiler)
+    batcher = Batcher(
+        max_batch=4,
+        max_tokens=10**6,
+        resources=ForwardResources(cache=PromptCache(2**20, compiled=True), compiled=compiler),
+    )
     reported: list[str] = []
     warm_up_compiled(config, model, batcher, Caching(config, {}, float), reported.append)
     assert reported == ["compiling for 64x64x1", "compiling for 64x64x3"]

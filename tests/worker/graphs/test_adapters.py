@@ -13,6 +13,7 @@ from safelight.tests.worker.graphs.recording import TapeRecorder
 from safelight.tests.worker.lora.agreement import change, draw, new_adapters, request
 from safelight.tests.worker.lora.test_mixing import LINEAR, prepared
 from safelight.worker.forward.batcher import Batcher
+from safelight.worker.forward.resources import ForwardResources
 from safelight.worker.graphs.graphs import Graphs
 from safelight.worker.model.model import Model
 
@@ -28,7 +29,7 @@ def test_other_adapters_and_strengths_are_read_by_the_graphs_that_there_are(
 
     def batcher(*, graphed: bool, rows: int = 1) -> Batcher:
         found = graphs if graphed else None
-        return Batcher(max_batch=rows, max_tokens=10**6, adapters=adapters, graphs=found)
+        return Batcher(max_batch=rows, max_tokens=10**6, resources=ForwardResources(adapters=adapters, graphs=found))
 
     first, strong, second = [Use("first")], [Use("first", 0.5)], [Use("second")]
     captures = []

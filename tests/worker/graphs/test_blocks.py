@@ -18,6 +18,7 @@ from safelight.tests.worker.graphs.toy import Block, Extra, Run, Toy, rows
 from safelight.worker.crossing.call import Call, cross
 from safelight.worker.forward.batcher import Batcher
 from safelight.worker.forward.graphs import GraphMiss
+from safelight.worker.forward.resources import ForwardResources
 from safelight.worker.graphs import component, graphs
 from safelight.worker.graphs.graphs import Graphs
 from safelight.worker.graphs.recorded_call import RecordedCall
@@ -220,7 +221,7 @@ def test_hidden_states_are_collected_of_replayed_blocks_and_attention_maps_of_ea
     encoder = CLIPTextModel(config).eval()
     found = Graphs({"text_encoder": encoder}, TapeRecorder(), None, max_bytes=10**9, record_after=1)
     run = Run()
-    run.batcher = Batcher(max_batch=1, max_tokens=10**6, graphs=found)
+    run.batcher = Batcher(max_batch=1, max_tokens=10**6, resources=ForwardResources(graphs=found))
     for seed in range(3):
         ids = torch.randint(99, (1, 7), generator=torch.Generator().manual_seed(seed))
         for wanted in ({"output_hidden_states": True}, {"output_attentions": True}):
@@ -353,7 +354,7 @@ def test_an_enforced_start_says_that_requests_run_one_after_the_other() -> None:
 def test_a_module_that_is_two_components_has_its_graphs_once() -> None:
     toy = Toy().eval()
     found = Graphs({"transformer": toy, "transformer_2": toy}, TapeRecorder(), None, max_bytes=10**9, record_after=1)
-    batcher = Batcher(max_batch=1, max_tokens=10**6, graphs=found)
+    batcher = Batcher(max_batch=1, max_tokens=10**6, resources=ForwardResources(graphs=found))
     for name in ("transformer", "transformer_2"):
         run = Run()
         run.batcher = batcher

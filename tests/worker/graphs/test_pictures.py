@@ -15,6 +15,7 @@ from safelight.tests.tiny import FAMILIES
 from safelight.tests.worker.graphs.recording import TapeRecorder
 from safelight.tests.worker.test_pipelines import plain, request, through_batcher
 from safelight.worker.forward.batcher import Batcher
+from safelight.worker.forward.resources import ForwardResources
 from safelight.worker.graphs import component
 from safelight.worker.graphs.graphs import Graphs
 from safelight.worker.graphs.static_inputs import StaticInputs
@@ -44,7 +45,9 @@ def new_graphs(model: Model, record_after: int = 1, max_bytes: int = 10**10) -> 
 
 
 def pictures(model: Model, found: Graphs, *requests: Generate, max_batch: int = 1) -> list[torch.Tensor]:
-    return through_batcher(model, Batcher(max_batch=max_batch, max_tokens=10**6, graphs=found), list(requests))
+    return through_batcher(
+        model, Batcher(max_batch=max_batch, max_tokens=10**6, resources=ForwardResources(graphs=found)), list(requests)
+    )
 
 
 @pytest.mark.parametrize("name", chosen(*QUICK, nightly=OTHERS))

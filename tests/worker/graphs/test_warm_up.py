@@ -17,6 +17,7 @@ from safelight.tests.worker.graphs.test_pictures import new_graphs
 from safelight.tests.worker.test_pipelines import plain, through_batcher
 from safelight.worker.forward.batcher import Batcher
 from safelight.worker.forward.graphs import GraphMiss
+from safelight.worker.forward.resources import ForwardResources
 from safelight.worker.graphs.graphs import Graphs
 from safelight.worker.graphs.setting import check_denoisers, why_without_graphs
 from safelight.worker.model.model import Model
@@ -27,7 +28,9 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 
 
 def warmed_up(model: Model, options: ForwardOptions, max_bytes: int = 10**10) -> Batcher:
-    batcher = Batcher(max_batch=16, max_tokens=10**6, graphs=new_graphs(model, 100, max_bytes))
+    batcher = Batcher(
+        max_batch=16, max_tokens=10**6, resources=ForwardResources(graphs=new_graphs(model, 100, max_bytes))
+    )
     reports: list[str] = []
     warm_up_graphs(options, model, batcher, None, reports.append)
     return batcher
@@ -36,8 +39,8 @@ def warmed_up(model: Model, options: ForwardOptions, max_bytes: int = 10**10) ->
 def test_sizes_are_captured_before_they_are_asked_for(tiny_model: Callable[[str], Model]) -> None:
     model = tiny_model("zimage")
     batcher = warmed_up(model, ForwardOptions(cuda_graph_sizes="64x64, 64x64x2", enforce_piecewise_cuda_graph=True))
-    assert batcher.graphs is not None
-    captures = batcher.graphs.stats().captures
+    assert batcher.resources.graphs is not None
+    captures = batcher.resources.graphs.stats().captures
     asked = [
         Generate(
             request_id=str(index),
@@ -51,7 +54,7 @@ def test_sizes_are_captured_before_they_are_asked_for(tiny_model: Callable[[str]
     assert torch.equal(through_batcher(model, batcher, asked[:1])[0], plain(model, asked[0]))
     merged = through_batcher(model, Batcher(max_batch=16, max_tokens=10**6), asked)
     assert all(map(torch.equal, through_batcher(model, batcher, asked), merged))
-    stats = batcher.graphs.stats()
+    stats = batcher.resources.graphs.stats()
     assert (stats.captures, stats.misses, stats.eager) == (captures, 0, [])
     with pytest.raises(GraphMiss, match=r"of transformer has no CUDA graph .* is float32 \[.* and not float32 \["):
         through_batcher(model, batcher, [replace(asked[0], width=256, height=256)])

@@ -14,6 +14,7 @@ from safelight.worker.crossing.call import Call, cross
 from safelight.worker.crossing.coroutine import Coroutine
 from safelight.worker.crossing.random_state import seeded
 from safelight.worker.forward.batcher import Batcher
+from safelight.worker.forward.resources import ForwardResources
 from safelight.worker.graphs.graphs import Graphs
 
 Extra = Callable[["Block", torch.Tensor, torch.Tensor], torch.Tensor]
@@ -56,7 +57,7 @@ class Run:
         self.graphs = Graphs(
             {"transformer": self.toy}, self.recorder, None, max_bytes=max_bytes, record_after=record_after
         )
-        self.batcher = Batcher(max_batch=4, max_tokens=10**6, graphs=self.graphs)
+        self.batcher = Batcher(max_batch=4, max_tokens=10**6, resources=ForwardResources(graphs=self.graphs))
 
     def __call__(
         self, *calls: Call, body: Callable[[Call], Any] = cross, seed: int = 0, exclusive: bool = False

@@ -20,6 +20,9 @@ from safelight.protocol.config import Config
 from safelight.protocol.generation import Generate, Sample
 from safelight.tests.tiny import FAMILIES, save
 from safelight.worker.forward.batcher import Batcher
+from safelight.worker.forward.prompt_cache import PromptCache
+from safelight.worker.forward.resources import ForwardResources
+from safelight.worker.forward.runner import Division
 from safelight.worker.lora.rank_adapters import RankAdapters
 from safelight.worker.model.model import Model, load_model
 from safelight.worker.parallel.ranks import ALONE, Ranks
@@ -107,8 +110,11 @@ def change(adapters: RankAdapters, wanted: AdapterChange) -> None:
     adapters.commit()
 
 
-def new_batcher(adapters: RankAdapters | None) -> Batcher:
-    return Batcher(max_batch=16, max_tokens=10**6, adapters=adapters)
+def new_batcher(
+    adapters: RankAdapters | None, cache: PromptCache | None = None, division: Division | None = None
+) -> Batcher:
+    resources = ForwardResources(adapters=adapters, cache=cache, division=division)
+    return Batcher(max_batch=16, max_tokens=10**6, resources=resources)
 
 
 def draw(model: Model, batcher: Batcher, adapters: RankAdapters, requests: Sequence[Generate]) -> list[torch.Tensor]:

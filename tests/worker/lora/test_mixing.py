@@ -78,20 +78,22 @@ def test_a_text_encoder_s_answers_are_kept_for_each_choice_of_adapters(
     tensors = {name.replace("base_model.model.", "text_encoder_2."): one for name, one in load_file(file).items()}
     save_file(tensors, file)
     change(adapters, SetAdapters(nicknames=["words"], strengths=[1.0], mode="request", sources=[source(folder)]))
-    batcher = new_batcher(adapters)
-    batcher._cache = PromptCache(1 << 24)
+    batcher = new_batcher(adapters, PromptCache(1 << 24))
 
     def asked(lora: list[Use] | None) -> Generate:
         return request("flux", 0, lora)
 
     plain, with_words = draw(model, batcher, adapters, [asked(None), asked([Use("words")])])
     assert distance(plain, with_words) > 1e-4
-    for lora, expected in ((None, plain), ([Use("words")], with_words), ([Use("words", 0.0)], plain)):
-        forwards = batcher.runner.counters.forwards
+    encoded = list[None]()
+    model.pipeline.text_encoder_2.register_forward_pre_hook(lambda *_: encoded.append(None))
+    for lora, expected in ((None, plain), ([Use("words")], with_words)):
         assert distance(draw(model, batcher, adapters, [asked(lora)])[0], expected) < 1e-6
-        assert batcher.runner.counters.forwards > forwards
+    assert not encoded, "answered from the cache"
+    assert distance(draw(model, batcher, adapters, [asked([Use("words", 0.0)])])[0], plain) < 1e-6
     stronger = draw(model, batcher, adapters, [asked([Use("words", 3.0)])])[0]
     assert distance(stronger, with_words) > 1e-4
+    assert len(encoded) == 2
 
 
 def test_a_layer_whose_rows_are_not_those_of_requests_is_not_mixed() -> None:

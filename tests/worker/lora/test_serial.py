@@ -26,6 +26,7 @@ from safelight.tests.worker.lora.agreement import (
     write_adapter,
 )
 from safelight.worker.forward.batcher import Batcher
+from safelight.worker.forward.resources import ForwardResources
 from safelight.worker.model.model import Model, load_model
 from safelight.worker.requests.jobs import Jobs
 from safelight.worker.self_test.self_test import SelfTest
@@ -55,7 +56,10 @@ def test_every_request_in_serial_mode_has_the_adapter_and_not_the_first_alone(tm
     expected = [peft.draw(dict(call), [(made.nickname, 1.0)]) for call in calls]
     adapters = new_adapters(model)
     change(adapters, SetAdapters(nicknames=[made.nickname], strengths=[1.0], mode="dynamic", sources=[source(folder)]))
-    batcher, sent = Batcher(max_batch=16, max_tokens=10**6, mode="serial", adapters=adapters), list[FromWorker]()
+    batcher, sent = (
+        Batcher(max_batch=16, max_tokens=10**6, mode="serial", resources=ForwardResources(adapters=adapters)),
+        list[FromWorker](),
+    )
     jobs = Jobs(model, batcher, sent.append, adapters=adapters)
     drawn = [served(jobs, batcher, sent, model, index) for index in (0, 1, 0)]
     jobs.close()

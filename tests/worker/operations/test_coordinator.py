@@ -36,6 +36,7 @@ from safelight.protocol.tensor_sources import Files
 from safelight.tests.worker.lora.agreement import Made, source, write_adapter
 from safelight.worker.forward.batcher import Batcher
 from safelight.worker.forward.prompt_cache import PromptCache
+from safelight.worker.forward.resources import ForwardResources
 from safelight.worker.lora.rank_adapters import RankAdapters
 from safelight.worker.model.model import Model
 from safelight.worker.operations.coordinator import Coordinator
@@ -97,7 +98,7 @@ class Prompts:
     def __init__(self, resources: Resources) -> None:
         self._cache = PromptCache(2**20)
         self._cache.put("prompt", torch.ones(4), exact=True)
-        batcher = Batcher(max_batch=1, max_tokens=1, cache=self._cache)
+        batcher = Batcher(max_batch=1, max_tokens=1, resources=ForwardResources(cache=self._cache))
         self.coordinator = new_coordinator(replace(resources, batcher=batcher))
 
     @property
