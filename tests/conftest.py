@@ -52,6 +52,33 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> LoadGroup
     return _ByFileOrGroup(config, log)
 
 
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """One thread for torch, as ranks of these tests have: sums of products depend on it, and tiny ones are faster."""
+    import torch  # which many tests do without
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def like_a_rank(one_thread: None) -> Iterator[None]:
+    """One thread, and gradients off, as in a rank's process."""
+    import torch
+
+    with torch.no_grad():
+        yield
+
+
+@pytest.fixture
+def rendezvous_path() -> Iterator[str]:
+    """Short, as a socket's path has a limit."""
+    with tempfile.TemporaryDirectory() as directory:
+        yield f"{directory}/start-0"
+
+
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """The directory of a family's tiny checkpoint."""

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 
 from safelight.tests import played
 
@@ -27,13 +26,15 @@ def pytest_collection_modifyitems(config: pytest.Config) -> None:
 
 
 @pytest.fixture(autouse=True)
-def _like_the_worker() -> Iterator[None]:
-    """One thread, and gradients off, as in a rank's process."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with torch.no_grad():
-        yield
-    torch.set_num_threads(threads)
+def _like_a_rank(like_a_rank: None) -> None: ...
+
+
+@pytest.fixture
+def lagging(record: played.Record) -> Iterator[None]:
+    """Copies on other streams happen as late as they may."""
+    record.lags = True
+    yield
+    record.lags = False
 
 
 @pytest.fixture
@@ -47,11 +48,3 @@ def record() -> Iterator[played.Record]:
     for index in range(DEVICES):
         found.memory(index).limit = played.Memory().limit
     found.clear()
-
-
-@pytest.fixture(scope="session")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    from safelight.tests.tiny import save
-
-    directory: Path = tmp_path_factory.mktemp("tiny")
-    return lambda name: save(name, directory)

@@ -31,13 +31,6 @@ def replica(checkpoint: Callable[[str], Path]) -> Iterator[Replica]:
     found.close()
 
 
-@pytest.fixture
-def lagging(record: Record) -> Iterator[None]:
-    record.lags = True
-    yield
-    record.lags = False
-
-
 @played_only
 def test_a_copy_that_is_late_is_waited_for_and_its_source_is_not_freed_before(
     replica: Replica, lagging: None, record: Record, checkpoint: Callable[[str], Path]

@@ -6,7 +6,7 @@ import errno
 import itertools
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -52,10 +52,7 @@ def small_buffers(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(autouse=True)
-def lagging(record: Record) -> Iterator[None]:
-    record.lags = True
-    yield
-    record.lags = False
+def _lagging(lagging: None) -> None: ...
 
 
 def model() -> nn.Module:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -21,13 +20,6 @@ from .replica import Replica, plain_pipeline
 pytestmark = pytest.mark.skipif(TYPE == "cuda" and torch.cuda.device_count() < 2, reason="it needs two GPUs")
 
 on_two = functools.partial(on_mesh, {"tp": 2}, device_of=own_device)
-
-
-@pytest.fixture
-def rendezvous_path() -> Iterator[str]:
-    """Short, as a socket's path has a limit."""
-    with tempfile.TemporaryDirectory() as directory:
-        yield f"{directory}/start-0"
 
 
 @pytest.fixture

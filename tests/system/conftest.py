@@ -2,22 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
-import torch
 
 from safelight.tests.live import LiveServer
 from safelight.tests.serving import Servers
-
-
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    """As many threads as the server's worker has: the sums of a matrix product depend on it."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture

@@ -1,6 +1,6 @@
 """Each tiny family is a checkpoint that plain diffusers loads and that a prompt and a seed steer."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -32,12 +32,7 @@ TOKENIZERS: tuple[Callable[[], PreTrainedTokenizerBase], ...] = (
 
 
 @pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Tiny matrices on several threads are slower than on one, and far slower where the cores are busy."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+def _one_thread(one_thread: None) -> None: ...
 
 
 @pytest.fixture(scope="module")

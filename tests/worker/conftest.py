@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
 
 from safelight.protocol.config import Config
 from safelight.tests.tiny import save
@@ -14,13 +13,7 @@ from safelight.worker.model.model import Model, load_model
 
 
 @pytest.fixture(autouse=True)
-def _like_the_worker() -> Iterator[None]:
-    """One thread, and gradients off, as in the replica's process."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with torch.no_grad():
-        yield
-    torch.set_num_threads(threads)
+def _like_a_rank(like_a_rank: None) -> None: ...
 
 
 @pytest.fixture(scope="session")

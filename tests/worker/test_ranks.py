@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import tempfile
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -40,13 +38,6 @@ def test_a_forward_that_fails_on_all_ranks_goes_on_in_halves_on_all(size: int) -
 
 def test_ranks_that_fail_in_different_forwards_do_not_take_them_for_one() -> None:
     on_mesh({"tp": 2}, failing.fails_in_another_forward)
-
-
-@pytest.fixture
-def rendezvous_path() -> Iterator[str]:
-    """Short, as a socket's path has a limit."""
-    with tempfile.TemporaryDirectory() as directory:
-        yield f"{directory}/start-0"
 
 
 def test_a_rank_that_would_make_another_forward_ends_before_it(rendezvous_path: str) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -89,12 +89,6 @@ def body(context: Callable[[], AbstractContextManager[Any]]) -> Callable[[], lis
         return [*seen, call()]
 
     return run
-
-
-@pytest.fixture(autouse=True)
-def as_in_a_worker() -> Iterator[None]:
-    with torch.no_grad():
-        yield
 
 
 def drain(batcher: Batcher) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -27,12 +27,6 @@ from safelight.worker.weights.checkpoint.components import component_classes
 from .families import CPU, recorded, rows
 
 VAE = ("vae",)
-
-
-@pytest.fixture(autouse=True)
-def _like_a_rank() -> Iterator[None]:
-    with torch.no_grad():
-        yield
 
 
 def vae_rows(flux: Path, staged: bool | None = None) -> list[ReportRow]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -30,15 +30,6 @@ from safelight.worker.lora.dynamic import AdapterRows, DynamicLora
 from safelight.worker.lora.factors import LoraFactors
 
 NAME = "transformer"
-
-
-@pytest.fixture(autouse=True)
-def _forget_graphs() -> Iterator[None]:
-    trace = logging.getLogger("torch.__trace")  # pytest would format every step of the compiler
-    trace.propagate = False
-    yield
-    trace.propagate = True
-    torch._dynamo.reset()
 
 
 class Layer(nn.Module):

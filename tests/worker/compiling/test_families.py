@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -24,15 +23,6 @@ from safelight.worker.model.model import Model
 from safelight.worker.model.modules import modules
 from safelight.worker.pipelines.components import DENOISERS
 from safelight.worker.requests.sample import SampleRun
-
-
-@pytest.fixture(autouse=True)
-def _forget_graphs() -> Iterator[None]:
-    trace = logging.getLogger("torch.__trace")  # pytest would format every step of the compiler
-    trace.propagate = False
-    yield
-    trace.propagate = True
-    torch._dynamo.reset()
 
 
 def draw(model: Model, batcher: Batcher, *, deterministic: bool = False) -> torch.Tensor:
