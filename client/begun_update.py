@@ -42,7 +42,6 @@ class BegunUpdate:
         named_tensors: NamedTensors,
         *,
         target_module: str = DENOISER,
-        flush_cache: bool = True,
         on_progress: OnProgress | None = None,
         bucket_bytes: int = BUCKET_BYTES,
         route: TransportName | None = None,
@@ -50,7 +49,7 @@ class BegunUpdate:
         """Write a part, with the arguments and errors of :meth:`Weights.update`; later parts may overwrite it."""
         with upload_job(named_tensors, target_module, on_progress, bucket_bytes, route) as job:
             if job is not None:
-                self.send(job, flush_cache)
+                self.send(job)
 
     def update_lora(
         self,
@@ -79,11 +78,10 @@ class BegunUpdate:
                 f"This update was begun for {', '.join(self._modules)}: name {module} in begin(modules=[…])."
             )
 
-    def send(self, job: UploadJob, flush_cache: bool) -> None:
+    def send(self, job: UploadJob) -> None:
         self._check_module(job.module)
         dtypes = None if self._dtypes is None else self._dtypes[job.module]
-        fields = {**self._fields, "flush_cache": flush_cache}
-        _, hashed = self._api.send(job, fields, dtypes)
+        _, hashed = self._api.send(job, self._fields, dtypes)
         if hashed:
             self.digests.setdefault(job.module, {}).update(hashed)
 

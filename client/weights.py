@@ -48,7 +48,6 @@ class Weights:
         version: str | None = None,
         verify: bool = True,
         mode: Barrier = "wait",
-        flush_cache: bool = True,
         on_progress: OnProgress | None = None,
         bucket_bytes: int = BUCKET_BYTES,
         route: TransportName | None = None,
@@ -72,16 +71,14 @@ class Weights:
                 return None
             job, at_once = job.peeked("write")
             if at_once:
-                return self._update_at_once(job, version, verify, mode, flush_cache)
+                return self._update_at_once(job, version, verify, mode)
             with self.begin(version, [target_module], mode, timeout_s, verify=verify) as begun:
-                begun.send(job, flush_cache)
+                begun.send(job)
             return begun.result
 
-    def _update_at_once(
-        self, job: UploadJob, version: str | None, verify: bool, mode: Barrier, flush_cache: bool
-    ) -> WeightUpdate:
+    def _update_at_once(self, job: UploadJob, version: str | None, verify: bool, mode: Barrier) -> WeightUpdate:
         dtypes = self._api.dtypes([job.module])[job.module] if verify else None
-        fields = {"mode": mode, "flush_cache": flush_cache, **({} if version is None else {"weight_version": version})}
+        fields = {"mode": mode, **({} if version is None else {"weight_version": version})}
         began = time.monotonic()
         updated, hashed = self._api.send(job, fields, dtypes)
         updated = replace(updated, elapsed_s=time.monotonic() - began)

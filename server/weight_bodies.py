@@ -41,7 +41,7 @@ class _Update(Body):
         None, description="Of the weights after it; counted when omitted. Of a begun update, its begin's goes first"
     )
     flush_cache: bool = Field(
-        True, description="Accepted; an update forgets just what was derived from the weights it writes"
+        True, description="Without effect: an update forgets what was computed from the weights that it writes"
     )
     mode: Barrier = Field(
         "wait", description="Running requests end first, are aborted, or go on; a part of a begun update has its mode"
