@@ -16,7 +16,7 @@ from safelight.worker.model.model import load_model
 from safelight.worker.parallel.families import family_of
 from safelight.worker.parallel.mesh import join, leave
 from safelight.worker.pipelines.components import DENOISERS
-from safelight.worker.requests.sample import first_output
+from safelight.worker.requests.outputs import first_output
 
 from .row import AMPLIFIED, TOLERANCE
 

@@ -27,7 +27,8 @@ from safelight.worker.model.model import Model, load_model
 from safelight.worker.model.modules import modules
 from safelight.worker.parallel.ranks import ALONE
 from safelight.worker.requests.jobs import Jobs
-from safelight.worker.requests.sample import SampleRun, first_output
+from safelight.worker.requests.outputs import first_output
+from safelight.worker.requests.sample import SampleRun
 
 PROMPTS = ("a red circle", "two blue squares on a white table", "a star", "a red circle", "one heart", "a green cross")
 WAIT_S = 120.0

@@ -13,7 +13,8 @@ from safelight.tests.worker.lora.agreement import request
 from safelight.worker.forward.batcher import Batcher
 from safelight.worker.model.model import Model, load_model
 from safelight.worker.parallel.ranks import Ranks
-from safelight.worker.requests.sample import SampleRun, first_output
+from safelight.worker.requests.outputs import first_output
+from safelight.worker.requests.sample import SampleRun
 
 FAMILY = "sd3_pag"
 

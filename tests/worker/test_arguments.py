@@ -23,7 +23,8 @@ from safelight.worker.pipelines.arguments import call_arguments, offered_argumen
 from safelight.worker.pipelines.bounds import bounded
 from safelight.worker.pipelines.frame_rate import frame_rate
 from safelight.worker.requests.jobs import Jobs
-from safelight.worker.requests.sample import SampleRun, first_output
+from safelight.worker.requests.outputs import first_output
+from safelight.worker.requests.sample import SampleRun
 
 
 def pipelines() -> Iterator[type[DiffusionPipeline]]:

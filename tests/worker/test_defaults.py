@@ -19,7 +19,8 @@ from safelight.tests.tiny import FAMILIES
 from safelight.worker.forward.batcher import Batcher
 from safelight.worker.model.model import Model, load_model
 from safelight.worker.model.pipeline_task import new_task
-from safelight.worker.requests.sample import SampleRun, first_output
+from safelight.worker.requests.outputs import first_output
+from safelight.worker.requests.sample import SampleRun
 
 SMALL = 4
 """Latent pixels a side in which a pipeline draws whose default size stands in code, in place of 128."""

@@ -19,7 +19,8 @@ from safelight.worker.forward.batcher import Batcher
 from safelight.worker.forward.prompt_cache import PromptCache
 from safelight.worker.forward.resources import ForwardResources
 from safelight.worker.model.model import Model
-from safelight.worker.requests.sample import SampleRun, first_output
+from safelight.worker.requests.outputs import first_output
+from safelight.worker.requests.sample import SampleRun
 from safelight.worker.self_test.self_test import SelfTest
 
 PROMPTS = ["a red circle", "two blue squares on a white table", "a star", "a red circle", "one heart", "a red circle"]

@@ -22,7 +22,8 @@ from safelight.worker.forward.batcher import Batcher
 from safelight.worker.forward.prompt_cache import PromptCache
 from safelight.worker.forward.resources import ForwardResources
 from safelight.worker.model.model import Model, load_model
-from safelight.worker.requests.sample import SampleRun, first_output
+from safelight.worker.requests.outputs import first_output
+from safelight.worker.requests.sample import SampleRun
 
 from .test_pipelines import request
 

@@ -16,7 +16,8 @@ from safelight.protocol.generation import Generate, Image, Sample
 from safelight.tests.tiny import save
 from safelight.worker.forward.batcher import Batcher
 from safelight.worker.model.model import Model, load_model
-from safelight.worker.requests.sample import SampleRun, first_output
+from safelight.worker.requests.outputs import first_output
+from safelight.worker.requests.sample import SampleRun
 from safelight.worker.self_test.self_test import SelfTest
 
 INITIAL_LATENTS = diffusers.StableDiffusionImg2ImgPipeline.prepare_latents

@@ -21,7 +21,7 @@ from safelight.tests.worker.lora import agreement
 from safelight.worker.model.model import load_model
 from safelight.worker.parallel.ranks import Ranks
 from safelight.worker.parallel.sequence import CannotSplit, check_split
-from safelight.worker.requests.sample import first_output
+from safelight.worker.requests.outputs import first_output
 from safelight.worker.weights.snapshot.digests import module_digests
 
 OTHER: dict[str, dict[str, Any]] = {

@@ -25,7 +25,8 @@ from safelight.worker.forward.batcher import Batcher
 from safelight.worker.model.first_call import variables_at_first_call
 from safelight.worker.model.model import Model, load_model
 from safelight.worker.model.modules import modules
-from safelight.worker.requests.sample import SampleRun, first_output
+from safelight.worker.requests.outputs import first_output
+from safelight.worker.requests.sample import SampleRun
 from safelight.worker.self_test.self_test import SelfTest
 
 INITIALISE = diffusers.StableDiffusionImg2ImgPipeline.__init__

@@ -15,7 +15,7 @@ from ..crossing.fork import Fork, schedulers
 from ..crossing.interceptors import without_denoiser
 from ..crossing.steps import answer_steps
 from ..model.pipeline_task import PipelineTask
-from .sample import first_output
+from .outputs import first_output
 
 _SCHEDULE = ("num_inference_steps", "timesteps", "sigmas")
 

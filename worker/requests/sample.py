@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 import logging
 import time
@@ -10,15 +9,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
-from diffusers.utils import BaseOutput
 
 from ...process.logs import request_id_var
 from ...protocol.errors import InvalidRequest
-from ...protocol.fields import ARGUMENTS
 from ...protocol.generation import Generate
 from ...protocol.rollouts import Rollout
 from ..caching.caching import Caching
@@ -34,15 +30,15 @@ from ..lora.rank_adapters import RequestedAdapters
 from ..media.sound import Sound, first_sound
 from ..model.model import Model
 from ..model.pipeline_task import PipelineTask
-from ..pipelines.arguments import as_declared
 from ..rollout.environment import Environment, likely_scales
 from ..rollout.initial_noise import usual_shapes
 from ..rollout.peak_memory import Measurement
-from ..rollout.record import as_output, nothing_recorded, read_tensor, recorded_fields
+from ..rollout.record import as_output, nothing_recorded, recorded_fields
 from ..rollout.sampling import RolloutSampler, why_no_rollouts
 from ..rollout.schedule import follow, shift
-from .failure import NotFinite, NothingMade
-from .input_images import image_arguments
+from .arguments import sample_arguments
+from .failure import NotFinite
+from .outputs import first_output
 from .prompt_encoding import encode, stop_at_denoiser, values
 
 log = logging.getLogger(__name__)
@@ -111,35 +107,7 @@ class SampleRun:
 
     def arguments(self) -> dict[str, Any]:
         """The keyword arguments of the pipeline's call, with a fresh generator."""
-        request, task = self.request, self.task
-        given = {name: getattr(request, name) for name in ARGUMENTS if getattr(request, name) is not None}
-        if request.fps is not None and "frame_rate" in task.arguments:
-            given["frame_rate"] = request.fps
-        if task.takes_prompt:
-            given["prompt"] = request.samples[self.index].prompt
-        defaults = task.plain_defaults if request.deterministic else task.defaults
-        if request.images:
-            defaults, given = _without_size(defaults), _without_size(given) | image_arguments(task, request)
-        rollout = request.rollout
-        device = self._model.device if rollout is not None and rollout.generator_device == "cuda" else "cpu"
-        return {
-            **as_declared(
-                task.arguments, defaults | given | copy.deepcopy(request.extra)
-            ),  # a pipeline may write to it
-            **({} if rollout is None else self._rollout_arguments(rollout)),
-            "generator": torch.Generator(device).manual_seed(self.seed),
-            "output_type": task.output_type,
-        }
-
-    def _rollout_arguments(self, rollout: Rollout) -> dict[str, Any]:
-        """The pipeline's arguments for a rollout's schedule and initial noise."""
-        given: dict[str, Any] = {}
-        if rollout.sigmas is not None:
-            given["num_inference_steps"] = sum(sigma > 0 for sigma in rollout.sigmas)
-        if rollout.initial_noise:
-            noise = rollout.initial_noise[self.index if len(rollout.initial_noise) > 1 else 0]
-            given["latents"] = read_tensor(noise).to(self._model.device)
-        return given
+        return sample_arguments(self._model, self.request, self.index)
 
     def _run(self) -> torch.Tensor:
         request_id_var.set(self.request.request_id)  # of this coroutine's own context
@@ -269,32 +237,3 @@ class SampleRun:
         self.clock.last_step = time.perf_counter()
         self.savings.stepped(step)
         self._on_step(self, step)
-
-
-def _without_size(given: dict[str, Any]) -> dict[str, Any]:
-    """``given`` without the sides, which follow from the images."""
-    return {name: value for name, value in given.items() if name not in ("width", "height")}
-
-
-def first_output(output: BaseOutput) -> torch.Tensor:
-    """The first picture [C, H, W] or clip [F, C, H, W] of a pipeline's output, float in [0, 1].
-
-    Raises ``NothingMade`` if there is none, as for a strength so low that no step is left.
-    """
-    every = outputs(output)
-    if not every:
-        raise NothingMade
-    return every[0]
-
-
-def outputs(output: BaseOutput) -> list[torch.Tensor]:
-    """Every picture or clip of a pipeline's output, in the form of :func:`first_output`."""
-    found = next(output[name] for name in ("images", "frames", "image") if name in output)
-    return [_in_channels_first(one) for one in found]
-
-
-def _in_channels_first(found: Any) -> torch.Tensor:
-    if isinstance(found, torch.Tensor):
-        return found
-    array = torch.from_numpy(np.ascontiguousarray(found)).movedim(-1, -3)
-    return array if array.is_floating_point() else array / 255

@@ -25,8 +25,9 @@ from ..forward.runner import Division
 from ..model.model import Model
 from ..model.modules import modules
 from ..pipelines.sizes import small_sizes
+from ..requests.outputs import outputs
 from ..requests.preview import preview
-from ..requests.sample import SampleRun, outputs
+from ..requests.sample import SampleRun
 from .probe_runs import ProbeRuns, SampleFailed
 
 log = logging.getLogger(__name__)

@@ -26,7 +26,8 @@ from safelight.worker.forward.runner import Division
 from safelight.worker.lora.rank_adapters import RankAdapters
 from safelight.worker.model.model import Model, load_model
 from safelight.worker.parallel.ranks import ALONE, Ranks
-from safelight.worker.requests.sample import SampleRun, first_output
+from safelight.worker.requests.outputs import first_output
+from safelight.worker.requests.sample import SampleRun
 from safelight.worker.weights.snapshot.digests import module_digests
 
 FAMILIES_OF_THE_PROOF = ("flux", "sd3", "qwenimage", "zimage", "wan")
