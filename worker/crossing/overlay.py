@@ -7,6 +7,9 @@ from typing import Any, ClassVar
 
 from torch import nn
 
+_OF_MODULES = frozenset(vars(nn.Module()))
+"""Parameters, buffers, sub-modules and hooks."""
+
 
 class Overlay(nn.Module):
     """Stands before a module's class and calls that class's forward. Pipelines see the module's own class."""
@@ -41,6 +44,12 @@ def base_class(module: nn.Module) -> type[nn.Module]:
     while issubclass(cls, Overlay):
         cls = cls.__bases__[1]
     return cls
+
+
+def own_attributes(module: nn.Module) -> dict[str, Any]:
+    """The attributes that the module's own code has set: none of :class:`nn.Module`'s, and none of overlays."""
+    others = _OF_MODULES | overlay_attributes(module)
+    return {name: value for name, value in vars(module).items() if name not in others}
 
 
 def overlay_attributes(module: nn.Module) -> frozenset[str]:

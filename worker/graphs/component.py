@@ -14,7 +14,7 @@ from ..internals import transformers as transformers_internals
 from ..internals.block_arguments import Arguments
 from .arguments import RecordableArguments, read_arguments
 from .block import Graphed, swap_in
-from .library import Library, Turn
+from .library import ForwardPass, Library
 from .purity import addresses, check_structure
 from .recorded_call import RecordedCall
 from .recorder import NotRecordable
@@ -25,13 +25,13 @@ Plain = Callable[..., Any]
 
 
 class GraphedComponent:
-    """The ``blocks`` of the component ``name``. Outside a turn, they run eagerly."""
+    """The ``blocks`` of the component ``name``. Outside a forward pass, they run eagerly."""
 
     def __init__(self, name: str, blocks: Mapping[str, nn.Module], library: Library) -> None:
         self._name = name
         self._blocks = blocks
         self._library = library
-        self._turn: Turn | None = None
+        self._pass: ForwardPass | None = None
         self._eager: str | None = None
         self._device = next(parameter.device for block in blocks.values() for parameter in block.parameters())
         self._addresses = self._read_addresses()
@@ -41,17 +41,17 @@ class GraphedComponent:
             swap_in(path, block, self)
 
     @contextmanager
-    def turn_of(self, turn: Turn | None, reason: str | None = None) -> Iterator[None]:
-        """Within this context, calls of blocks belong to ``turn``.
+    def during(self, forward_pass: ForwardPass | None, reason: str | None = None) -> Iterator[None]:
+        """Within this context, calls of blocks belong to ``forward_pass``.
 
         Without one, they run eagerly; with a ``reason`` for that, they are counted as misses.
         """
-        before = self._turn, self._eager
-        self._turn, self._eager = turn, reason
+        before = self._pass, self._eager
+        self._pass, self._eager = forward_pass, reason
         try:
             yield
         finally:
-            self._turn, self._eager = before
+            self._pass, self._eager = before
 
     def revalidate(self) -> None:
         """Drop the recordings if weights lie elsewhere now. Blocks may have another structure, too."""
@@ -61,12 +61,12 @@ class GraphedComponent:
             self._addresses = now
             self._library.forget(self._name)
 
-    def shortcomings(self) -> list[str]:
+    def eager_reasons(self) -> list[str]:
         """Why blocks ran eagerly though their shapes came again."""
         return [f"{self._name}, {number} blocks: {why}" for why, number in Counter(self._reasons.values()).items()]
 
     def call(self, block: Graphed, plain: Plain, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if (turn := self._turn) is None:
+        if (forward_pass := self._pass) is None:
             if self._eager is not None:
                 self._miss(block, self._eager)
             return plain(*args, **kwargs)
@@ -77,22 +77,22 @@ class GraphedComponent:
         except NotRecordable as reason:
             self._miss(block, str(reason))
             return plain(*args, **kwargs)
-        if (recorded := self._recorded(block, plain, arguments, turn)) is None:
+        if (recorded := self._recorded(block, plain, arguments, forward_pass)) is None:
             return plain(*args, **kwargs)
-        turn.addresses |= recorded.addresses
+        forward_pass.addresses |= recorded.addresses
         return recorded.replay()
 
     def _recorded(
-        self, block: Graphed, plain: Plain, arguments: RecordableArguments, turn: Turn
+        self, block: Graphed, plain: Plain, arguments: RecordableArguments, forward_pass: ForwardPass
     ) -> RecordedCall | None:
         """The recording to replay, whose static inputs hold ``arguments``; ``None`` if the block runs eagerly."""
-        library, key = self._library, ShapeKey(self._name, arguments.signature, turn.adapters)
-        shape = library.enter(key, turn)
+        library, key = self._library, ShapeKey(self._name, arguments.signature, forward_pass.adapters)
+        shape = library.enter(key, forward_pass)
         if shape is not None and (recorded := shape.recorded.get(block.name)) is not None:
             if recorded.is_held:
                 self._miss(block, "what it returned before is still in use")
                 return None
-            shape.inputs.fill(arguments.tensors, turn)
+            shape.inputs.fill(arguments.tensors, forward_pass)
             library.counters.replays += 1
             return recorded
         if shape is not None and block.name in shape.refused:
@@ -103,8 +103,8 @@ class GraphedComponent:
             if library.is_closed:
                 raise GraphMiss(f"{self._described(block)}: {library.nearest(key, block, arguments, plain)}")
             return None
-        with self.turn_of(None):  # blocks within the block are part of its recording
-            recorded = library.record(key, block, plain, arguments, turn)
+        with self.during(None):  # blocks within the block are part of its recording
+            recorded = library.record(key, block, plain, arguments, forward_pass)
         if recorded is None:
             self._miss(block, library.reason(key, block))
         return recorded

@@ -19,7 +19,7 @@ from ..forward.batch import Forward
 from ..internals.blocks import NoBlocks, repeated_blocks
 from .block import GraphedBlock
 from .component import GraphedComponent
-from .library import Library, Turn
+from .library import ForwardPass, Library
 from .recorder import Recorder
 
 log = logging.getLogger(__name__)
@@ -88,13 +88,13 @@ class Graphs:
             return proceed()
         plain, reason = _needs_plain(forward), _why_eager(forward)
         if plain or reason is not None:
-            with component.turn_of(None, None if plain else reason):
+            with component.during(None, None if plain else reason):
                 return proceed()
         adapters = None if self._adapters is None else self._adapters.memory(forward.component)
-        turn = Turn(adapters)
-        with component.turn_of(turn):
+        forward_pass = ForwardPass(adapters)
+        with component.during(forward_pass):
             answers = proceed()
-        return [_own(answer, turn.addresses) for answer in answers]
+        return [_own(answer, forward_pass.addresses) for answer in answers]
 
     def forget(self) -> None:
         """Free the memory of all recordings; the next forwards record them again."""
@@ -116,7 +116,7 @@ class Graphs:
 
     def enforce(self) -> None:
         """From now on, a block that runs eagerly raises ``GraphMiss``. Raises ``StartFailed`` if one did so before."""
-        if reasons := self.shortcomings():
+        if reasons := self.eager_reasons():
             raise StartFailed(f"--enforce-piecewise-cuda-graph: {'; '.join(reasons)}.")
         if self._library.counters.evictions:
             raise StartFailed(
@@ -126,11 +126,11 @@ class Graphs:
             raise StartFailed("--enforce-piecewise-cuda-graph: the warm-up called no block.")
         self._library.is_closed = True
 
-    def shortcomings(self) -> list[str]:
+    def eager_reasons(self) -> list[str]:
         """Why blocks ran eagerly, one sentence for each reason."""
         without = [f"{name}: {reason}" for name, reason in self.without_blocks.items()]
         components = dict.fromkeys(self._components.values())
-        return [*without, *(text for component in components for text in component.shortcomings())]
+        return [*without, *(text for component in components for text in component.eager_reasons())]
 
     def stats(self) -> GraphStats:
         counters = self._library.counters
@@ -142,7 +142,7 @@ class Graphs:
             evictions=counters.evictions,
             shapes=len(self._library),
             mb=round(self._library.nbytes / 1e6, 1),
-            eager=self.shortcomings(),
+            eager=self.eager_reasons(),
         )
 
 

@@ -38,7 +38,7 @@ class Counters:
 
 
 @dataclass(slots=True, eq=False)
-class Turn:
+class ForwardPass:
     """One forward of a component. ``addresses`` are those of the memory that replays wrote their outputs to."""
 
     adapters: Hashable
@@ -71,10 +71,10 @@ class Library:
     def __len__(self) -> int:
         return len(self._shapes)
 
-    def enter(self, key: ShapeKey, turn: Turn) -> Shape | None:
+    def enter(self, key: ShapeKey, forward_pass: ForwardPass) -> Shape | None:
         """The recordings for ``key``, which is now the one used last."""
-        if key not in turn.used:
-            turn.used.add(key)
+        if key not in forward_pass.used:
+            forward_pass.used.add(key)
             self._sightings.see(key)
             if key in self._shapes:
                 self._shapes.move_to_end(key)
@@ -90,7 +90,12 @@ class Library:
         return self._sightings.suffice(key)
 
     def record(
-        self, key: ShapeKey, block: Graphed, plain: Callable[..., Any], arguments: RecordableArguments, turn: Turn
+        self,
+        key: ShapeKey,
+        block: Graphed,
+        plain: Callable[..., Any],
+        arguments: RecordableArguments,
+        forward_pass: ForwardPass,
     ) -> RecordedCall | None:
         """Record a call of ``block``; ``None`` if that cannot be, or if there is no memory. The shape says why."""
         shape = self._shapes.get(key)
@@ -98,7 +103,7 @@ class Library:
             if shape is None:
                 shape = Shape(key, StaticInputs(arguments.tensors), self._recorder.new_pool())
                 self._shapes[key] = shape
-            shape.inputs.fill(arguments.tensors, turn)
+            shape.inputs.fill(arguments.tensors, forward_pass)
             recorded = _recorded(shape, block, plain, arguments)
         except NotRecordable as reason:
             assert shape is not None, "a shape refuses blocks"
@@ -112,7 +117,7 @@ class Library:
         shape.recorded[block.name] = recorded
         self.counters.captures += 1
         self._known.add((key.component, key.signature))
-        self._evict(key, turn)
+        self._evict(key, forward_pass)
         return recorded if key in self._shapes else None
 
     def reason(self, key: ShapeKey, block: Graphed) -> str:
@@ -147,9 +152,9 @@ class Library:
         nearest = min(found, key=len)
         return "; ".join(nearest[:_NEAREST]) or "it has the arguments of a captured call, with other adapters"
 
-    def _evict(self, key: ShapeKey, turn: Turn) -> None:
+    def _evict(self, key: ShapeKey, forward_pass: ForwardPass) -> None:
         while self.nbytes > self._max_bytes:
-            others = [other for other in self._shapes if other not in turn.used]
+            others = [other for other in self._shapes if other not in forward_pass.used]
             self._drop(others[0] if others else key)
             if not others:
                 self._too_large.add(key)

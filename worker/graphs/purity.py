@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Self
+from typing import Self
 
 import torch
 from torch import nn
 
-from ..crossing.overlay import overlay_attributes
+from ..crossing.overlay import own_attributes
 from ..crossing.random_state import has_drawn, random_state, set_random_state
 from ..parallel.ranks import Ranks
 from .recorder import NotRecordable
 
 _HARMLESS_HOOKS = frozenset({"transformers.utils.output_capturing"})
 """Modules whose hooks do nothing in a recorded call: blocks run eagerly while these collect what is within blocks."""
-
-_LEFT_ALONE = frozenset(vars(nn.Module()))
-"""Parameters, buffers, sub-modules and hooks, which are compared otherwise."""
 
 
 def check_structure(block: nn.Module) -> None:
@@ -47,7 +44,7 @@ class Purity:
         self._inputs = [(tensor, tensor._version) for tensor in inputs]
         self._weights = [(tensor, tensor._version) for tensor in block.parameters()]
         self._buffers = [(tensor, tensor._version, tensor.clone()) for tensor in block.buffers()]
-        self._attributes = [(part, _attributes(part)) for part in block.modules()]
+        self._attributes = [(part, own_attributes(part)) for part in block.modules()]
         self._random = random_state()
 
     def __enter__(self) -> Self:
@@ -59,7 +56,7 @@ class Purity:
             if tensor._version != version:
                 tensor.copy_(before)
         for part, attributes in self._attributes:
-            for name in _attributes(part).keys() - attributes.keys():
+            for name in own_attributes(part).keys() - attributes.keys():
                 del vars(part)[name]
             vars(part).update(attributes)
 
@@ -71,7 +68,7 @@ class Purity:
         if any(tensor._version != version for tensor, version in weights_and_buffers):
             raise NotRecordable("it writes to its weights or buffers")
         for part, before in self._attributes:
-            after = _attributes(part)
+            after = own_attributes(part)
             if written := [name for name in {**before, **after} if after.get(name) is not before.get(name)]:
                 raise NotRecordable(f"it writes to the attribute {written[0]} of {type(part).__name__}")
         if has_drawn(self._random):
@@ -85,8 +82,3 @@ def weights(module: nn.Module) -> list[torch.Tensor]:
 def addresses(module: nn.Module) -> tuple[int, ...]:
     """Where the weights lie. Recordings are valid as long as these stay the same."""
     return tuple(tensor.data_ptr() for tensor in weights(module))
-
-
-def _attributes(part: nn.Module) -> dict[str, Any]:
-    left_alone = _LEFT_ALONE | overlay_attributes(part)
-    return {name: value for name, value in vars(part).items() if name not in left_alone}

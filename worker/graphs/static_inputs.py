@@ -27,17 +27,17 @@ class StaticInputs:
     @torch.inference_mode(mode=False)
     def __init__(self, tensors: Sequence[torch.Tensor]) -> None:
         self.buffers = [torch.empty_like(tensor) for tensor in tensors]
-        self._turn: object = None
+        self._pass: object = None
         self._held: list[_Held | None] = []
 
     @property
     def nbytes(self) -> int:
         return sum(buffer.nbytes for buffer in self.buffers)
 
-    def fill(self, tensors: Sequence[torch.Tensor], turn: object) -> None:
-        """Copy ``tensors`` into the buffers; ``turn`` stands for the forward."""
-        if turn is not self._turn:
-            self._turn, self._held = turn, [None] * len(self.buffers)
+    def fill(self, tensors: Sequence[torch.Tensor], forward_pass: object) -> None:
+        """Copy ``tensors`` into the buffers; ``forward_pass`` stands for the forward."""
+        if forward_pass is not self._pass:
+            self._pass, self._held = forward_pass, [None] * len(self.buffers)
         for index, (buffer, tensor) in enumerate(zip(self.buffers, tensors, strict=True)):
             if tensor.is_inference():  # it has no version
                 self._held[index] = None
