@@ -20,11 +20,11 @@ from .late_check import LateCheck
 from .latents import is_of_whole_denoiser, is_same, latents
 from .prediction import Follower, Prediction, learn, predict
 
-_MOST_FOLLOWERS = 3
+_MAX_FOLLOWERS = 3
 """Calls of a step beside its first one that are predicted."""
 
-_MOST_LESSONS = 4
-"""How often a request's steps are looked at for their form. A pipeline that changes it more often is left alone."""
+_MAX_LEARNED_STEPS = 4
+"""Steps from which the form of the calls is learned. A pipeline that changes its form more often is left alone."""
 
 
 @dataclass(slots=True)
@@ -68,7 +68,7 @@ class GuidancePairing:
         self._expected: list[tuple[Prediction, Any]] = []
         self._is_as_learned = True
         self._learned: dict[str, list[Follower]] = {}
-        self._lessons = 0
+        self._learned_steps = 0
 
     def __call__(self, call: Call, proceed: Proceed) -> Any:
         if self._first is not None and self._first.is_of_same_step(call) and call.around is None:
@@ -85,7 +85,7 @@ class GuidancePairing:
 
     def _begin_step(self, call: Call, proceed: Proceed) -> Any:
         own = latents(call)
-        if not own or self._lessons == _MOST_LESSONS or any(tensor.is_inference() for tensor in own):
+        if not own or self._learned_steps == _MAX_LEARNED_STEPS or any(tensor.is_inference() for tensor in own):
             (answer,) = proceed(call)
             return answer
         self._first = _First(call, own, [tensor._version for tensor in own])
@@ -112,7 +112,7 @@ class GuidancePairing:
         self._first, self._followers = None, []
         self._counts.missed += len(self._expected)
         if first is not None and (self._expected or not self._is_as_learned):
-            self._lessons += 1
-            found = [learn(first.call, call, self._signatures) for call in followers[:_MOST_FOLLOWERS]]
+            self._learned_steps += 1
+            found = [learn(first.call, call, self._signatures) for call in followers[:_MAX_FOLLOWERS]]
             self._learned[first.call.name] = [follower for follower in found if follower is not None]
         self._expected, self._is_as_learned = [], True

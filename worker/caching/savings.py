@@ -12,7 +12,7 @@ from .step_cache import StepCache
 
 @dataclass(frozen=True, slots=True)
 class Savings:
-    """The ones that the sample's request and the server's options allow; by default none."""
+    """The interceptors that the sample's request and the server's options allow; by default none."""
 
     cache: StepCache | None = None
     pairing: GuidancePairing | None = None

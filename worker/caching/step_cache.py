@@ -1,6 +1,6 @@
 """The step cache: in steps in which the denoiser's answer would hardly change, a request gets the last one again.
 
-It belongs to one request, so that other requests of the same forward are computed as ever.
+It belongs to one request, so that other requests of the same forward are computed as usual.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from .rules import Rule, new_rule
 _WARM_UP = 0.15
 """The share of the steps, from the first one on, that are always computed; so is the last step."""
 
-_FEWEST_COMPUTED = 2
-_MOST_CALLS = 8
+_MIN_COMPUTED = 2
+_MAX_CALLS = 8
 """Calls of one step whose answers are kept."""
 
 
@@ -62,7 +62,7 @@ class StepCache:
         self._counts = counts
         self._agreed = agreed
         self._steps_left = 0
-        self._warm_up_left = _FEWEST_COMPUTED
+        self._warm_up_left = _MIN_COMPUTED
         self._position = 0
         self.forget()
 
@@ -92,13 +92,13 @@ class StepCache:
     def _may_reuse(self, call: Call) -> bool:
         """False for calls that write to their component, and for those whose answers are differentiated."""
         plain = is_of_whole_denoiser(call) and call.around is None and not torch.is_grad_enabled()
-        return plain and self._position < _MOST_CALLS
+        return plain and self._position < _MAX_CALLS
 
     def stepped(self, number: int, total: int) -> None:
         """Note the end of step ``number`` of ``total``. Without it, every call is computed."""
         self._position = 0
         self._steps_left = total - number
-        self._warm_up_left = max(_FEWEST_COMPUTED, math.ceil(_WARM_UP * total)) - number
+        self._warm_up_left = max(_MIN_COMPUTED, math.ceil(_WARM_UP * total)) - number
 
     def forget(self) -> None:
         """Drop all answers, after the weights have changed."""

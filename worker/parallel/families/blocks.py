@@ -7,10 +7,10 @@ from collections.abc import Iterable
 from ..plan import Style
 
 
-def attention(path: str, *, joint: bool = False, out: str = "to_out.0") -> dict[str, Style]:
+def attention(path: str, *, joint: bool = False) -> dict[str, Style]:
     """Shard by heads: projections by columns, the output by rows. ``joint``: text has its own projections."""
     plan: dict[str, Style] = {f"{path}.{name}": "colwise" for name in ("to_q", "to_k", "to_v")}
-    plan[f"{path}.{out}"] = "rowwise"
+    plan[f"{path}.to_out.0"] = "rowwise"
     if joint:
         plan |= {f"{path}.{name}": "colwise" for name in ("add_q_proj", "add_k_proj", "add_v_proj")}
         plan[f"{path}.to_add_out"] = "rowwise"
