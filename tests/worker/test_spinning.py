@@ -1,4 +1,4 @@
-"""Whether OpenMP's threads spin or sleep between operators, counted by how often the kernel put one to sleep."""
+"""OpenMP's threads spin or sleep between operators, which shows in how often the kernel puts one to sleep."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """How long OpenMP's threads spin: milliseconds while cores are idle, next to nothing while others need them.
 
-A thread that waits for the next operator either spins, which keeps a core from whoever else needs it, or sleeps, which
+A thread that waits for the next operator either spins, which keeps a core from others that need it, or sleeps, which
 costs a wake-up at each operator; docs/decisions/0006 has the measurements. libgomp spins for 300,000 rounds, but only
 for 100 while the process has more OpenMP threads than there are cores (its manual, ``GOMP_SPINCOUNT``). So a second
 team of threads, which all sleep, keeps the model's threads from spinning.
@@ -67,7 +67,7 @@ class Spinning:
         threading.Thread(target=self._watch, daemon=True, name="spinning").start()
 
     def waiting(self) -> float:
-        """Of the time since the last call in which the thread was ready to run, the part that it waited for a core."""
+        """The share of the time since the last call that the thread, ready to run, waited for a core."""
         before, self._ran_and_waited = self._ran_and_waited, self._read()
         ran, waited = (now - then for now, then in zip(self._ran_and_waited, before, strict=True))
         return waited / max(1, ran + waited)
