@@ -31,6 +31,12 @@ class ChildConfig(msgspec.Struct, frozen=True, kw_only=True):
     self_test: SelfTestResult | None = None
     """The results of a self-test of this server's replicas."""
 
+    @property
+    def global_rank(self) -> int:
+        """The number of this rank among those of all replicas."""
+        assert self.replica is not None, "a worker's configuration"
+        return self.replica * self.config.replica_ranks + self.rank
+
     def without_key(self) -> ChildConfig:
         """The configuration without the API key, for child processes."""
         return msgspec.structs.replace(self, config=msgspec.structs.replace(self.config, api_key=None))

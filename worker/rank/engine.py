@@ -65,23 +65,21 @@ class Engine:
         wake: Callable[[], None],
     ) -> None:
         config, shared = child.config, Path(child.shared)
-        assert child.replica is not None
-        global_rank = child.replica * config.replica_ranks + child.rank
         adapters = _new_adapters(model, mesh, config)
-        groups = ProcessGroups(global_rank, model.device, ended=wake, receive_s=config.max_update_hold_s)
+        groups = ProcessGroups(child.global_rank, model.device, ended=wake, receive_s=config.max_update_hold_s)
         self._config, self._model, self._send = config, model, send
         self._batcher = _new_batcher(model, self_test, mesh, adapters, activity, config, division, before_forward)
-        new_jobs = partial(Jobs, model, self._batcher, send, wake, is_primary=child.rank == 0)
+        new_jobs = partial(Jobs, model, self._batcher, send, wake, is_primary=child.rank == 0, shared=shared)
         stats = stats_of_graphs(self._batcher.resources.graphs, config, model.device)
         self._caching = _new_caching(config, self._batcher, mesh)
-        self.jobs = new_jobs(adapters=adapters, shared=shared, caching=self._caching, graphs=stats)
+        self.jobs = new_jobs(adapters=adapters, caching=self._caching, graphs=stats)
         self.group_orders = GroupOrders(groups, mesh.world)
         self._operations: Coordinator = new_coordinator(
             Resources(
                 model=model,
                 batcher=self._batcher,
                 ranks=mesh.world,
-                global_rank=global_rank,
+                global_rank=child.global_rank,
                 world_size=config.world_size,
                 shared=shared,
                 journal=journal,
