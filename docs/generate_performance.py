@@ -63,9 +63,23 @@ def _draw_compiling(axes: Any, found: dict[str, Any]) -> None:
     axes.set_xlabel("pictures beside plain diffusers, by CPU time")
 
 
+def _draw_peers(axes: Any, found: dict[str, Any]) -> None:
+    clients = sorted({row["clients"] for row in found["rows"]})
+    systems = list(dict.fromkeys(row["system"] for row in found["rows"]))
+    width = 0.8 / len(systems)
+    for number, system in enumerate(systems):
+        rates = {row["clients"]: row["pictures_per_s"] for row in found["rows"] if row["system"] == system}
+        places = [place + (number - (len(systems) - 1) / 2) * width for place in range(len(clients))]
+        axes.bar(places, [rates[count] for count in clients], width, label=system)
+    axes.set_xticks(range(len(clients)), [f"{count} clients" if count > 1 else "1 client" for count in clients])
+    axes.set_ylabel("pictures per second")
+    axes.legend()
+
+
 DRAWN: dict[str, Callable[[Any, dict[str, Any]], None]] = {
     "caching": _draw_caching,
     "compiling": _draw_compiling,
+    "peers": _draw_peers,
 }
 """Pictures, by the name of their results."""
 
