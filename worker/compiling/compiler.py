@@ -201,7 +201,7 @@ def use_cache_directory() -> None:
     """Have inductor keep what it compiles below the user's cache, so that the next start finds it.
 
     A directory that the operator has chosen stays. Once asked, torch writes its default, below the temporary directory,
-    into the environment: that is nobody's choice.
+    into the environment, which no one has chosen.
     """
     if os.environ.get(_DIRECTORY) in (None, os.path.abspath(dynamo.default_cache_dir())):
         base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
