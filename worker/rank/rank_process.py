@@ -124,7 +124,6 @@ class RankProcess:
         use_attention(model.attention)
         self._division = RowDivision.of(self._mesh, model.timing)
         self_test = self._test(model, earlier, cache)
-        self._mesh.set_timeout(self._config.stall_timeout_s)
         return model, self_test
 
     def _earlier(self, model: Model) -> tuple[SelfTestResult | None, SelfTestCache | None]:
@@ -187,6 +186,7 @@ class RankProcess:
         )
         try:
             engine.warm_up(self._report)
+            self._mesh.set_timeout(self._config.stall_timeout_s)  # ranks may have compiled for unequal times
             if isinstance(lockstep, Leader):
                 self._send(ReplicaReady(self._number, os.getpid(), model.info()))
                 self._heartbeats.start()
