@@ -14,7 +14,7 @@ class CompiledComponentStats(msgspec.Struct, frozen=True, kw_only=True):
 
     ``graphs`` are counted by class of blocks. ``calls`` are those of blocks; for ``eager_calls`` among them there was
     no graph. ``kinds`` of calls have a graph that was admitted. For ``kinds_over_limit`` there can be none, because
-    their class of blocks has as many graphs as dynamo keeps.
+    their class of blocks has as many graphs as it may.
     """
 
     state: State

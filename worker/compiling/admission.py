@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from ..internals.block_arguments import Arguments, tensors
-from .program import Program
+from .program import DoesNotFit, Graph, Program
 
 Outputs = Sequence[torch.Tensor]
 """The floating-point tensors that a block returns."""
@@ -23,16 +23,17 @@ class NotAdmitted(Exception):
     """The compiled block does not serve; the message is the reason."""
 
 
-def admit(program: Program, block: nn.Module, arguments: Arguments, judge: Judge) -> None:
-    """Compare the compiled with the plain ``block``, which is changed by it. Raises ``NotAdmitted``."""
+def admit(program: Program, graph: Graph, block: nn.Module, arguments: Arguments, judge: Judge) -> None:
+    """Compare ``graph`` with the plain ``block``, which is changed by it. Raises ``NotAdmitted``."""
     given = copy.deepcopy(arguments)
     plain = _outputs(program.plain(block, arguments))
     if not _equal(given.tensors(), arguments.tensors()):
         raise NotAdmitted(f"{program.cls.__name__} writes to its arguments")
-    missed: list[None] = []
-    found = _outputs(program.run(block, arguments, lambda: missed.append(None)))
-    if missed:
-        raise NotAdmitted(f"the graph of {program.cls.__name__} does not fit the arguments that it was made from")
+    try:
+        found = _outputs(graph.run(block, arguments))
+    except DoesNotFit:
+        message = f"the graph of {program.cls.__name__} does not fit the arguments that it was made from"
+        raise NotAdmitted(message) from None
     if [tensor.shape for tensor in found] != [tensor.shape for tensor in plain]:
         raise NotAdmitted(f"{program.cls.__name__} returns tensors of other shapes")
     low_precision = any(parameter.dtype in (torch.bfloat16, torch.float16) for parameter in block.parameters())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from itertools import chain
 
 import msgspec
 
@@ -10,10 +11,11 @@ from ..parallel.ranks import Ranks
 
 
 class Verdict(msgspec.Struct, frozen=True, array_like=True):
-    """How a job has ended. The component is refused for ``reason``; without one, a later call tries again."""
+    """How a job has ended. ``component`` is refused for ``reason``; without one, a later call tries again."""
 
     admitted: bool = False
     reason: str | None = None
+    component: str = ""
 
 
 AGAIN = Verdict()
@@ -24,7 +26,7 @@ Verdicts = Mapping[str, Verdict | None]
 _VERDICTS = msgspec.msgpack.Decoder(dict[str, Verdict | None])
 
 Agree = Callable[[Verdicts], Verdicts]
-"""Returns the same jobs with the verdicts of all ranks. A collective."""
+"""Returns the jobs of all ranks with their common verdicts. A collective."""
 
 
 def agreement(axes: Sequence[Ranks]) -> Agree | None:
@@ -36,7 +38,8 @@ def agreement(axes: Sequence[Ranks]) -> Agree | None:
 def _agreed(own: Verdicts, axes: Sequence[Ranks]) -> Verdicts:
     for ranks in axes:
         everywhere = [_VERDICTS.decode(verdicts) for verdicts in ranks.all_gather_bytes(msgspec.msgpack.encode(own))]
-        own = {name: _common([verdicts.get(name, AGAIN) for verdicts in everywhere]) for name in own}
+        names = dict.fromkeys(chain.from_iterable(everywhere))
+        own = {name: _common([verdicts.get(name, AGAIN) for verdicts in everywhere]) for name in names}
     return own
 
 

@@ -23,7 +23,7 @@ from ..parallel.ranks import Ranks
 from .admission import Judge, NotAdmitted, admit
 from .agreement import AGAIN, Verdict, agreement
 from .component import CompiledComponent, Job, Ticket
-from .program import LIMIT, Backend, LimitMet, Program, SettingsChanged
+from .program import Backend, Graph, LimitMet, Program, SettingsChanged
 
 log = logging.getLogger(__name__)
 
@@ -63,6 +63,7 @@ class Compiler:
         self._agree = agreement(axes)
         self._forwards = 0
         self._open: dict[Ticket, Verdict | None] = {}  # until it is settled, with the verdict once the job has ended
+        self._made: dict[Ticket, Graph] = {}  # for open tickets with a verdict that admits
         self._threads = torch.get_num_threads()
         self._idle = threading.Condition()  # of the open tickets
         for name, module in components.items():
@@ -98,7 +99,7 @@ class Compiler:
         except Exception as error:  # there is no memory for a copy, or an argument has none: the request goes on
             log.warning("the call of a block of %s cannot be copied", ticket[0], exc_info=True)
             reason = f"the arguments of {ticket[1].__name__} cannot be copied ({type(error).__name__})"
-            self._end(ticket, Verdict(reason=reason))
+            self._end(ticket, Verdict(reason=reason, component=ticket[0]))
         else:
             self._jobs.put(job)
 
@@ -138,14 +139,17 @@ class Compiler:
                 if (verdict := verdicts.get(_name(ticket))) is not None:
                     del self._open[ticket]
                     self._apply(ticket, verdict)
+            for verdict in verdicts.values():  # also of jobs that this rank lacks
+                if verdict is not None and verdict.reason is not None:
+                    log.warning("%s is not compiled: %s", verdict.component, verdict.reason)
+                    self._components[verdict.component].refuse(verdict.reason)
 
     def _apply(self, ticket: Ticket, verdict: Verdict) -> None:
         name, cls, key = ticket
+        graph = self._made.pop(ticket, None)
         if verdict.admitted:
-            self._components[name].admit(cls, key)
-        elif verdict.reason is not None:
-            log.warning("%s is not compiled: %s", name, verdict.reason)
-            self._components[name].refuse(verdict.reason)
+            assert graph is not None
+            self._components[name].admit(cls, key, graph)
 
     def _run(self) -> None:
         # graphs hold for these settings of the thread that runs them, so that both threads need the same
@@ -153,8 +157,7 @@ class Compiler:
         torch.set_grad_enabled(False)
         dynamo.restore_nothing()
         # in this thread alone; to measure whether padding pays, inductor would draw from the GPU's global generator
-        patched = dynamo.config.patch(recompile_limit=LIMIT)
-        with patched, dynamo.inductor_config.patch(shape_padding=False), operators.played():
+        with dynamo.inductor_config.patch(shape_padding=False), operators.played():
             while (job := self._jobs.get()) is not None:
                 self._end(job.ticket, self._compiled(job) if job.component.reason is None else AGAIN)
 
@@ -170,19 +173,20 @@ class Compiler:
     def _verdict(self, job: Job) -> Verdict:
         component, cls = job.component, job.program.cls.__name__
         try:
-            job.program.compile(job.block, job.arguments)
-            admit(job.program, job.block, job.arguments, self._judge)
+            graph = job.program.compile(job.block, job.arguments)
+            admit(job.program, graph, job.block, job.arguments, self._judge)
         except LimitMet as limit:
             component.leave_eager(job.program.cls, job.key)
-            log.warning("%s of %s: %s, dynamo's limit; further kinds of calls run eagerly", cls, component.name, limit)
+            log.warning("%s of %s: %s, the limit; further kinds of calls run eagerly", cls, component.name, limit)
         except SettingsChanged:  # a later call comes again
             log.info("%s of %s: torch's settings changed while its graph was made", cls, component.name)
         except NotAdmitted as reason:
-            return Verdict(reason=str(reason))
+            return Verdict(reason=str(reason), component=component.name)
         except Exception as error:  # the compiler raises any class; the component serves without it
             log.warning("%s is not compiled", component.name, exc_info=True)
-            return Verdict(reason=f"{cls} does not compile ({_described(error)})")
+            return Verdict(reason=f"{cls} does not compile ({_described(error)})", component=component.name)
         else:
+            self._made[job.ticket] = graph
             return Verdict(admitted=True)
         return AGAIN
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -20,7 +20,7 @@ from ..lora.layers import AdaptedLayer, is_adaptable
 from ..parallel.sequence import exchange_of
 from .arguments import contiguous, signature_of
 from .block import Plain, copied, swap_in
-from .program import Program
+from .program import DoesNotFit, Graph, Program
 
 log = logging.getLogger(__name__)
 
@@ -61,8 +61,8 @@ class Job:
 class CompiledComponent:
     """The blocks of the component ``name``. Until :meth:`active` they run eagerly, and nothing is compiled.
 
-    A call runs a graph if calls with the same key have been compiled and admitted. Otherwise it runs eagerly, and the
-    compiler gets a copy of it. Raises ``NoBlocks``.
+    A call runs a graph that was admitted for calls with its key. Without one it runs eagerly, and the compiler gets a
+    copy of it. Raises ``NoBlocks``.
     """
 
     def __init__(self, name: str, module: nn.Module, queue: Queue) -> None:
@@ -72,7 +72,7 @@ class CompiledComponent:
         """Why the component runs eagerly for good; ``None`` if it does not."""
         self._queue = queue
         self._active = False
-        self._admitted: set[tuple[type[nn.Module], Key]] = set()
+        self._admitted: dict[tuple[type[nn.Module], Key], tuple[Graph, ...]] = {}
         self._attempts: Counter[tuple[type[nn.Module], Key]] = Counter()
         self._over_limit: set[tuple[type[nn.Module], Key]] = set()
         self._calls = self._eager = 0
@@ -93,9 +93,10 @@ class CompiledComponent:
         finally:
             self._active = before
 
-    def admit(self, cls: type[nn.Module], key: Key) -> None:
-        """From now on, calls of blocks of class ``cls`` with this key run a graph."""
-        self._admitted.add((cls, key))
+    def admit(self, cls: type[nn.Module], key: Key, graph: Graph) -> None:
+        """From now on, calls of blocks of class ``cls`` with this key run ``graph``, if no earlier one fits."""
+        graphs = (*self._admitted.get((cls, key), ()), graph)
+        self._admitted[cls, key] = tuple(dict.fromkeys(graphs))
 
     def leave_eager(self, cls: type[nn.Module], key: Key) -> None:
         """Calls of this kind run eagerly on this rank, because there may be no further graph of ``cls``."""
@@ -128,8 +129,9 @@ class CompiledComponent:
         program = self._programs[library_class(block)]
         arguments = contiguous(args, kwargs)
         key = (signature_of(arguments), _adapters(block))
-        if (program.cls, key) in self._admitted:
-            return program.run(block, arguments, lambda: self._missed(program, key, block, arguments))
+        for graph in self._admitted.get((program.cls, key), ()):
+            with suppress(DoesNotFit):
+                return graph.run(block, arguments)
         self._missed(program, key, block, arguments)
         return plain(*args, **kwargs)
 

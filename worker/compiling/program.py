@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from types import FunctionType
 from typing import Any
 
@@ -13,18 +14,19 @@ from ..internals import dynamo
 from ..internals.block_arguments import Arguments
 from .arguments import mark_rows
 
-Missed = Callable[[], None]
-"""Called when a block has run eagerly because no graph fits."""
-
 Backend = str | Callable[..., Any]
 """A compiler, as ``torch.compile`` takes it."""
 
 LIMIT = 32
-"""Graphs of one class, in place of dynamo's own limit of 8: sizes, numbers of rows and ranks of adapters need some."""
+"""Graphs of one class: sizes, numbers of rows and ranks of adapters need some."""
 
 
 class LimitMet(Exception):
-    """A class of blocks has as many graphs as dynamo keeps."""
+    """A class of blocks has as many graphs as it may."""
+
+
+class DoesNotFit(Exception):
+    """The graph was made for other calls, or under other settings of torch."""
 
 
 class ForeignCollective(Exception):
@@ -36,50 +38,70 @@ class SettingsChanged(Exception):
 
 
 class Program:
-    """Compiles, and runs what was compiled, as two things: serving never waits for the compiler.
-
-    dynamo keeps graphs by a function's code. So each class has a function with code of its own, and a limit of its own.
-    """
+    """Makes the graphs of one class of blocks."""
 
     def __init__(self, cls: type[nn.Module], backend: Backend = "inductor") -> None:
         self.cls = cls
-        self.graphs = 0
-        name = f"forward_of_{cls.__name__}"
-        function = FunctionType(_forward.__code__.replace(co_name=name), _forward.__globals__, name)
-        # a block that does not trace as a whole raises, in place of running in pieces
-        self._compile = torch.compile(function, backend=_without_collectives(backend), fullgraph=True)
-        self._run = dynamo.run(function)
+        self._backend = _without_collectives(backend)
+        self._graphs: list[Graph] = []
+
+    @property
+    def graphs(self) -> int:
+        """How many graphs there are."""
+        return len(self._graphs)
 
     def plain(self, block: nn.Module, arguments: Arguments) -> Any:
         """The forward of the block's class."""
         return self.cls.forward(block, *arguments.args, **arguments.kwargs)
 
-    def run(self, block: nn.Module, arguments: Arguments, missed: Missed) -> Any:
-        """Run the graph for these arguments. Without one, call ``missed`` and run eagerly."""
-        return self._run(self.cls.forward, missed, block, arguments.args, arguments.kwargs)
-
-    def compile(self, block: nn.Module, arguments: Arguments) -> None:
-        """Make a graph for these arguments unless there is one. Raises ``LimitMet``, ``SettingsChanged`` or
-        the compiler's exceptions.
+    def compile(self, block: nn.Module, arguments: Arguments) -> Graph:
+        """The graph for these arguments: the newest one that fits, or else a new one. Raises ``LimitMet``,
+        ``SettingsChanged`` or the compiler's exceptions.
 
         It holds for any number of rows from 2 on; other dimensions become dynamic when a second size is compiled.
         """
         mark_rows(arguments)
-        before = dynamo.counters["stats"]["unique_graphs"]
+        for graph in reversed(self._graphs):
+            with suppress(DoesNotFit):
+                graph.run(block, arguments)
+                return graph
+        if len(self._graphs) >= LIMIT:
+            raise LimitMet(f"{self.cls.__name__} has {LIMIT} graphs")
+        graph = Graph(self.cls, block, arguments, self._backend)
+        self._graphs.append(graph)
+        return graph
+
+
+class Graph:
+    """Compiles, and runs what was compiled, as two things: serving never waits for the compiler.
+
+    dynamo keeps graphs by a function's code, and takes any of them that fits. So each graph has code of its own: a call
+    runs the graph that was admitted for it, or none. What dynamo learns of dynamic sizes it keeps by the function's
+    name, so all graphs of a class share that.
+    """
+
+    def __init__(self, cls: type[nn.Module], block: nn.Module, arguments: Arguments, backend: Backend) -> None:
+        self._plain = cls.forward
+        name = f"forward_of_{cls.__name__}"
+        function = FunctionType(_forward.__code__.replace(co_name=name), _forward.__globals__, name)
+        # a block that does not trace as a whole raises, in place of running in pieces
+        compiled = torch.compile(function, backend=backend, fullgraph=True)
         try:
-            self._compile(self.cls.forward, _never, block, arguments.args, arguments.kwargs)
-        except dynamo.RecompileLimitHit as error:
-            raise LimitMet(f"{self.cls.__name__} has {LIMIT} graphs") from error
+            compiled(self._plain, block, arguments.args, arguments.kwargs)
         except AssertionError as error:
             if dynamo.SETTINGS_CHANGED not in str(error):
                 raise
             raise SettingsChanged from error
-        self.graphs += dynamo.counters["stats"]["unique_graphs"] - before
+        self._run = dynamo.run(function)
+
+    def run(self, block: nn.Module, arguments: Arguments) -> Any:
+        """Run the graph for these arguments. Raises ``DoesNotFit``."""
+        return self._run(self._plain, block, arguments.args, arguments.kwargs)
 
 
-def _forward(plain: Callable[..., Any], missed: Missed, block: nn.Module, args: Any, kwargs: Any) -> Any:
+def _forward(plain: Callable[..., Any], block: nn.Module, args: Any, kwargs: Any) -> Any:
     if not torch.compiler.is_dynamo_compiling():  # a graph leaves this out: so it is Python that runs, not a graph
-        missed()
+        raise DoesNotFit
     return plain(block, *args, **kwargs)
 
 
@@ -94,7 +116,3 @@ def _without_collectives(backend: Backend) -> Backend:
         return compiler(graph, inputs)
 
     return compiled
-
-
-def _never() -> None:
-    """In place of ``missed`` while a graph is made."""

@@ -17,12 +17,9 @@ CHECKED = "2.13.0"
 NAMES = {
     "run": "torch._dynamo:run",
     "maybe_mark_dynamic": "torch._dynamo:maybe_mark_dynamic",
-    "config": "torch._dynamo:config",
     "inductor_config": "torch._inductor:config",
-    "counters": "torch._dynamo.utils:counters",
     "lookup_backend": "torch._dynamo:lookup_backend",
     "default_cache_dir": "torch._inductor.runtime.cache_dir_utils:default_cache_dir",
-    "RecompileLimitHit": "torch._dynamo.exc:FailOnRecompileLimitHit",
 }
 
 SETTINGS_CHANGED = "state changed while dynamo tracing"

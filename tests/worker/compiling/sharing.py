@@ -48,6 +48,7 @@ def compiles(mesh: Mesh, backend: str, families: Sequence[Known]) -> None:
         ranks_change_in_the_same_forward(mesh)
         a_graph_that_one_rank_refuses_serves_on_none(mesh)
         a_kind_of_call_of_one_rank_alone_is_not_waited_for(mesh)
+        a_refusal_for_a_call_of_one_rank_alone_holds_on_all(mesh)
     for known in families:
         a_family_computes_what_the_whole_does(mesh, backend, known)
 
@@ -137,6 +138,22 @@ def a_kind_of_call_of_one_rank_alone_is_not_waited_for(mesh: Mesh) -> None:
         compiler.wait()
         assert compiler.stats()[NAME].state == ("compiled" if everywhere else "waiting")
     assert compiler.stats()[NAME].eager_calls == eager
+
+
+def a_refusal_for_a_call_of_one_rank_alone_holds_on_all(mesh: Mesh) -> None:
+    def broken(graph: torch.fx.GraphModule, _: Sequence[Any]) -> Callable[..., Any]:
+        raise RuntimeError("there is no memory")
+
+    blocks = nn.ModuleList([nn.TransformerEncoderLayer(8, 2, 8), nn.TransformerEncoderLayer(8, 2, 8)]).eval()
+    axes = [mesh.tp, mesh.axis("sp")]
+    compiler = Compiler({NAME: blocks.requires_grad_(False)}, partial(judge, load_policy()), broken, axes)
+    with compiler.active(NAME):
+        if mesh.world.rank == 1:
+            blocks[0](torch.ones(2, 3, 8))
+    compiler.wait()
+    stats = compiler.stats()[NAME]
+    assert stats.state == "eager"
+    assert "TransformerEncoderLayer does not compile" in str(stats.reason)
 
 
 def a_family_computes_what_the_whole_does(mesh: Mesh, backend: str, known: Known) -> None:

@@ -5,6 +5,7 @@ dynamo's own backend "eager" runs a graph's operators as they are, so its result
 
 from __future__ import annotations
 
+import itertools
 import logging
 import threading
 from collections.abc import Callable, Sequence
@@ -18,9 +19,8 @@ from torch import nn
 from safelight.protocol.compiling import CompiledComponentStats
 from safelight.worker.accuracy.judging import judge
 from safelight.worker.accuracy.policy import load_policy
-from safelight.worker.compiling import compiler as compiler_module
+from safelight.worker.compiling import program
 from safelight.worker.compiling.compiler import Compiler
-from safelight.worker.compiling.program import LIMIT
 from safelight.worker.crossing.overlay import overlay_attributes
 from safelight.worker.crossing.random_state import has_drawn, kept_random_state, seeded, set_random_state
 from safelight.worker.internals import dynamo
@@ -129,6 +129,39 @@ def test_a_third_size_of_pictures_needs_no_graph_of_its_own() -> None:
     assert running.eager_calls(tokens=36) == 0
     assert torch.equal(running.draw(tokens=36), draw(plain, tokens=36))
     assert running.graphs == graphs
+
+
+def test_a_newer_graph_that_fits_an_admitted_kind_of_call_does_not_take_it_over() -> None:
+    """Ranks finish the newer one at different times, and it was judged at other sizes."""
+    ran: list[int] = []
+    numbers = itertools.count()
+    at_judge, released = threading.Event(), threading.Event()
+
+    def backend(graph: torch.fx.GraphModule, _: Sequence[Any]) -> Callable[..., Any]:
+        number = next(numbers)
+        return lambda *args: (ran.append(number), graph(*args))[1]
+
+    def judged(*outputs: Any) -> str | None:
+        if ran[-1] == 1:
+            at_judge.set()
+            assert released.wait(60)
+        return judge(load_policy(), *outputs)
+
+    def graphs_of_a_forward(tokens: int) -> set[int]:
+        ran.clear()
+        with running.compiler.active(NAME):
+            draw(running.module, tokens=tokens)
+        return set(ran)
+
+    running = Compiling(Stack(), backend, judged)
+    running.draw(tokens=16)
+    graphs_of_a_forward(25)
+    assert at_judge.wait(60)
+    assert graphs_of_a_forward(16) == {0}, "the newer graph is made, and not admitted"
+    released.set()
+    running.compiler.wait()
+    assert graphs_of_a_forward(25) == {1}
+    assert graphs_of_a_forward(16) == {0}, "the newer graph is admitted for other calls"
 
 
 def test_sixteen_numbers_of_rows_at_three_sizes_of_pictures_need_four_graphs_and_each_kind_is_judged() -> None:
@@ -248,10 +281,10 @@ def test_a_compiled_model_looks_like_itself() -> None:
         )
 
 
-def test_dynamo_s_limit_is_reported_by_name_and_graphs_go_on_serving(
+def test_the_limit_on_graphs_is_reported_by_name_and_graphs_go_on_serving(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(compiler_module, "LIMIT", 1)
+    monkeypatch.setattr(program, "LIMIT", 1)
     running, plain = Compiling(Stack()), Stack()
     with caplog.at_level(logging.WARNING):
         running.draw()
@@ -343,10 +376,11 @@ def adapter(seed: int, rank: int = 4) -> Adapter:
 
 
 def test_the_compiler_s_settings_hold_in_its_thread_alone() -> None:
-    def settings() -> tuple[bool, int]:
-        return dynamo.inductor_config.shape_padding, dynamo.config.recompile_limit
+    def settings() -> bool:
+        shape_padding: bool = dynamo.inductor_config.shape_padding
+        return shape_padding
 
-    usual, compiling = settings(), list[tuple[bool, int]]()
+    usual, compiling = settings(), list[bool]()
     began, looked = threading.Event(), threading.Event()
 
     def backend(graph: torch.fx.GraphModule, _: Sequence[torch.Tensor]) -> Callable[..., Any]:
@@ -362,8 +396,9 @@ def test_the_compiler_s_settings_hold_in_its_thread_alone() -> None:
     meanwhile = settings()
     looked.set()
     running.compiler.wait()
-    assert compiling[0] == (False, LIMIT)
-    assert compiling[0] != usual == meanwhile
+    assert not compiling[0]
+    assert usual
+    assert meanwhile
 
 
 def test_adapters_are_compiled_by_kind_and_a_change_of_adapters_needs_no_graph() -> None:
