@@ -52,6 +52,12 @@ class Generate(Settings, tag=True, frozen=True, kw_only=True):
     """The only replica that may run the request; ``None`` stands for any."""
 
 
+class GenerateCopies(msgspec.Struct, tag=True, frozen=True):
+    """Copies of one request for several replicas: all are accepted, or none. Each has events of its own."""
+
+    copies: list[Generate]
+
+
 class Cancel(msgspec.Struct, tag=True, frozen=True):
     """Stop a request's work at its next boundary. A request that is unknown or done is ignored."""
 

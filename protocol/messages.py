@@ -10,12 +10,14 @@ The life of one request in messages::
 from __future__ import annotations
 
 from .codec import Codec
-from .generation import Cancel, Failed, Generate, Preview, Progress, Queued, Result, Started
+from .generation import Cancel, Failed, Generate, GenerateCopies, Preview, Progress, Queued, Result, Started
 from .operations import AbortRequests, Continue, ListAdapters, Operate, Pause, Perform, SetPaused
 from .replicas import Heartbeat, ReplicaExited, ReplicaFailed, ReplicaLoading, ReplicaReady, Status
 from .reports import Operated, Performed
 
-ToScheduler = Generate | Cancel | ReplicaExited | Operate | Pause | Continue | AbortRequests | ListAdapters
+ToScheduler = (
+    Generate | GenerateCopies | Cancel | ReplicaExited | Operate | Pause | Continue | AbortRequests | ListAdapters
+)
 FromScheduler = Queued | Started | Progress | Preview | Result | Failed | Operated | Status
 ToWorker = Generate | Cancel | Perform | SetPaused
 FromWorker = (

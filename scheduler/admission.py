@@ -56,7 +56,7 @@ class Admission:
         return refusal_of(generate, self._replicas, self._config) or self._no_room(nbytes)
 
     def _no_room(self, nbytes: int) -> QueueFull | None:
-        """Why a request of so many bytes may not wait; the first one always may."""
+        """Why a request of so many bytes, with all its copies, may not wait; the first one always may."""
         waiting, waiting_bytes = self._requests.waiting_count, self._requests.waiting_bytes()
         if waiting >= self._config.max_queue:
             full = f"{waiting} requests wait already, and no more may (--max-queue)."

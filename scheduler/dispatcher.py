@@ -17,7 +17,7 @@ from msgspec.structs import replace
 from ..protocol.adapters import SetAdapters
 from ..protocol.config import Config
 from ..protocol.errors import ClientGone, Conflict, DeadlinePassed, SafelightError, Unavailable
-from ..protocol.generation import Cancel, Failed, Generate, Preview, Progress, Queued, Result, Started
+from ..protocol.generation import Cancel, Failed, Generate, GenerateCopies, Preview, Progress, Queued, Result, Started
 from ..protocol.messages import FromWorker, ToScheduler
 from ..protocol.operations import AbortRequests, Continue, ListAdapters, Operate, Pause
 from ..protocol.replicas import Heartbeat, ReplicaExited, ReplicaFailed, ReplicaLoading, ReplicaReady, Status
@@ -103,7 +103,9 @@ class Dispatcher:
     def from_server(self, message: ToScheduler, now: float) -> None:
         match message:
             case Generate():
-                self._admit(message, now)
+                self._admit([message], now)
+            case GenerateCopies(copies=copies):
+                self._admit(copies, now)
             case Cancel(request_id=request_id):
                 if request := self._requests.get(request_id):
                     self._stop(request, ClientGone("The client went away."))
@@ -169,13 +171,17 @@ class Dispatcher:
             case ReplicaFailed(message=why):
                 self._lose(replica, replica.failed(why), f"failed ({why})")
 
-    def _admit(self, generate: Generate, now: float) -> None:
-        nbytes = nbytes_of(generate)
-        if refusal := self._admission.refusal_of(generate, nbytes):
-            self._outbox.tell_server(Failed(generate.request_id, refusal.info()))
-        else:
-            ahead = self._requests.accept(generate, nbytes, now, behind=self._operations.blocks)
-            self._outbox.tell_server(Queued(generate.request_id, ahead))
+    def _admit(self, copies: list[Generate], now: float) -> None:
+        """Accept one request, or all copies of one; none is started before all are accepted."""
+        sizes = [nbytes_of(generate) for generate in copies]
+        refusals = (self._admission.refusal_of(generate, sum(sizes)) for generate in copies)
+        refusal = next((one for one in refusals if one is not None), None)
+        for generate, nbytes in zip(copies, sizes, strict=True):
+            if refusal is not None:
+                self._outbox.tell_server(Failed(generate.request_id, refusal.info()))
+            else:
+                ahead = self._requests.accept(generate, nbytes, now, behind=self._operations.blocks)
+                self._outbox.tell_server(Queued(generate.request_id, ahead))
 
     def _settle(self, now: float) -> None:
         """Bring the requests in line with the time and with the replicas."""
@@ -187,28 +193,36 @@ class Dispatcher:
         self._operations.advance(now)
         self._pauses.answer()
         if self._operations.lets_run and self._statuses.halted is None:
-            while (first := self._requests.queue.first) and self._dispatch(first, now):
-                pass
+            self._dispatch(now)
 
-    def _dispatch(self, request: Request, now: float) -> bool:
-        """Give the first in the queue to the least loaded replica, or to its own; fail it if that one is not ready.
+    def _dispatch(self, now: float) -> None:
+        """Give each request in the queue to the least loaded replica, or to its own; fail it if that one is not ready.
 
-        Nobody behind may pass it while it does not fit, else small requests would keep a large one out for ever.
+        Nobody behind may pass a request that does not fit, else small requests would keep a large one out for ever. One
+        that is pinned to a replica holds back only what would go to that replica.
         """
-        pinned_to = request.generate.pinned_to
-        replica = self._replicas.least_loaded(pinned_to)
-        if replica is None and pinned_to is not None:
-            self._fail(request, self._admission.no_replica(pinned_to))
-            return True
-        if replica is None or not replica.has_room(request.outputs, self._config.max_running):
-            return False
+        held: set[int] = set()
+        for request in self._requests.queue:
+            pinned_to = request.generate.pinned_to
+            if pinned_to in held:
+                continue
+            replica = self._replicas.least_loaded(pinned_to, without=held)
+            if replica is not None and replica.has_room(request.outputs, self._config.max_running):
+                self._start(request, replica, now)
+            elif pinned_to is None:
+                return
+            elif replica is None:
+                self._fail(request, self._admission.no_replica(pinned_to))
+            else:
+                held.add(pinned_to)
+
+    def _start(self, request: Request, replica: Replica, now: float) -> None:
         self._requests.queue.remove(request)
         request.start(replica.number, now)
         replica.assign(request.id, request.outputs)
         self._outbox.tell_server(Started(request.id, replica.number, request.queue_s(now)))
         self._outbox.order(replica.number, request.generate)
         self._recent.used((use.name for use in request.generate.lora or ()), self._sync.committed.adapters.loaded)
-        return True
 
     def _answer(self, replica: Replica, message: Result | Failed, now: float) -> None:
         """A worker is done with a request: make room, and forward the answer unless the server has one already."""

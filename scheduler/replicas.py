@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from typing import Literal
 
 from msgspec.structs import replace
@@ -225,10 +225,11 @@ class Replicas:
         """No replica has any request."""
         return all(replica.outstanding == 0 for replica in self._replicas)
 
-    def least_loaded(self, pinned_to: int | None = None) -> Replica | None:
-        """The ready replica with the fewest outstanding outputs; if ``pinned_to`` is given, that one if it is ready."""
+    def least_loaded(self, pinned_to: int | None = None, *, without: Container[int] = ()) -> Replica | None:
+        """The ready replica with the fewest outstanding outputs, ``without`` some; if ``pinned_to`` is given, that one
+        if it is ready."""
         among = self._replicas if pinned_to is None else self._replicas[pinned_to : pinned_to + 1]
-        ready = (replica for replica in among if replica.state == "ready")
+        ready = (replica for replica in among if replica.state == "ready" and replica.number not in without)
         return min(ready, key=lambda replica: replica.outstanding, default=None)
 
     def have(self, request_id: str) -> bool:

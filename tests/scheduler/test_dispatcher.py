@@ -8,7 +8,18 @@ import pytest
 from safelight.protocol.codec import Buffer
 from safelight.protocol.config import Config
 from safelight.protocol.errors import Internal
-from safelight.protocol.generation import Cancel, Failed, Generate, Image, Preview, Progress, Queued, Result, Started
+from safelight.protocol.generation import (
+    Cancel,
+    Failed,
+    Generate,
+    GenerateCopies,
+    Image,
+    Preview,
+    Progress,
+    Queued,
+    Result,
+    Started,
+)
 from safelight.protocol.messages import FromWorker
 from safelight.protocol.replicas import ReplicaFailed, ReplicaLoading
 from safelight.protocol.rollouts import Rollout, Tensor
@@ -30,14 +41,66 @@ def test_a_request_that_is_for_one_replica_goes_there_however_busy_it_is_and_fai
     stage = Stage(ready=(0, 1), config=Config(replicas=3, max_running=2))
     stage.server(generate("a"))
     for name, number in (("b", 0), ("c", 1), ("d", 2), ("e", 0)):
-        stage.server(msgspec.structs.replace(generate(name), pinned_to=number))
+        stage.server(pinned(name, number))
     assert stage.started() == [("a", 0), ("b", 0), ("c", 1)]
     assert stage.error("d") == "unavailable"
     stage.worker(0, result("a"))
     assert stage.started()[-1] == ("e", 0)
-    stage.server(msgspec.structs.replace(generate("f"), pinned_to=0))
+    stage.server(pinned("f", 0))
     stage.exited(0)
     assert stage.error("f") == "unavailable"
+
+
+def pinned(name: str, number: int, outputs: int = 1) -> Generate:
+    return msgspec.structs.replace(generate(name, outputs), pinned_to=number)
+
+
+def copies(name: str) -> GenerateCopies:
+    return GenerateCopies([pinned(f"{name}.{number}", number) for number in range(3)])
+
+
+def test_a_request_that_waits_for_its_full_replica_does_not_hold_back_the_others() -> None:
+    stage = Stage(ready=(0, 1), config=Config(replicas=2, max_running=2))
+    stage.server(pinned("clips", 0, 2), pinned("waits", 0), generate("free"), pinned("behind", 0), pinned("other", 1))
+    assert stage.started() == [("clips", 0), ("free", 1), ("other", 1)]
+    stage.worker(0, result("clips"))
+    assert stage.given(0) == ["clips", "waits", "behind"], "in their order"
+
+
+def test_small_requests_do_not_starve_one_that_is_for_their_replica() -> None:
+    stage = Stage(ready=(0, 1), config=Config(replicas=2, max_running=2))
+    stage.server(pinned("runs", 0), pinned("large", 0, 2), generate("a"), generate("b"), generate("c"))
+    assert stage.started() == [("runs", 0), ("a", 1), ("b", 1)], "replica 0 has room for c, and large is before it"
+    stage.worker(0, result("runs"))
+    assert stage.given(0) == ["runs", "large"]
+    stage.worker(1, result("a"))
+    assert stage.given(1) == ["a", "b", "c"]
+
+
+def test_a_request_for_any_replica_that_does_not_fit_holds_back_also_those_that_are_for_one() -> None:
+    stage = Stage(ready=(0, 1), config=Config(replicas=2, max_running=2))
+    stage.server(generate("a"), generate("b"), generate("large", 2), pinned("small", 1))
+    assert stage.started() == [("a", 0), ("b", 1)]
+
+
+def test_of_copies_for_several_replicas_all_are_accepted_or_none() -> None:
+    stage = Stage(ready=(0, 1, 2), config=Config(replicas=3, max_running=1, max_queue=1))
+    stage.server(pinned("runs", 1), pinned("runs too", 2), copies("e"))
+    assert stage.sent(Queued, "e.2"), "one place was free, which is enough for one call"
+    stage.worker(0, result("e.0"))
+    stage.server(copies("f"))
+    assert {stage.error(f"f.{number}") for number in range(3)} == {"queue_full"}
+    assert [stage.given(number) for number in range(3)] == [["e.0"], ["runs"], ["runs too"]]
+    stage.worker(1, result("runs"))
+    stage.worker(2, result("runs too"))
+    assert [stage.given(number)[-1] for number in range(3)] == ["e.0", "e.1", "e.2"]
+
+
+def test_a_copy_that_cannot_be_accepted_is_why_none_runs() -> None:
+    stage = Stage(ready=(0, 1, 2), config=Config(replicas=3))
+    stage.server(generate("e.2"), copies("e"))
+    assert stage.error("e.0") == stage.error("e.1") == "invalid_request"
+    assert stage.started() == [("e.2", 0)]
 
 
 def test_without_a_ready_replica_the_refusal_says_why_for_each() -> None:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from msgspec.structs import replace
 
 from safelight.protocol.config import Config
 from safelight.protocol.generation import Cancel, Failed, Generate, Progress, Queued, Result, Started
@@ -41,6 +42,7 @@ class Life:
 
     started: bool = False
     ended: bool = False
+    pinned_to: int | None = None
 
 
 class SchedulerMachine(RuleBasedStateMachine):
@@ -107,15 +109,17 @@ class SchedulerMachine(RuleBasedStateMachine):
         outputs=st.integers(1, MAX_RUNNING + 2),
         priority=st.integers(-1, 1),
         timeout_s=st.sampled_from([None, 1.0, 10.0]),
+        pinned_to=st.sampled_from([None, *range(REPLICAS)]),
     )
-    def ask(self, request_id: str, outputs: int, priority: int, timeout_s: float | None) -> None:
+    def ask(self, request_id: str, outputs: int, priority: int, timeout_s: float | None, pinned_to: int | None) -> None:
         before = len(self.stage.to_server)
-        self.stage.server(generate(request_id, outputs, priority=priority, timeout_s=timeout_s))
+        asked = generate(request_id, outputs, priority=priority, timeout_s=timeout_s)
+        self.stage.server(replace(asked, pinned_to=pinned_to))
         answers = [message for message in self.stage.to_server[before:] if isinstance(message, Queued | Failed)]
         mine = [message for message in answers if message.request_id == request_id]
         if isinstance(mine[0], Queued):
             assert request_id not in self.lives or self.lives[request_id].ended
-            self.lives[request_id] = Life()
+            self.lives[request_id] = Life(pinned_to=pinned_to)
         else:
             self.stage.to_server.remove(mine[0])  # a refusal is for a request that was not accepted
         self.deliver()
@@ -184,11 +188,16 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     @invariant()
     def nobody_waits_without_a_ready_replica_or_beside_an_idle_one(self) -> None:
-        status = self.stage.dispatcher.status(self.stage.now)
-        if status.queued:
-            ready = [replica for replica in status.replicas if replica.state == "ready"]
-            assert ready
-            assert all(replica.outstanding for replica in ready)
+        ready = {
+            replica.replica: replica.outstanding
+            for replica in self.stage.dispatcher.status(self.stage.now).replicas
+            if replica.state == "ready"
+        }
+        for life in self.lives.values():
+            if not life.started and not life.ended:
+                its_own = ready if life.pinned_to is None else {life.pinned_to} & ready.keys()
+                assert its_own
+                assert all(ready[number] for number in its_own)
 
     @invariant()
     @precondition(lambda self: any(not life.ended for life in self.lives.values()))

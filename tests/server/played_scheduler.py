@@ -11,7 +11,7 @@ import zmq
 import zmq.asyncio
 
 from safelight.protocol.codec import Buffer
-from safelight.protocol.generation import Cancel, Generate, Output, Queued, Result, Started, Timings
+from safelight.protocol.generation import Cancel, Generate, GenerateCopies, Output, Queued, Result, Started, Timings
 from safelight.protocol.messages import FROM_SCHEDULER, TO_SCHEDULER, FromScheduler, ToScheduler
 from safelight.protocol.replicas import Batching, ModelInfo, Parameter, ReplicaStatus, Status
 from safelight.protocol.rollouts import RolledOut
@@ -103,6 +103,7 @@ class PlayedScheduler:
         while True:
             self._server, *frames = await self._socket.recv_multipart()
             message = TO_SCHEDULER.decode(frames)
-            self.received.append(message)
-            for event in self.answer(message) if isinstance(message, Generate) else self.operated(message):
-                await self.say(event)
+            for received in message.copies if isinstance(message, GenerateCopies) else [message]:
+                self.received.append(received)
+                for event in self.answer(received) if isinstance(received, Generate) else self.operated(received):
+                    await self.say(event)
