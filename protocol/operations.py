@@ -27,7 +27,7 @@ OperationStep = Literal["prepare", "write", "journal", "commit", "rollback", "re
 written, and a process group that not all ranks joined."""
 
 
-WEIGHTS, CACHES = "weights", "caches"
+CACHES = "caches"
 
 
 class Update(msgspec.Struct, tag=True, frozen=True, kw_only=True):
@@ -89,7 +89,7 @@ class Flush(msgspec.Struct, tag=True, frozen=True):
 class Sleep(msgspec.Struct, tag=True, frozen=True):
     """Release memory to the machine; generation is refused until :class:`Wake`.
 
-    A tag is a module's name, ``WEIGHTS`` for all modules, or ``CACHES``.
+    A tag is a module's name, or ``CACHES``. No tag stands for several, so that a set of tags says what sleeps.
     """
 
     tags: list[str]

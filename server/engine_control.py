@@ -8,13 +8,16 @@ from typing import Any
 from fastapi import APIRouter, Request
 
 from ..protocol.errors import InvalidRequest
-from ..protocol.operations import CACHES, WEIGHTS, AbortRequests, Continue, Flush, Pause, Sleep, Wake
+from ..protocol.operations import CACHES, AbortRequests, Continue, Flush, Pause, Sleep, Wake
 from . import control_bodies as bodies
 from .operation_client import OperationClient, first_report, success
 from .routes import Route, routes_of
 from .service import Service
 
 _OWN_ID = re.compile(r"(.+\.)?[0-9a-f]{32}")
+
+WEIGHTS = "weights"
+"""All modules."""
 
 _CACHES = ("kv_cache", "cuda_graph")
 """Other servers' names of caches."""

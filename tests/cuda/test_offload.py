@@ -15,7 +15,7 @@ from safelight.formats.model_names import resolve_model
 from safelight.protocol.config import Config
 from safelight.protocol.errors import StartFailed
 from safelight.protocol.forward_options import OffloadKind
-from safelight.protocol.operations import WEIGHTS, Sleep, Wake
+from safelight.protocol.operations import Sleep, Wake
 from safelight.tests.played import Record
 from safelight.tests.tiny import FAMILIES
 from safelight.tests.worker.lora.agreement import change
@@ -200,16 +200,18 @@ def test_sleep_takes_adapters_from_the_device_and_wake_brings_them_back(
     checkpoint: Callable[[str], Path], tmp_path: Path, record: Record
 ) -> None:
     replica, _ = offloaded(checkpoint("flux"), "component")
-    before = live(record)
+    before, names = live(record), [*modules(replica.model.pipeline)]
     write(KINDS["LoKr"](ATTENTION), FAMILIES["flux"].build().transformer, tmp_path / "x")
     change(replica.adapters, setting(tmp_path / "x"))
     operations = Operations(replica, tmp_path)
     assert live(record) > before
     record.clear()
-    operations.perform(Sleep([WEIGHTS]))
+    operations.perform(Sleep(names))
     assert live(record) == before
     assert record.operators["empty_cache"]
-    operations.perform(Wake([WEIGHTS]))
+    operations.perform(Wake(names[1:]))
+    assert live(record) == before, "a module still sleeps"
+    operations.perform(Wake(names[:1]))
     assert {tensor.device.type for tensor in replica.adapters.tensors()} == {"cuda"}
     assert devices(replica.model.pipeline.transformer) == {"cpu"}
     replica.close()
@@ -225,13 +227,13 @@ def test_sleep_takes_tensors_that_two_components_share_from_the_device_too(
         component.register_buffer("tied", tied, persistent=False)
     before = live(record)
     replica.model.offload = Offloading(modules(pipeline), device(), by_block=False)
-    kept, operations = tied.cpu().clone(), Operations(replica, tmp_path)
+    kept, operations, names = tied.cpu().clone(), Operations(replica, tmp_path), [*modules(pipeline)]
     assert live(record) - before >= tied.nbytes
     for _ in range(2):
-        operations.perform(Sleep([WEIGHTS]))
+        operations.perform(Sleep(names))
         assert live(record) == before
         assert torch.equal(tied, kept)
-        operations.perform(Wake([WEIGHTS]))
+        operations.perform(Wake(names))
         assert pipeline.transformer.tied is pipeline.vae.tied
         assert (tied.device.type, torch.equal(tied.cpu(), kept)) == ("cuda", True)
     replica.close()

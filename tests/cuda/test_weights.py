@@ -10,10 +10,11 @@ import torch
 from safetensors.torch import save_file
 
 from safelight.protocol.adapters import ALL, Mode, SetAdapters, UnmergeAdapters, Use
-from safelight.protocol.operations import CACHES, WEIGHTS, Adapt, Digests, Operation, OperationStep, Sleep, Update, Wake
+from safelight.protocol.operations import CACHES, Adapt, Digests, Operation, OperationStep, Sleep, Update, Wake
 from safelight.protocol.tensor_sources import Files
 from safelight.tests.played import Record
 from safelight.tests.worker.lora.agreement import ADAPTERS, Made, source, write_adapter
+from safelight.worker.model.modules import modules
 
 from .device import KIND, device, on_devices, played_only
 from .operations import Operations
@@ -35,6 +36,7 @@ class Sides:
         self.replicas = [Replica(path, place) for place in (torch.device("cpu"), device(1))]
         self._operations = [Operations(replica, shared) for replica in self.replicas]
         self.on_device = self._operations[1]
+        self.modules = [*modules(self.replicas[0].model.pipeline)]
 
     def perform(self, operation: Operation, *further: OperationStep) -> None:
         """Asserts that the reports are equal."""
@@ -83,14 +85,14 @@ def test_updates_rollbacks_and_sleep_leave_what_they_leave_on_a_cpu(sides: Sides
     sides.perform(first, *KEPT)
     changed, updated = sides.draw(), sides.digests()
     assert not torch.equal(changed, plain)
-    sides.perform(Sleep([WEIGHTS, CACHES]))
+    sides.perform(Sleep([*sides.modules, CACHES]))
     assert sides.digests() == updated, "digests are those of the sleeping weights"
     sides.perform(second, *PUT_BACK)
     assert sides.digests() == updated
     sides.perform(second, *KEPT)
     asleep = sides.digests()
     assert asleep != updated
-    sides.perform(Wake([WEIGHTS]))
+    sides.perform(Wake(sides.modules))
     assert sides.digests() == asleep
     assert not torch.equal(sides.draw(), changed)
     sides.perform(first, *KEPT)
@@ -101,14 +103,14 @@ def test_updates_rollbacks_and_sleep_leave_what_they_leave_on_a_cpu(sides: Sides
 @played_only
 def test_a_wake_without_memory_is_a_503_and_the_next_one_wakes_the_same_weights(sides: Sides, record: Record) -> None:
     plain, digests = sides.draw(), sides.digests()
-    sides.perform(Sleep([WEIGHTS]))
+    sides.perform(Sleep(sides.modules))
     record.memory(device(1)).limit = record.memory(device(1)).live + 700_000
-    refused = sides.on_device.refused(Wake([WEIGHTS]))
+    refused = sides.on_device.refused(Wake(sides.modules))
     assert refused.status == 503
     assert "MB are missing" in refused.message
     assert {one.device.type for one in sides.replicas[1].model.pipeline.transformer.parameters()} == {"cpu"}
     record.memory(device(1)).limit = 10**12
-    sides.perform(Wake([WEIGHTS]))
+    sides.perform(Wake(sides.modules))
     assert sides.digests() == digests
     assert torch.equal(sides.draw(), plain)
 
@@ -124,8 +126,8 @@ def test_no_operation_waits_for_a_copy_of_a_single_tensor(sides: Sides, tmp_path
 
     assert waits(written, *PUT_BACK) == (0, 0)
     assert waits(written, *KEPT) == (0, 0)
-    assert waits(Sleep([WEIGHTS])) == (0, 0)
-    assert waits(Wake([WEIGHTS])) == (0, 0)
+    assert waits(Sleep(sides.modules)) == (0, 0)
+    assert waits(Wake(sides.modules)) == (0, 0)
 
 
 @pytest.mark.parametrize("mode", ["merge", "dynamic"])
@@ -142,8 +144,8 @@ def test_adapters_in_every_mode_draw_what_they_draw_on_a_cpu_also_after_sleep_an
     adapted = sides.draw()
     assert not torch.equal(adapted, plain)
     sides.perform(update(sides, tmp_path, torch.bfloat16), *PUT_BACK)
-    sides.perform(Sleep([WEIGHTS]))
-    sides.perform(Wake([WEIGHTS]))
+    sides.perform(Sleep(sides.modules))
+    sides.perform(Wake(sides.modules))
     assert sides.digests() == digests
     assert torch.equal(sides.draw(), adapted)
     sides.perform(Adapt(UnmergeAdapters(ALL)), *KEPT)

@@ -10,6 +10,7 @@ from safelight.protocol.config import Config
 from safelight.protocol.errors import InvalidRequest, SafelightError
 from safelight.protocol.generation import Failed
 from safelight.protocol.operations import (
+    CACHES,
     Adapt,
     Barrier,
     Begin,
@@ -114,8 +115,10 @@ class Process:
                 assert not self._undo, "what is given to others is committed"
                 return Report(files={name: [self.weights[name]] for name in names})
             case Sleep(tags=tags):
+                assert {*CHECKPOINT, CACHES} >= set(tags)
                 self.asleep.update(tags)
             case Wake(tags=tags):
+                assert {*CHECKPOINT, CACHES} >= set(tags)
                 self.asleep.difference_update(tags)
             case Adapt(change=change):
                 self._next_adapters = adapted(self.adapters, change)

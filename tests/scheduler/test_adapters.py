@@ -465,20 +465,20 @@ def test_an_adapter_waits_for_a_begun_update_to_end() -> None:
 def test_a_returning_replica_sleeps_with_the_adapters_of_the_others() -> None:
     stage = Operating()
     change(stage, "set", INK)
-    stage.operate("sleep", Sleep(["weights"]))
+    stage.operate("sleep", Sleep(["transformer", "vae"]))
     stage.do_all()
     stage.kill(1)
     stage.start(1)
     assert alike(stage)
-    assert stage.processes[1].asleep == {"weights"}
+    assert stage.processes[1].asleep == {"transformer", "vae"}
 
 
 def test_a_replica_put_to_sleep_while_it_waits_for_adapters_is_woken_with_the_others() -> None:
     stage = Operating(replicas=3, ready=0, adapters=INK)
     stage.start(0)
-    stage.operate("sleep", Sleep(["weights"]))
+    stage.operate("sleep", Sleep(["transformer", "vae"]))
     stage.start(1)
-    stage.operate("wake", Wake(["weights"]))
+    stage.operate("wake", Wake(["transformer", "vae"]))
     stage.start(2)
     stage.kill(0)  # whose adapters held up the line
     stage.do_all()

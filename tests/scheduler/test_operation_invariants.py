@@ -153,7 +153,15 @@ class OperationsMachine(RuleBasedStateMachine):
 
     @rule(
         operation=st.sampled_from(
-            [Digests(), KEPT, Sleep(["weights"]), Sleep(["caches"]), Wake(["weights", "caches"])]
+            [
+                Digests(),
+                KEPT,
+                Sleep(["transformer"]),
+                Sleep(["transformer", "vae"]),
+                Sleep(["caches"]),
+                Wake(["transformer"]),
+                Wake(["transformer", "vae", "caches"]),
+            ]
         ),
         barrier=BARRIERS,
     )
@@ -336,7 +344,7 @@ class OperationsMachine(RuleBasedStateMachine):
         """In the end everything is answered and all replicas serve the same, if need be after what was lost is sent."""
         self.pause_or_continue(None)
         self.settle()
-        self.ask(Wake(["weights", "caches"]))
+        self.ask(Wake(["transformer", "vae", "caches"]))
         self.settle()
         if self.with_journal and all(self.account.journal_has(truth) for truth in self.account.truths):
             self.kill_all(None, back=True)

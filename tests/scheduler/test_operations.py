@@ -184,9 +184,9 @@ class Turning(Operating):
 @pytest.mark.parametrize(
     ("changes", "halted"),
     [
-        ([Sleep(["weights"])], "asleep"),
-        ([Sleep(["weights"]), Wake(["weights"])], None),
-        ([Sleep(["weights", "caches"]), Wake(["weights"])], "asleep"),
+        ([Sleep(["transformer", "vae"])], "asleep"),
+        ([Sleep(["transformer", "vae"]), Wake(["transformer", "vae"])], None),
+        ([Sleep(["transformer", "vae", "caches"]), Wake(["transformer", "vae"])], "asleep"),
         ([Pause], "paused"),
         ([Pause, Continue], None),
     ],

@@ -333,39 +333,39 @@ def test_the_journal_knows_what_became_of_a_commit_that_all_were_lost_in() -> No
 
 def test_a_returning_replica_sleeps_as_the_others_do() -> None:
     stage = Operating()
-    stage.operate("sleep", Sleep(["weights"]))
+    stage.operate("sleep", Sleep(["transformer", "vae"]))
     stage.do_all()
     stage.kill(1)
     stage.start(1)
     stage.do_all()
-    assert stage.processes[1].asleep == {"weights"}
-    assert stage.processes[0].asleep == {"weights"}
+    assert stage.processes[1].asleep == {"transformer", "vae"}
+    assert stage.processes[0].asleep == {"transformer", "vae"}
 
 
 @pytest.mark.parametrize("changed", [False, True])
-@pytest.mark.parametrize("tags", [["weights"], ["weights", "caches"]])
+@pytest.mark.parametrize("tags", [["transformer", "vae"], ["transformer", "vae", "caches"]])
 def test_a_replica_that_returns_while_the_others_wake_is_not_put_to_sleep_after_them(
     tags: list[str], changed: bool
 ) -> None:
     stage = Operating()
     if changed:
         updated(stage)
-    stage.operate("sleep", Sleep(["weights", "caches"]))
+    stage.operate("sleep", Sleep(["transformer", "vae", "caches"]))
     stage.do_all()
     stage.kill(1)
     stage.operate("wake", Wake(tags))
     stage.start(1)
     stage.do_all()
-    assert stage.processes[0].asleep == stage.processes[1].asleep == {"weights", "caches"} - set(tags)
+    assert stage.processes[0].asleep == stage.processes[1].asleep == {"transformer", "vae", "caches"} - set(tags)
     assert stage.serving() == [0, 1]
 
 
 def test_a_replica_that_joins_while_the_others_are_put_to_sleep_sleeps_too() -> None:
     stage = Operating(ready=1)
-    stage.operate("sleep", Sleep(["weights"]))
+    stage.operate("sleep", Sleep(["transformer", "vae"]))
     stage.start(1)
     stage.do_all()
-    assert stage.processes[1].asleep == {"weights"}
+    assert stage.processes[1].asleep == {"transformer", "vae"}
 
 
 def test_a_silent_replica_that_speaks_again_serves_what_was_committed_meanwhile() -> None:
@@ -486,8 +486,8 @@ def test_all_who_were_put_to_sleep_are_woken_though_one_comes_that_has_the_weigh
     stage.kill(0)
     stage.kill(1)
     stage.start(0)  # with a journal that had missed the update
-    stage.operate("sleep", Sleep(["weights"]))
-    stage.operate("wake", Wake(["weights"]))
+    stage.operate("sleep", Sleep(["transformer", "vae"]))
+    stage.operate("wake", Wake(["transformer", "vae"]))
     stage.start(1, Process(1, 0, "1", {"transformer": "new", "vae": "checkpoint"}))
     assert all_alike(stage, "new")
     assert not any(process.asleep for process in stage.processes.values())

@@ -9,13 +9,13 @@ from msgspec.structs import replace
 
 from safelight.protocol.adapters import AdapterState
 from safelight.protocol.config import Config
-from safelight.protocol.operations import Abort, Leave, Operate
+from safelight.protocol.operations import Abort, Leave, Operate, Sleep
 from safelight.protocol.replicas import Hold
 from safelight.protocol.reports import Operated
 from safelight.server.weight_bodies import DEFAULT_GROUP
 from safelight.server.weight_transfer import GROUP
 
-from .played_scheduler import ready
+from .played_scheduler import IMAGE_MODEL, ready
 from .stage import stage
 
 pytestmark = pytest.mark.anyio
@@ -35,6 +35,21 @@ async def test_health_information_and_metrics_say_what_holds_back_generation_and
         assert await at.metric('safelight_hold_seconds{operation="Begin"}') == 12.5
         assert await at.metric('safelight_halted_seconds{reason="paused"}') == 3.0
         assert await at.metric("safelight_queued_operations") == 7
+
+
+async def test_the_scheduler_gets_the_modules_that_a_tag_stands_for_so_that_no_two_tags_overlap() -> None:
+    model = replace(IMAGE_MODEL, parameters={"transformer": 10, "vae": 10})
+    every = ["transformer", "vae", "caches"]
+    wanted = {"weights": every[:2], "kv_cache": ["caches"], "vae": ["vae"], None: every}
+    async with stage(status=ready(model)) as at:
+        at.scheduler.operated = lambda message: (
+            [Operated(message.request_id, {}, "7", [], AdapterState())] if isinstance(message, Operate) else []
+        )
+        for tag in wanted:
+            body = {"tags": tag and [tag, tag]}
+            assert (await at.client.post("/release_memory_occupation", json=body)).status_code == 200
+        asked = [one.operation for one in at.scheduler.received if isinstance(one, Operate)]
+    assert asked == [Sleep(tags) for tags in wanted.values()]
 
 
 async def test_where_nothing_is_held_back_nothing_says_so() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from ...protocol.operations import CACHES, WEIGHTS, Flush, Sleep, Wake
+from ...protocol.operations import CACHES, Flush, Sleep, Wake
 from ...protocol.reports import Report
 from ..model.modules import modules
 from ..weights.update.offload import Offloader
@@ -15,7 +15,8 @@ from .resources import Resources
 class OffloadedModules:
     """The model's modules, and what of them and of the adapters sleep moves.
 
-    Of a model whose weights rest on the host at any time, these are the adapters, and what several modules share.
+    Of a model whose weights rest on the host at any time, these are the adapters, and what several modules share; they
+    return when the last module wakes.
     """
 
     def __init__(self, resources: Resources) -> None:
@@ -24,20 +25,27 @@ class OffloadedModules:
         shared = [] if offload is None else offload.shared
         self._on_progress = resources.on_progress
         self._modules = modules(resources.model.pipeline)
+        self._asleep: set[str] = set()
         moved = [] if self._rest else [*self._modules.values()]
         self._offloader = Offloader(moved, resources.model.device, lambda: (*shared, *resources.adapters.tensors()))
 
-    def tagged(self, tags: list[str]) -> list[nn.Module]:
+    def tagged(self, tags: list[str]) -> dict[str, nn.Module]:
         """The modules that ``tags`` name."""
-        return [module for name, module in self._modules.items() if WEIGHTS in tags or name in tags]
+        assert self._modules.keys() | {CACHES} >= set(tags), f"{tags} name a module that the model does not have"
+        return {name: module for name, module in self._modules.items() if name in tags}
 
-    def offload(self, tagged: list[nn.Module]) -> None:
+    def offload(self, tagged: dict[str, nn.Module]) -> None:
         """Raises ``Unavailable`` where there is no room; nothing has moved then."""
-        self._offloader.offload(self._on_progress, None if self._rest else tagged)
+        self._offloader.offload(self._on_progress, None if self._rest else [*tagged.values()])
+        self._asleep |= tagged.keys()
 
-    def restore(self, tagged: list[nn.Module]) -> None:
+    def restore(self, tagged: dict[str, nn.Module]) -> None:
         """Raises ``Unavailable`` where there is no room; nothing has moved then."""
-        self._offloader.restore(self._on_progress, None if self._rest else tagged)
+        if not self._rest:
+            self._offloader.restore(self._on_progress, [*tagged.values()])
+        elif self._asleep <= tagged.keys():
+            self._offloader.restore(self._on_progress)
+        self._asleep -= tagged.keys()
 
 
 class CacheFlush(OneStep):

@@ -10,12 +10,12 @@ from typing import get_args
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from safelight.protocol.adapters import ALL, SetAdapters, UnloadAdapter, UnmergeAdapters
 from safelight.protocol.errors import Internal
 from safelight.protocol.operations import (
     CACHES,
-    WEIGHTS,
     Abort,
     Adapt,
     Begin,
@@ -39,6 +39,7 @@ from safelight.worker.forward.prompt_cache import PromptCache
 from safelight.worker.forward.resources import ForwardResources
 from safelight.worker.lora.rank_adapters import RankAdapters
 from safelight.worker.model.model import Model
+from safelight.worker.model.modules import modules
 from safelight.worker.operations.coordinator import Coordinator
 from safelight.worker.operations.journal_step import JournalStep
 from safelight.worker.operations.participant import OneStep, Prepared
@@ -163,7 +164,8 @@ def test_a_change_of_a_text_encoder_s_adapters_drops_prompts_and_one_of_a_denois
 
 def test_prompts_survive_a_sleep_of_the_weights_and_not_one_of_the_caches(resources: Resources) -> None:
     prompts = Prompts(resources)
-    for operation in (Sleep([WEIGHTS]), Wake([WEIGHTS])):
+    names = [*modules(resources.model.pipeline)]
+    for operation in (Sleep(names), Wake(names)):
         assert perform(prompts.coordinator, "prepare", operation).error is None
     assert prompts.known
     report = perform(prompts.coordinator, "prepare", Sleep([CACHES])).report
@@ -232,11 +234,31 @@ def test_a_journal_entry_is_dropped_with_the_update_that_it_was_written_for(
 
 def test_weights_are_the_same_after_they_were_offloaded(resources: Resources) -> None:
     coordinator = new_coordinator(resources)
-    before = digests(coordinator)
-    assert perform(coordinator, "prepare", Sleep([WEIGHTS])).error is None
+    before, names = digests(coordinator), [*modules(resources.model.pipeline)]
+    assert perform(coordinator, "prepare", Sleep(names)).error is None
     assert digests(coordinator) == before
-    assert perform(coordinator, "prepare", Wake([WEIGHTS])).error is None
+    assert perform(coordinator, "prepare", Wake(names)).error is None
     assert digests(coordinator) == before
+
+
+def test_a_wake_of_what_slept_last_leaves_asleep_what_slept_before(resources: Resources) -> None:
+    """The scheduler undoes a failed sleep by a wake of the tags that were not asleep before."""
+    pipeline, coordinator = resources.model.pipeline, new_coordinator(resources)
+
+    def addresses(module: nn.Module) -> list[int]:
+        return [tensor.data_ptr() for tensor in module.parameters()]
+
+    names = [*modules(pipeline)]
+    for operation in (Sleep(["unet"]), Sleep(names)):
+        assert perform(coordinator, "prepare", operation).error is None
+    asleep, others = addresses(pipeline.unet), addresses(pipeline.vae)
+    assert perform(coordinator, "prepare", Wake([name for name in names if name != "unet"])).error is None
+    assert addresses(pipeline.unet) == asleep
+    assert addresses(pipeline.vae) != others
+    assert perform(coordinator, "prepare", Wake(["weights"])).error is not None, "the server's word for several tags"
+    assert addresses(pipeline.unet) == asleep
+    assert perform(coordinator, "prepare", Wake(["unet"])).error is None
+    assert addresses(pipeline.unet) != asleep
 
 
 class Played(OneStep):
