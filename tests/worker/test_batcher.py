@@ -121,7 +121,9 @@ def test_a_group_that_comes_to_an_idle_batcher_makes_all_its_steps_together() ->
     assert [sorted(values) for values in component.forwards] == [[1.0, 2.0, 3.0, 4.0, 5.0]] * 3
 
 
-def encoded(encoder: Doubler, denoiser: Doubler, decoder: Doubler, value: float, steps: int = 3) -> Coroutine:
+def encoded(
+    encoder: Doubler, denoiser: Doubler, decoder: Doubler, value: float, steps: int = 3, alone: bool = False
+) -> Coroutine:
     """A coroutine that encodes a prompt of its own, makes ``steps`` steps and decodes."""
 
     def body() -> None:
@@ -131,7 +133,7 @@ def encoded(encoder: Doubler, denoiser: Doubler, decoder: Doubler, value: float,
             cross(Call("transformer", "__call__", denoiser, (row,), {}))
         cross(Call("vae", "decode", decoder, (row,), {}))
 
-    return Coroutine(body, lambda _: None)
+    return Coroutine(body, lambda _: None, alone=alone)
 
 
 def test_requests_that_arrive_one_by_one_within_a_forward_make_all_their_steps_together() -> None:
@@ -153,6 +155,18 @@ def test_one_that_finishes_is_decoded_although_others_keep_arriving() -> None:
         running.step()
         running.start(encoded(encoder, denoiser, decoder, float(value), steps=2))
     assert decoder.forwards[0][0] == 1.0
+    drain(running)
+
+
+@pytest.mark.parametrize(("mode", "alone"), [("merged", True), ("interleaved", False)])
+def test_those_that_share_no_forward_pass_no_other(mode: BatchingMode, alone: bool) -> None:
+    encoder, denoiser, decoder, running = Doubler(), Doubler(), Doubler(), batcher(mode=mode)
+    running.start(encoded(encoder, denoiser, decoder, 1.0, alone=alone))
+    for value in (2.0, 3.0, 4.0):
+        running.step()
+        running.start(encoded(encoder, denoiser, decoder, value, alone=alone))
+    assert denoiser.forwards[:1] == [[1.0]]
+    assert len(encoder.forwards) == 2, "each waits for its turn"
     drain(running)
 
 

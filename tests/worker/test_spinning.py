@@ -57,7 +57,7 @@ def test_threads_spin_while_cores_are_idle_and_sleep_while_others_need_them() ->
 def test_another_s_need_of_the_core_is_noticed() -> None:
     """A thread that shares its core with a busy process waits for it about half of its time."""
     cores = os.sched_getaffinity(0)
-    found: list[float] = []
+    found: list[float | None] = []
 
     def compute() -> None:
         os.sched_setaffinity(0, {min(cores)})
@@ -75,4 +75,31 @@ def test_another_s_need_of_the_core_is_noticed() -> None:
     finally:
         other.kill()
         other.wait()
+    assert found[0] is not None
     assert found[0] > CROWDED
+
+
+def test_a_thread_that_hardly_runs_decides_nothing() -> None:
+    """The loop of a server without requests wakes now and then, and may wait for a core just then."""
+    spinning = Spinning()
+    time.sleep(0.05)
+    assert spinning.waiting() is None
+
+
+def test_threads_that_spun_too_early_wait_longer_the_next_time_only() -> None:
+    spinning = Spinning()
+
+    def calm_seconds_until_they_spin() -> int:
+        for seconds in range(100):
+            if spinning.sleeping is None:
+                return seconds
+            spinning.decide(0.0)
+        raise AssertionError("they sleep on")
+
+    found = []
+    for spun_s in (0, 0, 0, 60):
+        for _ in range(spun_s):
+            spinning.decide(0.0)
+        spinning.decide(1.0)
+        found.append(calm_seconds_until_they_spin())
+    assert found == [5, 10, 20, 5]

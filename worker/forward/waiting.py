@@ -62,12 +62,13 @@ class WaitingCalls:
         """Take the head of the queue, or before it the call of a coroutine that has waited less often.
 
         Only the first call of each name passes others: a coroutine that made all its calls before theirs, as it never
-        catches up with a longer one, would starve them.
+        catches up with a longer one, would starve them. None passes a call that it cannot share a forward with later.
         """
         first = head = self._calls[0]
-        if head.passed < MAX_PASSES:
+        if head.passed < MAX_PASSES and self._policy.batchable(head) is not None:
             for other in self._calls:
-                if other.first and other.call.name != head.call.name and other.position < first.position:
+                behind = other.first and other.call.name != head.call.name and other.position < first.position
+                if behind and not other.coroutine.alone:
                     first = other
         head.passed += first is not head
         self._calls.remove(first)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import logging
+import math
 import os
 import threading
 from pathlib import Path
@@ -30,8 +31,11 @@ waits for 0.2 to 0.7, beside the server that carries its own outputs away for up
 CALM = 0.15
 """They no longer do if it waits for less than this part."""
 
+LEAST_NS = 100_000_000
+"""A thread that was ready for less of an interval, as that of a server without requests, decides nothing."""
+
 CALM_S, MAX_CALM_S = 5.0, 600.0
-"""Seconds of idle cores after which the threads spin again; they double each time, as the last end was too early."""
+"""Seconds of idle cores after which the threads spin again; twice as many if they last did so too early."""
 
 
 def adapt_spinning(threads: int) -> None:
@@ -61,35 +65,44 @@ class Spinning:
         self._ran_and_waited = self._read()
         self._openmp = _openmp()
         self._calm_s, self._needed_s = 0.0, CALM_S
+        self._spun_s = math.inf
 
     def start(self) -> None:
         """Decide every :data:`INTERVAL_S`, in a thread of its own."""
         threading.Thread(target=self._watch, daemon=True, name="spinning").start()
 
-    def waiting(self) -> float:
-        """The share of the time since the last call that the thread, ready to run, waited for a core."""
+    def waiting(self) -> float | None:
+        """The share of the time since the last call that the thread, ready to run, waited for a core.
+
+        ``None`` if it was hardly ever ready: then that says nothing about the cores.
+        """
         before, self._ran_and_waited = self._ran_and_waited, self._read()
         ran, waited = (now - then for now, then in zip(self._ran_and_waited, before, strict=True))
-        return waited / max(1, ran + waited)
+        return waited / (ran + waited) if ran + waited >= LEAST_NS else None
 
     def decide(self, part: float) -> None:
         """``part`` is what :meth:`waiting` gave for the last :data:`INTERVAL_S`."""
-        self._calm_s = self._calm_s + INTERVAL_S if part < CALM else 0.0
-        if self.sleeping is None and part > CROWDED:
-            self._sleep()
-        elif self.sleeping is not None and self._calm_s >= self._needed_s:
-            self._spin()
+        if self.sleeping is None:
+            self._spun_s += INTERVAL_S
+            if part > CROWDED:
+                self._sleep()
+        else:
+            self._calm_s = self._calm_s + INTERVAL_S if part < CALM else 0.0
+            if self._calm_s >= self._needed_s:
+                self._spin()
 
     def _sleep(self) -> None:
         log.info("CPU threads sleep between operators, as others need the cores")
-        self.sleeping = threading.Event()
+        too_early = self._spun_s < self._needed_s
+        self._needed_s = min(MAX_CALM_S, 2 * self._needed_s) if too_early else CALM_S
+        self.sleeping, self._calm_s = threading.Event(), 0.0
         threading.Thread(target=self._crowd, args=(self.sleeping,), daemon=True, name="crowd").start()
 
     def _spin(self) -> None:
         assert self.sleeping is not None, "they sleep"
         log.info("CPU threads spin between operators, as cores are idle")
         self.sleeping.set()
-        self.sleeping, self._needed_s = None, min(MAX_CALM_S, 2 * self._needed_s)
+        self.sleeping, self._spun_s = None, 0.0
 
     def _crowd(self, end: threading.Event) -> None:
         """Make a team with a thread for each core, which lives as long as this thread."""
@@ -100,7 +113,9 @@ class Spinning:
     def _watch(self) -> None:
         pause = threading.Event()
         while not pause.wait(INTERVAL_S):
-            self.decide(self.waiting())
+            part = self.waiting()
+            if part is not None:
+                self.decide(part)
 
     def _read(self) -> tuple[int, int]:
         """Nanoseconds that the watched thread has run, and has waited for a core."""
