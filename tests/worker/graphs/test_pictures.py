@@ -81,9 +81,9 @@ def test_a_deterministic_request_runs_the_plain_module(tiny_model: Callable[[str
     assert (found.stats().captures, found.stats().replays, found.stats().misses) == (0, 0, 0)
 
 
-def _fill_nothing(self: StaticInputs, tensors: list[torch.Tensor], turn: object) -> None:
-    if self._turn is None:  # the first call alone
-        _fill(self, tensors, turn)
+def _fill_nothing(self: StaticInputs, tensors: list[torch.Tensor], forward_pass: object) -> None:
+    if self._pass is None:  # the first call alone
+        _fill(self, tensors, forward_pass)
 
 
 _fill = StaticInputs.fill
