@@ -22,7 +22,9 @@ import psutil
 from safelight.benchmarks.serving import free_port
 
 SIDE, STEPS = 128, 8
-START_S = 300
+START_S = 120
+STARTS = 3
+"""A server that hangs while it starts, as SGLang does now and then, is started again."""
 
 Ask = Callable[[int], dict[str, Any]]
 
@@ -87,19 +89,34 @@ def prompt(number: int) -> str:
 def running(server: Server) -> Iterator[psutil.Process]:
     """Run ``server`` until it answers, and stop it with all its processes."""
     with tempfile.TemporaryFile() as log:
-        environment = os.environ | server.environment
+        process = _started(server, log)
+        try:
+            yield psutil.Process(process.pid)
+        finally:
+            _stop(process)
+
+
+def _started(server: Server, log: IO[bytes]) -> subprocess.Popen[bytes]:
+    """A process that has answered. Raises ``TimeoutError`` if none of a few has."""
+    environment = os.environ | server.environment
+    for attempt in range(1, STARTS + 1):
         process = subprocess.Popen(server.command, env=environment, stdout=log, stderr=log, start_new_session=True)
-        root = psutil.Process(process.pid)
         try:
             _wait(server, process, log)
-            yield root
-        finally:
-            _stop(process, root)
+        except BaseException as error:
+            _stop(process)
+            if attempt == STARTS or not isinstance(error, TimeoutError):
+                raise
+            print(f"{server.path} on port {server.port}: {error}; it is started again", flush=True)
+        else:
+            return process
+    raise AssertionError("the last attempt raises")
 
 
-def _stop(process: subprocess.Popen[bytes], root: psutil.Process) -> None:
+def _stop(process: subprocess.Popen[bytes]) -> None:
     if process.poll() is not None:
         return
+    root = psutil.Process(process.pid)
     family = [*root.children(recursive=True), root]
     process.send_signal(signal.SIGTERM)
     _, left = psutil.wait_procs(family, timeout=30)
