@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import threading
 from collections.abc import Callable
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -33,10 +32,6 @@ _RESTORED_BY = (
     (torch._C, "_set_fp32_precision_setter"),
 )
 """Functions that dynamo calls to set back the state of the whole process, once a graph is made."""
-
-_SESSION = "_compile_session_context"
-"""The context in which ``torch.compiler.is_compiling()`` is true, for all threads of the process."""
-
 __getattr__ = lookup("torch", CHECKED, NAMES)
 
 
@@ -44,34 +39,25 @@ def restore_nothing() -> None:
     """In the calling thread, have the compiler leave the state of the whole process as it is.
 
     When a graph is made, it would set the random state and torch's settings back to what they were when it began. In
-    the meantime requests that run in other threads have changed them. Nor does the code of requests, which asks for
-    that, see that something is compiled.
-    """
+    the meantime requests that run in other threads have changed them."""
     for module, name in _RESTORED_BY:
-        _mute(module, name, lambda: None)
-    if hasattr(torch.compiler, _SESSION):
-        _mute(torch.compiler, _SESSION, nullcontext)
-
-
-def _mute(module: Any, name: str, instead: Callable[[], Any]) -> None:
-    setter = getattr(module, name)
-    if not isinstance(setter, _Setter):
-        setter = _Setter(setter, instead)
-        setattr(module, name, setter)
-    setter.mute()
+        setter = getattr(module, name)
+        if not isinstance(setter, _Setter):
+            setter = _Setter(setter)
+            setattr(module, name, setter)
+        setter.mute()
 
 
 class _Setter:
-    """A function of torch; in the threads that muted it, it is ``instead``."""
+    """A function of torch that does nothing in the threads that muted it."""
 
-    def __init__(self, function: Callable[..., Any], instead: Callable[[], Any]) -> None:
+    def __init__(self, function: Callable[..., Any]) -> None:
         functools.update_wrapper(self, function)
         self._function = function
-        self._instead = instead
         self._threads = threading.local()
 
     def mute(self) -> None:
         self._threads.muted = True
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self._instead() if "muted" in vars(self._threads) else self._function(*args, **kwargs)
+        return None if "muted" in vars(self._threads) else self._function(*args, **kwargs)

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from safelight.protocol.compiling import CompiledComponentStats
 from safelight.worker.accuracy.judging import judge
@@ -336,16 +337,32 @@ def test_the_end_of_a_compilation_sets_back_no_request_s_random_state() -> None:
     assert running.eager_calls() == 0
 
 
-def test_requests_do_not_see_that_something_is_compiled() -> None:
-    """Models of diffusers and transformers ask for it, and compute otherwise where it is so."""
-    held = Held()
-    running = Compiling(Stack(), held.compile)
-    held.enter(running)
-    try:
-        assert not torch.compiler.is_compiling()
-    finally:
-        held.release(running)
-    assert running.stats.state == "compiled"
+def test_graphs_serve_while_the_compiler_traces_another_one() -> None:
+    """Tracing sets a flag of the whole process, at which dynamo refuses to run what it has compiled."""
+    entered, released = threading.Event(), threading.Event()
+
+    def waits(x: torch.Tensor) -> torch.Tensor:
+        entered.set()
+        assert released.wait(60)
+        return x
+
+    def tracing(graph: torch.fx.GraphModule, _: Sequence[Any]) -> Callable[..., Any]:
+        if running.graphs:
+            make_fx(waits)(torch.ones(1))  # as inductor's backend does
+        return graph.forward
+
+    running = Compiling(Stack(), tracing)
+    running.draw()
+    with running.compiler.active(NAME):
+        draw(running.module, rows=3)
+        assert entered.wait(60)
+        before = running.stats.eager_calls
+        try:
+            assert torch.equal(draw(running.module), draw(Stack()))
+        finally:
+            released.set()
+    running.compiler.wait()
+    assert running.stats.eager_calls == before
 
 
 def test_a_setting_that_a_request_changes_during_a_compilation_stays_and_costs_one_attempt() -> None:
