@@ -4,7 +4,7 @@ It decides from messages and an explicit ``now`` (seconds of one monotonic clock
 in an outbox. Three things hold after each event:
 
 - an accepted request gets ``Queued`` and then exactly one of ``Result`` and ``Failed``;
-- a request waits only while some replica is ready, so nobody waits for a restart;
+- a request waits only while some replica is ready that may run it, so nobody waits for a restart;
 - a replica's outstanding outputs are those that its worker has not answered for yet.
 """
 
@@ -187,16 +187,23 @@ class Dispatcher:
         """Bring the requests in line with the time and with the replicas."""
         while (first := self._requests.next_to_expire) and first.deadline <= now:
             self._expire(first, now)
-        if not self._replicas.any_ready:
-            for request in self._requests.waiting():
-                self._fail(request, self._admission.no_replica())
+        self._fail_those_without_replica()
         self._operations.advance(now)
         self._pauses.answer()
         if self._operations.lets_run and self._statuses.halted is None:
             self._dispatch(now)
 
+    def _fail_those_without_replica(self) -> None:
+        any_ready = self._replicas.any_ready
+        for request in self._requests.waiting():
+            pinned_to = request.generate.pinned_to
+            if not any_ready:
+                self._fail(request, self._admission.no_replica())
+            elif pinned_to is not None and self._replicas.least_loaded(pinned_to) is None:
+                self._fail(request, self._admission.no_replica(pinned_to))
+
     def _dispatch(self, now: float) -> None:
-        """Give each request in the queue to the least loaded replica, or to its own; fail it if that one is not ready.
+        """Give each request in the queue to the least loaded replica, or to its own.
 
         Nobody behind may pass a request that does not fit, else small requests would keep a large one out for ever. One
         that is pinned to a replica holds back only what would go to that replica.
@@ -211,8 +218,6 @@ class Dispatcher:
                 self._start(request, replica, now)
             elif pinned_to is None:
                 return
-            elif replica is None:
-                self._fail(request, self._admission.no_replica(pinned_to))
             else:
                 held.add(pinned_to)
 

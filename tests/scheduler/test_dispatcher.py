@@ -83,6 +83,14 @@ def test_a_request_for_any_replica_that_does_not_fit_holds_back_also_those_that_
     assert stage.started() == [("a", 0), ("b", 1)]
 
 
+def test_a_request_whose_replica_is_not_ready_fails_also_behind_one_that_waits() -> None:
+    stage = Stage(ready=(0, 1), config=Config(replicas=2, max_running=1))
+    stage.server(generate("a"), generate("b"), generate("waits"), pinned("c", 1))
+    stage.exited(1)
+    assert stage.error("c") == "unavailable"
+    assert stage.started() == [("a", 0), ("b", 1)]
+
+
 def test_of_copies_for_several_replicas_all_are_accepted_or_none() -> None:
     stage = Stage(ready=(0, 1, 2), config=Config(replicas=3, max_running=1, max_queue=1))
     stage.server(pinned("runs", 1), pinned("runs too", 2), copies("e"))
