@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import threading
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -32,6 +33,13 @@ _RESTORED_BY = (
     (torch._C, "_set_fp32_precision_setter"),
 )
 """Functions that dynamo calls to set back the state of the whole process, once a graph is made."""
+
+_SESSION = "_compile_session_context"
+"""The context in which ``torch.compiler.is_compiling()`` is true, for all threads of the process."""
+
+_TRACING = "is_fx_symbolic_tracing"
+"""It says whether any thread traces outside of such a context; dynamo takes it when it wraps a function."""
+
 __getattr__ = lookup("torch", CHECKED, NAMES)
 
 
@@ -39,25 +47,40 @@ def restore_nothing() -> None:
     """In the calling thread, have the compiler leave the state of the whole process as it is.
 
     When a graph is made, it would set the random state and torch's settings back to what they were when it began. In
-    the meantime requests that run in other threads have changed them."""
+    the meantime requests that run in other threads have changed them. Nor does the code of requests, which asks for
+    that, see that something is compiled.
+    """
     for module, name in _RESTORED_BY:
-        setter = getattr(module, name)
-        if not isinstance(setter, _Setter):
-            setter = _Setter(setter)
-            setattr(module, name, setter)
-        setter.mute()
+        _mute(module, name, lambda: None)
+    if hasattr(torch.compiler, _SESSION):
+        _mute(torch.compiler, _SESSION, nullcontext)
+        # where the process traces without such a session, dynamo would refuse to run graphs, in any thread
+        setattr(torch.fx._symbolic_trace, _TRACING, _never)
+
+
+def _never() -> bool:
+    return False
+
+
+def _mute(module: Any, name: str, instead: Callable[[], Any]) -> None:
+    setter = getattr(module, name)
+    if not isinstance(setter, _Setter):
+        setter = _Setter(setter, instead)
+        setattr(module, name, setter)
+    setter.mute()
 
 
 class _Setter:
-    """A function of torch that does nothing in the threads that muted it."""
+    """A function of torch; in the threads that muted it, it is ``instead``."""
 
-    def __init__(self, function: Callable[..., Any]) -> None:
+    def __init__(self, function: Callable[..., Any], instead: Callable[[], Any]) -> None:
         functools.update_wrapper(self, function)
         self._function = function
+        self._instead = instead
         self._threads = threading.local()
 
     def mute(self) -> None:
         self._threads.muted = True
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return None if "muted" in vars(self._threads) else self._function(*args, **kwargs)
+        return self._instead() if "muted" in vars(self._threads) else self._function(*args, **kwargs)

@@ -337,6 +337,18 @@ def test_the_end_of_a_compilation_sets_back_no_request_s_random_state() -> None:
     assert running.eager_calls() == 0
 
 
+def test_requests_do_not_see_that_something_is_compiled() -> None:
+    """Models of diffusers and transformers ask for it, and compute otherwise where it is so."""
+    held = Held()
+    running = Compiling(Stack(), held.compile)
+    held.enter(running)
+    try:
+        assert not torch.compiler.is_compiling()
+    finally:
+        held.release(running)
+    assert running.stats.state == "compiled"
+
+
 def test_graphs_serve_while_the_compiler_traces_another_one() -> None:
     """Tracing sets a flag of the whole process, at which dynamo refuses to run what it has compiled."""
     entered, released = threading.Event(), threading.Event()
