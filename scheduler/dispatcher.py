@@ -285,7 +285,10 @@ class Dispatcher:
 
     def _abort(self, name: str | None, exact: bool) -> None:
         for request in self._requests:
-            if name in (None, request.id) or (not exact and request.id.rpartition(".")[0] == name):
+            own = request.id
+            if (number := request.generate.pinned_to) is not None:
+                own = own.removesuffix(f".{number}")  # a copy of a request for several replicas
+            if name in (None, own) or (not exact and own.rpartition(".")[0] == name):
                 self._stop(request, Conflict("The request was ended by an operator."))
 
 

@@ -21,6 +21,7 @@ from safelight.protocol.generation import (
     Started,
 )
 from safelight.protocol.messages import FromWorker
+from safelight.protocol.operations import AbortRequests
 from safelight.protocol.replicas import ReplicaFailed, ReplicaLoading
 from safelight.protocol.rollouts import Rollout, Tensor
 from safelight.tests.scheduler.stage import Stage, generate, result, stopped
@@ -109,6 +110,17 @@ def test_a_copy_that_cannot_be_accepted_is_why_none_runs() -> None:
     stage.server(generate("e.2"), copies("e"))
     assert stage.error("e.0") == stage.error("e.1") == "invalid_request"
     assert stage.started() == [("e.2", 0)]
+
+
+@pytest.mark.parametrize(("name", "exact"), [("mine.1f", True), ("mine", False)])
+def test_an_abort_ends_the_copies_of_a_request_also_when_the_first_has_ended(name: str, exact: bool) -> None:
+    stage = Stage(ready=(0, 1, 2), config=Config(replicas=3))
+    stage.server(
+        GenerateCopies([pinned("mine.1f", 0), pinned("mine.1f.1", 1), pinned("mine.1f.2", 2)]), copies("other.2e")
+    )
+    stage.worker(0, result("mine.1f"))
+    stage.server(AbortRequests("abort", name, exact=exact))
+    assert {failed.request_id for failed in stage.sent(Failed)} == {"mine.1f.1", "mine.1f.2"}
 
 
 def test_without_a_ready_replica_the_refusal_says_why_for_each() -> None:
