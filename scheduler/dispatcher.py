@@ -285,10 +285,7 @@ class Dispatcher:
 
     def _abort(self, name: str | None, exact: bool) -> None:
         for request in self._requests:
-            own = request.id
-            if (number := request.generate.pinned_to) is not None:
-                own = own.removesuffix(f".{number}")  # a copy of a request for several replicas
-            if name in (None, own) or (not exact and own.rpartition(".")[0] == name):
+            if name is None or request.is_named(name, exact=exact):
                 self._stop(request, Conflict("The request was ended by an operator."))
 
 

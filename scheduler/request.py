@@ -26,6 +26,13 @@ class Request:
     def id(self) -> str:
         return self.generate.request_id
 
+    def is_named(self, name: str, *, exact: bool) -> bool:
+        """True if ``name`` is its id, or unless ``exact`` the client's part of it; copies have the one of the first."""
+        own = self.id
+        if (number := self.generate.pinned_to) is not None:
+            own = own.removesuffix(f".{number}")
+        return name == own or (not exact and name == own.rpartition(".")[0])
+
     @property
     def outputs(self) -> int:
         return len(self.generate.samples)
