@@ -51,7 +51,7 @@ class Admission:
             return InvalidRequest(f"timeout_s is {timeout_s}; it must be more than 0 seconds.", field="timeout_s")
         if self._sync.asleep:
             return asleep()
-        if not self._replicas.any_ready:
+        if not self._replicas.ready:
             return self.no_replica()
         return refusal_of(generate, self._replicas, self._config) or self._no_room(nbytes)
 

@@ -194,13 +194,9 @@ class Dispatcher:
             self._dispatch(now)
 
     def _fail_those_without_replica(self) -> None:
-        any_ready = self._replicas.any_ready
-        for request in self._requests.waiting():
-            pinned_to = request.generate.pinned_to
-            if not any_ready:
-                self._fail(request, self._admission.no_replica())
-            elif pinned_to is not None and self._replicas.least_loaded(pinned_to) is None:
-                self._fail(request, self._admission.no_replica(pinned_to))
+        ready = self._replicas.ready
+        for request in self._requests.without_replica(ready):
+            self._fail(request, self._admission.no_replica(request.generate.pinned_to if ready else None))
 
     def _dispatch(self, now: float) -> None:
         """Give each request in the queue to the least loaded replica, or to its own.

@@ -217,8 +217,9 @@ class Replicas:
         return iter(self._replicas)
 
     @property
-    def any_ready(self) -> bool:
-        return any(replica.state == "ready" for replica in self._replicas)
+    def ready(self) -> frozenset[int]:
+        """The numbers of the ready replicas."""
+        return frozenset(replica.number for replica in self._replicas if replica.state == "ready")
 
     @property
     def are_idle(self) -> bool:

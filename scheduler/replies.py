@@ -30,7 +30,7 @@ class Replies:
             return
         committed = self._sync.committed
         catching_up = any(transaction.target is not None for transaction in self._queue.transactions())
-        unable = None if self._replicas.any_ready or catching_up else self._replicas.reasons()
+        unable = None if self._replicas.ready or catching_up else self._replicas.reasons()
         answer = Operated(
             part.request_id,
             dict(sorted((reports or {}).items())),

@@ -33,6 +33,11 @@ class Request:
             own = own.removesuffix(f".{number}")
         return name == own or (not exact and name == own.rpartition(".")[0])
 
+    def may_run_on(self, ready: frozenset[int]) -> bool:
+        """Return whether one of the ``ready`` replicas may run the request."""
+        pinned_to = self.generate.pinned_to
+        return bool(ready) if pinned_to is None else pinned_to in ready
+
     @property
     def outputs(self) -> int:
         return len(self.generate.samples)

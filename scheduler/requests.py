@@ -21,6 +21,8 @@ class Requests:
         self._deadlines = Queue(by_deadline)
         self._live: dict[str, Request] = {}
         self._arrivals = 0
+        self._checked: frozenset[int] | None = None
+        """The replicas that were ready when every waiting request had one; ``None`` after a pinned one has come."""
 
     def __iter__(self) -> Iterator[Request]:
         return iter(list(self._live.values()))
@@ -42,6 +44,8 @@ class Requests:
         self._arrivals += 1
         self._live[request.id] = request
         self._deadlines.add(request)
+        if generate.pinned_to is not None:
+            self._checked = None
         if behind:
             return len(self.queue) + self._barrier_queue.enqueue_behind(request)
         return self.queue.add(request)
@@ -53,8 +57,17 @@ class Requests:
         if request.replica is None and not self._barrier_queue.remove(request):
             self.queue.remove(request)
 
-    def waiting(self) -> list[Request]:
-        return [*self.queue, *self._barrier_queue.requests()]
+    def without_replica(self, ready: frozenset[int]) -> list[Request]:
+        """The waiting requests that none of the ``ready`` replicas may run.
+
+        A request is admitted only while a replica is ready. So there are none unless a replica was lost or a pinned
+        request has come since the last call, and only then the queues are searched.
+        """
+        checked, self._checked = self._checked, ready
+        if checked is not None and checked <= ready:
+            return []
+        waiting = [*self.queue, *self._barrier_queue.requests()]
+        return [request for request in waiting if not request.may_run_on(ready)]
 
     @property
     def waiting_count(self) -> int:

@@ -1,6 +1,9 @@
 """Admission, dispatch, cancellation, deadlines and the accounting of what a worker still holds."""
 
 import math
+import sys
+from types import FrameType
+from typing import Any
 
 import msgspec
 import pytest
@@ -90,6 +93,30 @@ def test_a_request_whose_replica_is_not_ready_fails_also_behind_one_that_waits()
     stage.exited(1)
     assert stage.error("c") == "unavailable"
     assert stage.started() == [("a", 0), ("b", 1)]
+
+
+def test_the_work_for_a_message_does_not_grow_with_the_queue() -> None:
+    assert _lines_of_a_heartbeat(waiting=300) == _lines_of_a_heartbeat(waiting=3)
+
+
+def _lines_of_a_heartbeat(waiting: int) -> int:
+    """The lines of Python that a heartbeat runs."""
+    stage = Stage(config=Config(max_running=1, max_queue=1000))
+    stage.server(generate("runs"), *(generate(str(number)) for number in range(waiting)))
+    lines = 0
+
+    def count(frame: FrameType, event: str, _: Any) -> Any:
+        nonlocal lines
+        lines += event == "line"
+        return count
+
+    before = sys.gettrace()
+    sys.settrace(count)
+    try:
+        stage.heartbeat()
+    finally:
+        sys.settrace(before)
+    return lines
 
 
 def test_of_copies_for_several_replicas_all_are_accepted_or_none() -> None:
