@@ -14,6 +14,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 from ...protocol.step_caching import CacheRule
+from ..crossing.answers import cloned, tensors_of
 from ..crossing.call import Call, yield_turn
 from ..crossing.chain import Proceed
 from .latents import is_of_whole_denoiser, latents
@@ -80,7 +81,7 @@ class StepCache:
         if self._skips and kept is not None:
             self.skipped += 1
             self._counts.skipped += 1
-            return _cloned(kept.answer)
+            return cloned(kept.answer)
         (answer,) = proceed(call)
         self._keep(position, _Kept(form, answer), call)
         return answer
@@ -120,12 +121,12 @@ class StepCache:
             self._distance = 0.0
 
     def _keep(self, position: tuple[str, int], computed: _Kept, call: Call) -> None:
-        leaves = pytree.tree_leaves(computed.answer)
-        if not latents(call) or not all(isinstance(leaf, torch.Tensor | None) for leaf in leaves):
+        tensors = tensors_of(computed.answer)
+        if not latents(call) or tensors is None:
             return
-        self._kept[position] = _Kept(computed.form, _cloned(computed.answer))
+        self._kept[position] = _Kept(computed.form, cloned(computed.answer))
         if position[1] == 0:
-            self._rule.computed(latents(call), [leaf for leaf in leaves if leaf is not None])
+            self._rule.computed(latents(call), tensors)
 
 
 def _form(call: Call) -> Hashable:
@@ -138,8 +139,3 @@ def _mark(leaf: Any) -> Hashable:
     if isinstance(leaf, torch.Tensor):
         return leaf.shape, leaf.dtype, leaf.device
     return (type(leaf), leaf) if isinstance(leaf, str | int | float | bool | None) else id(leaf)
-
-
-def _cloned(value: Any) -> Any:
-    """A copy, as pipelines may write to answers."""
-    return pytree.tree_map_only(torch.Tensor, torch.Tensor.clone, value)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
+from ..crossing.answers import cloned, tensors_of
 from ..crossing.call import Call
 from ..crossing.coroutine import Coroutine
 from .adapters import ActiveAdapters
@@ -56,19 +57,19 @@ class PromptCache:
         if not self.holds(key, exact=exact):
             return None
         self._entries.move_to_end(key)
-        return _cloned(self._entries[key].value)
+        return cloned(self._entries[key].value)
 
     def put(self, key: Hashable, value: Any, *, exact: bool) -> None:
         """Cache ``value``, unless it has leaves other than tensors, exceeds the capacity, or an exact entry exists."""
-        leaves = pytree.tree_leaves(value)
-        if key is None or not all(isinstance(leaf, torch.Tensor | None) for leaf in leaves):
+        tensors = tensors_of(value)
+        if key is None or tensors is None:
             return
-        size = sum(leaf.nbytes for leaf in leaves if leaf is not None)
+        size = sum(tensor.nbytes for tensor in tensors)
         known = self._entries.get(key)
         if size > self._capacity or (known is not None and known.exact):
             return
         self._drop(key)
-        self._entries[key] = _Entry(_cloned(value), size, exact)
+        self._entries[key] = _Entry(cloned(value), size, exact)
         self._size += size
         while self._size > self._capacity:
             self._drop(next(iter(self._entries)))
@@ -82,10 +83,6 @@ class PromptCache:
         entry = self._entries.pop(key, None)
         if entry is not None:
             self._size -= entry.size
-
-
-def _cloned(value: Any) -> Any:
-    return pytree.tree_map_only(torch.Tensor, torch.Tensor.clone, value)
 
 
 def is_text_encoder(component: str) -> bool:
