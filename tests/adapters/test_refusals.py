@@ -65,7 +65,7 @@ def spoil(folder: Path, kind: str) -> None:
     [
         ("of another model", "layers that the model does not have"),
         ("half", "have no counterpart"),
-        ("not a number", "infinite or no numbers"),
+        ("not a number", "infinite values or NaN"),
         ("wrong shape", "do not fit"),
         ("pickled", "safetensors"),
         ("header of 10 GB", "not a safetensors file"),

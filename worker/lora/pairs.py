@@ -103,9 +103,7 @@ def find_pairs(tensors: Mapping[str, torch.Tensor], left: LeftOut, *, required: 
     }
     if unfit := [layer for layer, pair in pairs.items() if not _fit(pair)]:
         raise refused(f"{len(unfit)} pairs do not fit each other", (_shapes(layer, pairs[layer]) for layer in unfit))
-    bad = [layer for layer, pair in pairs.items() if not (_finite(pair.down) and _finite(pair.up))]
-    if bad:
-        raise refused(f"{len(bad)} layers have values that are infinite or no numbers", bad)
+    check_finite((layer, (pair.down, pair.up)) for layer, pair in pairs.items())
     return pairs
 
 
@@ -148,13 +146,16 @@ def one_alpha(name: str, tensor: torch.Tensor) -> float:
     return float(tensor)
 
 
+def check_finite(layers: Iterable[tuple[str, Iterable[torch.Tensor]]]) -> None:
+    """Raises ``InvalidRequest`` with the names of layers whose tensors have infinite values or NaN."""
+    bad = [name for name, tensors in layers if not all(torch.isfinite(tensor).all() for tensor in tensors)]
+    if bad:
+        raise refused(f"{len(bad)} layers have infinite values or NaN", bad)
+
+
 def _fit(pair: Pair) -> bool:
     return min(pair.down.ndim, pair.up.ndim) >= 2 and pair.down.shape[0] == pair.up.shape[1] and pair.down.shape[0] > 0
 
 
 def _shapes(layer: str, pair: Pair) -> str:
     return f"{layer}: {list(pair.up.shape)} and {list(pair.down.shape)}"
-
-
-def _finite(tensor: torch.Tensor) -> bool:
-    return bool(torch.isfinite(tensor).all())

@@ -16,7 +16,7 @@ from typing import Literal
 
 import torch
 
-from .pairs import ADAPTER_NAME, ALPHA, Pair, float32, one_alpha, refused
+from .pairs import ADAPTER_NAME, ALPHA, Pair, check_finite, float32, one_alpha, refused
 
 Kind = Literal["difference", "bias", "LoKr", "LoHa", "DoRA"]
 Parameter = Literal["weight", "bias"]
@@ -113,8 +113,7 @@ def take_whole(tensors: Mapping[str, torch.Tensor]) -> tuple[list[Whole], dict[s
         factors[part] = float32(rest.pop(name))
     alphas = {layer: rest.pop(f"{layer}{ALPHA}", None) for layer, kind, _ in found if kind in ("LoKr", "LoHa")}
     wholes = [_whole(*key, factors, alphas.get(key[0])) for key, factors in found.items()]
-    if bad := [f"{one.layer} ({one.kind})" for one in wholes if not all(_finite(t) for t in one.factors.values())]:
-        raise refused(f"{len(bad)} layers have values that are infinite or no numbers", bad)
+    check_finite((f"{one.layer} ({one.kind})", one.factors.values()) for one in wholes)
     return wholes, rest
 
 
@@ -127,8 +126,7 @@ def take_magnitudes(tensors: Mapping[str, torch.Tensor]) -> tuple[dict[str, torc
         vector = match["DoRA"] == "lora_magnitude_vector"
         if tensor.ndim == 0 or not tensor.is_floating_point() or not (vector or tensor.numel() == tensor.shape[0]):
             raise refused("a magnitude of DoRA is not of outputs, as peft has it", [name])
-        if not _finite(tensor):
-            raise refused("1 layers have values that are infinite or no numbers", [name])
+        check_finite([(name, [tensor])])
         found[match["layer"]] = float32(rest.pop(name)).flatten()
     return found, rest
 
@@ -216,7 +214,3 @@ _ADDED: dict[Kind, Callable[[Factors], torch.Tensor]] = {
     "LoKr": _lokr,
     "LoHa": _loha,
 }
-
-
-def _finite(tensor: torch.Tensor) -> bool:
-    return bool(torch.isfinite(tensor).all())

@@ -118,11 +118,11 @@ BROKEN: dict[str, tuple[Tensors, str]] = {
     "no rank": (good(**{UP: torch.ones(64, 0), DOWN: torch.ones(0, 64)}), "1 pairs do not fit each other"),
     "nan": (
         good(**{UP: torch.full((64, 4), float("nan"))}),
-        f"1 layers have values that are infinite or no numbers (transformer.{Q})",
+        f"1 layers have infinite values or NaN (transformer.{Q})",
     ),
     "infinite": (
         good(**{DOWN: torch.full((4, 64), float("inf"), dtype=torch.bfloat16)}),
-        "1 layers have values that are infinite",
+        "1 layers have infinite values or NaN",
     ),
     "twice": (good(**{UP.replace("B", "B.default"): torch.ones(64, 4)}), f"it has a factor twice ({UP}, transformer."),
     "a layer twice": (good(**adapter({Q: (64, 64)})), f"it has a layer twice (transformer.{Q}, {Q})"),
