@@ -87,30 +87,23 @@ def prompt(number: int) -> str:
 
 @contextmanager
 def running(server: Server) -> Iterator[psutil.Process]:
-    """Run ``server`` until it answers, and stop it with all its processes."""
+    """Run ``server`` until it answers, and stop it with all its processes. Raises ``TimeoutError`` if it never does."""
     with tempfile.TemporaryFile() as log:
-        process = _started(server, log)
-        try:
-            yield psutil.Process(process.pid)
-        finally:
-            _stop(process)
+        for _ in range(STARTS):
+            process = _start(server, log)
+            try:
+                if _answers(server, process, log):
+                    yield psutil.Process(process.pid)
+                    return
+            finally:
+                _stop(process)
+            print(f"{server.path} on port {server.port} has not drawn a picture in {START_S} s", flush=True)
+    raise TimeoutError(f"{server.command} was started {STARTS} times and has not drawn a picture in {START_S} s")
 
 
-def _started(server: Server, log: IO[bytes]) -> subprocess.Popen[bytes]:
-    """A process that has answered. Raises ``TimeoutError`` if none of a few has."""
+def _start(server: Server, log: IO[bytes]) -> subprocess.Popen[bytes]:
     environment = os.environ | server.environment
-    for attempt in range(1, STARTS + 1):
-        process = subprocess.Popen(server.command, env=environment, stdout=log, stderr=log, start_new_session=True)
-        try:
-            _wait(server, process, log)
-        except BaseException as error:
-            _stop(process)
-            if attempt == STARTS or not isinstance(error, TimeoutError):
-                raise
-            print(f"{server.path} on port {server.port}: {error}; it is started again", flush=True)
-        else:
-            return process
-    raise AssertionError("the last attempt raises")
+    return subprocess.Popen(server.command, env=environment, stdout=log, stderr=log, start_new_session=True)
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:
@@ -125,7 +118,8 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
     process.wait()
 
 
-def _wait(server: Server, process: subprocess.Popen[bytes], log: IO[bytes]) -> None:
+def _answers(server: Server, process: subprocess.Popen[bytes], log: IO[bytes]) -> bool:
+    """Return whether the server draws a picture in time. Raises ``RuntimeError`` if its process ends before."""
     deadline = time.monotonic() + START_S
     while time.monotonic() < deadline:
         if process.poll() is not None:
@@ -136,8 +130,8 @@ def _wait(server: Server, process: subprocess.Popen[bytes], log: IO[bytes]) -> N
         except (OSError, http.client.HTTPException):
             time.sleep(0.5)
         else:
-            return
-    raise TimeoutError(f"{server.command} has not drawn a picture in {START_S} s")
+            return True
+    return False
 
 
 def draw(server: Server, number: int) -> float:
