@@ -26,6 +26,7 @@ FAMILIES = chosen(
 )
 FOUR_RANKS = chosen("flux", nightly=["zimage", "wan"])
 """Four processes a server; the components of every family, divided by four and fused, are compared elsewhere."""
+COMPILED = ("--compile", "on", "--compile-sizes", "64x64")
 TOLERANCE = 1e-4
 
 
@@ -41,7 +42,8 @@ def on_ranks(family: str, tp: str, *flags: str) -> Any:
     + [on_ranks("flux", "1", "--ulysses", "2", "--cfg-parallel")]
     + [on_ranks(family, "1", "--ulysses", "2") for family in chosen(nightly=["flux2", "qwenimage", "wan22"])]
     + [on_ranks(family, "2", "--ulysses", "2") for family in chosen(nightly=["flux", "wan"])]
-    + [on_ranks(family, "1", "--cfg-parallel") for family in chosen(nightly=["sd3", "wan", "zimage", "sdxl"])],
+    + [on_ranks(family, "1", "--cfg-parallel") for family in chosen(nightly=["sd3", "wan", "zimage", "sdxl"])]
+    + [on_ranks(family, "1", "--cfg-parallel", *COMPILED) for family in chosen(nightly=["zimage"])],
 )
 def test_several_ranks_make_the_picture_of_one(
     family: str, flags: tuple[str, ...], checkpoint: Callable[[str], Path], servers: Servers
@@ -60,6 +62,8 @@ def test_several_ranks_make_the_picture_of_one(
     ask(url, body(family, num_inference_steps=12, cache=1.0))  # the ranks skip the same steps
     if "--cfg-parallel" in flags:
         server.wait_for(lambda: metric(url, "safelight_replica_divided_forwards_total") > 0 or None, 60)
+    if "--compile" in flags:
+        server.wait_for(lambda: metric(url, "safelight_compiled_block_calls_total") > 0 or None, 60)
     digests = httpx.post(f"{url}/get_weights_checksum", json={}).json()
     assert digests == {name: module.sha256 for name, module in checksum(checkpoint(family)).items()}, (
         "every rank has the files' weights"

@@ -7,12 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import torch
 from torch import nn
 
-from safelight.protocol.adapters import SetAdapters
+from safelight.protocol.adapters import SetAdapters, Use
 from safelight.protocol.config import Config
 from safelight.protocol.generation import Generate
+from safelight.tests.tiny import save
 from safelight.tests.worker.lora import agreement
 from safelight.worker.forward.batch import Forward
 from safelight.worker.forward.batcher import Batcher
@@ -23,9 +25,22 @@ from safelight.worker.model.model import Model, load_model
 from safelight.worker.model.modules import modules
 from safelight.worker.parallel.mesh import Mesh
 from safelight.worker.pipelines.components import DENOISERS
+from safelight.worker.requests.outputs import first_output
 from safelight.worker.weights.snapshot.digests import module_digests
 
 CPU = torch.device("cpu")
+
+
+OTHER: dict[str, dict[str, Any]] = {
+    "sd3": {},
+    "zimage": {},
+    "flux": {"extra": {"max_sequence_length": 33}},
+    "qwenimage": {"width": 48, "height": 48},
+    "wan": {"width": 16, "height": 16, "num_frames": 1},
+    "flux2": {"width": 48, "height": 48},
+    "wan22": {"width": 16, "height": 16, "num_frames": 1},
+}
+"""Changes of a request, with which two ranks have unequal parts of a sequence where the pipeline allows any."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +52,27 @@ class Drawn:
     pictures: list[torch.Tensor]
     digests: Mapping[str, str]
     adapters: Sequence[Path] = ()
+
+
+def drawn_by_one_rank(name: str, directory: Path) -> Drawn:
+    """Two requests that meet and a third one, drawn by one rank; for FLUX also one whose adapter is in every layer."""
+    checkpoint = save(name, directory)
+    model = load_model(Config(model=str(checkpoint), device="cpu"))
+    requests = [agreement.request(name, index) for index in range(2)]
+    requests.append(msgspec.structs.replace(agreement.request(name, 2), **OTHER[name]))
+    adapters = agreement.new_adapters(model)
+    folders = []
+    if name == "flux":
+        made = agreement.Made("wide", 4, 4.0)
+        folders = [agreement.write_adapter(made, model.pipeline.transformer, directory / "adapters")]
+        sources = [agreement.source(folder) for folder in folders]
+        agreement.change(adapters, SetAdapters(nicknames=["wide"], strengths=[1.0], mode="request", sources=sources))
+        requests += [msgspec.structs.replace(agreement.request(name, 3), lora=[Use("wide", 0.8)])]
+        pictures = agreement.draw(model, agreement.new_batcher(adapters), adapters, requests)
+    else:
+        pictures = [first_output(model.main.pipeline(**agreement.arguments(model, asked))) for asked in requests]
+    digests, _ = module_digests(model.layouts, agreement.ALONE, lambda: None)
+    return Drawn(checkpoint, requests, pictures, digests[0], folders)
 
 
 def draws_as_one_rank(mesh: Mesh, families: Sequence[Drawn]) -> None:

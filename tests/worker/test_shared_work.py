@@ -3,70 +3,32 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
-import msgspec
 import pytest
 import torch
 from diffusers import FluxTransformer2DModel, LTXVideoTransformer3DModel, PixArtTransformer2DModel
 
-from safelight.protocol.adapters import SetAdapters, Use
 from safelight.protocol.config import Config
 from safelight.protocol.errors import StartFailed
 from safelight.tests.effort import chosen
 from safelight.tests.ranks import on_mesh
 from safelight.tests.tiny import save
 from safelight.tests.worker import dividing, splitting
-from safelight.tests.worker.lora import agreement
 from safelight.worker.model.model import load_model
 from safelight.worker.parallel.ranks import Ranks
 from safelight.worker.parallel.sequence import CannotSplit, check_split
-from safelight.worker.requests.outputs import first_output
-from safelight.worker.weights.snapshot.digests import module_digests
-
-OTHER: dict[str, dict[str, Any]] = {
-    "sd3": {},
-    "zimage": {},
-    "flux": {"extra": {"max_sequence_length": 33}},
-    "qwenimage": {"width": 48, "height": 48},
-    "wan": {"width": 16, "height": 16, "num_frames": 1},
-    "flux2": {"width": 48, "height": 48},
-    "wan22": {"width": 16, "height": 16, "num_frames": 1},
-}
-"""Changes of a request, with which two ranks have unequal parts of a sequence where the pipeline allows any."""
-
-
-def drawn(name: str, directory: Path) -> splitting.Drawn:
-    """Two requests that meet and a third one, drawn by one rank; for FLUX also one whose adapter is in every layer."""
-    checkpoint = save(name, directory)
-    model = load_model(Config(model=str(checkpoint), device="cpu"))
-    requests = [agreement.request(name, index) for index in range(2)]
-    requests.append(msgspec.structs.replace(agreement.request(name, 2), **OTHER[name]))
-    adapters = agreement.new_adapters(model)
-    folders = []
-    if name == "flux":
-        made = agreement.Made("wide", 4, 4.0)
-        folders = [agreement.write_adapter(made, model.pipeline.transformer, directory / "adapters")]
-        sources = [agreement.source(folder) for folder in folders]
-        agreement.change(adapters, SetAdapters(nicknames=["wide"], strengths=[1.0], mode="request", sources=sources))
-        requests += [msgspec.structs.replace(agreement.request(name, 3), lora=[Use("wide", 0.8)])]
-        pictures = agreement.draw(model, agreement.new_batcher(adapters), adapters, requests)
-    else:
-        pictures = [first_output(model.main.pipeline(**agreement.arguments(model, asked))) for asked in requests]
-    digests, _ = module_digests(model.layouts, agreement.ALONE, lambda: None)
-    return splitting.Drawn(checkpoint, requests, pictures, digests[0], folders)
 
 
 @pytest.mark.parametrize("sizes", chosen({"sp": 2}, nightly=[{"sp": 2, "tp": 2}, {"sp": 4}]), ids=str)
 def test_ranks_that_share_tokens_draw_what_one_draws(sizes: dict[str, int], tmp_path: Path) -> None:
     names = chosen("flux", "qwenimage", "wan", nightly=["flux2", "wan22"])
-    on_mesh(sizes, splitting.draws_as_one_rank, [drawn(name, tmp_path) for name in names])
+    on_mesh(sizes, splitting.draws_as_one_rank, [splitting.drawn_by_one_rank(name, tmp_path) for name in names])
 
 
 @pytest.mark.parametrize("sizes", chosen({"cfg": 2}, nightly=[{"cfg": 2, "sp": 2}, {"cfg": 2, "tp": 2}]), ids=str)
 def test_ranks_that_share_rows_compute_what_one_computes(sizes: dict[str, int], tmp_path: Path) -> None:
     names = ["flux"] if "sp" in sizes else ["sd3", "zimage"]
-    on_mesh(sizes, dividing.divides_rows, [drawn(name, tmp_path) for name in names])
+    on_mesh(sizes, dividing.divides_rows, [splitting.drawn_by_one_rank(name, tmp_path) for name in names])
 
 
 def test_a_model_whose_tokens_cannot_be_shared_is_refused_with_what_it_lacks() -> None:

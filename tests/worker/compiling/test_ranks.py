@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,8 @@ from safelight.protocol.config import Config
 from safelight.tests.effort import chosen
 from safelight.tests.ranks import on_mesh
 from safelight.tests.tiny import save
-from safelight.tests.worker.compiling import sharing
+from safelight.tests.worker import splitting
+from safelight.tests.worker.compiling import dividing, sharing
 from safelight.tests.worker.lora import agreement
 from safelight.worker.model.model import load_model
 
@@ -69,3 +71,34 @@ def test_compiled_ranks_change_together_and_are_as_near_to_fp64_as_the_plain_who
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor"))
     names = chosen("flux", nightly=["wan" if "sp" in sizes else "qwenimage"])
     on_mesh(sizes, sharing.compiles, backend, [known(name, tmp_path) for name in names])
+
+
+@pytest.mark.parametrize(
+    ("sizes", "backend"),
+    chosen(
+        ({"cfg": 2}, "eager"),
+        nightly=[
+            ({"cfg": 2, "sp": 2}, "eager"),
+            ({"cfg": 2, "tp": 2}, "eager"),
+            ({"cfg": 2}, "inductor"),
+            ({"cfg": 2, "sp": 2}, "inductor"),
+        ],
+    ),
+    ids=str,
+)
+def test_ranks_that_share_rows_draw_what_one_draws_though_one_half_compiles_later(
+    sizes: dict[str, int], backend: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor"))
+    if "sp" in sizes:
+        families = [without_unequal_parts(splitting.drawn_by_one_rank("flux", tmp_path))]
+    else:
+        families = [splitting.drawn_by_one_rank(name, tmp_path) for name in chosen("zimage", nightly=["qwenimage"])]
+    on_mesh(sizes, dividing.halves_draw_as_one_rank, backend, families)
+
+
+def without_unequal_parts(drawn: splitting.Drawn) -> splitting.Drawn:
+    """Without the request that runs eagerly, because ranks cannot divide its sequence equally."""
+    kept = [index for index in range(len(drawn.requests)) if index != 2]
+    requests, pictures = ([values[index] for index in kept] for values in (drawn.requests, drawn.pictures))
+    return replace(drawn, requests=requests, pictures=pictures)
