@@ -48,14 +48,16 @@ class Generate(Settings, tag=True, frozen=True, kw_only=True):
     """The sampler and the records of a rollout; ``None`` for a plain generation."""
     encode: EncodingResult | None = None
     """Encode the prompts alone, and what to return of them; ``None`` for a generation."""
-    pinned_to: int | None = None
-    """The only replica that may run the request; ``None`` stands for any."""
 
 
 class GenerateCopies(msgspec.Struct, tag=True, frozen=True):
-    """Copies of one request for several replicas: all are accepted, or none. Each has events of its own."""
+    """Copies of one request, one for each of ``replicas``: all are accepted, or none.
 
-    copies: list[Generate]
+    They share the request's id, and each has a :class:`Result` or :class:`Failed` of its own.
+    """
+
+    request: Generate
+    replicas: list[int]
 
 
 class Cancel(msgspec.Struct, tag=True, frozen=True):

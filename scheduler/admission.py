@@ -43,7 +43,7 @@ class Admission:
     def refusal_of(self, generate: Generate, nbytes: int) -> SafelightError | None:
         """Why ``generate`` cannot be accepted."""
         request_id, timeout_s = generate.request_id, generate.timeout_s
-        if self._requests.get(request_id) is not None or self._replicas.have(request_id):
+        if self._requests.get(request_id) or self._replicas.have(request_id):
             return InvalidRequest(f"The request id {request_id!r} is in use by another request.", field="request_id")
         if not generate.samples:
             return InvalidRequest("The request asks for no output; ask for at least one.", field="samples")

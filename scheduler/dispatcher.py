@@ -3,7 +3,7 @@
 It decides from messages and an explicit ``now`` (seconds of one monotonic clock), without a socket, and leaves messages
 in an outbox. Three things hold after each event:
 
-- an accepted request gets ``Queued`` and then exactly one of ``Result`` and ``Failed``;
+- an accepted request, or each of its copies, gets ``Queued`` and then exactly one of ``Result`` and ``Failed``;
 - a request waits only while some replica is ready that may run it, so nobody waits for a restart;
 - a replica's outstanding outputs are those that its worker has not answered for yet.
 """
@@ -11,6 +11,7 @@ in an outbox. Three things hold after each event:
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 
 from msgspec.structs import replace
 
@@ -103,14 +104,13 @@ class Dispatcher:
     def from_server(self, message: ToScheduler, now: float) -> None:
         match message:
             case Generate():
-                self._admit([message], now)
-            case GenerateCopies(copies=copies):
-                self._admit(copies, now)
+                self._admit(message, [None], now)
+            case GenerateCopies(request=request, replicas=replicas):
+                self._admit(request, replicas, now)
             case Cancel(request_id=request_id):
-                if request := self._requests.get(request_id):
-                    self._stop(request, ClientGone("The client went away."))
-                else:
-                    self._operations.cancel(request_id)
+                for copy in self._requests.get(request_id):
+                    self._stop(copy, ClientGone("The client went away."))
+                self._operations.cancel(request_id)
             case Operate():
                 self._operations.add(message, now)
             case Pause():
@@ -171,16 +171,16 @@ class Dispatcher:
             case ReplicaFailed(message=why):
                 self._lose(replica, replica.failed(why), f"failed ({why})")
 
-    def _admit(self, copies: list[Generate], now: float) -> None:
-        """Accept one request, or all copies of one; none is started before all are accepted."""
-        sizes = [nbytes_of(generate) for generate in copies]
-        refusals = (self._admission.refusal_of(generate, sum(sizes)) for generate in copies)
-        refusal = next((one for one in refusals if one is not None), None)
-        for generate, nbytes in zip(copies, sizes, strict=True):
+    def _admit(self, generate: Generate, replicas: Sequence[int | None], now: float) -> None:
+        """Accept a request, with a copy for each of ``replicas``; none is started before all are accepted."""
+        nbytes = nbytes_of(generate)
+        refusal = self._admission.refusal_of(generate, nbytes * len(replicas))
+        for number in replicas:
             if refusal is not None:
                 self._outbox.tell_server(Failed(generate.request_id, refusal.info()))
             else:
-                ahead = self._requests.accept(generate, nbytes, now, behind=self._operations.blocks)
+                behind = self._operations.blocks
+                ahead = self._requests.accept(generate, nbytes, now, pinned_to=number, behind=behind)
                 self._outbox.tell_server(Queued(generate.request_id, ahead))
 
     def _settle(self, now: float) -> None:
@@ -196,7 +196,7 @@ class Dispatcher:
     def _fail_those_without_replica(self) -> None:
         ready = self._replicas.ready
         for request in self._requests.without_replica(ready):
-            self._fail(request, self._admission.no_replica(request.generate.pinned_to if ready else None))
+            self._fail(request, self._admission.no_replica(request.pinned_to if ready else None))
 
     def _dispatch(self, now: float) -> None:
         """Give each request in the queue to the least loaded replica, or to its own.
@@ -206,7 +206,7 @@ class Dispatcher:
         """
         held: set[int] = set()
         for request in self._requests.queue:
-            pinned_to = request.generate.pinned_to
+            pinned_to = request.pinned_to
             if pinned_to in held:
                 continue
             replica = self._replicas.least_loaded(pinned_to, without=held)
@@ -218,8 +218,7 @@ class Dispatcher:
                 held.add(pinned_to)
 
     def _start(self, request: Request, replica: Replica, now: float) -> None:
-        self._requests.queue.remove(request)
-        request.start(replica.number, now)
+        self._requests.start(request, replica.number, now)
         replica.assign(request.id, request.outputs)
         self._outbox.tell_server(Started(request.id, replica.number, request.queue_s(now)))
         self._outbox.order(replica.number, request.generate)

@@ -9,7 +9,7 @@ from ..protocol.generation import Generate
 
 @dataclass(slots=True, eq=False)
 class Request:
-    """A request of the server, and its state. Times are seconds of one monotonic clock."""
+    """A request of the server, or one of its copies, and its state. Times are seconds of one monotonic clock."""
 
     generate: Generate
     number: int
@@ -21,22 +21,20 @@ class Request:
     replica: int | None = None
     """The replica that it was given to; ``None`` while it waits."""
     started: float | None = None
+    pinned_to: int | None = None
+    """The only replica that may run the request; ``None`` stands for any."""
 
     @property
     def id(self) -> str:
         return self.generate.request_id
 
     def is_named(self, name: str, *, exact: bool) -> bool:
-        """True if ``name`` is its id, or unless ``exact`` the client's part of it; copies have the one of the first."""
-        own = self.id
-        if (number := self.generate.pinned_to) is not None:
-            own = own.removesuffix(f".{number}")
-        return name == own or (not exact and name == own.rpartition(".")[0])
+        """True if ``name`` is its id or, unless ``exact``, the client's part of it."""
+        return name == self.id or (not exact and name == self.id.rpartition(".")[0])
 
     def may_run_on(self, ready: frozenset[int]) -> bool:
         """Return whether one of the ``ready`` replicas may run the request."""
-        pinned_to = self.generate.pinned_to
-        return bool(ready) if pinned_to is None else pinned_to in ready
+        return bool(ready) if self.pinned_to is None else self.pinned_to in ready
 
     @property
     def outputs(self) -> int:

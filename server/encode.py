@@ -43,13 +43,12 @@ def routes(service: Service) -> APIRouter:
         started_at = time.perf_counter()
         message, model = await _read(request, service)
         service.unread.make_room()
-        copies = _copies(message, service)
-        result, *_ = await while_connected(request.receive, service.link.results(copies))
+        filled = _to_fill(message, service)
+        result = await while_connected(request.receive, _result(message, filled, service))
         service.unread.make_room()
         size = sum(len(output.data) for output in result.outputs)
         with service.unread.sending(size):
             write = asyncio.to_thread if size > OFF_THE_LOOP else _at_once
-            filled = [copy.pinned_to for copy in copies if copy.pinned_to is not None]
             reply = await write(_reply, message, model, result, filled, time.perf_counter() - started_at)
         return UnreadReply([reply], service.unread, "application/json")
 
@@ -75,16 +74,18 @@ async def _read(request: Request, service: Service) -> tuple[Generate, str]:
     return msgspec.structs.replace(message, encode=body.returns), model.model
 
 
-def _copies(message: Generate, service: Service) -> list[Generate]:
-    """The request for each ready replica, as each has a prompt cache of its own; embeddings are made by any one."""
+def _to_fill(message: Generate, service: Service) -> list[int]:
+    """The replicas whose prompt caches are filled: all that are ready, or none if any one makes embeddings."""
     if message.encode != "cache":
-        return [message]
-    numbers = [replica.replica for replica in service.link.status.replicas if replica.state == "ready"]
-    name = message.request_id
-    return [
-        msgspec.structs.replace(message, pinned_to=number, request_id=name if index == 0 else f"{name}.{number}")
-        for index, number in enumerate(numbers)
-    ]
+        return []
+    return [replica.replica for replica in service.link.status.replicas if replica.state == "ready"]
+
+
+async def _result(message: Generate, filled: list[int], service: Service) -> Result:
+    if not filled:
+        return await service.link.result(message)
+    first, *_ = await service.link.results(message, filled)
+    return first
 
 
 def _reply(message: Generate, model: str, result: Result, filled: list[int], total_s: float) -> bytes:

@@ -169,50 +169,40 @@ class SchedulerLink:
         Raises ``Unavailable`` where the scheduler has yet to take too much of what was sent before.
         """
         timeout_s = self._timeout_s(message) if isinstance(message, Generate) else None
-        with self._subscribed(message, [Subscription(message.request_id, timeout_s)]) as (subscription,):
+        with self._subscribed(message, Subscription(message.request_id, timeout_s)) as subscription:
             yield subscription
 
     def _timeout_s(self, message: Generate) -> float:
         return self._request_timeout_s if message.timeout_s is None else message.timeout_s
 
     @contextlib.contextmanager
-    def _subscribed(
-        self, message: messages.ToScheduler, subscriptions: list[Subscription]
-    ) -> Iterator[list[Subscription]]:
-        """Send ``message``, which brings about the events of ``subscriptions``."""
+    def _subscribed(self, message: messages.ToScheduler, subscription: Subscription) -> Iterator[Subscription]:
+        """Send ``message``, which brings about the events of ``subscription``."""
         if self._refusal is not None:
             raise from_info(self._refusal)
         frames = TO_SCHEDULER.encode(message)
         self._on_the_way.check(frames)
-        by_id = {one.request_id: one for one in subscriptions}
-        assert len(by_id) == len(subscriptions), "request ids are unique"
-        assert not by_id.keys() & self._subscriptions.keys(), "request ids are unique"
-        self._subscriptions |= by_id
+        request_id = subscription.request_id
+        assert request_id not in self._subscriptions, "request ids are unique"
+        self._subscriptions[request_id] = subscription
         self._send(frames)
         try:
-            yield subscriptions
+            yield subscription
         finally:
-            for request_id, subscription in by_id.items():
-                del self._subscriptions[request_id]
-                if not subscription.ended:
-                    self.send(Cancel(request_id))
+            del self._subscriptions[request_id]
+            if not subscription.ended:
+                self.send(Cancel(request_id))
 
     async def result(self, message: Generate) -> Result:
         """Send ``message``, and wait for its result. Raises the request's own error."""
         with self.submit(message) as events:
             return await events.result()
 
-    async def results(self, copies: list[Generate]) -> list[Result]:
-        """The results of all ``copies``, in their order. Raises the first error, and cancels the others then."""
-        subscriptions = [Subscription(copy.request_id, self._timeout_s(copy)) for copy in copies]
-        with self._subscribed(GenerateCopies(copies), subscriptions):
-            tasks = [asyncio.create_task(subscription.result()) for subscription in subscriptions]
-            try:
-                return await asyncio.gather(*tasks)
-            finally:
-                for task in tasks:
-                    task.cancel()
-                await asyncio.gather(*tasks, return_exceptions=True)
+    async def results(self, message: Generate, replicas: list[int]) -> list[Result]:
+        """Each replica's result, in the order of their ends. Raises the first error, and cancels the others then."""
+        subscription = Subscription(message.request_id, self._timeout_s(message), answers=len(replicas))
+        with self._subscribed(GenerateCopies(message, replicas), subscription):
+            return [await subscription.result() for _ in replicas]
 
     def abandon_all(self, error: SafelightError) -> None:
         """End every request, and each later one, with ``error``."""

@@ -33,19 +33,25 @@ class OperationFailed(Exception):
 class Subscription:
     """The events of one request, in order; ``timeout_s`` is its own, ``None`` that of an operation, which has none.
 
+    ``answers`` is the number of results that are expected: a request with copies has one from each.
     ``unread_bytes`` counts the pictures in events that nobody has read yet; ``admit`` may replace a result that comes.
     """
 
-    def __init__(self, request_id: str, timeout_s: float | None = None) -> None:
+    def __init__(self, request_id: str, timeout_s: float | None = None, *, answers: int = 1) -> None:
         self.request_id = request_id
         self.is_operation = timeout_s is None
-        self.ended = False
         self.unread_bytes = 0
         self.admit: Callable[[Result], Result | Failed] = lambda result: result
         self._timeout_s = timeout_s
         self._deadline = None if timeout_s is None else asyncio.get_running_loop().time() + timeout_s + LATE_S
         self._events: asyncio.Queue[Event] = asyncio.Queue()
         self._previews = 0  # among them
+        self._answers_due = answers
+
+    @property
+    def ended(self) -> bool:
+        """True if nothing is left to cancel."""
+        return self._answers_due <= 0
 
     def deliver(self, event: Event) -> None:
         if isinstance(event, Progress | Preview) and self._events.qsize() >= EVENTS_KEPT:
@@ -57,7 +63,7 @@ class Subscription:
         if isinstance(event, Result):
             event = self.admit(event)
         self.unread_bytes += _bytes_of(event)
-        self.ended = self.ended or isinstance(event, Result | Failed | Operated)
+        self._answers_due -= isinstance(event, Result | Failed | Operated)
         self._events.put_nowait(event)
 
     async def next(self) -> Queued | Started | Progress | Preview | Result:

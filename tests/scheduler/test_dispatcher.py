@@ -55,17 +55,15 @@ def test_a_request_that_is_for_one_replica_goes_there_however_busy_it_is_and_fai
     assert stage.error("f") == "unavailable"
 
 
-def pinned(name: str, number: int, outputs: int = 1) -> Generate:
-    return msgspec.structs.replace(generate(name, outputs), pinned_to=number)
-
-
-def copies(name: str) -> GenerateCopies:
-    return GenerateCopies([pinned(f"{name}.{number}", number) for number in range(3)])
+def pinned(name: str, *numbers: int, outputs: int = 1) -> GenerateCopies:
+    return GenerateCopies(generate(name, outputs), list(numbers))
 
 
 def test_a_request_that_waits_for_its_full_replica_does_not_hold_back_the_others() -> None:
     stage = Stage(ready=(0, 1), config=Config(replicas=2, max_running=2))
-    stage.server(pinned("clips", 0, 2), pinned("waits", 0), generate("free"), pinned("behind", 0), pinned("other", 1))
+    stage.server(
+        pinned("clips", 0, outputs=2), pinned("waits", 0), generate("free"), pinned("behind", 0), pinned("other", 1)
+    )
     assert stage.started() == [("clips", 0), ("free", 1), ("other", 1)]
     stage.worker(0, result("clips"))
     assert stage.given(0) == ["clips", "waits", "behind"], "in their order"
@@ -73,7 +71,7 @@ def test_a_request_that_waits_for_its_full_replica_does_not_hold_back_the_others
 
 def test_small_requests_do_not_starve_one_that_is_for_their_replica() -> None:
     stage = Stage(ready=(0, 1), config=Config(replicas=2, max_running=2))
-    stage.server(pinned("runs", 0), pinned("large", 0, 2), generate("a"), generate("b"), generate("c"))
+    stage.server(pinned("runs", 0), pinned("large", 0, outputs=2), generate("a"), generate("b"), generate("c"))
     assert stage.started() == [("runs", 0), ("a", 1), ("b", 1)], "replica 0 has room for c, and large is before it"
     stage.worker(0, result("runs"))
     assert stage.given(0) == ["runs", "large"]
@@ -121,33 +119,64 @@ def _lines_of_a_heartbeat(waiting: int) -> int:
 
 def test_of_copies_for_several_replicas_all_are_accepted_or_none() -> None:
     stage = Stage(ready=(0, 1, 2), config=Config(replicas=3, max_running=1, max_queue=1))
-    stage.server(pinned("runs", 1), pinned("runs too", 2), copies("e"))
-    assert stage.sent(Queued, "e.2"), "one place was free, which is enough for one call"
-    stage.worker(0, result("e.0"))
-    stage.server(copies("f"))
-    assert {stage.error(f"f.{number}") for number in range(3)} == {"queue_full"}
-    assert [stage.given(number) for number in range(3)] == [["e.0"], ["runs"], ["runs too"]]
+    stage.server(pinned("runs", 1), pinned("runs too", 2), pinned("e", 0, 1, 2))
+    assert len(stage.sent(Queued, "e")) == 3, "one place was free, which is enough for one request"
+    stage.worker(0, result("e"))
+    stage.server(pinned("f", 0, 1, 2))
+    assert [failed.error.code for failed in stage.sent(Failed, "f")] == ["queue_full"] * 3
+    assert [stage.given(number) for number in range(3)] == [["e"], ["runs"], ["runs too"]]
     stage.worker(1, result("runs"))
     stage.worker(2, result("runs too"))
-    assert [stage.given(number)[-1] for number in range(3)] == ["e.0", "e.1", "e.2"]
+    assert [stage.given(number)[-1] for number in range(3)] == ["e", "e", "e"]
+
+
+def test_the_copies_of_a_request_wait_in_one_place_of_the_queue_like_its_outputs() -> None:
+    stage = Stage(ready=(0, 1, 2), config=Config(replicas=3, max_running=1, max_queue=2))
+    stage.server(pinned("runs", 0, 1, 2))
+    stage.server(pinned("e", 0, 1, 2))
+    assert stage.dispatcher.status(stage.now).queued == 1
+    stage.server(generate("fits", 3), pinned("f", 0, 1, 2), generate("too many"))
+    status = stage.dispatcher.status(stage.now)
+    assert (status.queued, status.running) == (2, 1)
+    assert {failed.request_id for failed in stage.sent(Failed)} == {"f", "too many"}
 
 
 def test_a_copy_that_cannot_be_accepted_is_why_none_runs() -> None:
     stage = Stage(ready=(0, 1, 2), config=Config(replicas=3))
-    stage.server(generate("e.2"), copies("e"))
-    assert stage.error("e.0") == stage.error("e.1") == "invalid_request"
-    assert stage.started() == [("e.2", 0)]
+    stage.server(generate("e"), Cancel("e"))  # the worker still holds it
+    stage.server(pinned("e", 1, 2))
+    assert [failed.error.code for failed in stage.sent(Failed)] == ["client_gone", "invalid_request", "invalid_request"]
+    assert stage.started() == [("e", 0)]
+
+
+def test_a_cancel_ends_the_copies_that_have_no_answer_yet() -> None:
+    stage = Stage(ready=(0, 1, 2), config=Config(replicas=3, max_running=1))
+    stage.server(pinned("runs", 2), pinned("e", 0, 1, 2))
+    stage.worker(0, result("e"))
+    stage.server(Cancel("e"))
+    assert [failed.error.code for failed in stage.sent(Failed, "e")] == ["client_gone"] * 2
+    assert [stage.cancelled(number) for number in range(3)] == [[], ["e"], []]
+    stage.worker(2, result("runs"))
+    assert stage.given(2) == ["runs"]
+
+
+def test_a_replica_that_is_lost_takes_its_own_copy_along_and_no_other() -> None:
+    stage = Stage(ready=(0, 1), config=Config(replicas=2))
+    stage.server(pinned("e", 0, 1))
+    stage.exited(0)
+    assert stage.error("e") == "unavailable"
+    stage.worker(1, result("e"))
+    assert stage.sent(Result, "e")
 
 
 @pytest.mark.parametrize(("name", "exact"), [("mine.1f", True), ("mine", False)])
 def test_an_abort_ends_the_copies_of_a_request_also_when_the_first_has_ended(name: str, exact: bool) -> None:
     stage = Stage(ready=(0, 1, 2), config=Config(replicas=3))
-    stage.server(
-        GenerateCopies([pinned("mine.1f", 0), pinned("mine.1f.1", 1), pinned("mine.1f.2", 2)]), copies("other.2e")
-    )
+    stage.server(pinned("mine.1f", 0, 1, 2), pinned("other.2e", 0, 1, 2))
     stage.worker(0, result("mine.1f"))
     stage.server(AbortRequests("abort", name, exact=exact))
-    assert {failed.request_id for failed in stage.sent(Failed)} == {"mine.1f.1", "mine.1f.2"}
+    assert [failed.request_id for failed in stage.sent(Failed)] == ["mine.1f"] * 2
+    assert [stage.cancelled(number) for number in range(3)] == [[], ["mine.1f"], ["mine.1f"]]
 
 
 def test_without_a_ready_replica_the_refusal_says_why_for_each() -> None:

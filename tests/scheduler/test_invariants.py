@@ -10,10 +10,9 @@ from dataclasses import dataclass, field
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
-from msgspec.structs import replace
 
 from safelight.protocol.config import Config
-from safelight.protocol.generation import Cancel, Failed, Generate, Progress, Queued, Result, Started
+from safelight.protocol.generation import Cancel, Failed, Generate, GenerateCopies, Progress, Queued, Result, Started
 from safelight.protocol.messages import FromWorker
 from safelight.protocol.replicas import Heartbeat, ReplicaFailed, ReplicaLoading, ReplicaStats
 from safelight.tests.effort import examples
@@ -114,7 +113,7 @@ class SchedulerMachine(RuleBasedStateMachine):
     def ask(self, request_id: str, outputs: int, priority: int, timeout_s: float | None, pinned_to: int | None) -> None:
         before = len(self.stage.to_server)
         asked = generate(request_id, outputs, priority=priority, timeout_s=timeout_s)
-        self.stage.server(replace(asked, pinned_to=pinned_to))
+        self.stage.server(asked if pinned_to is None else GenerateCopies(asked, [pinned_to]))
         answers = [message for message in self.stage.to_server[before:] if isinstance(message, Queued | Failed)]
         mine = [message for message in answers if message.request_id == request_id]
         if isinstance(mine[0], Queued):

@@ -66,7 +66,7 @@ def finished(generate: Generate, data: bytes = PNG) -> list[FromScheduler]:
 
 
 class PlayedScheduler:
-    """A context. Answers each ``Generate`` with what ``answer`` gives, anything else with what ``operated`` gives.
+    """A context. Answers each ``Generate``, or copy of one, with what ``answer`` gives, all else with ``operated``.
 
     ``received`` is all that came.
     """
@@ -103,7 +103,15 @@ class PlayedScheduler:
         while True:
             self._server, *frames = await self._socket.recv_multipart()
             message = TO_SCHEDULER.decode(frames)
-            for received in message.copies if isinstance(message, GenerateCopies) else [message]:
-                self.received.append(received)
-                for event in self.answer(received) if isinstance(received, Generate) else self.operated(received):
-                    await self.say(event)
+            self.received.append(message)
+            for event in self._answers(message):
+                await self.say(event)
+
+    def _answers(self, message: ToScheduler) -> list[FromScheduler]:
+        match message:
+            case Generate():
+                return self.answer(message)
+            case GenerateCopies(request=request, replicas=replicas):
+                return [event for _ in replicas for event in self.answer(request)]
+            case _:
+                return self.operated(message)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 from typing import Any
 
@@ -12,12 +13,12 @@ from safetensors.torch import load, save
 
 from safelight.protocol.config import Config
 from safelight.protocol.errors import Unavailable
-from safelight.protocol.generation import Failed, Generate
+from safelight.protocol.generation import Failed, Generate, GenerateCopies
 from safelight.protocol.messages import FromScheduler
 from safelight.protocol.replicas import Status
 
 from .played_scheduler import finished, ready
-from .stage import stage
+from .stage import Stage, stage
 
 pytestmark = pytest.mark.anyio
 
@@ -61,9 +62,13 @@ async def test_embeddings_are_a_file_with_the_form_of_each_tensor() -> None:
 async def test_the_cache_is_filled_where_nothing_else_is_asked_for() -> None:
     async with stage(answer=embedded) as played:
         reply = await played.client.post("/encode", json={"prompt": "a", "negative_prompt": None})
-        (generate,) = played.scheduler.generates()
+        (copies,) = _copies(played)
     assert reply.json()["outputs"] == [{"prompt": "a", "b64": None, "tensors": {}}]
-    assert generate.encode == "cache"
+    assert copies.request.encode == "cache"
+
+
+def _copies(played: Stage) -> list[GenerateCopies]:
+    return [message for message in played.scheduler.received if isinstance(message, GenerateCopies)]
 
 
 def replicas(*states: str) -> Status:
@@ -74,26 +79,43 @@ def replicas(*states: str) -> Status:
 async def test_a_generation_meets_a_known_prompt_on_whichever_ready_replica_takes_it() -> None:
     async with stage(answer=embedded, status=replicas("ready", "failed", "ready")) as played:
         reply = await played.client.post("/encode", json={"prompt": "a"})
-        sent = played.scheduler.generates()
-        await played.client.post("/encode", json={"prompt": "a", "return": "embeddings"})
-        (*_, embeddings) = played.scheduler.generates()
-    assert reply.json()["replicas"] == [0, 2]
-    assert [one.pinned_to for one in sent] == [0, 2]
-    assert len({one.request_id for one in sent}) == 2
-    assert sent[0].request_id == reply.headers["x-safelight-id"], "an abort by this id ends all"
-    assert embeddings.pinned_to is None
+        embeddings = await played.client.post("/encode", json={"prompt": "a", "return": "embeddings"})
+        (copies,), (generate,) = _copies(played), played.scheduler.generates()
+    assert reply.json()["replicas"] == copies.replicas == [0, 2]
+    assert copies.request.request_id == reply.headers["x-safelight-id"], "an abort by this id ends all"
+    assert generate.request_id == embeddings.headers["x-safelight-id"]
 
 
 async def test_a_replica_that_is_lost_while_all_encode_fails_the_request_and_ends_the_others() -> None:
+    lost = iter([False, True])
+
     def answer(generate: Generate) -> list[FromScheduler]:
-        lost = Failed(generate.request_id, Unavailable("Replica 1 was lost.").info())
-        return [lost] if generate.pinned_to == 1 else []
+        return [Failed(generate.request_id, Unavailable("Replica 1 was lost.").info())] if next(lost) else []
 
     async with stage(answer=answer, status=replicas("ready", "ready")) as played:
         reply = await played.client.post("/encode", json={"prompt": "a"})
         assert (reply.status_code, reply.json()["error"]["message"]) == (503, "Replica 1 was lost.")
-        waiting = played.scheduler.generates()[0].request_id
-        await played.until(lambda: waiting in played.scheduler.cancelled())
+        await played.until(lambda: reply.headers["x-safelight-id"] in played.scheduler.cancelled())
+
+
+async def test_the_reply_waits_for_every_replica_and_then_cancels_none() -> None:
+    late: list[FromScheduler] = []
+
+    def answer(generate: Generate) -> list[FromScheduler]:
+        if late:
+            return embedded(generate)
+        late.extend(embedded(generate))
+        return []
+
+    async with stage(answer=answer, status=replicas("ready", "ready")) as played:
+        reply = asyncio.create_task(played.client.post("/encode", json={"prompt": "a"}))
+        await played.until(lambda: _copies(played))
+        await played.client.post("/encode", json={"prompt": "b", "return": "embeddings"})  # was sent, and read, later
+        assert not reply.done()
+        for event in late:
+            await played.scheduler.say(event)
+        assert (await reply).json()["replicas"] == [0, 1]
+        assert played.scheduler.cancelled() == []
 
 
 @pytest.mark.parametrize(
