@@ -21,9 +21,9 @@ class Requests:
         self._barrier_queue = barrier_queue
         self._deadlines = Queue(by_deadline)
         self._live: dict[str, list[Request]] = {}
-        """By id; a request for several replicas has a copy for each."""
+        """The copies of each request by its id; most requests have one."""
         self._waiting: Counter[str] = Counter()
-        """By id, how many copies of a request wait."""
+        """The number of copies that wait, by the request's id."""
         self._arrivals = 0
         self._checked: frozenset[int] | None = None
         """The replicas that were ready when every waiting request had one; ``None`` after a pinned one has come."""
