@@ -27,6 +27,7 @@ from ..protocol.config import Config
 from ..protocol.errors import StartFailed
 from .descriptors import raise_descriptor_limit
 from .flags import read_config
+from .heap import give_back_large_blocks
 from .journal_lock import own_journal
 from .json_stderr import json_stderr
 from .listener import listen
@@ -48,6 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, _leave)  # until there is something to stop
     raise_descriptor_limit()
+    give_back_large_blocks()
     os.umask(0o077)  # what any process of the server writes is nobody else's to read
     try:
         config = read_config(sys.argv[1:] if arguments is None else arguments, os.environ)
