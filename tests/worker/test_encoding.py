@@ -32,6 +32,16 @@ def test_a_png_holds_the_very_pixels_that_diffusers_would_return() -> None:
     assert np.array_equal(np.array(picture), np.array(expected))
 
 
+@pytest.mark.parametrize("channels", [1, 3])
+def test_values_between_two_levels_go_to_the_one_that_diffusers_takes(channels: int) -> None:
+    halves = np.arange(256, dtype=np.float32) / 255 + np.float32(0.5 / 255)
+    clip = np.minimum(np.stack([halves, np.nextafter(halves, 0), np.nextafter(halves, 1)]), 1).reshape(1, 3, 16, 16)
+    clip = np.repeat(clip[..., None, :, :], channels, axis=-3)[0]
+    frames = VaeImageProcessor.numpy_to_pil(np.moveaxis(clip, -3, -1))
+    expected = np.stack([np.array(frame).reshape(16, 16, channels) for frame in frames])
+    assert np.array_equal(to_uint8(clip), expected)
+
+
 @pytest.mark.parametrize("output_format", ["jpeg", "webp"])
 def test_lossy_formats_are_what_they_say_and_close(output_format: str) -> None:
     smooth = np.broadcast_to(np.linspace(0, 1, 64, dtype=np.float32), (3, 64, 64))

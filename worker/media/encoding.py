@@ -21,10 +21,25 @@ Floats = npt.NDArray[np.float32]
 Pixels = npt.NDArray[np.uint8]
 
 _IMAGE_OPTIONS: dict[str, dict[str, int]] = {
-    "png": {"compress_level": 3},  # a third of level 6's time; files are a few per cent larger
+    "png": {"compress_level": 1, "compress_type": Image.RLE},
     "jpeg": {"quality": 95},
     "webp": {"quality": 95},
 }
+"""A filtered picture has few matches except runs, so a search for others takes time and saves little.
+
+CPU milliseconds, and the file's size in per cent of level 3's, with Pillow 13 (zlib-ng):
+
+| picture              | level 1, runs | level 1       | level 3       | level 6       |
+|----------------------|---------------|---------------|---------------|---------------|
+| photograph, 128²     |  1.0    97 %  |  1.3   100 %  |  1.4   100 %  |  1.9    97 %  |
+| photograph, 512²     | 14.5   108 %  | 16.3   104 %  | 21.1   100 %  | 53.1    97 %  |
+| photograph, 1024²    | 58.7    94 %  | 66.5   104 %  | 91.5   100 %  | 252.7   93 %  |
+| noise, 128²          |  1.1    96 %  |  1.5   100 %  |  1.4   100 %  |  1.6    96 %  |
+| flat shapes, 256²    |  1.9    79 %  |  2.1   115 %  |  2.9   100 %  |  6.2    82 %  |
+
+The 108 % are the most that any of sixteen pictures grew by; their mean is 92 %.
+"""
+
 _LONGEST_SIDES = {"webp": 16_383, "jpeg": 65_500, "mp4": 16_384, "webm": 65_535}
 """The largest side in pixels that the format or its encoder supports."""
 
@@ -74,9 +89,11 @@ def _check_sides(pixels: Floats, output_format: OutputFormat) -> None:
 
 
 def to_uint8(pixels: Floats) -> Pixels:
-    """Convert […, C, H, W] in [0, 1] to uint8 […, H, W, C], rounded as by diffusers' image processor."""
-    rounded: Pixels = (np.moveaxis(pixels, -3, -1) * 255).round().clip(0, 255).astype(np.uint8)
-    return rounded
+    """Convert […, C, H, W] in [0, 1] to contiguous uint8 […, H, W, C], rounded as by diffusers' image processor."""
+    levels = pixels * 255
+    levels.round(out=levels)
+    levels.clip(0, 255, out=levels)
+    return np.stack([*np.moveaxis(levels.astype(np.uint8), -3, 0)], axis=-1)
 
 
 def encode_image(image: Pixels, output_format: str) -> bytes:
