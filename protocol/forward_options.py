@@ -78,6 +78,15 @@ class ForwardOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
             lt=1,
         ),
     ] = 0.1
+    gather_s: Annotated[
+        float,
+        option.forwards(
+            "Seconds that new requests wait at most for the clients that were just answered, if nothing else runs, so "
+            "that all of them start together; 0 starts at once",
+            ge=0,
+            le=60,
+        ),
+    ] = 0.5
     prompt_cache_mb: Annotated[
         int, option.forwards("Megabytes of prompt embeddings that each replica keeps; 0 keeps none", ge=0)
     ] = 256

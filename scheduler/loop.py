@@ -24,8 +24,8 @@ MESSAGES_A_TURN = 256
 
 IDENTITY_PREFIX = b"replica-"
 
-HEARTBEAT_PREFIX = b"heartbeat-"
-"""The identity of a socket over which a worker sends only heartbeats begins like this."""
+SENDING_PREFIXES = (b"events-", b"heartbeat-")
+"""The identity of a socket over which a worker only sends begins like this."""
 
 
 class Loop:
@@ -118,7 +118,7 @@ def _decode(codec: Codec[M], sender: bytes, body: list[memoryview]) -> M | None:
 
 
 def _replica_number(identity: bytes) -> int | None:
-    for prefix in (IDENTITY_PREFIX, HEARTBEAT_PREFIX):
+    for prefix in (IDENTITY_PREFIX, *SENDING_PREFIXES):
         digits = identity.removeprefix(prefix)
         if identity.startswith(prefix) and digits.isdigit() and len(digits) < 10:
             return int(digits)

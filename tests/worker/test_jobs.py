@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterator
+from threading import Event
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +18,7 @@ from safelight.protocol.rollouts import Rollout
 from safelight.worker.forward.batcher import Batcher
 from safelight.worker.forward.collate import collate
 from safelight.worker.model.model import Model
+from safelight.worker.requests import encoding_threads
 from safelight.worker.requests.jobs import Jobs
 
 
@@ -61,6 +64,32 @@ def test_outputs_come_in_the_order_of_their_seeds(stage: Stage) -> None:
     pictures = [load(bytes(output.data))["t"] for output in together.outputs]
     assert not torch.equal(pictures[0], pictures[1])
     assert together.steps == 3
+
+
+def test_a_finished_output_is_sent_while_a_forward_runs(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    transformer, decoded, forward_runs, sent = stage.model.pipeline.transformer, list[object](), Event(), list[int]()
+    encode, forward = encoding_threads.encode, transformer.forward
+
+    def late_encode(*args: Any) -> bytes:
+        assert forward_runs.wait(60)
+        return encode(*args)
+
+    def long_forward(*args: object, **kwargs: object) -> object:
+        if decoded:
+            forward_runs.set()
+            deadline = time.monotonic() + 60
+            while not stage.sent and time.monotonic() < deadline:
+                time.sleep(0.01)
+            sent.append(len(stage.sent))
+        return forward(*args, **kwargs)
+
+    stage.model.pipeline.vae.decoder.register_forward_hook(lambda *_: decoded.append(None))
+    monkeypatch.setattr(transformer, "forward", long_forward)
+    monkeypatch.setattr(encoding_threads, "encode", late_encode)
+    stage.jobs.submit(generate("short", num_inference_steps=1))
+    stage.jobs.submit(generate("long"))
+    assert [message.request_id for message in stage.settle() if isinstance(message, Result)] == ["short", "long"]
+    assert sent[0] == 1
 
 
 def test_a_request_whose_outputs_all_fail_at_once_ends_once_and_harms_nobody(

@@ -14,6 +14,7 @@ import torch
 from ...protocol.replicas import BatchingMode
 from ..crossing.call import Call, OwnState, Suspension, Yielded
 from ..crossing.coroutine import Cancelled, Coroutine
+from ..pipelines.components import DENOISERS
 from .batch import Outcome, Pending, Wait
 from .policy import MergePolicy
 from .prompt_cache import prompt_key
@@ -53,6 +54,8 @@ class Batcher:
         """A running CRC of the forwards and their coroutines, equal on all ranks of a replica."""
         self.paused = False
         """While true, no coroutine runs."""
+        self.together = 0
+        """The most outputs that have shared a denoiser's forward since this was last set to 0."""
         self._agree, self._before_forward = agree, before_forward
         self._signatures = Signatures()
         self._waiting = WaitingCalls(self.policy, resources.cache, resources.adapters)
@@ -125,6 +128,8 @@ class Batcher:
             self.schedule_digest = zlib.crc32(f"{forward.name} {numbers}".encode(), self.schedule_digest)
             self._before_forward(self.schedule_digest)
             self.runner.counters.calls += len(forward.calls)
+            if forward.name in DENOISERS:
+                self.together = max(self.together, len({pending.coroutine for pending in forward.calls}))
             self.recovery.run(forward, self._deliver)
 
     def _start(self) -> None:

@@ -12,7 +12,7 @@ import torch
 from ...protocol.child_config import ChildConfig
 from ...protocol.config import Config
 from ...protocol.generation import Cancel, Generate
-from ...protocol.messages import FromWorker
+from ...protocol.messages import FromWorker, ToWorker
 from ...protocol.operations import Perform, SetPaused
 from ...protocol.replicas import MergeLimit
 from ...protocol.reports import Performed
@@ -40,13 +40,15 @@ from ..weights.snapshot.journal import Journal
 from ..weights.transport.groups import ProcessGroups
 from ..weights.update.undo_log import UndoLog
 from .compilation import new_compiler, warm_up_compiled
+from .gathering import Gathering, Receive
 from .graph_warm_up import warm_up_graphs
 
 
 class Engine:
     """Runs the requests and operations of one rank.
 
-    ``send`` takes messages for the scheduler; ``wake`` ends the loop's wait, and may be called by any thread.
+    ``send`` takes reports of operations for the scheduler, ``send_event`` what happens to requests; ``wake`` ends the
+    loop's wait. Any thread may call the last two.
     ``division`` and ``before_forward`` are the batcher's.
     """
 
@@ -62,6 +64,7 @@ class Engine:
         *,
         before_forward: Callable[[int], None],
         send: Callable[[FromWorker], None],
+        send_event: Callable[[FromWorker], None],
         wake: Callable[[], None],
     ) -> None:
         config, shared = child.config, Path(child.shared)
@@ -69,10 +72,11 @@ class Engine:
         groups = ProcessGroups(child.global_rank, model.device, ended=wake, receive_s=config.max_update_hold_s)
         self._config, self._model, self._send = config, model, send
         self._batcher = _new_batcher(model, self_test, mesh, adapters, activity, config, division, before_forward)
-        new_jobs = partial(Jobs, model, self._batcher, send, wake, is_primary=child.rank == 0, shared=shared)
+        new_jobs = partial(Jobs, model, self._batcher, send_event, wake, is_primary=child.rank == 0, shared=shared)
         stats = stats_of_graphs(self._batcher.resources.graphs, config, model.device)
         self._caching = _new_caching(config, self._batcher, mesh)
         self.jobs = new_jobs(adapters=adapters, caching=self._caching, graphs=stats)
+        self._gathering = Gathering(config.gather_s)
         self.group_orders = GroupOrders(groups, mesh.world)
         self._operations: Coordinator = new_coordinator(
             Resources(
@@ -94,6 +98,15 @@ class Engine:
     def busy(self) -> bool:
         """True if a step without messages would run something."""
         return self._batcher.busy and not self._operations.holds
+
+    def gather(self, messages: list[ToWorker], receive: Receive) -> list[ToWorker]:
+        """``messages`` for the next step, and those that are worth a wait if there is nothing to run."""
+        jobs, batcher = self.jobs, self._batcher
+        if self.busy or not messages:
+            self._gathering.arrived(messages, jobs.drawn)
+            return messages
+        together, batcher.together = batcher.together, 0
+        return self._gathering.gather(messages, receive, drawn=jobs.drawn, took_s=jobs.took_s, together=together)
 
     def run_step(self, step: Step) -> None:
         """Handle the messages of ``step``, then run one step of the batcher unless an operation holds it."""

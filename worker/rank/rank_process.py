@@ -6,6 +6,7 @@ Rank 0 is the leader: it alone talks to the scheduler, and it broadcasts what ea
 from __future__ import annotations
 
 import logging
+import math
 import os
 import signal
 import time
@@ -39,6 +40,7 @@ from ..self_test.self_test_cache import SelfTestCache
 from ..weights.snapshot.journal import Journal
 from .compilation import check_compile
 from .engine import Engine
+from .event_socket import EventSocket
 from .heartbeat import HEARTBEAT_S, Heartbeats
 from .spinning import adapt_spinning
 
@@ -66,8 +68,10 @@ class RankProcess:
         self._socket.sndhwm = 0
         self._socket.rcvhwm = 0
         self._socket.linger = 500
+        self._events: EventSocket | None = None
         if self._is_primary:
             self._socket.connect(child.backend)
+            self._events = EventSocket(self._context, child.backend, self._number)
         self._awake, self._alarm = os.pipe()
         os.set_blocking(self._alarm, False)
 
@@ -182,6 +186,7 @@ class RankProcess:
             self._division,
             before_forward=lockstep.before_forward,
             send=self._send,
+            send_event=self._send_event,
             wake=self._wake,
         )
         try:
@@ -216,6 +221,7 @@ class RankProcess:
             if self._awake in ready:
                 os.read(self._awake, 4096)
             messages = [*(self._received() if self._socket in ready else []), *engine.group_orders.due()]
+            messages = engine.gather(messages, self._received)
             dropped = engine.jobs.collect()
             if messages or dropped or engine.busy:
                 step = Step(messages, dropped, engine.changed_limits())
@@ -230,15 +236,21 @@ class RankProcess:
             self._activity.stats = jobs.stats()
             self._stats_due = now + HEARTBEAT_S
 
-    def _received(self) -> list[ToWorker]:
+    def _received(self, wait_s: float = 0.0) -> list[ToWorker]:
+        """The messages that are there, or the first ones that come within ``wait_s``."""
         messages: list[ToWorker] = []
-        while self._socket.poll(0):
+        while self._socket.poll(0 if messages else math.ceil(max(0.0, wait_s) * 1000)):
             messages.append(TO_WORKER.decode(self._socket.recv_multipart()))
         return messages
 
     def _send(self, message: FromWorker) -> None:
         if self._is_primary:
             self._socket.send_multipart(FROM_WORKER.encode(message), copy=False)
+
+    def _send_event(self, message: FromWorker) -> None:
+        """Send what happens to a request, from any thread."""
+        if self._events is not None:
+            self._events.send(message)
 
     def _report(self, stage: str) -> None:
         if self._is_primary:

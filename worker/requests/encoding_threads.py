@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from queue import SimpleQueue
 
 import numpy as np
 import torch
@@ -50,22 +49,21 @@ class Encoded:
 class EncodingThreads:
     """Encodes in half as many threads as there are cores.
 
-    ``wake`` is called, in a thread, after each encoding; ``is_dropped`` says which jobs need none any more. Tensors of
+    ``ended`` is called, in a thread, with each encoding; ``is_dropped`` says which jobs need none any more. Tensors of
     rollouts go to the directory ``shared`` if the request asks for shared memory.
     """
 
     def __init__(
-        self, model: Model, wake: Callable[[], None], is_dropped: Callable[[Job], bool], shared: Path | None
+        self, model: Model, ended: Callable[[Encoded], None], is_dropped: Callable[[Job], bool], shared: Path | None
     ) -> None:
         self._model = model
-        self._wake = wake
+        self._ended = ended
         self._is_dropped = is_dropped
         self._shared = shared
         self._copies = HostCopies(model.device)
         self._threads = ThreadPoolExecutor(
             max(1, (os.cpu_count() or 2) // 2), "encode", initializer=use_device, initargs=(model.device,)
         )
-        self._encoded: SimpleQueue[Encoded] = SimpleQueue()
 
     def submit_output(self, job: Job, sample: SampleRun, pixels: torch.Tensor, sound: Sound | None) -> None:
         """Encode ``pixels``, a picture [C, H, W] or a clip [F, C, H, W] in [0, 1], and its ``sound``.
@@ -82,11 +80,6 @@ class EncodingThreads:
         """Encode the picture ``pixels``, or the first one of a clip."""
         picture = self._copies.begin(_widened(pixels if pixels.ndim == 3 else pixels[0]))
         self._threads.submit(self._encode_preview, job, index, step, picture, self._copies.end())
-
-    def finished(self) -> Iterator[Encoded]:
-        """Everything that was encoded since the last call."""
-        while not self._encoded.empty():
-            yield self._encoded.get()
 
     def close(self) -> None:
         self._threads.shutdown(cancel_futures=True)
@@ -105,7 +98,7 @@ class EncodingThreads:
         except Exception:
             log.exception("encoding output %d failed", sample.index, extra=job.log_fields)
             encoded.error = Internal("the output could not be encoded")
-        self._put(encoded)
+        self._ended(encoded)
 
     def _output(self, job: Job, sample: SampleRun, on_host: torch.Tensor, sound: Sound | None) -> Output:
         request = job.request
@@ -152,11 +145,7 @@ class EncodingThreads:
             encoded.error = error
         except Exception:
             log.exception("encoding a preview failed", extra=job.log_fields)
-        self._put(encoded)
-
-    def _put(self, encoded: Encoded) -> None:
-        self._encoded.put(encoded)
-        self._wake()
+        self._ended(encoded)
 
 
 def _file_of(embeddings: dict[str, torch.Tensor], seed: int) -> Output:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import logging
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
+from queue import SimpleQueue
 
 import torch
 
@@ -30,10 +33,11 @@ log = logging.getLogger(__name__)
 
 
 class Jobs:
-    """Starts, cancels and finishes requests. ``send`` takes the messages for the scheduler.
+    """Starts, cancels and finishes requests. ``send`` takes the messages for the scheduler, from any thread.
 
-    Encoding runs in threads, which call ``wake``; :meth:`collect` then takes in what they have finished. A rank other
-    than the primary runs the same samples but neither encodes nor sends.
+    The threads that encode also send: a finished output does not wait for the end of the forward that runs. An error
+    does, because its explanation may need the model: :meth:`collect` takes it in, and ``wake`` asks for that. A rank
+    other than the primary runs the same samples but neither encodes nor sends.
     """
 
     def __init__(
@@ -57,16 +61,25 @@ class Jobs:
         self._caching = caching
         self._wake = wake
         self._is_primary = is_primary
+        self._lock = threading.Lock()
+        """Held by whoever ends a job, or reads what the encoding threads change of one."""
         self._jobs: dict[str, Job] = {}
-        self._threads = EncodingThreads(model, wake, self._is_dropped, shared)
+        self._not_encoded: SimpleQueue[Encoded] = SimpleQueue()
+        self._threads = EncodingThreads(model, self._take_in, self._is_dropped, shared)
         self._failing: list[str] = []
+        self.drawn = 0
+        """Requests whose outputs are drawn, and encoded or about to be."""
+        self.took_s = 0.0
+        """Seconds that drawing the last of them took."""
         self._outputs = self._cancelled = self._failed = 0
         self._weights_are_sound = False  # the current weights are known to make finite values
 
     def stats(self) -> ReplicaStats:
         counters, resources = self._batcher.runner.counters, self._batcher.resources
+        with self._lock:
+            running = sum(len(job.samples) - len(job.outputs) for job in self._jobs.values())
         return ReplicaStats(
-            running=sum(len(job.samples) - len(job.outputs) for job in self._jobs.values()),
+            running=running,
             forwards=counters.forwards,
             calls=counters.calls,
             outputs=self._outputs,
@@ -110,7 +123,9 @@ class Jobs:
     def set_version(self, weight_version: str) -> None:
         """Note a change of weights or adapters, which requests in progress use from their next call on."""
         self._weights_are_sound = False
-        for job in self._jobs.values():
+        with self._lock:
+            jobs = [*self._jobs.values()]
+        for job in jobs:
             if job.drawn:
                 continue
             for sample in job.samples:
@@ -126,26 +141,39 @@ class Jobs:
 
     def cancel(self, request_id: str) -> None:
         """Stop the request at its next call; ignore an unknown or finished one."""
-        job = self._jobs.get(request_id)
-        if job is not None and not job.failed:
+        with self._lock:
+            job = self._jobs.get(request_id)
+            if job is None or job.failed:
+                return
             self._cancelled += 1
             self._end(job, Failed(request_id, ClientGone("the request was cancelled").info()))
+        self._stop(job)
 
     def collect(self) -> list[str]:
-        """Take in finished encodings, and send the previews and results that they complete.
+        """Take in the errors of encodings, and return the requests that failed since the last call.
 
-        Returns the requests that failed since the last call. They may have failed on this rank alone, so their work
-        goes on until every rank calls :meth:`drop` in the same step.
+        They may have failed on this rank alone, so their work goes on until every rank calls :meth:`drop` in the same
+        step.
         """
-        for encoded in self._threads.finished():
-            if self._is_dropped(encoded.job):
-                record.forget(encoded.output)
-            elif encoded.error is not None:
+        while not self._not_encoded.empty():
+            encoded = self._not_encoded.get()
+            assert encoded.error is not None
+            if not self._is_dropped(encoded.job):
                 self._fail(encoded.job, self._explained(encoded.error, encoded.job))
-            else:
-                self._take(encoded)
         failing, self._failing = self._failing, []
         return failing
+
+    def _take_in(self, encoded: Encoded) -> None:
+        """In an encoding thread: send a preview, or the result when all outputs are there."""
+        if encoded.error is not None:
+            self._not_encoded.put(encoded)
+        else:
+            with self._lock:
+                if self._is_dropped(encoded.job):
+                    record.forget(encoded.output)
+                else:
+                    self._take(encoded)
+        self._wake()
 
     def _take(self, encoded: Encoded) -> None:
         job = encoded.job
@@ -162,7 +190,8 @@ class Jobs:
 
     def drop(self, request_id: str) -> None:
         """Stop the work of a request that was answered with an error."""
-        job = self._jobs.pop(request_id, None)
+        with self._lock:
+            job = self._jobs.pop(request_id, None)
         if job is not None:
             self._stop(job)
 
@@ -171,8 +200,6 @@ class Jobs:
 
     def _end(self, job: Job, message: Result | Failed) -> None:
         del self._jobs[job.request.request_id]
-        if isinstance(message, Failed):
-            self._stop(job)
         self._send(message)
 
     def _stop(self, job: Job) -> None:
@@ -185,7 +212,8 @@ class Jobs:
     def _fail(self, job: Job, error: SafelightError) -> None:
         """Answer the request with ``error``; :meth:`drop` ends its work."""
         self._failed += 1
-        job.failed = True
+        with self._lock:
+            job.failed = True
         self._failing.append(job.request.request_id)
         self._send(Failed(job.request.request_id, error.info()))
         self._wake()
@@ -209,7 +237,8 @@ class Jobs:
                 )
             if self._is_primary:
                 self._threads.submit_preview(job, sample.index, step, pixels)
-                job.pending_previews += 1
+                with self._lock:
+                    job.pending_previews += 1
         except torch.AcceleratorError:
             raise
         except Exception:
@@ -241,6 +270,8 @@ class Jobs:
             if error is not None:
                 raise error
             self._threads.submit_output(job, sample, pixels, sound)
+            if job.drawn:
+                self.drawn, self.took_s = self.drawn + 1, time.perf_counter() - sample.clock.submitted
         except BaseException as failure:  # raised by the pipeline, or by a copy without memory: this request's failure
             explained = self._explained(failure, job)
             if explained.status >= 500:
@@ -257,7 +288,7 @@ class Jobs:
             log.info("output %d failed on this rank: %s", sample.index, type(error).__name__, extra=job.log_fields)
         job.finished_samples += 1
         if job.finished_samples == len(job.samples):
-            del self._jobs[job.request.request_id]
+            del self._jobs[job.request.request_id]  # no thread encodes on this rank
 
     def _explained(self, error: BaseException, job: Job) -> SafelightError:
         """The error for the client. Raises a device error again, after which this process can compute nothing."""
