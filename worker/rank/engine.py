@@ -12,7 +12,7 @@ import torch
 from ...protocol.child_config import ChildConfig
 from ...protocol.config import Config
 from ...protocol.generation import Cancel, Generate
-from ...protocol.messages import FromWorker, ToWorker
+from ...protocol.messages import ToWorker
 from ...protocol.operations import Perform, SetPaused
 from ...protocol.replicas import MergeLimit
 from ...protocol.reports import Performed
@@ -40,6 +40,7 @@ from ..weights.snapshot.journal import Journal
 from ..weights.transport.groups import ProcessGroups
 from ..weights.update.undo_log import UndoLog
 from .compilation import new_compiler, warm_up_compiled
+from .event_socket import Outgoing
 from .gathering import Gathering, Receive
 from .graph_warm_up import warm_up_graphs
 
@@ -47,8 +48,6 @@ from .graph_warm_up import warm_up_graphs
 class Engine:
     """Runs the requests and operations of one rank.
 
-    ``send`` takes reports of operations for the scheduler, ``send_event`` what happens to requests; ``wake`` ends the
-    loop's wait. Any thread may call the last two.
     ``division`` and ``before_forward`` are the batcher's.
     """
 
@@ -63,19 +62,17 @@ class Engine:
         division: Division | None,
         *,
         before_forward: Callable[[int], None],
-        send: Callable[[FromWorker], None],
-        send_event: Callable[[FromWorker], None],
-        wake: Callable[[], None],
+        outgoing: Outgoing,
     ) -> None:
         config, shared = child.config, Path(child.shared)
         adapters = _new_adapters(model, mesh, config)
-        groups = ProcessGroups(child.global_rank, model.device, ended=wake, receive_s=config.max_update_hold_s)
-        self._config, self._model, self._send = config, model, send
+        groups = ProcessGroups(child.global_rank, model.device, ended=outgoing.wake, receive_s=config.max_update_hold_s)
+        self._config, self._model, self._send = config, model, outgoing.report
         self._batcher = _new_batcher(model, self_test, mesh, adapters, activity, config, division, before_forward)
-        new_jobs = partial(Jobs, model, self._batcher, send_event, wake, is_primary=child.rank == 0, shared=shared)
+        new_jobs = partial(Jobs, model, self._batcher, outgoing.event, outgoing.wake, is_primary=child.rank == 0)
         stats = stats_of_graphs(self._batcher.resources.graphs, config, model.device)
         self._caching = _new_caching(config, self._batcher, mesh)
-        self.jobs = new_jobs(adapters=adapters, caching=self._caching, graphs=stats)
+        self.jobs = new_jobs(shared=shared, adapters=adapters, caching=self._caching, graphs=stats)
         self._gathering = Gathering(config.gather_s)
         self.group_orders = GroupOrders(groups, mesh.world)
         self._operations: Coordinator = new_coordinator(

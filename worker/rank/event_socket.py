@@ -1,12 +1,26 @@
-"""The socket over which a worker sends what happens to requests, from any of its threads."""
+"""Messages from a worker to the scheduler, and a socket for those about requests, shared by its threads."""
 
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import zmq
 
 from ...protocol.messages import FROM_WORKER, FromWorker
+
+
+@dataclass(frozen=True, slots=True)
+class Outgoing:
+    """``report`` sends results of operations, ``event`` what happens to requests; ``wake`` ends the loop's wait.
+
+    Any thread may call the last two.
+    """
+
+    report: Callable[[FromWorker], None]
+    event: Callable[[FromWorker], None]
+    wake: Callable[[], None]
 
 
 class EventSocket:

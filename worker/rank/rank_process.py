@@ -40,7 +40,7 @@ from ..self_test.self_test_cache import SelfTestCache
 from ..weights.snapshot.journal import Journal
 from .compilation import check_compile
 from .engine import Engine
-from .event_socket import EventSocket
+from .event_socket import EventSocket, Outgoing
 from .heartbeat import HEARTBEAT_S, Heartbeats
 from .spinning import adapt_spinning
 
@@ -185,9 +185,7 @@ class RankProcess:
             self._journal,
             self._division,
             before_forward=lockstep.before_forward,
-            send=self._send,
-            send_event=self._send_event,
-            wake=self._wake,
+            outgoing=Outgoing(self._send, self._send_event, self._wake),
         )
         try:
             engine.warm_up(self._report)
@@ -220,8 +218,8 @@ class RankProcess:
             ready = dict(poller.poll(0 if engine.busy else round(timeout_s * 1000)))
             if self._awake in ready:
                 os.read(self._awake, 4096)
-            messages = [*(self._received() if self._socket in ready else []), *engine.group_orders.due()]
-            messages = engine.gather(messages, self._received)
+            received = engine.gather(self._received() if self._socket in ready else [], self._received)
+            messages = [*received, *engine.group_orders.due()]
             dropped = engine.jobs.collect()
             if messages or dropped or engine.busy:
                 step = Step(messages, dropped, engine.changed_limits())

@@ -62,15 +62,13 @@ class Jobs:
         self._wake = wake
         self._is_primary = is_primary
         self._lock = threading.Lock()
-        """Held by whoever ends a job, or reads what the encoding threads change of one."""
+        """Held to end a job, and to read what the encoding threads change of one."""
         self._jobs: dict[str, Job] = {}
         self._not_encoded: SimpleQueue[Encoded] = SimpleQueue()
         self._threads = EncodingThreads(model, self._take_in, self._is_dropped, shared)
         self._failing: list[str] = []
-        self.drawn = 0
-        """Requests whose outputs are drawn, and encoded or about to be."""
-        self.took_s = 0.0
-        """Seconds that drawing the last of them took."""
+        self.drawn, self.took_s = 0, 0.0
+        """Requests whose outputs are drawn, and the seconds that the last of them took."""
         self._outputs = self._cancelled = self._failed = 0
         self._weights_are_sound = False  # the current weights are known to make finite values
 
@@ -152,8 +150,7 @@ class Jobs:
     def collect(self) -> list[str]:
         """Take in the errors of encodings, and return the requests that failed since the last call.
 
-        They may have failed on this rank alone, so their work goes on until every rank calls :meth:`drop` in the same
-        step.
+        They may have failed on this rank alone: their work goes on until all ranks call :meth:`drop` in the same step.
         """
         while not self._not_encoded.empty():
             encoded = self._not_encoded.get()
