@@ -29,7 +29,7 @@ def test_the_page_is_what_the_modules_are_now() -> None:
     assert made == page["PAGE"].read_text(encoding="utf-8"), "run `python docs/generate_structure.py`"
 
 
-def test_the_worker_s_rooms_form_no_circle_and_stay_low_and_loosely_bound() -> None:
+def test_the_worker_s_packages_form_no_circle_and_stay_low_and_loosely_bound() -> None:
     page = runpy.run_path(str(ROOT / "docs" / "generate_structure.py"))
     arrows: dict[str, set[str]] = page["worker_arrows"]()
     layers: dict[str, int] = page["layers"](arrows)  # raises for a circle

@@ -22,7 +22,7 @@ from safelight.worker.weights.checkpoint.layout import Layout
 from safelight.worker.weights.checkpoint.mapped_files import MappedFiles
 from safelight.worker.weights.snapshot.digests import module_digests, raw_bytes
 from safelight.worker.weights.transport.sources import Rejected, TensorSource
-from safelight.worker.weights.update import gpu_rooms
+from safelight.worker.weights.update import staging_buffers
 from safelight.worker.weights.update.offload import Offloader
 from safelight.worker.weights.update.rank_update import RankUpdate
 from safelight.worker.weights.update.undo_log import UndoBudgetExceeded, UndoLog
@@ -48,7 +48,7 @@ def small_buffers(monkeypatch: pytest.MonkeyPatch) -> None:
     """Halves that the tensors above fill several times."""
     monkeypatch.setattr(pinned_copy, "HALF", HALF)
     monkeypatch.setattr(pinned_copy, "_MAX_PIECE", HALF // 2)
-    monkeypatch.setattr(gpu_rooms, "_SCRATCH", HALF)
+    monkeypatch.setattr(staging_buffers, "_SCRATCH", HALF)
 
 
 @pytest.fixture(autouse=True)
@@ -282,9 +282,9 @@ def test_an_update_that_has_room_on_the_gpu_for_some_tensors_stages_those(record
     before, update = state(module), begun(module, memory)
     record.memory(device()).limit = torch.cuda.memory_allocated(device()) + 3 * MEGABYTE
     update.prepare(opened(other(module)))
-    rooms = Counter(room.device.type for room in update._reserved.values())
-    assert rooms["cuda"] > 0
-    assert rooms["cpu"] > 0
+    places = Counter(buffer.device.type for buffer in update._reserved.values())
+    assert places["cuda"] > 0
+    assert places["cpu"] > 0
     update.write()
     update.rollback()
     assert same(before, state(module))

@@ -260,7 +260,7 @@ def test_the_next_block_is_copied_before_the_last_one_is_asked_to_end_and_never_
     before = live(record)
     for index, copy in enumerate(copies):
         begin = copy.copy_to
-        copy.copy_to = lambda room, index=index, begin=begin: (order.append(f"copy {index}"), begin(room))[1]  # type: ignore[method-assign]
+        copy.copy_to = lambda buffer, index=index, begin=begin: (order.append(f"copy {index}"), begin(buffer))[1]  # type: ignore[method-assign]
     for index, block in enumerate(blocks):
         block.register_forward_hook(lambda *_, index=index: order.append(f"run {index}"))
     x = torch.randn(2, 64)

@@ -79,11 +79,11 @@ class DynamicLora:
             lora.gathered.clear()
 
     @contextmanager
-    def applied(self, rows: AdapterRows, *, listed: bool = False, room: int | None = None) -> Iterator[None]:
+    def applied(self, rows: AdapterRows, *, listed: bool = False, max_bytes: int | None = None) -> Iterator[None]:
         """Around a forward of the component, whose rows have these adapters. Raises ``CannotMix``, also in it.
 
         ``listed`` says that a row is an element of a list, and not of a tensor's first dimension. Factors that are
-        gathered for each row may have ``room`` bytes.
+        gathered for each row may have ``max_bytes``.
         """
         touching = [(count, self._touching(active)) for count, active in rows]
         # a request may have begun before its adapter was unloaded
@@ -92,7 +92,7 @@ class DynamicLora:
             self._swap_in()
         before, self._entered = self._entered, (touching, listed)
         try:
-            self._activate(*self._entered, room)
+            self._activate(*self._entered, max_bytes)
             yield
         finally:
             self._entered = before
@@ -108,7 +108,7 @@ class DynamicLora:
         return tuple(sorted(touching, key=lambda one: one[0].number))
 
     @torch.inference_mode(mode=False)  # a request may use that mode, and the tensors must stay writable outside it
-    def _activate(self, rows: AdapterRows, listed: bool, room: int | None = None) -> None:
+    def _activate(self, rows: AdapterRows, listed: bool, max_bytes: int | None = None) -> None:
         per_row = any(active != rows[0][1] for _, active in rows)
         own = [active for count, active in rows for _ in range(count)] if per_row else [rows[0][1]] if rows else []
         used = frozenset(adapter for active in own for adapter, _ in active)
@@ -117,19 +117,19 @@ class DynamicLora:
             (rank, per_row): [tuple(one for one in active if one[0] in ones) for active in own]
             for rank, ones in sorted(self._by_rank(used).items())
         }
-        if per_row and room is not None:
-            self._check_room(kinds, room)
+        if per_row and max_bytes is not None:
+            self._check_size(kinds, max_bytes)
         for kind, of_rank in kinds.items():
             self._bank(kind).write(of_rank)
         self._rows.now = tuple(PerRow(kind, len(own), listed) if per_row else Uniform(kind) for kind in kinds)
 
-    def _check_room(self, kinds: Mapping[Kind, Sequence[ActiveAdapters]], room: int) -> None:
+    def _check_size(self, kinds: Mapping[Kind, Sequence[ActiveAdapters]], max_bytes: int) -> None:
         needed = sum(self._bank(kind).needed(rows) for kind, rows in kinds.items())
         needed += sum(bank.nbytes for kind, bank in self._banks.items() if kind[1] and kind not in kinds)
-        if needed > room:
+        if needed > max_bytes:
             raise CannotMix(
                 f"the factors of their rows need {needed / 1e6:.1f} MB, and the loaded adapters leave "
-                f"{max(0, room) / 1e6:.1f} MB of --max-lora-mb"
+                f"{max(0, max_bytes) / 1e6:.1f} MB of --max-lora-mb"
             )
 
     def _by_rank(self, adapters: Iterable[Adapter]) -> dict[int, list[Adapter]]:

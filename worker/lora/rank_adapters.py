@@ -100,7 +100,7 @@ class RankAdapters:
         self._dynamic = {name: DynamicLora(name, module) for name, module in self._components.items()}
         self._adapters: Adapters = {}
         self._next: _Next | None = None
-        self._room = max_bytes  # for the factors of rows with different adapters
+        self._bytes_left = max_bytes  # for the factors of rows with different adapters
 
     # --- in forwards
 
@@ -142,7 +142,7 @@ class RankAdapters:
         if dynamic is None:
             return nullcontext()
         others = sum(other.per_row_nbytes for other in self._dynamic.values() if other is not dynamic)
-        return dynamic.applied(rows, listed=listed, room=self._room - others)
+        return dynamic.applied(rows, listed=listed, max_bytes=self._bytes_left - others)
 
     def memory(self, component: str) -> Hashable:
         """Which memory, and of what shapes, the running forward of ``component`` reads factors from."""
@@ -205,8 +205,8 @@ class RankAdapters:
         self.state, self._adapters, self.notes = self._next.state, self._next.adapters, self._next.notes
         for dynamic in self._dynamic.values():
             dynamic.retain(self._adapters.values())
-        self._room = self._max_bytes - self._nbytes(self.state, self._adapters)
-        if sum(dynamic.per_row_nbytes for dynamic in self._dynamic.values()) > self._room:
+        self._bytes_left = self._max_bytes - self._nbytes(self.state, self._adapters)
+        if sum(dynamic.per_row_nbytes for dynamic in self._dynamic.values()) > self._bytes_left:
             self.forget_gathered()
         self._next, self.written = None, False
         after = planning.effect(self.state)

@@ -1,4 +1,4 @@
-"""Streams a component's blocks through two rooms on the GPU: one computes while the next one is copied."""
+"""Streams a component's blocks through two buffers on the GPU: one computes while the next one is copied."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .host_copy import HostCopy
 
 
 @dataclass(slots=True, eq=False)
-class _Room:
+class _Buffer:
     """``arrived`` follows the last copy to ``memory``, ``used`` the last forward of its ``block``."""
 
     memory: torch.Tensor
@@ -35,54 +35,54 @@ class BlockStream:
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._next = [(index + 1) % len(blocks) for index in range(len(blocks))]
         self._last: int | None = None
-        self._rooms: list[_Room] = []
+        self._buffers: list[_Buffer] = []
         for index, block in enumerate(blocks):
             block.register_forward_pre_hook(partial(self._enter, index))
             block.register_forward_hook(partial(self._leave, index), always_call=True)
 
     @property
-    def room_bytes(self) -> int:
-        """Bytes of both rooms."""
+    def buffer_bytes(self) -> int:
+        """Bytes of both buffers."""
         return 2 * max(copy.nbytes for copy in self._copies)
 
     def free(self) -> None:
-        """Give the rooms back. The caller waits for the device first; the next forward makes new ones."""
-        self._rooms.clear()
+        """Give the buffers back. The caller waits for the device first; the next forward makes new ones."""
+        self._buffers.clear()
         self._last = None
 
     def _enter(self, index: int, *_: Any) -> None:
-        if not self._rooms:
-            half = self.room_bytes // 2
-            self._rooms = [_Room(torch.empty(half, dtype=torch.uint8, device=self._device)) for _ in range(2)]
-        room = self._room_of(index)
-        if room is None:
-            room = self._fetch(index, self._rooms[0])
-        assert room.arrived is not None, "every block in a room was copied there"
-        torch.cuda.current_stream(self._device).wait_event(room.arrived)
-        self._copies[index].use(room.memory)
+        if not self._buffers:
+            half = self.buffer_bytes // 2
+            self._buffers = [_Buffer(torch.empty(half, dtype=torch.uint8, device=self._device)) for _ in range(2)]
+        buffer = self._buffer_of(index)
+        if buffer is None:
+            buffer = self._fetch(index, self._buffers[0])
+        assert buffer.arrived is not None, "every block in a buffer was copied there"
+        torch.cuda.current_stream(self._device).wait_event(buffer.arrived)
+        self._copies[index].use(buffer.memory)
         if self._last is not None:
             self._next[self._last] = index
         self._last = index
         following = self._next[index]
-        if following != index and self._room_of(following) is None:
-            self._fetch(following, next(other for other in self._rooms if other is not room))
+        if following != index and self._buffer_of(following) is None:
+            self._fetch(following, next(other for other in self._buffers if other is not buffer))
 
     def _leave(self, index: int, *_: Any) -> None:
         self._copies[index].rest()
-        if (room := self._room_of(index)) is not None:
-            room.used = torch.cuda.current_stream(self._device).record_event()
+        if (buffer := self._buffer_of(index)) is not None:
+            buffer.used = torch.cuda.current_stream(self._device).record_event()
 
-    def _room_of(self, index: int) -> _Room | None:
-        return next((room for room in self._rooms if room.block == index), None)
+    def _buffer_of(self, index: int) -> _Buffer | None:
+        return next((buffer for buffer in self._buffers if buffer.block == index), None)
 
-    def _fetch(self, index: int, room: _Room) -> _Room:
-        """Begin the copy of a block to ``room``, behind the forward of the block that was there."""
-        if room.used is not None:
-            self._stream.wait_event(room.used)
+    def _fetch(self, index: int, buffer: _Buffer) -> _Buffer:
+        """Begin the copy of a block to ``buffer``, behind the forward of the block that was there."""
+        if buffer.used is not None:
+            self._stream.wait_event(buffer.used)
         else:
-            self._stream.wait_stream(torch.cuda.current_stream(self._device))  # which may still use the room's memory
+            self._stream.wait_stream(torch.cuda.current_stream(self._device))  # which may still use the buffer's memory
         with torch.cuda.stream(self._stream):
-            self._copies[index].copy_to(room.memory)
-            room.arrived = self._stream.record_event()
-        room.block, room.used = index, None
-        return room
+            self._copies[index].copy_to(buffer.memory)
+            buffer.arrived = self._stream.record_event()
+        buffer.block, buffer.used = index, None
+        return buffer

@@ -23,37 +23,37 @@ class HostCopy:
         self._runs: list[tuple[int, torch.Tensor]] = []  # by their starts on the device
         self.nbytes = 0
         for tensor in self._tensors:
-            room = memory.cut(tensor.nbytes)
-            self._views.append(view_as(room[: tensor.nbytes], tensor))
+            piece = memory.cut(tensor.nbytes)
+            self._views.append(view_as(piece[: tensor.nbytes], tensor))
             self._views[-1].copy_(tensor.data)
             self._starts.append(self.nbytes)
-            self._extend_runs(room)
+            self._extend_runs(piece)
             self.nbytes += aligned(tensor.nbytes)
         self.rest()
 
-    def copy_to(self, room: torch.Tensor) -> None:
-        """Begin the copy to ``room`` on the device, on the current stream."""
+    def copy_to(self, buffer: torch.Tensor) -> None:
+        """Begin the copy to ``buffer`` on the device, on the current stream."""
         for start, run in self._runs:
-            room[start : start + run.nbytes].copy_(run, non_blocking=True)
+            buffer[start : start + run.nbytes].copy_(run, non_blocking=True)
 
-    def use(self, room: torch.Tensor) -> None:
-        """Have the module compute with what lies in ``room``."""
-        if not self._tensors or self._tensors[0].data_ptr() == room.data_ptr():
+    def use(self, buffer: torch.Tensor) -> None:
+        """Have the module compute with what lies in ``buffer``."""
+        if not self._tensors or self._tensors[0].data_ptr() == buffer.data_ptr():
             return
         for tensor, start in zip(self._tensors, self._starts, strict=True):
-            tensor.data = view_as(room[start : start + tensor.nbytes], tensor)
+            tensor.data = view_as(buffer[start : start + tensor.nbytes], tensor)
 
     def rest(self) -> None:
         for tensor, view in zip(self._tensors, self._views, strict=True):
             tensor.data = view
 
-    def _extend_runs(self, room: torch.Tensor) -> None:
-        """Copy ``room`` with what lies before it in memory, or apart."""
+    def _extend_runs(self, piece: torch.Tensor) -> None:
+        """Copy ``piece`` with what lies before it in memory, or apart."""
         if self._runs:
             start, run = self._runs[-1]
-            if run.untyped_storage().data_ptr() == room.untyped_storage().data_ptr() and (
-                run.data_ptr() + run.nbytes == room.data_ptr()
+            if run.untyped_storage().data_ptr() == piece.untyped_storage().data_ptr() and (
+                run.data_ptr() + run.nbytes == piece.data_ptr()
             ):
-                self._runs[-1] = start, run.as_strided((run.nbytes + room.nbytes,), (1,), run.storage_offset())
+                self._runs[-1] = start, run.as_strided((run.nbytes + piece.nbytes,), (1,), run.storage_offset())
                 return
-        self._runs.append((self.nbytes, room))
+        self._runs.append((self.nbytes, piece))

@@ -46,7 +46,7 @@ class OffloadedPart:
         self, component: nn.Module, device: torch.device, stay: set[int], memory: PinnedMemory, *, by_block: bool
     ) -> None:
         self._device = device
-        self._room: torch.Tensor | None = None
+        self._buffer: torch.Tensor | None = None
         blocks = _blocks(component) if by_block else []
         sizes = [sum(tensor.nbytes for tensor in _tensors(block)) for block in blocks]
         if 2 * max(sizes, default=0) >= sum(sizes):
@@ -58,19 +58,19 @@ class OffloadedPart:
         self._blocks = BlockStream(blocks, copies, device) if blocks else None
         self.blocks = len(blocks)
         self.host_bytes = self._rest.nbytes + sum(copy.nbytes for copy in copies)
-        self.device_bytes = self._rest.nbytes + (0 if self._blocks is None else self._blocks.room_bytes)
+        self.device_bytes = self._rest.nbytes + (0 if self._blocks is None else self._blocks.buffer_bytes)
         """Bytes on the device while the component is there."""
         become_offloaded(component, device)
 
     def fetch(self) -> None:
-        if self._room is None:
-            self._room = torch.empty(self._rest.nbytes, dtype=torch.uint8, device=self._device)
-            self._rest.copy_to(self._room)
-        self._rest.use(self._room)  # a request that writes to components leaves them as they were before it
+        if self._buffer is None:
+            self._buffer = torch.empty(self._rest.nbytes, dtype=torch.uint8, device=self._device)
+            self._rest.copy_to(self._buffer)
+        self._rest.use(self._buffer)  # a request that writes to components leaves them as they were before it
 
     def rest(self) -> None:
         self._rest.rest()
-        self._room = None
+        self._buffer = None
         if self._blocks is not None:
             self._blocks.free()
 

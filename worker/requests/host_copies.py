@@ -28,18 +28,18 @@ class HostCopies:
         if self._stream is None or tensor.device.type != "cuda":
             return tensor
         self._stream.wait_stream(torch.cuda.current_stream(self._device))  # whose kernels compute the values
-        room = _room(tensor)
+        buffer = _buffer(tensor)
         with torch.cuda.stream(self._stream):
-            room.copy_(tensor, non_blocking=True)
+            buffer.copy_(tensor, non_blocking=True)
         tensor.record_stream(self._stream)  # its memory is used again only after the copy
-        return room
+        return buffer
 
     def end(self) -> Callable[[], object]:
         """A function that waits for the copies that were begun so far, in any thread."""
         return (lambda: None) if self._stream is None else self._stream.record_event().synchronize
 
 
-def _room(like: torch.Tensor) -> torch.Tensor:
+def _buffer(like: torch.Tensor) -> torch.Tensor:
     try:
         return pinned(like.nbytes).view(like.dtype).view(like.shape)
     except OSError:  # then the copy is slower, and this thread waits for it

@@ -191,8 +191,8 @@ class RolloutSampler:
     def _noise(self, x: torch.Tensor, number: int) -> torch.Tensor:
         generator = self._generators(number)
         if generator.device.type == "cpu" and x.device.type == "cuda":  # page-locked, so that nobody waits for the copy
-            room = pinned(x.numel() * torch.float32.itemsize).view(torch.float32).view(x.shape)
-            return torch.randn(x.shape, generator=generator, out=room).to(x.device, non_blocking=True)
+            buffer = pinned(x.numel() * torch.float32.itemsize).view(torch.float32).view(x.shape)
+            return torch.randn(x.shape, generator=generator, out=buffer).to(x.device, non_blocking=True)
         return torch.randn(x.shape, generator=generator, device=generator.device).to(x.device)
 
     def _record(

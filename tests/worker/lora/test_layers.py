@@ -366,9 +366,9 @@ def test_rows_that_cannot_mix_leave_those_of_before_what_they_read() -> None:
     dynamic.retain([small, other])
     x = torch.randn(2, 6)
     rows = [(1, ((small, 1.0),)), (1, ())]
-    with dynamic.applied(rows, room=500):
+    with dynamic.applied(rows, max_bytes=500):
         expected = component(x)
-    with pytest.raises(CannotMix, match="need 0"), dynamic.applied([(1, ((other, 1.0),)), (1, ())], room=500):
+    with pytest.raises(CannotMix, match="need 0"), dynamic.applied([(1, ((other, 1.0),)), (1, ())], max_bytes=500):
         pass
     with dynamic.applied(rows):
         assert torch.equal(component(x), expected)

@@ -386,7 +386,7 @@ def test_pages_are_used_again_and_are_within_the_limit(tmp_path: Path) -> None:
     update, addresses = begun(module, memory), []
     for _ in range(3):
         update.prepare(opened(other(module)))
-        addresses.append([room.data_ptr() for room in memory._pages])
+        addresses.append([pages.data_ptr() for pages in memory._pages])
         update.write()
         update.commit()
     assert addresses[0] == addresses[1] == addresses[2]

@@ -128,8 +128,8 @@ def _plain(*tensors: torch.Tensor) -> bool:
 
 def _parts(there: torch.Tensor, new: torch.Tensor, size: int) -> Iterator[tuple[memoryview, int]]:
     """``there`` in parts of ``size`` bytes, each with the address of the new ones."""
-    room, address = _flat(there).numpy().data, new.data_ptr()
-    return ((room[at : at + size], address + at) for at in range(0, len(room), size))
+    target, address = _flat(there).numpy().data, new.data_ptr()
+    return ((target[at : at + size], address + at) for at in range(0, len(target), size))
 
 
 def _flat(tensor: torch.Tensor) -> torch.Tensor:

@@ -164,10 +164,10 @@ class Layout:
         kept = _split(before, [piece for _, piece in targets], self._dim(name))
         return [(here, piece, old) for (here, piece), old in zip(targets, kept, strict=True)]
 
-    def beside(self, name: str, whole: Sliceable, room: torch.Tensor) -> list[Pair]:
-        """Pairs of a place in ``room``, which is like :meth:`local`, and the piece of ``whole`` that belongs there."""
+    def beside(self, name: str, whole: Sliceable, buffer: torch.Tensor) -> list[Pair]:
+        """Pairs of a part of ``buffer``, which is like :meth:`local`, and the piece of ``whole`` that belongs there."""
         pieces = [piece for _, piece in self._targets(name, whole)]
-        return list(zip(_split(room, pieces, self._dim(name)), pieces, strict=True))
+        return list(zip(_split(buffer, pieces, self._dim(name)), pieces, strict=True))
 
     def _dim(self, name: str) -> int:
         """The dimension along which the tensor is divided."""

@@ -103,9 +103,9 @@ class _Halves:
         """A buffer like ``piece``, contiguous, that no copy uses any more."""
         if self._used + piece.nbytes > HALF:
             self._turn()
-        room = self._memory[self._current][self._used : self._used + piece.nbytes]
+        buffer = self._memory[self._current][self._used : self._used + piece.nbytes]
         self._used += -(-piece.nbytes // _ALIGNMENT) * _ALIGNMENT
-        return room.view(piece.dtype).view(piece.shape)
+        return buffer.view(piece.dtype).view(piece.shape)
 
     def when_done(self, target: torch.Tensor, buffer: torch.Tensor) -> None:
         """Copy ``buffer`` of the current half to ``target`` once the device has filled it."""

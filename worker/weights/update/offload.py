@@ -54,12 +54,12 @@ class Offloader:
         modules = [module for module in self._modules if module in wanted or module in self._offloaded_modules]
         tensors = [one for one in self._tensors(modules) if id(one) not in self._offsets]
         buffers = self._buffers("Sleeping") if tensors else None
-        rooms = self._rooms_away([tensor.data for tensor in tensors], on_progress)
+        targets = self._allocate_away([tensor.data for tensor in tensors], on_progress)
         with Copies(None, on_progress, buffers) as copy:
-            copy((room, tensor.data) for tensor, room in zip(tensors, rooms, strict=True))
-        for tensor, room in zip(tensors, rooms, strict=True):
+            copy((target, tensor.data) for tensor, target in zip(tensors, targets, strict=True))
+        for tensor, target in zip(tensors, targets, strict=True):
             self._offsets[id(tensor)] = tensor.data_ptr() % ALIGNMENT
-            tensor.data = room
+            tensor.data = target
         self._offloaded_modules = modules
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
@@ -76,11 +76,11 @@ class Offloader:
         offloaded = (tensor for tensor in self._tensors(self._modules) if id(tensor) in self._offsets)
         tensors = [tensor for tensor in offloaded if id(tensor) not in staying]
         buffers = self._buffers("Waking") if tensors else None
-        rooms = self._rooms_at_home(tensors)
+        targets = self._allocate_at_home(tensors)
         with Copies(None, on_progress, buffers) as copy:
-            for tensor, room in zip(tensors, rooms, strict=True):
-                copy([(room, tensor.data)])
-                tensor.data = room  # frees a file before the next is read, as files may be in memory too
+            for tensor, target in zip(tensors, targets, strict=True):
+                copy([(target, tensor.data)])
+                tensor.data = target  # frees a file before the next is read, as files may be in memory too
                 del self._offsets[id(tensor)]
         self._offloaded_modules = stay
         self._offsets = {key: offset for key, offset in self._offsets.items() if key in staying}  # forget freed tensors
@@ -104,43 +104,43 @@ class Offloader:
                 "Nothing has moved; free that memory and try again."
             ) from error
 
-    def _rooms_away(self, tensors: Sequence[torch.Tensor], on_progress: OnProgress) -> list[torch.Tensor]:
+    def _allocate_away(self, tensors: Sequence[torch.Tensor], on_progress: OnProgress) -> list[torch.Tensor]:
         folder = Path(tempfile.gettempdir())
         if self._device.type == "cuda":
             free, where = free_bytes(_HOST), "host memory"
         else:
             free, where = shutil.disk_usage(folder).free, str(folder)
-        needed, rooms = sum(tensor.nbytes for tensor in tensors), []
+        needed, targets = sum(tensor.nbytes for tensor in tensors), []
         try:
             if needed > free:  # host memory would be given, and using it would end a process
                 raise OSError(errno.ENOSPC, "less is free than needed")
             for tensor in tensors:
-                rooms.append(self._room_away(tensor, folder))
+                targets.append(self._memory_away(tensor, folder))
                 on_progress()
         except OSError as error:
             raise _no_room("Sleeping", needed, free, where) from error
-        return rooms
+        return targets
 
-    def _room_away(self, tensor: torch.Tensor, folder: Path) -> torch.Tensor:
+    def _memory_away(self, tensor: torch.Tensor, folder: Path) -> torch.Tensor:
         if self._device.type == "cuda":
             return aligned_like(tensor, 0)
         return view_as(in_file(folder, tensor.nbytes), tensor)
 
-    def _rooms_at_home(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    def _allocate_at_home(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """All at once, so that a GPU without memory is found before anything moves."""
-        rooms: list[torch.Tensor] = []
+        targets: list[torch.Tensor] = []
         try:
-            rooms.extend(self._room_at_home(tensor) for tensor in tensors)
+            targets.extend(self._memory_at_home(tensor) for tensor in tensors)
         except (OSError, MemoryError, torch.OutOfMemoryError) as error:
-            rooms.clear()
+            targets.clear()
             if self._device.type == "cuda":
                 torch.cuda.empty_cache()
             needed = sum(tensor.nbytes for tensor in tensors)
             where = str(self._device) if self._device.type == "cuda" else "host memory"
             raise _no_room("Waking", needed, free_bytes(self._device), where) from error
-        return rooms
+        return targets
 
-    def _room_at_home(self, tensor: torch.Tensor) -> torch.Tensor:
+    def _memory_at_home(self, tensor: torch.Tensor) -> torch.Tensor:
         if self._device.type == "cuda":
             return torch.empty_like(tensor.data, device=self._device)
         return aligned_like(tensor.data, self._offsets[id(tensor)])

@@ -135,9 +135,9 @@ def is_dense(tensor: torch.Tensor) -> bool:
     return tensor.stride() == _dense_strides(tensor)
 
 
-def view_as(room: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """View the bytes ``room`` as a tensor like ``like``, with its strides where it is dense."""
-    return room.view(like.dtype).as_strided(like.shape, _dense_strides(like))
+def view_as(memory: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """View the bytes ``memory`` as a tensor like ``like``, with its strides where it is dense."""
+    return memory.view(like.dtype).as_strided(like.shape, _dense_strides(like))
 
 
 def _dense_strides(like: torch.Tensor) -> tuple[int, ...]:

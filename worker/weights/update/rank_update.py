@@ -156,16 +156,16 @@ class RankUpdate:
         for module, name in new:
             self._layouts[module].own(name)
         try:
-            room, self._give_back = self._undo_log.reserve(self._layouts[module].local(name) for module, name in new)
+            copies, self._give_back = self._undo_log.reserve(self._layouts[module].local(name) for module, name in new)
         except UndoBudgetExceeded as error:
             raise Rejected(Unavailable(f"Nothing was written. {error}"), Report()) from error
-        self._reserved = dict(zip(new, room, strict=True))
+        self._reserved = dict(zip(new, copies, strict=True))
 
     def _take_buffers(self, tensors: Tensors) -> None:
         """Take page-locked memory where bytes will pass between the host and a GPU."""
         if not any(
-            len({one.device.type for one in (room, self._layouts[module].local(name), tensors[module][name])}) > 1
-            for (module, name), room in self._reserved.items()
+            len({one.device.type for one in (copy, self._layouts[module].local(name), tensors[module][name])}) > 1
+            for (module, name), copy in self._reserved.items()
         ):
             return
         try:
@@ -176,7 +176,7 @@ class RankUpdate:
 
     def _stage(self, source: TensorSource, on_progress: OnProgress) -> None:
         """Read the bytes that a swap will put in place, so that a failed read fails before any write."""
-        with torch.no_grad(), Copies(source.read, on_progress, self._buffers) as copy:
-            for (module, name), room in self._reserved.items():
-                if owns_pages(room) or room.device.type == "cuda":
-                    copy(self._layouts[module].beside(name, source.tensors[module][name], room))
+        with torch.no_grad(), Copies(source.read, on_progress, self._buffers) as copies:
+            for (module, name), buffer in self._reserved.items():
+                if owns_pages(buffer) or buffer.device.type == "cuda":
+                    copies(self._layouts[module].beside(name, source.tensors[module][name], buffer))

@@ -1,7 +1,7 @@
 """The undo log: memory for the bytes that an update overwrites. The next update uses host memory again.
 
-A tensor that owns its pages gets other pages to swap with, and a tensor on a GPU gets a room there while there is
-plenty: the new bytes are staged in it, and the old ones end in it. Other tensors are copied into blocks. Fresh memory
+A tensor that owns its pages gets other pages to swap with, and a tensor on a GPU gets a buffer there while there is
+memory: the new bytes are staged in it, and the old ones end in it. Other tensors are copied into blocks. Fresh memory
 costs more than the copy, because the kernel clears every page first (1 GB: 0.1 s to copy, 0.5 s into fresh pages of
 4 KB, 0.2 s into fresh pages of 2 MB).
 """
@@ -22,7 +22,7 @@ from ...internals.torch import empty_host_cache
 from ...parallel.device import pinned
 from ..progress import OnProgress
 from . import page_swap
-from .gpu_rooms import GpuRooms
+from .staging_buffers import StagingBuffers
 
 MIN_BLOCK = 64 << 20
 """Bytes of a block, unless one tensor needs more or the limit allows fewer."""
@@ -48,7 +48,7 @@ class _Block:
 class UndoLog:
     """Reserves copies of tensors on ``device``: at most ``limit`` bytes of memory, then files in ``spill`` if given.
 
-    ``limit`` bounds the bytes that are really taken of the host; ``gpu`` has the rooms on the GPU, not counted.
+    ``limit`` bounds the bytes that are really taken of the host; ``gpu`` has the buffers on the GPU, not counted.
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class UndoLog:
         on_gpu: bool = True,
         on_progress: OnProgress = lambda: None,
     ) -> None:
-        self.gpu = GpuRooms(device, enabled=on_gpu)
+        self.gpu = StagingBuffers(device, enabled=on_gpu)
         self._device = device
         self._limit = limit
         self._spill = spill
@@ -72,7 +72,7 @@ class UndoLog:
     def reserve(self, tensors: Iterable[torch.Tensor]) -> tuple[list[torch.Tensor], Callable[[], None]]:
         """Memory for a copy of each tensor, and a function that gives all of it back.
 
-        While there is memory, a tensor that owns its pages gets pages to swap with, and one on a GPU gets a room there.
+        While there is memory, a tensor that owns its pages gets pages to swap with, and one on a GPU a buffer there.
         Later reservations must be given back first. Raises :class:`UndoBudgetExceeded`, and reserves nothing then.
         """
         wanted = list(tensors)
@@ -86,7 +86,9 @@ class UndoLog:
             self.gpu.give_back(taken_on_gpu)
 
         self.gpu.measure()
-        own = {number: room for number, tensor in enumerate(wanted) if (room := self._swappable(tensor)) is not None}
+        own = {
+            number: memory for number, tensor in enumerate(wanted) if (memory := self._swappable(tensor)) is not None
+        }
         left = sum(_rounded(tensor.nbytes) for number, tensor in enumerate(wanted) if number not in own)
         reserved = []
         try:
@@ -94,7 +96,7 @@ class UndoLog:
                 if number in own:
                     reserved.append(own[number])
                     continue
-                reserved.append(self._room_in_block(tensor, left))
+                reserved.append(self._cut_from_block(tensor, left))
                 left -= _rounded(tensor.nbytes)
         except UndoBudgetExceeded:
             give_back()
@@ -121,54 +123,54 @@ class UndoLog:
     def _swappable(self, like: torch.Tensor) -> torch.Tensor | None:
         """Memory to swap with that of ``like``; ``None`` where ``like`` cannot be swapped, or where memory is short."""
         if not page_swap.owns_pages(like):
-            return self.gpu.room_for(like)
+            return self.gpu.buffer_for(like)
         offset = like.data_ptr() % mmap.PAGESIZE
         if unused := self._unused.get((like.nbytes, offset)):
-            room = unused.pop()
+            pages = unused.pop()
         else:
             if self._held() + like.nbytes > self._limit:
                 self.free()
             if self._held() + like.nbytes > self._limit:
                 return None
             try:
-                room = page_swap.allocate_pages(like.nbytes, offset)
+                pages = page_swap.allocate_pages(like.nbytes, offset)
             except OSError:
                 return None
-        self._pages.append(room)
-        return page_swap.view_as(room, like)
+        self._pages.append(pages)
+        return page_swap.view_as(pages, like)
 
     def _give_pages_back(self, remaining: int) -> None:
         """Make reserved pages reusable, except the first ``remaining``."""
-        for room in self._pages[remaining:]:
-            self._unused.setdefault((room.nbytes, room.data_ptr() % mmap.PAGESIZE), []).append(room)
+        for pages in self._pages[remaining:]:
+            self._unused.setdefault((pages.nbytes, pages.data_ptr() % mmap.PAGESIZE), []).append(pages)
         del self._pages[remaining:]
 
     def _held(self) -> int:
         """Bytes of memory, reserved or reusable."""
-        unused = (room for rooms in self._unused.values() for room in rooms)
+        unused = (pages for alike in self._unused.values() for pages in alike)
         blocks = sum(block.memory.nbytes for block in self._blocks if not block.in_file)
-        return blocks + sum(room.nbytes for room in (*self._pages, *unused))
+        return blocks + sum(pages.nbytes for pages in (*self._pages, *unused))
 
-    def _room_in_block(self, like: torch.Tensor, left: int) -> torch.Tensor:
-        """Room in a block for one tensor, where ``left`` bytes are still needed in all."""
+    def _cut_from_block(self, like: torch.Tensor, left: int) -> torch.Tensor:
+        """Memory of a block for one tensor, where ``left`` bytes are still needed in all."""
         size = _rounded(like.nbytes)
         block = next((block for block in self._blocks if block.memory.nbytes - block.used >= size), None)
         if block is None:
             self.free()  # blocks that are too small count against the limit
             block = self._new_block(size, left)
             self._blocks.append(block)
-        room = block.memory[block.used : block.used + like.nbytes]
+        memory = block.memory[block.used : block.used + like.nbytes]
         block.used += size
-        return room.view(like.dtype).view(like.shape)
+        return memory.view(like.dtype).view(like.shape)
 
     def _new_block(self, size: int, left: int) -> _Block:
         """A block for a tensor of ``size`` bytes, and for more of the ``left`` bytes that are needed."""
         held = self._held()
-        room = self._limit - held
+        free = self._limit - held
         if self._device.type == "cuda":
-            in_memory = _pinned_block(size, left, room)
+            in_memory = _pinned_block(size, left, free)
         else:
-            in_memory = min(_paged(left), room) if left <= room else 0
+            in_memory = min(_paged(left), free) if left <= free else 0
         if in_memory:
             return _Block(self._in_memory(in_memory), in_file=False)
         if self._spill is not None:
@@ -211,15 +213,15 @@ def _paged(size: int) -> int:
     return -(-max(size, MIN_BLOCK) // _PAGE) * _PAGE
 
 
-def _pinned_block(size: int, left: int, room: int) -> int:
-    """Bytes of a block of page-locked memory, at least ``size`` and at most ``room``; 0 where there is no such block.
+def _pinned_block(size: int, left: int, free: int) -> int:
+    """Bytes of a block of page-locked memory, at least ``size`` and at most ``free``; 0 where there is no such block.
 
     torch's allocator takes the next power of two of what it is asked for, so nothing else is asked for.
     """
     smallest = 1 << (size - 1).bit_length()
-    if smallest > room:
+    if smallest > free:
         return 0
-    wanted = min(max(left, MIN_BLOCK), _MAX_PINNED_BLOCK, room)
+    wanted = min(max(left, MIN_BLOCK), _MAX_PINNED_BLOCK, free)
     return max(smallest, 1 << (wanted.bit_length() - 1))
 
 
