@@ -30,16 +30,15 @@ class Pending:
     """A call that a coroutine waits for, as answer ``index`` of ``wait``.
 
     A call without ``batchable`` runs alone. ``prompt`` is the cache key of a text encoder's call: equal keys have equal
-    answers. ``state`` holds torch's settings for the call if they differ from the batcher's. ``position`` counts the
-    waits of its coroutine before this one; ``first`` says that none of them was for a call of this name. ``passed``
-    counts the forwards that went before it when it was the oldest call.
+    answers. ``state`` holds torch's settings for the call if they differ from the batcher's. ``first`` says that
+    its coroutine has not waited for a call of this name before. ``passed`` counts the forwards that went before it when
+    it was the oldest call.
     """
 
     wait: Wait
     index: int
     call: Call
     state: ThreadState | None
-    position: int = 0
     first: bool = False
     passed: int = 0
     batchable: Batchable | None = None

@@ -192,7 +192,7 @@ class Batcher:
         """Read the call's signature and prompt key. A call whose arguments cannot be read runs alone from now on."""
         coroutine = wait.coroutine
         first = call.name not in coroutine.called
-        pending = Pending(wait, index, call, coroutine.state, coroutine.waits, first)
+        pending = Pending(wait, index, call, coroutine.state, first)
         if call.around is not None:  # it runs with its own fork's changes, so no other call can join it
             return pending
         try:

@@ -67,8 +67,8 @@ class WaitingCalls:
         first = head = self._calls[0]
         if head.passed < MAX_PASSES and self._policy.batchable(head) is not None:
             for other in self._calls:
-                behind = other.first and other.call.name != head.call.name and other.position < first.position
-                if behind and not other.coroutine.alone:
+                earlier = other.coroutine.waits < first.coroutine.waits
+                if other.first and earlier and other.call.name != head.call.name and not other.coroutine.alone:
                     first = other
         head.passed += first is not head
         self._calls.remove(first)
