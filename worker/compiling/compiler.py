@@ -7,10 +7,10 @@ import logging
 import os
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from queue import SimpleQueue
 
 import torch
 from torch import nn
@@ -44,6 +44,9 @@ class Compiler:
     The thread works on copies alone. So it neither sees nor disturbs updates of weights, sleep, adapters and requests.
     In it, collectives are played: other ranks are elsewhere. The ranks along the ``axes`` share the components' layers;
     all of them call every method together.
+
+    The thread ends when it has nothing to do. OpenMP's threads of all teams count as running for as long as the thread
+    that started them lives, and while there are more than cores, the model's would sleep between operators.
     """
 
     def __init__(
@@ -59,17 +62,16 @@ class Compiler:
         self._programs: dict[type[nn.Module], Program] = {}
         self._components: dict[str, CompiledComponent] = {}
         self._without: dict[str, CompiledComponentStats] = {}
-        self._jobs: SimpleQueue[Job | None] = SimpleQueue()
+        self._jobs = deque[Job]()
         self._agree = agreement(axes)
         self._forwards = 0
         self._open: dict[Ticket, Verdict | None] = {}  # until it is settled, with the verdict once the job has ended
         self._made: dict[Ticket, Graph] = {}  # for open tickets with a verdict that admits
         self._threads = torch.get_num_threads()
-        self._idle = threading.Condition()  # of the open tickets
+        self._idle = threading.Condition()  # of the open tickets, the jobs and the thread
+        self._runs = False
         for name, module in components.items():
             self._add(name, module)
-        self._thread = threading.Thread(target=self._run, name="compiler", daemon=True)
-        self._thread.start()
 
     def active(self, component: str) -> AbstractContextManager[None]:
         """Within this context, the component's blocks run their graphs where they have them."""
@@ -101,7 +103,7 @@ class Compiler:
             reason = f"the arguments of {ticket[1].__name__} cannot be copied ({type(error).__name__})"
             self._end(ticket, Verdict(reason=reason, component=ticket[0]))
         else:
-            self._jobs.put(job)
+            self._enqueue(job)
 
     def wait(self) -> None:
         """Return when nothing is left to compile."""
@@ -111,8 +113,9 @@ class Compiler:
             self._settle()
 
     def close(self) -> None:
-        """End the thread after the current job, without waiting for it."""
-        self._jobs.put(None)
+        """Drop the jobs that wait; the current one ends in its own time."""
+        with self._idle:
+            self._jobs.clear()
 
     def _add(self, name: str, module: nn.Module) -> None:
         try:
@@ -120,6 +123,19 @@ class Compiler:
         except NoBlocks as reason:
             log.warning("%s is not compiled: %s", name, reason)
             self._without[name] = CompiledComponentStats(state="eager", reason=str(reason))
+
+    def _enqueue(self, job: Job) -> None:
+        with self._idle:
+            self._jobs.append(job)
+            starts, self._runs = not self._runs, True
+        if starts:
+            threading.Thread(target=self._run, name="compiler", daemon=True).start()
+
+    def _next(self) -> Job | None:
+        """``None`` tells the thread to end; the next job starts another one."""
+        with self._idle:
+            self._runs = bool(self._jobs)
+            return self._jobs.popleft() if self._jobs else None
 
     def _end(self, ticket: Ticket, verdict: Verdict) -> None:
         with self._idle:
@@ -158,7 +174,7 @@ class Compiler:
         dynamo.restore_nothing()
         # in this thread alone; to measure whether padding pays, inductor would draw from the GPU's global generator
         with dynamo.inductor_config.patch(shape_padding=False), operators.played():
-            while (job := self._jobs.get()) is not None:
+            while (job := self._next()) is not None:
                 self._end(job.ticket, self._compiled(job) if job.component.reason is None else AGAIN)
 
     def _compiled(self, job: Job) -> Verdict:

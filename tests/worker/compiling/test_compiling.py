@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 import logging
 import threading
+import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -106,6 +107,17 @@ def test_the_first_forward_does_not_wait_and_the_next_one_runs_graphs_with_the_s
     assert torch.equal(first, draw(plain))
     assert torch.equal(running.draw(seed=3), draw(plain, seed=3))
     assert (running.stats.state, running.stats.reason) == ("compiled", None)
+
+
+def test_a_thread_that_has_compiled_ends_as_its_openmp_threads_would_send_the_models_to_sleep() -> None:
+    running = Compiling(Stack())
+    for size in (16, 25):
+        running.draw(tokens=size)
+        deadline = time.monotonic() + 60
+        while any(thread.name == "compiler" for thread in threading.enumerate()):
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+    assert running.eager_calls(tokens=25) == 0, "the second size was compiled too"
 
 
 def test_all_blocks_of_a_class_share_one_graph_and_another_one_serves_any_number_of_rows() -> None:
