@@ -79,6 +79,17 @@ class Quantized(msgspec.Struct, frozen=True):
     accuracy: Accuracy | None = None
 
 
+class Offloaded(msgspec.Struct, frozen=True):
+    """An offloaded component on one rank: its bytes in host memory, and on the device while it computes.
+
+    Of its ``streamed_blocks`` two are on the device at a time; 0 if it comes there whole.
+    """
+
+    host_bytes: int
+    device_bytes: int
+    streamed_blocks: int
+
+
 class ImageTask(msgspec.Struct, frozen=True, kw_only=True):
     """The task for requests with images: one for each of ``image_arguments``, in this order.
 
@@ -126,6 +137,7 @@ class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
     batching: Batching
     attention: Attention | None = None
     quantized: dict[str, Quantized] = {}
+    offloaded: dict[str, Offloaded] = {}
     weight_version: str
     divided: dict[str, str] = {}
     """How tensor-parallel ranks share each component with weights, and why one or a part of it is whole on each."""

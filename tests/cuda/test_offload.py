@@ -86,10 +86,12 @@ def test_pictures_are_the_same_bits_and_the_device_holds_no_more_than_it_says(
     replica, offloading = offloaded(shapes, kind)
     assert live(record) - before < 1000
     assert all(map(torch.equal, replica.draw(*requests), wanted))
-    part = offloading.parts["transformer"]
+    sizes = replica.model.info().offloaded
     with offloading.present("transformer"):
-        assert live(record) - before < part.device_bytes + LEFT_OVER
-    assert (part.blocks > 2, part.device_bytes < part.host_bytes) == (kind == "block",) * 2
+        assert live(record) - before < sizes["transformer"].device_bytes + LEFT_OVER
+    by_block = sizes["transformer"].streamed_blocks > 2
+    assert (by_block, sizes["transformer"].device_bytes < sizes["transformer"].host_bytes) == (kind == "block",) * 2
+    assert sizes.keys() == modules(replica.model.pipeline).keys()
     assert all(map(torch.equal, replica.draw(*requests), wanted))
     offloading.rest()
     assert live(record) - before < LEFT_OVER
@@ -133,7 +135,7 @@ def test_little_more_memory_is_page_locked_than_weights_need_and_the_log_says_ho
     record.clear()
     with caplog.at_level("INFO"):
         offloading = Offloading(modules(replica.model.pipeline), device(), by_block=kind == "block")
-    needed = sum(part.host_bytes for part in offloading.parts.values())
+    needed = sum(sizes.host_bytes for sizes in offloading.sizes.values())
     assert needed <= record.pinned_bytes <= 1.1 * needed
     assert f"takes {record.pinned_bytes / 1e6:.1f} MB of page-locked host memory" in caplog.text
     replica.close()

@@ -8,6 +8,7 @@ from typing import Protocol
 
 import torch
 
+from ...protocol.replicas import Offloaded
 from .runner import Stage
 
 
@@ -16,6 +17,10 @@ class Offload(Stage, Protocol):
 
     def present(self, name: str) -> AbstractContextManager[None]:
         """Within this context the component ``name`` is on the device."""
+
+    @property
+    def sizes(self) -> dict[str, Offloaded]:
+        """The sizes of each offloaded component."""
 
     @property
     def shared(self) -> Sequence[torch.Tensor]:

@@ -154,6 +154,7 @@ class Model:
             attention=self.attention,
             weight_version=self.weight_version,
             quantized=self.quantized,
+            offloaded={} if self.offload is None else self.offload.sizes,
             divided=self.divided,
             gpus=[str(torch.cuda.get_device_properties(index).uuid) for index in range(torch.cuda.device_count())],
         )

@@ -17,6 +17,7 @@ from torch import nn
 
 from ...protocol.errors import StartFailed
 from ...protocol.forward_options import ForwardOptions
+from ...protocol.replicas import Offloaded
 from ..forward.batch import Forward
 from ..internals.blocks import NoBlocks, repeated_blocks
 from .block_stream import BlockStream
@@ -56,10 +57,11 @@ class OffloadedPart:
         streamed = {id(tensor) for block in blocks for tensor in _tensors(block)} - shared
         self._rest = HostCopy([one for one in _tensors(component) if id(one) not in streamed | stay], memory)
         self._blocks = BlockStream(blocks, copies, device) if blocks else None
-        self.blocks = len(blocks)
-        self.host_bytes = self._rest.nbytes + sum(copy.nbytes for copy in copies)
-        self.device_bytes = self._rest.nbytes + (0 if self._blocks is None else self._blocks.buffer_bytes)
-        """Bytes on the device while the component is there."""
+        self.sizes = Offloaded(
+            host_bytes=self._rest.nbytes + sum(copy.nbytes for copy in copies),
+            device_bytes=self._rest.nbytes + (0 if self._blocks is None else self._blocks.buffer_bytes),
+            streamed_blocks=len(blocks),
+        )
         become_offloaded(component, device)
 
     def fetch(self) -> None:
@@ -98,13 +100,17 @@ class Offloading:
             raise StartFailed(f"--offload: there is too little page-locked host memory ({error}).") from error
         for tensor in self.shared:
             tensor.data = tensor.data.to(device)
-        for name, part in self.parts.items():
+        for name, sizes in self.sizes.items():
             log.info(
                 "%s rests on the host with %.1f MB, and takes %.1f MB of %s in its forwards%s",
-                *(name, part.host_bytes / 1e6, part.device_bytes / 1e6, device),
-                f", two of its {part.blocks} blocks at a time" if part.blocks else "",
+                *(name, sizes.host_bytes / 1e6, sizes.device_bytes / 1e6, device),
+                f", two of its {sizes.streamed_blocks} blocks at a time" if sizes.streamed_blocks else "",
             )
         log.info("--offload takes %.1f MB of page-locked host memory", memory.nbytes / 1e6)
+
+    @property
+    def sizes(self) -> dict[str, Offloaded]:
+        return {name: part.sizes for name, part in self.parts.items()}
 
     def __call__(self, forward: Forward, proceed: Callable[[], list[Any]]) -> list[Any]:
         with self.present(forward.component.partition(".")[0]):
