@@ -2,9 +2,9 @@
 
 ``python -m safelight.benchmarks.gpu [--minutes 7.5]`` measures FLUX.1-dev, then Z-Image, Wan 2.1 and Qwen-Image, and
 writes each figure to ``benchmarks/results/gpu.json`` and ``gpu.md`` as soon as it is measured, so that nothing is lost
-when the run is ended. A stage that would not fit into the minutes left is skipped; one that fails or takes three times
-what it needs is recorded with its error, and the next one runs. ``--dry`` takes tiny models on the CPU through the
-stages that need no CUDA.
+when the run is stopped. A stage that would not fit into the minutes left is skipped; one that fails or takes three
+times what it needs is recorded with its error, and the next one runs. ``--dry`` takes tiny models on the CPU through
+the stages that need no CUDA.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ def _roomy() -> Path:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
-    parser.add_argument("--minutes", type=float, default=7.5, help="after which every stage is ended")
+    parser.add_argument("--minutes", type=float, default=7.5, help="after which every stage is stopped")
     parser.add_argument(
         "--directory",
         type=Path,

@@ -18,7 +18,7 @@ Figures = Iterator[dict[str, Any]]
 """The figures of a stage, in parts, each as soon as it is measured."""
 
 LONGEST = 3
-"""A stage is ended when it has taken this many times what it usually needs."""
+"""A stage is stopped when it has taken this many times what it usually needs."""
 
 _LAST_CHARACTERS = 3000
 

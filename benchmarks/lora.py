@@ -186,7 +186,7 @@ rounds' ratios.
 | merged | {activation["merge"]:.1f} |
 | taken out | {activation["unmerge"]:.1f} |
 | beside the weights | {activation["dynamic"]:.1f} |
-| by request | nothing is to be done |
+| by request | nothing |
 
 | {CLIENTS} clients of the embedded model | pictures/s |
 |---|---|

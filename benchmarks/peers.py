@@ -183,7 +183,7 @@ def _options() -> argparse.Namespace:
         help="NAME=VALUE for Safelight",
     )
     parser.add_argument("--sglang", nargs="+", default=_folders(), help="folders for SGLang's PYTHONPATH")
-    parser.add_argument("--model", type=Path, help="where the tiny model is, or is to be written")
+    parser.add_argument("--model", type=Path, help="folder of the tiny model, made if missing")
     parser.add_argument("--plain", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--pictures", type=int, default=24, help=argparse.SUPPRESS)
     options = parser.parse_args()

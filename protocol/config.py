@@ -249,8 +249,8 @@ class Config(ForwardOptions, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         float,
         option.replicas(
             "Seconds without a heartbeat, or without progress between two forwards, after which a ready "
-            "replica is started again; a scheduler that gives no sign of life for as long, and for ten seconds at "
-            "least, ends the server",
+            "replica is started again; a scheduler that is silent for as long, and for ten seconds at least, "
+            "ends the server",
             gt=0,
         ),
     ] = 120.0

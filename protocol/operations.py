@@ -5,8 +5,8 @@ One operation in messages::
     server ──Operate──▶ scheduler ──Perform (step by step)──▶ every replica
     server ◀──Operated or Failed── scheduler ◀──Performed (after each step)── every replica
 
-An update has the steps *prepare* (decode and check, nothing is written), *write* (with an undo copy) and *commit* (the
-undo copy goes, the version changes). When a replica fails in one of the first two, all of them *roll back*. Every other
+An update has the steps *prepare* (decode and check, nothing is written), *write* (with an undo log) and *commit* (drop
+the undo log, change the version). When a replica fails in one of the first two, all of them *roll back*. Every other
 operation has one step.
 """
 

@@ -149,7 +149,7 @@ class GraphStats(msgspec.Struct, frozen=True):
     """CUDA graphs of a replica: whether they are in use, or why not, and counters since its start.
 
     ``captures``, ``replays`` and ``misses`` count calls of blocks; a miss ran eagerly. ``evictions`` are shapes that
-    were dropped for want of memory, ``shapes`` and ``mb`` those in memory now. ``eager`` has the reasons for which
+    were dropped for lack of memory, ``shapes`` and ``mb`` those in memory now. ``eager`` has the reasons for which
     blocks run eagerly though their shapes come again.
     """
 

@@ -33,7 +33,7 @@ class TaskResult(msgspec.Struct, frozen=True, kw_only=True):
 class SelfTestResult(msgspec.Struct, frozen=True, kw_only=True):
     """The batcher's mode, the calls that must run alone and why, and the tasks that the model does.
 
-    ``incomplete``: a task did not run, perhaps for want of memory. ``accuracy`` is that of each quantized component.
+    ``incomplete``: a task did not run, perhaps for lack of memory. ``accuracy`` is that of each quantized component.
     """
 
     mode: BatchingMode

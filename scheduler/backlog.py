@@ -1,4 +1,4 @@
-"""The limits of what may wait: how many operations, and how many bytes clients have sent."""
+"""The limits of waiting work: how many operations, and how many bytes clients have sent."""
 
 from __future__ import annotations
 

@@ -281,7 +281,7 @@ class Dispatcher:
     def _abort(self, name: str | None, exact: bool) -> None:
         for request in self._requests:
             if name is None or request.is_named(name, exact=exact):
-                self._stop(request, Conflict("The request was ended by an operator."))
+                self._stop(request, Conflict("The request was aborted by an operator."))
 
 
 def _speaks_for(number: int, message: FromWorker) -> bool:

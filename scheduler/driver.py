@@ -128,7 +128,7 @@ class Driver:
             self.current = item
             item.since = now
             if item.barrier == "abort":
-                make_way = "The request was ended to make way for a change of the weights. Send it again."
+                make_way = "The request was aborted to make way for a change of the weights. Send it again."
                 self._end_all(Conflict(make_way))
         return item is not None
 

@@ -43,7 +43,7 @@ class Loop:
     def run(self) -> NoReturn:
         while True:
             self._wait()
-            # Messages before deadlines: after a pause of this process, the signs of life that came meanwhile count.
+            # Messages before deadlines: after a pause of this process, the heartbeats that came meanwhile count.
             self._read_backend()
             self._read_frontend()
             self._dispatcher.turn(time.monotonic())

@@ -29,7 +29,7 @@ class Pauses:
 
     def pause(self, message: Pause) -> None:
         if message.mode == "abort":
-            self._end_all(Conflict("The request was ended, as generation is paused."))
+            self._end_all(Conflict("The request was aborted, as generation is paused."))
         if "in_place" in (message.mode, self.mode):
             self._tell_all(message.mode == "in_place")
         self.mode = message.mode

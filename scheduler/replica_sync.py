@@ -65,7 +65,7 @@ class ReplicaSync:
     def _loaded_weights(self, number: int, version: str) -> Weights:
         """Without a journal those of the checkpoint; with one, its version tells.
 
-        What was committed while a replica started may have the name of what the journal had before.
+        A version that was committed while a replica started may have the name of one that the journal had before.
         """
         if not self.journal:
             return {}
@@ -127,7 +127,7 @@ class ReplicaSync:
         return not self.missing_modules(replica) and self.missing_adapters(replica) is None
 
     def donor(self) -> Replica | None:
-        """A replica that has the committed weights, rather one that gives signs of life."""
+        """A replica that has the committed weights, rather one whose heartbeats come."""
         having = [replica for replica in self._replicas if self._has_weights(replica)]
         return min(having, key=lambda replica: (replica.state != "ready", replica.number), default=None)
 

@@ -136,7 +136,7 @@ class Replica:
         silent_s, still_s = now - self._last_sign, now - self._last_progress
         forward_s = None if self._forward_began is None else now - self._forward_began
         if silent_s >= config.stall_timeout_s:
-            return f"no sign of life for {silent_s:.0f} s"
+            return f"no heartbeat for {silent_s:.0f} s"
         if forward_s is not None and forward_s >= config.forward_timeout_s:
             return f"one forward has run for {forward_s:.0f} s, and --forward-timeout-s is {config.forward_timeout_s:g}"
         if forward_s is None and still_s >= config.stall_timeout_s:
@@ -181,7 +181,7 @@ class Replica:
         return self._exited and pid == self.pid
 
     def _meet(self, pid: int, now: float) -> list[str]:
-        """Note a sign of life of process ``pid``; a new pid means that the one before is gone."""
+        """Note a message of process ``pid``; a new pid means that the one before is gone."""
         self._last_sign = self._last_progress = now
         if pid == self.pid:
             return []

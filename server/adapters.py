@@ -48,7 +48,7 @@ class SetLora(
     target: Name | list[Name] = Field(ALL, description="The component that it is for")
     strength: float | list[float] = 1.0
     merge_mode: WantedMode | None = None
-    lora_alpha: Alpha | list[Alpha | None] | None = Field(None, description="In place of what its files say")
+    lora_alpha: Alpha | list[Alpha | None] | None = Field(None, description="In place of the value in its files")
     mode: Barrier | None = None
     strict: bool = Field(True, description="Refuse an adapter that has layers which the model does not have")
 
@@ -100,7 +100,7 @@ def routes(service: Service) -> APIRouter:
             summary="Take merged adapters out, with every byte as before",
         ),
         Route(
-            path="/unload_lora", handler=handlers.unload, body=Unload, answer=_CHANGED, summary="Let go of an adapter"
+            path="/unload_lora", handler=handlers.unload, body=Unload, answer=_CHANGED, summary="Unload an adapter"
         ),
         method="POST", reply=Changed,
     )  # fmt: skip
@@ -152,7 +152,7 @@ class _Routes:
         if len(set(nicknames)) < len(nicknames):
             raise InvalidRequest("A nickname is given twice.", field="lora_nickname")
         if body.lora_path is not None and any(nickname.startswith(SENT) for nickname in nicknames):
-            raise InvalidRequest(f"{SENT} is the name of what comes as tensors.", field="lora_nickname")
+            raise InvalidRequest(f"{SENT} is the nickname of adapters that are sent as tensors.", field="lora_nickname")
         paths = _each(body.lora_path, nicknames, "lora_path") if body.lora_path is not None else [None] * len(nicknames)
         targets = _each(body.target, nicknames, "target")
         alphas = _each(body.lora_alpha, nicknames, "lora_alpha")

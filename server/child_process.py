@@ -57,7 +57,7 @@ class ChildProcess:
     """
 
     def __init__(self, name: str, pid: int, lifeline: int) -> None:
-        """Raises ``OSError`` where there is no thread to wait for the process; it is ended then."""
+        """Raises ``OSError`` where there is no thread to wait for the process, which is killed then."""
         self.name = name
         self.pid = pid
         self._lifeline: int | None = lifeline
@@ -92,7 +92,7 @@ class ChildProcess:
     async def configure(self, config: ChildConfig) -> None:
         """Write ``config`` to the process's standard input, which stays open.
 
-        Raises ``OSError`` where there is no thread to do so; the process is ended then.
+        Raises ``OSError`` where there is no thread to do so; the process is killed then.
         """
         assert self._lifeline is not None, "it was not stopped"
         try:

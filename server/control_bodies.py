@@ -16,7 +16,7 @@ class Nothing(Body, json_schema_extra={"example": {}}):
 
 
 class Occupation(Body, json_schema_extra={"example": {"tags": ["weights"]}}):
-    """Everything that is put away is kept, whether ``cpu_backup_tags`` name it or not."""
+    """Everything that is offloaded is kept, whether ``cpu_backup_tags`` name it or not."""
 
     tags: list[Name] | None = Field(None, description="`weights`, `caches`, or names of modules; all when omitted")
     cpu_backup_tags: list[Name] | None = Field(None, description="Accepted, and without effect")

@@ -33,7 +33,7 @@ _GRAPH_COUNTERS = {
     "captures": "Calls of blocks that were captured as CUDA graphs",
     "replays": "Calls of blocks that a CUDA graph answered",
     "misses": "Calls of blocks that ran eagerly though CUDA graphs are on",
-    "evictions": "Shapes whose CUDA graphs were dropped for want of memory",
+    "evictions": "Shapes whose CUDA graphs were dropped for lack of memory",
 }
 
 
@@ -41,7 +41,7 @@ _COMPILED_COUNTERS = {
     "graphs": "Graphs that were compiled of the component's blocks",
     "seconds": "Seconds that the compiler has worked on the component",
     "block_calls": "Calls of the component's blocks that ran a compiled graph",
-    "eager_block_calls": "Calls of the component's blocks that ran eagerly for want of a graph",
+    "eager_block_calls": "Calls of the component's blocks that ran eagerly for lack of a graph",
     "kinds": "Kinds of calls of the component's blocks that have a graph",
     "kinds_over_limit": "Kinds of calls that run eagerly because their class of blocks has too many graphs",
 }

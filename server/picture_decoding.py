@@ -1,4 +1,4 @@
-"""Pictures of requests, decoded in a few processes of their own, which are ended when one takes too long."""
+"""Pictures of requests, decoded in a few processes of their own, which are killed when one takes too long."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ CPU_S = 10.0
 """Seconds of CPU time that the pictures of a request may take. The largest take about one."""
 
 WALL_S = 60.0
-"""Seconds after which a process is ended that says nothing, as one that is stopped uses no CPU time."""
+"""Seconds after which a process is killed that says nothing, as one that is stopped uses no CPU time."""
 
 
 class PictureDecoding:
@@ -95,7 +95,7 @@ class PictureDecoding:
         return InvalidRequest("The images cannot be decoded: the library that reads them crashes.", field="image")
 
     def _decoder(self) -> subprocess.Popen[bytes]:
-        """This thread's process, started again when it was ended."""
+        """This thread's process, started again when it was killed."""
         running: subprocess.Popen[bytes] | None = vars(self._own).get("process")
         if running is None or running.poll() is not None:
             running = self._own.process = subprocess.Popen(

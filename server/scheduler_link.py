@@ -166,7 +166,7 @@ class SchedulerLink:
     ) -> Iterator[Subscription]:
         """Send ``message`` and receive its events. Leaving before the end cancels the request.
 
-        Raises ``Unavailable`` where the scheduler has yet to take too much of what was sent before.
+        Raises ``Unavailable`` where too many bytes sent before still wait for the scheduler.
         """
         timeout_s = self._timeout_s(message) if isinstance(message, Generate) else None
         with self._subscribed(message, Subscription(message.request_id, timeout_s)) as subscription:

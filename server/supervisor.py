@@ -135,7 +135,7 @@ class Supervisor:
         return await ChildProcess.start("worker.rank", child)
 
     async def _ends(self, worker: RankProcesses, number: int) -> str:
-        """Wait until a process of the replica ends, or until it gives no sign of life; says which, in a sentence."""
+        """Wait until a process of the replica ends, or until its heartbeats stop; says which, in a sentence."""
 
         def stalled(status: Status) -> str | None:
             replica = next((r for r in status.replicas if r.replica == number and r.pid == worker.pid), None)

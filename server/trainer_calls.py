@@ -96,4 +96,4 @@ class _Routes:
         return {**success("All tensors are as they were."), **self._operations.version(operated)}
 
     async def post_process(self, request: Request, body: bodies.PostProcess) -> dict[str, Any]:
-        return success("Nothing is to be done; weights serve as they are written.")
+        return success("Nothing was needed: weights serve as they are written.")

@@ -176,7 +176,7 @@ async def _head(chunks: AsyncIterator[bytes], size: int) -> bytearray:
 
 
 def _write(stream: FileIO, batch: list[bytes]) -> None:
-    """All of it, or it raises ``OSError``: a memory that is full takes a part of what it is given."""
+    """All of it, or it raises ``OSError``: a memory that is full takes a part of the bytes."""
     for data in batch:
         left = memoryview(data)
         while left:

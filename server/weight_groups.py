@@ -91,7 +91,7 @@ class GroupRoutes:
     async def _receive(self, request: Request, body: bodies.FromDistributed) -> dict[str, Any]:
         targets = body.target_modules or ["transformer"]
         if len(targets) != 1:
-            raise InvalidRequest("One call is for one module; the group is ended.", field="target_modules")
+            raise InvalidRequest("One call is for one module; the group was destroyed.", field="target_modules")
         source = Broadcast(body.group_name, targets[0], list(body.names), body.dtypes, body.shapes)
         if body.weight_update_mode == "lora_merge":
             return await self._writing.merge(request, source, targets[0], body)

@@ -77,7 +77,7 @@ def routes(service: Service) -> APIRouter:
         [
             Route(
                 path="/pause", handler=handlers.pause, body=Nothing, query=PauseQuery, answer="`status`",
-                summary="Stop generation; requests wait (mode keep or wait) or are ended (abort)",
+                summary="Stop generation; requests wait (mode keep or wait) or are aborted (abort)",
             ),
             Route(path="/resume", handler=handlers.resume, body=Nothing, summary="Go on", answer="`status`"),
             Route(
@@ -210,8 +210,8 @@ def _unpacked(fields: dict[str, Any]) -> dict[str, Any]:
     """``fields`` without those that say how tensors are packed. Raises ``InvalidRequest`` for ones that are."""
     if fields.get("packed"):
         raise InvalidRequest(
-            "Tensors are received one by one; send packed = false. The group is ended.", field="packed"
+            "Tensors are received one by one; send packed = false. The group was destroyed.", field="packed"
         )
     if fields.get("is_checkpoint_format") is False:
-        raise InvalidRequest(f"{_CHECKPOINT_NAMES} The group is ended.", field="is_checkpoint_format")
+        raise InvalidRequest(f"{_CHECKPOINT_NAMES} The group was destroyed.", field="is_checkpoint_format")
     return {name: value for name, value in fields.items() if name not in _OF_PACKING}

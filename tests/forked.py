@@ -32,7 +32,7 @@ class Forked(subprocess.Popen[Any]):
         super().__init__([entry, *map(str, arguments)], **{"text": True, **options})
 
     def _execute_child(self, args: list[str], *rest: Any) -> None:
-        """Called by ``Popen.__init__``, whose descriptors it gets; -1 where the standard one is to be inherited."""
+        """Called by ``Popen.__init__``, whose descriptors it gets; -1 where the standard one is inherited."""
         cwd, environment, new_session = rest[4], rest[5], rest[20]
         given = [rest[9], rest[12], rest[14]]  # its ends of the pipes
         program = Program(args[0], args[1:], str(cwd or Path.cwd()), dict(environment or os.environ), bool(new_session))

@@ -11,7 +11,7 @@ import pytest
 from safelight.tests.live import LiveServer
 
 MOST = 3
-"""Servers that wait for another use. Whoever wants one more ends the one that waited longest."""
+"""Servers that wait for another use. Taking one more ends the one that waited longest."""
 
 
 def by_family(*families: str) -> list[Any]:

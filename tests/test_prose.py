@@ -40,9 +40,12 @@ _OPENING = re.compile(r"(What|Whether|Of|By|Who|Whose|Whoever|Whatever|That|Thos
 """How no docstring begins: it says what a thing is or does, subject or verb first."""
 
 _PHRASES = re.compile(
-    r"\b(told|whoever|whosoever|such as (?:are|is)|of which|by which|(?:what|which|who) (?:is|are|was) to be"
-    r"|(?<!there )(?<!There )(?:is|are|was) no (?!longer\b|more\b|less\b)[a-z]+|lets? go of|in hand|nobody's"
-    r"|but for such|by itself alone|is said|are said|anatomy|anatomies|dissects?|parking|givers?|test who)\b"
+    r"\b(told|whoever|whosoever|such as (?:are|is)|of which|by which|by whom|(?:is|are|was|were) to be"
+    r"|(?<!there )(?:is|are|was) no (?!longer\b|more\b|less\b)[a-z]+|lets? go of|in hand|nobody's"
+    r"|but for such|by itself alone|is said|are said|anatomy|anatomies|dissects?|parking|parked|givers?|test who"
+    r"|there is room for|(?:is|are|was|were) ended|used for longest|puts? away|tells? of|what was$|for want of"
+    r"|signs? of life|undo cop(?:y|ies)|rooms)\b",
+    re.IGNORECASE,
 )
 
 

@@ -48,7 +48,7 @@ MODELS: dict[str, dict[str, Any]] = (
 class Parts:
     """The components of ``pipeline``, as its constructor takes them.
 
-    ``changes`` are by the constructor's names: ``...`` for an optional component that is to be there, arguments over
+    ``changes`` are by the constructor's names: ``...`` for an optional component that is included, arguments over
     those of its form, an :class:`Other` class, a function of the tokenizer, or the value itself.
     """
 

@@ -12,7 +12,7 @@ Stage = Literal["left out", "build", "diffusers", "load", "serve", "done"]
 
 
 class Row(msgspec.Struct):
-    """``stage`` is how far it came, and ``reason`` what ended it there, or what else is to be said.
+    """``stage`` is how far it came, and ``reason`` what ended it there, or a remark.
 
     ``mode`` is the self-test's; ``calls`` and ``forwards`` are those of three requests together; ``worst`` is the
     largest difference that merging made; ``parallel`` says how two ranks did.

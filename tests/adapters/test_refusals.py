@@ -136,7 +136,7 @@ def test_a_file_that_has_changed_is_read_again(server: Trainer, adapters: Adapte
     assert len(list(server.shared().glob("adapter-*"))) == 1
 
 
-def test_adapters_that_were_not_used_for_longest_make_room(serve: Serve, adapters: Adapters) -> None:
+def test_the_least_recently_used_adapters_are_evicted(serve: Serve, adapters: Adapters) -> None:
     with serve("--max-loras", "2") as server:
         for name in ("first", "second"):
             set_lora(server, name, lora_path=adapters.path(name), merge_mode="request")
@@ -146,7 +146,7 @@ def test_adapters_that_were_not_used_for_longest_make_room(serve: Serve, adapter
         assert "second was unloaded" in reported["message"]
         set_lora(server, ["first", "third"], merge_mode="dynamic")
         body = {"lora_nickname": "second", "lora_path": adapters.path("second"), "merge_mode": "request"}
-        assert "room for 2 adapters" in refused(server, 409, "/v1/set_lora", body)
+        assert "At most 2 adapters" in refused(server, 409, "/v1/set_lora", body)
         assert is_drawn(server, adapters, ("first", 1.0), ("third", 1.0))
 
 

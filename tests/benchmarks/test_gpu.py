@@ -69,7 +69,7 @@ def test_a_figure_is_on_disk_before_the_next_one_is_measured(tmp_path: Path) -> 
     assert json.loads(seen[0])["models"]["flux"]["served"] == {"start_s": 3.0}
 
 
-def test_a_stage_that_hangs_is_ended_and_the_next_one_runs(tmp_path: Path) -> None:
+def test_a_stage_that_hangs_is_stopped_and_the_next_one_runs(tmp_path: Path) -> None:
     ended: list[bool] = []
 
     def hangs() -> Figures:

@@ -90,7 +90,7 @@ def _host_form(leaf: Any) -> Any:
         return torch.device("cpu")
     if not isinstance(leaf, torch.Tensor) or leaf.device.type != "cuda":
         return leaf
-    if leaf.dim() == 1 and leaf.numel() == 0:  # an output that is to be resized, which DLPack's memory cannot be
+    if leaf.dim() == 1 and leaf.numel() == 0:  # an output for resizing, which DLPack's memory cannot be
         return torch.empty(0, dtype=leaf.dtype)
     return on_host(leaf)
 

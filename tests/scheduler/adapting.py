@@ -22,7 +22,7 @@ from safelight.protocol.adapters import (
 from safelight.protocol.errors import NotFound
 
 MOST = 3
-"""So many are kept; of more, those go that are not active and were not used for longest."""
+"""So many are kept; over it, the least recently used ones that are not active are evicted."""
 
 
 def set_adapters(

@@ -234,7 +234,7 @@ def test_an_operation_is_not_for_a_replica_that_could_not_be_given_the_adapters(
 
 
 def test_an_operation_is_refused_when_no_replica_could_be_given_the_adapters() -> None:
-    """It would wait until the last of them is ended."""
+    """It would wait until the last of them ends."""
     stage = Operating(replicas=1, ready=0, adapters=INK)
     stage.start(0)
     stage.operate("digests", Digests())

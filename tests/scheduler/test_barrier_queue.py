@@ -1,4 +1,4 @@
-"""The barrier queue: what came before an operation ends, is ended or goes on, and what came after it waits."""
+"""The barrier queue: what came before an operation ends, is aborted or goes on, and what came after it waits."""
 
 import pytest
 
@@ -81,7 +81,7 @@ def test_requests_and_operations_keep_their_order(barrier: Barrier) -> None:
     assert stage.given(0)[-1] == "after"
 
 
-def test_held_requests_count_as_queued_and_towards_the_bound() -> None:
+def test_requests_behind_an_operation_count_as_queued_and_towards_the_bound() -> None:
     stage = Operating(replicas=1, config=Config(max_running=1, max_queue=3))
     stage.server(generate("runs"), generate("waits"))
     stage.operate("u", update(), "wait")
@@ -92,7 +92,7 @@ def test_held_requests_count_as_queued_and_towards_the_bound() -> None:
     assert (status.queued, status.running) == (3, 1)
 
 
-def test_a_held_request_keeps_its_deadline_and_may_be_taken_back() -> None:
+def test_a_request_behind_an_operation_keeps_its_deadline_and_may_be_taken_back() -> None:
     stage = Operating(replicas=1)
     stage.operate("u", update())
     stage.server(
@@ -115,7 +115,7 @@ def test_a_held_request_keeps_its_deadline_and_may_be_taken_back() -> None:
     assert stage.given(0) == ["stays", "other.1"], "which nobody ends who only guesses its client's name for it"
 
 
-def test_held_requests_do_not_wait_for_a_restart() -> None:
+def test_requests_behind_an_operation_do_not_wait_for_a_restart() -> None:
     stage = Operating(replicas=1)
     stage.operate("u", update())
     stage.server(generate("held"))
@@ -124,7 +124,7 @@ def test_held_requests_do_not_wait_for_a_restart() -> None:
     assert "lost" in stage.refusal("u")
 
 
-def test_an_operation_whose_client_goes_away_in_the_line_is_not_done() -> None:
+def test_an_operation_whose_client_goes_away_in_the_queue_is_not_done() -> None:
     stage = Operating(replicas=1)
     stage.operate("first", update("first"))
     stage.operate("second", update("second"))
@@ -152,7 +152,7 @@ def test_an_operation_whose_client_goes_away_while_it_waits_for_requests_to_end_
     stage.operate("gone", operation, "wait")
     stage.server(generate("behind"))
     stage.server(Cancel("gone"))
-    assert stage.given(0) == ["runs", "behind"], "nothing is to be waited for"
+    assert stage.given(0) == ["runs", "behind"], "there is nothing to wait for"
     assert stage.ordered == []
     stage.operate("next", Digests())
     stage.do_all()

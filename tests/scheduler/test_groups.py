@@ -86,7 +86,7 @@ def test_a_group_can_be_destroyed_while_it_is_joined_also_during_a_begun_update(
 
 
 @pytest.mark.parametrize("why", ["the replica is lost", "the client is gone"])
-def test_a_join_that_cannot_come_to_a_good_end_is_ended_everywhere(why: str) -> None:
+def test_a_join_that_cannot_come_to_a_good_end_is_aborted_everywhere(why: str) -> None:
     stage = Joining()
     asked = stage.join()
     if why == "the client is gone":

@@ -8,7 +8,7 @@ from safelight.tests.scheduler.operating import Operating, update
 from safelight.tests.scheduler.stage import generate, result
 
 
-def test_while_asleep_nothing_is_accepted_and_held_requests_are_reported() -> None:
+def test_while_asleep_nothing_is_accepted_and_requests_behind_operations_are_reported() -> None:
     stage = Operating()
     stage.server(generate("runs"))
     stage.operate("sleep", Sleep(["transformer", "vae"]), "wait")

@@ -349,7 +349,7 @@ class OperationsMachine(RuleBasedStateMachine):
         if self.with_journal and all(self.account.journal_has(truth) for truth in self.account.truths):
             self.kill_all(None, back=True)
             self.settle()
-            assert self.serving() == list(range(REPLICAS)), "nothing is to be sent again"
+            assert self.serving() == list(range(REPLICAS)), "nothing must be sent again"
         if self.with_journal:  # no replica may read a half-written one
             words = {module: [self.name("whole")] for module in CHECKPOINT}
             self.ask(Update(source=Files(words), weight_version=self.name("version")))

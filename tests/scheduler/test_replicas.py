@@ -197,10 +197,10 @@ def test_a_process_that_ends_its_heartbeats_within_a_forward_is_found_by_its_sil
     stage.wait(9.0)
     assert stage.replica().state == "ready"
     stage.wait(1.0)
-    assert (stage.replica().state, stage.replica().message) == ("stalled", "no sign of life for 10 s")
+    assert (stage.replica().state, stage.replica().message) == ("stalled", "no heartbeat for 10 s")
 
 
-def test_progress_counts_as_a_sign_of_life() -> None:
+def test_progress_counts_as_a_heartbeat() -> None:
     stage = Stage(config=Config(stall_timeout_s=10.0))
     stage.server(generate("a"))
     for _ in range(5):

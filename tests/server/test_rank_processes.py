@@ -42,7 +42,7 @@ async def test_the_end_of_one_rank_is_reported_with_its_number_and_its_status(tm
 
 
 @pytest.mark.anyio
-async def test_ranks_whose_brother_has_died_are_ended_before_its_end_is_reported(tmp_path: Path) -> None:
+async def test_ranks_whose_brother_has_died_are_killed_before_its_end_is_reported(tmp_path: Path) -> None:
     """One that waits for it would not end by itself, and would get requests until it did."""
 
     async def start_rank(child: ChildConfig) -> ChildProcess:

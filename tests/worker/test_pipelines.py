@@ -101,12 +101,12 @@ def test_a_scheduler_whose_step_takes_the_last_step_s_estimate_too_is_served(
 @pytest.mark.parametrize("name", NOT_LIVE)
 def test_six_mixed_requests_together_are_what_each_is_alone(name: str, tiny_model: Callable[[str], Model]) -> None:
     model = tiny_model(name)
-    verdict = SelfTest(model, Config()).run()
-    assert verdict.mode == "merged", model.main.batching.reason
+    result = SelfTest(model, Config()).run()
+    assert result.mode == "merged", model.main.batching.reason
     requests = [request(name, index) for index in range(6)]
     expected = [plain(model, asked) for asked in requests]
-    batcher = new_batcher(verdict.mode)
-    batcher.policy.unmergeable.update(verdict.unmergeable)
+    batcher = new_batcher(result.mode)
+    batcher.policy.unmergeable.update(result.unmergeable)
     together = through_batcher(model, batcher, requests)
     worst = max((a - b).abs().max().item() for a, b in zip(expected, together, strict=True))
     assert worst <= 1e-4
@@ -133,8 +133,8 @@ def test_shared_modules_are_as_they_were_after_the_self_test_and_a_cancelled_req
     name: str, tiny_model: Callable[[str], Model]
 ) -> None:
     fresh, model = tiny_model(name), tiny_model(name)
-    verdict = SelfTest(model, Config()).run()
-    batcher = new_batcher(verdict.mode)
+    result = SelfTest(model, Config()).run()
+    batcher = new_batcher(result.mode)
     doomed = SampleRun(model, request(name, 0, num_inference_steps=50), 0, lambda *_: None, lambda _: None)
     batcher.start(doomed.coroutine)
     for _ in range(6):
@@ -189,8 +189,8 @@ def test_state_that_a_component_keeps_of_a_request_is_found_out_and_ends_with_th
 
 def test_batching_can_be_chosen_by_hand(tiny_model: Callable[[str], Model]) -> None:
     for mode in ("serial", "interleaved"):
-        verdict = SelfTest(tiny_model("flux"), Config(batching=mode)).run()
-        assert verdict.mode == mode
+        result = SelfTest(tiny_model("flux"), Config(batching=mode)).run()
+        assert result.mode == mode
 
 
 def test_a_prompt_is_encoded_once_for_a_group_of_outputs(tiny_model: Callable[[str], Model]) -> None:

@@ -1,4 +1,4 @@
-"""Judges a part of a model that was made faster, by the rule that whole components are held to."""
+"""Verify a part of a model that was made faster, by the rule for whole components."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Regional compilation: the repeated blocks of components, compiled in the background and judged before they serve."""
+"""Regional compilation: repeated blocks of components, compiled in the background and verified before they serve."""

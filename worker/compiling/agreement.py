@@ -10,7 +10,7 @@ import msgspec
 from ..parallel.ranks import Ranks
 
 
-class Verdict(msgspec.Struct, frozen=True, array_like=True):
+class Decision(msgspec.Struct, frozen=True, array_like=True):
     """How a job has ended. ``component`` is refused for ``reason``; without one, a later call tries again."""
 
     admitted: bool = False
@@ -18,15 +18,15 @@ class Verdict(msgspec.Struct, frozen=True, array_like=True):
     component: str = ""
 
 
-AGAIN = Verdict()
+AGAIN = Decision()
 
-Verdicts = Mapping[str, Verdict | None]
-"""Verdicts by the names of jobs; ``None`` for a job that has not ended."""
+Decisions = Mapping[str, Decision | None]
+"""Decisions by the names of jobs; ``None`` for a job that has not ended."""
 
-_VERDICTS = msgspec.msgpack.Decoder(dict[str, Verdict | None])
+_DECISIONS = msgspec.msgpack.Decoder(dict[str, Decision | None])
 
-Agree = Callable[[Verdicts], Verdicts]
-"""Returns the jobs of all ranks with their common verdicts. A collective."""
+Agree = Callable[[Decisions], Decisions]
+"""Returns the jobs of all ranks with their common decisions. A collective."""
 
 
 def agreement(axes: Sequence[Ranks]) -> Agree | None:
@@ -35,17 +35,17 @@ def agreement(axes: Sequence[Ranks]) -> Agree | None:
     return (lambda own: _agreed(own, shared)) if shared else None
 
 
-def _agreed(own: Verdicts, axes: Sequence[Ranks]) -> Verdicts:
+def _agreed(own: Decisions, axes: Sequence[Ranks]) -> Decisions:
     for ranks in axes:
-        everywhere = [_VERDICTS.decode(verdicts) for verdicts in ranks.all_gather_bytes(msgspec.msgpack.encode(own))]
+        everywhere = [_DECISIONS.decode(decisions) for decisions in ranks.all_gather_bytes(msgspec.msgpack.encode(own))]
         names = dict.fromkeys(chain.from_iterable(everywhere))
-        own = {name: _common([verdicts.get(name, AGAIN) for verdicts in everywhere]) for name in names}
+        own = {name: _common([decisions.get(name, AGAIN) for decisions in everywhere]) for name in names}
     return own
 
 
-def _common(verdicts: Sequence[Verdict | None]) -> Verdict | None:
-    """The verdict that is furthest from admitting. A rank without the job has not met this kind of call."""
-    if None in verdicts:
+def _common(decisions: Sequence[Decision | None]) -> Decision | None:
+    """The decision that is furthest from admitting. A rank without the job has not met this kind of call."""
+    if None in decisions:
         return None
-    refused = (verdict for verdict in verdicts if verdict is not None and verdict.reason is not None)
-    return next(refused, AGAIN if AGAIN in verdicts else verdicts[0])
+    refused = (decision for decision in decisions if decision is not None and decision.reason is not None)
+    return next(refused, AGAIN if AGAIN in decisions else decisions[0])

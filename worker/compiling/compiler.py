@@ -1,4 +1,4 @@
-"""The compiler's thread: it compiles copies of blocks, and judges the result, while the replica serves."""
+"""The compiler's thread: it compiles copies of blocks, and verifies them, while the replica serves."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from ..internals.blocks import NoBlocks
 from ..parallel import operators
 from ..parallel.ranks import Ranks
 from .admission import Judge, NotAdmitted, admit
-from .agreement import AGAIN, Verdict, agreement
+from .agreement import AGAIN, Decision, agreement
 from .component import CompiledComponent, Job, Ticket
 from .program import Backend, Graph, LimitMet, Program, SettingsChanged
 
@@ -65,8 +65,8 @@ class Compiler:
         self._jobs = deque[Job]()
         self._agree = agreement(axes)
         self._forwards = 0
-        self._open: dict[Ticket, Verdict | None] = {}  # until it is settled, with the verdict once the job has ended
-        self._made: dict[Ticket, Graph] = {}  # for open tickets with a verdict that admits
+        self._open: dict[Ticket, Decision | None] = {}  # until it is settled, with the decision once the job has ended
+        self._made: dict[Ticket, Graph] = {}  # for open tickets with a decision that admits
         self._threads = torch.get_num_threads()
         self._idle = threading.Condition()  # of the open tickets, the jobs and the thread
         self._runs = False
@@ -101,7 +101,7 @@ class Compiler:
         except Exception as error:  # there is no memory for a copy, or an argument has none: the request goes on
             log.warning("the call of a block of %s cannot be copied", ticket[0], exc_info=True)
             reason = f"the arguments of {ticket[1].__name__} cannot be copied ({type(error).__name__})"
-            self._end(ticket, Verdict(reason=reason, component=ticket[0]))
+            self._end(ticket, Decision(reason=reason, component=ticket[0]))
         else:
             self._enqueue(job)
 
@@ -137,33 +137,33 @@ class Compiler:
             self._runs = bool(self._jobs)
             return self._jobs.popleft() if self._jobs else None
 
-    def _end(self, ticket: Ticket, verdict: Verdict) -> None:
+    def _end(self, ticket: Ticket, decision: Decision) -> None:
         with self._idle:
-            self._open[ticket] = verdict
+            self._open[ticket] = decision
             if self._agree is None:
                 self._settle()
             self._idle.notify_all()
 
     def _settle(self) -> None:
-        """Let the verdicts hold that there are on all ranks."""
+        """Apply the decisions that all ranks share."""
         with self._idle:
-            verdicts = {_name(ticket): verdict for ticket, verdict in self._open.items()}
+            decisions = {_name(ticket): decision for ticket, decision in self._open.items()}
         if self._agree is not None:
-            verdicts = dict(self._agree(verdicts))
+            decisions = dict(self._agree(decisions))
         with self._idle:
             for ticket in list(self._open):
-                if (verdict := verdicts.get(_name(ticket))) is not None:
+                if (decision := decisions.get(_name(ticket))) is not None:
                     del self._open[ticket]
-                    self._apply(ticket, verdict)
-            for verdict in verdicts.values():  # also of jobs that this rank lacks
-                if verdict is not None and verdict.reason is not None:
-                    log.warning("%s is not compiled: %s", verdict.component, verdict.reason)
-                    self._components[verdict.component].refuse(verdict.reason)
+                    self._apply(ticket, decision)
+            for decision in decisions.values():  # also of jobs that this rank lacks
+                if decision is not None and decision.reason is not None:
+                    log.warning("%s is not compiled: %s", decision.component, decision.reason)
+                    self._components[decision.component].refuse(decision.reason)
 
-    def _apply(self, ticket: Ticket, verdict: Verdict) -> None:
+    def _apply(self, ticket: Ticket, decision: Decision) -> None:
         name, cls, key = ticket
         graph = self._made.pop(ticket, None)
-        if verdict.admitted:
+        if decision.admitted:
             assert graph is not None
             self._components[name].admit(cls, key, graph)
 
@@ -177,16 +177,16 @@ class Compiler:
             while (job := self._next()) is not None:
                 self._end(job.ticket, self._compiled(job) if job.component.reason is None else AGAIN)
 
-    def _compiled(self, job: Job) -> Verdict:
+    def _compiled(self, job: Job) -> Decision:
         began, graphs = time.monotonic(), job.program.graphs
-        verdict = self._verdict(job)
+        decision = self._decision(job)
         seconds = time.monotonic() - began
         job.component.seconds += seconds
         if job.program.graphs > graphs:
             log.info("compiled %s of %s in %.1f s", job.program.cls.__name__, job.component.name, seconds)
-        return verdict
+        return decision
 
-    def _verdict(self, job: Job) -> Verdict:
+    def _decision(self, job: Job) -> Decision:
         component, cls = job.component, job.program.cls.__name__
         try:
             graph = job.program.compile(job.block, job.arguments)
@@ -197,13 +197,13 @@ class Compiler:
         except SettingsChanged:  # a later call comes again
             log.info("%s of %s: torch's settings changed while its graph was made", cls, component.name)
         except NotAdmitted as reason:
-            return Verdict(reason=str(reason), component=component.name)
+            return Decision(reason=str(reason), component=component.name)
         except Exception as error:  # the compiler raises any class; the component serves without it
             log.warning("%s is not compiled", component.name, exc_info=True)
-            return Verdict(reason=f"{cls} does not compile ({_described(error)})", component=component.name)
+            return Decision(reason=f"{cls} does not compile ({_described(error)})", component=component.name)
         else:
             self._made[job.ticket] = graph
-            return Verdict(admitted=True)
+            return Decision(admitted=True)
         return AGAIN
 
 

@@ -92,7 +92,7 @@ class Changes:
         """Restore the components, and keep what was written for the next :meth:`show`."""
         assert self._shown, "hidden once"
         self._shown = False
-        # in reverse order: a table may be part of what was written to another
+        # in reverse order: a table may be part of a value that was written to another
         self._changed = {key for key in reversed(self._pieces) if self._pieces[key].close()}
         kept = self._changed | self._lasting
         self._pieces = {key: piece for key, piece in self._pieces.items() if key in kept}

@@ -36,7 +36,7 @@ class Adapters(Protocol):
         """
 
     def memory(self, component: str) -> Hashable:
-        """Which memory, and of what shapes, a forward of ``component`` reads for adapters, within :meth:`applied`."""
+        """The memory that a forward of ``component`` reads for adapters within :meth:`applied`, and its shapes."""
 
     def forget_gathered(self) -> None:
         """Release the memory that forwards need for adapters; the next one allocates it again."""

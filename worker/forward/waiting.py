@@ -105,7 +105,7 @@ class _Batch:
         return part.signature == self._signature and other.state == self._state
 
     def take(self, other: Pending, part: Batchable, uses: ActiveAdapters) -> bool:
-        """Add ``other`` if there is room for it, and say whether it was added."""
+        """Add ``other`` if it fits, and say whether it was added."""
         is_new = other.coroutine not in self._coroutines  # the calls of one coroutine, as of guidance, count as one
         if (is_new and len(self._coroutines) == self._max_outputs) or (
             self._positions + part.positions > self._max_positions

@@ -29,7 +29,7 @@ _NEAREST = 3
 
 @dataclass(slots=True)
 class Counters:
-    """Calls of blocks that were recorded, replayed, and run eagerly; shapes dropped for want of memory."""
+    """Calls of blocks that were recorded, replayed, and run eagerly; shapes dropped for lack of memory."""
 
     captures: int = 0
     replays: int = 0
@@ -126,7 +126,7 @@ class Library:
         return NO_MEMORY if shape is None else shape.refused[block.name]
 
     def drop_all(self) -> bool:
-        """Drop everything for want of memory. Returns true if there was something."""
+        """Drop everything for lack of memory. Returns true if there was something."""
         keys = [*self._shapes]
         for key in keys:
             self._drop(key)

@@ -1,4 +1,4 @@
-"""A recorded call of a block: a recording, and the structure of what the block returns."""
+"""A recorded call of a block: a recording, and the structure of the block's output."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ..internals.torch import storage_use_count
 from .recorder import Pool, Recording
 
 _TENSOR = object()
-"""Stands for a tensor among the leaves of what a block returns."""
+"""Stands for a tensor among the leaves of a block's output."""
 
 
 class RecordedCall:

@@ -28,7 +28,7 @@ class Recording(Protocol):
 
 
 class Pool(Protocol):
-    """Recordings that share the memory of what they compute on the way, and no memory of their outputs."""
+    """Recordings that share the memory of intermediate values, and no memory of outputs."""
 
     def record(self, function: Callable[[], Sequence[torch.Tensor]]) -> Recording:
         """Record one call of ``function``, which may be called several times for it.

@@ -46,7 +46,7 @@ _MOST_DOUBLED = 10
 class Sightings:
     """Counts the forwards in which each shape was seen, to record only those that come again.
 
-    A recording costs as much as a few forwards. A shape that was dropped for want of memory must be seen twice as often
+    A recording costs as much as a few forwards. A shape that was dropped for lack of memory must be seen twice as often
     as before, so that shapes that do not fit together stop replacing each other.
     """
 
@@ -64,7 +64,7 @@ class Sightings:
         return self._seen.get(key, 0) >= self._needed << min(self._dropped.get(key, 0), _MOST_DOUBLED)
 
     def forget(self, key: ShapeKey) -> None:
-        """The shape was dropped for want of memory."""
+        """The shape was dropped for lack of memory."""
         self._seen.pop(key, None)
         self._dropped[key] = self._dropped.pop(key, 0) + 1
         while len(self._dropped) > _REMEMBERED:

@@ -51,7 +51,7 @@ class DynamicLora:
 
     @property
     def memory(self) -> Hashable:
-        """Which memory, and of what shapes, the layers read factors from; forwards with equal ones differ in values."""
+        """The memory that the layers read factors from, and their shapes; forwards with equal ones differ in values."""
         return tuple((rows.form, self._banks[rows.kind].memory) for rows in self._rows.now)
 
     def uniform_nbytes(self, adapters: Collection[Adapter]) -> int:

@@ -66,7 +66,7 @@ def check_bases(layouts: Mapping[str, Layout], wanted: Mapping[str, Deltas], lim
 
 @torch.no_grad()
 def rounded_away(layout: Layout, wanted: Deltas) -> tuple[float, float]:
-    """The squares of what a merge would lose by rounding, and of what it would add, summed over this rank's part."""
+    """The squares of a merge's loss by rounding, and of the change that it would add, summed over this rank's part."""
     lost = added = 0.0
     for name, delta in wanted.items():
         base = layout.local(name).to(layout.live(name).device, torch.float32)

@@ -25,7 +25,7 @@ _NOT_LOW_RANK = {
     "embeddings": re.compile(r"lora_embedding_"),
     "Tucker decompositions": re.compile(r"lora_mid"),
     "differences of modulations (diff_m)": re.compile(r"\.diff_m$"),
-    "biases of what is narrow": re.compile(rf"\.(lora_A|lora_down|down){ADAPTER_NAME}\.bias$"),
+    "biases of the factors that narrow": re.compile(rf"\.(lora_A|lora_down|down){ADAPTER_NAME}\.bias$"),
 }
 """Changes that cannot be applied, by a pattern of their tensors' names."""
 

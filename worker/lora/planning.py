@@ -113,7 +113,7 @@ def within_limits(
     while len(state.loaded) > max_adapters or nbytes(state) > max_bytes:
         if not idle:
             raise Conflict(
-                f"There is room for {max_adapters} adapters and {max_bytes / 1e6:.1f} MB of them, and these would be "
+                f"At most {max_adapters} adapters of {max_bytes / 1e6:.1f} MB in all may be loaded, and these would be "
                 f"{len(state.loaded)} of {nbytes(state) / 1e6:.1f} MB, all in use; unload one, or start the server "
                 "with a larger --max-loras or --max-lora-mb."
             )

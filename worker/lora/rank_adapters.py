@@ -145,7 +145,7 @@ class RankAdapters:
         return dynamic.applied(rows, listed=listed, max_bytes=self._bytes_left - others)
 
     def memory(self, component: str) -> Hashable:
-        """Which memory, and of what shapes, the running forward of ``component`` reads factors from."""
+        """The memory that the running forward of ``component`` reads factors from, and their shapes."""
         dynamic = self._dynamic.get(component.split(".")[0])
         return None if dynamic is None else dynamic.memory
 

@@ -101,7 +101,7 @@ class Setting:
         strengths = dict(zip(self.change.nicknames, self.change.strengths, strict=True))
         for component, nicknames in self.here.items():
             wanted = deltas(component, [(self.adapters[name], strengths[name]) for name in nicknames])
-            only = any(self.adapters[name].only_merged for name in nicknames)  # nothing is to be chosen
+            only = any(self.adapters[name].only_merged for name in nicknames)  # there is no choice
             self.sums[component] = (0.0, 0.0) if only else rounded_away(self.reader.layouts[component], wanted)
 
     def _together(self, ranks: Ranks, failed: Exception | None) -> dict[str, float]:

@@ -1,6 +1,6 @@
 """``--offload``: components rest in host memory, and at most one is on the device.
 
-The host's copy is the truth: before every operation, all tensors are there, so that layouts, updates, undo copies and
+The host's copy is the truth: before every operation, all tensors are there, so that layouts, updates, undo logs and
 digests find them as they find those of a model on a CPU. Nothing writes to the device's copies, which are dropped.
 """
 

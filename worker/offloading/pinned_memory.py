@@ -16,7 +16,7 @@ _MAX_PIECE = 1 << 30
 class PinnedMemory:
     """Page-locked memory for ``expected`` bytes, which is cut from pieces.
 
-    torch's allocator takes the next power of two of what it is asked for, so nothing else is asked for.
+    torch's allocator takes the next power of two of the bytes asked for, so nothing else is asked for.
     """
 
     def __init__(self, expected: int) -> None:

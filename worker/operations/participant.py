@@ -50,7 +50,7 @@ class Participant(Protocol[OperationT]):
         ...
 
     def release(self) -> None:
-        """Let go of what was prepared, as another rank or replica could not prepare it."""
+        """Drop the prepared part, as another rank or replica could not prepare its own."""
         ...
 
 

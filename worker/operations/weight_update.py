@@ -65,7 +65,7 @@ class WeightUpdate:
         self._resources.adapters.rebuild(written)
 
     def release(self) -> None:
-        """Let go of the tensors. A group is left: its members may be out of step, and the trainer waits in it."""
+        """Drop the tensors. Leave the group: its members may be out of step, and the trainer waits in it."""
         self._update.release()
         if self._operation is not None and isinstance(self._operation.source, Broadcast):
             self._resources.groups.leave(self._operation.source.group)

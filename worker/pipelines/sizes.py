@@ -88,7 +88,7 @@ def _spatial_factor(pipeline: DiffusionPipeline) -> int:
 
 
 def _multiple(pipeline: DiffusionPipeline) -> int:
-    """The least common multiple of what the latents' patches and the pipeline's image processor require."""
+    """The least common multiple of the factors that the latents' patches and the pipeline's image processor require."""
     patch = denoiser_config(pipeline).get("patch_size", 1)
     patch = patch[-1] if isinstance(patch, list | tuple) else patch
     # ``image_processor`` may also be a vision model's processor, a component without such a factor

@@ -31,7 +31,7 @@ def check_compile(options: ForwardOptions) -> None:
 
 
 def new_compiler(model: Model, options: ForwardOptions, mesh: Mesh) -> Compiler | None:
-    """The compiler, if there is to be one."""
+    """The compiler; ``None`` where nothing is compiled."""
     if options.compile == "off":
         return None
     compiled = {

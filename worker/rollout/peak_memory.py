@@ -1,4 +1,4 @@
-"""The peak memory of what runs between two moments."""
+"""The peak memory between two moments."""
 
 from __future__ import annotations
 

@@ -71,8 +71,8 @@ NOT_APPLIED = {
     "text_encoder.token_embedding.lora_embedding_A": "embeddings",
     "lora_unet_input_blocks_1_0_in_layers_2.lora_mid.weight": "Tucker decompositions",
     "diffusion_model.head.modulation.diff_m": "differences of modulations (diff_m)",
-    f"transformer.{Q}.lora_A.bias": "biases of what is narrow",
-    f"transformer.{Q}.lora_A.default.bias": "biases of what is narrow",
+    f"transformer.{Q}.lora_A.bias": "biases of the factors that narrow",
+    f"transformer.{Q}.lora_A.default.bias": "biases of the factors that narrow",
 }
 
 

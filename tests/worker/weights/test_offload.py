@@ -1,4 +1,4 @@
-"""Weights that are put away come back as they were, whatever happens meanwhile."""
+"""Offloaded weights come back as they were, whatever happens meanwhile."""
 
 from __future__ import annotations
 
@@ -56,13 +56,13 @@ def test_every_byte_every_stride_and_every_alignment_is_the_same_and_no_file_has
     assert [module[0].weight.stride(), module[1].weight.stride()] == strides
 
 
-def test_what_is_written_while_it_is_parked_comes_home() -> None:
+def test_what_is_written_to_offloaded_weights_is_restored() -> None:
     module = model()
-    parked = Offloader([module], CPU)
-    parked.offload(nothing)
+    offloader = Offloader([module], CPU)
+    offloader.offload(nothing)
     with torch.no_grad():
         module[0].weight.fill_(2)
-    parked.restore(nothing)
+    offloader.restore(nothing)
     assert module[0].weight.eq(2).all()
 
 
@@ -84,12 +84,12 @@ def _failing(after: int, monkeypatch: pytest.MonkeyPatch, name: str, error: type
 def test_a_full_disk_leaves_everything_at_home(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     module = model()
     before = [tensor.data_ptr() for tensor in module.parameters()]
-    parked = Offloader([module], CPU)
+    offloader = Offloader([module], CPU)
     with monkeypatch.context() as patched:
         _failing(2, patched, "in_file", BlockingIOError)
         with pytest.raises(Unavailable, match=f"Sleeping needs 1 MB of {folder}, and .* MB are missing"):
-            parked.offload(nothing)
-    assert not parked.offloaded
+            offloader.offload(nothing)
+    assert not offloader.offloaded
     assert [tensor.data_ptr() for tensor in module.parameters()] == before
     assert list(folder.iterdir()) == []
 
@@ -97,17 +97,17 @@ def test_a_full_disk_leaves_everything_at_home(folder: Path, monkeypatch: pytest
 def test_a_wake_without_memory_moves_nothing_and_the_next_wakes(monkeypatch: pytest.MonkeyPatch) -> None:
     module = model()
     before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
-    parked = Offloader([module], CPU)
-    parked.offload(nothing)
+    offloader = Offloader([module], CPU)
+    offloader.offload(nothing)
     mapped = {tensor.data_ptr() for tensor in module.parameters()}
     with monkeypatch.context() as patched:
         _failing(2, patched, "aligned_like", MemoryError)
         with pytest.raises(Unavailable, match=r"Waking needs 1 MB of host memory, .* MB are missing"):
-            parked.restore(nothing)
-    assert parked.offloaded
+            offloader.restore(nothing)
+    assert offloader.offloaded
     assert {tensor.data_ptr() for tensor in module.parameters()} == mapped
-    parked.restore(nothing)
-    assert not parked.offloaded
+    offloader.restore(nothing)
+    assert not offloader.offloaded
     assert not mapped & {tensor.data_ptr() for tensor in module.parameters()}
     assert all(torch.equal(tensor, before[name]) for name, tensor in module.state_dict().items())
 
@@ -116,13 +116,13 @@ def test_other_offloaded_memory_may_be_released_meanwhile() -> None:
     others = [torch.randn(40, 30), torch.randn(7)]
     before = [other.clone() for other in others]
     homes = {other.data_ptr() for other in others}
-    parked = Offloader([model()], CPU, lambda: others)
-    parked.offload(nothing)
+    offloader = Offloader([model()], CPU, lambda: others)
+    offloader.offload(nothing)
     assert not homes & {other.data_ptr() for other in others}
     assert all(torch.equal(other, value) for other, value in zip(others, before, strict=True))
     del others[0]
-    parked.restore(nothing)
-    assert not parked.offloaded
+    offloader.restore(nothing)
+    assert not offloader.offloaded
     assert torch.equal(others[0], before[1])
 
 
@@ -134,15 +134,15 @@ def test_modules_go_and_come_one_by_one_and_what_else_there_is_with_the_last_and
         return [module[0].weight.data_ptr() for module in (one, two)] + [others[0].data_ptr()]
 
     first = homes()
-    parked = Offloader([one, two], CPU, lambda: others)
-    parked.offload(nothing, [two])
+    offloader = Offloader([one, two], CPU, lambda: others)
+    offloader.offload(nothing, [two])
     assert [now == then for now, then in zip(homes(), first, strict=True)] == [True, False, True]
-    parked.offload(nothing)
+    offloader.offload(nothing)
     assert not set(homes()) & {first[0], first[2]}
     away = homes()
-    parked.restore(nothing, [one])
+    offloader.restore(nothing, [one])
     assert [now == then for now, then in zip(homes(), away, strict=True)] == [False, True, False]
-    assert parked.offloaded
-    parked.restore(nothing)
-    assert not parked.offloaded
+    assert offloader.offloaded
+    offloader.restore(nothing)
+    assert not offloader.offloaded
     assert all(torch.equal(tensor, before[name]) for name, tensor in two.state_dict().items())

@@ -229,7 +229,7 @@ def test_products_of_8_bits_are_near_those_of_the_weights(load: Load, checkpoint
     assert torch.equal(found(rows), alone)  # each row has its own scale
     assert ((found(rows).double() - wanted).norm() / wanted.norm()).item() < 0.05
     assert layer.weight.dtype == found.weight.dtype
-    exact = found.double()(rows.double())  # the reference that compiled blocks are judged by
+    exact = found.double()(rows.double())  # the reference that compiled blocks are compared with
     assert ((exact - wanted).norm() / wanted.norm()).item() < 0.01
 
 

@@ -368,16 +368,16 @@ def test_a_divided_tensor_in_pages_is_exchanged_whole(rank: int) -> None:
     assert module.packed.data_ptr() == address
 
 
-def test_a_begun_update_of_a_module_that_was_put_away_meanwhile_is_undone() -> None:
+def test_a_begun_update_of_a_module_that_was_offloaded_meanwhile_is_undone() -> None:
     module = model(settled=True)
     before, update = state(module), begun(module)
     update.prepare(opened(other(module)))
     update.write()
-    parked = Offloader([module], CPU)
-    parked.offload(lambda: None)
+    offloader = Offloader([module], CPU)
+    offloader.offload(lambda: None)
     update.rollback()
     assert same(state(module), before)
-    parked.restore(lambda: None)
+    offloader.restore(lambda: None)
     assert same(state(module), before)
 
 

@@ -92,7 +92,7 @@ class Copies:
 
     def _bus(self, device: torch.device) -> PinnedCopy:
         if self._over_bus is None:
-            assert self._buffers is not None, "taken before the first copy, which must not fail for want of them"
+            assert self._buffers is not None, "taken before the first copy, which must not fail for lack of them"
             self._over_bus = PinnedCopy(device, self._fill, self._buffers)
         return self._over_bus
 

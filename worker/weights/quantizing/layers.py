@@ -43,7 +43,7 @@ class DynamicLayer(QuantizedLayer):
     """Quantizes the rows of its input too, and multiplies in 8 bits."""
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        if input.dtype is torch.float64:  # the reference that compiled blocks are judged by
+        if input.dtype is torch.float64:  # the reference that compiled blocks are compared with
             return functional.linear(input, self.weight.to(input.dtype), self.bias)
         rows = input.reshape(-1, input.shape[-1])
         scale = (rows.abs().amax(dim=1, keepdim=True).float() / self.scheme.largest).clamp(min=1e-12)

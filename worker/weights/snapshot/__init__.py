@@ -1,1 +1,1 @@
-"""Whole tensors out of a running module: digests, files, and the journal of what was committed."""
+"""Whole tensors out of a running module: digests, files, and the journal of commits."""

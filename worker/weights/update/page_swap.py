@@ -1,8 +1,8 @@
 """Page swap: CPU tensors that own their memory pages trade them, so that an update is swapped in and not copied.
 
 The new bytes are first read into pages beside the model. Then the kernel swaps the pages, with one page-table entry for
-many of them (2 to 12 ms for 1.2 GB, which takes 80 ms to copy). Addresses stay, and the old bytes are the undo copy.
-See docs/decisions/0010.
+many of them (2 to 12 ms for 1.2 GB, which takes 80 ms to copy). Addresses stay, and the old bytes are the undo log. See
+docs/decisions/0010.
 
 The call is ``mremap`` with ``MREMAP_DONTUNMAP`` (Linux 5.7), so that no address is ever unmapped.
 """

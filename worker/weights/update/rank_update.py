@@ -107,7 +107,7 @@ class RankUpdate:
         self._undo[key] = before
 
     def release(self) -> None:
-        """Let go of the prepared tensors."""
+        """Drop the prepared tensors."""
         if self._prepared is not None:
             self._prepared.close()
             self._prepared = None
@@ -129,7 +129,7 @@ class RankUpdate:
         self.commit()
 
     def commit(self) -> None:
-        """Drop the undo copy."""
+        """Drop the undo log."""
         self._undo.clear()
         self._left_out.clear()
         self._undo_log.clear()

@@ -1,7 +1,7 @@
 """Staging buffers on a GPU for the tensors of an update.
 
 *Prepare* stages the new bytes there. *Write* swaps them with the old ones at the rate of the GPU's memory, a hundred
-times that of the bus, and the buffer is then the undo copy.
+times that of the bus, and the buffer then belongs to the undo log.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class StagingBuffers:
         self._most = 0
         self._scratch: torch.Tensor | None = None
         self.taken = 0
-        """Bytes of the buffers that are given out, and of what swaps need."""
+        """Bytes of the buffers that are given out, and of the scratch buffer of swaps."""
 
     def measure(self) -> None:
         """Decide how much all buffers may take together, unless some are given out already."""

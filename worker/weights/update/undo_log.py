@@ -35,7 +35,7 @@ _PAGE = 2 << 20
 
 
 class UndoBudgetExceeded(Exception):
-    """The undo copy needs more memory than allowed; the message says how much, and what to do."""
+    """The undo log needs more memory than allowed; the message says how much, and what to do."""
 
 
 @dataclass(slots=True, eq=False)
@@ -176,7 +176,7 @@ class UndoLog:
         if self._spill is not None:
             return _Block(_spilled(self._spill, _paged(left)), in_file=True)
         raise UndoBudgetExceeded(
-            f"The copy of what is overwritten needs {-(-(held + left) // 1_000_000)} MB on each rank, and "
+            f"The undo log needs {-(-(held + left) // 1_000_000)} MB on each rank, and "
             f"{self._limit // 1_000_000} MB are allowed. Start the server with a larger --undo-mb, or --undo-spill."
         )
 
@@ -187,7 +187,7 @@ class UndoLog:
                 return pinned(size)
             mapped = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         except OSError as error:
-            raise UndoBudgetExceeded(f"There is no memory for the copy of what is overwritten ({error}).") from error
+            raise UndoBudgetExceeded(f"There is no memory for the undo log ({error}).") from error
         with contextlib.suppress(OSError):  # a kernel without large pages
             mapped.madvise(mmap.MADV_HUGEPAGE)
         return torch.frombuffer(mapped, dtype=torch.uint8)
@@ -204,9 +204,7 @@ def _spilled(folder: Path, size: int) -> torch.Tensor:
     try:
         return in_file(folder, size)
     except OSError as error:
-        raise UndoBudgetExceeded(
-            f"The copy of what is overwritten has no room in {folder}: {error.strerror or error}."
-        ) from error
+        raise UndoBudgetExceeded(f"The undo log has no room in {folder}: {error.strerror or error}.") from error
 
 
 def _paged(size: int) -> int:
@@ -216,7 +214,7 @@ def _paged(size: int) -> int:
 def _pinned_block(size: int, left: int, free: int) -> int:
     """Bytes of a block of page-locked memory, at least ``size`` and at most ``free``; 0 where there is no such block.
 
-    torch's allocator takes the next power of two of what it is asked for, so nothing else is asked for.
+    torch's allocator takes the next power of two of the bytes asked for, so nothing else is asked for.
     """
     smallest = 1 << (size - 1).bit_length()
     if smallest > free:
