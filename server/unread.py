@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import fnmatch
 import logging
+import os
 import time
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -30,6 +32,9 @@ SLOWEST_BYTES_S = 100_000
 
 _RETRY_S = 5.0
 
+AT_ONCE = 64 * 1024
+"""Bytes that asyncio's transports keep for a client before they pause who writes."""
+
 _FILES = "rollout-*.safetensors"
 
 log = logging.getLogger(__name__)
@@ -49,8 +54,7 @@ class Unread:
 
         Raises ``QueueFull`` where that is not enough; then ``mine``, which were just made, are gone too.
         """
-        self.sweep()
-        found = sorted(self._files())
+        found = sorted(self._swept())
         waiting = self._sending + sum(stream.unread_bytes for stream in self._streams)
         total = waiting + sum(size for _, size, _ in found)
         for made_at, size, file in found:
@@ -69,14 +73,24 @@ class Unread:
 
     def sweep(self) -> None:
         """Remove the files that clients have had time to fetch."""
-        drop([file for made_at, _, file in self._files() if time.time() - made_at > KEPT_S])
+        for _ in self._swept():
+            pass
+
+    def _swept(self) -> Iterator[tuple[float, int, Path]]:
+        """When each file was made, its bytes, and its path; those that clients have had time to fetch are removed."""
+        for made_at, size, file in self._files():
+            if time.time() - made_at > KEPT_S:
+                file.unlink(missing_ok=True)
+            else:
+                yield made_at, size, file
 
     def _files(self) -> Iterator[tuple[float, int, Path]]:
-        """When each file was made, its bytes, and its path."""
-        for file in self._shared.glob(_FILES):
-            with contextlib.suppress(FileNotFoundError):
-                found = file.stat()
-                yield found.st_mtime, found.st_size, file
+        with contextlib.suppress(FileNotFoundError), os.scandir(self._shared) as entries:
+            for entry in entries:
+                if fnmatch.fnmatchcase(entry.name, _FILES):
+                    with contextlib.suppress(FileNotFoundError):
+                        found = entry.stat()
+                        yield found.st_mtime, found.st_size, Path(entry.path)
 
     @contextlib.contextmanager
     def counting(self, events: Subscription) -> Iterator[Taker]:
@@ -143,17 +157,26 @@ class UnreadReply(StreamingResponse):
         self._size = sum(map(len, found))
         all_headers = {**(headers or {}), "content-length": str(self._size)}
         super().__init__(self._each(found), media_type=media_type, headers=all_headers)
+        self._found = found
         self._unread = unread
         self._files = list(files)
         self._taken = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async with Taker(self._unread).sending(self._size):
+            if self._size <= AT_ONCE and not self._files:
+                await self._send_at_once(send)
+                return
             try:
                 await super().__call__(scope, receive, send)
             finally:
                 if not self._taken:
                     drop(self._files)
+
+    async def _send_at_once(self, send: Send) -> None:
+        """The connection takes so few bytes without waiting, so nobody has to watch the client meanwhile."""
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        await send({"type": "http.response.body", "body": b"".join(self._found)})
 
     async def _each(self, found: list[Piece]) -> AsyncIterator[Piece]:
         """Off no thread, as nothing is computed or copied; each part waits until the connection takes it."""

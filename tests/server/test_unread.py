@@ -123,10 +123,12 @@ async def test_pictures_that_nobody_reads_are_bounded_like_rollouts(accept: byte
         assert len(reply.json()["outputs"][0]["b64"]) >= LARGE
 
 
+@pytest.mark.parametrize("size", [1500, 100_000])
 async def test_a_client_that_takes_a_byte_now_and_then_keeps_a_reply_only_for_so_long(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    size: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(unread, "TAKEN_S", 0.05)
+    monkeypatch.setattr(unread, "SLOWEST_BYTES_S", 10_000_000)
     bound = Unread(tmp_path, 2000)
 
     async def send(message: Message) -> None:
@@ -137,8 +139,20 @@ async def test_a_client_that_takes_a_byte_now_and_then_keeps_a_reply_only_for_so
         raise AssertionError
 
     with pytest.raises(ClientGone):
-        await UnreadReply([bytes(1500)], bound, "image/png")({"type": "http", "asgi": {}}, receive, send)
+        await UnreadReply([bytes(size)], bound, "image/png")({"type": "http", "asgi": {}}, receive, send)
     bound.make_room()
+
+
+async def test_a_reply_that_is_sent_at_once_needs_no_more_than_a_connection_holds_before_it_pauses() -> None:
+    async with stage() as played:
+        _, writer = await asyncio.open_connection(*address_of(played))
+        pauses_from = writer.transport.get_write_buffer_limits()[1]
+        writer.close()
+    assert pauses_from >= unread.AT_ONCE
+
+
+def test_a_missing_directory_holds_no_files(tmp_path: Path) -> None:
+    Unread(tmp_path / "gone", 2000).make_room()
 
 
 def behind_a_preview(generate: Generate) -> list[FromScheduler]:
