@@ -19,6 +19,7 @@ from .disconnect import while_connected
 from .encode_body import EncodeBody, read_encode
 from .generation_response import OFF_THE_LOOP, base64_of
 from .model_limits import check_model
+from .plain_route import PlainRoute
 from .request_context import own_id_var
 from .request_validation import check_ranges, to_message
 from .service import Service
@@ -31,7 +32,7 @@ _ANSWER = (
 
 
 def routes(service: Service) -> APIRouter:
-    router = APIRouter(tags=["generation"])
+    router = APIRouter(tags=["generation"], route_class=PlainRoute)
 
     @router.post(
         "/encode",

@@ -19,6 +19,7 @@ from .disconnect import while_connected
 from .event_stream import EventStream
 from .generation_response import Reply
 from .model_limits import check_model
+from .plain_route import PlainRoute
 from .request_context import own_id_var
 from .request_validation import check_ranges, to_message
 from .schemas import GenerateBody
@@ -30,7 +31,7 @@ _ANSWER = "The outputs in base64; with an Accept header that names its type, the
 
 
 def routes(service: Service) -> APIRouter:
-    router = APIRouter(tags=["generation"])
+    router = APIRouter(tags=["generation"], route_class=PlainRoute)
 
     @router.post(
         "/generate",

@@ -16,6 +16,7 @@ from .answers import GENERATING, Answers, answers, request_body
 from .disconnect import while_connected
 from .image_paths import read_paths
 from .model_limits import check_model
+from .plain_route import PlainRoute
 from .request_context import own_id_var
 from .request_validation import check_ranges, to_message
 from .rollout_body import RolloutBody, check_rollout, read_rollout, to_rollout
@@ -30,7 +31,7 @@ _SHARED = "rollout_shared_memory"
 
 
 def routes(service: Service) -> APIRouter:
-    router = APIRouter(tags=["training"])
+    router = APIRouter(tags=["training"], route_class=PlainRoute)
     unread = service.unread
 
     @router.post(
