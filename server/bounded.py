@@ -68,7 +68,10 @@ def check_json(text: bytes | bytearray, max_values: int) -> None:
 
 
 def _count(text: bytes | bytearray, characters: bytes) -> int:
-    """How many bytes of ``text`` are ``characters``. Other threads run meanwhile, which ``bytes.count`` stops."""
+    """How many bytes of ``text`` are ``characters``. A large text is counted without ``bytes.count``, which keeps other
+    threads from running."""
+    if len(text) <= _SMALL:
+        return sum(map(text.count, characters))
     found = 0
     for start in range(0, len(text), _PART):
         part = np.frombuffer(text, np.uint8, min(_PART, len(text) - start), start)
