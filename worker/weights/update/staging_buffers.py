@@ -26,7 +26,7 @@ class StagingBuffers:
     def __init__(self, device: torch.device, *, enabled: bool) -> None:
         self._device = device
         self._enabled = enabled and device.type == "cuda"
-        self._most = 0
+        self._max_bytes = 0
         self._scratch: torch.Tensor | None = None
         self.taken = 0
         """Bytes of the buffers that are given out, and of the scratch buffer of swaps."""
@@ -35,19 +35,19 @@ class StagingBuffers:
         """Decide how much all buffers may take together, unless some are given out already."""
         if self._enabled and not self.taken:
             cached = torch.cuda.memory_reserved(self._device) - torch.cuda.memory_allocated(self._device)
-            self._most = int(free_bytes(self._device) + cached) // _SHARE
+            self._max_bytes = int(free_bytes(self._device) + cached) // _SHARE
 
     def buffer_for(self, like: torch.Tensor) -> torch.Tensor | None:
         """A buffer for a tensor like ``like``; ``None`` if it is on the host or has gaps, or if memory is short."""
         needed = like.nbytes + (0 if self._scratch is not None else _SCRATCH)
-        if like.device.type != "cuda" or not is_dense(like) or self.taken + needed > self._most:
+        if like.device.type != "cuda" or not is_dense(like) or self.taken + needed > self._max_bytes:
             return None
         try:
             if self._scratch is None:  # taken now, so that a swap never asks for memory
                 self._scratch = torch.empty(_SCRATCH, dtype=torch.uint8, device=self._device)
             buffer = torch.empty_like(like)
         except torch.OutOfMemoryError:  # what is free is in pieces, or somebody else took it
-            self._most = 0
+            self._max_bytes = 0
             self.give_back(self.taken)
             return None
         self.taken += needed
