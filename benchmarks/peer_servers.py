@@ -11,9 +11,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any
 
@@ -22,7 +22,7 @@ import psutil
 from safelight.benchmarks.serving import free_port
 
 SIDE, STEPS = 128, 8
-START_S = 120
+START_S = 120.0
 STARTS = 3
 """A server that hangs while it starts, as SGLang does now and then, is started again."""
 
@@ -31,13 +31,18 @@ Ask = Callable[[int], dict[str, Any]]
 
 @dataclass(frozen=True)
 class Server:
-    """How to start a server on ``port``, and the request for a picture."""
+    """How to start a server on ``port``, and the request for a picture.
+
+    It is ready ``start_s`` after its start at the latest, and then draws for ``warm_s`` before it is measured.
+    """
 
     command: list[str]
     environment: dict[str, str]
     port: int
     path: str
     ask: Ask
+    start_s: float = START_S
+    warm_s: float = 0.0
 
 
 def safelight(model: Path, threads: int, environment: dict[str, str]) -> Server:
@@ -45,6 +50,20 @@ def safelight(model: Path, threads: int, environment: dict[str, str]) -> Server:
     options = ["--port", str(port), "--dtype", "bfloat16", "--threads", str(threads), "--log-level", "warning"]
     command = [sys.executable, "-m", "safelight.server", str(model), *options]
     return Server(command, environment, port, "/generate", lambda n: _body(n) | {"width": SIDE, "height": SIDE})
+
+
+def safelight_compiled(model: Path, threads: int, environment: dict[str, str], rows: Sequence[int]) -> Server:
+    """Its denoiser compiled for ``rows`` before it is ready, from what earlier starts have compiled.
+
+    CPU threads, which sleep while something is compiled, spin again after some seconds of calm (decision 0006).
+    """
+    sizes = ",".join(f"{SIDE}x{SIDE}x{number}" for number in rows)
+    compiled = {"SAFELIGHT_COMPILE": "on", "SAFELIGHT_COMPILE_SIZES": sizes, **compiler_cache(model)}
+    return replace(safelight(model, threads, environment | compiled), start_s=600.0, warm_s=15.0)
+
+
+def compiler_cache(model: Path) -> dict[str, str]:
+    return {"TORCHINDUCTOR_CACHE_DIR": str(model.parent / "inductor")}
 
 
 def locked(model: Path, threads: int) -> Server:
@@ -93,12 +112,13 @@ def running(server: Server) -> Iterator[psutil.Process]:
             process = _start(server, log)
             try:
                 if _answers(server, process, log):
+                    _warm_up(server)
                     yield psutil.Process(process.pid)
                     return
             finally:
                 _stop(process)
-            print(f"{server.path} on port {server.port} has not drawn a picture in {START_S} s", flush=True)
-    raise TimeoutError(f"{server.command} was started {STARTS} times and has not drawn a picture in {START_S} s")
+            print(f"{server.path} on port {server.port} has not drawn a picture in {server.start_s} s", flush=True)
+    raise TimeoutError(f"{server.command} was started {STARTS} times and has not drawn a picture in {server.start_s} s")
 
 
 def _start(server: Server, log: IO[bytes]) -> subprocess.Popen[bytes]:
@@ -120,7 +140,7 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
 
 def _answers(server: Server, process: subprocess.Popen[bytes], log: IO[bytes]) -> bool:
     """Return whether the server draws a picture in time. Raises ``RuntimeError`` if its process ends before."""
-    deadline = time.monotonic() + START_S
+    deadline = time.monotonic() + server.start_s
     while time.monotonic() < deadline:
         if process.poll() is not None:
             log.seek(0)
@@ -132,6 +152,12 @@ def _answers(server: Server, process: subprocess.Popen[bytes], log: IO[bytes]) -
         else:
             return True
     return False
+
+
+def _warm_up(server: Server) -> None:
+    until = time.monotonic() + server.warm_s
+    while time.monotonic() < until:
+        draw(server, 0)
 
 
 def draw(server: Server, number: int) -> float:

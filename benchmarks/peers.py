@@ -32,10 +32,23 @@ from diffusers import ZImagePipeline
 
 from safelight.benchmarks.machine import describe
 from safelight.benchmarks.models import save_tiny_z_image
-from safelight.benchmarks.peer_servers import SIDE, STEPS, Server, draw, locked, prompt, running, safelight, sglang
+from safelight.benchmarks.peer_servers import (
+    SIDE,
+    STEPS,
+    Server,
+    compiler_cache,
+    draw,
+    locked,
+    prompt,
+    running,
+    safelight,
+    safelight_compiled,
+    sglang,
+)
 
 RESULTS = Path(__file__).resolve().parent / "results"
-PLAIN, SAFELIGHT, LOCKED = "plain diffusers, in process", "Safelight", "an app with a lock"
+PLAIN, PLAIN_COMPILED = "plain diffusers, in process", "plain diffusers, compiled"
+SAFELIGHT, SAFELIGHT_COMPILED, LOCKED = "Safelight", "Safelight, --compile on", "an app with a lock"
 SGLANG, SGLANG_BATCHING = "SGLang-Diffusion", "SGLang-Diffusion, batching 16"
 
 
@@ -65,11 +78,13 @@ def cpu_seconds(root: psutil.Process) -> float:
     return float(sum(one.user + one.system for one in times))
 
 
-def plain(model: Path, threads: int, batch: int, pictures: int) -> Load:
+def plain(model: Path, threads: int, batch: int, pictures: int, *, compiled: bool) -> Load:
     """The pipeline called in this process with ``batch`` prompts at once."""
     torch.set_num_threads(threads)
     pipeline = ZImagePipeline.from_pretrained(model, torch_dtype=torch.bfloat16)
     pipeline.set_progress_bar_config(disable=True)
+    if compiled:
+        pipeline.transformer.compile_repeated_blocks(fullgraph=True)
     numbers = count()
     seconds, spent = [], []
     for _ in range(2 + max(2, pictures // batch)):
@@ -84,21 +99,34 @@ def plain(model: Path, threads: int, batch: int, pictures: int) -> Load:
     return Load(batch / latency, latency, 1e3 * used / batch, used / latency)
 
 
-def plain_elsewhere(model: Path, threads: int, batch: int, pictures: int) -> Load:
+def plain_elsewhere(model: Path, threads: int, batch: int, pictures: int, *, compiled: bool = False) -> Load:
     """:func:`plain` in a process of its own."""
+    environment = os.environ | compiler_cache(model)
     command = [sys.executable, "-m", "safelight.benchmarks.peers", "--plain", str(batch), "--model", str(model)]
-    command += ["--threads", str(threads), "--pictures", str(pictures)]
-    return Load(
-        **json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[-1])
-    )
+    command += ["--threads", str(threads), "--pictures", str(pictures), *(["--compiled"] if compiled else [])]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+    return Load(**json.loads(done.stdout.splitlines()[-1]))
+
+
+def fill_compiler_cache(options: argparse.Namespace) -> None:
+    """Compile what the rounds need: a process that has compiled itself is slow for a while."""
+    for clients in options.clients:
+        plain_elsewhere(options.model, options.threads, clients, clients, compiled=True)
+    with running(safelight_compiled(options.model, options.threads, {}, options.clients)):
+        print("compiled", flush=True)
 
 
 def run_round(options: argparse.Namespace) -> dict[str, dict[int, Load]]:
     """Every system's measurements by number of clients."""
     model, threads = options.model, options.threads
-    found = {PLAIN: {n: plain_elsewhere(model, threads, n, 6 * n + 18) for n in options.clients}}
+    found = {
+        name: {n: plain_elsewhere(model, threads, n, 6 * n + 18, compiled=compiled) for n in options.clients}
+        for name, compiled in ((PLAIN, False), (PLAIN_COMPILED, True))
+    }
+    environment = dict(options.environment)
     systems = {
-        SAFELIGHT: safelight(model, threads, dict(options.environment)),
+        SAFELIGHT: safelight(model, threads, environment),
+        SAFELIGHT_COMPILED: safelight_compiled(model, threads, environment, options.clients),
         LOCKED: locked(model, threads),
     }
     if options.sglang:
@@ -137,7 +165,8 @@ def table(found: dict[str, Any]) -> str:
     return f"""Machine: {json.dumps(found["machine"])}
 
 A tiny Z-Image, {SIDE}², {STEPS} steps, bfloat16, with a new prompt for each picture. Medians of {len(found["rounds"])}
-rounds. Plain diffusers draws as many prompts in one batch. CPU time includes all processes of a system and excludes the
+rounds. Plain diffusers draws as many prompts in one batch. What is compiled are the denoiser's blocks, for these
+numbers of rows, from a filled cache. CPU time includes all processes of a system and excludes the
 clients.
 {missing}
 | system | clients | pictures/s | median s | CPU ms a picture | busy cores | Safelight is so many times as fast |
@@ -148,8 +177,10 @@ clients.
 def main() -> None:
     options = _options()
     if options.plain:
-        print(json.dumps(asdict(plain(options.model, options.threads, options.plain, options.pictures))))
+        load = plain(options.model, options.threads, options.plain, options.pictures, compiled=options.compiled)
+        print(json.dumps(asdict(load)))
         return
+    fill_compiler_cache(options)
     rounds = []
     for number in range(options.rounds):
         rounds.append(run_round(options))
@@ -185,6 +216,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--sglang", nargs="+", default=_folders(), help="folders for SGLang's PYTHONPATH")
     parser.add_argument("--model", type=Path, help="folder of the tiny model, made if missing")
     parser.add_argument("--plain", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--compiled", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--pictures", type=int, default=24, help=argparse.SUPPRESS)
     options = parser.parse_args()
     options.rounds = 1 if options.quick else options.rounds
