@@ -17,6 +17,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from diffusers import DiffusionPipeline
 
 from safelight.benchmarks.full_size import MODELS, FullSize, built, saved
 from safelight.benchmarks.gpu_diffusers import Plain, copy_speeds
@@ -34,17 +35,25 @@ def measure(run: Run, model: FullSize, directory: Path, *, dry: bool) -> None:
     output = model.tiny_output if dry else model.output
     whole = model.name == "flux"
 
-    def checkpoint_and_diffusers() -> Figures:
+    pipeline: DiffusionPipeline | None = None
+
+    def diffusers() -> Figures:
+        nonlocal pipeline
         pipeline = built(model, device, dtype, tiny=dry)
-        yield {"checkpoint_gb": saved(pipeline, directory)}
         yield from Plain(pipeline, output).seconds()
+
+    def checkpoint() -> Figures:
+        assert pipeline is not None
+        yield {"gb": saved(pipeline, directory)}
 
     def compiled() -> Figures:
         yield from Plain.loaded(directory, device, dtype, output).compiled_seconds("eager" if dry else "inductor")
 
     try:
-        if not run.stage(model.name, "diffusers", 80 if whole else 50, checkpoint_and_diffusers):
+        run.stage(model.name, "diffusers", 30, diffusers)
+        if pipeline is None or not run.stage(model.name, "checkpoint", 50 if whole else 30, checkpoint):
             return
+        pipeline = None
         _free_memory()
         _serve(run, model, Served(directory, device.type, output), whole=whole, dry=dry)
         if whole:

@@ -23,8 +23,8 @@ LONGEST = 3
 _LAST_CHARACTERS = 3000
 
 
-class TooLong(Exception):
-    """A stage has taken all the time that it had."""
+class TooLong(BaseException):
+    """A stage has taken all the time that it had. No ``except Exception`` of a library takes it for its own failure."""
 
 
 class Run:
@@ -48,7 +48,7 @@ class Run:
                     for found in measure():
                         figures |= found
                         self._write()
-            except Exception as error:  # noqa: BLE001  # whatever it is: nobody is there, and other stages are worth having
+            except (Exception, TooLong) as error:  # noqa: BLE001  # nobody is there, and other stages are worth having
                 figures["error"] = f"{type(error).__name__}: {error}"
                 figures["traceback"] = "".join(traceback.format_tb(error.__traceback__))[-_LAST_CHARACTERS:]
                 figures["notes"] = list(vars(error).get("__notes__", ()))
@@ -59,8 +59,10 @@ class Run:
 
     def _write(self) -> None:
         self._results.mkdir(parents=True, exist_ok=True)
-        (self._results / "gpu.json").write_text(json.dumps(self.found, indent=2) + "\n")
-        (self._results / "gpu.md").write_text(table(self.found))
+        for name, text in (("gpu.json", json.dumps(self.found, indent=2) + "\n"), ("gpu.md", table(self.found))):
+            written = self._results / f"{name}.new"
+            written.write_text(text)
+            written.replace(self._results / name)  # a run that is killed leaves the figures before or those after
 
 
 @contextlib.contextmanager
