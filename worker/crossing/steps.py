@@ -55,8 +55,8 @@ def watch_steps(
     ``step`` has other arguments than a sample at a timestep or does not return a tensor.
     """
     own_step = types.MethodType(type(scheduler).step, scheduler)
-    signature = _signature(type(scheduler).step)
-    if not set(_WATCHED) <= signature.parameters.keys():
+    watched = _watched(type(scheduler).step)
+    if watched is None:
         assert take_step is None, "only flow-matching schedulers have their step replaced"
         return
     take = take_step or own_step
@@ -64,9 +64,7 @@ def watch_steps(
 
     def step(*args: Any, **kwargs: Any) -> Any:
         nonlocal number, first
-        given = signature.bind(scheduler, *args, **kwargs)
-        given.apply_defaults()
-        model_output, timestep, sample = (given.arguments[name] for name in _WATCHED)
+        model_output, timestep, sample = [argument.of(args, kwargs) for argument in watched]
         if number == 0:
             first = first_index(scheduler, timestep)
         result = take(*args, **kwargs)
@@ -80,9 +78,30 @@ def watch_steps(
     _replace_step(scheduler, step)
 
 
+@dataclass(frozen=True, slots=True)
+class _Argument:
+    """An argument of ``step``: its position after the scheduler, and its default, if it has one."""
+
+    name: str
+    position: int
+    default: Any
+
+    def of(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if self.position < len(args):
+            return args[self.position]
+        if self.name not in kwargs and self.default is inspect.Parameter.empty:
+            raise TypeError(f"a scheduler's step was called without {self.name}")
+        return kwargs.get(self.name, self.default)
+
+
 @functools.cache
-def _signature(step: Callable[..., Any]) -> inspect.Signature:
-    return inspect.signature(step)
+def _watched(step: Callable[..., Any]) -> tuple[_Argument, ...] | None:
+    """The watched arguments of ``step``, in the order of their list; ``None`` if it does not have all of them."""
+    parameters = inspect.signature(step).parameters
+    if not set(_WATCHED) <= parameters.keys():
+        return None
+    positions = {name: index - 1 for index, name in enumerate(parameters)}
+    return tuple(_Argument(name, positions[name], parameters[name].default) for name in _WATCHED)
 
 
 def _reached(result: Any) -> torch.Tensor | None:
