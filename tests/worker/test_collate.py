@@ -74,6 +74,19 @@ def test_residuals_in_a_list_are_merged_row_by_row_and_not_end_to_end() -> None:
     assert [tuple(r.shape) for r in kwargs["residuals"]] == [(4, 3), (4, 5)]
 
 
+def test_arguments_inside_containers_and_those_after_them_keep_their_places() -> None:
+    def one(value: float) -> Call:
+        x = torch.full((1, 4), value)
+        return call(x, ({"a": x + 1, "none": {}}, "flag"), 3, last=[x + 2, x + 3], end=None)
+
+    args, kwargs = collate(dissected(Signatures(), one(0.0), one(10.0)))
+    assert [leaf[:, 0].tolist() for leaf in (args[0], args[1][0]["a"])] == [[0.0, 10.0], [1.0, 11.0]]
+    assert [leaf[:, 0].tolist() for leaf in kwargs["last"]] == [[2.0, 12.0], [3.0, 13.0]]
+    assert (args[1][0]["none"], args[1][1], args[2]) == ({}, "flag", 3)
+    assert [*kwargs] == ["last", "end"]
+    assert kwargs["end"] is None
+
+
 @pytest.mark.parametrize(
     ("first", "second"),
     [

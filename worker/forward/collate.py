@@ -28,8 +28,7 @@ def collate(parts: Sequence[Batchable]) -> tuple[tuple[Any, ...], dict[str, Any]
     """The arguments of one call that has the rows of all ``parts``. Their signatures are equal."""
     columns = zip(*(part.leaves for part in parts), strict=True)
     leaves = [_join(list(column), role, parts) for column, role in zip(columns, parts[0].roles, strict=True)]
-    args, kwargs = pytree.tree_unflatten(leaves, parts[0].spec)
-    return args, kwargs
+    return parts[0].structure.arguments(leaves)
 
 
 class RowParts:

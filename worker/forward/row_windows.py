@@ -136,6 +136,6 @@ def _cut(pending: Pending, part: Batchable, rows: slice) -> Pending:
         leaf[rows] if role in (Role.BATCHED, Role.LISTED) else leaf
         for leaf, role in zip(part.leaves, part.roles, strict=True)
     ]
-    args, kwargs = pytree.tree_unflatten(leaves, part.spec)
+    args, kwargs = part.structure.arguments(leaves)
     cut = replace(part, leaves=leaves, rows=number, positions=part.positions * number // part.rows)
     return replace(pending, call=replace(pending.call, args=args, kwargs=kwargs), batchable=cut)

@@ -29,6 +29,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from ..crossing.call import Call
 from ..pipelines.components import DENOISERS, MERGEABLE_METHODS
+from .structure import Structure, flatten
 
 
 class Role(enum.Enum):
@@ -43,19 +44,27 @@ class Batchable:
     """A call's flattened arguments. Calls with equal ``signature`` can merge.
 
     ``positions`` measures the work: rows times tokens, or rows times latent pixels, of the primary argument.
-    ``row_shape`` is the shape of its rows, if it is a tensor that has more than the row dimension. Calls with equal
-    ``form`` differ only in their tensors, so their outputs have the same structure.
+    ``row_shape`` is the shape of its rows, if it is a tensor that has more than the row dimension. ``marks`` are the
+    leaves' parts of the signature.
     """
 
     leaves: list[Any]
-    spec: pytree.TreeSpec
+    structure: Structure
     roles: list[Role]
     rows: int
     positions: int
     listed: bool
     row_shape: tuple[int, ...] | None
+    name: str
+    marks: tuple[Hashable, ...]
     signature: Hashable
-    form: Hashable
+
+    @property
+    def form(self) -> Hashable:
+        """Calls with equal forms differ only in their tensors, so their outputs have the same structure."""
+        columns = zip(self.leaves, self.marks, strict=True)
+        plain = tuple(mark for leaf, mark in columns if not isinstance(leaf, torch.Tensor))
+        return (self.name, self.structure, plain)
 
 
 class Signatures:
@@ -69,19 +78,19 @@ class Signatures:
         primary = _primary(call)
         if primary is None or call.method not in MERGEABLE_METHODS:
             return None
-        listed = isinstance(primary, list)
-        rows = len(primary)
-        tree = (call.args, call.kwargs)
-        leaves, spec = pytree.tree_flatten(tree, is_leaf=lambda node: _is_row_list(node, rows, listed))
+        if isinstance(primary, torch.Tensor):
+            listed, rows, row_shape = False, primary.shape[0], tuple(primary.shape[1:]) or None
+        else:
+            listed, rows, row_shape = True, len(primary), None
+        leaves, structure = flatten(call, lambda node: _is_row_list(node, rows, listed))
         if any(map(_takes_gradients, leaves)):
             return None
         roles = [_role(leaf, rows) for leaf in leaves]
         ids = _position_ids(call)
-        marks = tuple(self._mark(leaf, role, id(leaf) in ids) for leaf, role in zip(leaves, roles, strict=True))
-        plain = tuple(mark for leaf, mark in zip(leaves, marks, strict=True) if not isinstance(leaf, torch.Tensor))
-        signature, form = (call.name, spec, marks), (call.name, spec, plain)
-        row_shape = tuple(primary.shape[1:]) if isinstance(primary, torch.Tensor) and primary.ndim > 1 else None
-        return Batchable(leaves, spec, roles, rows, _positions(primary), listed, row_shape, signature, form)
+        marks = tuple([self._mark(leaf, role, id(leaf) in ids) for leaf, role in zip(leaves, roles, strict=True)])
+        signature = (call.name, structure, marks)
+        positions = _positions(primary)
+        return Batchable(leaves, structure, roles, rows, positions, listed, row_shape, call.name, marks, signature)
 
     def _mark(self, leaf: Any, role: Role, is_position_ids: bool) -> Hashable:
         """This leaf's part of the signature."""
@@ -144,20 +153,17 @@ def _primary(call: Call) -> torch.Tensor | list[torch.Tensor] | None:
 
 def _takes_gradients(leaf: Any) -> bool:
     """True if the call is part of an autograd graph: merged calls would share one, which the first backward frees."""
-    if isinstance(leaf, list):
-        return any(map(_takes_gradients, leaf))
-    return isinstance(leaf, torch.Tensor) and leaf.requires_grad
+    if isinstance(leaf, torch.Tensor):
+        return leaf.requires_grad
+    return isinstance(leaf, list) and any(map(_takes_gradients, leaf))
 
 
 def _role(leaf: Any, rows: int) -> Role:
-    if isinstance(leaf, list):
-        return Role.LISTED
     if isinstance(leaf, torch.Tensor):
         if leaf.ndim == 0:
             return Role.SCALAR
-        if leaf.shape[0] == rows:
-            return Role.BATCHED
-    return Role.SHARED
+        return Role.BATCHED if leaf.shape[0] == rows else Role.SHARED
+    return Role.LISTED if isinstance(leaf, list) else Role.SHARED
 
 
 def _positions(primary: torch.Tensor | list[torch.Tensor]) -> int:
