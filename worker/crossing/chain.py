@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, Protocol
 
 from .call import Call, cross_all
@@ -26,17 +27,24 @@ class Chain:
 
     def __init__(self, interceptors: Sequence[Interceptor] = ()) -> None:
         self._interceptors = list(interceptors)
+        self._pass = self._linked()
 
     def add(self, interceptor: Interceptor) -> None:
         """Append ``interceptor``, next to the batcher."""
         self._interceptors.append(interceptor)
+        self._pass = self._linked()
 
     def __call__(self, call: Call) -> Any:
-        (answer,) = self._pass(0, (call,))
+        (answer,) = self._pass(call)
         return answer
 
-    def _pass(self, depth: int, calls: Sequence[Call]) -> Sequence[Any]:
-        if depth == len(self._interceptors):
-            return cross_all(*calls)
-        (call,) = calls  # another interceptor would pass several calls on one by one
-        return [self._interceptors[depth](call, lambda *calls: self._pass(depth + 1, calls))]
+    def _linked(self) -> Proceed:
+        proceed: Proceed = cross_all
+        for interceptor in reversed(self._interceptors):
+            proceed = partial(_intercepted, interceptor, proceed)
+        return proceed
+
+
+def _intercepted(interceptor: Interceptor, proceed: Proceed, *calls: Call) -> Sequence[Any]:
+    (call,) = calls  # another interceptor would pass several calls on one by one
+    return [interceptor(call, proceed)]

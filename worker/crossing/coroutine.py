@@ -6,15 +6,16 @@ waits.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 from greenlet import getcurrent, greenlet
 
 from .call import Suspension, Yielded
-from .random_state import RandomState, kept_random_state, random_state, set_random_state
+from .random_state import RandomState, random_state, set_random_state
 from .thread_state import Swap, ThreadState, thread_state
+
+T = TypeVar("T")
 
 
 class Cancelled(BaseException):
@@ -97,28 +98,28 @@ class Coroutine:
         self._end()
         return None
 
-    @contextmanager
-    def own_random_numbers(self) -> Iterator[None]:
-        """Use this coroutine's random state within the context: for its own code and calls that run alone."""
-        with kept_random_state():
-            if self._random is not None:
-                set_random_state(self._random)
-            try:
-                yield
-            finally:
-                self._random = random_state()
+    def with_own_random_numbers(self, run: Callable[[], T]) -> T:
+        """Call ``run``, the coroutine's own code or a call that runs alone, with this coroutine's random state."""
+        outside = random_state()
+        if self._random is not None:
+            set_random_state(self._random)
+        try:
+            return run()
+        finally:
+            self._random = random_state()
+            set_random_state(outside)
 
     def _with_own_settings(self, switch: Callable[[], Any]) -> Any:
         outside = thread_state()
         if self._away is not None:
             self._away.back()
         try:
-            with self.own_random_numbers():
-                return switch()
+            return self.with_own_random_numbers(switch)
         finally:
             inside = thread_state()
-            self.state = inside if inside != outside else None
-            self._away = Swap(inside, outside) if inside != outside else None
+            differs = inside != outside
+            self.state = inside if differs else None
+            self._away = Swap(inside, outside) if differs else None
 
     def _end(self) -> None:
         done, self._done = self._done, _ignore  # drops the reference to the request, whose outputs are large

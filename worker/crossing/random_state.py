@@ -17,7 +17,7 @@ RandomState = tuple[torch.Tensor, ...]
 
 
 def random_state() -> RandomState:
-    return tuple(generator.get_state() for generator in _generators())
+    return tuple([generator.get_state() for generator in _generators()])  # a list, as generators cost more
 
 
 def set_random_state(state: RandomState) -> None:

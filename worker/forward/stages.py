@@ -66,8 +66,7 @@ class RandomNumbers:
 
     def __call__(self, forward: Forward, proceed: Proceed) -> list[Any]:
         if not (forward.merged or forward.part or forward.probe):
-            with forward.calls[0].coroutine.own_random_numbers():
-                return proceed()
+            return forward.calls[0].coroutine.with_own_random_numbers(proceed)
         with kept_random_state() as before:
             answers = proceed()
             if has_drawn(before) and not forward.probe:
