@@ -17,7 +17,7 @@ from ..model.model import Model
 from ..model.modules import modules
 from ..parallel.mesh import Mesh
 from ..pipelines.components import DENOISERS
-from ..requests.warm_up import read_sizes, run_size
+from ..requests.warm_up import PROMPTS, read_sizes, run_size
 
 log = logging.getLogger(__name__)
 
@@ -57,7 +57,9 @@ def warm_up_compiled(
         return
     for size in sizes:
         report(f"compiling for {size}")
-        for _ in range(2):  # the second run shows that nothing is left, or reaches what the first one has not
-            batcher.forget_answers()  # so that text encoders run
-            run_size(model, batcher, caching, _OPTION, size)
-            batcher.resources.compiled.wait()
+        # a second length makes texts' lengths dynamic in all later graphs; batches of unequal ones need a third
+        for prompt in PROMPTS if size is sizes[0] else PROMPTS[:1]:
+            for _ in range(2):  # the second run shows that nothing is left, or reaches what the first one has not
+                batcher.forget_answers()  # so that text encoders run
+                run_size(model, batcher, caching, _OPTION, size, prompt)
+                batcher.resources.compiled.wait()

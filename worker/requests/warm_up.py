@@ -16,6 +16,9 @@ from .sample import SampleRun
 _SIZE = re.compile(r"(\d{1,5})x(\d{1,5})(?:x(\d{1,3}))?(?::(\d{1,4}))?")
 _STEPS = 2
 
+PROMPTS = tuple(" ".join(["a red circle"] * times) for times in (1, 16, 40))
+"""Texts of three lengths, also in models that pad texts to a multiple."""
+
 
 @dataclass(frozen=True, slots=True)
 class WarmUpSize:
@@ -47,11 +50,13 @@ def read_sizes(option: str, text: str) -> list[WarmUpSize]:
     return sizes
 
 
-def run_size(model: Model, batcher: Batcher, caching: Caching | None, option: str, size: WarmUpSize) -> None:
+def run_size(
+    model: Model, batcher: Batcher, caching: Caching | None, option: str, size: WarmUpSize, prompt: str = PROMPTS[0]
+) -> None:
     """Run the request for ``size``, from a prompt alone. Raises ``StartFailed``."""
     runs = [
         SampleRun(model, request, 0, lambda *_: None, lambda _: None, caching=caching)
-        for request in _requests(model, size)
+        for request in _requests(model, size, prompt)
     ]
     for run in runs:
         batcher.start(run.coroutine)
@@ -64,12 +69,12 @@ def run_size(model: Model, batcher: Batcher, caching: Caching | None, option: st
             raise StartFailed(f"{size} of {option} does not run: {error}") from error
 
 
-def _requests(model: Model, size: WarmUpSize) -> Sequence[Generate]:
+def _requests(model: Model, size: WarmUpSize, prompt: str) -> Sequence[Generate]:
     steps = _STEPS if "num_inference_steps" in model.main.arguments else None
     return [
         Generate(
             request_id=f"warm-up-{index}",
-            samples=[Sample(f"a red circle {index % 10}", seed=index)],  # other prompts of as many tokens
+            samples=[Sample(f"{prompt} {index % 10}", seed=index)],  # other prompts of as many tokens
             width=size.width,
             height=size.height,
             num_frames=size.frames,

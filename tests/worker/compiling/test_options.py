@@ -13,6 +13,7 @@ from torch._inductor.runtime.cache_dir_utils import cache_dir
 
 from safelight.protocol.config import Config
 from safelight.protocol.errors import StartFailed
+from safelight.tests.effort import chosen
 from safelight.worker.caching.caching import Caching
 from safelight.worker.compiling.compiler import Compiler, use_cache_directory
 from safelight.worker.forward.batcher import Batcher
@@ -58,6 +59,30 @@ def test_listed_sizes_are_compiled_with_text_encoders_before_the_replica_is_read
         run_size(model, batcher, None, "", size)
     after = compiler.stats()
     assert all(after[name].eager_calls == stats.eager_calls < after[name].calls for name, stats in before.items())
+
+
+@pytest.mark.parametrize("family", chosen("zimage", nightly=["qwenimage"]))
+def test_a_prompt_of_a_length_that_no_request_had_needs_no_graph_after_the_warm_up(
+    family: str, tiny_model: Callable[[str], Model], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Qwen-Image's texts keep their lengths; Z-Image's are padded to a multiple of 32."""
+    monkeypatch.setattr(compilation, "Compiler", partial(Compiler, backend="eager"))
+    model, config = tiny_model(family), Config(compile="on", compile_sizes="64x64,96x64x2")
+    compiler = new_compiler(model, config, Mesh())
+    assert compiler is not None
+    batcher = Batcher(max_batch=4, max_tokens=10**6, resources=ForwardResources(compiled=compiler))
+    warm_up_compiled(config, model, batcher, Caching(config, {}, float), lambda _: None)
+    before = compiler.stats()["transformer"]
+    sizes = read_sizes("", config.compile_sizes)
+    for words in (12, 70):
+        for size in sizes * 2:
+            eager = compiler.stats()["transformer"].eager_calls
+            run_size(model, batcher, None, "", size, "circle " * words)
+            compiler.wait()
+        assert compiler.stats()["transformer"].eager_calls == eager
+    after = compiler.stats()["transformer"]
+    assert after.kinds > before.kinds, "lengths that are new"
+    assert after.graphs == before.graphs
 
 
 def test_graphs_of_cuda_give_way_to_compilation_and_both_by_force_are_refused() -> None:
