@@ -42,6 +42,7 @@ class Generate(Settings, tag=True, frozen=True, kw_only=True):
     images: list[Image] = msgspec.field(default_factory=list)
     output_format: OutputFormat = "png"
     progress: bool = False
+    """Report the request's way to its end: ``Queued``, ``Started``, ``Progress`` and ``Preview``."""
     lora: list[Use] | None = None
     """The adapters of this request; ``None`` uses the active ones."""
     rollout: Rollout | None = None

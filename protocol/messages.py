@@ -3,7 +3,7 @@
 The life of one request in messages::
 
     server ──Generate──▶ scheduler ──Generate──▶ worker
-    server ◀──Queued, Started, Progress, Preview, then Result or Failed── (in this order)
+    server ◀──Queued, Started, Progress, Preview if asked for, then Result or Failed── (in this order)
     server ──Cancel──▶ scheduler ──Cancel──▶ worker
 """
 

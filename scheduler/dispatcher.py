@@ -3,7 +3,8 @@
 It decides from messages and an explicit ``now`` (seconds of one monotonic clock), without a socket, and leaves messages
 in an outbox. Three things hold after each event:
 
-- an accepted request, or each of its copies, gets ``Queued`` and then exactly one of ``Result`` and ``Failed``;
+- an accepted request, or each of its copies, gets exactly one of ``Result`` and ``Failed``, after ``Queued`` and
+  ``Started`` if it asks for progress;
 - a request waits only while some replica is ready that may run it, so nobody waits for a restart;
 - a replica's outstanding outputs are those that its worker has not answered for yet.
 """
@@ -181,7 +182,8 @@ class Dispatcher:
             else:
                 behind = self._operations.blocks
                 ahead = self._requests.accept(generate, nbytes, now, pinned_to=number, behind=behind)
-                self._outbox.tell_server(Queued(generate.request_id, ahead))
+                if generate.progress:
+                    self._outbox.tell_server(Queued(generate.request_id, ahead))
 
     def _settle(self, now: float) -> None:
         """Bring the requests in line with the time and with the replicas."""
@@ -220,7 +222,8 @@ class Dispatcher:
     def _start(self, request: Request, replica: Replica, now: float) -> None:
         self._requests.start(request, replica.number, now)
         replica.assign(request.id, request.outputs)
-        self._outbox.tell_server(Started(request.id, replica.number, request.queue_s(now)))
+        if request.generate.progress:
+            self._outbox.tell_server(Started(request.id, replica.number, request.queue_s(now)))
         self._outbox.order(replica.number, request.generate)
         self._recent.used((use.name for use in request.generate.lora or ()), self._sync.committed.adapters.loaded)
 

@@ -47,10 +47,18 @@ def generate(
     priority: int = 0,
     timeout_s: float | None = None,
     lora: Sequence[str] | None = None,
+    progress: bool = True,
 ) -> Generate:
     samples = [Sample("a red circle", seed) for seed in range(outputs)]
     uses = None if lora is None else [Use(name) for name in lora]
-    return Generate(request_id=request_id, samples=samples, priority=priority, timeout_s=timeout_s, lora=uses)
+    return Generate(
+        request_id=request_id,
+        samples=samples,
+        priority=priority,
+        timeout_s=timeout_s,
+        lora=uses,
+        progress=progress,
+    )
 
 
 def result(request_id: str, data: bytes = b"png", total_s: float = 1.0) -> Result:

@@ -41,6 +41,16 @@ def test_a_free_worker_gets_a_request_at_once_and_without_a_turn() -> None:
     assert stage.given(0) == ["a"]
 
 
+def test_a_request_without_progress_costs_the_server_one_message() -> None:
+    stage = Stage(config=ONE_AT_A_TIME)
+    before = len(stage.to_server)
+    stage.server(generate("a", progress=False), generate("waits", progress=False))
+    assert stage.to_server[before:] == []
+    stage.worker(0, result("a"), result("waits"))
+    assert [message.request_id for message in stage.to_server[before:] if isinstance(message, Result)] == ["a", "waits"]
+    assert stage.given(0) == ["a", "waits"]
+
+
 def test_a_request_that_is_for_one_replica_goes_there_however_busy_it_is_and_fails_without_it() -> None:
     stage = Stage(ready=(0, 1), config=Config(replicas=3, max_running=2))
     stage.server(generate("a"))

@@ -62,7 +62,7 @@ def finished(generate: Generate, data: bytes = PNG) -> list[FromScheduler]:
         for sample in generate.samples
     ]
     result = Result(request_id, outputs, Timings(0.1, 0.2, 0.3, 0.4, 1.0), 4, "7", weight_versions=["7"])
-    return [Queued(request_id, 0), Started(request_id, 0, 0.1), result]
+    return [Queued(request_id, 0), Started(request_id, 0, 0.1), result] if generate.progress else [result]
 
 
 class PlayedScheduler:

@@ -35,10 +35,10 @@ def events_of(reply: httpx.Response) -> list[tuple[str, dict[str, object]]]:
 
 async def test_events_come_in_order_and_end_with_the_json_reply() -> None:
     def answer(generate: Generate) -> list[FromScheduler]:
-        queued, started, result = finished(generate)
+        *begun, result = finished(generate)
         request_id = generate.request_id
         progress = [Progress(request_id, 0, step, 2) for step in (1, 2)]
-        return [queued, started, progress[0], Preview(request_id, 0, 1, 2, Buffer(b"jpeg")), progress[1], result]
+        return [*begun, progress[0], Preview(request_id, 0, 1, 2, Buffer(b"jpeg")), progress[1], result]
 
     async with stage(answer=answer) as played:
         streamed = await played.client.post("/generate", json={**BODY, "preview_every": 1})

@@ -157,8 +157,8 @@ def test_a_missing_directory_holds_no_files(tmp_path: Path) -> None:
 
 def behind_a_preview(generate: Generate) -> list[FromScheduler]:
     """A result that comes while the client has yet to take what came before it."""
-    queued, started, result = finished(generate, bytes(LARGE))
-    return [queued, started, Preview(generate.request_id, 0, 1, 2, Buffer(bytes(LARGE // 4 * 3))), result]
+    *begun, result = finished(generate, bytes(LARGE))
+    return [*begun, Preview(generate.request_id, 0, 1, 2, Buffer(bytes(LARGE // 4 * 3))), result]
 
 
 async def test_results_that_wait_behind_an_event_that_nobody_reads_are_counted_and_bounded() -> None:
