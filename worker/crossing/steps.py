@@ -11,13 +11,13 @@ from typing import Any
 
 import torch
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
+from msgspec import Struct
 
 _WATCHED = ("model_output", "timestep", "sample")
 """The arguments of ``step`` that :class:`DenoisingStep` reports, at any position in its signature."""
 
 
-@dataclass(frozen=True, slots=True)
-class DenoisingStep:
+class DenoisingStep(Struct, frozen=True, eq=False):
     """The ``number``-th of ``total`` steps, from ``sample`` to ``prev_sample`` by ``model_output``.
 
     ``index`` is its index in the scheduler's timesteps, ``result`` the scheduler's return value.

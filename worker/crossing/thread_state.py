@@ -78,10 +78,12 @@ _SETTINGS: tuple[tuple[Callable[[], Any], Callable[[Any], Any]], ...] = (
     (internals.get_cudnn_sdp, internals.set_cudnn_sdp),
 )
 
+_READS = tuple(read for read, _ in _SETTINGS)
+
 
 def thread_state() -> ThreadState:
     """The current settings."""
-    return (torch.is_inference_mode_enabled(), *[read() for read, _ in _SETTINGS])
+    return (torch.is_inference_mode_enabled(), *[read() for read in _READS])
 
 
 class Swap:

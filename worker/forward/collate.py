@@ -82,6 +82,9 @@ class _Cut:
             return [DiagonalGaussianDistribution(rows, deterministic=node.deterministic) for rows in parameters]
         if type(node) in (list, tuple) and len(node) == self._total and self._has_rows(node, path):
             return [node[rows] for rows in self._rows]
+        if type(node) in (list, tuple) and node:
+            columns = [self.cut(child, (*path, index)) for index, child in enumerate(node)]
+            return [type(node)(shares) for shares in zip(*columns, strict=True)]
         children, spec = _children(node)
         if spec.is_leaf():
             raise NotDivisible(f"{node!r:.40} belongs to no row" if _is_plain(node) else f"a {type(node).__name__}")

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.utils import _pytree as pytree
 
 from ..crossing.answers import cloned, tensors_of
 from ..crossing.call import Call
@@ -16,6 +15,7 @@ from ..crossing.coroutine import Coroutine
 from .adapters import ActiveAdapters
 from .batch import Forward, Pending
 from .signature import digest
+from .structure import flatten
 
 
 @dataclass(slots=True)
@@ -94,7 +94,7 @@ def prompt_key(call: Call) -> Hashable | None:
     """The cache key of a call: the text encoder's name and its arguments' contents; ``None`` if it is not cacheable."""
     if not is_text_encoder(call.component) or call.method not in ("__call__", "forward"):
         return None
-    leaves, spec = pytree.tree_flatten((call.args, call.kwargs))
+    leaves, structure = flatten(call)
     marks: list[Hashable] = []
     for leaf in leaves:
         if isinstance(leaf, torch.Tensor):
@@ -103,7 +103,7 @@ def prompt_key(call: Call) -> Hashable | None:
             marks.append((type(leaf), leaf))
         else:
             return None
-    return (call.name, spec, tuple(marks))
+    return (call.name, structure, tuple(marks))
 
 
 def prompt_of(pending: Pending, uses: ActiveAdapters) -> Hashable | None:

@@ -136,9 +136,9 @@ def _is_row_list(node: Any, rows: int, listed: bool) -> bool:
     """
     if type(node) is not list or len(node) != rows or rows == 0:  # not isinstance, which is slow for tensors
         return False
-    if all(isinstance(element, torch.Tensor) for element in node):
+    if all(map(torch.is_tensor, node)):
         return listed
-    plain = not any(isinstance(leaf, torch.Tensor) for leaf in pytree.tree_leaves(node))
+    plain = not any(map(torch.is_tensor, pytree.tree_leaves(node)))
     return plain and all(element == node[0] for element in node)
 
 
@@ -146,7 +146,7 @@ def _primary(call: Call) -> torch.Tensor | list[torch.Tensor] | None:
     for value in (*call.args, *call.kwargs.values()):
         if isinstance(value, torch.Tensor) and value.ndim > 0:
             return value
-        if isinstance(value, list) and value and all(isinstance(element, torch.Tensor) for element in value):
+        if isinstance(value, list) and value and all(map(torch.is_tensor, value)):
             return value
     return None
 

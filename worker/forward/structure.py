@@ -36,7 +36,7 @@ class Structure(NamedTuple):
         return tuple(values[:by_position]), dict(zip(self.names, values[by_position:], strict=True))
 
 
-def flatten(call: Call, is_leaf: Callable[[Any], bool]) -> tuple[list[Any], Structure]:
+def flatten(call: Call, is_leaf: Callable[[Any], bool] = lambda _: False) -> tuple[list[Any], Structure]:
     """The leaves of the arguments of ``call``, and their structure. A value for which ``is_leaf`` holds is a leaf."""
     leaves: list[Any] = []
     specs: list[pytree.TreeSpec | None] = []
