@@ -419,3 +419,15 @@ def test_what_is_written_to_processors_is_the_request_s_own_by_each_of_their_nam
         assert forked.tokenizer.padding_side == "left"
     assert shared.image_processor.config.do_normalize
     assert tokenizer.padding_side == "right"
+
+
+def test_a_fork_writes_into_its_schedulers_tensors_alone(pipeline: Writer) -> None:
+    """A tensor under two names is one tensor in the fork, too."""
+    shared = pipeline.scheduler
+    vars(shared)["again"] = shared.timesteps
+    before = shared.timesteps.clone()
+    with Fork(pipeline) as fork:
+        fork.scheduler.timesteps.zero_()
+        assert not fork.scheduler.again.any()
+    assert torch.equal(shared.timesteps, before)
+    del vars(shared)["again"]

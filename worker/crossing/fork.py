@@ -14,6 +14,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import torch
 from diffusers import ConfigMixin, DiffusionPipeline
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
@@ -59,7 +60,7 @@ class Fork:
                 # not setattr: the pipeline's would write the change into the configuration, which all forks share
                 own[name] = Boundary(component, name, crossing, self.changes)
             elif isinstance(component, ConfigMixin):  # schedulers and guiders
-                own[name] = copy.deepcopy(component)
+                own[name] = _deep_copy(component)
             elif is_stateful(component):
                 own[name] = _with_own_attributes(component, copies)
         _copy_inner(self._pipeline, {id(part): own[name] for name, part in components.items()}, copies)
@@ -122,6 +123,12 @@ def _copy_inner(pipeline: DiffusionPipeline, replaced: dict[int, Any], copies: d
             copied = _copied(inner, copies)
             vars(copied).update({part: replaced.get(id(value), value) for part, value in inner.components.items()})
             vars(pipeline)[name] = copied
+
+
+def _deep_copy(component: ConfigMixin) -> Any:
+    """Tensors among the attributes are cloned first, which takes a tenth of the time that their deep copies take."""
+    tensors = (value for value in vars(component).values() if type(value) is torch.Tensor and not value.requires_grad)
+    return copy.deepcopy(component, {id(tensor): tensor.clone() for tensor in tensors})
 
 
 def _is_processor(value: Any) -> bool:
