@@ -105,6 +105,22 @@ async def test_headers_that_never_end_and_answers_that_nobody_reads_end_the_conn
         assert await health(played) == 200
 
 
+async def test_a_request_that_offers_http_2_keeps_its_body_and_its_connection() -> None:
+    """curl --http2 and Java's client offer it with the first request of a connection."""
+    offer, body = b"Connection: Upgrade\r\nUpgrade: h2c\r\n", b'{"prompt": "a"}'
+    say = b"POST /generate HTTP/1.1\r\nHost: localhost\r\n%sContent-Length: %d\r\n\r\n%s" % (offer, len(body), body)
+    async with stage() as played, strangers(played, 1, say + SILENT["idle"]) as (reader,):
+        read = b""
+        while read.count(b"HTTP/1.1 200 OK") < 2 and (more := await asyncio.wait_for(reader.read(1 << 16), 60)):
+            read += more
+    assert read.count(b"HTTP/1.1 200 OK") == 2
+
+
+async def test_headers_do_not_grow_beyond_their_bound() -> None:
+    async with stage() as played, strangers(played, 1, SILENT["within the headers"] + b"a" * 100_000) as (reader,):
+        assert b" 400 " in await asyncio.wait_for(reader.readline(), 60)
+
+
 async def test_a_body_of_tiny_chunks_is_parsed_little_by_little(monkeypatch: pytest.MonkeyPatch) -> None:
     """256 KB of chunks with a byte each take 0.7 s to parse, in which nobody else would have a turn."""
     head = b"POST /generate HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n"
