@@ -1,10 +1,10 @@
 """One GPU, unattended, in a few minutes: full-size models with random weights, served and beside plain diffusers.
 
-``python -m safelight.benchmarks.gpu [--minutes 7.5]`` measures FLUX.1-dev, then Z-Image, Wan 2.1 and Qwen-Image, and
-writes each figure to ``benchmarks/results/gpu.json`` and ``gpu.md`` as soon as it is measured, so that nothing is lost
-when the run is stopped. A stage that would not fit into the minutes left is skipped; one that fails or takes three
-times what it needs is recorded with its error, and the next one runs. ``--dry`` takes tiny models on the CPU through
-the stages that need no CUDA.
+``python -m safelight.benchmarks.gpu [--minutes 7.5]`` measures FLUX.1-dev, then Z-Image, Wan 2.1 and Qwen-Image, then
+FLUX.1-dev compiled, and writes each figure to ``benchmarks/results/gpu.json`` and ``gpu.md`` as soon as it is measured,
+so that nothing is lost when the run is stopped. A stage that would not fit into the minutes left is skipped; ``--only``
+runs some of the parts. A stage that fails or takes three times what it needs is recorded with its error, and the next
+one runs. ``--dry`` takes tiny models on the CPU through the stages that need no CUDA.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import argparse
 import gc
 import shutil
 import tempfile
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -29,12 +30,29 @@ IN_MEMORY = Path("/dev/shm")
 LARGEST_CHECKPOINT = 48 * 10**9
 
 
-def measure(run: Run, model: FullSize, directory: Path, *, dry: bool) -> None:
-    """Every stage of one model, whose checkpoint is made in ``directory`` and removed at the end."""
-    device, dtype = (torch.device("cpu"), torch.float32) if dry else (torch.device("cuda"), torch.bfloat16)
-    output = model.tiny_output if dry else model.output
-    whole = model.name == "flux"
+NEEDS_S = {
+    "flux": {"diffusers": 30, "checkpoint": 35, "copies": 5, "served": 90},
+    "z-image": {"diffusers": 15, "checkpoint": 14, "served": 40},
+    "wan": {"diffusers": 18, "checkpoint": 10, "served": 55},
+    "qwen-image": {"diffusers": 25, "checkpoint": 45, "served": 65},
+    "flux-compiled": {"checkpoint to compile": 60, "served compiled": 100, "diffusers compiled": 90},
+}
+"""Seconds that each stage of each part is expected to take on an H200, in the order in which they run. All parts but
+the last fit into the minutes of a run."""
 
+
+def measure(run: Run, part: str, directory: Path, *, dry: bool) -> None:
+    """Every stage of ``part``, whose checkpoint is made in ``directory`` and removed at the end."""
+    try:
+        (_measure_compiled if part == "flux-compiled" else _measure_model)(run, part, directory, dry)
+    finally:
+        shutil.rmtree(directory, ignore_errors=True)
+
+
+def _measure_model(run: Run, name: str, directory: Path, dry: bool) -> None:
+    model, needs_s = MODELS[name], NEEDS_S[name]
+    device, dtype = _placed(dry)
+    output = model.tiny_output if dry else model.output
     pipeline: DiffusionPipeline | None = None
 
     def diffusers() -> Figures:
@@ -46,38 +64,53 @@ def measure(run: Run, model: FullSize, directory: Path, *, dry: bool) -> None:
         assert pipeline is not None
         yield {"gb": saved(pipeline, directory)}
 
+    run.stage(name, "diffusers", needs_s["diffusers"], diffusers)
+    if pipeline is None or not run.stage(name, "checkpoint", needs_s["checkpoint"], checkpoint):
+        return
+    pipeline = None
+    _free_memory()
+    if "copies" in needs_s:
+        run.stage(name, "copies", needs_s["copies"], lambda: copy_speeds(device.type, 2**24 if dry else 2**30))
+    _serve(run, model, Served(directory, device.type, output), needs_s["served"], dry=dry)
+
+
+def _serve(run: Run, model: FullSize, served: Served, needs_s: float, *, dry: bool) -> None:
+    """Served with CUDA graphs, or without them if that fails; FLUX with all that it must reach."""
+    whole = model.name == "flux"
+    graphs = ("--piecewise-cuda-graph", "on", *(_enforced(served) if whole else ()))
+    with_graphs = partial(served.measured, graphs, batching=whole, updates=whole, counts="graph_replays")
+    without = partial(served.measured, (), batching=whole, updates=whole, counts=None)
+    if dry or not run.stage(model.name, "served with CUDA graphs", needs_s, with_graphs):
+        run.stage(model.name, "served", needs_s, without)
+
+
+def _measure_compiled(run: Run, part: str, directory: Path, dry: bool) -> None:
+    """FLUX's blocks compiled, by the server and by diffusers."""
+    model, needs_s = MODELS["flux"], NEEDS_S[part]
+    device, dtype = _placed(dry)
+    output = model.tiny_output if dry else model.output
+    served = Served(directory, device.type, output)
+    options = ("--compile", "on", "--compile-sizes", _size(served))
+
+    def checkpoint() -> Figures:
+        yield {"gb": saved(built(model, device, dtype, tiny=dry), directory)}
+
     def compiled() -> Figures:
         yield from Plain.loaded(directory, device, dtype, output).compiled_seconds("eager" if dry else "inductor")
 
-    try:
-        run.stage(model.name, "diffusers", 30, diffusers)
-        if pipeline is None or not run.stage(model.name, "checkpoint", 50 if whole else 30, checkpoint):
+    stages: dict[str, Callable[[], Figures]] = {"checkpoint to compile": checkpoint}
+    if not dry:  # compiling for a CPU takes minutes
+        counts = "compiled_block_calls"
+        stages["served compiled"] = partial(served.measured, options, batching=False, updates=False, counts=counts)
+    stages["diffusers compiled"] = compiled
+    for stage, measured in stages.items():
+        if not run.stage(model.name, stage, needs_s[stage], measured) and measured is checkpoint:
             return
-        pipeline = None
         _free_memory()
-        _serve(run, model, Served(directory, device.type, output), whole=whole, dry=dry)
-        if whole:
-            run.stage(model.name, "diffusers compiled", 90, compiled)
-            _free_memory()
-    finally:
-        shutil.rmtree(directory, ignore_errors=True)
 
 
-def _serve(run: Run, model: FullSize, served: Served, *, whole: bool, dry: bool) -> None:
-    def measured(*options: str, everything: bool = whole, counts: str | None = None) -> Figures:
-        return served.measured(options, batching=everything, updates=everything, counts=counts)
-
-    if whole:
-        run.stage(model.name, "copies", 10, lambda: copy_speeds(served.device, 2**24 if dry else 2**30))
-    graphs = ("--piecewise-cuda-graph", "on", *(_enforced(served) if whole else ()))
-    needs_s = 90 if whole else 60
-    if dry or not run.stage(
-        model.name, "served with CUDA graphs", needs_s, lambda: measured(*graphs, counts="graph_replays")
-    ):
-        run.stage(model.name, "served", needs_s, measured)
-    if whole and not dry:
-        compiled = partial(measured, "--compile", "on", "--compile-sizes", _size(served), counts="compiled_block_calls")
-        run.stage(model.name, "served compiled", 100, partial(compiled, everything=False))
+def _placed(dry: bool) -> tuple[torch.device, torch.dtype]:
+    return (torch.device("cpu"), torch.float32) if dry else (torch.device("cuda"), torch.bfloat16)
 
 
 def _enforced(served: Served) -> tuple[str, ...]:
@@ -105,9 +138,12 @@ def _roomy() -> Path:
     return next((place for place in places if free[place] > LARGEST_CHECKPOINT), max(places, key=free.__getitem__))
 
 
+_ONLY = f"the parts to run, in this order: {', '.join(NEEDS_S)}"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
+    parser.add_argument("--only", metavar="PART", nargs="+", choices=list(NEEDS_S), default=list(NEEDS_S), help=_ONLY)
     parser.add_argument("--minutes", type=float, default=7.5, help="after which every stage is stopped")
     parser.add_argument(
         "--directory",
@@ -124,8 +160,8 @@ def main() -> None:
     run = Run(options.minutes, options.results, {"minutes": options.minutes, "dry": options.dry})
     directory = options.directory or (None if options.dry else _roomy())
     with tempfile.TemporaryDirectory(dir=directory, prefix="safelight-full-size-") as made:
-        for name in options.models:
-            measure(run, MODELS[name], Path(made, name), dry=options.dry)
+        for part in options.only:
+            measure(run, part, Path(made, part), dry=options.dry)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from safelight.benchmarks.full_size import MODELS, built
+from safelight.benchmarks.gpu import NEEDS_S
 from safelight.benchmarks.gpu_run import Figures, Run
 from safelight.benchmarks.gpu_serving import updates
 from safelight.client.transports import TransportName
@@ -31,16 +32,31 @@ def test_a_denoiser_has_the_size_of_the_published_one(name: str) -> None:
     assert {parameter.dtype for parameter in parameters} == {torch.bfloat16}
 
 
+SHORT = {"diffusers", "checkpoint", "served"}
+DRY_STAGES = {
+    "flux": SHORT | {"copies", "checkpoint to compile", "diffusers compiled"},
+    "z-image": SHORT,
+    "wan": SHORT,
+    "qwen-image": SHORT,
+}
+
+
 @pytest.mark.parametrize("name", chosen("flux", nightly=["z-image", "wan", "qwen-image"]))
 def test_a_dry_run_finishes_every_stage(name: str, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "safelight.benchmarks.gpu", "--dry", "--models", name, "--results", str(tmp_path)]
+    parts = ["flux", "flux-compiled"] if name == "flux" else [name]
+    command = [sys.executable, "-m", "safelight.benchmarks.gpu", "--dry", "--only", *parts, "--results", str(tmp_path)]
     subprocess.run(command, check=True, timeout=600)
     stages = json.loads((tmp_path / "gpu.json").read_text())["models"][name]
-    needed = {"diffusers", "checkpoint", "served"}
-    assert needed | {"copies", "diffusers compiled"} >= set(stages) >= needed
+    assert set(stages) == DRY_STAGES[name]
     assert [stage for stage, figures in stages.items() if "error" in figures or "skipped" in figures] == []
     assert stages["checkpoint"]["gb"] > 0
     assert stages["served"]["first_output_s"] > stages["served"]["output_s"] > 0
+
+
+def test_every_model_has_its_time_before_the_compiled_stages() -> None:
+    *first, last = NEEDS_S
+    assert (first, last) == ([*MODELS], "flux-compiled")
+    assert sum(sum(NEEDS_S[part].values()) for part in first) <= 7.5 * 60
 
 
 def test_a_stage_that_fails_or_does_not_fit_loses_no_figure(tmp_path: Path) -> None:
