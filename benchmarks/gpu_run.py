@@ -12,6 +12,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from safelight.benchmarks.gpu_goals import RATIOS, goal, ratios
 from safelight.benchmarks.machine import describe
 
 Figures = Iterator[dict[str, Any]]
@@ -33,7 +34,7 @@ class Run:
     def __init__(self, minutes: float, results: Path, options: dict[str, Any]) -> None:
         self._ends = time.monotonic() + 60 * minutes
         self._results = results
-        self.found: dict[str, Any] = {"machine": describe(), "options": options, "models": {}}
+        self.found: dict[str, Any] = {"machine": describe(), "options": options, "models": {}, RATIOS: {}}
 
     def stage(self, model: str, name: str, needs_s: float, measure: Callable[[], Figures]) -> bool:
         """Run one stage and keep what it finds, also if it fails later; false if it failed or was skipped."""
@@ -58,6 +59,7 @@ class Run:
         return "error" not in figures and "skipped" not in figures
 
     def _write(self) -> None:
+        self.found[RATIOS] = {model: ratios(stages) for model, stages in self.found["models"].items()}
         self._results.mkdir(parents=True, exist_ok=True)
         for name, text in (("gpu.json", json.dumps(self.found, indent=2) + "\n"), ("gpu.md", table(self.found))):
             written = self._results / f"{name}.new"
@@ -82,12 +84,18 @@ def _ended_after(seconds: float) -> Iterator[None]:
 
 
 def table(found: dict[str, Any]) -> str:
-    """The results as Markdown: one row for each figure of each stage."""
-    lines = [f"Machine: {json.dumps(found['machine'])}", "", "| model | stage | figure | value |", "|---|---|---|---|"]
+    """The results as Markdown: one row for each figure of each stage, and for each ratio; goals are for a GPU."""
+    lines = [
+        f"Machine: {json.dumps(found['machine'])}",
+        "",
+        "| model | stage | figure | value | goal |",
+        "|---|---|---|---|---|",
+    ]
     for model, stages in found["models"].items():
-        for stage, figures in stages.items():
+        for stage, figures in {**stages, RATIOS: found[RATIOS][model]}.items():
             for name, value in figures.items():
                 if name not in ("traceback", "notes"):
                     shown = f"{value:.3g}" if isinstance(value, float) else str(value)
-                    lines.append(f"| {model} | {stage} | {name} | {shown.replace('|', '/')} |")
+                    wanted = "" if found["options"].get("dry") else goal(model, stage, name)
+                    lines.append(f"| {model} | {stage} | {name} | {shown.replace('|', '/')} | {wanted} |")
     return "\n".join(lines) + "\n"

@@ -46,17 +46,46 @@ def test_a_dry_run_finishes_every_stage(name: str, tmp_path: Path) -> None:
     parts = ["flux", "flux-compiled"] if name == "flux" else [name]
     command = [sys.executable, "-m", "safelight.benchmarks.gpu", "--dry", "--only", *parts, "--results", str(tmp_path)]
     subprocess.run(command, check=True, timeout=600)
-    stages = json.loads((tmp_path / "gpu.json").read_text())["models"][name]
+    found = json.loads((tmp_path / "gpu.json").read_text())
+    stages = found["models"][name]
     assert set(stages) == DRY_STAGES[name]
     assert [stage for stage, figures in stages.items() if "error" in figures or "skipped" in figures] == []
     assert stages["checkpoint"]["gb"] > 0
     assert stages["served"]["first_output_s"] > stages["served"]["output_s"] > 0
+    compiled = {"served / diffusers compiled", "served: update / copy from host to device"}
+    assert set(found["ratios"][name]) == {"served / diffusers", *(compiled if name == "flux" else ())}
 
 
 def test_every_model_has_its_time_before_the_compiled_stages() -> None:
     *first, last = NEEDS_S
     assert (first, last) == ([*MODELS], "flux-compiled")
     assert sum(sum(NEEDS_S[part].values()) for part in first) <= 7.5 * 60
+
+
+def test_a_figure_stands_beside_its_goal_and_gives_its_ratios(tmp_path: Path) -> None:
+    run = Run(minutes=1, results=tmp_path, options={})
+    served = {"output_s": 3.0, "batching_ratio": 3.25, "update_gb_per_s": 30.0}
+    for stage, figures in (
+        ("diffusers", {"output_s": 6.0}),
+        ("copies", {"host_to_device_gb_per_s": 40.0}),
+        ("served with CUDA graphs", served),
+        ("diffusers compiled", {"output_s": 4.0}),
+    ):
+        assert run.stage("flux", stage, 1, lambda: iter([figures]))  # noqa: B023  # called here
+    assert run.found["ratios"]["flux"] == {
+        "served with CUDA graphs / diffusers": 0.5,
+        "served with CUDA graphs / diffusers compiled": 0.75,
+        "served with CUDA graphs: update / copy from host to device": 0.75,
+    }
+    rows = (tmp_path / "gpu.md").read_text()
+    for row in (
+        "| flux | served with CUDA graphs | output_s | 3 | at most 3.50 |",
+        "| flux | served with CUDA graphs | batching_ratio | 3.25 | at least 3.1 |",
+        "| flux | diffusers compiled | output_s | 4 | 3.73 published |",
+        "| flux | ratios | served with CUDA graphs: update / copy from host to device | 0.75 | at least 0.6 |",
+        "| flux | ratios | served with CUDA graphs / diffusers compiled | 0.75 | at most 0.94 |",
+    ):
+        assert row in rows
 
 
 def test_a_stage_that_fails_or_does_not_fit_loses_no_figure(tmp_path: Path) -> None:
@@ -75,7 +104,7 @@ def test_a_stage_that_fails_or_does_not_fit_loses_no_figure(tmp_path: Path) -> N
     assert "an error that nobody expects" in stages["second"]["error"]
     assert "in fails" in stages["second"]["traceback"]
     assert "skipped" in stages["third"]
-    assert "| flux | first | output_s | 2 |" in (tmp_path / "gpu.md").read_text()
+    assert "| flux | first | output_s | 2 |  |" in (tmp_path / "gpu.md").read_text()
 
 
 def test_a_figure_is_on_disk_before_the_next_one_is_measured(tmp_path: Path) -> None:
