@@ -184,7 +184,7 @@ MODELS = {
             "qwen-image",
             qwen_image,
             build_qwenimage,
-            {**SQUARE, "num_inference_steps": 10, "negative_prompt": " ", "extra": {"true_cfg_scale": 4.0}},
+            {**SQUARE, "num_inference_steps": 10, "negative_prompt": " ", "true_cfg_scale": 4.0},
         ),
     )
 }

@@ -18,6 +18,7 @@ from safelight.benchmarks.gpu import NEEDS_S
 from safelight.benchmarks.gpu_run import Figures, Run
 from safelight.benchmarks.gpu_serving import updates
 from safelight.client.transports import TransportName
+from safelight.server.schemas import GenerateBody, parse_generate
 from safelight.tests.effort import chosen
 
 BILLIONS = {"flux": 11.9, "z-image": 6.2, "wan": 1.4, "qwen-image": 20.4}
@@ -30,6 +31,13 @@ def test_a_denoiser_has_the_size_of_the_published_one(name: str) -> None:
     parameters = list(pipeline.transformer.parameters())
     assert round(sum(parameter.numel() for parameter in parameters) / 1e9, 1) == BILLIONS[name]
     assert {parameter.dtype for parameter in parameters} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_server_takes_the_request_of_each_model(name: str) -> None:
+    for output in (MODELS[name].output, MODELS[name].tiny_output):
+        body = parse_generate(json.dumps({"prompt": "a star", **output}).encode())
+        assert not body.extra.keys() & GenerateBody.model_fields.keys(), "they would be refused"
 
 
 SHORT = {"diffusers", "checkpoint", "served"}
