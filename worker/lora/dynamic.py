@@ -85,6 +85,9 @@ class DynamicLora:
         ``listed`` says that a row is an element of a list, and not of a tensor's first dimension. Factors that are
         gathered for each row may have ``max_bytes``.
         """
+        if not self._entered[0] and not any(active for _, active in rows):  # the layers have none, and keep none
+            yield
+            return
         touching = [(count, self._touching(active)) for count, active in rows]
         # a request may have begun before its adapter was unloaded
         for_now = not self._layers and any(active for _, active in touching)
