@@ -285,7 +285,7 @@ def test_gathered_factors_count_in_the_limit_of_adapters(flux: Model, tmp_path: 
     second = SetAdapters(
         nicknames=["second"], strengths=[1.0], mode="request", sources=[source(written)], busy=["first"]
     )
-    sizes = f"{(4 * one - 1) / 1e6:.1f} MB of them, and these would be 2 of {4 * one / 1e6:.1f} MB"
+    sizes = f"of {(4 * one - 1) / 1e6:.1f} MB in all may be loaded, and these would be 2 of {4 * one / 1e6:.1f} MB"
     with pytest.raises(Conflict, match=sizes):
         adapters.prepare(second)
     unload(adapters, "first")
