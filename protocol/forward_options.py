@@ -84,7 +84,7 @@ class ForwardOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
             "Seconds that new requests wait at most for the clients that were just answered, if nothing else runs, so "
             "that all of them start together; 0 starts at once",
             ge=0,
-            le=60,
+            le=1,
         ),
     ] = 0.5
     prompt_cache_mb: Annotated[

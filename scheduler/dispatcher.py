@@ -148,7 +148,9 @@ class Dispatcher:
                 self._answer(replica, message, now)
             case Performed():
                 self._operations.answered(number, message, now)
-        if not isinstance(message, Heartbeat):
+        if isinstance(message, Result | Preview):  # from threads that go on when the worker's loop hangs
+            replica.lives(now)
+        elif not isinstance(message, Heartbeat):
             replica.spoke(now)
         self._settle(now)
 

@@ -110,8 +110,12 @@ class Replica:
 
     def spoke(self, now: float) -> None:
         """The worker's loop sent something."""
-        self._last_sign = now
+        self.lives(now)
         self._went_on(now)
+
+    def lives(self, now: float) -> None:
+        """The worker's process sent something, though its loop may hang."""
+        self._last_sign = now
 
     def heartbeat(self, beat: Heartbeat, now: float) -> None:
         """The worker's process lives, and its loop has done ``beat.progress`` so far.

@@ -157,6 +157,8 @@ def test_a_stall_does_not_fail_what_is_running_but_ends_the_waiting_when_it_leav
     assert stage.error("b") == "unavailable"
     stage.worker(0, result("a"))
     assert len(stage.sent(Result, "a")) == 1
+    assert stage.replica().state == "stalled", "a thread sends results, while the loop may hang"
+    stage.heartbeat()
     assert stage.replica().state == "ready"
 
 

@@ -18,6 +18,8 @@ class Arrivals:
 
     def __init__(self, *after_s: float) -> None:
         self.now = 0.0
+        self.messages: list[ToWorker] = []
+        """What comes each time, if not one request."""
         self._due = [*after_s]
 
     def receive(self, wait_s: float) -> list[ToWorker]:
@@ -25,7 +27,7 @@ class Arrivals:
             self.now += max(0.0, wait_s)
             return []
         self.now = self._due.pop(0)
-        return [request(f"at {self.now}")]
+        return self.messages or [request(f"at {self.now}")]
 
 
 def request(name: str) -> Generate:
@@ -79,12 +81,21 @@ def test_a_client_that_came_while_others_ran_is_not_waited_for_again() -> None:
     assert arrivals.now == 0.01
 
 
-def test_other_messages_do_not_wait_nor_does_anything_behind_them() -> None:
+def test_clients_that_have_stayed_away_for_long_are_not_waited_for() -> None:
+    arrivals = Arrivals()
+    gathering = Gathering(0.5, lambda: arrivals.now)
+    gathering.arrived([], drawn=4)
+    arrivals.now = 2 * TOOK_S
+    gathered(gathering, arrivals, drawn=4)
+    assert arrivals.now == 2 * TOOK_S
+
+
+def test_any_other_message_ends_the_wait() -> None:
     arrivals = Arrivals(0.01)
     gathering = Gathering(0.5, lambda: arrivals.now)
-    messages: list[ToWorker] = [request("first"), Cancel("first")]
-    assert gathering.gather(messages, arrivals.receive, drawn=4, took_s=TOOK_S, together=16) == messages
-    assert arrivals.now == 0
+    arrivals.messages = [request("second"), Cancel("first")]
+    assert len(gathered(gathering, arrivals, drawn=4)) == 3
+    assert arrivals.now == 0.01
 
 
 def test_zero_seconds_switch_it_off() -> None:

@@ -92,6 +92,32 @@ def test_a_finished_output_is_sent_while_a_forward_runs(stage: Stage, monkeypatc
     assert sent[0] == 1
 
 
+def test_a_result_that_cannot_be_sent_is_an_error_and_does_not_stay_in_progress(
+    tiny_model: Callable[[str], Model],
+) -> None:
+    stage = Stage(tiny_model("flux"))
+    send = stage.sent.append
+
+    def without_results(message: FromWorker) -> None:
+        if isinstance(message, Result):
+            raise OverflowError("an integer of 65 bits")
+        send(message)
+
+    stage.jobs = Jobs(stage.model, stage.batcher, without_results)
+    stage.jobs.submit(generate("unsendable"))
+    deadline = time.monotonic() + 60
+    ended: list[FromWorker] = []
+    while not ended and time.monotonic() < deadline:
+        stage.batcher.step()
+        for request_id in stage.jobs.collect():
+            stage.jobs.drop(request_id)
+        ended = [*stage.sent]
+    stage.jobs.close()
+    (failed,) = ended
+    assert isinstance(failed, Failed)
+    assert failed.error.status == 500
+
+
 def test_a_request_whose_outputs_all_fail_at_once_ends_once_and_harms_nobody(
     stage: Stage, caplog: pytest.LogCaptureFixture
 ) -> None:

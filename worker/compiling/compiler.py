@@ -19,6 +19,7 @@ from ...protocol.compiling import CompiledComponentStats
 from ..internals import dynamo
 from ..internals.blocks import NoBlocks
 from ..parallel import operators
+from ..parallel.device import use_device
 from ..parallel.ranks import Ranks
 from .admission import Judge, NotAdmitted, admit
 from .agreement import AGAIN, Decision, agreement
@@ -27,6 +28,8 @@ from .program import Backend, Graph, LimitMet, Program, SettingsChanged
 
 log = logging.getLogger(__name__)
 
+
+_CPU = torch.device("cpu")
 
 _DIRECTORY = "TORCHINDUCTOR_CACHE_DIR"
 
@@ -68,6 +71,7 @@ class Compiler:
         self._open: dict[Ticket, Decision | None] = {}  # until it is settled, with the decision once the job has ended
         self._made: dict[Ticket, Graph] = {}  # for open tickets with a decision that admits
         self._threads = torch.get_num_threads()
+        self._device = next((p.device for module in components.values() for p in module.parameters()), _CPU)
         self._idle = threading.Condition()  # of the open tickets, the jobs and the thread
         self._runs = False
         for name, module in components.items():
@@ -129,7 +133,10 @@ class Compiler:
             self._jobs.append(job)
             starts, self._runs = not self._runs, True
         if starts:
-            threading.Thread(target=self._run, name="compiler", daemon=True).start()
+            try:
+                threading.Thread(target=self._run, name="compiler", daemon=True).start()
+            except RuntimeError as error:  # the system allows no more threads
+                self._give_up(error)
 
     def _next(self) -> Job | None:
         """``None`` tells the thread to end; the next job starts another one."""
@@ -168,6 +175,23 @@ class Compiler:
             self._components[name].admit(cls, key, graph)
 
     def _run(self) -> None:
+        try:
+            self._run_jobs()
+        except Exception as error:  # of torch's private parts: requests go on, and none may wait for this thread
+            log.exception("the compiler's thread has failed")
+            self._give_up(error)
+
+    def _give_up(self, error: Exception) -> None:
+        """Refuse what is open, as nothing else would decide it."""
+        with self._idle:
+            self._runs = False
+            self._jobs.clear()
+            for ticket in [ticket for ticket, decision in self._open.items() if decision is None]:
+                reason = f"the compiler's thread has failed ({_described(error)})"
+                self._end(ticket, Decision(reason=reason, component=ticket[0]))
+
+    def _run_jobs(self) -> None:
+        use_device(self._device)
         # graphs hold for these settings of the thread that runs them, so that both threads need the same
         torch.set_num_threads(self._threads)
         torch.set_grad_enabled(False)

@@ -41,7 +41,7 @@ from ..weights.transport.groups import ProcessGroups
 from ..weights.update.undo_log import UndoLog
 from .compilation import new_compiler, warm_up_compiled
 from .event_socket import Outgoing
-from .gathering import Gathering, Receive
+from .gathering import Gathering, Receive, are_requests
 from .graph_warm_up import warm_up_graphs
 
 
@@ -99,7 +99,7 @@ class Engine:
     def gather(self, messages: list[ToWorker], receive: Receive) -> list[ToWorker]:
         """``messages`` for the next step, and those that are worth a wait if there is nothing to run."""
         jobs, batcher = self.jobs, self._batcher
-        if self.busy or not messages:
+        if self.busy or not are_requests(messages):
             self._gathering.arrived(messages, jobs.drawn)
             return messages
         together, batcher.together = batcher.together, 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 
@@ -31,22 +32,28 @@ class Gathering:
         self._longest_s = longest_s
         self._clock = clock
         self._drawn = self._due = self._vain = self._skipped = 0
+        self._grew = -math.inf
 
     def arrived(self, messages: Sequence[ToWorker], drawn: int) -> None:
         """Note what came while others run. ``drawn`` counts the requests since the start whose outputs were drawn."""
+        if drawn != self._drawn:
+            self._grew = self._clock()
         self._due, self._drawn = self._due + drawn - self._drawn, drawn
         self._due = max(0, self._due - sum(isinstance(message, Generate) for message in messages))
 
     def gather(
         self, messages: list[ToWorker], receive: Receive, *, drawn: int, took_s: float, together: int
     ) -> list[ToWorker]:
-        """``messages`` and, if they are requests alone, those that are worth a wait: ``together`` at most.
+        """``messages``, which are requests, and those that are worth a wait: ``together`` at most.
 
-        ``took_s`` are the seconds that drawing the last request took.
+        ``took_s`` are the seconds that drawing the last request took. Clients that have not come within as long again
+        are not expected any more.
         """
         self.arrived((), drawn)
         expected, self._due = min(self._due, together), 0
-        if not _are_requests(messages) or len(messages) >= expected or not self._longest_s or self._skips():
+        if self._clock() - self._grew > max(took_s, self._longest_s):
+            expected = 0
+        if len(messages) >= expected or not self._longest_s or self._skips():
             return messages
         gathered = self._wait(messages, receive, expected, took_s * PATIENCE)
         self._vain = 0 if len(gathered) > len(messages) else self._vain + 1
@@ -54,7 +61,7 @@ class Gathering:
 
     def _wait(self, messages: list[ToWorker], receive: Receive, expected: int, patience_s: float) -> list[ToWorker]:
         until = self._clock() + self._longest_s
-        while _are_requests(messages) and len(messages) < expected:
+        while are_requests(messages) and len(messages) < expected:
             more = receive(min(patience_s, until - self._clock()))
             if not more:
                 break
@@ -66,5 +73,5 @@ class Gathering:
         return self._skipped != 0
 
 
-def _are_requests(messages: Sequence[ToWorker]) -> bool:
-    return all(isinstance(message, Generate) for message in messages)
+def are_requests(messages: Sequence[ToWorker]) -> bool:
+    return bool(messages) and all(isinstance(message, Generate) for message in messages)

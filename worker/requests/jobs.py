@@ -6,13 +6,14 @@ import logging
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
 
 import torch
 
 from ...protocol.adapters import AdapterState, Drawn, Use, drawn
-from ...protocol.errors import ClientGone, SafelightError
+from ...protocol.errors import ClientGone, Internal, SafelightError
 from ...protocol.generation import Failed, Generate, Progress, Result
 from ...protocol.messages import FromWorker
 from ...protocol.replicas import GraphStats, ReplicaStats
@@ -107,21 +108,15 @@ class Jobs:
         self._jobs[request.request_id] = job
         for index in range(len(request.samples)):
             sample = SampleRun(
-                self._model,
-                request,
-                index,
-                self._on_step,
-                lambda ended: self._on_end(job, ended),
-                wanted,
-                caching=self._caching,
+                self._model, request, index, self._on_step, partial(self._on_end, job), wanted, caching=self._caching
             )
             job.samples.append(sample)
             self._batcher.start(sample.coroutine)
 
     def set_version(self, weight_version: str) -> None:
         """Note a change of weights or adapters, which requests in progress use from their next call on."""
-        self._weights_are_sound = False
         with self._lock:
+            self._weights_are_sound = False
             jobs = [*self._jobs.values()]
         for job in jobs:
             if job.drawn:
@@ -140,8 +135,7 @@ class Jobs:
     def cancel(self, request_id: str) -> None:
         """Stop the request at its next call; ignore an unknown or finished one."""
         with self._lock:
-            job = self._jobs.get(request_id)
-            if job is None or job.failed:
+            if (job := self._jobs.get(request_id)) is None or job.failed:
                 return
             self._cancelled += 1
             self._end(job, Failed(request_id, ClientGone("the request was cancelled").info()))
@@ -165,25 +159,31 @@ class Jobs:
         if encoded.error is not None:
             self._not_encoded.put(encoded)
         else:
-            with self._lock:
-                if self._is_dropped(encoded.job):
-                    record.forget(encoded.output)
-                else:
-                    self._take(encoded)
+            try:
+                self._take(encoded)
+            except Exception:  # nobody reads the thread's future: the request would never end
+                log.exception("output %d could not be sent", encoded.index, extra=encoded.job.log_fields)
+                encoded.error = Internal("the output could not be sent")
+                self._not_encoded.put(encoded)
         self._wake()
 
     def _take(self, encoded: Encoded) -> None:
         job = encoded.job
-        if encoded.output is not None:
-            job.outputs[encoded.index] = encoded.output
-            self._outputs += 1
-            self._weights_are_sound |= job.request.encode is None
-        else:
-            job.pending_previews -= 1
-            if encoded.preview is not None:
-                self._send(encoded.preview)
-        if job.done:
-            self._end(job, job.result())
+        with self._lock:
+            if self._is_dropped(job):
+                record.forget(encoded.output)
+                return
+            if encoded.output is not None:
+                job.outputs[encoded.index] = encoded.output
+                self._outputs += 1
+                is_current = job.versions[-1] == self._model.weight_version
+                self._weights_are_sound |= is_current and job.request.encode is None
+            else:
+                job.pending_previews -= 1
+                if encoded.preview is not None:
+                    self._send(encoded.preview)
+            if job.done:
+                self._end(job, job.result())
 
     def drop(self, request_id: str) -> None:
         """Stop the work of a request that was answered with an error."""
@@ -196,8 +196,8 @@ class Jobs:
         self._threads.close()
 
     def _end(self, job: Job, message: Result | Failed) -> None:
-        del self._jobs[job.request.request_id]
         self._send(message)
+        del self._jobs[job.request.request_id]
 
     def _stop(self, job: Job) -> None:
         """Cancel the samples, and delete the finished outputs from shared memory."""

@@ -120,6 +120,31 @@ def test_a_thread_that_has_compiled_ends_as_its_openmp_threads_would_send_the_mo
     assert running.eager_calls(tokens=25) == 0, "the second size was compiled too"
 
 
+def test_a_compiler_without_a_thread_leaves_blocks_eager_and_keeps_nobody_waiting(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    running, plain = Compiling(Stack()), Stack()
+
+    def refused(_: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", refused)
+    assert torch.equal(running.draw(), draw(plain))
+    assert (running.stats.state, "can't start new thread" in str(running.stats.reason)) == ("eager", True)
+
+
+def test_a_compilers_thread_that_fails_leaves_blocks_eager_and_keeps_nobody_waiting(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def broken() -> None:
+        raise AttributeError("torch has moved it")
+
+    running, plain = Compiling(Stack()), Stack()
+    monkeypatch.setattr(dynamo, "restore_nothing", broken)
+    assert torch.equal(running.draw(), draw(plain))
+    assert (running.stats.state, "torch has moved it" in str(running.stats.reason)) == ("eager", True)
+
+
 def test_all_blocks_of_a_class_share_one_graph_and_another_one_serves_any_number_of_rows() -> None:
     running, plain = Compiling(Stack()), Stack()
     running.draw(rows=1)
