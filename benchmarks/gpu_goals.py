@@ -1,4 +1,4 @@
-"""What FLUX.1-dev is to reach on an H200, and the ratios that a run's figures give."""
+"""Goals of FLUX.1-dev on an H200, and the ratios of a run's figures."""
 
 from __future__ import annotations
 
@@ -21,8 +21,9 @@ GOALS: dict[tuple[str, str], str] = {
     **{(RATIOS, f"{stage}: {_UPDATE}"): "at least 0.6" for stage in SERVED},
     **{(RATIOS, f"{stage} / {COMPILED}"): "at most 0.94" for stage in SERVED},
 }
-"""By stage and figure: one picture of 1024² in 28 steps, bf16, without a step cache; 8 clients at 512² beside one; the
-best published server's and compiled diffusers' seconds. Updates are compared with the bus, by whichever route."""
+"""Goals by stage and figure. Outputs are pictures of 1024² in 28 steps, in bf16, without a step cache; batches are of 8
+clients at 512², beside one. The seconds are those of the best published server and of compiled diffusers. The speed of
+updates is that of the bus, by any route."""
 
 
 def goal(model: str, stage: str, figure: str) -> str:

@@ -19,7 +19,7 @@ class Arrivals:
     def __init__(self, *after_s: float) -> None:
         self.now = 0.0
         self.messages: list[ToWorker] = []
-        """What comes each time, if not one request."""
+        """The messages of each arrival; if empty, one request."""
         self._due = [*after_s]
 
     def receive(self, wait_s: float) -> list[ToWorker]:
