@@ -297,6 +297,11 @@ def test_a_tensor_of_two_components_stays_on_the_device() -> None:
             assert module(rows).device.type == "cuda"
 
 
+def test_a_denoiser_without_blocks_is_refused_where_its_blocks_would_be_streamed() -> None:
+    with pytest.raises(StartFailed, match="--offload block is impossible for unet: Linear has no repeated blocks"):
+        Offloading({"vae": nn.Linear(4, 4), "unet": nn.Linear(4, 4)}, device(), by_block=True)
+
+
 def test_pipelines_make_their_tensors_on_the_device(checkpoint: Callable[[str], Path]) -> None:
     replica, _ = offloaded(checkpoint("flux"), "component")
     model: Model = replica.model

@@ -42,7 +42,7 @@ FORWARDS = 8
 
 
 class Compiler:
-    """Compiles the blocks of ``components`` when calls need it. Components without blocks run eagerly.
+    """Compiles the blocks of ``components`` when calls need it. Those ``without_blocks`` run eagerly.
 
     The thread works on copies alone. So it neither sees nor disturbs updates of weights, sleep, adapters and requests.
     In it, collectives are played: other ranks are elsewhere. The ranks along the ``axes`` share the components' layers;
@@ -64,7 +64,8 @@ class Compiler:
         self._backend = backend
         self._programs: dict[type[nn.Module], Program] = {}
         self._components: dict[str, CompiledComponent] = {}
-        self._without: dict[str, CompiledComponentStats] = {}
+        self.without_blocks: dict[str, str] = {}
+        """The reasons, by component."""
         self._jobs = deque[Job]()
         self._agree = agreement(axes)
         self._forwards = 0
@@ -88,7 +89,10 @@ class Compiler:
         return found.active()
 
     def stats(self) -> dict[str, CompiledComponentStats]:
-        return self._without | {name: component.stats() for name, component in self._components.items()}
+        without = {
+            name: CompiledComponentStats(state="eager", reason=reason) for name, reason in self.without_blocks.items()
+        }
+        return without | {name: component.stats() for name, component in self._components.items()}
 
     def program(self, cls: type[nn.Module]) -> Program:
         if cls not in self._programs:
@@ -126,7 +130,7 @@ class Compiler:
             self._components[name] = CompiledComponent(name, module, self)
         except NoBlocks as reason:
             log.warning("%s is not compiled: %s", name, reason)
-            self._without[name] = CompiledComponentStats(state="eager", reason=str(reason))
+            self.without_blocks[name] = str(reason)
 
     def _enqueue(self, job: Job) -> None:
         with self._idle:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,6 +20,7 @@ from ...protocol.forward_options import ForwardOptions
 from ...protocol.replicas import Offloaded
 from ..forward.batch import Forward
 from ..internals.blocks import NoBlocks, repeated_blocks
+from ..pipelines.components import DENOISERS
 from .block_stream import BlockStream
 from .host_copy import HostCopy
 from .overlay import become_offloaded
@@ -44,11 +45,15 @@ class OffloadedPart:
     """A component in host memory: its blocks, which come to the device one by one, and the rest, which comes whole."""
 
     def __init__(
-        self, component: nn.Module, device: torch.device, stay: set[int], memory: PinnedMemory, *, by_block: bool
+        self,
+        component: nn.Module,
+        blocks: Sequence[nn.Module],
+        device: torch.device,
+        stay: set[int],
+        memory: PinnedMemory,
     ) -> None:
         self._device = device
         self._buffer: torch.Tensor | None = None
-        blocks = _blocks(component) if by_block else []
         sizes = [sum(tensor.nbytes for tensor in _tensors(block)) for block in blocks]
         if 2 * max(sizes, default=0) >= sum(sizes):
             blocks = []  # two of them are all of them
@@ -90,10 +95,11 @@ class Offloading:
         """The tensors that several components share, which stay on the device."""
         self._device = device
         self._present: str | None = None
+        blocks = {name: _blocks(name, component) if by_block else [] for name, component in components.items()}
         memory = PinnedMemory(_bytes(components.values(), stay))
         try:
             self.parts = {
-                name: OffloadedPart(component, device, stay, memory, by_block=by_block)
+                name: OffloadedPart(component, blocks[name], device, stay, memory)
                 for name, component in components.items()
             }
         except OSError as error:
@@ -138,15 +144,20 @@ class Offloading:
         self._present = None
 
 
-def _blocks(component: nn.Module) -> list[nn.Module]:
-    """The repeated blocks in the order of the component; none in one that has none, such as a VAE."""
+def _blocks(name: str, component: nn.Module) -> list[nn.Module]:
+    """The repeated blocks in the order of the component; none in one that has none, such as a VAE.
+
+    Raises ``StartFailed`` for a denoiser without blocks, as nothing would be streamed.
+    """
     try:
         return [block for found in repeated_blocks(component) for block in found.modules.values()]
-    except NoBlocks:
+    except NoBlocks as reason:
+        if name in DENOISERS:
+            raise StartFailed(f"--offload block is impossible for {name}: {reason}; use component.") from reason
         return []
 
 
-def _in_several(blocks: list[nn.Module]) -> set[int]:
+def _in_several(blocks: Sequence[nn.Module]) -> set[int]:
     """The tensors that several blocks share."""
     uses = Counter(id(tensor) for block in blocks for tensor in _tensors(block))
     return {tensor for tensor, number in uses.items() if number > 1}

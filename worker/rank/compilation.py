@@ -31,7 +31,7 @@ def check_compile(options: ForwardOptions) -> None:
 
 
 def new_compiler(model: Model, options: ForwardOptions, mesh: Mesh) -> Compiler | None:
-    """The compiler; ``None`` where nothing is compiled."""
+    """The compiler; ``None`` where nothing is compiled. Raises ``StartFailed`` for a denoiser without blocks."""
     if options.compile == "off":
         return None
     compiled = {
@@ -39,7 +39,11 @@ def new_compiler(model: Model, options: ForwardOptions, mesh: Mesh) -> Compiler 
         for name, module in modules(model.pipeline).items()
         if name in DENOISERS or (options.compile_text_encoders and name.startswith("text_encoder"))
     }
-    return Compiler(compiled, partial(judge, load_policy()), axes=[mesh.tp, mesh.axis("sp")])
+    compiler = Compiler(compiled, partial(judge, load_policy()), axes=[mesh.tp, mesh.axis("sp")])
+    for name, reason in compiler.without_blocks.items():
+        if name in DENOISERS:
+            raise StartFailed(f"--compile on is impossible for {name}: {reason}; leave --compile out.")
+    return compiler
 
 
 def warm_up_compiled(

@@ -287,7 +287,8 @@ def test_a_block_that_cannot_be_compiled_runs_eagerly_and_says_why(cls: type[nn.
     assert running.stats.eager_calls == running.stats.calls == 6
 
 
-def test_a_component_without_blocks_is_reported_and_left_alone() -> None:
+def test_a_text_encoder_without_blocks_is_reported_and_left_alone() -> None:
+    """``NAME`` stands for any component; the rank refuses denoisers (``test_options``)."""
     module = nn.Sequential(nn.Linear(2, 2))
     running = Compiling(module)
     assert running.stats.state == "eager"

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 from torch._inductor.runtime.cache_dir_utils import cache_dir
 
 from safelight.protocol.config import Config
@@ -31,6 +32,23 @@ def test_off_makes_no_compiler(tiny_model: Callable[[str], Model]) -> None:
     assert new_compiler(tiny_model("flux"), Config(), Mesh()) is None
     with pytest.raises(StartFailed, match="--compile-text-encoders needs --compile on"):
         check_compile(Config(compile_text_encoders=True))
+
+
+def test_a_denoiser_without_blocks_is_refused_and_a_text_encoder_says_why_it_stays_eager(
+    tiny_model: Callable[[str], Model],
+) -> None:
+    model = tiny_model("flux")
+    options = Config(compile="on", compile_text_encoders=True)
+    model.pipeline.text_encoder.encoder.layers = nn.ModuleList()
+    compiler = new_compiler(model, options, Mesh())
+    assert compiler is not None
+    assert compiler.stats()["text_encoder"].state == "eager"
+    assert "CLIPTextModel has no repeated blocks" in str(compiler.stats()["text_encoder"].reason)
+    model.pipeline.transformer.transformer_blocks = nn.ModuleList()
+    model.pipeline.transformer.single_transformer_blocks = nn.ModuleList()
+    sentence = "--compile on is impossible for transformer: FluxTransformer2DModel has no repeated blocks.*module lists"
+    with pytest.raises(StartFailed, match=sentence):
+        new_compiler(model, options, Mesh())
 
 
 def test_listed_sizes_are_compiled_with_text_encoders_before_the_replica_is_ready(
