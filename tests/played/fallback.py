@@ -33,6 +33,7 @@ def fallback(operator: Any, *args: Any, **kwargs: Any) -> Any:
     name = f"{schema.name}.{schema.overload_name}" if schema.overload_name else schema.name
     leaves, spec = pytree.tree_flatten((args, kwargs))
     device = _checked_device(name, leaves)
+    RECORD.use()
     current_stream(device).catch_up()
     RECORD.operators[name] += 1
     if name in WAITS:

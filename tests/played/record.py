@@ -8,6 +8,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 
@@ -58,6 +59,9 @@ class Record:
     """Bytes of page-locked memory that were taken; torch's allocator rounds each piece up to a power of two."""
     captures: bool = False
     """While true, a CUDA graph is being captured, and the host cannot wait."""
+    breaks: Path | None = None
+    """Once this file exists, the devices no longer work in the process that meets it first, which removes it."""
+    is_broken: bool = False
     clock: Callable[[], float] = time.perf_counter
     """The time of events on the device, in seconds. Tests replace it to play a device's speed."""
     _memory: dict[int, Memory] = field(default_factory=dict)
@@ -80,6 +84,14 @@ class Record:
 
     def mark(self, text: str) -> None:
         self.events.append(text)
+
+    def use(self) -> None:
+        """An operator uses a device. Raises ``torch.AcceleratorError`` for ever from when the devices are broken."""
+        if self.breaks is not None and self.breaks.exists():
+            self.breaks.unlink()
+            self.is_broken = True
+        if self.is_broken:
+            raise torch.AcceleratorError("CUDA error: device-side assert triggered")
 
     def wait(self, kind: str) -> None:
         """Note that the host waits, with the calling lines. Raises ``RuntimeError`` in a capture."""

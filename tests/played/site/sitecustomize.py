@@ -1,7 +1,7 @@
 """Python imports this at the start of each program while its directory is on ``PYTHONPATH``.
 
 A worker then has ``PLAYED_DEVICES`` played CUDA devices, each with ``PLAYED_BYTES`` of memory, from before it imports
-the first module that needs torch.
+the first module that needs torch. They break in one worker once the file ``PLAYED_BREAKS`` exists.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import sys
 from importlib.machinery import ModuleSpec
+from pathlib import Path
 
 
 class _BeforeTheWorker:
@@ -25,6 +26,7 @@ class _BeforeTheWorker:
             devices = int(os.environ["PLAYED_DEVICES"])
             record = played.install(devices)
             record.notes_waits = False
+            record.breaks = Path(os.environ["PLAYED_BREAKS"]) if "PLAYED_BREAKS" in os.environ else None
             for index in range(devices):
                 record.memory(index).limit = int(os.environ.get("PLAYED_BYTES", played.Memory().limit))
         return None
