@@ -45,6 +45,30 @@ def sd3(device: str = "cuda") -> dict[str, Any]:
     }
 
 
+def qwen_image(device: str = "cuda") -> dict[str, Any]:
+    return {
+        "hidden_states": torch.empty(1, 4096, 64, dtype=torch.bfloat16, device=device),
+        "encoder_hidden_states": torch.empty(1, 512, 3584, dtype=torch.bfloat16, device=device),
+        "encoder_hidden_states_mask": None,
+        "timestep": torch.empty(1, dtype=torch.bfloat16, device=device),
+        "guidance": None,
+        "img_shapes": [[(1, 64, 64)]],
+        "attention_kwargs": {},
+        "return_dict": False,
+    }
+
+
+def wan(device: str = "cuda") -> dict[str, Any]:
+    """81 frames of 1280 x 720."""
+    return {
+        "hidden_states": torch.empty(1, 16, 21, 90, 160, dtype=torch.bfloat16, device=device),
+        "encoder_hidden_states": torch.empty(1, 512, 4096, dtype=torch.bfloat16, device=device),
+        "timestep": torch.empty(1, dtype=torch.int64, device=device),
+        "attention_kwargs": None,
+        "return_dict": False,
+    }
+
+
 MODELS: dict[str, tuple[Any, dict[str, Any], Any]] = {
     "FluxTransformer2DModel": (diffusers.FluxTransformer2DModel, {"guidance_embeds": True}, flux),
     "SD3Transformer2DModel": (
@@ -52,6 +76,8 @@ MODELS: dict[str, tuple[Any, dict[str, Any], Any]] = {
         {"num_layers": 24, "num_attention_heads": 24, "caption_projection_dim": 1536, "pos_embed_max_size": 192},
         sd3,
     ),
+    "QwenImageTransformer2DModel": (diffusers.QwenImageTransformer2DModel, {}, qwen_image),
+    "WanTransformer3DModel": (diffusers.WanTransformer3DModel, {}, wan),
 }
 
 
