@@ -31,7 +31,7 @@ demo: $(ENVIRONMENT) ## draw a picture: PROMPT="…" for another one, PORT=… f
 	@$(BIN)/python examples/demo.py "$$PROMPT" $(if $(PORT),--port $(PORT))
 
 # SGLANG_PATH names the folders of the peer's packages (benchmarks/peers.py says which); without it, its rows are missing.
-BENCHMARKS ?= peers serving overhead compiling caching memory parallel weights lora rollout start
+BENCHMARKS ?= peers serving overhead compiling compiling_text caching memory parallel weights lora rollout start
 bench: $(ENVIRONMENT) ## measure speed beside plain diffusers and peers, for hours: BENCHMARKS="peers lora" for some
 	for name in $(BENCHMARKS); do $(BIN)/python -m safelight.benchmarks.$$name || exit; done
 	if nvidia-smi -L >/dev/null 2>&1; then $(BIN)/python -m safelight.benchmarks.gpu; fi

@@ -43,7 +43,8 @@ def on_ranks(family: str, tp: str, *flags: str) -> Any:
     + [on_ranks(family, "1", "--ulysses", "2") for family in chosen(nightly=["flux2", "qwenimage", "wan22"])]
     + [on_ranks(family, "2", "--ulysses", "2") for family in chosen(nightly=["flux", "wan"])]
     + [on_ranks(family, "1", "--cfg-parallel") for family in chosen(nightly=["sd3", "wan", "zimage", "sdxl"])]
-    + [on_ranks(family, "1", "--cfg-parallel", *COMPILED) for family in chosen(nightly=["zimage"])],
+    + [on_ranks(family, "1", "--cfg-parallel", *COMPILED) for family in chosen(nightly=["zimage"])]
+    + [on_ranks(family, "1", *COMPILED) for family in chosen(nightly=["zimage"])],
 )
 def test_several_ranks_make_the_picture_of_one(
     family: str, flags: tuple[str, ...], checkpoint: Callable[[str], Path], servers: Servers

@@ -18,7 +18,8 @@ AUTO = "auto"
 FASTER = ("_flash_3",)
 """Exact backends that ``auto`` prefers to torch's own, the best first.
 
-``flash`` and ``xformers`` are kernels that torch chooses too; ``sage`` computes in int8 and fp8.
+``flash``, ``xformers`` and ``_native_cudnn`` are kernels that torch's own attention has too; ``sage`` computes in int8
+and fp8.
 """
 
 _NOT_TRIED = ("_hub", "flex")
